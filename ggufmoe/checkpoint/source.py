@@ -1,0 +1,136 @@
+"""What the convert half passes around: a model as named tensors that are read by rows.
+
+``Checkpoint`` (this room) and ``MergedModel`` (merge) both give a ``ModelSource``; whoever consumes one cannot tell
+which it was given. Tensor names are Hugging Face's classic ones, whatever the layout on disk: for Mixtral
+``model.layers.N.block_sparse_moe.gate.weight`` and ``model.layers.N.block_sparse_moe.experts.E.{w1,w2,w3}.weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Dtype(Enum):
+    """Storage types of source weights; numpy has no bfloat16, so BF16 rows travel as their uint16 bits."""
+
+    BF16 = "BF16"
+    F16 = "F16"
+    F32 = "F32"
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The numpy dtype in which rows of this type are stored: uint16, float16 or float32."""
+        return np.dtype({"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[self.value])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes per weight."""
+        return int(self.numpy.itemsize)
+
+
+class SourceTensor(Protocol):
+    """One tensor of a model, read by rows. A row is the last dimension; a 1-D tensor is a single row."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out``, shape (stop - start, n_cols) and dtype ``self.dtype.numpy``, with rows [start, stop).
+
+        Safe to call from several threads at once.
+        """
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rope scaling of a config: ``kind`` is none, linear, yarn or llama3; ``parameters`` are the config's own keys."""
+
+    kind: str = "none"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The hyper-parameters of a checkpoint, the same for configs of transformers 4 and 5."""
+
+    architecture: str
+    """One of ``MixtralForCausalLM``, ``MistralForCausalLM``, ``LlamaForCausalLM``."""
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+    """Rows of the embedding (``vocab_size`` of the config)."""
+    n_ctx: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    tie_embeddings: bool
+    n_expert: int = 0
+    """0 for a dense model."""
+    n_expert_used: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    sliding_window: int | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    """config.json as it was read."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """One model that this model was made from, for ``general.base_model.*``."""
+
+    name: str
+    organization: str | None = None
+    repo_url: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model comes from; everything that is known goes into the GGUF's ``general.*`` keys."""
+
+    name: str
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    tags: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    base_models: tuple[BaseModel, ...] = ()
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Further string keys for the GGUF, full key to value (a merge's recipe and gate mode)."""
+
+
+class ModelSource(Protocol):
+    """A model that can be exported: what ``Checkpoint`` and ``MergedModel`` give."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """Every tensor by its classic name, complete and of the right shape."""
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The directory with tokenizer.model or tokenizer.json, tokenizer_config.json and so on."""
+    @property
+    def chat_template(self) -> str | None:
+        """A chat template that overrides the tokenizer directory's own; None leaves it to that directory."""
+    @property
+    def provenance(self) -> Provenance: ...
+    @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """Every file that is read, so that an output is never written over an input."""
+    def close(self) -> None: ...

@@ -1,0 +1,129 @@
+"""Every error that ggufmoe raises on purpose.
+
+Each message is one line: what was expected, what was found, in which file or tensor, and what to do next.
+
+    GgufmoeError                     exit code 1
+    ├── InputError
+    │   ├── CheckpointError          a Hugging Face checkpoint cannot be used
+    │   │   ├── SafetensorsError     a safetensors file breaks its specification
+    │   │   ├── ArchitectureError    the model family is not supported
+    │   │   ├── TensorMismatchError  tensors are missing, left over or wrongly shaped
+    │   │   ├── NonFiniteError       a weight is NaN or infinite
+    │   │   └── HubError             the Hugging Face Hub did not give the files
+    │   ├── TokenizerError           the tokenizer is missing, unknown or does not fit the model
+    │   ├── RecipeError              a merge recipe cannot be followed
+    │   ├── GGUFError                a GGUF file is corrupt, or of a kind we cannot read
+    │   ├── ImatrixError             an importance matrix is unreadable, missing or does not fit
+    │   └── TemplateError            a chat template fails, loops or attacks
+    ├── OptionError                  options that contradict each other or the model
+    ├── OutputError
+    │   ├── OutputExistsError        the output is there already, or is one of the inputs
+    │   ├── NoSpaceError             the disk cannot hold the output
+    │   └── ResumeError              a partial file does not belong to this plan
+    ├── EngineError
+    │   ├── EngineMissingError       llama-cpp-python is absent or not the pinned one
+    │   ├── ModelLoadError           llama.cpp refused the model
+    │   ├── ContextFullError         the context has no room for the prompt or the answer
+    │   └── DecodeError              llama.cpp failed while computing
+    └── Cancelled                    exit code 130: the caller asked to stop
+"""
+
+
+class GgufmoeError(Exception):
+    """Base of all errors that ggufmoe raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(GgufmoeError):
+    """Something that was given to ggufmoe cannot be used."""
+
+
+class CheckpointError(InputError):
+    """A Hugging Face checkpoint cannot be used."""
+
+
+class SafetensorsError(CheckpointError):
+    """A safetensors file or its index breaks the specification."""
+
+
+class ArchitectureError(CheckpointError):
+    """The model family is not one that ggufmoe supports."""
+
+
+class TensorMismatchError(CheckpointError):
+    """Tensors are missing, left over or wrongly shaped; the message names all of them."""
+
+
+class NonFiniteError(CheckpointError):
+    """A weight is NaN or infinite, in the source or after quantization."""
+
+
+class HubError(CheckpointError):
+    """The Hugging Face Hub did not give the files."""
+
+
+class TokenizerError(InputError):
+    """The tokenizer is missing, unknown or does not fit the model."""
+
+
+class RecipeError(InputError):
+    """A merge recipe cannot be followed."""
+
+
+class GGUFError(InputError):
+    """A GGUF file is corrupt, or of a kind that cannot be read."""
+
+
+class ImatrixError(InputError):
+    """An importance matrix is unreadable, missing or does not fit the model."""
+
+
+class TemplateError(InputError):
+    """A chat template fails, runs too long or tries to leave its sandbox."""
+
+
+class OptionError(GgufmoeError):
+    """Options contradict each other or do not fit the model."""
+
+
+class OutputError(GgufmoeError):
+    """The output cannot be written."""
+
+
+class OutputExistsError(OutputError):
+    """The output is there already, or is one of the inputs."""
+
+
+class NoSpaceError(OutputError):
+    """The disk cannot hold the output."""
+
+
+class ResumeError(OutputError):
+    """A partial file does not belong to this plan."""
+
+
+class EngineError(GgufmoeError):
+    """llama.cpp could not do what was asked."""
+
+
+class EngineMissingError(EngineError):
+    """llama-cpp-python is absent, or is not the pinned version."""
+
+
+class ModelLoadError(EngineError):
+    """llama.cpp refused the model."""
+
+
+class ContextFullError(EngineError):
+    """The context has no room for the prompt or the answer."""
+
+
+class DecodeError(EngineError):
+    """llama.cpp failed while computing."""
+
+
+class Cancelled(GgufmoeError):
+    """The caller asked to stop."""
+
+    exit_code = 130

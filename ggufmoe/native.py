@@ -1,0 +1,128 @@
+"""The floor: ctypes declarations of the ggml functions that llama-cpp-python does not bind.
+
+Every symbol is looked up through libllama's own handle, which on POSIX also searches its dependencies; loading libggml by its
+file would give a second instance with a registry of its own. Callers pass numpy arrays; this module checks their
+layout and keeps them alive over the call. ctypes releases the GIL, so all of this scales over threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.errors import EngineMissingError
+from ggufmoe.ggufheader import GGMLType
+
+_VOID = ctypes.c_void_p
+_I64 = ctypes.c_int64
+_SIZE = ctypes.c_size_t
+
+_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    # size_t ggml_quantize_chunk(enum ggml_type, const float * src, void * dst, int64_t start, int64_t nrows,
+    #                            int64_t n_per_row, const float * imatrix)
+    "ggml_quantize_chunk": (_SIZE, (ctypes.c_int, _VOID, _VOID, _I64, _I64, _I64, _VOID)),
+    # bool ggml_quantize_requires_imatrix(enum ggml_type)
+    "ggml_quantize_requires_imatrix": (ctypes.c_bool, (ctypes.c_int,)),
+    # bool ggml_validate_row_data(enum ggml_type, const void * data, size_t nbytes)
+    "ggml_validate_row_data": (ctypes.c_bool, (ctypes.c_int, _VOID, _SIZE)),
+    # int64_t ggml_blck_size(enum ggml_type); size_t ggml_type_size(enum ggml_type)
+    "ggml_blck_size": (_I64, (ctypes.c_int,)),
+    "ggml_type_size": (_SIZE, (ctypes.c_int,)),
+    # void ggml_bf16_to_fp32_row(const ggml_bf16_t *, float *, int64_t); the other three alike
+    "ggml_bf16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
+    "ggml_fp16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
+    "ggml_fp32_to_bf16_row": (None, (_VOID, _VOID, _I64)),
+    "ggml_fp32_to_fp16_row": (None, (_VOID, _VOID, _I64)),
+}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """libllama as llama-cpp-python loaded it, with the prototypes above.
+
+    Raises EngineMissingError if llama-cpp-python is not installed or lacks one of the symbols.
+    """
+    try:
+        from llama_cpp import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise EngineMissingError(
+            f"llama-cpp-python cannot be loaded ({error}); install it as vendor/README.md describes"
+        ) from error
+    lib: ctypes.CDLL = llama_cpp._lib
+    for name, (restype, argtypes) in _PROTOTYPES.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError as error:
+            raise EngineMissingError(f"this llama-cpp-python has no {name}; install the pinned version") from error
+        function.restype, function.argtypes = restype, argtypes
+    return lib
+
+
+def has_symbol(name: str) -> bool:
+    """Whether the installed engine exports ``name`` (``ggml_backend_rpc_add_server`` tells an RPC build)."""
+    return hasattr(library(), name)
+
+
+def _address(array: NDArray[Any], dtype: type | None = None) -> int:
+    if not array.flags.c_contiguous or (dtype is not None and array.dtype != dtype):
+        raise ValueError(f"expected a C-contiguous array of {dtype}, got {array.dtype} with strides {array.strides}")
+    return array.ctypes.data
+
+
+def quantize_chunk(
+    type: GGMLType, src: NDArray[np.float32], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None = None
+) -> None:
+    """ggml's own quantizer: ``src`` (rows, n_cols) float32 into ``dst`` (rows, row_bytes) uint8.
+
+    ``imatrix`` is one importance per column, shape (n_cols,). ggml aborts the process when a type needs one and gets
+    none: ask ``requires_imatrix`` first.
+    """
+    n_rows, n_cols = src.shape
+    if dst.shape != (n_rows, type.row_bytes(n_cols)):
+        raise ValueError(f"{type.name}: dst has shape {dst.shape}, expected {(n_rows, type.row_bytes(n_cols))}")
+    if imatrix is not None and imatrix.shape != (n_cols,):
+        raise ValueError(f"{type.name}: imatrix has shape {imatrix.shape}, expected {(n_cols,)}")
+    weights = None if imatrix is None else _address(imatrix, np.float32)
+    library().ggml_quantize_chunk(
+        type.id, _address(src, np.float32), _address(dst, np.uint8), 0, n_rows, n_cols, weights
+    )
+
+
+def requires_imatrix(type: GGMLType) -> bool:
+    """Whether ggml refuses (by abort) to quantize to this type without an importance matrix."""
+    return bool(library().ggml_quantize_requires_imatrix(type.id))
+
+
+def validate_rows(type: GGMLType, data: NDArray[np.uint8]) -> bool:
+    """ggml's check of quantized bytes: no NaN and no infinity among the scales."""
+    return bool(library().ggml_validate_row_data(type.id, _address(data, np.uint8), data.nbytes))
+
+
+def bf16_to_f32(src: NDArray[np.uint16], dst: NDArray[np.float32]) -> None:
+    """Widen bfloat16 bits exactly; same number of elements in both."""
+    _convert("ggml_bf16_to_fp32_row", src, np.uint16, dst, np.float32)
+
+
+def f16_to_f32(src: NDArray[np.float16], dst: NDArray[np.float32]) -> None:
+    """Widen float16 exactly."""
+    _convert("ggml_fp16_to_fp32_row", src, np.float16, dst, np.float32)
+
+
+def f32_to_bf16(src: NDArray[np.float32], dst: NDArray[np.uint16]) -> None:
+    """Round to bfloat16 bits as ggml does (nearest, ties to even)."""
+    _convert("ggml_fp32_to_bf16_row", src, np.float32, dst, np.uint16)
+
+
+def f32_to_f16(src: NDArray[np.float32], dst: NDArray[np.float16]) -> None:
+    """Round to float16 as ggml does (nearest, ties to even)."""
+    _convert("ggml_fp32_to_fp16_row", src, np.float32, dst, np.float16)
+
+
+def _convert(function: str, src: NDArray[Any], src_dtype: type, dst: NDArray[Any], dst_dtype: type) -> None:
+    if src.size != dst.size:
+        raise ValueError(f"{function}: {src.size} elements do not fit {dst.size}")
+    getattr(library(), function)(_address(src, src_dtype), _address(dst, dst_dtype), src.size)
