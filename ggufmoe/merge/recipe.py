@@ -1,0 +1,300 @@
+"""The recipe of a merge: mergekit-moe's YAML, checked before anything is opened.
+
+Owns the schema (mergekit's keys and a few optional ones of ours) and its messages, each with the place in the file.
+What the named models contain is checked by ``merged``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from ggufmoe.checkpoint.source import Dtype
+from ggufmoe.errors import RecipeError
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class GateMode(str, Enum):
+    """How router rows are made; the names are mergekit's."""
+
+    HIDDEN = "hidden"
+    HIDDEN_AVG = "hidden_avg"
+    HIDDEN_LAST = "hidden_last"
+    CHEAP_EMBED = "cheap_embed"
+    RANDOM = "random"
+    UNIFORM_RANDOM = "uniform_random"
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether the rows depend on the experts' prompts."""
+        return self not in (GateMode.RANDOM, GateMode.UNIFORM_RANDOM)
+
+    @property
+    def needs_forward_pass(self) -> bool:
+        """Whether the base model's layers have to be computed."""
+        return self in (GateMode.HIDDEN, GateMode.HIDDEN_AVG, GateMode.HIDDEN_LAST)
+
+
+_DTYPES = {
+    "bfloat16": Dtype.BF16,
+    "bf16": Dtype.BF16,
+    "float16": Dtype.F16,
+    "fp16": Dtype.F16,
+    "half": Dtype.F16,
+    "float32": Dtype.F32,
+    "fp32": Dtype.F32,
+    "float": Dtype.F32,
+}
+_MODEL = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+_Prompts = Annotated[tuple[StrictStr, ...], Field(strict=False)]
+
+
+class ExpertRecipe(BaseModel):
+    """One expert: a dense model, the prompts it should and should not answer, and optional changes to its weights."""
+
+    model_config = _MODEL
+
+    source_model: StrictStr
+    positive_prompts: _Prompts = ()
+    negative_prompts: _Prompts = ()
+    noise_scale: float | None = Field(default=None, ge=0)
+    residual_scale: float | None = None
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Positive and negative prompts."""
+        return self.positive_prompts, self.negative_prompts
+
+
+class Recipe(BaseModel):
+    """A whole recipe. The last four keys are ours; mergekit does not know them."""
+
+    model_config = _MODEL
+
+    base_model: StrictStr
+    experts: tuple[ExpertRecipe, ...] = Field(min_length=1)
+    gate_mode: GateMode = GateMode.HIDDEN
+    dtype: StrictStr | None = None
+    experts_per_token: StrictInt = Field(default=2, ge=1)
+    architecture: StrictStr | None = None
+    shared_experts: tuple[ExpertRecipe, ...] | None = None
+
+    seed: StrictInt = Field(default=0, ge=0, lt=1 << 64)
+    name: StrictStr | None = None
+    chat_template: StrictStr | None = None
+    tokenizer_source: StrictStr | None = None
+
+    @property
+    def storage_dtype(self) -> Dtype | None:
+        """The dtype every weight is rounded to; None keeps the base model's."""
+        return None if self.dtype is None else _DTYPES[self.dtype]
+
+
+def load_recipe(path: Path, *, allow_identical_experts: bool = False) -> tuple[Recipe, str]:
+    """Read and check a recipe; gives it with its text.
+
+    Raises RecipeError: unreadable, not YAML, not a mapping, unknown key, wrong type, missing prompts, experts that are
+    all the same (unless allowed), or something a Mixtral cannot express.
+    """
+    text = _read_text(path)
+    node = _compose(path, text)
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        raise RecipeError("; ".join(_describe(path, node, error))) from None
+    for place, problem in _problems(recipe, allow_identical_experts):
+        raise RecipeError(f"{path}{_at(node, place)}: {problem}")
+    return recipe, text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error.strerror})") from error
+    if len(data) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}); is this a recipe?") from error
+
+
+def _compose(path: Path, text: str) -> yaml.MappingNode:
+    """The document as nodes, which know their lines; refuses what is not one mapping without repeated keys."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}: expected a mapping with base_model and experts, found {_kind(node)}")
+    for mapping in _mappings(node):
+        _refuse_repeated_keys(path, mapping)
+    return node
+
+
+def _kind(node: yaml.Node | None) -> str:
+    return {"ScalarNode": "a single value", "SequenceNode": "a list"}.get(type(node).__name__, "an empty file")
+
+
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    seen: set[int] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, yaml.MappingNode):
+            yield current
+            stack.extend(value for _, value in current.value)
+        elif isinstance(current, yaml.SequenceNode):
+            stack.extend(current.value)
+
+
+def _refuse_repeated_keys(path: Path, mapping: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in mapping.value:
+        if key.value in seen:
+            raise RecipeError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice; keep one")
+        seen.add(str(key.value))
+
+
+def _at(node: yaml.Node, place: Sequence[str | int]) -> str:
+    """``:LINE: key`` of a place, as far as the document reaches."""
+    line = node.start_mark.line
+    for step in place:
+        child = _child(node, step)
+        if child is None:
+            break
+        line, node = child
+    dotted = ".".join(str(step) for step in place)
+    return f":{line + 1}: {dotted}" if dotted else f":{line + 1}"
+
+
+def _child(node: yaml.Node, step: str | int) -> tuple[int, yaml.Node] | None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == step:
+                return key.start_mark.line, value
+    elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        return node.value[step].start_mark.line, node.value[step]
+    return None
+
+
+def _describe(path: Path, node: yaml.Node, error: ValidationError) -> Iterator[str]:
+    for problem in error.errors(include_url=False):
+        place = problem["loc"]
+        yield f"{path}{_at(node, place)}: {_message(problem['type'], place, problem)}"
+
+
+def _message(kind: str, place: Sequence[str | int], problem: Any) -> str:
+    if kind == "extra_forbidden":
+        return f"unknown key{_nearest(place)}"
+    if kind == "missing":
+        return "this key is required"
+    if kind == "enum":
+        return f"unknown gate mode {problem['input']!r}; one of {', '.join(mode.value for mode in GateMode)}"
+    found = f", found {problem['input']!r}" if not isinstance(problem["input"], (dict, list)) else ""
+    message: str = problem["msg"]
+    return message[0].lower() + message[1:] + found
+
+
+def _nearest(place: Sequence[str | int]) -> str:
+    fields = Recipe.model_fields if len(place) == 1 else ExpertRecipe.model_fields
+    matches = difflib.get_close_matches(str(place[-1]), fields, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else f"; known here: {', '.join(fields)}"
+
+
+_Problem = tuple[tuple[str | int, ...], str]
+
+
+def _problems(recipe: Recipe, allow_identical: bool) -> Iterator[_Problem]:
+    """What is well-formed but cannot be followed, as (place, message)."""
+    yield from _unsupported(recipe)
+    if recipe.experts_per_token > len(recipe.experts):
+        yield (
+            ("experts_per_token",),
+            f"is {recipe.experts_per_token} but there are only {len(recipe.experts)} experts; lower it or add experts",
+        )
+    if recipe.gate_mode.needs_prompts:
+        yield from _prompt_problems(recipe)
+    if not allow_identical:
+        yield from _identical_prompts(recipe)
+        yield from _identical_experts(recipe)
+
+
+def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
+    if recipe.shared_experts:
+        yield ("shared_experts",), "a Mixtral has no shared experts; remove the key"
+    if recipe.architecture and not "mixtral".startswith(recipe.architecture.lower()):
+        yield ("architecture",), f"{recipe.architecture!r} is not supported; ggufmoe makes Mixtral"
+    if recipe.dtype is not None and recipe.dtype not in _DTYPES:
+        yield ("dtype",), f"unknown dtype {recipe.dtype!r}; one of bfloat16, float16, float32"
+    models = [(("base_model",), recipe.base_model)]
+    models += [(("experts", i, "source_model"), expert.source_model) for i, expert in enumerate(recipe.experts)]  # type: ignore[misc]
+    for place, model in models:
+        if not model.strip():
+            yield place, "names no model"
+        elif "+" in model:
+            yield place, f"{model!r} adds a LoRA; merge the adapter into the model first"
+    yield from _bad_choice("tokenizer_source", recipe.tokenizer_source, recipe)
+    if recipe.chat_template is not None and recipe.chat_template.startswith("expert:"):
+        yield from _bad_choice("chat_template", recipe.chat_template, recipe)
+
+
+def _bad_choice(key: str, value: str | None, recipe: Recipe) -> Iterator[_Problem]:
+    if value is None or value == "base":
+        return
+    match = re.fullmatch(r"expert:(\d+)", value)
+    if match is None or int(match[1]) >= len(recipe.experts):
+        yield (key,), f"{value!r} is neither base nor expert:0 to expert:{len(recipe.experts) - 1}"
+
+
+def _prompt_problems(recipe: Recipe) -> Iterator[_Problem]:
+    mode = recipe.gate_mode.value
+    for i, expert in enumerate(recipe.experts):
+        if not expert.positive_prompts:
+            yield ("experts", i, "positive_prompts"), f"gate mode {mode} needs at least one prompt for each expert"
+        for key, prompts in zip(("positive_prompts", "negative_prompts"), expert.prompts, strict=True):
+            for j, prompt in enumerate(prompts):
+                if not prompt.strip():
+                    yield ("experts", i, key, j), "the prompt is empty"
+
+
+def _identical_prompts(recipe: Recipe) -> Iterator[_Problem]:
+    first = recipe.experts[0].prompts
+    if recipe.gate_mode.needs_prompts and len(recipe.experts) > 1:
+        if all(expert.prompts == first for expert in recipe.experts):
+            yield (
+                ("experts",),
+                "all experts have the same prompts, so the router cannot tell them apart; "
+                "if you mean to train it afterwards, pass --allow-identical-experts",
+            )
+
+
+def _identical_experts(recipe: Recipe) -> Iterator[_Problem]:
+    def weights(expert: ExpertRecipe) -> tuple[object, ...]:
+        return expert.source_model, expert.noise_scale or 0.0, expert.residual_scale
+
+    first = recipe.experts[0]
+    noisy = any(expert.noise_scale for expert in recipe.experts)
+    if len(recipe.experts) > 1 and not noisy and len({weights(expert) for expert in recipe.experts}) == 1:
+        yield (
+            ("experts",),
+            f"all experts are {first.source_model}: a larger file with the same answers; "
+            "if you mean to train it afterwards, pass --allow-identical-experts",
+        )
