@@ -1,0 +1,109 @@
+"""Names of quantized files and tensors: llama.cpp's file types, and the tensor types that can be written.
+
+A file type is a recipe (``Q4_K_M``); which tensor gets which type inside it is ``policy``'s business. Sizes of the
+tensor types belong to ``ggufheader``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from enum import Enum
+
+from ggufmoe.errors import OptionError
+from ggufmoe.ggufheader import GGMLType
+
+
+class FileType(Enum):
+    """llama.cpp's file types: number in ``general.file_type``, type of most tensors, and libllama's own description.
+
+    Source: ``enum llama_ftype``, ``llama_ftype_get_default_type`` and ``llama_ftype_name`` at the pinned commit.
+    """
+
+    F32 = (0, GGMLType.F32, "all F32")
+    F16 = (1, GGMLType.F16, "F16")
+    BF16 = (32, GGMLType.BF16, "BF16")
+    Q8_0 = (7, GGMLType.Q8_0, "Q8_0")
+    Q1_0 = (40, GGMLType.Q1_0, "Q1_0")
+    Q2_0 = (41, GGMLType.Q2_0, "Q2_0")
+    Q4_0 = (2, GGMLType.Q4_0, "Q4_0")
+    Q4_1 = (3, GGMLType.Q4_1, "Q4_1")
+    Q5_0 = (8, GGMLType.Q5_0, "Q5_0")
+    Q5_1 = (9, GGMLType.Q5_1, "Q5_1")
+    Q2_K = (10, GGMLType.Q2_K, "Q2_K - Medium")
+    Q2_K_S = (21, GGMLType.Q2_K, "Q2_K - Small")
+    Q3_K_S = (11, GGMLType.Q3_K, "Q3_K - Small")
+    Q3_K_M = (12, GGMLType.Q3_K, "Q3_K - Medium")
+    Q3_K_L = (13, GGMLType.Q3_K, "Q3_K - Large")
+    Q4_K_S = (14, GGMLType.Q4_K, "Q4_K - Small")
+    Q4_K_M = (15, GGMLType.Q4_K, "Q4_K - Medium")
+    Q5_K_S = (16, GGMLType.Q5_K, "Q5_K - Small")
+    Q5_K_M = (17, GGMLType.Q5_K, "Q5_K - Medium")
+    Q6_K = (18, GGMLType.Q6_K, "Q6_K")
+    IQ4_NL = (25, GGMLType.IQ4_NL, "IQ4_NL - 4.5 bpw")
+    IQ4_XS = (30, GGMLType.IQ4_XS, "IQ4_XS - 4.25 bpw")
+    IQ3_XXS = (23, GGMLType.IQ3_XXS, "IQ3_XXS - 3.0625 bpw")
+    IQ3_XS = (22, GGMLType.IQ3_S, "IQ3_XS - 3.3 bpw")
+    IQ3_S = (26, GGMLType.IQ3_S, "IQ3_S - 3.4375 bpw")
+    IQ3_M = (27, GGMLType.IQ3_S, "IQ3_S mix - 3.66 bpw")
+    IQ2_XXS = (19, GGMLType.IQ2_XXS, "IQ2_XXS - 2.0625 bpw")
+    IQ2_XS = (20, GGMLType.IQ2_XS, "IQ2_XS - 2.3125 bpw")
+    IQ2_S = (28, GGMLType.IQ2_XS, "IQ2_S - 2.5 bpw")
+    IQ2_M = (29, GGMLType.IQ2_S, "IQ2_M - 2.7 bpw")
+    IQ1_S = (24, GGMLType.IQ1_S, "IQ1_S - 1.5625 bpw")
+    IQ1_M = (31, GGMLType.IQ1_M, "IQ1_M - 1.75 bpw")
+    TQ1_0 = (36, GGMLType.TQ1_0, "TQ1_0 - 1.69 bpw ternary")
+    TQ2_0 = (37, GGMLType.TQ2_0, "TQ2_0 - 2.06 bpw ternary")
+    MXFP4_MOE = (38, GGMLType.MXFP4, "MXFP4 MoE")
+
+    def __init__(self, id: int, default_type: GGMLType, description: str) -> None:
+        self.id = id
+        self.default_type = default_type
+        self.description = description
+
+    @classmethod
+    def from_name(cls, name: str) -> FileType:
+        """The file type that llama-quantize understands by ``name``: in any case, an alias, or its number.
+
+        Raises OptionError, with the nearest names, if there is none.
+        """
+        wanted = name.strip().upper()
+        wanted = _ALIASES.get(wanted, wanted)
+        for member in cls:
+            if wanted in (member.name, str(member.id)):
+                return member
+        raise OptionError(f"unknown file type {name!r}; {suggest(wanted, [*cls.__members__, *_ALIASES])}")
+
+    @classmethod
+    def from_id(cls, id: int) -> FileType:
+        """The file type with this number in ``general.file_type``; OptionError if llama.cpp does not write it."""
+        return cls.from_name(str(id))
+
+
+_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+_UNWRITABLE = {GGMLType.Q8_1, GGMLType.Q8_K, GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64, GGMLType.F64}
+WRITABLE_TYPES = frozenset(GGMLType) - _UNWRITABLE
+"""Tensor types that ``ggml_quantize_chunk`` can make; it aborts the process on the others."""
+
+ABORTS_WITHOUT_IMATRIX = frozenset({GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S})
+"""Types for which ``ggml_quantize_requires_imatrix`` holds: ggml aborts the process when it is given none."""
+
+
+def parse_tensor_type(name: str) -> GGMLType:
+    """The tensor type called ``name`` (in any case: ``q4_k``, ``F16``) among those that can be written.
+
+    Raises OptionError, with the nearest names, for any other.
+    """
+    wanted = name.strip().upper()
+    names = sorted(writable.name for writable in WRITABLE_TYPES)
+    if wanted in names:
+        return GGMLType[wanted]
+    raise OptionError(f"unknown or unwritable tensor type {name!r}; {suggest(wanted, names)}")
+
+
+def suggest(wanted: str, names: Iterable[str]) -> str:
+    """The end of an error message: the names nearest to ``wanted``, or all of them when none is near."""
+    choices = list(names)
+    near = get_close_matches(wanted, choices, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
