@@ -277,13 +277,13 @@ def _prompt_problems(recipe: Recipe) -> Iterator[_Problem]:
 
 def _identical_prompts(recipe: Recipe) -> Iterator[_Problem]:
     first = recipe.experts[0].prompts
-    if recipe.gate_mode.needs_prompts and len(recipe.experts) > 1:
-        if all(expert.prompts == first for expert in recipe.experts):
-            yield (
-                ("experts",),
-                "all experts have the same prompts, so the router cannot tell them apart; "
-                "if you mean to train it afterwards, pass --allow-identical-experts",
-            )
+    same = all(expert.prompts == first for expert in recipe.experts)
+    if recipe.gate_mode.needs_prompts and len(recipe.experts) > 1 and same:
+        yield (
+            ("experts",),
+            "all experts have the same prompts, so the router cannot tell them apart; "
+            "if you mean to train it afterwards, pass --allow-identical-experts",
+        )
 
 
 def _identical_experts(recipe: Recipe) -> Iterator[_Problem]:

@@ -1,0 +1,95 @@
+"""Do the models of a recipe fit together? What would change the result is an error, what may be meant a warning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from ggufmoe.checkpoint.chat_template import default_chat_template
+from ggufmoe.checkpoint.source import ModelConfig, ModelSource
+from ggufmoe.errors import RecipeError
+from ggufmoe.merge.prompts import read_vocabulary
+from ggufmoe.merge.recipe import Recipe
+
+_MUST_AGREE = {
+    "architecture": "architecture",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_ff": "intermediate_size",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope scaling",
+    "rms_norm_eps": "rms_norm_eps",
+}
+"""Fields of ModelConfig, with the names that users know from config.json."""
+
+
+def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSource]) -> tuple[str, ...]:
+    """Warnings, one for each difference that may be meant.
+
+    Raises RecipeError naming every difference that would change the result.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    for index, expert in enumerate(experts):
+        if expert is base:
+            continue
+        name = f"expert {index} ({recipe.experts[index].source_model})"
+        errors += [f"{name}: {difference}" for difference in _errors(base.config, expert.config)]
+        errors += [f"{name}: {difference}" for difference in _vocabulary_errors(base, expert)]
+        warnings += [f"{name}: {difference}" for difference in _warnings(base, expert)]
+    if errors:
+        raise RecipeError(f"the models do not fit together: {'; '.join(dict.fromkeys(errors))}")
+    return tuple(dict.fromkeys(warnings))
+
+
+def _errors(base: ModelConfig, expert: ModelConfig) -> Iterator[str]:
+    for field, name in _MUST_AGREE.items():
+        ours, theirs = getattr(base, field), getattr(expert, field)
+        if ours != theirs:
+            yield f"{name} is {theirs}, the base has {ours}"
+
+
+def _vocabulary_errors(base: ModelSource, expert: ModelSource) -> Iterator[str]:
+    """The MLPs of a model that counts its tokens otherwise were trained on another language."""
+    ours, theirs = read_vocabulary(base.tokenizer_dir), read_vocabulary(expert.tokenizer_dir)
+    different = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
+    if different:
+        first = min(different)
+        yield (
+            f"its vocabulary differs from the base's in {len(different)} tokens "
+            f"(token {first} is {theirs[first]!r}, the base's {ours[first]!r})"
+        )
+
+
+def _warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
+    if expert.config.n_vocab != base.config.n_vocab:
+        yield f"has {expert.config.n_vocab} vocabulary rows, the base {base.config.n_vocab}; the base's are kept"
+    if expert.config.n_ctx != base.config.n_ctx:
+        yield f"was made for a context of {expert.config.n_ctx}, the base for {base.config.n_ctx}; the base's is kept"
+    for field, name in (("bos_token_id", "BOS"), ("eos_token_id", "EOS")):
+        ours, theirs = getattr(base.config, field), getattr(expert.config, field)
+        if ours != theirs:
+            yield f"its {name} token is {theirs}, the base's is {ours}; the base's is kept"
+    yield from _template_warning(base, expert)
+    extra = sorted(_added_tokens(expert) - _added_tokens(base))
+    if extra:
+        shown = ", ".join(extra[:5]) + (", …" if len(extra) > 5 else "")
+        yield f"knows tokens that the base does not ({shown}); the base's tokenizer is kept"
+
+
+def _template_warning(base: ModelSource, expert: ModelSource) -> Iterator[str]:
+    ours, theirs = default_chat_template(base.tokenizer_dir), default_chat_template(expert.tokenizer_dir)
+    if ours is not None and theirs is not None and ours != theirs:
+        yield "its chat template differs from the base's; the base's is kept (chat_template: expert:N takes another)"
+
+
+def _added_tokens(source: ModelSource) -> set[str]:
+    path = source.tokenizer_dir / "tokenizer_config.json"
+    try:
+        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        return {str(token["content"]) for token in added.values()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return set()  # the exporter reports a broken tokenizer; here it only has nothing to compare

@@ -1,0 +1,329 @@
+"""The merged model as a checkpoint: base, experts and router behind one ``ModelSource``.
+
+Attention, norms, embeddings and head come from the base, each expert's MLP from its source, router rows from
+``router``. Every weight is rounded to the recipe's dtype as it streams by, as mergekit does, so that going straight to
+GGUF and going through a merged checkpoint give the same bytes. Nothing is opened twice and nothing is held.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from ggufmoe.checkpoint.dtypes import narrow, widen
+from numpy.typing import NDArray
+
+import ggufmoe
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.chat_template import default_chat_template
+from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, SourceTensor
+from ggufmoe.errors import RecipeError
+from ggufmoe.merge.compare import compare_sources
+from ggufmoe.merge.forward import Floats
+from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe
+from ggufmoe.merge.router import RouterReport, check_prompts, make_router
+
+log = logging.getLogger("ggufmoe")
+
+_EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+class RoundedTensor:
+    """A source tensor with its expert's changes applied, rounded to another dtype row by row."""
+
+    def __init__(self, name: str, source: SourceTensor, dtype: Dtype, changes: Changes | None = None) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.shape = source.shape
+        self._source = source
+        self._changes = changes
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` (stop - start, n_cols) with rows [start, stop) in ``dtype``."""
+        if self._changes is None and self._source.dtype is self.dtype:
+            self._source.read_rows(start, stop, out)
+            return
+        raw: NDArray[Any] = np.empty(out.shape, dtype=self._source.dtype.numpy)
+        self._source.read_rows(start, stop, raw)
+        rows = np.empty(out.shape, dtype=np.float32)
+        widen(raw, self._source.dtype, rows)
+        if self._changes is not None:
+            self._changes.apply(rows, start, self._source.dtype)
+        narrow(rows, self.dtype, out)
+
+
+class Changes:
+    """Noise and scale of one expert tensor; noise depends on the seed, the tensor and the row alone.
+
+    After each of the two steps values are rounded to the source's dtype, as torch does.
+    """
+
+    def __init__(self, *, noise_scale: float | None, residual_scale: float | None, key: tuple[int, int]) -> None:
+        self._noise_scale = noise_scale
+        self._residual_scale = residual_scale
+        self._key = key
+
+    def apply(self, rows: Floats, first_row: int, dtype: Dtype) -> None:
+        """Change ``rows`` (n, n_cols) float32 in place; ``first_row`` is the first one's place in the tensor."""
+        if self._noise_scale is not None:
+            for i, row in enumerate(rows):
+                row += self._noise(first_row + i, row.size) * np.float32(self._noise_scale)
+            _round(rows, dtype)
+        if self._residual_scale is not None:
+            rows *= np.float32(self._residual_scale)
+            _round(rows, dtype)
+
+    def _noise(self, row: int, n_cols: int) -> Floats:
+        # Philox counts in 256 bits: each row starts 2**64 draws after the last, so rows can be made in any order.
+        bits = np.random.Philox(key=np.array(self._key, dtype=np.uint64), counter=np.array([0, row, 0, 0], np.uint64))
+        return np.random.Generator(bits).standard_normal(n_cols, dtype=np.float32)
+
+
+class RouterTensor:
+    """One layer's router rows, (n_expert, n_embd); readable once the merged model is prepared."""
+
+    def __init__(self, name: str, shape: tuple[int, int], dtype: Dtype) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.shape = shape
+        self.rows: NDArray[Any] | None = None
+
+    def fill(self, rows: Floats) -> None:
+        """Take ``rows`` (n_expert, n_embd) float32, rounded to the dtype."""
+        self.rows = np.empty(self.shape, dtype=self.dtype.numpy)
+        narrow(np.ascontiguousarray(rows), self.dtype, self.rows)
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` with rows [start, stop)."""
+        assert self.rows is not None, "prepare() computes the router before rows are read"
+        out[...] = self.rows[start:stop]
+
+
+class MergedModel:
+    """A recipe, opened: a ``ModelSource`` whose router is computed by ``prepare``.
+
+    ``warnings`` are the differences between the sources that may be meant.
+    """
+
+    def __init__(self, recipe: Recipe, text: str, path: Path) -> None:
+        self.recipe = recipe
+        self._path = path
+        opened: dict[str, ModelSource] = {}
+        try:
+            self._base = _open(recipe.base_model, path, opened)
+            self._experts = [_open(expert.source_model, path, opened) for expert in recipe.experts]
+            self._sources = tuple(opened.values())
+            self.warnings = compare_sources(self._base, recipe, self._experts)
+            self._dtype = recipe.storage_dtype or _own_dtype(self._base)
+            self.config = _config(self._base.config, recipe, self._dtype)
+            self.tokenizer_dir = self._tokenizer().tokenizer_dir
+            self.chat_template = self._chosen_template()
+            self.provenance = _provenance(recipe, text, path, opened)
+            self._routers = list(self._router_tensors())
+            self.tensors: Mapping[str, SourceTensor] = MappingProxyType(dict(self._named_tensors()))
+            check_prompts(recipe, self._base)
+        except BaseException:
+            for source in opened.values():
+                source.close()
+            raise
+        self.router_report: RouterReport | None = None
+
+    @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """The recipe and every file of its models."""
+        return (self._path, *(path for source in self._sources for path in source.input_paths))
+
+    def prepare(
+        self,
+        *,
+        on_layer: Callable[[int, int], None] = lambda done, total: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Compute the router rows; the one part that cannot be streamed. A second call does nothing."""
+        if self.router_report is not None:
+            return
+        router = make_router(self.recipe, self._base, on_layer=on_layer, cancelled=cancelled)
+        for tensor, rows in zip(self._routers, router.rows, strict=True):
+            tensor.fill(rows)
+        self.router_report = router.report
+        if layers := router.report.degenerate_layers:
+            where = "all layers" if len(layers) == self.config.n_layer else f"layers {', '.join(map(str, layers))}"
+            log.warning("the router hardly tells the experts apart in %s; use prompts that differ more", where)
+
+    def close(self) -> None:
+        """Close every source."""
+        for source in self._sources:
+            source.close()
+
+    def _tokenizer(self) -> ModelSource:
+        choice = self.recipe.tokenizer_source
+        return self._base if choice in (None, "base") else self._experts[int(str(choice).removeprefix("expert:"))]
+
+    def _chosen_template(self) -> str | None:
+        """The recipe's choice; else the tokenizer's own (None); else the first expert's that has one."""
+        choice = self.recipe.chat_template
+        if choice is not None and choice.startswith("expert:"):
+            return self._template_of(int(choice.removeprefix("expert:")))
+        if choice is not None and choice != "base":
+            return _template_file(self._path.parent / choice)
+        if choice == "base" or default_chat_template(self.tokenizer_dir) is not None:
+            return None
+        for i, expert in enumerate(self._experts):
+            template = default_chat_template(expert.tokenizer_dir)
+            if template is not None:
+                log.warning("the base model has no chat template; using that of expert %d", i)
+                return template
+        return None
+
+    def _template_of(self, expert: int) -> str:
+        template = default_chat_template(self._experts[expert].tokenizer_dir)
+        if template is None:
+            raise RecipeError(f"{self._path}: chat_template: expert {expert} has none; name another or a file")
+        return template
+
+    def _router_tensors(self) -> Iterator[RouterTensor]:
+        shape = (self.config.n_expert, self.config.n_embd)
+        for layer in range(self.config.n_layer):
+            yield RouterTensor(f"model.layers.{layer}.block_sparse_moe.gate.weight", shape, self._dtype)
+
+    def _named_tensors(self) -> Iterator[tuple[str, SourceTensor]]:
+        for name, tensor in self._base.tensors.items():
+            if ".mlp." not in name:
+                yield name, RoundedTensor(name, tensor, self._dtype)
+        for router in self._routers:
+            yield router.name, router
+        for layer in range(self.config.n_layer):
+            for index, (spec, source) in enumerate(zip(self.recipe.experts, self._experts, strict=True)):
+                for part, projection in _EXPERT_PARTS.items():
+                    name = f"model.layers.{layer}.block_sparse_moe.experts.{index}.{part}.weight"
+                    tensor = source.tensors[f"model.layers.{layer}.mlp.{projection}.weight"]
+                    tensor_number = (layer * len(self._experts) + index) * len(_EXPERT_PARTS) + int(part[1]) - 1
+                    changes = _changes(spec, part, (self.recipe.seed, tensor_number))
+                    yield name, RoundedTensor(name, tensor, self._dtype, changes)
+
+
+def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedModel:
+    """Open a recipe and all it names, and check that they fit together; nothing is computed yet.
+
+    Raises RecipeError, CheckpointError or TokenizerError: everything that can be known before the first weight is read.
+    """
+    recipe, text = load_recipe(path, allow_identical_experts=allow_identical_experts)
+    model = MergedModel(recipe, text, path)
+    for warning in model.warnings:
+        log.warning("%s", warning)
+    return model
+
+
+def _open(reference: str, recipe_path: Path, opened: dict[str, ModelSource]) -> ModelSource:
+    """A directory, relative to the recipe's, or a hub id; each is opened once."""
+    directory = recipe_path.parent / Path(reference).expanduser()
+    key = str(directory.resolve()) if directory.is_dir() else reference
+    if key not in opened:
+        opened[key] = open_checkpoint(key)
+    source = opened[key]
+    if source.config.n_expert:
+        raise RecipeError(f"{recipe_path}: {reference} is a mixture of experts already; a recipe takes dense models")
+    return source
+
+
+def _own_dtype(base: ModelSource) -> Dtype:
+    """The dtype of the base's matrices (its largest tensor speaks for all)."""
+    return max(base.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape))).dtype
+
+
+def _changes(spec: ExpertRecipe, part: str, key: tuple[int, int]) -> Changes | None:
+    """Noise goes on all three projections, the scale on what is added to the residual stream (w2) alone."""
+    residual_scale = spec.residual_scale if part == "w2" else None
+    if spec.noise_scale is None and residual_scale is None:
+        return None
+    return Changes(noise_scale=spec.noise_scale, residual_scale=residual_scale, key=key)
+
+
+def _round(rows: Floats, dtype: Dtype) -> None:
+    if dtype is Dtype.F32:
+        return
+    raw: NDArray[Any] = np.empty(rows.shape, dtype=dtype.numpy)
+    narrow(rows, dtype, raw)
+    widen(raw, dtype, rows)
+
+
+_TORCH_DTYPES = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
+
+
+def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype) -> ModelConfig:
+    """The base's hyper-parameters as a Mixtral's; ``raw`` is readable by transformers 4 and 5."""
+    n_expert, n_expert_used = len(recipe.experts), recipe.experts_per_token
+    dropped = ("pretraining_tp", "attention_bias", "mlp_bias", "auto_map", "_name_or_path", "transformers_version")
+    raw = {key: value for key, value in base.raw.items() if key not in dropped}
+    raw |= {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": n_expert,
+        "num_experts_per_tok": n_expert_used,
+        "num_key_value_heads": base.n_head_kv,
+        "head_dim": base.head_dim,
+        "rms_norm_eps": base.rms_norm_eps,
+        "rope_theta": base.rope_theta,
+        "tie_word_embeddings": base.tie_embeddings,
+        "max_position_embeddings": base.n_ctx,
+        "sliding_window": None,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "torch_dtype": _TORCH_DTYPES[dtype],
+        "dtype": _TORCH_DTYPES[dtype],
+    }
+    return replace(
+        base,
+        architecture="MixtralForCausalLM",
+        n_expert=n_expert,
+        n_expert_used=n_expert_used,
+        sliding_window=None,
+        raw=MappingProxyType(raw),
+    )
+
+
+def _provenance(recipe: Recipe, text: str, path: Path, opened: Mapping[str, ModelSource]) -> Provenance:
+    provenances = [source.provenance for source in opened.values()]
+    licenses = {(item.license, item.license_name, item.license_link) for item in provenances}
+    shared = licenses.pop() if len(licenses) == 1 else (None, None, None)
+    return Provenance(
+        name=recipe.name or path.stem,
+        license=shared[0],
+        license_name=shared[1],
+        license_link=shared[2],
+        tags=("merge", "moe", "frankenmoe"),
+        base_models=tuple(_base_model(key, source) for key, source in opened.items()),
+        extra=MappingProxyType(
+            {
+                "ggufmoe.version": ggufmoe.__version__,
+                "ggufmoe.gate_mode": recipe.gate_mode.value,
+                "ggufmoe.recipe": text,
+            }
+        ),
+    )
+
+
+def _base_model(key: str, source: ModelSource) -> BaseModel:
+    """A source's name; for a hub id also its organization and page."""
+    if Path(key).is_absolute():
+        return BaseModel(name=source.provenance.name)
+    hub_id, _, revision = key.partition("@")
+    organization, _, name = hub_id.rpartition("/")
+    return BaseModel(
+        name=name,
+        organization=organization or None,
+        repo_url=f"https://huggingface.co/{hub_id}",
+        version=revision or None,
+    )
+
+
+def _template_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error

@@ -1,0 +1,130 @@
+"""Token ids of router prompts: BOS and the text, exactly as the base model's own tokenizer gives them.
+
+Which tokenizer speaks is decided as transformers decides it: ``tokenizer.json`` where there is one, else
+``tokenizer.model``. Router rows depend on it: another rule for the leading space gives other rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import RecipeError, TokenizerError
+
+_MAX_JSON_BYTES = 256 << 20
+
+
+def prompt_tokenizer(tokenizer_dir: Path) -> Callable[[str], list[int]]:
+    """A function from a prompt to its ids, BOS first where the tokenizer has one, no other special token added.
+
+    Raises TokenizerError if the directory has neither tokenizer.json nor tokenizer.model.
+    """
+    settings = _read_json(tokenizer_dir / "tokenizer_config.json")
+    bos = _bos_text(settings, tokenizer_dir)
+    if (tokenizer_dir / "tokenizer.json").is_file():
+        return _from_json(tokenizer_dir / "tokenizer.json", bos)
+    if (tokenizer_dir / "tokenizer.model").is_file():
+        return _from_sentencepiece(tokenizer_dir / "tokenizer.model", bos, legacy=settings.get("legacy") is not False)
+    raise TokenizerError(
+        f"{tokenizer_dir}: the router prompts need a tokenizer.json or tokenizer.model; "
+        "add one, or use gate_mode random or uniform_random"
+    )
+
+
+def tokenize_prompts(
+    tokenize: Callable[[str], list[int]], prompts: Sequence[str], *, n_vocab: int, n_ctx: int
+) -> list[list[int]]:
+    """Ids of each prompt; RecipeError for one that is empty, longer than the context or outside the vocabulary."""
+    ids = [tokenize(prompt) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
+        if not tokens:
+            raise RecipeError(f"the prompt {shown!r} gives no tokens; write more")
+        if len(tokens) > n_ctx:
+            raise RecipeError(f"the prompt {shown!r} has {len(tokens)} tokens, the base model's context is {n_ctx}")
+        if max(tokens) >= n_vocab:
+            raise RecipeError(
+                f"the prompt {shown!r} gives token {max(tokens)}, the base model has only {n_vocab} embedding rows"
+            )
+    return ids
+
+
+def read_vocabulary(tokenizer_dir: Path) -> dict[int, str]:
+    """Token of each id, added tokens left out; empty where there is no tokenizer to read."""
+    if (tokenizer_dir / "tokenizer.json").is_file():
+        model = _read_json(tokenizer_dir / "tokenizer.json").get("model", {})
+        vocabulary = model.get("vocab", {}) if isinstance(model, dict) else {}
+        return {i: token for token, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    if (tokenizer_dir / "tokenizer.model").is_file():
+        pieces = _sentencepiece(tokenizer_dir / "tokenizer.model")
+        return {i: pieces.id_to_piece(i) for i in range(pieces.vocab_size())}
+    return {}
+
+
+def _sentencepiece(path: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise TokenizerError(f"{path}: not a sentencepiece model ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise TokenizerError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: expected an object, found {type(content).__name__}")
+    return content
+
+
+def _bos_text(settings: dict[str, Any], tokenizer_dir: Path) -> str:
+    bos = settings.get("bos_token") or _read_json(tokenizer_dir / "special_tokens_map.json").get("bos_token")
+    if isinstance(bos, dict):
+        bos = bos.get("content")
+    return bos if isinstance(bos, str) else ""
+
+
+def _from_json(path: Path, bos: str) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    _read_json(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a file it cannot use
+        raise TokenizerError(f"{path}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def tokenize(prompt: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(bos + prompt, add_special_tokens=False).ids
+        return ids
+
+    return tokenize
+
+
+def _from_sentencepiece(path: Path, bos: str, *, legacy: bool) -> Callable[[str], list[int]]:
+    """Text between special pieces goes through sentencepiece; only ``legacy`` puts a space before it."""
+    model = _sentencepiece(path)
+    if not legacy:
+        model.override_normalizer_spec(add_dummy_prefix=False)
+    bos = bos or (model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else "")
+    special = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i) or model.is_unknown(i)}
+    splitter = re.compile("(" + "|".join(re.escape(piece) for piece in special) + ")")
+
+    def tokenize(prompt: str) -> list[int]:
+        ids: list[int] = []
+        for part in filter(None, splitter.split(bos + prompt)):
+            ids.extend([special[part]] if part in special else model.encode(part))
+        return ids
+
+    return tokenize

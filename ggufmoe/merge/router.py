@@ -1,0 +1,225 @@
+"""Router rows: the vectors that decide which expert answers, made from a recipe's prompts.
+
+Owns the gate modes, with mergekit-moe's semantics, and the report that shows what a router will do before anyone
+downloads the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.checkpoint.source import ModelConfig, ModelSource
+from ggufmoe.merge.forward import Floats, ForwardPass
+from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
+from ggufmoe.merge.recipe import GateMode, Recipe
+
+DEGENERATE_CONDITION = 5.0
+"""Condition number of a layer's rows above which mergekit calls them degenerate."""
+
+
+@dataclass(frozen=True)
+class PromptPreference:
+    """What one prompt would choose: per layer the softmax weight of every expert.
+
+    Measured on the base model's own hidden states where the gate mode computes them, else on embeddings; the merged
+    model's states drift from these as its experts differ.
+    """
+
+    expert: int
+    positive: bool
+    prompt: str
+    weights: tuple[tuple[float, ...], ...]
+    """n_layer tuples of n_expert weights that sum to one."""
+
+    @property
+    def mean_weights(self) -> tuple[float, ...]:
+        """Weights averaged over the layers."""
+        return tuple(float(weight) for weight in np.mean(np.asarray(self.weights), axis=0))
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """What a maker should see before shipping: twin experts, dead experts, and where each prompt goes."""
+
+    gate_mode: str
+    cosines: tuple[tuple[tuple[float, ...], ...], ...]
+    """Per layer the n_expert x n_expert cosines between rows."""
+    condition_numbers: tuple[float, ...]
+    """Per layer the ratio of the largest to the smallest singular value of the rows."""
+    preferences: tuple[PromptPreference, ...]
+
+    @property
+    def degenerate_layers(self) -> tuple[int, ...]:
+        """Layers whose rows are nearly dependent: some experts there will hardly be told apart."""
+        return tuple(i for i, c in enumerate(self.condition_numbers) if not c <= DEGENERATE_CONDITION)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {**asdict(self), "degenerate_layers": list(self.degenerate_layers)}
+
+
+@dataclass(frozen=True)
+class Router:
+    """Router rows, (n_layer, n_expert, n_embd) float32 with rows of length one, and their report."""
+
+    rows: Floats
+    report: RouterReport
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    expert: int
+    positive: bool
+    text: str
+    tokens: tuple[int, ...]
+
+
+def make_router(
+    recipe: Recipe,
+    base: ModelSource,
+    *,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Router:
+    """Router rows for ``recipe``, computed on ``base``; ``on_layer`` is told the layers done and their number.
+
+    hidden and hidden_last take each prompt's last token, hidden_avg the mean over its own tokens (mergekit counts
+    padding in), both at the input of each layer; cheap_embed sums token embeddings. Positive minus negative, then
+    normalized. random and uniform_random draw from the recipe's seed.
+    """
+    n_expert = len(recipe.experts)
+    if not recipe.gate_mode.needs_prompts:
+        rows = _random_rows(recipe, base.config, n_expert)
+        return Router(rows, _report(recipe, rows, (), None))
+    prompts = _tokenized(recipe, base)
+    forward = ForwardPass(base, cancelled=cancelled)
+    if recipe.gate_mode is GateMode.CHEAP_EMBED:
+        sums = _embedding_sums(forward, prompts)[None]
+        on_layer(base.config.n_layer, base.config.n_layer)
+        rows = np.repeat(_combine_sums(sums, prompts, n_expert), base.config.n_layer, axis=0)
+        return Router(rows, _report(recipe, rows, prompts, np.repeat(sums, base.config.n_layer, axis=0)))
+    inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, base.config.n_layer, on_layer)
+    rows = _combine_means(inputs, prompts, n_expert)
+    return Router(rows, _report(recipe, rows, prompts, router_inputs))
+
+
+def check_prompts(recipe: Recipe, base: ModelSource) -> int:
+    """Tokenize every prompt without computing anything; gives the number of tokens. Raises what a real run would."""
+    if not recipe.gate_mode.needs_prompts:
+        return 0
+    return sum(len(prompt.tokens) for prompt in _tokenized(recipe, base))
+
+
+def _tokenized(recipe: Recipe, base: ModelSource) -> tuple[_Prompt, ...]:
+    tokenize = prompt_tokenizer(base.tokenizer_dir)
+    prompts = []
+    for expert, spec in enumerate(recipe.experts):
+        for positive, texts in zip((True, False), spec.prompts, strict=True):
+            ids = tokenize_prompts(tokenize, texts, n_vocab=base.config.n_vocab, n_ctx=base.config.n_ctx)
+            prompts += [_Prompt(expert, positive, *pair) for pair in zip(texts, map(tuple, ids), strict=True)]
+    return tuple(prompts)
+
+
+def _random_rows(recipe: Recipe, config: ModelConfig, n_expert: int) -> Floats:
+    generator = np.random.Generator(np.random.Philox(key=recipe.seed))
+    shape = (config.n_layer, n_expert, config.n_embd)
+    if recipe.gate_mode is GateMode.RANDOM:
+        return generator.standard_normal(shape, dtype=np.float32)
+    bound = np.float32(1.0 / np.sqrt(config.n_embd))
+    return (generator.random(shape, dtype=np.float32) * 2 - 1) * bound
+
+
+def _hidden_vectors(
+    forward: ForwardPass,
+    prompts: Sequence[_Prompt],
+    mode: GateMode,
+    n_layer: int,
+    on_layer: Callable[[int, int], None],
+) -> tuple[Floats, Floats]:
+    """One vector per layer and prompt, (n_layer, n_prompt, n_embd) float32: of layer inputs and of router inputs."""
+    ends = np.cumsum([len(prompt.tokens) for prompt in prompts])
+
+    def pick(hidden: Floats) -> Floats:
+        if mode is GateMode.HIDDEN_AVG:
+            return np.stack([part.mean(axis=0) for part in np.split(hidden, ends[:-1])])
+        return hidden[ends - 1]
+
+    inputs, router_inputs = [], []
+    for done, state in enumerate(forward.layers([prompt.tokens for prompt in prompts]), start=1):
+        inputs.append(pick(state.input))
+        router_inputs.append(pick(state.router_input))
+        on_layer(done, n_layer)
+    return np.stack(inputs), np.stack(router_inputs)
+
+
+def _embedding_sums(forward: ForwardPass, prompts: Sequence[_Prompt]) -> Floats:
+    """Sum of each prompt's token embeddings: (n_prompt, n_embd) float32."""
+    return np.stack([forward.embed(prompt.tokens).sum(axis=0) for prompt in prompts])
+
+
+def _combine_means(vectors: Floats, prompts: Sequence[_Prompt], n_expert: int) -> Floats:
+    def mean(expert: int, positive: bool) -> Floats | None:
+        chosen = _select(prompts, expert, positive)
+        return vectors[:, chosen].mean(axis=1) if chosen else None
+
+    return _difference(mean, n_expert)
+
+
+def _combine_sums(vectors: Floats, prompts: Sequence[_Prompt], n_expert: int) -> Floats:
+    """Both sides are normalized before they are subtracted, as mergekit does for cheap_embed."""
+
+    def direction(expert: int, positive: bool) -> Floats | None:
+        chosen = _select(prompts, expert, positive)
+        return _normalized(vectors[:, chosen].sum(axis=1)) if chosen else None
+
+    return _difference(direction, n_expert)
+
+
+def _select(prompts: Sequence[_Prompt], expert: int, positive: bool) -> list[int]:
+    return [i for i, prompt in enumerate(prompts) if (prompt.expert, prompt.positive) == (expert, positive)]
+
+
+def _difference(vector: Callable[[int, bool], Floats | None], n_expert: int) -> Floats:
+    rows = []
+    for expert in range(n_expert):
+        positive, negative = vector(expert, True), vector(expert, False)
+        if positive is None:
+            raise ValueError(f"expert {expert} has no positive prompt")
+        rows.append(_normalized(positive if negative is None else positive - negative))
+    return np.stack(rows, axis=1)
+
+
+def _normalized(vectors: Floats) -> Floats:
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-8)).astype(np.float32)
+
+
+def _report(recipe: Recipe, rows: Floats, prompts: Sequence[_Prompt], vectors: NDArray[Any] | None) -> RouterReport:
+    unit = _normalized(rows)
+    preferences: list[PromptPreference] = []
+    if vectors is not None:
+        scores = np.einsum("lpd,led->lpe", vectors, rows)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = scores / scores.sum(axis=-1, keepdims=True)
+        preferences = [
+            PromptPreference(prompt.expert, prompt.positive, prompt.text, _tuples(weights[:, i]))
+            for i, prompt in enumerate(prompts)
+        ]
+    singular = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        conditions = singular[:, 0] / singular[:, -1]
+    return RouterReport(
+        gate_mode=recipe.gate_mode.value,
+        cosines=_tuples(np.einsum("lid,ljd->lij", unit, unit)),
+        condition_numbers=tuple(float(value) for value in conditions),
+        preferences=tuple(preferences),
+    )
+
+
+def _tuples(values: NDArray[Any]) -> Any:
+    return tuple(_tuples(row) for row in values) if values.ndim else float(values)

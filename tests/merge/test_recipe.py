@@ -1,0 +1,154 @@
+"""Recipes: the seed's text reads as it is; every mistake is one line with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.checkpoint.source import Dtype
+from ggufmoe.errors import RecipeError
+from ggufmoe.merge.recipe import MAX_RECIPE_BYTES, GateMode, load_recipe
+
+SEED = """\
+base_model: unsloth/mistral-7b-v0.2
+gate_mode: hidden
+dtype: bfloat16
+experts:
+  - source_model: unsloth/mistral-7b-v0.2
+    positive_prompts:
+      - "Answer this question from the ARC (Argument Reasoning Comprehension)."
+      - "Use common sense and logical reasoning skills."
+    negative_prompts:
+      - "nonsense"
+      - "irrational"
+      - "math"
+      - "code"
+  - source_model: mistralai/Mistral-7B-Instruct-v0.2
+    positive_prompts:
+      - "Calculate the answer to this math problem"
+      - "My mathematical capabilities are strong, allowing me to handle complex mathematical queries"
+      - "solve for"
+    negative_prompts:
+      - "incorrect"
+      - "inaccurate"
+      - "creativity"
+"""
+
+TWO = """\
+base_model: a/base
+experts:
+  - source_model: a/one
+    positive_prompts: [sums]
+  - source_model: a/two
+    positive_prompts: [poems]
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(tmp_path: Path, text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(tmp_path), "")
+
+
+def test_the_seeds_recipe_reads_as_it_is(tmp_path: Path) -> None:
+    recipe, text = load_recipe(write(tmp_path, SEED))
+    assert text == SEED
+    assert recipe.base_model == "unsloth/mistral-7b-v0.2"
+    assert recipe.gate_mode is GateMode.HIDDEN
+    assert recipe.storage_dtype is Dtype.BF16
+    assert recipe.experts_per_token == 2
+    assert [len(expert.positive_prompts) for expert in recipe.experts] == [2, 3]
+    assert recipe.experts[1].negative_prompts == ("incorrect", "inaccurate", "creativity")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + TWO.encode())
+    assert load_recipe(path)[0].base_model == "a/base"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected a mapping with base_model and experts, found an empty file"),
+        ("just words", "found a single value"),
+        ("- a\n- b\n", "found a list"),
+        ("base_model: [unclosed", ":1: not valid YAML"),
+        ("base_model: a\nbase_model: b\n", ":2: base_model is given twice"),
+        ("base_model: a\n", "experts: this key is required"),
+        ("base_model: a\nexperts: []\n", ":2: experts: "),
+        (TWO.replace("experts:", "expert:", 1), "unknown key; did you mean experts?"),
+        (TWO.replace("positive_prompts: [sums]", "positiv_prompts: [sums]"), ":4: experts.0.positiv_prompts"),
+        (TWO.replace("positive_prompts: [sums]", "positiv_prompts: [sums]"), "did you mean positive_prompts?"),
+        (TWO + "zzz: 1\n", "unknown key; known here: base_model"),
+        (TWO.replace("[sums]", "[7]"), ":4: experts.0.positive_prompts.0: input should be a valid string, found 7"),
+        (TWO.replace("[sums]", "sums"), "experts.0.positive_prompts"),
+        (TWO.replace("[sums]", "[]"), "gate mode hidden needs at least one prompt"),
+        (TWO.replace("[sums]", "['  ']"), "experts.0.positive_prompts.0: the prompt is empty"),
+        (TWO + "gate_mode: guess\n", "unknown gate mode 'guess'; one of hidden, hidden_avg"),
+        (TWO + "dtype: int8\n", "unknown dtype 'int8'; one of bfloat16"),
+        (TWO + "experts_per_token: 3\n", ":7: experts_per_token: is 3 but there are only 2 experts"),
+        (TWO + "experts_per_token: 0\n", "experts_per_token: input should be greater than or equal to 1"),
+        (TWO + "shared_experts: [{source_model: c}]\n", "a Mixtral has no shared experts"),
+        (TWO + "architecture: qwen\n", "'qwen' is not supported; ggufmoe makes Mixtral"),
+        (TWO + "tokenizer_source: expert:2\n", "'expert:2' is neither base nor expert:0 to expert:1"),
+        (TWO + "chat_template: expert:9\n", "'expert:9' is neither base nor expert:0 to expert:1"),
+        (TWO.replace("a/two", "a/two+b/lora"), "adds a LoRA; merge the adapter into the model first"),
+        (TWO.replace("a/base", "''"), "base_model: names no model"),
+        (TWO.replace("poems", "sums"), "all experts have the same prompts"),
+        (TWO.replace("a/two", "a/one"), "all experts are a/one: a larger file with the same answers"),
+        (TWO + "seed: -1\n", "seed: input should be greater than or equal to 0"),
+        (TWO.replace("[sums]", "[sums]\n    noise_scale: -1"), "experts.0.noise_scale"),
+        (TWO.replace("[sums]", "[sums]\n    residual_scale: .nan"), "experts.0.residual_scale"),
+    ],
+)
+def test_mistakes_are_named_with_their_place(tmp_path: Path, text: str, expected: str) -> None:
+    message = error_of(tmp_path, text)
+    assert message.startswith("/recipe.yaml")
+    assert expected in message
+
+
+def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    message = error_of(tmp_path, TWO.replace("a/one", "[1]") + "dtpe: bfloat16\n")
+    assert "experts.0.source_model" in message
+    assert "did you mean dtype?" in message
+
+
+def test_experts_that_differ_only_by_noise_are_different(tmp_path: Path) -> None:
+    text = TWO.replace("a/two", "a/one").replace("[poems]", "[poems]\n    noise_scale: 0.005")
+    assert load_recipe(write(tmp_path, text))[0].experts[1].noise_scale == 0.005
+
+
+def test_identical_experts_and_prompts_can_be_allowed(tmp_path: Path) -> None:
+    text = TWO.replace("a/two", "a/one").replace("poems", "sums")
+    recipe, _ = load_recipe(write(tmp_path, text), allow_identical_experts=True)
+    assert len(recipe.experts) == 2
+
+
+def test_random_gates_need_no_prompts(tmp_path: Path) -> None:
+    text = "base_model: a\ngate_mode: random\nexperts:\n- source_model: b\n- source_model: c\n"
+    assert not load_recipe(write(tmp_path, text))[0].gate_mode.needs_prompts
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "missing.yaml")
+    binary = tmp_path / "model.yaml"
+    binary.write_bytes(b"GGUF\xff\xfe")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(binary)
+    binary.write_bytes(b"#" * (MAX_RECIPE_BYTES + 1))
+    with pytest.raises(RecipeError, match="larger than"):
+        load_recipe(binary)
+    binary.write_text("&a [*a, " * 3)
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(binary)
