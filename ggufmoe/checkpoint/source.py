@@ -122,15 +122,19 @@ class ModelSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
         """Every tensor by its classic name, complete and of the right shape."""
+
     @property
     def tokenizer_dir(self) -> Path:
         """The directory with tokenizer.model or tokenizer.json, tokenizer_config.json and so on."""
+
     @property
     def chat_template(self) -> str | None:
         """A chat template that overrides the tokenizer directory's own; None leaves it to that directory."""
+
     @property
     def provenance(self) -> Provenance: ...
     @property
     def input_paths(self) -> tuple[Path, ...]:
         """Every file that is read, so that an output is never written over an input."""
+
     def close(self) -> None: ...

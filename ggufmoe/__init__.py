@@ -1,0 +1,120 @@
+"""Mixture-of-Experts models from recipe to laptop: merge, quantize to GGUF and chat, in one pass.
+
+The public names are bound when they are first used, so that importing the package loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ggufmoe.convert import convert as convert
+    from ggufmoe.convert import merge as merge
+    from ggufmoe.errors import (
+        ArchitectureError,
+        Cancelled,
+        CheckpointError,
+        ContextFullError,
+        DecodeError,
+        EngineError,
+        EngineMissingError,
+        GgufmoeError,
+        GGUFError,
+        HubError,
+        ImatrixError,
+        InputError,
+        ModelLoadError,
+        NonFiniteError,
+        NoSpaceError,
+        OptionError,
+        OutputError,
+        OutputExistsError,
+        RecipeError,
+        ResumeError,
+        SafetensorsError,
+        TemplateError,
+        TensorMismatchError,
+        TokenizerError,
+    )
+    from ggufmoe.options import ContextOptions, ConvertOptions, OffloadOptions, SamplingOptions
+    from ggufmoe.runtime.chat import Chat
+    from ggufmoe.runtime.engine import Engine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArchitectureError",
+    "Cancelled",
+    "Chat",
+    "CheckpointError",
+    "ContextFullError",
+    "ContextOptions",
+    "ConvertOptions",
+    "DecodeError",
+    "Engine",
+    "EngineError",
+    "EngineMissingError",
+    "GGUFError",
+    "GgufmoeError",
+    "HubError",
+    "ImatrixError",
+    "InputError",
+    "ModelLoadError",
+    "NoSpaceError",
+    "NonFiniteError",
+    "OffloadOptions",
+    "OptionError",
+    "OutputError",
+    "OutputExistsError",
+    "RecipeError",
+    "ResumeError",
+    "SafetensorsError",
+    "SamplingOptions",
+    "TemplateError",
+    "TensorMismatchError",
+    "TokenizerError",
+    "__version__",
+    "convert",
+    "merge",
+]
+
+_HOMES = {
+    "Chat": "ggufmoe.runtime.chat",
+    "ContextOptions": "ggufmoe.options",
+    "ConvertOptions": "ggufmoe.options",
+    "Engine": "ggufmoe.runtime.engine",
+    "OffloadOptions": "ggufmoe.options",
+    "SamplingOptions": "ggufmoe.options",
+    "convert": "ggufmoe.convert",
+    "merge": "ggufmoe.convert",
+}
+"""Where each public name lives; those that are not here live in ``ggufmoe.errors``."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "ggufmoe.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """A package two of whose functions, convert and merge, are called like the modules that they live in.
+
+    The import system binds a submodule to its package; for these names that would hide the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,102 @@
+"""The door: a directory or a hub id becomes an open ``Checkpoint``, whose every tensor is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from ggufmoe.checkpoint import hub
+from ggufmoe.checkpoint.config import read_config
+from ggufmoe.checkpoint.layouts import arrange
+from ggufmoe.checkpoint.provenance import read_provenance
+from ggufmoe.checkpoint.safetensors import TensorFile
+from ggufmoe.checkpoint.shards import open_tensor_files
+from ggufmoe.checkpoint.source import ModelConfig, Provenance, SourceTensor
+from ggufmoe.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open Hugging Face checkpoint; a ``ModelSource``.
+
+    ``config.tie_embeddings`` says whether there is no ``lm_head.weight``, which is not always what config.json says.
+    """
+
+    directory: Path
+    config: ModelConfig
+    tensors: Mapping[str, SourceTensor]
+    provenance: Provenance
+    input_paths: tuple[Path, ...]
+    files: tuple[TensorFile, ...]
+    chat_template: str | None = None
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The checkpoint's own directory."""
+        return self.directory
+
+    def close(self) -> None:
+        """Close the tensor files; a second call does nothing."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint directory, or a model on the Hugging Face Hub by its id ``org/name`` or ``org/name@revision``.
+
+    An existing path always wins over a hub id. All headers and the config are read and checked here, no weights.
+
+    Raises ArchitectureError, SafetensorsError, TensorMismatchError, HubError, or CheckpointError for the rest.
+    """
+    if isinstance(source, Path) or Path(source).exists() or not hub.is_hub_id(source):
+        if revision is not None:
+            raise CheckpointError(f"{source} is a directory, so it has no revision {revision}")
+        return open_directory(Path(source))
+    repo_id, revision = hub.split_id(source, revision)
+    return open_directory(hub.fetch(repo_id, revision), repo_id=repo_id)
+
+
+def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint:
+    """Open the checkpoint in a local directory; ``repo_id`` is where on the hub it came from."""
+    _check_directory(directory)
+    config = read_config(directory)
+    files, stored = open_tensor_files(directory)
+    try:
+        tensors = arrange(str(directory), config, stored)
+        config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
+        provenance = read_provenance(directory, repo_id)
+        return Checkpoint(directory, config, tensors, provenance, _inputs(directory), files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _inputs(directory: Path) -> tuple[Path, ...]:
+    """Every file of the directory: to be careful about, whether or not this model needs it."""
+    return tuple(sorted(path for path in directory.iterdir() if path.is_file()))
+
+
+def _check_directory(directory: Path) -> None:
+    try:
+        if directory.is_dir():
+            next(directory.iterdir(), None)
+            return
+        is_file = directory.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
+    if is_file and directory.suffix == ".gguf":
+        raise CheckpointError(f"{directory} is a GGUF file, not a checkpoint directory; it can be run as it is")
+    if is_file:
+        raise CheckpointError(f"{directory} is a file; give the checkpoint's directory")
+    raise CheckpointError(f"{directory} does not exist; give a checkpoint directory or a hub id such as org/name")

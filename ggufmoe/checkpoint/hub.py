@@ -1,0 +1,121 @@
+"""Models on the Hugging Face Hub: the files that a conversion needs, and no others, through huggingface_hub's cache.
+
+Small files come first, so that a model that is not supported costs no weights. Token, endpoint, cache and offline mode
+are huggingface_hub's own (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.checkpoint import shards
+from ggufmoe.checkpoint.config import read_config
+from ggufmoe.errors import CheckpointError, HubError
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    shards.INDEX,
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "README.md",
+    "ggufmoe.json",
+)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this can be ``org/name`` or ``org/name@revision``."""
+    return _HUB_ID.fullmatch(source) is not None
+
+
+def split_id(source: str, revision: str | None) -> tuple[str, str | None]:
+    """The repository and the revision of a hub id; HubError if two different revisions are given."""
+    match = _HUB_ID.fullmatch(source)
+    if match is None:
+        raise HubError(f"{source!r} is not a hub id; expected org/name or org/name@revision")
+    if revision is not None and match["revision"] not in (None, revision):
+        raise HubError(f"{source} names a revision already; it cannot be {revision} too")
+    return match["repo"], revision or match["revision"]
+
+
+def fetch(repo_id: str, revision: str | None = None) -> Path:
+    """The directory, in huggingface_hub's cache, with the files that a conversion of this model needs.
+
+    Raises HubError, naming the id and the way out, if the hub does not give them; CheckpointError or ArchitectureError
+    before any weights are fetched, if the model is not one that can be converted.
+    """
+    directory = _snapshot(repo_id, revision, SMALL_FILES)
+    read_config(directory)
+    index = directory / shards.INDEX
+    names = [shards.SINGLE, *sorted(set(shards.parse_index(index).values()))] if index.is_file() else [shards.SINGLE]
+    directory = _snapshot(repo_id, directory.name, tuple(names))
+    if not any((directory / name).is_file() for name in names):
+        raise CheckpointError(
+            f"{repo_id} has neither {shards.SINGLE} nor {shards.INDEX}; weights in pickle files (.bin, .pth) are "
+            "refused because they can run any code: look for a safetensors copy of the model"
+        )
+    return directory
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=_silent()))
+    # The bases of HfHubHTTPError are those of the HTTP library that this huggingface_hub uses.
+    except (OSError, ValueError, EntryNotFoundError, *HfHubHTTPError.__bases__) as error:
+        raise _explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
+
+
+def _silent() -> Any:
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc, unused-ignore]
+        """A progress bar that is not shown: a library does not write to the terminal."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return Silent
+
+
+def _explained(where: str, repo_id: str, error: BaseException) -> HubError:
+    from huggingface_hub import constants, errors
+
+    chain = list(_causes(error))
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    token = "set a token (HF_TOKEN, or `hf auth login`)"
+    if any(isinstance(cause, errors.GatedRepoError) for cause in chain):
+        return HubError(f"{where} is gated: accept its licence on {page} and {token}")
+    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in chain):
+        return HubError(f"{where}: there is no such revision; {page} lists branches and tags")
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in chain):
+        return HubError(
+            f"{where} is neither a local directory nor a public model on {constants.ENDPOINT}; if it is private, "
+            f"ask for access on {page} and {token}"
+        )
+    if constants.HF_HUB_OFFLINE:
+        return HubError(f"{where} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it")
+    reason = " ".join(str(chain[-1]).split())[:200] or type(chain[-1]).__name__
+    return HubError(f"{where} cannot be fetched from {constants.ENDPOINT} and is not in the cache: {reason}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and what led to it; huggingface_hub hides a refusal behind 'not found in the cache'."""
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,39 @@
+"""JSON files of a checkpoint, read with a cap: whatever is wrong with one is a CheckpointError in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import CheckpointError
+
+MAX_BYTES = 64 * 1024 * 1024
+"""Above any real config.json or shard index: the index of a model with 100,000 tensors is about 10 MB."""
+
+
+def read_capped(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a file; CheckpointError if it cannot be read or is larger than ``max_bytes``."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise CheckpointError(f"{path} is larger than {max_bytes} bytes, which no real checkpoint needs")
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError if it is anything else."""
+    try:
+        value = json.loads(read_capped(path).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,208 @@
+"""Which tensors a model consists of, and where each of them is stored.
+
+Every model is shown by its classic names (transformers 4). A Mixtral's experts may be stored one by one or fused; in
+the fused layout of transformers 5 and mergekit, ``experts.gate_up_proj`` (n_expert, 2 n_ff, n_embd) holds the gate
+rows (w1) and then the up rows (w3) of each expert, so every classic tensor is a range of rows of a stored one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ggufmoe.checkpoint.dtypes import row_count
+from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
+from ggufmoe.checkpoint.source import Dtype, ModelConfig
+from ggufmoe.errors import CheckpointError, TensorMismatchError
+
+Shape = tuple[int, ...]
+
+_MOE_PREFIXES = ("block_sparse_moe", "mlp")
+_EXPERT_WORDS = {"w1": ("w1", "gate_proj"), "w3": ("w3", "up_proj"), "w2": ("w2", "down_proj")}
+_EXPERT_NAME = re.compile(r"model\.layers\.\d+\.(block_sparse_moe|mlp)\.experts\.(?:(\d+)\.(\w+)\.weight|(\w+))")
+_HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)")
+_NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A classic tensor and where it is stored: ``first_row`` of the tensor ``stored``, of shape ``stored_shape``."""
+
+    name: str
+    shape: Shape
+    stored: str
+    stored_shape: Shape
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a Mixtral stores its experts: under which module, and fused or by which words one by one."""
+
+    prefix: str = "block_sparse_moe"
+    fused: bool = False
+    words: int = 0
+    """Index into the spellings of w1, w2 and w3."""
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A SourceTensor: a range of rows of a tensor in a safetensors file."""
+
+    name: str
+    dtype: Dtype
+    shape: Shape
+    file: TensorFile
+    begin: int
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out``, shape (stop - start, n_cols) and dtype ``self.dtype.numpy``, with rows [start, stop).
+
+        Raises SafetensorsError if the file has become shorter or cannot be read any more.
+        """
+        n_cols = self.shape[-1]
+        if not 0 <= start <= stop <= row_count(self.shape):
+            raise ValueError(f"{self.name}: rows {start} to {stop} are not in a tensor of shape {self.shape}")
+        if out.shape != (stop - start, n_cols) or out.dtype != self.dtype.numpy or not out.flags.c_contiguous:
+            raise ValueError(f"{self.name}: out must be contiguous {(stop - start, n_cols)} {self.dtype.numpy}")
+        if out.size:
+            begin = self.begin + start * n_cols * self.dtype.n_bytes
+            self.file.read_into(begin, memoryview(out).cast("B"))
+
+
+def pieces(config: ModelConfig, layout: ExpertLayout, *, with_output: bool) -> Iterator[Piece]:
+    """Every tensor of a model of this configuration: the embedding, layer after layer, the final norm, the output.
+
+    ``with_output`` says whether there is an ``lm_head.weight``.
+    """
+    embedding = (config.n_vocab, config.n_embd)
+    yield _whole("model.embed_tokens.weight", embedding)
+    for layer in range(config.n_layer):
+        yield from _attention(config, f"model.layers.{layer}")
+        yield from _feed_forward(config, layout, f"model.layers.{layer}")
+    yield _whole("model.norm.weight", (config.n_embd,))
+    if with_output:
+        yield _whole("lm_head.weight", embedding)
+
+
+def _whole(name: str, shape: Shape, stored: str | None = None) -> Piece:
+    return Piece(name, shape, stored or name, shape)
+
+
+def _attention(config: ModelConfig, layer: str) -> Iterator[Piece]:
+    n_embd, q_rows = config.n_embd, config.n_head * config.head_dim
+    kv_rows = config.n_head_kv * config.head_dim
+    yield _whole(f"{layer}.input_layernorm.weight", (n_embd,))
+    yield _whole(f"{layer}.post_attention_layernorm.weight", (n_embd,))
+    yield _whole(f"{layer}.self_attn.q_proj.weight", (q_rows, n_embd))
+    yield _whole(f"{layer}.self_attn.k_proj.weight", (kv_rows, n_embd))
+    yield _whole(f"{layer}.self_attn.v_proj.weight", (kv_rows, n_embd))
+    yield _whole(f"{layer}.self_attn.o_proj.weight", (n_embd, q_rows))
+
+
+def _feed_forward(config: ModelConfig, layout: ExpertLayout, layer: str) -> Iterator[Piece]:
+    rows, columns = (config.n_ff, config.n_embd), (config.n_embd, config.n_ff)
+    if not config.n_expert:
+        yield _whole(f"{layer}.mlp.gate_proj.weight", rows)
+        yield _whole(f"{layer}.mlp.up_proj.weight", rows)
+        yield _whole(f"{layer}.mlp.down_proj.weight", columns)
+        return
+    router = f"{layer}.block_sparse_moe.gate.weight"
+    yield _whole(router, (config.n_expert, config.n_embd), f"{layer}.{layout.prefix}.gate.weight")
+    for expert in range(config.n_expert):
+        classic = f"{layer}.block_sparse_moe.experts.{expert}"
+        if layout.fused:
+            yield from _fused_expert(config, f"{layer}.{layout.prefix}.experts", classic, expert)
+            continue
+        stored = f"{layer}.{layout.prefix}.experts.{expert}"
+        for word, shape in (("w1", rows), ("w3", rows), ("w2", columns)):
+            yield _whole(f"{classic}.{word}.weight", shape, f"{stored}.{_EXPERT_WORDS[word][layout.words]}.weight")
+
+
+def _fused_expert(config: ModelConfig, stored: str, classic: str, expert: int) -> Iterator[Piece]:
+    n_ff, n_embd = config.n_ff, config.n_embd
+    gate_up, down = (config.n_expert, 2 * n_ff, n_embd), (config.n_expert, n_embd, n_ff)
+    first = expert * 2 * n_ff
+    yield Piece(f"{classic}.w1.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first)
+    yield Piece(f"{classic}.w3.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first + n_ff)
+    yield Piece(f"{classic}.w2.weight", (n_embd, n_ff), f"{stored}.down_proj", down, expert * n_embd)
+
+
+def find_expert_layout(where: str, names: Iterable[str]) -> ExpertLayout:
+    """The layout that these stored names follow; classic where they hold no expert at all.
+
+    Raises TensorMismatchError, naming one tensor of each, if they follow more than one. ``where`` is for the message.
+    """
+    found: dict[ExpertLayout, str] = {}
+    for name in names:
+        if (match := _EXPERT_NAME.fullmatch(name)) and (layout := _layout_of(match)) is not None:
+            found.setdefault(layout, name)
+    if len(found) > 1:
+        one_of_each = " and ".join(list(found.values())[:2])
+        raise TensorMismatchError(f"{where} stores its experts in more than one layout ({one_of_each}); save it again")
+    return next(iter(found), ExpertLayout())
+
+
+def _layout_of(match: re.Match[str]) -> ExpertLayout | None:
+    prefix, expert, word, fused = match.groups()
+    if expert is None:
+        return ExpertLayout(prefix, fused=True) if fused in ("gate_up_proj", "down_proj") else None
+    spellings = [i for i in range(2) if word in {words[i] for words in _EXPERT_WORDS.values()}]
+    return ExpertLayout(prefix, words=spellings[0]) if spellings else None
+
+
+def arrange(
+    where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
+) -> dict[str, StoredRows]:
+    """Every tensor of the model by its classic name, out of what the files hold.
+
+    An ``lm_head.weight`` that is there although the config ties the embeddings is kept, as llama.cpp's converter does
+    (``conversion/llama.py``; transformers would keep it too if it differs). Raises TensorMismatchError naming all
+    that is missing, left over or wrongly shaped, and CheckpointError for weights that are not BF16, F16 or F32.
+    """
+    layout = find_expert_layout(where, stored) if config.n_expert else ExpertLayout()
+    with_output = not config.tie_embeddings or "lm_head.weight" in stored
+    wanted = list(pieces(config, layout, with_output=with_output))
+    _check_shapes(where, {piece.stored: piece.stored_shape for piece in wanted}, stored)
+    dtypes = _dtypes(where, {piece.stored for piece in wanted}, stored)
+    return {piece.name: _rows(piece, *stored[piece.stored], dtypes[piece.stored]) for piece in wanted}
+
+
+def _rows(piece: Piece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> StoredRows:
+    begin = entry.begin + piece.first_row * piece.shape[-1] * dtype.n_bytes
+    return StoredRows(piece.name, dtype, piece.shape, file, begin)
+
+
+def _check_shapes(
+    where: str, wanted: Mapping[str, Shape], stored: Mapping[str, tuple[TensorFile, TensorEntry]]
+) -> None:
+    missing = [name for name in wanted if name not in stored]
+    extra = [name for name in stored if name not in wanted and not _HARMLESS.fullmatch(name)]
+    misshaped = [
+        f"{name} is {list(stored[name][1].shape)} where config.json makes it {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name][1].shape != shape
+    ]
+    found = {"missing": missing, "left over": extra, "wrongly shaped": misshaped}
+    faults = [f"{kind}: {_listed(names)}" for kind, names in found.items() if names]
+    if faults:
+        raise TensorMismatchError(f"{where} does not hold the tensors of its config.json; {'; '.join(faults)}")
+
+
+def _dtypes(where: str, names: set[str], stored: Mapping[str, tuple[TensorFile, TensorEntry]]) -> dict[str, Dtype]:
+    known = {dtype.value for dtype in Dtype}
+    odd = [f"{name} ({stored[name][1].dtype})" for name in sorted(names) if stored[name][1].dtype not in known]
+    if odd:
+        raise CheckpointError(
+            f"{where} has weights that are not BF16, F16 or F32: {_listed(odd)}; use the model's unquantized checkpoint"
+        )
+    return {name: Dtype(stored[name][1].dtype) for name in names}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(name[:200] for name in names[:_NAMES_SHOWN]) + more

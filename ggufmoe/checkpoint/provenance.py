@@ -1,0 +1,142 @@
+"""Where a checkpoint comes from: its name, licence and base models, as far as its own files tell.
+
+A merge leaves a record, ``ggufmoe.json``, in the directory that it writes; elsewhere the model card's front matter and
+the directory's or the hub's name are asked. A model card is prose from a stranger: what is odd in it is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.checkpoint.jsonfile import read_capped, read_object
+from ggufmoe.checkpoint.source import BaseModel, Provenance
+from ggufmoe.errors import CheckpointError
+
+RECORD = "ggufmoe.json"
+MODEL_CARD = "README.md"
+
+_LOG = logging.getLogger("ggufmoe")
+_MAX_CARD_BYTES = 16 * 1024 * 1024
+_MAX_FRONT_MATTER_BYTES = 256 * 1024
+_MAX_TEXT = 500
+_MAX_ITEMS = 100
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CACHE_FOLDER = re.compile(r"models--(.+?)--(.+)")
+
+
+def read_provenance(directory: Path, repo_id: str | None = None) -> Provenance:
+    """What is known about the checkpoint in ``directory``; ``repo_id`` is its id on the hub, if it came from there.
+
+    Raises CheckpointError only if there is a ``ggufmoe.json`` and it is malformed.
+    """
+    if (directory / RECORD).is_file():
+        return read_record(directory)
+    repo_id = repo_id or _cached_repo(directory)
+    name = repo_id.split("/")[-1] if repo_id else directory.resolve().name
+    card = _front_matter(directory / MODEL_CARD)
+    return Provenance(
+        name=name or "model",
+        license=_text(card.get("license")),
+        license_name=_text(card.get("license_name")),
+        license_link=_text(card.get("license_link")),
+        tags=_texts(card.get("tags")),
+        languages=_texts(card.get("language")),
+        base_models=tuple(base_model(text) for text in _texts(card.get("base_model"))),
+    )
+
+
+def base_model(id: str) -> BaseModel:
+    """A base model by the id or path that a card or recipe gives; only hub ids yield an organization and an address."""
+    if not _HUB_ID.fullmatch(id):
+        return BaseModel(name=re.split(r"[/\\]", id.rstrip("/\\"))[-1] or id)
+    organization, name = id.split("/")
+    return BaseModel(name=name, organization=organization, repo_url=f"https://huggingface.co/{id}")
+
+
+def write_record(directory: Path, provenance: Provenance) -> Path:
+    """Write ``ggufmoe.json``, from which ``read_provenance`` gives back the very same object; returns its path."""
+    path = directory / RECORD
+    value = asdict(replace(provenance, extra=dict(provenance.extra)))
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_record(directory: Path) -> Provenance:
+    """The provenance in ``ggufmoe.json``; CheckpointError for anything that ``write_record`` does not write."""
+    path = directory / RECORD
+    value = read_object(path)
+    try:
+        base_models = tuple(BaseModel(**_strings(base)) for base in value.pop("base_models", []))
+        extra = _strings(value.pop("extra", {}))
+        lists = {key: _string_list(value.pop(key, [])) for key in ("tags", "languages")}
+        return Provenance(**_strings(value), **lists, base_models=base_models, extra=extra)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is not a record of ggufmoe ({error}); delete it to do without") from error
+
+
+def _strings(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(item is None or isinstance(item, str) for item in value.values()):
+        raise TypeError("expected an object of strings")
+    return value
+
+
+def _string_list(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError("expected a list of strings")
+    return tuple(value)
+
+
+def _cached_repo(directory: Path) -> str | None:
+    """``org/name`` of a snapshot in a Hugging Face cache: models--ORG--NAME/snapshots/COMMIT."""
+    home = directory.resolve()
+    match = _CACHE_FOLDER.fullmatch(home.parent.parent.name) if home.parent.name == "snapshots" else None
+    return f"{match[1]}/{match[2]}" if match else None
+
+
+def _front_matter(path: Path) -> Mapping[str, Any]:
+    """The YAML between the first two ``---`` lines of a model card; empty where there is none that can be read."""
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        text = read_capped(path, _MAX_CARD_BYTES).decode("utf-8", errors="replace")
+        match = _FRONT_MATTER.match(text)
+        if match is None or len(match[1]) > _MAX_FRONT_MATTER_BYTES:
+            return {}
+        card = yaml.load(match[1], Loader=_plain_loader())
+    except (CheckpointError, yaml.YAMLError, ValueError, RecursionError) as error:
+        _LOG.warning("the model card %s is ignored: %s", path, " ".join(str(error).split())[:200])
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _plain_loader() -> Any:
+    """PyYAML's safe loader without aliases, with which a few lines can expand to gigabytes."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("YAML aliases are not read")
+            return super().compose_node(parent, index)
+
+    return PlainLoader
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value.strip() or None if isinstance(value, str) and len(value) <= _MAX_TEXT else None
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else [value]
+    return tuple(text for item in items[:_MAX_ITEMS] if (text := _text(item)) is not None)

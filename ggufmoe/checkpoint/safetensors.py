@@ -1,0 +1,233 @@
+"""Safetensors files: their headers checked to the letter of the specification, their bytes read by position.
+
+The specification is the README of huggingface/safetensors ("Format"); the checks are those of its Rust reader, with
+messages that name the file and the tensor. Which files belong to a checkpoint is ``shards``' affair, what the tensors
+mean is that of ``layouts``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ggufmoe.errors import SafetensorsError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The cap of the reference implementation."""
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Every dtype of the format, with its bits per value; which of them can be weights is decided elsewhere."""
+
+_MAX_DIMENSION = 2**63 - 1
+_KEYS = frozenset(("dtype", "shape", "data_offsets"))
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor as the header describes it; ``begin`` and ``end`` are byte positions in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header of one file."""
+
+    path: Path
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    file_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file; no tensor byte is touched.
+
+    Raises SafetensorsError, in one line, for a file that cannot be read or breaks the specification in any way.
+    """
+    try:
+        with open(path, "rb") as file:
+            return parse_header(path, file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
+    """``read_header`` of an open file of known size; ``path`` is for the messages."""
+    text, data_begin = _header_text(path, file, file_bytes)
+    table = _json_object(path, text)
+    metadata = _metadata(path, table.pop("__metadata__", {}))
+    entries = {name: _entry(path, name, value, data_begin) for name, value in table.items()}
+    _check_coverage(path, entries, data_begin, file_bytes)
+    return Header(path, entries, metadata, file_bytes)
+
+
+def _header_text(path: Path, file: BinaryIO, file_bytes: int) -> tuple[bytes, int]:
+    length_field = file.read(8)
+    if len(length_field) < 8:
+        raise SafetensorsError(f"{path} has {file_bytes} bytes, too few for a safetensors file; fetch it again")
+    length = int.from_bytes(length_field, "little")
+    if length > MAX_HEADER_BYTES:
+        raise SafetensorsError(f"{path} claims a header of {length} bytes, more than {MAX_HEADER_BYTES}")
+    if 8 + length > file_bytes:
+        raise SafetensorsError(f"{path} is cut off: its header has {length} bytes, the file {file_bytes}")
+    text = file.read(length)
+    if len(text) < length:
+        raise SafetensorsError(f"{path} became shorter while it was read")
+    if not text.startswith(b"{"):
+        raise SafetensorsError(f"{path} is not a safetensors file: its header does not begin with '{{'")
+    return text, 8 + length
+
+
+def _json_object(path: Path, text: bytes) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise SafetensorsError(f"{path}: the header names {twice!r} twice")
+        return table
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SafetensorsError(f"{path}: the header is not UTF-8 JSON: {reason}") from error
+    assert isinstance(value, dict)
+    return value
+
+
+def _metadata(path: Path, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise SafetensorsError(f"{path}: __metadata__ must map strings to strings")
+    return value
+
+
+def _entry(path: Path, name: str, value: object, data_begin: int) -> TensorEntry:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(value, dict) or value.keys() != _KEYS:
+        raise SafetensorsError(f"{where} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise SafetensorsError(f"{where} has the unknown dtype {dtype!r:.40}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise SafetensorsError(f"{where} has a shape that is not a list of non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        raise SafetensorsError(f"{where} has data_offsets that are not two non-negative integers")
+    begin, end = offsets
+    if begin > end:
+        raise SafetensorsError(f"{where} ends at {end}, before its beginning at {begin}")
+    _check_bytes(where, dtype, shape, end - begin)
+    return TensorEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_DIMENSION
+
+
+def _check_bytes(where: str, dtype: str, shape: list[int], n_bytes: int) -> None:
+    n_values = 0 if 0 in shape else 1
+    for size in shape:
+        n_values *= size
+        if n_values > _MAX_DIMENSION:
+            raise SafetensorsError(f"{where} has a shape whose product overflows 64 bits")
+    if n_values * DTYPE_BITS[dtype] != n_bytes * 8:
+        raise SafetensorsError(f"{where} has {n_bytes} bytes, which is not {n_values} values of {dtype}")
+
+
+def _check_coverage(path: Path, entries: Mapping[str, TensorEntry], data_begin: int, file_bytes: int) -> None:
+    position = data_begin
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != position:
+            what = "overlaps the tensor before it" if entry.begin < position else "leaves a hole before it"
+            raise SafetensorsError(f"{path}: tensor {entry.name!r} {what}")
+        position = entry.end
+        if position > file_bytes:
+            raise SafetensorsError(
+                f"{path} is cut off: tensor {entry.name!r} ends at byte {position}, the file at {file_bytes}; "
+                "fetch it again"
+            )
+    if position < file_bytes:
+        raise SafetensorsError(f"{path} has {file_bytes - position} bytes at its end that belong to no tensor")
+
+
+class TensorFile:
+    """An open safetensors file whose bytes are read by position, from any number of threads at once.
+
+    Positional reads go straight into the caller's buffer. Against a memory map they leave nothing of the file in the
+    process's resident memory, a file that shrinks is an error and not SIGBUS, and they are not slower.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - owned by this object, closed by close()
+            self.header = parse_header(path, self._file, os.fstat(self._file.fileno()).st_size)
+        except OSError as error:
+            raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error
+        except SafetensorsError:
+            self._file.close()
+            raise
+
+    @property
+    def path(self) -> Path:
+        """The file's path, as given."""
+        return self.header.path
+
+    def read_into(self, begin: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` (bytes, contiguous) from byte ``begin`` on; SafetensorsError if the file ends before."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = self._read_at(begin + done, buffer[done:])
+            except OSError as error:
+                raise SafetensorsError(f"{self.path} cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise SafetensorsError(f"{self.path} became shorter than its header says; fetch it again")
+            done += count
+
+    def _read_at(self, position: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], position)
+        return self._seek_and_read(position, buffer)
+
+    def _seek_and_read(self, position: int, buffer: memoryview) -> int:
+        """The road of systems without preadv (Windows): one reader at a time."""
+        with self._lock:
+            self._file.seek(position)
+            return self._file.readinto(buffer) or 0
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()

@@ -1,0 +1,126 @@
+"""Which files of a directory hold a checkpoint's tensors: one ``model.safetensors``, or an index and its shards.
+
+Nothing in an index is believed: shard names stay inside the directory, and what the index says of each tensor is
+compared with what the shards hold. Weights in other formats are recognised, and refused with the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from ggufmoe.checkpoint.jsonfile import read_object
+from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
+from ggufmoe.errors import CheckpointError, SafetensorsError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+Stored = Mapping[str, tuple[TensorFile, TensorEntry]]
+
+
+def open_tensor_files(directory: Path) -> tuple[tuple[TensorFile, ...], Stored]:
+    """Open every tensor file of a checkpoint; returns them, and each stored tensor by its name.
+
+    A single ``model.safetensors`` comes before an index, as in transformers. Raises SafetensorsError for files that
+    break the specification or do not fit the index, CheckpointError where there are no such files.
+    """
+    weight_map = None if (directory / SINGLE).is_file() else read_index(directory)
+    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    with ExitStack() as stack:
+        files = []
+        for name in names:
+            files.append(TensorFile(directory / name))
+            stack.callback(files[-1].close)
+        stored = _stored(directory, files)
+        if weight_map is not None:
+            _check_index(directory, weight_map, stored)
+        stack.pop_all()
+    return tuple(files), stored
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """Tensor name to shard name from the directory's index; every shard is a file inside the directory.
+
+    Raises CheckpointError if there is no index, SafetensorsError if it is malformed or leads elsewhere.
+    """
+    if not (directory / INDEX).is_file():
+        raise _no_weights(directory)
+    weight_map = parse_index(directory / INDEX)
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if not (directory / name).is_file()]
+    if missing:
+        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise SafetensorsError(f"{directory} lacks {len(missing)} of the {len(shards)} shards of its index: {shown}")
+    for name in shards:
+        _check_inside(directory, name)
+    return weight_map
+
+
+def parse_index(path: Path) -> dict[str, str]:
+    """The weight map of an index file, its shard names checked but not looked up."""
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SafetensorsError(f"{path} has no weight_map")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise SafetensorsError(f"{path} puts {tensor!r:.100} into {shard!r:.100}, which is not the name of a shard")
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether this is one path component on every system, and a safetensors file."""
+    return name.endswith(".safetensors") and not name.startswith(".") and not set(name) & set('/\\:\0"<>|?*')
+
+
+def _check_inside(directory: Path, name: str) -> None:
+    """A shard may be a link only within its directory, or from a Hugging Face cache's snapshot into its blobs."""
+    home, target = directory.resolve(), (directory / name).resolve()
+    blobs = home.parent.parent / "blobs"
+    in_cache = home.parent.name == "snapshots" and target.is_relative_to(blobs)
+    if not target.is_relative_to(home) and not in_cache:
+        raise SafetensorsError(f"{directory / name} is a link out of the checkpoint; copy the file there instead")
+
+
+def _stored(directory: Path, files: list[TensorFile]) -> Stored:
+    stored: dict[str, tuple[TensorFile, TensorEntry]] = {}
+    for file in files:
+        for name, entry in file.header.entries.items():
+            if name in stored:
+                first = stored[name][0].path.name
+                raise SafetensorsError(f"{directory} has tensor {name!r:.100} twice: in {first} and {file.path.name}")
+            stored[name] = (file, entry)
+    return stored
+
+
+def _check_index(directory: Path, weight_map: Mapping[str, str], stored: Stored) -> None:
+    for name, shard in weight_map.items():
+        if name not in stored or stored[name][0].path.name != shard:
+            raise SafetensorsError(f"{directory / INDEX} puts {name!r:.100} into {shard}, which does not hold it")
+    unlisted = [name for name in stored if name not in weight_map]
+    if unlisted:
+        shard = stored[unlisted[0]][0].path.name
+        raise SafetensorsError(
+            f"{directory / INDEX} does not list {len(unlisted)} tensors of its shards, {unlisted[0]!r:.100} in {shard}"
+            " being the first"
+        )
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    names = sorted(path.name for path in directory.iterdir())
+    if any(name.endswith((".bin", ".bin.index.json", ".pth", ".pt")) for name in names):
+        return CheckpointError(
+            f"{directory} has its weights in pickle files (.bin, .pth), which can run any code when they are read and "
+            "are refused; on a machine where that is safe load them with transformers and call "
+            "save_pretrained(DIRECTORY, safe_serialization=True)"
+        )
+    if "adapter_config.json" in names:
+        return CheckpointError(f"{directory} is an adapter (LoRA), not a model; merge it into its base model first")
+    if any(name.endswith(".gguf") for name in names):
+        return CheckpointError(
+            f"{directory} holds GGUF files, which need no conversion; give one of them to run or chat"
+        )
+    if any(name.endswith(".safetensors") for name in names):
+        return CheckpointError(f"{directory} has safetensors files but neither {SINGLE} nor {INDEX}; fetch that too")
+    return CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}: there are no weights in it")
