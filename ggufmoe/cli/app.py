@@ -1,0 +1,196 @@
+"""The one door of the command line: the table of verbs, ``main`` and what becomes of errors.
+
+A verb's module is imported only when the verb is called, so that help is there at once. Everything that ends a command
+passes through ``main``, which turns it into an exit code and one line on stderr.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TextIO
+
+import typer
+import typer.core
+import typer.main
+
+from ggufmoe.errors import GgufmoeError
+
+INTERRUPTED = 130
+# typer vendors click since 0.26 and imports it before; its exception tree is reached through what is public in both
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+_SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: its name, ``module:function`` and the line in the list of commands."""
+
+    name: str
+    target: str
+    summary: str
+
+
+VERBS = (
+    Verb("convert", "ggufmoe.cli.convert:convert_command", "Turn a checkpoint into a quantized GGUF file."),
+    Verb("run", "ggufmoe.cli.run:run_command", "Print one answer of a model."),
+    Verb("chat", "ggufmoe.cli.chat:chat_command", "Talk with a model in the terminal."),
+    Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line with ``args`` (those of the process when None) and leave with its exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    sys.exit(exit_code(arguments))
+
+
+def exit_code(arguments: Sequence[str]) -> int:
+    """Run one command; errors are printed on stderr.
+
+    0 done, 1 a known error or a defect of ours, 2 wrong usage, 130 interrupted.
+    """
+    debug = "--debug" in _root_options(arguments)
+    _accept_all_characters(sys.stdout, sys.stderr)
+    _show_warnings(debug)
+    try:
+        result = root_command().main(args=list(arguments), prog_name="ggufmoe", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except _USAGE_ERROR as error:
+        return _wrong_usage(error)
+    except GgufmoeError as error:
+        return _known_error(error, debug)
+    except _SHOWN_ERROR as error:
+        return _say(f"error: {_one_line(error.format_message())}", 1)
+    except Exception as error:
+        return _defect(error, debug)
+    return result if isinstance(result, int) else 0
+
+
+def root_command() -> Any:
+    """The group of all verbs, none of which is imported yet."""
+    app = typer.Typer(
+        cls=_LazyGroup,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Merge, quantize and run Mixture-of-Experts models.",
+    )
+    app.callback()(_root)
+    for verb in VERBS:
+        app.command(verb.name, help=verb.summary)(_placeholder)
+    return typer.main.get_command(app)
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything; show where an error came from.")] = False,
+) -> None:
+    del debug  # read by exit_code, which has to know it even when parsing fails
+    if version:
+        _print_version()
+
+
+def _print_version() -> None:
+    from ggufmoe import __version__
+
+    typer.echo(f"ggufmoe {__version__}")
+    raise typer.Exit
+
+
+def _placeholder() -> None:
+    """Stands for a verb in the list of commands."""
+
+
+class _LazyGroup(typer.core.TyperGroup):
+    """A group that shows its verbs without importing them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # `--version` must do without a verb
+        self.invoke_without_command = "--version" in args[:2]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.commands)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(self.commands)}"
+            ctx.fail(f"no such command: {name}{hint}")
+        found, _, rest = super().resolve_command(ctx, args)
+        return found, _load(name), rest
+
+
+def _load(name: str) -> Any:
+    verb = next(verb for verb in VERBS if verb.name == name)
+    module, function = verb.target.split(":")
+    app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app.command(verb.name)(getattr(importlib.import_module(module), function))
+    return typer.main.get_command(app)
+
+
+def _root_options(arguments: Sequence[str]) -> list[str]:
+    verb = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    return list(arguments[:verb])
+
+
+def _wrong_usage(error: Any) -> int:
+    message = _one_line(error.format_message())
+    if not message:  # no arguments: the help has been printed in its place
+        return 2
+    context = getattr(error, "ctx", None)
+    path = "ggufmoe" if context is None else context.command_path
+    return _say(f"error: {message} (see '{path} --help')", 2)
+
+
+def _known_error(error: GgufmoeError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    return _say(f"error: {_one_line(str(error))}", error.exit_code)
+
+
+def _defect(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+        return 1
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _say(f"error: {_one_line(what)} (a defect of ggufmoe; 'ggufmoe --debug ...' shows where)", 1)
+
+
+def _say(line: str, code: int) -> int:
+    typer.echo(line, err=True)
+    return code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _accept_all_characters(*streams: Any) -> None:
+    """A character that the terminal's encoding lacks becomes ``?`` and not a traceback."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+class _LogHandler(logging.StreamHandler[TextIO]):
+    """Shows the library's warnings; with ``debug`` everything, llama.cpp's own lines included."""
+
+    def __init__(self, debug: bool) -> None:
+        super().__init__(sys.stderr)
+        self.setLevel(logging.DEBUG if debug else logging.WARNING)
+        self.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "warning: %(message)s"))
+        if not debug:
+            self.addFilter(lambda record: not record.name.startswith("ggufmoe.llama"))
+
+
+def _show_warnings(debug: bool) -> None:
+    logger = logging.getLogger("ggufmoe")
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _LogHandler)]
+    logger.addHandler(_LogHandler(debug))
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)

@@ -1,0 +1,113 @@
+"""Command-line parameters made from option objects.
+
+Owns the way from a frozen dataclass of ``options.py`` to typer's parameters, so that a flag is written down once. What
+the options mean is said there; which verb takes which of them is said in the verb's module.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any
+
+import typer
+
+from ggufmoe.errors import OptionError
+
+Command = Callable[..., None]
+
+
+def with_options(*groups: type) -> Callable[[Command], Command]:
+    """Decorate a command so that each parameter annotated with one of ``groups`` becomes flags.
+
+    The command receives ready objects; typer sees one keyword parameter for each field that has flags::
+
+        @with_options(ContextOptions, SamplingOptions)
+        def run_command(model: Path, *, context: ContextOptions, sampling: SamplingOptions) -> None: ...
+
+    Field types may be str, int, float, bool, Path, any of these or None, a Literal, and tuple[X, ...] for a flag that
+    may be repeated. An OptionError from the constructor of a group is wrong usage (exit code 2). Raises TypeError when
+    two fields have one name, or when no parameter is annotated with one of the groups.
+    """
+
+    def decorate(command: Command) -> Command:
+        hints = typing.get_type_hints(command, include_extras=True)
+        holders = {name: hint for name, hint in hints.items() if hint in groups}
+        if len(holders) != len(groups):
+            raise TypeError(f"{command.__name__} must have exactly one parameter for each of {groups}")
+        plain = [
+            parameter.replace(annotation=hints[name])
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name not in holders
+        ]
+        flags = [parameter for group in holders.values() for parameter in _parameters(group)]
+        _check_names([parameter.name for parameter in (*plain, *flags)])
+
+        @functools.wraps(command)
+        def with_objects(**values: Any) -> None:
+            objects = {name: _build(group, values) for name, group in holders.items()}
+            command(**{parameter.name: values[parameter.name] for parameter in plain}, **objects)
+
+        return _with_signature(with_objects, [*(p.replace(kind=p.KEYWORD_ONLY) for p in plain), *flags])
+
+    return decorate
+
+
+def _with_signature(command: Command, parameters: list[inspect.Parameter]) -> Command:
+    # typer reads __signature__ or __annotations__, depending on its version; functools.wraps left the originals there
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del command.__wrapped__  # type: ignore[attr-defined]
+    return command
+
+
+def _check_names(names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TypeError(f"more than one parameter is called {', '.join(twice)}")
+
+
+def _parameters(group: type) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group)
+    return [_parameter(field, hints[field.name], _panel(group)) for field in fields(group) if field.metadata["flags"]]
+
+
+def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+    metadata = field.metadata
+    kind = _repeated(hint)
+    shown = field.default is not None and kind is None
+    flag = typer.Option(
+        *metadata["flags"],
+        help=metadata["help"],
+        metavar=metadata["metavar"],
+        show_default=shown,
+        rich_help_panel=panel,
+    )
+    typed: Any = hint if kind is None else types.GenericAlias(list, (kind,)) | None
+    annotation = Annotated[typed, flag]
+    default = None if kind is not None or field.default is MISSING else field.default
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _repeated(hint: Any) -> Any:
+    """X for tuple[X, ...], else None."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+
+
+def _panel(group: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", group.__name__).capitalize()
+
+
+def _build(group: type, values: dict[str, Any]) -> Any:
+    given = {field.name: values[field.name] for field in fields(group) if field.name in values}
+    hints = typing.get_type_hints(group)
+    given = {name: tuple(value or ()) if _repeated(hints[name]) else value for name, value in given.items()}
+    try:
+        return group(**given)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
