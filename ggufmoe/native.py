@@ -8,6 +8,9 @@ layout and keeps them alive over the call. ctypes releases the GIL, so all of th
 from __future__ import annotations
 
 import ctypes
+import sys
+from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from typing import Any
 
@@ -37,6 +40,15 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_fp16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
     "ggml_fp32_to_bf16_row": (None, (_VOID, _VOID, _I64)),
     "ggml_fp32_to_fp16_row": (None, (_VOID, _VOID, _I64)),
+    # size_t ggml_backend_dev_count(void); ggml_backend_dev_t ggml_backend_dev_get(size_t index)
+    "ggml_backend_dev_count": (_SIZE, ()),
+    "ggml_backend_dev_get": (_VOID, (_SIZE,)),
+    # const char * ggml_backend_dev_name(ggml_backend_dev_t); enum ggml_backend_dev_type ggml_backend_dev_type(...)
+    "ggml_backend_dev_name": (ctypes.c_char_p, (_VOID,)),
+    "ggml_backend_dev_type": (ctypes.c_int, (_VOID,)),
+    # ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t); const char * ggml_backend_reg_name(...)
+    "ggml_backend_dev_backend_reg": (_VOID, (_VOID,)),
+    "ggml_backend_reg_name": (ctypes.c_char_p, (_VOID,)),
 }
 
 
@@ -65,6 +77,49 @@ def library() -> ctypes.CDLL:
 def has_symbol(name: str) -> bool:
     """Whether the installed engine exports ``name`` (``ggml_backend_rpc_add_server`` tells an RPC build)."""
     return hasattr(library(), name)
+
+
+class DeviceType(IntEnum):
+    """``enum ggml_backend_dev_type``."""
+
+    CPU = 0
+    GPU = 1
+    IGPU = 2
+    ACCEL = 3
+    META = 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that ggml has registered in this process; ``handle`` is its ``ggml_backend_dev_t``."""
+
+    handle: int
+    name: str
+    type: DeviceType
+    backend: str
+
+
+def devices() -> tuple[Device, ...]:
+    """All devices of ggml's registry, in its order (RPC servers that were registered included)."""
+    return tuple(_device(library().ggml_backend_dev_get(i)) for i in range(library().ggml_backend_dev_count()))
+
+
+def _device(handle: int) -> Device:
+    lib = library()
+    backend = lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(handle)).decode()
+    name = lib.ggml_backend_dev_name(handle).decode()
+    return Device(handle, name, DeviceType(lib.ggml_backend_dev_type(handle)), backend)
+
+
+@cache
+def c_library() -> ctypes.CDLL:
+    """The C library, whose functions serve as callbacks that never wait for the interpreter."""
+    return ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+
+
+def function_address(function: Any) -> int:
+    """The address of a function of a loaded library."""
+    return ctypes.cast(function, _VOID).value or 0
 
 
 def _address(array: NDArray[Any], dtype: type | None = None) -> int:

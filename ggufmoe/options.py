@@ -4,12 +4,15 @@ Each field carries its flags and help in its metadata; ``cli`` builds its parame
 from the environment.
 """
 
+# ruff: noqa: RUF009 (option() makes a dataclass field)
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ggufmoe.errors import OptionError
 
 
 def option(default: Any, *flags: str, help: str, metavar: str | None = None) -> Any:
@@ -29,9 +32,7 @@ class ConvertOptions:
     tensor_types: tuple[str, ...] = option(
         (), "--tensor-type", help="Type of the tensors whose name matches a regular expression.", metavar="PATTERN=TYPE"
     )
-    output_tensor_type: str | None = option(
-        None, "--output-tensor-type", help="Type of output.weight.", metavar="TYPE"
-    )
+    output_tensor_type: str | None = option(None, "--output-tensor-type", help="Type of output.weight.", metavar="TYPE")
     token_embedding_type: str | None = option(
         None, "--token-embedding-type", help="Type of token_embd.weight.", metavar="TYPE"
     )
@@ -43,3 +44,123 @@ class ConvertOptions:
     resume: bool = option(False, "--resume", help="Go on with the partial file of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing output.")
     manifest: bool = option(False, "--manifest", help="Write OUT.manifest.json beside it, with a hash of each tensor.")
+
+
+LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """How much text a model holds in mind, and how it is computed. Raises OptionError for impossible numbers."""
+
+    n_ctx: int | None = option(
+        None,
+        "-c",
+        "--ctx-size",
+        help="Context in tokens; 0: all that the model was trained for. Left out: that, but at most 4096.",
+        metavar="N",
+    )
+    n_batch: int = option(2048, "-b", "--batch-size", help="Tokens given to llama.cpp at once.", metavar="N")
+    n_ubatch: int = option(512, "-ub", "--ubatch-size", help="Tokens computed at once.", metavar="N")
+    n_threads: int | None = option(
+        None, "-t", "--threads", help="Threads; one for each physical core by default.", metavar="N"
+    )
+    flash_attn: Literal["on", "off", "auto"] = option("auto", "-fa", "--flash-attn", help="Use flash attention.")
+    cache_type_k: CacheType = option("f16", "-ctk", "--cache-type-k", help="Type of the keys in the KV cache.")
+    cache_type_v: CacheType = option("f16", "-ctv", "--cache-type-v", help="Type of the values in the KV cache.")
+
+    def __post_init__(self) -> None:
+        _check(self.n_ctx is None or self.n_ctx >= 0, f"the context must be 0 or more tokens, not {self.n_ctx}")
+        _check(self.n_batch >= 1, f"the batch must be 1 token or more, not {self.n_batch}")
+        _check(self.n_ubatch >= 1, f"the micro-batch must be 1 token or more, not {self.n_ubatch}")
+        _check(self.n_threads is None or self.n_threads >= 1, f"there must be 1 thread or more, not {self.n_threads}")
+        _check_choices(self)
+
+
+@dataclass(frozen=True)
+class OffloadOptions:
+    """Where a model's weights go. Raises OptionError for unknown words."""
+
+    n_gpu_layers: int = option(
+        -1, "-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on the GPU; -1: all.", metavar="N"
+    )
+    load_mode: LoadMode = option("auto", "-lm", "--load-mode", help="How the file comes into memory.")
+    repack: bool = option(
+        True,
+        "--repack/--no-repack",
+        " /-nr",
+        help="Rearrange weights in a second buffer for faster arithmetic on the CPU (costs memory).",
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is drawn; None stands for the model's own value, else the default named in the help.
+
+    Raises OptionError for numbers that are no probabilities, counts or penalties.
+    """
+
+    temperature: float | None = option(
+        None,
+        "--temp",
+        "--temperature",
+        help="0: always the likeliest token. (default: the model's, else 0.7)",
+        metavar="T",
+    )
+    top_k: int | None = option(
+        None, "--top-k", help="Only the K likeliest tokens; 0: all. (default: the model's, else 50)", metavar="K"
+    )
+    top_p: float | None = option(
+        None, "--top-p", help="Only the likeliest that sum to P; 1: all. (default: the model's, else 0.95)", metavar="P"
+    )
+    min_p: float | None = option(
+        None,
+        "--min-p",
+        help="Only those of P times the likeliest's probability. (default: the model's, else 0)",
+        metavar="P",
+    )
+    repeat_penalty: float | None = option(
+        None,
+        "--repeat-penalty",
+        help="Against the last 64 tokens; 1: none. (default: the model's, else 1)",
+        metavar="X",
+    )
+    seed: int | None = option(None, "--seed", help="Same seed, same answer; -1: by chance (default).", metavar="N")
+    n_predict: int = option(
+        256,
+        "-n",
+        "--predict",
+        "--n-predict",
+        help="At most so many new tokens; -1: until the context is full.",
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0, 100)
+        _check_range("top-k", self.top_k, 0, 2**31 - 1)
+        _check_range("top-p", self.top_p, 0, 1)
+        _check_range("min-p", self.min_p, 0, 1)
+        _check_range("repeat penalty", self.repeat_penalty, 0.01, 100)
+        _check_range("seed", self.seed, -1, 2**32 - 1)
+        _check_range("number of new tokens", self.n_predict, -1, 2**31 - 1)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise OptionError(message)
+
+
+def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    _check(value is None or low <= value <= high, f"{name} must be between {low} and {high}, not {value}")
+
+
+def _check_choices(options: Any) -> None:
+    """Every Literal field holds one of its words."""
+    for name, hint in get_type_hints(type(options)).items():
+        if get_origin(hint) is Literal:
+            words, value = get_args(hint), getattr(options, name)
+            _check(value in words, f"{name} must be one of {', '.join(words)}, not {value}")
