@@ -1,0 +1,42 @@
+"""Tokenizers of Hugging Face checkpoints as GGUF ``tokenizer.*`` metadata.
+
+The promise is that llama.cpp gives the very ids that the original tokenizer gives; what llama.cpp cannot express is an
+error and never a guess. One module for each kind of tokenizer; ``special`` and ``rows`` hold what they share.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ggufmoe.checkpoint.chat_template import chat_templates
+from ggufmoe.checkpoint.source import ModelConfig
+from ggufmoe.export.vocab import bytelevel, spm_json, spm_model
+from ggufmoe.export.vocab.files import TokenizerFiles
+from ggufmoe.export.vocab.metadata import metadata
+from ggufmoe.export.vocab.rows import Vocabulary
+from ggufmoe.export.vocab.special import special_tokens
+from ggufmoe.ggufheader import Value
+
+__all__ = ["tokenizer_metadata"]
+
+
+def tokenizer_metadata(tokenizer_dir: Path, config: ModelConfig, chat_template: str | None = None) -> dict[str, Value]:
+    """Every ``tokenizer.*`` key of a model, in the order in which llama.cpp's converter writes them.
+
+    ``tokenizer.model`` is preferred to ``tokenizer.json``, as there. The number of tokens is ``config.n_vocab``: rows
+    without a token become ``[PADi]``. An explicit ``chat_template`` wins over those in the directory. Raises
+    TokenizerError where a file is missing or broken, or llama.cpp would not give the tokenizer's own ids.
+    Source: ``conversion/llama.py``, ``conversion/base.py`` and ``gguf-py/gguf/vocab.py`` of the pinned llama.cpp.
+    """
+    files = TokenizerFiles.read(tokenizer_dir)
+    vocabulary = _vocabulary(files, config)
+    templates = {"default": chat_template} if chat_template is not None else chat_templates(tokenizer_dir)
+    return metadata(vocabulary, special_tokens(files, config, vocabulary), templates, tokenizer_dir)
+
+
+def _vocabulary(files: TokenizerFiles, config: ModelConfig) -> Vocabulary:
+    if files.model is not None:
+        return spm_model.vocabulary(files, config.n_vocab)
+    if files.is_byte_level:
+        return bytelevel.vocabulary(files, config.n_vocab)
+    return spm_json.vocabulary(files, config.n_vocab)

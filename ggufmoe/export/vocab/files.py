@@ -1,0 +1,158 @@
+"""The tokenizer files of a directory, read once, each bounded in size and checked to be what it should.
+
+Whatever these files hold was written by others: every access goes through a typed getter that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import TokenizerError
+
+_MAX_BYTES = 256 << 20
+_LOOKED_FOR = "tokenizer.model, tokenizer.json"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is cut out of the text before anything else happens to it."""
+
+    id: int
+    content: str
+    special: bool
+    normalized: bool = False
+    strips: bool = False
+    """Whether it also swallows the spaces around it, or matches whole words only; llama.cpp can do neither."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a tokenizer directory holds; absent JSON files are empty objects."""
+
+    directory: Path
+    model: bytes | None
+    """``tokenizer.model``, sentencepiece's protocol buffer."""
+    json: Mapping[str, Any]
+    """``tokenizer.json``."""
+    config: Mapping[str, Any]
+    """``tokenizer_config.json``."""
+    added: Mapping[str, Any]
+    """``added_tokens.json``: content to id."""
+    special_map: Mapping[str, Any]
+    """``special_tokens_map.json``."""
+    generation: Mapping[str, Any]
+    """``generation_config.json``."""
+
+    @classmethod
+    def read(cls, directory: Path) -> TokenizerFiles:
+        """Read the directory; TokenizerError if it has no tokenizer, or a file that cannot be used."""
+        files = cls(
+            directory=directory,
+            model=_bytes(directory / "tokenizer.model"),
+            json=_object(directory / "tokenizer.json"),
+            config=_object(directory / "tokenizer_config.json"),
+            added=_object(directory / "added_tokens.json"),
+            special_map=_object(directory / "special_tokens_map.json"),
+            generation=_object(directory / "generation_config.json"),
+        )
+        if files.model is None and not files.json:
+            raise TokenizerError(_missing(directory))
+        return files
+
+    @property
+    def json_path(self) -> Path:
+        """Where ``tokenizer.json`` is, for messages."""
+        return self.directory / "tokenizer.json"
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether ``tokenizer.json`` works on bytes (GPT-2's way) rather than on characters with byte fallback."""
+        steps = [*nodes(self.json.get("pre_tokenizer"), "pretokenizers"), *nodes(self.json.get("decoder"), "decoders")]
+        return any(step.get("type") == "ByteLevel" for step in steps)
+
+    def added_in_json(self) -> list[AddedToken]:
+        """``added_tokens`` of ``tokenizer.json``."""
+        entries = expect(self.json.get("added_tokens") or [], list, self.json_path, "added_tokens")
+        return [_added(entry, None, self.json_path) for entry in entries]
+
+    def added_in_config(self) -> list[AddedToken]:
+        """``added_tokens_decoder`` of ``tokenizer_config.json``."""
+        path = self.directory / "tokenizer_config.json"
+        entries = expect(self.config.get("added_tokens_decoder") or {}, dict, path, "added_tokens_decoder")
+        return [_added(entry, key, path) for key, entry in entries.items()]
+
+    def added_in_file(self) -> list[AddedToken]:
+        """``added_tokens.json``, none of them special."""
+        path = self.directory / "added_tokens.json"
+        added = self.added.items()
+        return [AddedToken(expect(value, int, path, content), content, special=False) for content, value in added]
+
+
+def nodes(value: Any, children: str) -> Iterator[Mapping[str, Any]]:
+    """A step of tokenizer.json and, where it is a sequence, every step inside it; nothing for null."""
+    if isinstance(value, Mapping):
+        if value.get("type") == "Sequence":
+            inner = value.get(children)
+            for child in inner if isinstance(inner, list) else []:
+                yield from nodes(child, children)
+        else:
+            yield value
+
+
+def expect(value: Any, kind: type, path: Path, what: str) -> Any:
+    """``value`` if it is a ``kind`` (a bool is no int), else TokenizerError."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TokenizerError(f"{path}: {what} should be a {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _added(entry: Any, key: str | None, path: Path) -> AddedToken:
+    entry = expect(entry, dict, path, "an added token")
+    token_id = entry.get("id") if key is None else (int(key) if key.isdecimal() and len(key) < 10 else None)
+    return AddedToken(
+        id=expect(token_id, int, path, "the id of an added token"),
+        content=expect(entry.get("content"), str, path, "the content of an added token"),
+        special=bool(entry.get("special")),
+        normalized=bool(entry.get("normalized")),
+        strips=any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")),
+    )
+
+
+def _missing(directory: Path) -> str:
+    found = [name for name in ("tekken.json", "vocab.json", "merges.txt") if (directory / name).is_file()]
+    if "tekken.json" in found:
+        hint = (
+            "it has tekken.json, Mistral's own format: take tokenizer.json from the Hugging Face version of the model"
+        )
+    elif found:
+        hint = f"it has {', '.join(found)} only: open it with transformers' AutoTokenizer and save_pretrained it"
+    else:
+        hint = "copy the tokenizer's files from the model that this one was made of"
+    return f"{directory}: no tokenizer found (looked for {_LOOKED_FOR}); {hint}"
+
+
+def _bytes(path: Path) -> bytes | None:
+    if not path.is_file():
+        return None
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise TokenizerError(f"{path}: {size} bytes, more than the {_MAX_BYTES} that a tokenizer file may have")
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    content = _bytes(path)
+    if content is None:
+        return {}
+    try:
+        parsed = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not valid JSON ({error}); download it again") from error
+    return dict(expect(parsed, dict, path, "the file"))

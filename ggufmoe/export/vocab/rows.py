@@ -1,0 +1,140 @@
+"""The rows of a vocabulary: token texts, types and scores by id, padded to the embedding and checked as a whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+from ggufmoe.errors import TokenizerError
+from ggufmoe.export.vocab.files import AddedToken
+
+_LOG = logging.getLogger("ggufmoe")
+
+SPACE = "\u2581"
+"""The character that stands for a space in vocabularies of the sentencepiece kind."""
+
+MAX_TOKEN_CHARS = 1024
+"""Longer tokens are refused: checks that cut a token in two at each place must stay cheap."""
+
+UNUSED_SCORE = -10000.0
+ADDED_SCORE = -1000.0
+
+
+class TokenType(IntEnum):
+    """Kinds of tokens, numbered as in ``tokenizer.ggml.token_type``."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A whole vocabulary in llama.cpp's terms."""
+
+    model: str
+    """``llama`` (sentencepiece's BPE) or ``gpt2`` (BPE with merges)."""
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[TokenType, ...]
+    scores: tuple[float, ...] | None = None
+    merges: tuple[str, ...] = ()
+    add_space_prefix: bool | None = None
+    """None where llama.cpp's default is right and the tokenizer's configuration does not speak of it."""
+    adds_bos_by_default: bool = False
+    """Whether llama.cpp puts a BOS before every text unless it is told otherwise."""
+    fallback_ids: dict[str, int] = field(default_factory=dict)
+    """Ids of bos and eos as the model file knows them, for where no configuration does."""
+
+    def id_of(self, text: str) -> int | None:
+        """The id of the token with this text, or None."""
+        return self.tokens.index(text) if text in self.tokens else None
+
+
+class Rows:
+    """``n_vocab`` rows, all padding at first, as many as the embedding has."""
+
+    def __init__(self, n_vocab: int, path: Path) -> None:
+        self._path = path
+        self.texts = [f"[PAD{row}]" for row in range(n_vocab)]
+        self.types = [TokenType.UNUSED] * n_vocab
+        self.scores = [UNUSED_SCORE] * n_vocab
+        self._named: set[int] = set()
+
+    def has(self, id: int) -> bool:
+        """Whether a token has been put there."""
+        return id in self._named
+
+    def put(self, id: int, text: str, type: TokenType, score: float = 0.0) -> None:
+        """Set one row; TokenizerError if the embedding has no such row or llama.cpp cannot hold the text."""
+        if not 0 <= id < len(self.texts):
+            raise TokenizerError(
+                f"{self._path}: token {text[:40]!r} has id {id}, but the embedding has only {len(self.texts)} rows; "
+                "the tokenizer is not this model's"
+            )
+        if len(text) > MAX_TOKEN_CHARS or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            raise TokenizerError(
+                f"{self._path}: token {id} ({text[:40]!r}) cannot stand in a GGUF file: "
+                f"it holds NUL or half a surrogate pair, or is longer than {MAX_TOKEN_CHARS} characters"
+            )
+        self.texts[id], self.types[id], self.scores[id] = text, type, score
+        self._named.add(id)
+
+    def put_added(self, token: AddedToken, score: float = ADDED_SCORE) -> None:
+        """Set the row of an added token: control if special or looking so, user-defined with plain spaces if not."""
+        if token.strips:
+            _LOG.warning(
+                "%s: token %r swallows spaces or matches whole words only; llama.cpp cannot, "
+                "so ids beside it may differ",
+                self._path,
+                token.content,
+            )
+        if token.special or looks_special(token.content):
+            self.put(token.id, token.content, TokenType.CONTROL, score)
+        else:
+            self.put(token.id, token.content.replace(SPACE, " "), TokenType.USER_DEFINED, score)
+
+    def put_all_added(self, tokens: Iterable[AddedToken]) -> None:
+        """Set the rows of all added tokens; TokenizerError where an id is another token's already."""
+        for token in tokens:
+            if self.has(token.id) and self.texts[token.id] != token.content:
+                raise TokenizerError(
+                    f"{self._path}: token {token.id} is {self.texts[token.id][:40]!r} and also added as "
+                    f"{token.content[:40]!r}; the files of the tokenizer do not belong together"
+                )
+            self.put_added(token)
+
+    def check_unique(self) -> None:
+        """TokenizerError if two rows bear one text: llama.cpp would abort on such a file."""
+        seen: dict[str, int] = {}
+        for row, text in enumerate(self.texts):
+            if text in seen:
+                raise TokenizerError(
+                    f"{self._path}: tokens {seen[text]} and {row} are both {text[:40]!r}; "
+                    "correct added_tokens_decoder in tokenizer_config.json or added_tokens.json"
+                )
+            seen[text] = row
+
+
+def looks_special(text: str) -> bool:
+    """Whether a token that is not marked as special is one by its looks, as llama.cpp's converter judges."""
+    brackets = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(left) and text.endswith(right) for left, right in brackets
+    )
+
+
+def require_bytes(texts: Iterable[str], path: Path) -> None:
+    """TokenizerError unless all 256 byte tokens ``<0x00>`` to ``<0xFF>`` exist: llama.cpp aborts without them."""
+    missing = {f"<0x{byte:02X}>" for byte in range(256)}.difference(texts)
+    if missing:
+        raise TokenizerError(
+            f"{path}: {len(missing)} of the 256 byte tokens are missing ({min(missing)} first); "
+            "llama.cpp needs byte fallback to spell what the vocabulary lacks"
+        )

@@ -1,0 +1,169 @@
+"""``tokenizer.json`` of the sentencepiece kind: BPE on characters, spaces as U+2581, byte fallback.
+
+llama.cpp's ``llama`` model joins any two neighbours whose join is a token, the best score first; Hugging Face's BPE
+joins only pairs that are merges, the lowest rank first. Scores of minus the rank make the two equal if every way to cut
+a token in two is a merge and the merges of one token follow each other, which is so wherever the file was derived from
+a sentencepiece model. Where it is not, llama.cpp's merge-driven variant is used (no space prefix possible), or none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import TokenizerError
+from ggufmoe.export.vocab.bpe import BPE, read_bpe
+from ggufmoe.export.vocab.files import AddedToken, TokenizerFiles, nodes
+from ggufmoe.export.vocab.rows import SPACE, Rows, TokenType, Vocabulary, require_bytes
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_DECODERS = ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
+
+MERGE_DRIVEN_PRE = "sarvam-moe"
+"""llama.cpp's pre-tokenizer for BPE with merges on plain UTF-8 with U+2581 for spaces; it cuts at newlines."""
+
+
+def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
+    """The vocabulary of a ``tokenizer.json``, its scores derived from the ranks of its merges.
+
+    Raises TokenizerError for steps of the tokenizer that llama.cpp does not do.
+    """
+    path = files.json_path
+    bpe = read_bpe(files)
+    if not bpe.byte_fallback:
+        raise TokenizerError(
+            f"{path}: BPE that is neither byte-level nor has byte_fallback cannot be converted exactly"
+        )
+    prefix = space_prefix(files, bpe)
+    _check_decoder(files, path)
+    added = {token.id: token for token in files.added_in_config() + files.added_in_json()}
+    problem = _not_by_score(bpe, {token.content for token in added.values()})
+    rows = _rows(bpe, added, n_vocab, path)
+    if problem is None:
+        return _by_score(rows, _prefix_key(files, prefix))
+    if prefix or not _newlines_stand_alone(bpe) or bpe.ignore_merges:
+        raise TokenizerError(f"{path}: llama.cpp would give other token ids: {problem}")
+    return _by_merges(rows, bpe)
+
+
+def _by_score(rows: Rows, add_space_prefix: bool | None) -> Vocabulary:
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tuple(rows.texts),
+        types=tuple(rows.types),
+        scores=tuple(rows.scores),
+        add_space_prefix=add_space_prefix,
+        adds_bos_by_default=True,
+    )
+
+
+def _by_merges(rows: Rows, bpe: BPE) -> Vocabulary:
+    return Vocabulary(
+        model="gpt2",
+        pre=MERGE_DRIVEN_PRE,
+        tokens=tuple(rows.texts),
+        types=tuple(rows.types),
+        merges=tuple(f"{left} {right}" for left, right in bpe.merges),
+        add_space_prefix=False,
+    )
+
+
+def _rows(bpe: BPE, added: Mapping[int, AddedToken], n_vocab: int, path: Path) -> Rows:
+    rows = Rows(n_vocab, path)
+    scores = rank_scores(bpe)
+    for token, token_id in bpe.vocab.items():
+        kind = TokenType.BYTE if _BYTE.fullmatch(token) else TokenType.NORMAL
+        rows.put(token_id, token, kind, scores.get(token, float(-len(bpe.merges) - 1)))
+    rows.put_all_added(added.values())
+    rows.check_unique()
+    require_bytes(rows.texts, path)
+    return rows
+
+
+def rank_scores(bpe: BPE) -> dict[str, float]:
+    """Score of each token that merging makes: minus one, minus the rank of its first merge."""
+    scores: dict[str, float] = {}
+    for rank, (left, right) in enumerate(bpe.merges):
+        scores.setdefault(left + right, float(-rank - 1))
+    return scores
+
+
+def _not_by_score(bpe: BPE, added: set[str]) -> str | None:
+    """Why scores cannot stand for the merges, or None if they can."""
+    last: dict[str, int] = {}
+    for rank, (left, right) in enumerate(bpe.merges):
+        token = left + right
+        if token in last and last[token] != rank - 1:
+            return f"merges of {token!r} are not next to each other, so no score can order them"
+        last[token] = rank
+    pairs = set(bpe.merges)
+    plain = {token for token in bpe.vocab if token not in added and not _BYTE.fullmatch(token)}
+    for token in bpe.vocab:
+        if token in added:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in plain and right in plain and (left, right) not in pairs:
+                return f"it would join {left!r} and {right!r}, which is no merge of this tokenizer"
+    return None
+
+
+def _newlines_stand_alone(bpe: BPE) -> bool:
+    return all("\n" not in left + right or not (left + right).strip("\n") for left, right in bpe.merges)
+
+
+def _prefix_key(files: TokenizerFiles, prefix: bool) -> bool | None:
+    stated = isinstance(files.config.get("add_prefix_space"), bool)
+    return prefix if stated or not prefix else None
+
+
+def space_prefix(files: TokenizerFiles, bpe: BPE) -> bool:
+    """Whether a space is put before the text, by normalizer or pre-tokenizer; TokenizerError for steps unknown.
+
+    A Metaspace with ``prepend_scheme`` always adds none where one is there already, and ``first`` adds none after a
+    special token; llama.cpp does both, and no key changes that.
+    """
+    path = files.json_path
+    prefix = escapes = False
+    for step in nodes(files.json.get("normalizer"), "normalizers"):
+        if step.get("type") == "Prepend" and step.get("prepend") == SPACE and not escapes:
+            prefix = True
+        elif _replaces_spaces(step):
+            escapes = True
+        else:
+            raise _unknown_step(path, "normalizer", step)
+    for step in nodes(files.json.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") != "Metaspace" or step.get("replacement", SPACE) != SPACE:
+            raise _unknown_step(path, "pre-tokenizer", step)
+        if step.get("split", True) and any(SPACE in (left + right)[1:] for left, right in bpe.merges):
+            raise TokenizerError(f"{path}: Metaspace cuts words apart that merges would join; llama.cpp does not")
+        prefix, escapes = prefix or _scheme(step) != "never", True
+    if not escapes:
+        raise TokenizerError(f"{path}: nothing turns spaces into {SPACE!r}, as llama.cpp always does for such models")
+    return prefix
+
+
+def _scheme(step: Mapping[str, Any]) -> str:
+    if "prepend_scheme" in step:
+        return str(step["prepend_scheme"])
+    return "always" if step.get("add_prefix_space", True) else "never"
+
+
+def _replaces_spaces(step: Mapping[str, Any]) -> bool:
+    return step.get("type") == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE
+
+
+def _check_decoder(files: TokenizerFiles, path: Path) -> None:
+    for step in nodes(files.json.get("decoder"), "decoders"):
+        if step.get("type") not in _DECODERS:
+            raise _unknown_step(path, "decoder", step)
+
+
+def _unknown_step(path: Path, what: str, step: Mapping[str, Any]) -> TokenizerError:
+    return TokenizerError(
+        f"{path}: {what} {str(dict(step))[:200]} is not one that llama.cpp has for models of the sentencepiece kind; "
+        "if the model has a tokenizer.model, put it beside this file"
+    )

@@ -1,0 +1,211 @@
+"""``tokenizer.model``: sentencepiece's BPE models, read from the protocol buffer itself.
+
+Nothing but this file's own bytes is trusted to be well-formed by the reader below: lengths are checked, and the few
+fields that matter are taken by number (``sentencepiece_model.proto``). Whether llama.cpp can tokenize alike is judged
+by what the model says of itself: kind, normalization, byte fallback.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ggufmoe.errors import TokenizerError
+from ggufmoe.export.vocab.files import AddedToken, TokenizerFiles
+from ggufmoe.export.vocab.rows import ADDED_SCORE, SPACE, Rows, TokenType, Vocabulary, require_bytes
+
+_KINDS = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the model; ``type`` is numbered as in GGUF."""
+
+    text: str
+    score: float
+    type: TokenType
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """The parts of a model that decide about token ids."""
+
+    pieces: tuple[Piece, ...]
+    kind: str
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    escape_whitespaces: bool
+    whitespace_as_suffix: bool
+    has_character_map: bool
+    """Whether it rewrites characters (NFKC and the like) before it looks for pieces."""
+
+
+def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
+    """The vocabulary of ``tokenizer.model`` with the tokens that the JSON files add to it.
+
+    Raises TokenizerError for models that llama.cpp would tokenize differently, and if the files contradict each other.
+    """
+    path = files.directory / "tokenizer.model"
+    model = parse(files.model or b"", path)
+    _check_expressible(model, path)
+    rows = Rows(n_vocab, path)
+    texts = {piece.text for piece in model.pieces}
+    for token_id, piece in enumerate(model.pieces):
+        _put_piece(rows, token_id, piece, texts)
+    for token in files.added_in_file():
+        rows.put(token.id, token.content, TokenType.USER_DEFINED, ADDED_SCORE)
+    for token in files.added_in_config():
+        rows.put_added(token)
+    for token in _left_out(files.added_in_json(), rows, path):
+        rows.put_added(token)
+    rows.check_unique()
+    require_bytes(rows.texts, path)
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tuple(rows.texts),
+        types=tuple(rows.types),
+        scores=tuple(rows.scores),
+        add_space_prefix=_space_prefix(files, model),
+        adds_bos_by_default=True,
+        fallback_ids=_control_ids(model),
+    )
+
+
+def _space_prefix(files: TokenizerFiles, model: SentencePieceModel) -> bool | None:
+    stated = files.config.get("add_prefix_space")
+    if isinstance(stated, bool):
+        return stated
+    return None if model.add_dummy_prefix else False
+
+
+def _control_ids(model: SentencePieceModel) -> dict[str, int]:
+    roles = {"<s>": "bos", "</s>": "eos"}
+    return {
+        roles[piece.text]: token_id
+        for token_id, piece in enumerate(model.pieces)
+        if piece.type is TokenType.CONTROL and piece.text in roles
+    }
+
+
+def _put_piece(rows: Rows, id: int, piece: Piece, texts: set[str]) -> None:
+    if piece.type is not TokenType.USER_DEFINED:
+        rows.put(id, piece.text, piece.type, piece.score)
+    elif _merges_by_itself(piece.text, texts):
+        rows.put(id, piece.text, TokenType.NORMAL, piece.score)
+    else:
+        rows.put(id, piece.text.replace(SPACE, " "), TokenType.USER_DEFINED, piece.score)
+
+
+def _merges_by_itself(text: str, texts: set[str]) -> bool:
+    """Whether llama.cpp finds a user-defined piece by merging: a character, or spaces doubled step by step.
+
+    A piece that is cut out beforehand gets a new space prefix behind it, which sentencepiece does not add.
+    """
+    return len(text) == 1 or (not text.strip(SPACE) and all(SPACE * n in texts for n in range(1, len(text))))
+
+
+def _left_out(added: list[AddedToken], rows: Rows, path: Path) -> list[AddedToken]:
+    """Tokens that only ``tokenizer.json`` knows; TokenizerError where it gives an id to another token."""
+    for token in added:
+        if rows.has(token.id) and token.content.replace(SPACE, " ") != rows.texts[token.id].replace(SPACE, " "):
+            raise TokenizerError(
+                f"{path}: token {token.id} is {rows.texts[token.id][:40]!r}, but {token.content[:40]!r} in "
+                "tokenizer.json; keep the one that belongs to the model and remove the other file"
+            )
+    return [token for token in added if not rows.has(token.id)]
+
+
+def _check_expressible(model: SentencePieceModel, path: Path) -> None:
+    unused = any(piece.type is TokenType.UNUSED and len(piece.text) > 1 for piece in model.pieces)
+    problems = {
+        f"it is a {model.kind} model, and of sentencepiece's models llama.cpp knows only BPE here": model.kind != "BPE",
+        "it rewrites characters before tokenizing (NFKC or the like)": model.has_character_map,
+        "it removes extra spaces": model.remove_extra_whitespaces,
+        "it does not escape spaces": not model.escape_whitespaces,
+        "it puts spaces at the end of words": model.whitespace_as_suffix,
+        "it has unused pieces, which are taken apart again": unused,
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise TokenizerError(
+                f"{path}: llama.cpp would give other token ids: {problem}; "
+                "if a tokenizer.json of the model is right for you, remove tokenizer.model"
+            )
+
+
+def parse(data: bytes, path: Path) -> SentencePieceModel:
+    """Read a serialized ``ModelProto``; TokenizerError if it is not one."""
+    pieces: list[Piece] = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    try:
+        for number, value in _fields(data):
+            if number == 1 and isinstance(value, bytes):
+                pieces.append(_piece(value))
+            elif number == 2 and isinstance(value, bytes):
+                trainer = dict(_fields(value))
+            elif number == 3 and isinstance(value, bytes):
+                normalizer = dict(_fields(value))
+        kind = _KINDS[int(trainer.get(3, 1))]
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise TokenizerError(
+            f"{path}: not a sentencepiece model ({error}); "
+            "if the model's tokenizer is in tokenizer.json, remove tokenizer.model"
+        ) from error
+    if not pieces:
+        raise TokenizerError(f"{path}: not a sentencepiece model (it has no pieces); download it again")
+    return SentencePieceModel(
+        pieces=tuple(pieces),
+        kind=kind,
+        add_dummy_prefix=bool(normalizer.get(3, 1)),
+        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        escape_whitespaces=bool(normalizer.get(5, 1)),
+        whitespace_as_suffix=bool(trainer.get(24, 0)),
+        has_character_map=bool(normalizer.get(2)),
+    )
+
+
+def _piece(data: bytes) -> Piece:
+    fields = dict(_fields(data))
+    text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, 1)
+    if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
+        raise ValueError("a piece whose fields are of other types")
+    return Piece(text.decode("utf-8"), float(struct.unpack("<f", score)[0]), TokenType(kind))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a protocol buffer message: number, and an integer or the bytes of anything else."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if wire == 2:
+            length, at = _varint(data, at)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {at}")
+        if length > len(data) - at:
+            raise ValueError(f"cut short at byte {at}")
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 64, 7):
+        if at >= len(data):
+            raise ValueError("cut short inside a number")
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError(f"number too long at byte {at}")
