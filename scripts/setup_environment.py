@@ -1,0 +1,237 @@
+"""Put the pinned engine and this project into the environment that runs this file; check that it is that engine.
+
+Owns the engine's build and its cache: one wheel for each version, flavour and kind of processor, in the user's cache
+directory, because compiling takes minutes and pip's own cache does not look at CMAKE_ARGS. ``scripts/setup`` calls
+this with the Python of ``.venv``; it needs nothing but the standard library and pip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PIN_FILE = ROOT / "vendor" / "llama.cpp.toml"
+STAMP = Path(sys.prefix) / "ggufmoe-stamp"
+
+
+class SetupError(Exception):
+    """The environment cannot be made; the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The engine as ``vendor/llama.cpp.toml`` fixes it, in one flavour."""
+
+    version: str
+    commit: str
+    flavour: str
+    cmake_args: str
+    symbol: str
+    """Exported by a build of this flavour only."""
+    abi: dict[str, Any]
+
+    @property
+    def requirement(self) -> str:
+        return f"llama-cpp-python=={self.version}"
+
+
+def say(message: str) -> None:
+    print(f"set-up: {message}", file=sys.stderr, flush=True)
+
+
+def read_pin(path: Path, flavour: str | None) -> Pin:
+    """The pin in one flavour; None means the file's default."""
+    table = _parse_toml(path.read_text(encoding="utf-8"))
+    engine = table["engine"]
+    name = flavour or engine["default_flavour"]
+    if name not in table["flavours"]:
+        raise SetupError(f"GGUFMOE_ENGINE={name} is no flavour of {path.name}; it has {', '.join(table['flavours'])}")
+    chosen = table["flavours"][name]
+    return Pin(
+        engine["version"], engine["llama_cpp_commit"], name, chosen["cmake_args"], chosen["symbol"], table["abi"]
+    )
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        from pip._vendor import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def cache_directory() -> Path:
+    """Where things that are slow to make are kept between checkouts."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(base) / "ggufmoe"
+
+
+def processor() -> str:
+    """A description of this processor that changes when compiled code might no longer run on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        wanted = ("flags", "Features", "model name", "CPU part", "isa")
+        return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    if sys.platform == "darwin":
+        return subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        ).stdout
+    return platform.processor()
+
+
+def engine_cache(pin: Pin) -> Path:
+    """The directory that holds the wheel of this engine for this machine."""
+    told = f"{pin.cmake_args}\n{os.environ.get('CMAKE_ARGS', '')}\n{processor()}"
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    machine = f"{platform.system()}-{platform.machine()}".lower()
+    return cache_directory() / "engine" / f"{pin.version}-{pin.flavour}-{machine}-{digest}"
+
+
+def stamp(pin: Pin) -> str:
+    """What this environment was made from; when it is unchanged there is nothing to do."""
+    digest = hashlib.sha256()
+    for path in (ROOT / "pyproject.toml", PIN_FILE, Path(__file__)):
+        digest.update(path.read_bytes())
+    digest.update(f"{ROOT}\n{pin.flavour}\n{engine_cache(pin).name}\n{sys.version}".encode())
+    return digest.hexdigest()
+
+
+def pip(*arguments: str, env: dict[str, str] | None = None) -> None:
+    """Run pip of this environment, quietly; its output is shown when it fails."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise SetupError(f"pip {' '.join(arguments)} failed:\n{done.stdout[-6000:]}")
+
+
+def check_tools() -> None:
+    """What compiling the engine needs, before minutes are spent."""
+    if shutil.which("cmake") is None:
+        raise SetupError("cmake is not on PATH; install cmake 3.21 or later (apt, dnf, brew or winget install cmake)")
+    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
+    if sys.platform != "win32" and not any(name and shutil.which(name.split()[0]) for name in compilers):
+        raise SetupError(
+            "no C++ compiler is on PATH; install g++ or clang (apt install g++, or xcode-select --install)"
+        )
+
+
+def build_wheel(pin: Pin, target: Path) -> Path:
+    """Compile the engine and keep its wheel in ``target``; gives the wheel."""
+    check_tools()
+    say(f"compiling llama-cpp-python {pin.version}, flavour {pin.flavour} (some minutes, once on this machine)")
+    target.mkdir(parents=True, exist_ok=True)
+    given = os.environ.get("CMAKE_ARGS", "")
+    env = os.environ | {"CMAKE_ARGS": f"{given} {pin.cmake_args}".strip(), "FORCE_CMAKE": "1"}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        pip(
+            "wheel", "--no-deps", "--no-cache-dir", "--no-binary=llama-cpp-python", "-w", scratch, pin.requirement,
+            env=env,
+        )  # fmt: skip
+        built = next(Path(scratch).glob("llama_cpp_python-*.whl"))
+        kept = target / built.name
+        os.replace(built, kept)
+    say(f"compiled in {time.monotonic() - started:.0f} s, kept in {target}")
+    return kept
+
+
+def cached_wheel(pin: Pin) -> Path | None:
+    return next(iter(sorted(engine_cache(pin).glob("llama_cpp_python-*.whl"))), None)
+
+
+CHECK = """
+import ctypes, importlib.metadata, json, sys
+from llama_cpp import llama_cpp
+abi, lib, faults = json.loads(sys.argv[1]), llama_cpp._lib, []
+def expect(what, found, wanted):
+    if found != wanted:
+        faults.append(f"{what} is {found}, expected {wanted}")
+expect("version", importlib.metadata.version("llama-cpp-python"), abi["version"])
+faults += [f"{name} is not exported" for name in abi["symbols"] if not hasattr(lib, name)]
+if not faults:
+    lib.ggml_commit.restype = ctypes.c_char_p
+    commit = lib.ggml_commit().decode()
+    if commit != "unknown" and not abi["commit"].startswith(commit.split("-")[0]):
+        faults.append(f"llama.cpp commit is {commit}, expected {abi['commit']}")
+    for name, size in abi["struct_bytes"].items():
+        expect(f"size of {name}", ctypes.sizeof(getattr(llama_cpp, name)), size)
+    for name, (number, block, size) in abi["tensor_types"].items():
+        lib.ggml_blck_size.restype, lib.ggml_type_size.restype = ctypes.c_int64, ctypes.c_size_t
+        expect(f"block of {name}", [lib.ggml_blck_size(number), lib.ggml_type_size(number)], [block, size])
+print("; ".join(faults))
+"""
+"""Runs in a process of its own: a broken library may end it."""
+
+
+def engine_faults(pin: Pin) -> str:
+    """How the installed engine differs from the pin; empty when it is the one."""
+    expected = pin.abi | {"version": pin.version, "commit": pin.commit}
+    expected["symbols"] = [*pin.abi["symbols"], "ggml_commit", pin.symbol]
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, json.dumps(expected)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"python ended with {done.returncode}"])[-1]
+    return done.stdout.strip()
+
+
+def install_engine(pin: Pin) -> None:
+    """Install the pinned engine; a cached wheel that turns out to be another one is built again, once."""
+    wheel = cached_wheel(pin)
+    if wheel is not None:
+        say(f"installing the engine that was compiled before ({wheel.parent})")
+        pip("install", "--force-reinstall", "--no-deps", str(wheel))
+        if not (faults := engine_faults(pin)):
+            return
+        say(f"that is not the pinned engine ({faults}): compiling it again")
+        wheel.unlink()
+    wheel = build_wheel(pin, engine_cache(pin))
+    pip("install", "--no-cache-dir", "--force-reinstall", "--no-deps", str(wheel))
+    if faults := engine_faults(pin):
+        raise SetupError(f"the engine that was compiled is not the pinned one: {faults}")
+
+
+def install() -> None:
+    """Bring the environment up to date with pyproject.toml and the pin."""
+    pin = read_pin(PIN_FILE, os.environ.get("GGUFMOE_ENGINE"))
+    wanted = stamp(pin)
+    if STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted:
+        return
+    STAMP.unlink(missing_ok=True)
+    say("installing what the engine needs")
+    pip("install", "diskcache", "jinja2", "numpy", "typing-extensions")
+    if engine_faults(pin):
+        install_engine(pin)
+    say(f"engine: llama-cpp-python {pin.version}, flavour {pin.flavour}, checked")
+    say("installing ggufmoe and what its tests need")
+    pip("install", "-e", f"{ROOT}[dev]")
+    if faults := engine_faults(pin):
+        raise SetupError(f"installing ggufmoe changed the engine: {faults}")
+    STAMP.write_text(wanted, encoding="utf-8")
+    say(f"ready: {Path(sys.prefix)}")
+
+
+def main() -> int:
+    """Install; an error is one message and exit code 1."""
+    try:
+        install()
+    except SetupError as error:
+        say(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
