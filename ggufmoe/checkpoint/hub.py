@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ggufmoe.checkpoint import shards
 from ggufmoe.checkpoint.config import read_config
@@ -61,7 +61,7 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     read_config(directory)
     index = directory / shards.INDEX
     names = [shards.SINGLE, *sorted(set(shards.parse_index(index).values()))] if index.is_file() else [shards.SINGLE]
-    directory = _snapshot(repo_id, directory.name, tuple(names))
+    directory = _snapshot(repo_id, directory.name, ("config.json", *names))
     if not any((directory / name).is_file() for name in names):
         raise CheckpointError(
             f"{repo_id} has neither {shards.SINGLE} nor {shards.INDEX}; weights in pickle files (.bin, .pth) are "
@@ -74,21 +74,22 @@ def _snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+    # The bases of HfHubHTTPError are those of the HTTP library that this huggingface_hub uses.
+    http_errors = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, EntryNotFoundError, *http_errors)
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=_silent()))
-    # The bases of HfHubHTTPError are those of the HTTP library that this huggingface_hub uses.
-    except (OSError, ValueError, EntryNotFoundError, *HfHubHTTPError.__bases__) as error:
+    except failures as error:
         raise _explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
 
 
 def _silent() -> Any:
-    from huggingface_hub.utils import tqdm
+    """A progress bar that is not shown: a library does not write to the terminal."""
+    from huggingface_hub.utils.tqdm import tqdm
 
-    class Silent(tqdm):  # type: ignore[misc, unused-ignore]
-        """A progress bar that is not shown: a library does not write to the terminal."""
-
+    class Silent(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
     return Silent
 

@@ -71,7 +71,7 @@ class StoredRows:
             raise ValueError(f"{self.name}: out must be contiguous {(stop - start, n_cols)} {self.dtype.numpy}")
         if out.size:
             begin = self.begin + start * n_cols * self.dtype.n_bytes
-            self.file.read_into(begin, memoryview(out).cast("B"))
+            self.file.read_into(begin, out.data.cast("B"))
 
 
 def pieces(config: ModelConfig, layout: ExpertLayout, *, with_output: bool) -> Iterator[Piece]:

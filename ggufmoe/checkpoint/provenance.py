@@ -75,10 +75,13 @@ def read_record(directory: Path) -> Provenance:
     try:
         base_models = tuple(BaseModel(**_strings(base)) for base in value.pop("base_models", []))
         extra = _strings(value.pop("extra", {}))
-        lists = {key: _string_list(value.pop(key, [])) for key in ("tags", "languages")}
-        return Provenance(**_strings(value), **lists, base_models=base_models, extra=extra)
+        tags, languages = (_string_list(value.pop(key, [])) for key in ("tags", "languages"))
+        known = Provenance(tags=tags, languages=languages, base_models=base_models, extra=extra, **_strings(value))
     except TypeError as error:
         raise CheckpointError(f"{path} is not a record of ggufmoe ({error}); delete it to do without") from error
+    if not known.name:
+        raise CheckpointError(f"{path} is not a record of ggufmoe (no name); delete it to do without")
+    return known
 
 
 def _strings(value: object) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""Models by hub id, against a hub of our own on 127.0.0.1.
+
+huggingface_hub reads its settings when it is imported, so each case runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggufmoe.checkpoint import hub
+from ggufmoe.errors import HubError
+from tests.checkpoint import fake_hub
+
+CHILD = """
+import json, sys
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.errors import GgufmoeError
+answers = []
+for source in sys.argv[1:]:
+    try:
+        with open_checkpoint(source) as model:
+            answers.append({"name": model.provenance.name, "n": len(model.tensors), "directory": str(model.directory)})
+    except GgufmoeError as error:
+        answers.append({"error": type(error).__name__, "message": str(error)})
+print(json.dumps(answers))
+"""
+
+Opener = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def served(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[fake_hub.FakeHub]:
+    directory = tmp_path_factory.mktemp("served")
+    shutil.copytree(tiny_checkpoint(max_shard_bytes=2_000_000), directory, dirs_exist_ok=True)
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth", "other.gguf"):
+        (directory / name).write_bytes(b"not wanted")
+    with fake_hub.serving(directory) as running:
+        yield running
+
+
+def opener(url: str, cache: Path) -> Opener:
+    """A function that opens sources in a child process with this endpoint and cache."""
+
+    def open_sources(*sources: str, **environment: str) -> list[dict[str, Any]]:
+        own = {"HF_ENDPOINT": url, "HF_HUB_CACHE": str(cache), "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+        known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
+        command = [sys.executable, "-c", CHILD, *sources]
+        done = subprocess.run(command, env=known | own | environment, capture_output=True, text=True, timeout=120)
+        assert done.stderr == ""
+        answers: list[dict[str, Any]] = json.loads(done.stdout)
+        return answers
+
+    return open_sources
+
+
+def test_fetches_only_what_is_needed_and_then_works_offline(served: fake_hub.FakeHub, tmp_path: Path) -> None:
+    open_sources = opener(served.url, tmp_path)
+    served.fetched.clear()
+    first, pinned, unknown = open_sources("org/tiny", "org/tiny@v2", "org/tiny@nonsense")
+    assert (first["name"], first["n"]) == ("tiny", 29)
+    assert pinned["directory"] == first["directory"]
+    assert "there is no such revision" in unknown["message"]
+    shards = {name for name in served.fetched if name.startswith("model-")}
+    assert len(shards) > 1
+    rest = {"config.json", "model.safetensors.index.json", "tokenizer.model", "tokenizer_config.json"}
+    assert sorted(served.fetched) == sorted(shards | rest)
+
+    served.fetched.clear()
+    again, by_path, absent = open_sources("org/tiny", first["directory"], "org/other", HF_HUB_OFFLINE="1")
+    assert again == first
+    assert by_path["name"] == "tiny"
+    assert absent["error"] == "HubError"
+    assert absent["message"].startswith("org/other is not in the cache")
+    assert served.fetched == []
+
+
+def test_what_the_hub_refuses_is_explained(served: fake_hub.FakeHub, tmp_path: Path) -> None:
+    gated, private = opener(served.url, tmp_path)("org/gated", "org/private")
+    assert gated["error"] == private["error"] == "HubError"
+    assert f"accept its licence on {served.url}/org/gated and set a token" in gated["message"]
+    assert "org/private is neither a local directory nor a public model" in private["message"]
+
+
+def test_an_unreachable_hub_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (answer,) = opener("http://127.0.0.1:9", tmp_path)("org/tiny")
+    assert answer["error"] == "HubError"
+    assert answer["message"].startswith("org/tiny cannot be fetched from http://127.0.0.1:9 and is not in the cache")
+
+
+def test_an_unsupported_model_costs_no_weights(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    with fake_hub.serving(directory) as running:
+        (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
+    assert answer["error"] == "ArchitectureError"
+    assert not any(name.endswith(".safetensors") for name in running.fetched)
+
+
+def test_a_model_with_pickled_weights_only_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with fake_hub.serving(directory) as running:
+        (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
+    assert answer["error"] == "CheckpointError"
+    assert "refused because they can run any code" in answer["message"]
+    assert "pytorch_model.bin" not in running.fetched
+
+
+@pytest.mark.parametrize("source", ["org/name", "org/na.me-1@main", "o/n@refs/pr/1", "mistralai/Mistral-7B-v0.2"])
+def test_hub_ids(source: str) -> None:
+    assert hub.is_hub_id(source)
+
+
+@pytest.mark.parametrize("source", ["name", "./org/name", "/org/name", "a/b/c", "../x", "org/name/", "o/..", "o/n@"])
+def test_paths_are_not_hub_ids(source: str) -> None:
+    assert not hub.is_hub_id(source)
+
+
+def test_a_revision_is_given_once() -> None:
+    assert hub.split_id("org/name@v1", None) == ("org/name", "v1")
+    assert hub.split_id("org/name", "v1") == ("org/name", "v1")
+    with pytest.raises(HubError, match="names a revision already"):
+        hub.split_id("org/name@v1", "v2")
+    with pytest.raises(HubError, match="not a hub id"):
+        hub.split_id("name", None)
