@@ -5,20 +5,18 @@ Owns where templates are found and which wins; rendering them belongs to the run
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import TokenizerError
-
-_MAX_BYTES = 64 << 20
+from ggufmoe.checkpoint.jsonfile import read_capped, read_object
+from ggufmoe.errors import CheckpointError
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
     """Every template by name, ``default`` first where there is one; empty if the directory has none.
 
     ``tokenizer_config.json`` wins over ``chat_template.jinja`` and that over ``chat_template.json``, as in llama.cpp's
-    converter. Raises TokenizerError for files that cannot be read.
+    converter. Raises CheckpointError for files that cannot be read.
     """
     own = _named(_json(directory / "tokenizer_config.json").get("chat_template"))
     if own:
@@ -46,21 +44,11 @@ def _named(value: Any) -> dict[str, str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected an object, found {type(content).__name__}")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise TokenizerError(f"{path}: larger than {_MAX_BYTES >> 20} MiB")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read ({error})") from error
+        return read_capped(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text (byte {error.start})") from error

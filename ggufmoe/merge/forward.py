@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ggufmoe.checkpoint.dtypes import widen
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.source import ModelConfig, ModelSource, SourceTensor
+from ggufmoe.checkpoint.dtypes import read_f32
+from ggufmoe.checkpoint.source import ModelConfig, ModelSource
 from ggufmoe.errors import Cancelled, CheckpointError
 
 Floats = NDArray[np.float32]
@@ -53,7 +53,7 @@ class ForwardPass:
         table = self._tensors["model.embed_tokens.weight"]
         out = np.empty((len(tokens), table.shape[1]), dtype=np.float32)
         for i, token in enumerate(tokens):
-            out[i] = _read(table, token, token + 1)[0]
+            out[i] = read_f32(table, token, token + 1)[0]
         return out
 
     def layers(self, prompts: Sequence[Sequence[int]]) -> Iterator[LayerState]:
@@ -86,9 +86,10 @@ class ForwardPass:
         return self._experts(prefix, normed) if self._config.n_expert else self._mlp(prefix, normed)
 
     def _norm(self, name: str, hidden: Floats) -> Floats:
-        weight = _read(self._tensors[name], 0, 1)[0]
+        weight = read_f32(self._tensors[name], 0, 1)[0]
         variance = np.mean(hidden * hidden, axis=-1, keepdims=True, dtype=np.float32)
-        return hidden * (np.float32(1.0) / np.sqrt(variance + np.float32(self._config.rms_norm_eps))) * weight
+        out: Floats = hidden * (np.float32(1.0) / np.sqrt(variance + np.float32(self._config.rms_norm_eps))) * weight
+        return out
 
     def _mlp(self, prefix: str, hidden: Floats) -> Floats:
         names = (f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
@@ -141,7 +142,8 @@ class ForwardPass:
         if self._config.sliding_window:
             hidden_from |= position[:, None] - position[None, :] >= self._config.sliding_window
         scores[:, hidden_from] = -np.inf
-        return np.einsum("hij,jhd->ihd", _softmax(scores), values).reshape(n_tokens, n_head * head_dim)
+        out: Floats = np.einsum("hij,jhd->ihd", _softmax(scores), values).reshape(n_tokens, n_head * head_dim)
+        return out
 
     def _rope(self, x: Floats) -> Floats:
         """Rotate pairs (i, i + d/2) of x (n, heads, d), the row order of Hugging Face checkpoints."""
@@ -158,25 +160,15 @@ class ForwardPass:
         step = max(1, TILE_BYTES // (4 * n_cols))
         spans = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
         with ThreadPoolExecutor(max_workers=1) as reader:
-            upcoming = reader.submit(_read, tensor, *spans[0])
+            upcoming = reader.submit(read_f32, tensor, *spans[0])
             for i, (start, stop) in enumerate(spans):
                 if self._cancelled():
                     raise Cancelled("stopped while computing the router")
                 tile = upcoming.result()
                 if i + 1 < len(spans):
-                    upcoming = reader.submit(_read, tensor, *spans[i + 1])
+                    upcoming = reader.submit(read_f32, tensor, *spans[i + 1])
                 np.matmul(x, tile.T, out=out[:, start:stop])
         return out
-
-
-def _read(tensor: SourceTensor, start: int, stop: int) -> Floats:
-    """Rows [start, stop) as float32."""
-    n_cols = tensor.shape[-1]
-    raw: NDArray[Any] = np.empty((stop - start, n_cols), dtype=tensor.dtype.numpy)
-    tensor.read_rows(start, stop, raw)
-    out = np.empty(raw.shape, dtype=np.float32)
-    widen(raw, tensor.dtype, out)
-    return out
 
 
 def _softmax(x: Floats) -> Floats:
@@ -190,9 +182,11 @@ def _inverse_frequencies(config: ModelConfig) -> Floats:
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling.kind == "none":
-        return frequencies
+        out: Floats = frequencies
+        return out
     if scaling.kind == "linear":
-        return (frequencies / np.float32(scaling.parameters["factor"])).astype(np.float32)
+        scaled: Floats = (frequencies / np.float32(scaling.parameters["factor"])).astype(np.float32)
+        return scaled
     if scaling.kind == "llama3":
         return _llama3_frequencies(frequencies, scaling.parameters)
     raise CheckpointError(
@@ -207,4 +201,5 @@ def _llama3_frequencies(frequencies: Floats, parameters: Any) -> Floats:
     context = float(parameters["original_max_position_embeddings"])
     wavelengths = 2 * math.pi / frequencies
     smooth = np.clip((context / wavelengths - low) / (high - low), 0.0, 1.0)
-    return ((1 - smooth) * frequencies / factor + smooth * frequencies).astype(np.float32)
+    out: Floats = ((1 - smooth) * frequencies / factor + smooth * frequencies).astype(np.float32)
+    return out

@@ -15,12 +15,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from ggufmoe.checkpoint.dtypes import narrow, widen
 from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.chat_template import default_chat_template
+from ggufmoe.checkpoint.dtypes import narrow, widen
 from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, SourceTensor
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.compare import compare_sources

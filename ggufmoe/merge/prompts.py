@@ -6,15 +6,13 @@ Which tokenizer speaks is decided as transformers decides it: ``tokenizer.json``
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ggufmoe.checkpoint.jsonfile import read_object
 from ggufmoe.errors import RecipeError, TokenizerError
-
-_MAX_JSON_BYTES = 256 << 20
 
 
 def prompt_tokenizer(tokenizer_dir: Path) -> Callable[[str], list[int]]:
@@ -74,17 +72,7 @@ def _sentencepiece(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise TokenizerError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected an object, found {type(content).__name__}")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _bos_text(settings: dict[str, Any], tokenizer_dir: Path) -> str:

@@ -131,7 +131,8 @@ def _random_rows(recipe: Recipe, config: ModelConfig, n_expert: int) -> Floats:
     if recipe.gate_mode is GateMode.RANDOM:
         return generator.standard_normal(shape, dtype=np.float32)
     bound = np.float32(1.0 / np.sqrt(config.n_embd))
-    return (generator.random(shape, dtype=np.float32) * 2 - 1) * bound
+    out: Floats = (generator.random(shape, dtype=np.float32) * 2 - 1) * bound
+    return out
 
 
 def _hidden_vectors(
@@ -147,7 +148,8 @@ def _hidden_vectors(
     def pick(hidden: Floats) -> Floats:
         if mode is GateMode.HIDDEN_AVG:
             return np.stack([part.mean(axis=0) for part in np.split(hidden, ends[:-1])])
-        return hidden[ends - 1]
+        out: Floats = hidden[ends - 1]
+        return out
 
     inputs, router_inputs = [], []
     for done, state in enumerate(forward.layers([prompt.tokens for prompt in prompts]), start=1):
@@ -196,7 +198,8 @@ def _difference(vector: Callable[[int, bool], Floats | None], n_expert: int) -> 
 
 def _normalized(vectors: Floats) -> Floats:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return (vectors / np.maximum(lengths, 1e-8)).astype(np.float32)
+    out: Floats = (vectors / np.maximum(lengths, 1e-8)).astype(np.float32)
+    return out
 
 
 def _report(recipe: Recipe, rows: Floats, prompts: Sequence[_Prompt], vectors: NDArray[Any] | None) -> RouterReport:
