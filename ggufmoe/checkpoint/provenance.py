@@ -43,7 +43,7 @@ def read_provenance(directory: Path, repo_id: str | None = None) -> Provenance:
     card = _front_matter(directory / MODEL_CARD)
     return Provenance(
         name=name or "model",
-        license=_text(card.get("license")),
+        license=next(iter(_texts(card.get("license"))), None),
         license_name=_text(card.get("license_name")),
         license_link=_text(card.get("license_link")),
         tags=_texts(card.get("tags")),
@@ -135,8 +135,6 @@ def _plain_loader() -> Any:
 
 
 def _text(value: object) -> str | None:
-    if isinstance(value, list) and value:
-        value = value[0]
     return value.strip() or None if isinstance(value, str) and len(value) <= _MAX_TEXT else None
 
 

@@ -1,0 +1,108 @@
+"""The door: what can be opened, and what is said of everything else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.provenance import write_record
+from ggufmoe.checkpoint.source import ModelSource, Provenance
+from ggufmoe.errors import CheckpointError, SafetensorsError
+from tests import tiny
+
+
+def test_a_checkpoint_is_a_model_source(tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path / "tiny-mixtral", max_shard_bytes=2_000_000)
+    model: ModelSource = open_checkpoint(str(directory))
+    assert model.config.architecture == "MixtralForCausalLM"
+    assert model.tokenizer_dir == directory
+    assert model.chat_template is None
+    assert model.provenance == Provenance("tiny-mixtral")
+    names = {path.name for path in model.input_paths}
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.model", "tokenizer_config.json"} < names
+    assert any(name.startswith("model-00002-of-") for name in names)
+    model.close()
+    model.close()
+
+
+def test_the_record_of_a_merge_is_read_back(tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path / "some-directory")
+    write_record(directory, Provenance("its-own-name", license="mit"))
+    with open_checkpoint(directory) as model:
+        assert model.provenance == Provenance("its-own-name", license="mit")
+
+
+def test_an_existing_path_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.make_checkpoint(tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    with open_checkpoint("org/name") as model:
+        assert model.directory == Path("org/name")
+
+
+def test_a_directory_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a directory, so it has no revision main"):
+        open_checkpoint(tiny.make_checkpoint(tmp_path), revision="main")
+
+
+def test_things_that_are_not_a_checkpoint_directory(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    expected = {
+        "absent/below/here": "does not exist; give a checkpoint directory or a hub id such as org/name",
+        "model.gguf": "is a GGUF file, not a checkpoint directory; it can be run as it is",
+        "model.safetensors": "is a file; give the checkpoint's directory",
+        "empty": "has no config.json",
+    }
+    for name, message in expected.items():
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path / name)
+
+
+def test_nothing_stays_open_after_an_error(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    directory = tiny.make_checkpoint(tmp_path, max_shard_bytes=1_000_000)
+    shard = sorted(tmp_path.glob("model-*"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(SafetensorsError, match="cut off"):
+        open_checkpoint(directory)
+    tiny.make_checkpoint(tmp_path, max_shard_bytes=1_000_000)
+    (tmp_path / "ggufmoe.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a record"):
+        open_checkpoint(directory)
+
+
+UNREADABLE = """
+import os, sys
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.errors import GgufmoeError
+if os.getuid() == 0:
+    open_checkpoint(sys.argv[1]).close()  # root may read everything; imports what the next user may not
+    os.setgid(65534), os.setuid(65534)
+try:
+    open_checkpoint(sys.argv[1])
+except GgufmoeError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="permissions of POSIX")
+@pytest.mark.parametrize(
+    ("name", "error"), [("", "CheckpointError"), ("config.json", "CheckpointError"), ("model.safetensors", "Safetens")]
+)
+def test_what_may_not_be_read_is_named(name: str, error: str, tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path / "model")
+    for parent in (directory, *directory.parents[:3]):
+        parent.chmod(0o755)
+    (directory / name).chmod(0)
+    done = subprocess.run(
+        [sys.executable, "-c", UNREADABLE, str(directory)], capture_output=True, text=True, check=True
+    )
+    (directory / name).chmod(0o755)
+    assert done.stdout.startswith(error)
+    assert f"{directory / name} cannot be read: Permission denied" in done.stdout

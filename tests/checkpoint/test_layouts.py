@@ -1,0 +1,206 @@
+"""Both expert layouts as one set of classic names, and everything that does not fit reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.source import Dtype, SourceTensor
+from ggufmoe.errors import CheckpointError, TensorMismatchError
+from tests import tiny
+from tests.tiny import Tiny
+
+MOE = "model.layers.{}.block_sparse_moe"
+
+
+def stored_as(directory: Path, spec: Tiny, rename: Callable[[str], str]) -> Path:
+    """A checkpoint whose tensors have other names in the file."""
+    tiny.make_checkpoint(directory, **vars(spec))
+    tensors = {rename(name): value for name, value in tiny.stored_tensors(spec).items()}
+    tiny.write_safetensors(directory / "model.safetensors", tensors)
+    return directory
+
+
+def changed(directory: Path, spec: Tiny, change: Callable[[dict[str, tuple[str, NDArray[Any]]]], object]) -> Path:
+    """A checkpoint whose file holds other tensors than it should."""
+    tiny.make_checkpoint(directory, **vars(spec))
+    tensors = tiny.stored_tensors(spec)
+    change(tensors)
+    tiny.write_safetensors(directory / "model.safetensors", tensors)
+    return directory
+
+
+def whole(tensor: SourceTensor) -> NDArray[Any]:
+    shape = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
+    out = np.empty(shape, tensor.dtype.numpy)
+    tensor.read_rows(0, shape[0], out)
+    return out.reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layout": "classic", "n_expert": 3},
+        {"layout": "fused", "n_expert": 3},
+        {"layout": "fused", "n_expert": 8, "tie": True, "n_embd": 288, "n_head": 6, "n_head_kv": 3, "n_ff": 320},
+        {"layout": "classic", "max_shard_bytes": 300_000},
+        {"layout": "fused", "max_shard_bytes": 300_000},
+        {"arch": "mistral"},
+        {"arch": "llama", "head_dim": 32, "tie": True},
+    ],
+)
+def test_every_layout_gives_the_classic_tensors(fields: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    spec = Tiny(**fields, dtype=dtype, tokenizer=None)
+    expected = tiny.classic_weights(spec)
+    with open_checkpoint(tiny.make_checkpoint(tmp_path, **vars(spec))) as model:
+        assert set(model.tensors) == set(expected)
+        for name, tensor in model.tensors.items():
+            assert (tensor.name, tensor.shape) == (name, expected[name].shape)
+            assert tensor.dtype is Dtype(dtype)
+            np.testing.assert_array_equal(whole(tensor), expected[name])
+        assert model.config.tie_embeddings == spec.tie
+
+
+@pytest.mark.parametrize(
+    ("layout", "replacements"),
+    [
+        ("classic", [("block_sparse_moe", "mlp")]),
+        ("classic", [("block_sparse_moe", "mlp"), ("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")]),
+        ("fused", [("mlp", "block_sparse_moe")]),
+    ],
+)
+def test_other_spellings_that_transformers_reads(
+    layout: str, replacements: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    def rename(name: str) -> str:
+        for old, new in replacements:
+            name = name.replace(old, new)
+        return name
+
+    spec = Tiny(layout=layout)
+    expected = tiny.classic_weights(spec)
+    with open_checkpoint(stored_as(tmp_path, spec, rename)) as model:
+        assert {name: tensor.shape for name, tensor in model.tensors.items()} == {
+            name: data.shape for name, data in expected.items()
+        }
+        for expert in range(2):
+            for part in ("w1", "w2", "w3"):
+                name = f"{MOE.format(1)}.experts.{expert}.{part}.weight"
+                np.testing.assert_array_equal(whole(model.tensors[name]), expected[name])
+
+
+def test_rows_are_read_from_the_middle(tmp_path: Path) -> None:
+    spec = Tiny(layout="fused")
+    name = f"{MOE.format(1)}.experts.1.w3.weight"
+    expected = tiny.classic_weights(spec)[name]
+    with open_checkpoint(tiny.make_checkpoint(tmp_path, layout="fused")) as model:
+        out = np.empty((7, 256), np.uint16)
+        model.tensors[name].read_rows(100, 107, out)
+        np.testing.assert_array_equal(out, expected[100:107])
+        model.tensors[name].read_rows(5, 5, np.empty((0, 256), np.uint16))
+
+
+def test_a_wrong_buffer_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    with open_checkpoint(tiny.make_checkpoint(tmp_path)) as model:
+        tensor = model.tensors["lm_head.weight"]
+        for start, stop in ((-1, 1), (2, 1), (0, 401)):
+            with pytest.raises(ValueError, match="are not in a tensor of shape"):
+                tensor.read_rows(start, stop, np.empty((1, 256), np.uint16))
+        for out in (
+            np.empty((2, 256), np.uint16),
+            np.empty((1, 256), np.float32),
+            np.empty((1, 512), np.uint16)[:, ::2],
+        ):
+            with pytest.raises(ValueError, match="out must be contiguous"):
+                tensor.read_rows(0, 1, out)
+
+
+@pytest.mark.parametrize(("layout", "other"), [("classic", "fused"), ("fused", "classic")])
+def test_a_mixture_of_layouts_is_an_error_that_names_one_of_each(layout: str, other: str, tmp_path: Path) -> None:
+    def mix(tensors: dict[str, tuple[str, NDArray[Any]]]) -> None:
+        theirs = tiny.stored_tensors(Tiny(layout=other))
+        for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+            del tensors[name]
+        tensors.update({name: value for name, value in theirs.items() if name.startswith("model.layers.1.")})
+
+    with pytest.raises(TensorMismatchError, match="in more than one layout") as caught:
+        open_checkpoint(changed(tmp_path, Tiny(layout=layout), mix))
+    assert "model.layers.0." in str(caught.value)
+    assert "model.layers.1." in str(caught.value)
+
+
+def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, tuple[str, NDArray[Any]]]) -> None:
+        del tensors["model.norm.weight"]
+        del tensors[f"{MOE.format(0)}.experts.1.w2.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = ("BF16", np.zeros(256, np.uint16))
+        tensors["model.layers.2.input_layernorm.weight"] = ("BF16", np.zeros(256, np.uint16))
+        tensors["model.embed_tokens.weight"] = ("BF16", np.zeros((399, 256), np.uint16))
+
+    with pytest.raises(TensorMismatchError) as caught:
+        open_checkpoint(changed(tmp_path / "spoilt", Tiny(), spoil))
+    assert str(caught.value) == (
+        f"{tmp_path / 'spoilt'} does not hold the tensors of its config.json; "
+        "missing: model.layers.0.block_sparse_moe.experts.1.w2.weight, model.norm.weight; "
+        "left over: model.layers.0.self_attn.q_proj.bias, model.layers.2.input_layernorm.weight; "
+        "wrongly shaped: model.embed_tokens.weight is [399, 256] where config.json makes it [400, 256]"
+    )
+
+
+def test_a_long_report_stays_one_line(tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path, n_layer=8, n_expert=8, n_embd=32, n_ff=32)
+    tiny.write_safetensors(directory / "model.safetensors", {"a" * 5000: ("F32", np.zeros(1, np.float32))})
+    with pytest.raises(TensorMismatchError, match=r"and \d+ more") as caught:
+        open_checkpoint(directory)
+    assert len(str(caught.value)) < 2000
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_model_in_place_of_a_mixture(tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path, arch="mistral")
+    tiny.make_checkpoint(tmp_path / "moe")
+    (tmp_path / "moe" / "config.json").replace(directory / "config.json")
+    with pytest.raises(TensorMismatchError, match=r"missing: .*block_sparse_moe.gate.weight.*left over: .*gate_proj"):
+        open_checkpoint(directory)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
+    buffer = ("F32", np.zeros(32, np.float32))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    with open_checkpoint(changed(tmp_path, Tiny(), lambda tensors: tensors.update({name: buffer}))) as model:
+        assert name not in model.tensors
+
+
+def test_an_output_that_is_there_although_tied_is_kept(tmp_path: Path) -> None:
+    head = ("BF16", np.full((400, 256), 7, np.uint16))
+    spec = Tiny(tie=True)
+    with open_checkpoint(changed(tmp_path, spec, lambda tensors: tensors.update({"lm_head.weight": head}))) as model:
+        assert not model.config.tie_embeddings
+        np.testing.assert_array_equal(whole(model.tensors["lm_head.weight"]), head[1])
+
+
+def test_an_output_that_is_missing_although_untied_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TensorMismatchError, match=r"missing: lm_head\.weight"):
+        open_checkpoint(changed(tmp_path, Tiny(), lambda tensors: tensors.pop("lm_head.weight")))
+
+
+def test_weights_of_other_types_are_an_error_that_names_them(tmp_path: Path) -> None:
+    eight_bit = ("F8_E4M3", np.zeros((400, 256), np.uint8))
+    with pytest.raises(CheckpointError, match=r"not BF16, F16 or F32: lm_head\.weight \(F8_E4M3\); use the model's"):
+        open_checkpoint(changed(tmp_path, Tiny(), lambda tensors: tensors.update({"lm_head.weight": eight_bit})))
+
+
+def test_dtypes_may_differ_between_tensors(tmp_path: Path) -> None:
+    norm = ("F32", np.full(256, 1.5, np.float32))
+    with open_checkpoint(
+        changed(tmp_path, Tiny(), lambda tensors: tensors.update({"model.norm.weight": norm}))
+    ) as model:
+        assert model.tensors["model.norm.weight"].dtype is Dtype.F32
+        np.testing.assert_array_equal(whole(model.tensors["model.norm.weight"]), norm[1])
