@@ -1,0 +1,72 @@
+"""What a generation yields: a ``Token`` for each new token, then one ``Finished``.
+
+Joining the ``text`` of all events gives the answer. These are plain data for every door: terminal, server and library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+"""stop: the model ended its answer, or a stop string came; length: ``n_predict`` tokens; context: no room is left;
+cancelled: the caller asked to stop."""
+
+
+class CancelFlag(Protocol):
+    """What can ask a long call to stop, for example a ``threading.Event``."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one answer took.
+
+    ``cached_tokens`` of the ``prompt_tokens`` were in the KV cache already. The first of the ``generated_tokens`` falls
+    out of computing the prompt, so ``evaluated_tokens``, those computed one by one within ``generation_s``, may be one
+    fewer. The time that the caller spent between two events is not counted.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_s: float
+    generated_tokens: int
+    evaluated_tokens: int
+    generation_s: float
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens computed (not reused) per second; 0.0 when there were none."""
+        return _rate(self.prompt_tokens - self.cached_tokens, self.prompt_s)
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        """Tokens computed one by one per second; 0.0 when there were none."""
+        return _rate(self.evaluated_tokens, self.generation_s)
+
+
+def _rate(n_tokens: int, seconds: float) -> float:
+    return n_tokens / seconds if seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token. ``text`` may be empty: a character's bytes may be spread over tokens, and what could become a stop
+    string is held back."""
+
+    text: str
+    token_id: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end: text that was still held back, why it ended, how long it took and the seed that gives it again."""
+
+    text: str
+    reason: FinishReason
+    timing: Timing
+    seed: int
+
+
+Event = Token | Finished
