@@ -1,0 +1,1 @@
+"""From a model source to the bytes of a GGUF file: names and layout, tokenizer, plan and writer."""

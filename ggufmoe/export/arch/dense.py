@@ -1,0 +1,128 @@
+"""Llama and Mistral, and what every family of llama.cpp's ``llama`` architecture has in common.
+
+Source: ``conversion/llama.py`` and ``TextModel.set_gguf_parameters`` of ``conversion/base.py`` at the pinned llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ggufmoe.checkpoint.source import ModelConfig, ModelSource, RopeScaling
+from ggufmoe.export.arch import ModelTensor
+from ggufmoe.export.metadata import f32, text, u32
+from ggufmoe.export.rows import Computed, RopeOrdered
+from ggufmoe.ggufheader import Value
+
+NAME = "llama"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+
+
+def tensors(source: ModelSource) -> Iterator[ModelTensor]:
+    """Every tensor of a dense model."""
+    yield from outer_tensors(source)
+    for layer in range(source.config.n_layer):
+        yield from attention_tensors(source, layer)
+        for name, projection in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+            yield plain(source, f"blk.{layer}.ffn_{name}.weight", f"model.layers.{layer}.mlp.{projection}.weight")
+
+
+def hyper_parameters(config: ModelConfig) -> dict[str, Value]:
+    """The ``llama.*`` keys of a dense model; transformers always knows a head size here, so it is always written."""
+    return llama_parameters(config, with_head_size=True)
+
+
+def plain(source: ModelSource, name: str, source_name: str) -> ModelTensor:
+    """A tensor that is one of the source's, as it is."""
+    tensor = source.tensors[source_name]
+    return ModelTensor(name, tensor.shape, (tensor,))
+
+
+def outer_tensors(source: ModelSource) -> Iterator[ModelTensor]:
+    """Embedding, output (unless it is the embedding), last norm, and the rotary factors of Llama 3."""
+    yield plain(source, "token_embd.weight", "model.embed_tokens.weight")
+    yield plain(source, "output_norm.weight", "model.norm.weight")
+    if "lm_head.weight" in source.tensors:
+        yield plain(source, "output.weight", "lm_head.weight")
+    if source.config.rope_scaling.kind == "llama3":
+        factors = llama3_rope_factors(source.config)
+        yield ModelTensor("rope_freqs.weight", (len(factors),), (Computed("rope_freqs.weight", factors),))
+
+
+def attention_tensors(source: ModelSource, layer: int) -> Iterator[ModelTensor]:
+    """Attention and both norms of one layer; rows of q and k in rotary order."""
+    block, stem, config = f"blk.{layer}", f"model.layers.{layer}", source.config
+    yield plain(source, f"{block}.attn_norm.weight", f"{stem}.input_layernorm.weight")
+    yield plain(source, f"{block}.ffn_norm.weight", f"{stem}.post_attention_layernorm.weight")
+    for letter in "qk":
+        tensor = source.tensors[f"{stem}.self_attn.{letter}_proj.weight"]
+        rows = RopeOrdered(tensor, config.head_dim)
+        yield ModelTensor(f"{block}.attn_{letter}.weight", tensor.shape, (rows,))
+    yield plain(source, f"{block}.attn_v.weight", f"{stem}.self_attn.v_proj.weight")
+    yield plain(source, f"{block}.attn_output.weight", f"{stem}.self_attn.o_proj.weight")
+
+
+def llama3_rope_factors(config: ModelConfig) -> list[float]:
+    """What Llama 3 divides each rotary frequency by, (head_dim / 2,): 1 for short waves, ``factor`` for long ones.
+
+    In single precision step by step, as the converter does it with torch.
+    """
+    given, single = config.rope_scaling.parameters, np.float32
+    factor, low = given.get("factor", 8.0), given.get("low_freq_factor", 1.0)
+    high, context = given.get("high_freq_factor", 4.0), given.get("original_max_position_embeddings", 8192)
+    factors: list[float] = []
+    for i in range(0, config.head_dim, 2):
+        exponent = float(single(i) / single(config.head_dim))
+        frequency = single(1) / single(config.rope_theta**exponent)
+        wavelength = single(2 * math.pi) / frequency
+        if wavelength < single(context / high):
+            factors.append(1.0)
+        elif wavelength > single(context / low):
+            factors.append(factor)
+        else:
+            smooth = (single(context) / wavelength - single(low)) / single(high - low)
+            factors.append(float(single(1) / ((single(1) - smooth) / single(factor) + smooth)))
+    return factors
+
+
+def llama_parameters(config: ModelConfig, *, with_head_size: bool) -> dict[str, Value]:
+    """The ``llama.*`` keys in the converter's order."""
+    keys: dict[str, Value | None] = {
+        "block_count": u32(config.n_layer),
+        "context_length": u32(config.n_ctx),
+        "embedding_length": u32(config.n_embd),
+        "feed_forward_length": u32(config.n_ff),
+        "attention.head_count": u32(config.n_head),
+        "attention.head_count_kv": u32(config.n_head_kv),
+        **_rope_scaling_keys(config.rope_scaling),
+        "rope.freq_base": f32(config.rope_theta),
+        "attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
+        "expert_count": u32(config.n_expert) if config.n_expert else None,
+        "expert_used_count": u32(config.n_expert_used) if config.n_expert else None,
+        "attention.key_length": u32(config.head_dim) if with_head_size else None,
+        "attention.value_length": u32(config.head_dim) if with_head_size else None,
+        "vocab_size": u32(config.n_vocab),
+        "rope.dimension_count": u32(config.head_dim),
+    }
+    return {f"{NAME}.{key}": value for key, value in keys.items() if value is not None}
+
+
+_YARN_KEYS = {
+    "extrapolation_factor": "yarn_ext_factor",
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+
+
+def _rope_scaling_keys(scaling: RopeScaling) -> dict[str, Value]:
+    if scaling.kind not in ("linear", "yarn"):
+        return {}
+    given: Mapping[str, float] = scaling.parameters
+    keys = {"type": text(scaling.kind), "factor": f32(given["factor"])}
+    if scaling.kind == "yarn":
+        keys["original_context_length"] = u32(int(given["original_max_position_embeddings"]))
+        keys |= {ours: f32(given[theirs]) for theirs, ours in _YARN_KEYS.items() if theirs in given}
+    return {f"rope.scaling.{key}": value for key, value in keys.items()}

@@ -1,0 +1,188 @@
+"""Every metadata key of a GGUF file that is not the tokenizer's, in the order of llama.cpp's converter.
+
+What a model *is* (hyper-parameters) comes from its family in ``arch``; this module adds what the file says about
+itself: name and origin, size, recommended sampling, file type and the importance matrix that was used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.checkpoint.source import ModelSource, Provenance
+from ggufmoe.export.arch import ModelTensor, family_of
+from ggufmoe.ggufheader import Value, ValueType
+from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.quant.types import FileType
+
+_LOG = logging.getLogger("ggufmoe")
+
+QUANTIZATION_VERSION = 2
+"""``GGML_QNT_VERSION`` of the pinned llama.cpp."""
+
+_MAX_OVERRIDE_BYTES = 127
+"""What llama-quantize keeps of a string that it adds to a file's metadata."""
+
+_MAX_GENERATION_CONFIG_BYTES = 1 << 20
+
+
+def text(value: str) -> Value:
+    """A STRING metadata value."""
+    return Value(ValueType.STRING, value, None)
+
+
+def u32(value: int) -> Value:
+    """A UINT32 metadata value."""
+    return Value(ValueType.UINT32, value, None)
+
+
+def f32(value: float) -> Value:
+    """A FLOAT32 metadata value."""
+    return Value(ValueType.FLOAT32, float(value), None)
+
+
+def texts(values: Iterable[str]) -> Value:
+    """An array of strings as a metadata value."""
+    return Value(ValueType.ARRAY, list(values), ValueType.STRING)
+
+
+def model_metadata(
+    source: ModelSource, tensors: Sequence[ModelTensor], file_type: FileType, tokenizer: Mapping[str, Value]
+) -> dict[str, Value]:
+    """All keys of the file of a model: ``general.*``, the family's and, last, the ``tokenizer`` keys as given."""
+    family = family_of(source.config)
+    return {
+        "general.architecture": text(family.NAME),
+        "general.type": text("model"),
+        **sampling_metadata(source.tokenizer_dir),
+        **_provenance_metadata(source.provenance, size_label(tensors)),
+        **family.hyper_parameters(source.config),
+        "general.file_type": u32(file_type.id),
+        "general.quantization_version": u32(QUANTIZATION_VERSION),
+        **{key: text(value) for key, value in source.provenance.extra.items()},
+        **tokenizer,
+    }
+
+
+def _provenance_metadata(provenance: Provenance, size: str) -> dict[str, Value]:
+    """What is known of where the model comes from; unknown things have no key."""
+    keys: dict[str, Value | None] = {
+        "general.name": text(provenance.name),
+        "general.size_label": text(size),
+        "general.license": _known(provenance.license),
+        "general.license.name": _known(provenance.license_name),
+        "general.license.link": _known(provenance.license_link),
+    }
+    if provenance.base_models:
+        keys["general.base_model.count"] = u32(len(provenance.base_models))
+    for i, base in enumerate(provenance.base_models):
+        stem = f"general.base_model.{i}"
+        keys[f"{stem}.name"] = _known(base.name)
+        keys[f"{stem}.version"] = _known(base.version)
+        keys[f"{stem}.organization"] = _known(base.organization)
+        keys[f"{stem}.repo_url"] = _known(base.repo_url)
+    keys["general.tags"] = texts(provenance.tags) if provenance.tags else None
+    keys["general.languages"] = texts(provenance.languages) if provenance.languages else None
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _known(value: str | None) -> Value | None:
+    return text(value) if value else None
+
+
+def size_label(tensors: Iterable[ModelTensor]) -> str:
+    """The size class of a model: ``2x7.2B`` for experts, ``7.2B`` for a dense one.
+
+    An expert counts with all that is shared. Source: ``size_label`` of ``gguf-py/gguf/utility.py``.
+    """
+    shared = expert = n_expert = 0
+    for tensor in tensors:
+        n_weights = math.prod(tensor.shape)
+        if "_exps." in tensor.name:
+            n_expert = tensor.shape[0]
+            expert += n_weights // n_expert
+        else:
+            shared += n_weights
+    size = _rounded(shared + expert)
+    return f"{n_expert}x{size}" if n_expert else size
+
+
+def _rounded(n_weights: int) -> str:
+    """A count of weights with at least two digits and a letter: 12M, 7.2B."""
+    scale, letter = next((s for s in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if n_weights > s[0]), (1e3, "K"))
+    scaled = n_weights / scale
+    decimals = max(2 - len(str(round(scaled)).lstrip("0")), 0)
+    return f"{scaled:.{decimals}f}{letter}"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One key of generation_config.json that is recommended sampling, and how GGUF spells it."""
+
+    key: str
+    gguf: str
+    type: ValueType
+
+
+_SAMPLING = (
+    _Setting("top_k", "top_k", ValueType.INT32),
+    _Setting("top_p", "top_p", ValueType.FLOAT32),
+    _Setting("min_p", "min_p", ValueType.FLOAT32),
+    _Setting("xtc_probability", "xtc_probability", ValueType.FLOAT32),
+    _Setting("xtc_threshold", "xtc_threshold", ValueType.FLOAT32),
+    _Setting("temperature", "temp", ValueType.FLOAT32),
+    _Setting("penalty_last_n", "penalty_last_n", ValueType.INT32),
+    _Setting("repetition_penalty", "penalty_repeat", ValueType.FLOAT32),
+    _Setting("mirostat", "mirostat", ValueType.INT32),
+    _Setting("mirostat_tau", "mirostat_tau", ValueType.FLOAT32),
+    _Setting("mirostat_eta", "mirostat_eta", ValueType.FLOAT32),
+)
+
+
+def sampling_metadata(directory: Path) -> dict[str, Value]:
+    """The sampling that the model's authors recommend in generation_config.json, as ``general.sampling.*``.
+
+    A file that is absent or unreadable recommends nothing, as in llama.cpp's converter.
+    """
+    given = _generation_config(directory / "generation_config.json")
+    keys: dict[str, Value] = {}
+    for setting in _SAMPLING:
+        value: Any = given.get(setting.key)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            continue
+        whole = setting.type is ValueType.INT32
+        if whole and not (value == int(value) and abs(value) < 2**31):
+            continue
+        keys[f"general.sampling.{setting.gguf}"] = Value(setting.type, int(value) if whole else float(value), None)
+    return keys
+
+
+def _generation_config(path: Path) -> Mapping[str, Any]:
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_GENERATION_CONFIG_BYTES:
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        _LOG.warning("%s is ignored: %s", path, error)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def imatrix_metadata(imatrix: Imatrix) -> dict[str, Value]:
+    """The ``quantize.imatrix.*`` keys that llama-quantize writes."""
+    keys = {"quantize.imatrix.file": text(_cut(str(imatrix.path)))}
+    if imatrix.datasets:
+        keys["quantize.imatrix.dataset"] = text(_cut(imatrix.datasets[0]))
+    keys["quantize.imatrix.entries_count"] = u32(len(imatrix.names))
+    if imatrix.chunk_count > 0:
+        keys["quantize.imatrix.chunks_count"] = u32(imatrix.chunk_count)
+    return keys
+
+
+def _cut(value: str) -> str:
+    return value.encode("utf-8", "replace")[:_MAX_OVERRIDE_BYTES].decode("utf-8", "ignore")

@@ -1,0 +1,67 @@
+"""Source tensors whose rows are not simply those of the checkpoint: reordered for rotary embeddings, or computed.
+
+Both are ``SourceTensor`` themselves, so the plan and the writer need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.checkpoint.source import Dtype, SourceTensor
+
+
+class RopeOrdered:
+    """Rows of a query or key projection in llama.cpp's order.
+
+    transformers rotates the first half of a head against the second half, llama.cpp each row against the next: within
+    a head, rows (i, half + i) become rows (2 i, 2 i + 1). Source: ``permute`` of ``conversion/llama.py``.
+    """
+
+    def __init__(self, source: SourceTensor, head_dim: int) -> None:
+        self.name = source.name
+        self.dtype = source.dtype
+        self.shape = source.shape
+        self._source = source
+        self._head_dim = head_dim
+
+    def source_row(self, row: int) -> int:
+        """The row of the source that became ``row``."""
+        head, place = divmod(row, self._head_dim)
+        return head * self._head_dim + place % 2 * (self._head_dim // 2) + place // 2
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
+        while start < stop:
+            end = min(stop, start - start % self._head_dim + self._head_dim)
+            self._read_within_head(start, end, out[: end - start])
+            out = out[end - start :]
+            start = end
+
+    def _read_within_head(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        for first in (start, start + 1):
+            n_rows = len(range(first, stop, 2))
+            if n_rows == 0:
+                continue
+            begin = self.source_row(first)
+            rows: NDArray[Any] = np.empty((n_rows, out.shape[1]), out.dtype)
+            self._source.read_rows(begin, begin + n_rows, rows)
+            out[first - start :: 2] = rows
+
+
+class Computed:
+    """A small float32 vector that no checkpoint holds."""
+
+    dtype = Dtype.F32
+
+    def __init__(self, name: str, values: Sequence[float]) -> None:
+        self.name = name
+        self.shape = (len(values),)
+        self._values = np.array(values, dtype=np.float32)
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` (1, n): there is one row."""
+        out[...] = self._values[None][start:stop]
