@@ -1,0 +1,79 @@
+"""The models that are compared: small random ones of every shape that matters, made here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.tiny import make_checkpoint
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+ALL_TYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint and what it is compared in."""
+
+    name: str
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``tests.tiny.Tiny``; of no meaning where ``directory`` is given."""
+    types: tuple[str, ...] = ("F32",)
+    """File types compared with llama.cpp's converter."""
+    pre: str | None = None
+    """llama.cpp's name of the pre-tokenizer, where its table of hashes cannot know the vocabulary."""
+    directory: Path | None = None
+    """A checkpoint that is there already."""
+
+    def checkpoint(self, parent: Path) -> Path:
+        """The checkpoint's directory, made below ``parent`` unless it is there already."""
+        return self.directory or make_checkpoint(parent / self.name, **self.spec)
+
+
+def own_cases() -> list[Case]:
+    """Every layout, number of experts, tokenizer and source type, and the dense families."""
+    top2 = {"n_expert_used": 2}
+    return [
+        Case("mixtral-2", {"n_expert": 2, **top2}, ALL_TYPES),
+        Case("mixtral-2-f16", {"n_expert": 2, **top2, "dtype": "F16"}, ALL_TYPES),
+        Case("mixtral-2-f32", {"n_expert": 2, **top2, "dtype": "F32"}, ALL_TYPES),
+        Case("mixtral-2-fused", {"n_expert": 2, **top2, "layout": "fused", "config_style": 5}),
+        Case("mixtral-3-odd-width", {"n_expert": 3, "n_embd": 288, "n_head": 6, "n_head_kv": 6, "n_ff": 768}),
+        Case("mixtral-4-tied", {"n_expert": 4, **top2, "tie": True, "max_shard_bytes": 1_000_000}),
+        Case("mixtral-4-fused", {"n_expert": 4, **top2, "layout": "fused"}),
+        Case("mixtral-8", {"n_expert": 8, **top2}, ("F32", "BF16")),
+        Case("mixtral-8-fused-tied", {"n_expert": 8, **top2, "layout": "fused", "tie": True, "config_style": 5}),
+        Case("mixtral-2-tokenizer-json", {"n_expert": 2, "tokenizer": "json", "config_style": 5}),
+        Case("mixtral-2-padded", {"n_expert": 2, "n_vocab": 416, "tokenizer": "json"}),
+        Case("mistral", {"arch": "mistral", "rope_theta": 1e6, "config": {"sliding_window": 1024}}, ALL_TYPES),
+        Case("mistral-head-dim", {"arch": "mistral", "head_dim": 32, "tokenizer": "json"}),
+        Case(
+            "llama3-rope-head-dim",
+            {"arch": "llama", "tokenizer": "bpe", "head_dim": 32, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+            ALL_TYPES,
+            pre="llama-bpe",
+        ),
+        Case(
+            "llama3-rope-style-5",
+            {"arch": "llama", "tokenizer": "bpe", "rope_scaling": LLAMA3_ROPE, "config_style": 5},
+            pre="llama-bpe",
+        ),
+        Case("smollm-tied", {"arch": "llama", "tokenizer": "smollm", "tie": True}, ("F32", "BF16"), pre="smollm"),
+        Case("llama-linear-rope", {"arch": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ]
+
+
+def found_cases(directory: Path) -> list[Case]:
+    """Every checkpoint that lies directly in ``directory``."""
+    return [
+        Case(config.parent.name, types=("F32", "BF16"), directory=config.parent)
+        for config in sorted(directory.glob("*/config.json"))
+    ]

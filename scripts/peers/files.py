@@ -1,0 +1,64 @@
+"""How two GGUF files differ: names, shapes, types and bytes of tensors, and metadata.
+
+Both are read with gguf-py, so that a mistake in our own reader cannot hide one in our writer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+SAME_GENERAL = ("general.architecture", "general.type", "general.file_type", "general.quantization_version")
+"""The keys under ``general`` that are facts of the file; the others tell where a model comes from."""
+
+
+def differences(ours: Path, theirs: Path, except_keys: tuple[str, ...] = ()) -> list[str]:
+    """Every difference in words, provenance and ``except_keys`` left out; empty when the files say the same."""
+    a, b = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
+    return [*_metadata_differences(a, b, except_keys), *_tensor_differences(a, b)]
+
+
+def _metadata_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader, except_keys: tuple[str, ...]) -> list[str]:
+    a, b = _metadata(ours), _metadata(theirs)
+    found = []
+    for key in sorted({*a, *b}):
+        if key in except_keys or (key.startswith("general.") and key not in SAME_GENERAL):
+            continue
+        if key not in a or key not in b:
+            found.append(f"{key}: only in {'ours' if key in a else 'theirs'}")
+        elif a[key] != b[key]:
+            found.append(f"{key}: ours {_shown(a[key])}, theirs {_shown(b[key])}")
+    return found
+
+
+def _metadata(reader: gguf.GGUFReader) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Key to (type names, value); the three fields that gguf-py adds for the header itself are dropped."""
+    return {
+        name: (tuple(kind.name for kind in field.types), field.contents())
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+
+
+def _shown(value: tuple[tuple[str, ...], Any]) -> str:
+    kinds, content = value
+    text = repr(content)
+    return f"{'/'.join(kinds)} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _tensor_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> list[str]:
+    a, b = ({tensor.name: tensor for tensor in reader.tensors} for reader in (ours, theirs))
+    found = [f"{name}: only in {'ours' if name in a else 'theirs'}" for name in sorted(a.keys() ^ b.keys())]
+    for name in sorted(a.keys() & b.keys()):
+        x, y = a[name], b[name]
+        if x.tensor_type != y.tensor_type:
+            found.append(f"{name}: type {x.tensor_type.name}, theirs {y.tensor_type.name}")
+        elif list(x.shape) != list(y.shape):
+            found.append(f"{name}: shape {list(x.shape)}, theirs {list(y.shape)}")
+        elif x.data.tobytes() != y.data.tobytes():
+            n_wrong = int(np.count_nonzero(x.data.view(np.uint8) != y.data.view(np.uint8)))
+            found.append(f"{name}: {n_wrong} of {x.data.nbytes} bytes differ")
+    return found

@@ -1,0 +1,93 @@
+"""What transformers says: logits in float32, checkpoints as transformers 5 writes them, fused ones taken apart.
+
+usage: reference.py JOBS.json
+
+``{"do": "logits", "model": DIR, "ids": FILE.npy, "out": FILE.npy}`` runs a checkpoint on token ids; ``{"do": "save",
+"out": DIR, "fused": bool, "config": {...}}`` makes a seeded random Mixtral and saves it, by ``save_pretrained`` (the
+classic layout) or as its state has it in memory (the fused one, which mergekit writes); ``{"do": "classic", "model":
+DIR, "out": DIR}`` copies a fused checkpoint in the classic layout, the only one that llama.cpp's converter reads. An
+error goes into ``OUT.error``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+def logits(job: dict[str, Any]) -> None:
+    """Write the logits of every position, shape (n_tokens, n_vocab) float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.from_numpy(np.load(job["ids"]).astype(np.int64))[None]
+    with torch.inference_mode():
+        np.save(job["out"], model.eval()(ids).logits[0].float().numpy())
+
+
+def save(job: dict[str, Any]) -> None:
+    """Write a random Mixtral, weights normal(0, 0.02)."""
+    torch.manual_seed(0)
+    out = Path(job["out"])
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**job["config"])).to(torch.bfloat16)
+    if not job["fused"]:
+        model.save_pretrained(out)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(out)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def classic(job: dict[str, Any]) -> None:
+    """Write the same weights with one tensor for each expert and projection."""
+    source, out = Path(job["model"]), Path(job["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(source.glob("*.safetensors")):
+        for name, tensor in load_file(shard).items():
+            tensors |= _apart(name, tensor)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for file in source.iterdir():
+        if file.is_file() and not file.name.startswith("model.safetensors") and file.suffix != ".safetensors":
+            shutil.copy(file, out / file.name)
+
+
+def _apart(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The classic tensors that a tensor of the fused layout holds; others pass as they are."""
+    layer, _, leaf = name.partition(".mlp.experts.")
+    experts = layer + ".block_sparse_moe.experts"
+    if leaf == "gate_up_proj":
+        halves = [pair.chunk(2) for pair in tensor]
+        return {
+            f"{experts}.{e}.{weight}.weight": half.contiguous()
+            for e, pair in enumerate(halves)
+            for weight, half in zip(("w1", "w3"), pair, strict=True)
+        }
+    if leaf == "down_proj":
+        return {f"{experts}.{e}.w2.weight": matrix.contiguous() for e, matrix in enumerate(tensor)}
+    return {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor}
+
+
+def main() -> int:
+    """Do all jobs; one that fails does not stop the others."""
+    transformers.utils.logging.set_verbosity_error()
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        try:
+            {"logits": logits, "save": save, "classic": classic}[job["do"]](job)
+        except Exception:
+            Path(f"{job['out']}.error").write_text(traceback.format_exc(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
