@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ggufmoe.convert import convert as convert
-    from ggufmoe.convert import merge as merge
     from ggufmoe.errors import (
         ArchitectureError,
         Cancelled,
@@ -78,7 +77,6 @@ __all__ = [
     "TokenizerError",
     "__version__",
     "convert",
-    "merge",
 ]
 
 _HOMES = {
@@ -89,17 +87,18 @@ _HOMES = {
     "OffloadOptions": "ggufmoe.options",
     "SamplingOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
-    "merge": "ggufmoe.convert",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES.get(name, "ggufmoe.errors")), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that this function gives
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOMES.get(name, "ggufmoe.errors")), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
@@ -107,9 +106,9 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """A package two of whose functions, convert and merge, are called like the modules that they live in.
+    """A package one of whose functions is called like the module that it lives in.
 
-    The import system binds a submodule to its package; for these names that would hide the function.
+    The import system binds a submodule to its package; for a public name that would hide the function.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
