@@ -15,7 +15,7 @@ from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.plan import ExportPlan, parse_size, plan_export
-from ggufmoe.export.writer import CancelEvent, Progress, WriteOptions, WriteReport, write_plan
+from ggufmoe.export.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
 from ggufmoe.options import ConvertOptions
 from ggufmoe.quant.imatrix import Imatrix
 from ggufmoe.quant.policy import TypePolicy, parse_override
@@ -84,8 +84,10 @@ def convert_with(
     cancel: CancelEvent | None = None,
 ) -> ConvertResult:
     """``convert`` with its options as an object."""
+    path = _output_path(output)
+    check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
     with _open_source(source) as model:
-        plan = _plan(model, output, options)
+        plan = _plan(model, path, options)
         write = WriteOptions(
             threads=options.threads,
             resume=options.resume,
@@ -101,8 +103,13 @@ def plan_convert(source: str | Path, output: str | Path, quant: str = "Q4_K_M", 
 
     The plan can be printed; its source is closed again, so it cannot be written.
     """
+    return plan_with(source, output, _options(quant, options))
+
+
+def plan_with(source: str | Path, output: str | Path, options: ConvertOptions) -> ExportPlan:
+    """``plan_convert`` with its options as an object."""
     with _open_source(source) as model:
-        return _plan(model, output, _options(quant, options))
+        return _plan(model, _output_path(output), options)
 
 
 def _options(quant: str, given: dict[str, Any]) -> ConvertOptions:
@@ -124,15 +131,19 @@ def _open_source(source: str | Path) -> Iterator[ModelSource]:
         model.close()
 
 
-def _plan(model: ModelSource, output: str | Path, options: ConvertOptions) -> ExportPlan:
+def _output_path(output: str | Path) -> Path:
+    path = Path(output).expanduser()
+    if not path.name:
+        raise OutputError(f"{output} is no file name; give one, for example model.gguf")
+    return path
+
+
+def _plan(model: ModelSource, output: Path, options: ConvertOptions) -> ExportPlan:
     if options.threads is not None and options.threads < 1:
         raise OptionError(f"threads is {options.threads}, expected at least 1")
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     split = None if options.split_max_size is None else parse_size(options.split_max_size)
-    path = Path(output).expanduser()
-    if not path.name:
-        raise OutputError(f"{output} is no file name; give one, for example model.gguf")
-    return plan_export(model, path, _policy(options), imatrix=imatrix, split_max_bytes=split)
+    return plan_export(model, output, _policy(options), imatrix=imatrix, split_max_bytes=split)
 
 
 def _policy(options: ConvertOptions) -> TypePolicy:

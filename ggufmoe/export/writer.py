@@ -110,20 +110,25 @@ def journal_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial.journal")
 
 
-def check_output(plan: ExportPlan, *, force: bool, resume: bool) -> None:
-    """Refuse an output that is an input, is there already, or cannot be there."""
-    parent = plan.output.parent
+def check_place(output: Path, *, replace: bool) -> None:
+    """Refuse what can be refused before the source is even opened."""
+    parent = output.parent
     if not parent.is_dir():
         raise OutputError(f"{parent} is not a directory; make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} may not be written to; choose another place with -o")
+        raise OutputError(f"{parent} may not be written to; choose another place")
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory; give the name of a file, for example model.gguf")
+    if output.exists() and not replace:
+        raise OutputExistsError(f"{output} exists already; choose another name, or replace it with --force")
+
+
+def check_output(plan: ExportPlan, *, force: bool, resume: bool) -> None:
+    """Refuse an output that is an input, is there already, or cannot be there."""
     for file in plan.files:
         for path in (file.path, partial_path(file.path), journal_path(plan.output)):
             _refuse_input(path, plan.input_paths)
-        if file.path.is_dir():
-            raise OutputError(f"{file.path} is a directory; give the name of a file, for example model.gguf")
-        if file.path.exists() and not force and not (resume and _is_complete(file, file.path)):
-            raise OutputExistsError(f"{file.path} exists already; choose another name, or replace it with --force")
+        check_place(file.path, replace=force or (resume and _is_complete(file, file.path)))
 
 
 def _refuse_input(path: Path, inputs: Sequence[Path]) -> None:

@@ -67,7 +67,8 @@ def attention_tensors(source: ModelSource, layer: int) -> Iterator[ModelTensor]:
 def llama3_rope_factors(config: ModelConfig) -> list[float]:
     """What Llama 3 divides each rotary frequency by, (head_dim / 2,): 1 for short waves, ``factor`` for long ones.
 
-    In single precision step by step, as the converter does it with torch.
+    In single precision step by step, as the converter does it with torch, where a number divided by a tensor is that
+    number times the tensor's reciprocal.
     """
     given, single = config.rope_scaling.parameters, np.float32
     factor, low = given.get("factor", 8.0), given.get("low_freq_factor", 1.0)
@@ -76,13 +77,13 @@ def llama3_rope_factors(config: ModelConfig) -> list[float]:
     for i in range(0, config.head_dim, 2):
         exponent = float(single(i) / single(config.head_dim))
         frequency = single(1) / single(config.rope_theta**exponent)
-        wavelength = single(2 * math.pi) / frequency
+        wavelength = single(1) / frequency * single(2 * math.pi)
         if wavelength < single(context / high):
             factors.append(1.0)
         elif wavelength > single(context / low):
             factors.append(factor)
         else:
-            smooth = (single(context) / wavelength - single(low)) / single(high - low)
+            smooth = (single(1) / wavelength * single(context) - single(low)) / single(high - low)
             factors.append(float(single(1) / ((single(1) - smooth) / single(factor) + smooth)))
     return factors
 

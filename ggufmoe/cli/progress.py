@@ -1,0 +1,125 @@
+"""Progress of a long job on stderr: one rich bar on a terminal, a line now and then elsewhere.
+
+Owns the drawing only; it is fed with bytes done, bytes in all and the name of what is being worked on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+_LINE_INTERVAL_S = 5.0
+
+
+class Step(Protocol):
+    """What a job reports."""
+
+    @property
+    def done_bytes(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def tensor(self) -> str: ...
+
+
+class ProgressDisplay(Protocol):
+    """Shows steps between ``__enter__`` and ``__exit__``."""
+
+    def __enter__(self) -> ProgressDisplay: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+    def update(self, step: Step) -> None: ...
+
+
+def progress_display(what: str, *, quiet: bool = False, stream: TextIO | None = None) -> ProgressDisplay:
+    """The display that suits ``stream`` (stderr by default): a bar, plain lines, or nothing at all."""
+    stream = sys.stderr if stream is None else stream
+    if quiet:
+        return NoProgress()
+    return BarProgress(what, stream) if stream.isatty() else LineProgress(what, stream)
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to do."""
+
+    def update(self, step: Step) -> None:
+        """Show nothing."""
+
+
+class LineProgress:
+    """A line every few seconds, for logs and pipes."""
+
+    def __init__(self, what: str, stream: TextIO) -> None:
+        self._what = what
+        self._stream = stream
+        self._started = self._shown = time.monotonic()
+        self._first_bytes: int | None = None
+
+    def __enter__(self) -> LineProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to do."""
+
+    def update(self, step: Step) -> None:
+        """Print a line if the last one is old."""
+        now = time.monotonic()
+        if self._first_bytes is None:
+            self._first_bytes = step.done_bytes
+        if now - self._shown < _LINE_INTERVAL_S:
+            return
+        self._shown = now
+        speed = (step.done_bytes - self._first_bytes) / (now - self._started)
+        left = f"{(step.total_bytes - step.done_bytes) / speed:.0f} s left" if speed > 0 else "time left unknown"
+        share = step.done_bytes / max(step.total_bytes, 1)
+        print(
+            f"{self._what}: {share:.0%}, {speed / 1e6:.0f} MB/s, {left}, {step.tensor}", file=self._stream, flush=True
+        )
+
+
+class BarProgress:
+    """One bar with percent, MB/s, time left and the current tensor."""
+
+    def __init__(self, what: str, stream: TextIO) -> None:
+        self._bar, self._task = _make_bar(what, stream)
+
+    def __enter__(self) -> BarProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the bar as it is and the cursor below it."""
+        self._bar.stop()
+
+    def update(self, step: Step) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step.done_bytes, total=step.total_bytes, tensor=step.tensor)
+
+
+def _make_bar(what: str, stream: TextIO) -> tuple[Any, TaskID]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as SpeedColumn
+
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(),
+        TaskProgressColumn(),
+        SpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[tensor]}"),
+        console=Console(file=stream),
+    )
+    return bar, bar.add_task(what, total=None, tensor="")
