@@ -1,8 +1,8 @@
 """The header of a GGUF file: its value and tensor types, and a reader that trusts nothing.
 
-Owns the facts of the format (GGUF version 3 and ggml's tensor types), the check of headers, their bytes for writers, and
-how the files of a split model belong together. Tensor bytes belong to the writer, the runtime and the tools that ask
-for them by offset.
+Owns the facts of the format (GGUF version 3 and ggml's tensor types), the check of headers, their bytes for writers,
+and how the files of a split model belong together. Tensor bytes belong to the writer, the runtime and the tools that
+ask for them by offset.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def _read(cursor: _Cursor) -> Header:
     n_tensors = _read_count(cursor, "tensors", _MIN_TENSOR_BYTES)
     n_kv = _read_count(cursor, "metadata keys", _MIN_KV_BYTES)
     metadata = _read_metadata(cursor, n_kv)
-    alignment = _alignment(cursor, metadata)
+    alignment = _alignment(str(cursor.path), metadata)
     tensors = _read_tensors(cursor, n_tensors)
     data_offset = padded(cursor.position, alignment) if tensors else cursor.position
     header = Header(version, metadata, tensors, alignment, data_offset, cursor.file_bytes)
@@ -406,15 +406,15 @@ def _read_numbers(cursor: _Cursor, type: ValueType, count: int, what: str) -> li
     return [byte == 1 for byte in raw]
 
 
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
+def _alignment(where: str, metadata: Mapping[str, Value]) -> int:
     value = metadata.get("general.alignment")
     if value is None:
         return DEFAULT_ALIGNMENT
     if value.type is not ValueType.UINT32:
-        raise cursor.error(f"general.alignment is {value.type.name}, expected UINT32; the file is corrupt")
+        raise GGUFError(f"{where}: general.alignment is {value.type.name}, expected UINT32; the file is corrupt")
     alignment = int(value.value)
     if alignment < 1 or alignment & (alignment - 1):
-        raise cursor.error(f"general.alignment is {alignment}, expected a power of two; the file is corrupt")
+        raise GGUFError(f"{where}: general.alignment is {alignment}, expected a power of two; the file is corrupt")
     return alignment
 
 
@@ -435,17 +435,23 @@ def _read_tensor(cursor: _Cursor, name: str) -> TensorInfo:
         raise cursor.error(f"{what} has {n_dims} dimensions, expected 1 to {MAX_DIMS}; the file is corrupt")
     ne = [cursor.number(_I64, what) for _ in range(n_dims)]
     kind = _read_tensor_type(cursor, what)
-    if min(ne) < 1:
-        raise cursor.error(f"{what} has dimensions {ne}, each must be at least 1; the file is corrupt")
-    if ne[0] % kind.block_size:
-        raise cursor.error(
-            f"{what} has {ne[0]} columns, not a multiple of {kind.name}'s block of {kind.block_size}; "
+    n_bytes = _tensor_bytes(f"{cursor.path}: {what}", ne, kind)
+    return TensorInfo(name, kind, tuple(reversed(ne)), cursor.number(_U64, what), n_bytes)
+
+
+def _tensor_bytes(what: str, ne: Sequence[int], type: GGMLType) -> int:
+    """Bytes of a tensor of these dimensions, if there can be one."""
+    if not 1 <= len(ne) <= MAX_DIMS or min(ne) < 1:
+        raise GGUFError(f"{what} has dimensions {list(ne)}, each must be at least 1; the file is corrupt")
+    if ne[0] % type.block_size:
+        raise GGUFError(
+            f"{what} has {ne[0]} columns, not a multiple of {type.name}'s block of {type.block_size}; "
             "the file is corrupt"
         )
-    n_bytes = math.prod(ne) // kind.block_size * kind.block_bytes
+    n_bytes = math.prod(ne) // type.block_size * type.block_bytes
     if max(math.prod(ne), n_bytes) > _INT64_MAX:
-        raise cursor.error(f"{what} has dimensions {ne}, too large for any memory; the file is corrupt")
-    return TensorInfo(name, kind, tuple(reversed(ne)), cursor.number(_U64, what), n_bytes)
+        raise GGUFError(f"{what} has dimensions {list(ne)}, too large for any memory; the file is corrupt")
+    return n_bytes
 
 
 def _read_tensor_type(cursor: _Cursor, what: str) -> GGMLType:
@@ -625,10 +631,10 @@ def encode_header(
     Offsets must be as ``read_header`` demands them. An alignment other than 32 must stand in ``metadata`` as well.
     Raises GGUFError for what no reader would take.
     """
-    stated = metadata.get("general.alignment", Value(ValueType.UINT32, DEFAULT_ALIGNMENT)).value
+    stated = _alignment("new header", metadata)
     if stated != alignment:
         raise GGUFError(f"new header: general.alignment says {stated}, but tensors are aligned to {alignment}")
-    _check_layout("new header", tensors, alignment)
+    _check_new_tensors(tensors, alignment)
     parts = [MAGIC, _U32.pack(VERSION), _I64.pack(len(tensors)), _I64.pack(len(metadata))]
     for key, value in metadata.items():
         parts += (_encode_name(key, MAX_KEY_BYTES), _encode_value(key, value))
@@ -637,15 +643,29 @@ def encode_header(
     return header + bytes(padded(len(header), alignment) - len(header))
 
 
+def _check_new_tensors(tensors: Sequence[TensorInfo], alignment: int) -> None:
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise GGUFError("new header: a tensor's name appears twice")
+    for tensor in tensors:
+        what = f"new header: tensor {tensor.name!r}"
+        expected = _tensor_bytes(what, tuple(reversed(tensor.shape)), tensor.type)
+        if tensor.n_bytes != expected:
+            raise GGUFError(f"{what} has {tensor.n_bytes} bytes, expected {expected}")
+    _check_layout("new header", tensors, alignment)
+
+
 def _encode_string(text: str) -> bytes:
     raw = text.encode("utf-8", "surrogateescape")
     return _U64.pack(len(raw)) + raw
 
 
 def _encode_name(name: str, max_bytes: int) -> bytes:
-    length = len(name.encode())
-    if not 0 < length <= max_bytes:
-        raise GGUFError(f"new header: the name {name[:80]!r} has {length} bytes, expected 1 to {max_bytes}")
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise GGUFError(f"new header: the name {name[:80]!r} is not UTF-8") from error
+    if not 0 < length <= max_bytes or "\0" in name:
+        raise GGUFError(f"new header: the name {name[:80]!r} has {length} bytes, expected 1 to {max_bytes} without NUL")
     return _encode_string(name)
 
 
@@ -665,7 +685,9 @@ def _encode_items(type: ValueType, items: Sequence[Any]) -> bytes:
     if type is ValueType.STRING:
         return b"".join(map(_encode_string, items))
     if type is ValueType.BOOL:
-        return bytes(bool(item) for item in items)
+        if not all(item in (0, 1) for item in items):
+            raise ValueError("a bool is True or False")
+        return bytes(items)
     return struct.pack(f"<{len(items)}{_CODES[type]}", *items)
 
 
