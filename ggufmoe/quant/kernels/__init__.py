@@ -1,35 +1,105 @@
 """From float rows to quantized bytes: the one door to every kernel.
 
-``quantize_rows`` gives ggml's bytes for every type, from whichever kernel does it fastest on this machine. One file per
-format; ``ggml`` is the reference that all others must equal.
+``quantize_rows`` gives ggml's bytes for every type, from whichever routine does it fastest on this machine. One file
+per format; ggml is the reference that all others must equal, and takes over where a kernel does not (``trust``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe import native
+from ggufmoe.errors import OptionError
 from ggufmoe.ggufheader import GGMLType
+from ggufmoe.quant.kernels.trust import KernelReport, Kernels, has_kernel, run, widened
+
+QuantizerName = Literal["auto", "fast", "ggml"]
+QUANTIZERS: tuple[QuantizerName, ...] = ("auto", "fast", "ggml")
+_KERNELS = Kernels()
 
 
 def quantize_rows(
-    type: GGMLType, src: NDArray[np.float32], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None = None
+    type: GGMLType,
+    src: NDArray[Any],
+    dst: NDArray[np.uint8],
+    imatrix: NDArray[np.float32] | None = None,
+    quantizer: QuantizerName = "auto",
 ) -> None:
-    """Quantize ``src`` (rows, n_cols) float32 into ``dst`` (rows, ``type.row_bytes(n_cols)``) uint8.
+    """Quantize ``src`` (rows, n_cols) into ``dst`` (rows, ``type.row_bytes(n_cols)``) uint8.
 
+    ``src`` is float32, float16, or uint16 that holds bfloat16 bits; the narrow ones are widened on the way.
     ``imatrix`` holds one importance per column, shape (n_cols,). F32, F16 and BF16 are types like any other here.
+    ``quantizer``: ``auto`` takes a compiled kernel where it has shown ggml's bytes on this machine, once there is
+    enough work to pay for compiling it, and ggml's routine elsewhere; ``ggml`` always takes ggml's; ``fast`` compiles
+    at once, and raises OptionError where a format has a kernel that cannot be used.
+    Threads may call this at the same time; the interpreter's lock is released while it computes.
     """
-    if type is GGMLType.F32:
-        dst.view(np.float32)[...] = src
+    if not type.is_quantized:
+        _convert(type, src, dst)
+        return
+    _check_layout(type, src, dst, imatrix)
+    weighted = imatrix is not None
+    if quantizer == "ggml" or not src.size or not has_kernel(type, weighted):
+        native.quantize_chunk(type, widened(src), dst, imatrix)
+        return
+    if quantizer == "fast":
+        prepare(type, src.dtype.name, weighted, quantizer)
+    kernel = _KERNELS.worthwhile(type, src.dtype.name, weighted)
+    if kernel is not None:
+        run(kernel, type, src, dst, imatrix)
+        return
+    start = time.perf_counter()
+    native.quantize_chunk(type, widened(src), dst, imatrix)
+    _KERNELS.spent(type, src.dtype.name, weighted, time.perf_counter() - start)
+
+
+def kernel_report() -> list[KernelReport]:
+    """One row for each format that this process has used a kernel for, or would have: what does it, and why."""
+    return _KERNELS.report()
+
+
+def prepare(
+    type: GGMLType, dtype: str = "float32", weighted: bool = False, quantizer: QuantizerName = "auto"
+) -> KernelReport | None:
+    """Compile and check a format's kernel ahead of its use; None where the format is ggml's in any case.
+
+    ``dtype`` is numpy's name of the source's type. Raises OptionError as ``quantize_rows`` does.
+    """
+    if quantizer == "ggml" or not has_kernel(type, weighted):
+        return None
+    _, report = _KERNELS.judged(type, dtype, weighted)
+    if quantizer == "fast" and report.routine != "fast":
+        raise OptionError(f"{type.name}: the fast quantizer cannot be used: {report.reason}; use auto or ggml")
+    return report
+
+
+def _convert(type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8]) -> None:
+    dtype = {GGMLType.F32: np.float32, GGMLType.F16: np.float16, GGMLType.BF16: np.uint16}[type]
+    target = dst.view(dtype)
+    if src.dtype == dtype:
+        target[...] = src
+    elif type is GGMLType.F32:
+        (native.f16_to_f32 if src.dtype == np.float16 else native.bf16_to_f32)(src, target)
     elif type is GGMLType.F16:
-        native.f32_to_f16(src, dst.view(np.float16))
-    elif type is GGMLType.BF16:
-        native.f32_to_bf16(src, dst.view(np.uint16))
+        native.f32_to_f16(widened(src), target)
     else:
-        native.quantize_chunk(type, src, dst, imatrix)
+        native.f32_to_bf16(widened(src), target)
 
 
-__all__: list[Any] = ["quantize_rows"]
+def _check_layout(
+    type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None
+) -> None:
+    n_rows, n_cols = src.shape
+    if dst.dtype != np.uint8 or dst.shape != (n_rows, type.row_bytes(n_cols)) or not dst.flags.writeable:
+        raise ValueError(f"{type.name}: dst is {dst.dtype} {dst.shape}, expected {(n_rows, type.row_bytes(n_cols))}")
+    if imatrix is not None and (imatrix.dtype != np.float32 or imatrix.shape != (n_cols,)):
+        raise ValueError(f"{type.name}: imatrix is {imatrix.dtype} {imatrix.shape}, expected float32 {(n_cols,)}")
+    if not all(array is None or array.flags.c_contiguous for array in (src, dst, imatrix)):
+        raise ValueError(f"{type.name}: src, dst and imatrix must be C-contiguous")
+
+
+__all__ = ["QUANTIZERS", "KernelReport", "QuantizerName", "kernel_report", "prepare", "quantize_rows"]

@@ -1,0 +1,23 @@
+"""IQ4_NL: one block of 32 weights with 4 bits each on uneven levels; 18 bytes."""
+
+from __future__ import annotations
+
+from ggufmoe.quant.kernels.iq4 import BLOCK, Search, pack_nibbles, squares
+from ggufmoe.quant.kernels.lanes import Lanes, Rows
+from ggufmoe.quant.kernels.superblocks import spread_importance, sum_of_squares
+
+
+def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+    """Write the block of each lane."""
+    search, weights, words = Search(k), k.float_rows(BLOCK), k.int_rows(4)
+    if importance is None:
+        squares(x, weights)
+    else:
+        energy = sum_of_squares(k, x, BLOCK) * (2.0 / BLOCK)
+        spread_importance(k, x, importance, energy, weights, BLOCK)
+    scale = search.scale(x, weights)
+    inverse = k.where(scale.differs(0.0), 1.0 / scale, 0.0)
+    for i, word in enumerate(pack_nibbles([search.nearest.index(inverse * x[i]) for i in range(BLOCK)])):
+        words[i] = word
+    k.store_half(0, k.half_bits(scale))
+    k.store_words(2, words, 4)
