@@ -313,7 +313,7 @@ def test_a_path_that_is_not_a_file(tmp_path: Path) -> None:
 
 
 def test_a_device_is_refused() -> None:
-    with pytest.raises(GGUFError, match="not a regular file|cannot be read"):
+    with pytest.raises(GGUFError, match=r"not a regular file|cannot be read"):
         read_header(Path(os.devnull))
 
 
