@@ -149,14 +149,14 @@ def parse(data: bytes, path: Path) -> SentencePieceModel:
                 trainer = dict(_fields(value))
             elif number == 3 and isinstance(value, bytes):
                 normalizer = dict(_fields(value))
+        if not pieces or not trainer or not normalizer:
+            raise ValueError("it ends before it says how it was trained" if pieces else "it has no pieces")
         kind = _KINDS[int(trainer.get(3, 1))]
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise TokenizerError(
             f"{path}: not a sentencepiece model ({error}); "
             "if the model's tokenizer is in tokenizer.json, remove tokenizer.model"
         ) from error
-    if not pieces:
-        raise TokenizerError(f"{path}: not a sentencepiece model (it has no pieces); download it again")
     return SentencePieceModel(
         pieces=tuple(pieces),
         kind=kind,
