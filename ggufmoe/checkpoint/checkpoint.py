@@ -59,7 +59,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     Raises ArchitectureError, SafetensorsError, TensorMismatchError, HubError, or CheckpointError for the rest.
     """
     if isinstance(source, Path) or Path(source).exists() or not hub.is_hub_id(source):
-        if revision is not None:
+        if revision is not None and Path(source).exists():
             raise CheckpointError(f"{source} is a directory, so it has no revision {revision}")
         return open_directory(Path(source))
     repo_id, revision = hub.split_id(source, revision)
@@ -84,7 +84,7 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
 
 def _inputs(directory: Path) -> tuple[Path, ...]:
     """Every file of the directory: to be careful about, whether or not this model needs it."""
-    return tuple(sorted(path for path in directory.iterdir() if path.is_file()))
+    return tuple(sorted(path for path in directory.rglob("*") if path.is_file()))
 
 
 def _check_directory(directory: Path) -> None:

@@ -28,7 +28,7 @@ _HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.masked_bias|attent
 _NAMES_SHOWN = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A classic tensor and where it is stored: ``first_row`` of the tensor ``stored``, of shape ``stored_shape``."""
 
@@ -49,7 +49,7 @@ class ExpertLayout:
     """Index into the spellings of w1, w2 and w3."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredRows:
     """A SourceTensor: a range of rows of a tensor in a safetensors file."""
 
@@ -142,7 +142,7 @@ def find_expert_layout(where: str, names: Iterable[str]) -> ExpertLayout:
         if (match := _EXPERT_NAME.fullmatch(name)) and (layout := _layout_of(match)) is not None:
             found.setdefault(layout, name)
     if len(found) > 1:
-        one_of_each = " and ".join(list(found.values())[:2])
+        one_of_each = " and ".join(map(_shown, list(found.values())[:2]))
         raise TensorMismatchError(f"{where} stores its experts in more than one layout ({one_of_each}); save it again")
     return next(iter(found), ExpertLayout())
 
@@ -165,6 +165,7 @@ def arrange(
     that is missing, left over or wrongly shaped, and CheckpointError for weights that are not BF16, F16 or F32.
     """
     layout = find_expert_layout(where, stored) if config.n_expert else ExpertLayout()
+    _check_count(where, config, layout, len(stored))
     with_output = not config.tie_embeddings or "lm_head.weight" in stored
     wanted = list(pieces(config, layout, with_output=with_output))
     _check_shapes(where, {piece.stored: piece.stored_shape for piece in wanted}, stored)
@@ -175,6 +176,13 @@ def arrange(
 def _rows(piece: Piece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> StoredRows:
     begin = entry.begin + piece.first_row * piece.shape[-1] * dtype.n_bytes
     return StoredRows(piece.name, dtype, piece.shape, file, begin)
+
+
+def _check_count(where: str, config: ModelConfig, layout: ExpertLayout, n_stored: int) -> None:
+    """Answer a config of absurd size before a million names are made from it."""
+    n_least = config.n_layer * (8 if layout.fused else 8 + 3 * config.n_expert)
+    if n_least > 1000 + 10 * n_stored:
+        raise TensorMismatchError(f"{where} holds {n_stored} tensors where its config.json makes at least {n_least}")
 
 
 def _check_shapes(
@@ -205,4 +213,8 @@ def _dtypes(where: str, names: set[str], stored: Mapping[str, tuple[TensorFile, 
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(name[:200] for name in names[:_NAMES_SHOWN]) + more
+    return ", ".join(map(_shown, names[:_NAMES_SHOWN])) + more
+
+
+def _shown(name: str) -> str:
+    return name[:200] if name.isprintable() else f"{name!r:.200}"

@@ -25,6 +25,7 @@ _LOG = logging.getLogger("ggufmoe")
 _MAX_CARD_BYTES = 16 * 1024 * 1024
 _MAX_FRONT_MATTER_BYTES = 256 * 1024
 _MAX_TEXT = 500
+_MAX_DEPTH = 20
 _MAX_ITEMS = 100
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -122,14 +123,19 @@ def _front_matter(path: Path) -> Mapping[str, Any]:
 
 
 def _plain_loader() -> Any:
-    """PyYAML's safe loader without aliases, with which a few lines can expand to gigabytes."""
+    """PyYAML's safe loader without what is costly: aliases, which can expand to gigabytes, and deep nesting."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
+        depth = 0
+
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("YAML aliases are not read")
-            return super().compose_node(parent, index)
+            if self.check_event(yaml.AliasEvent) or self.depth == _MAX_DEPTH:
+                raise yaml.YAMLError(f"YAML aliases and more than {_MAX_DEPTH} levels are not read")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     return PlainLoader
 

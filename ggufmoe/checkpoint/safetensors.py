@@ -51,7 +51,7 @@ _MAX_DIMENSION = 2**63 - 1
 _KEYS = frozenset(("dtype", "shape", "data_offsets"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor as the header describes it; ``begin`` and ``end`` are byte positions in the file."""
 
@@ -116,7 +116,7 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise SafetensorsError(f"{path}: the header names {twice!r} twice")
+            raise SafetensorsError(f"{path}: the header names {twice!r:.100} twice")
         return table
 
     try:
@@ -135,7 +135,7 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
 
 
 def _entry(path: Path, name: str, value: object, data_begin: int) -> TensorEntry:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {name!r:.100}"
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise SafetensorsError(f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -171,11 +171,11 @@ def _check_coverage(path: Path, entries: Mapping[str, TensorEntry], data_begin: 
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
             what = "overlaps the tensor before it" if entry.begin < position else "leaves a hole before it"
-            raise SafetensorsError(f"{path}: tensor {entry.name!r} {what}")
+            raise SafetensorsError(f"{path}: tensor {entry.name!r:.100} {what}")
         position = entry.end
         if position > file_bytes:
             raise SafetensorsError(
-                f"{path} is cut off: tensor {entry.name!r} ends at byte {position}, the file at {file_bytes}; "
+                f"{path} is cut off: tensor {entry.name!r:.100} ends at byte {position}, the file at {file_bytes}; "
                 "fetch it again"
             )
     if position < file_bytes:

@@ -71,7 +71,8 @@ def parse_index(path: Path) -> dict[str, str]:
 
 def _is_plain_name(name: str) -> bool:
     """Whether this is one path component on every system, and a safetensors file."""
-    return name.endswith(".safetensors") and not name.startswith(".") and not set(name) & set('/\\:\0"<>|?*')
+    plain = name.isprintable() and len(name) <= 255 and not set(name) & set('/\\:"<>|?*')
+    return plain and name.endswith(".safetensors") and not name.startswith(".")
 
 
 def _check_inside(directory: Path, name: str) -> None:

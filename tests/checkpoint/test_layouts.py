@@ -156,11 +156,17 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
 
 def test_a_long_report_stays_one_line(tmp_path: Path) -> None:
     directory = tiny.make_checkpoint(tmp_path, n_layer=8, n_expert=8, n_embd=32, n_ff=32)
-    tiny.write_safetensors(directory / "model.safetensors", {"a" * 5000: ("F32", np.zeros(1, np.float32))})
+    tiny.write_safetensors(directory / "model.safetensors", {"a\n" * 5000: ("F32", np.zeros(1, np.float32))})
     with pytest.raises(TensorMismatchError, match=r"and \d+ more") as caught:
         open_checkpoint(directory)
     assert len(str(caught.value)) < 2000
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_of_absurd_size_is_answered_soon(tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path / "absurd", config={"num_hidden_layers": 512, "num_local_experts": 512})
+    with pytest.raises(TensorMismatchError, match=r"holds 29 tensors where its config\.json makes at least 790528"):
+        open_checkpoint(directory)
 
 
 def test_a_dense_model_in_place_of_a_mixture(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_a_single_file_comes_before_an_index(sharded: Path) -> None:
         "x.safetensors\0.safetensors",
         "model.bin",
         "*.safetensors",
+        "two\nlines.safetensors",
+        "x" * 300 + ".safetensors",
         None,
         3,
     ],
