@@ -32,7 +32,6 @@ from tests import tiny_tokenizers
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 N_TOKENS = 64
-MAX_TEXT_LINES = 3000
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Bench:
     python: Path
     """Of the environment with torch."""
     llama_cpp: Path
-    text: list[str]
+    texts: list[str]
 
     def ask(self, script: str, jobs: list[dict[str, Any]], *arguments: str) -> None:
         """Run one of the scripts beside this one in the other environment, on a list of jobs."""
@@ -151,8 +150,8 @@ def _compare_files(bench: Bench, subject: Subject, kind: str) -> tuple[str, list
     if not theirs.exists():
         log = _file(bench, subject, kind, "log").read_text(encoding="utf-8").strip().splitlines()
         return "", [f"llama.cpp's converter failed: {log[-1] if log else 'no log'}"]
-    except_keys = ("tokenizer.ggml.scores",) if subject.json_scores else ()
-    return f"{ours.stat().st_size} bytes", differences(ours, theirs, except_keys)
+    scores = ("tokenizer.ggml.scores",) if subject.json_scores else ()
+    return f"{ours.stat().st_size} bytes", differences(ours, theirs, subject.case.not_equal + scores)
 
 
 def logit_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
@@ -196,33 +195,31 @@ def _compare_logits(ours: Any, theirs: Any) -> tuple[str, list[str]]:
 
 
 def token_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
-    """Ids that llama.cpp gives with our file beside those of the checkpoint's own tokenizer."""
-    texts = [*token_ids.NASTY, *bench.text]
-    for subject in subjects:
+    """Ids that llama.cpp gives with our file beside those of the tokenizer itself, once for each vocabulary."""
+    for subject in {_vocabulary(subject): subject for subject in reversed(subjects)}.values():
         ours = _file(bench, subject, "F32", "ours")
         if not ours.exists():
             yield Row(subject.case.name, "token ids", "its tokenizer", "", ("there is no F32 file of ours",))
             continue
         forgiven = token_ids.doubles_space(subject.directory)
-        differ, n_ids, judge = token_ids.differing(subject.directory, ours, texts)
+        differ, n_ids, judge = token_ids.differing(subject.directory, ours, bench.texts)
         wrong = tuple(f"differs: {text[:60]!r}" for text in differ if not forgiven(text))
-        detail = f"{n_ids} ids of {len(texts)} texts"
+        detail = f"{n_ids} ids of {len(bench.texts)} texts"
         if len(differ) > len(wrong):
-            detail += f" ({len(differ) - len(wrong)} begin with a space)"
+            detail += f"; known: {len(differ) - len(wrong)} that begin with a space"
         yield Row(subject.case.name, "token ids", judge, detail, wrong)
+
+
+def _vocabulary(subject: Subject) -> tuple[Any, ...]:
+    config = json.loads((subject.directory / "config.json").read_text(encoding="utf-8"))
+    files = [path.read_bytes() for path in sorted(subject.directory.glob("tokenizer*"))]
+    return (config["vocab_size"], *files)
 
 
 def own_text() -> str:
     """A text that every checkout has: documents, sources and the sentences that the tests' tokenizers come from."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "ggufmoe").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
-    return "\n".join([*tiny_tokenizers.CORPUS, *(path.read_text(encoding="utf-8") for path in paths if path.exists())])
-
-
-def lines_of(text: str) -> list[str]:
-    """At most MAX_TEXT_LINES lines spread over the text, and the same in groups of sixteen."""
-    lines = text.split("\n")
-    lines = lines[:: -(-len(lines) // MAX_TEXT_LINES)]
-    return lines + ["\n".join(lines[at : at + 16]).strip() for at in range(0, len(lines), 16)]
+    paths = [ROOT / "README.md", *sorted((ROOT / "ggufmoe").rglob("*.py"))]
+    return "\n".join([*tiny_tokenizers.CORPUS, *(path.read_text(encoding="utf-8") for path in paths)])
 
 
 def show(row: Row) -> None:
@@ -263,8 +260,11 @@ def main() -> int:
     arguments = parse_arguments()
     work = arguments.keep or Path(tempfile.mkdtemp(prefix="ggufmoe-peers-"))
     work.mkdir(parents=True, exist_ok=True)
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else own_text()
-    bench = Bench(work, arguments.peers_python, arguments.llama_cpp, lines_of(text))
+    text = arguments.text or work / "text.txt"
+    if not arguments.text:
+        text.write_text(own_text(), encoding="utf-8")
+    texts = [*token_ids.NASTY, *token_ids.texts_of(text)]
+    bench = Bench(work, arguments.peers_python, arguments.llama_cpp, texts)
     data = arguments.data or os.environ.get("GGUFMOE_PEER_DATA")
     try:
         cases = [*own_cases(), *saved_by_transformers(bench), *(found_cases(Path(data)) if data else [])]

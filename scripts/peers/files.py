@@ -30,7 +30,7 @@ def _metadata_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader, except
         if key not in a or key not in b:
             found.append(f"{key}: only in {'ours' if key in a else 'theirs'}")
         elif a[key] != b[key]:
-            found.append(f"{key}: ours {_shown(a[key])}, theirs {_shown(b[key])}")
+            found.append(f"{key}: {_in_words(a[key], b[key])}")
     return found
 
 
@@ -43,10 +43,16 @@ def _metadata(reader: gguf.GGUFReader) -> dict[str, tuple[tuple[str, ...], Any]]
     }
 
 
-def _shown(value: tuple[tuple[str, ...], Any]) -> str:
-    kinds, content = value
-    text = repr(content)
-    return f"{'/'.join(kinds)} {text if len(text) <= 60 else text[:57] + '...'}"
+def _in_words(ours: tuple[tuple[str, ...], Any], theirs: tuple[tuple[str, ...], Any]) -> str:
+    if ours[0] != theirs[0]:
+        return f"type {'/'.join(ours[0])}, theirs {'/'.join(theirs[0])}"
+    a, b = ours[1], theirs[1]
+    if not isinstance(a, list):
+        return f"{a!r:.80}, theirs {b!r:.80}"
+    if len(a) != len(b):
+        return f"{len(a)} values, theirs {len(b)}"
+    first = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    return f"value {first} is {a[first]!r:.80}, theirs {b[first]!r:.80}"
 
 
 def _tensor_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> list[str]:

@@ -81,6 +81,7 @@ def _apart(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 def main() -> int:
     """Do all jobs; one that fails does not stop the others."""
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         try:
             {"logits": logits, "save": save, "classic": classic}[job["do"]](job)
