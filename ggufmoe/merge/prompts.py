@@ -103,8 +103,6 @@ def _from_json(path: Path, bos: str) -> Callable[[str], list[int]]:
 def _from_sentencepiece(path: Path, bos: str, *, legacy: bool) -> Callable[[str], list[int]]:
     """Text between special pieces goes through sentencepiece; only ``legacy`` puts a space before it."""
     model = _sentencepiece(path)
-    if not legacy:
-        model.override_normalizer_spec(add_dummy_prefix=False)
     bos = bos or (model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else "")
     special = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i) or model.is_unknown(i)}
     splitter = re.compile("(" + "|".join(re.escape(piece) for piece in special) + ")")
@@ -112,7 +110,17 @@ def _from_sentencepiece(path: Path, bos: str, *, legacy: bool) -> Callable[[str]
     def tokenize(prompt: str) -> list[int]:
         ids: list[int] = []
         for part in filter(None, splitter.split(bos + prompt)):
-            ids.extend([special[part]] if part in special else model.encode(part))
+            if part in special:
+                ids.append(special[part])
+            else:
+                ids += model.encode(part) if legacy else _without_space(model, part)
         return ids
 
     return tokenize
+
+
+def _without_space(model: Any, text: str) -> list[int]:
+    """Ids of ``text`` without the space that sentencepiece puts before it: something is put there and cut off again."""
+    shield = model.id_to_piece(model.unk_id())
+    ids: list[int] = model.encode(shield + text)
+    return ids[len(model.encode(shield)) :]
