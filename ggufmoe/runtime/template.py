@@ -1,0 +1,178 @@
+"""Chat templates: which one holds for a model, and from messages to the text of a prompt.
+
+The text of a template comes from the GGUF, from a file or from the few that are built in; it runs in ``sandbox``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import OptionError, TemplateError
+from ggufmoe.ggufheader import Header
+from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Limits, Program
+
+Message = Mapping[str, Any]
+
+TEMPLATE_KEY = "tokenizer.chat_template"
+_PROBE = "ggufmoeSystemProbe"
+
+
+@dataclass(frozen=True)
+class _Builtin:
+    source: str
+    stop: tuple[str, ...] = ()
+    """Ends of a turn, for models whose vocabulary does not know them as ends of generation."""
+
+
+_CHATML = """
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{{ '' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{{ '' -}}
+{%- endif -%}
+"""
+_LLAMA3 = """
+{{- bos_token -}}
+{%- for message in messages -%}
+<|start_header_id|>{{ message.role }}<|end_header_id|>
+
+{{ message.content | trim }}<|eot_id|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|start_header_id|>assistant<|end_header_id|>
+
+{{ '' -}}
+{%- endif -%}
+"""
+# llama.cpp puts the space before the first [INST] and after each </s> by itself
+_MISTRAL = """
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('user and assistant must take turns, and user begins') }}
+{%- endif -%}
+{%- if message.role == 'user' -%}
+{{ '[INST] ' + message.content + ' [/INST]' }}
+{%- else -%}
+{{ ' ' + message.content + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+"""
+BUILTIN = {
+    "chatml": _Builtin(_CHATML, ("<|im_end|>",)),
+    "llama3": _Builtin(_LLAMA3, ("<|eot_id|>",)),
+    "mistral": _Builtin(_MISTRAL),
+}
+
+
+class ChatTemplate:
+    """A template ready to render, for a model whose special tokens are spelt ``bos`` and ``eos``.
+
+    Raises TemplateError when ``source`` is too long or no template.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str = "chat template",
+        bos: str = "",
+        eos: str = "",
+        stop: Sequence[str] = (),
+        limits: Limits | None = None,
+    ) -> None:
+        self.source = source
+        self.name = name
+        self.stop = tuple(stop)
+        self._tokens = {"bos_token": bos, "eos_token": eos}
+        self._program = Program(source, name, limits)
+        self._lock = threading.Lock()
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt for ``messages`` (``role`` and ``content``), ready for the assistant's next answer.
+
+        Where the template has no place for a system message, that goes before the first user's turn. ``variables`` are
+        given to the template as well (``tools`` and whatever it knows). Raises TemplateError when the template refuses
+        the conversation, fails, or does more than a chat needs.
+        """
+        turns = [dict(message) for message in messages]
+        if turns and turns[0].get("role") == "system" and not self.takes_system:
+            turns = fold_system(turns)
+        return self._render(turns, {"add_generation_prompt": add_generation_prompt, **variables})
+
+    def _render(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        size = sum(len(str(message.get("content", ""))) for message in turns)
+        with self._lock:
+            return self._program.run({**self._tokens, "messages": turns, "tools": None, **variables}, size)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template gives a system message to the model: some raise, some leave it out without a word."""
+        turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hello"}]
+        try:
+            return _PROBE in self._render(turns, {"add_generation_prompt": True})
+        except TemplateError:
+            return False
+
+
+def fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """``messages`` with the leading system message put in front of the first user's turn."""
+    system, *turns = (dict(message) for message in messages)
+    for turn in turns:
+        if turn["role"] == "user":
+            turn["content"] = f"{system['content']}\n\n{turn['content']}"
+            return turns
+    return [{"role": "user", "content": system["content"]}, *turns]
+
+
+def find_template(
+    choice: str | None, header: Header, *, bos: str = "", eos: str = "", limits: Limits | None = None
+) -> ChatTemplate | None:
+    """The template that ``choice`` names; without one the file's own, or None if it has none.
+
+    ``choice`` is the name of a template in the file, of a built-in one, or the path of a file with one.
+    Raises OptionError when it is none of these, TemplateError when the template cannot be used.
+    """
+    stored = stored_templates(header)
+    if choice is None:
+        source = stored.get("default")
+        return None if source is None else ChatTemplate(source, bos=bos, eos=eos, limits=limits)
+    if choice in stored:
+        return ChatTemplate(stored[choice], name=f"chat template {choice}", bos=bos, eos=eos, limits=limits)
+    if choice in BUILTIN:
+        builtin = BUILTIN[choice]
+        return ChatTemplate(
+            builtin.source, name=f"chat template {choice}", bos=bos, eos=eos, stop=builtin.stop, limits=limits
+        )
+    return ChatTemplate(_read(Path(choice), stored), name=choice, bos=bos, eos=eos, limits=limits)
+
+
+def stored_templates(header: Header) -> dict[str, str]:
+    """The templates in a GGUF file by name; the main one is called ``default``."""
+    prefix = TEMPLATE_KEY + "."
+    found = {
+        "default" if key == TEMPLATE_KEY else key[len(prefix) :]: value.value
+        for key, value in header.metadata.items()
+        if key == TEMPLATE_KEY or key.startswith(prefix)
+    }
+    return {name: source for name, source in found.items() if isinstance(source, str) and source}
+
+
+def _read(path: Path, stored: Mapping[str, str]) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(MAX_TEMPLATE_CHARS + 1)
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"{path}: not a text file in UTF-8") from error
+    except OSError as error:
+        names = ", ".join(sorted({*stored, *BUILTIN}))
+        raise OptionError(f"{path}: neither a template's name ({names}) nor a file that can be read") from error
