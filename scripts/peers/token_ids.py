@@ -3,8 +3,9 @@
 usage: token_ids.py CHECKPOINT_DIR MODEL.gguf TEXT
 
 sentencepiece is the judge where the directory has tokenizer.model, Hugging Face's tokenizers where it has only
-tokenizer.json. One difference is known, counted apart and forgiven: a Metaspace that prepends a space adds none to text
-that begins with one (at the start or behind a special token), llama.cpp always does. Exit code 1 for any other.
+tokenizer.json. One difference is known, counted apart and forgiven: llama.cpp puts a space before every stretch of text;
+a Metaspace puts none before one that begins with a space, nor (prepend_scheme first) behind a special token. Exit code
+1 for any other.
 """
 
 from __future__ import annotations
@@ -109,15 +110,17 @@ def differing(directory: Path, gguf: Path, texts: list[str]) -> tuple[list[str],
     return differ, n_ids, judge
 
 
-def doubles_space(directory: Path) -> Callable[[str], bool]:
-    """Whether a text begins with a space, or goes on with one behind a special token, under a Metaspace."""
+def extra_space(directory: Path) -> Callable[[str], bool]:
+    """Whether llama.cpp puts a space into a text where the directory's Metaspace puts none."""
     if (directory / "tokenizer.model").is_file():
         return lambda text: False
     tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    if (tokenizer.get("pre_tokenizer") or {}).get("type") != "Metaspace":
+    metaspace = tokenizer.get("pre_tokenizer") or {}
+    if metaspace.get("type") != "Metaspace" or metaspace.get("prepend_scheme") == "never":
         return lambda text: False
-    specials = "|".join(re.escape(token["content"]) for token in tokenizer.get("added_tokens", []))
-    pattern = re.compile(f"(?:^|{specials})[ \u2581]" if specials else "^[ \u2581]")
+    specials = "|".join(re.escape(token["content"]) for token in tokenizer.get("added_tokens", [])) or "(?!)"
+    behind = f"(?:{specials})." if metaspace.get("prepend_scheme") == "first" else f"(?:{specials})[ \u2581]"
+    pattern = re.compile(f"^[ \u2581]|{behind}", re.DOTALL)
     return lambda text: pattern.search(text) is not None
 
 
@@ -130,13 +133,13 @@ def texts_of(path: Path) -> list[str]:
 
 def report(directory: Path, gguf: Path, name: str, texts: list[str]) -> int:
     """Print one line of counts and the first texts that differ; gives how many differ and are not forgiven."""
-    forgiven = doubles_space(directory)
+    forgiven = extra_space(directory)
     differ, n_ids, judge = differing(directory, gguf, texts)
     wrong = [text for text in differ if not forgiven(text)]
     known = len(differ) - len(wrong)
     print(
         f"{gguf.name}: {name}: {len(texts)} texts, {n_ids} ids of {judge}; {len(wrong)} differ"
-        f" ({known} more begin with a space, which llama.cpp doubles)"
+        f" ({known} more by the space that llama.cpp adds)"
     )
     for text in wrong[:10]:
         print(f"  differs: {text[:100]!r}")

@@ -8,6 +8,7 @@ a sentencepiece model. Where it is not, llama.cpp's merge-driven variant is used
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.bpe import BPE, read_bpe
 from ggufmoe.export.vocab.files import AddedToken, TokenizerFiles, nodes
 from ggufmoe.export.vocab.rows import SPACE, Rows, TokenType, Vocabulary, require_bytes
+
+_LOG = logging.getLogger("ggufmoe")
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _DECODERS = ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
@@ -140,6 +143,8 @@ def space_prefix(files: TokenizerFiles, bpe: BPE) -> bool:
             raise _unknown_step(path, "pre-tokenizer", step)
         if step.get("split", True) and any(SPACE in (left + right)[1:] for left, right in bpe.merges):
             raise TokenizerError(f"{path}: Metaspace cuts words apart that merges would join; llama.cpp does not")
+        if _scheme(step) == "first":
+            _LOG.info("%s: behind a special token llama.cpp puts a space where this tokenizer puts none", path)
         prefix, escapes = prefix or _scheme(step) != "never", True
     if not escapes:
         raise TokenizerError(f"{path}: nothing turns spaces into {SPACE!r}, as llama.cpp always does for such models")
