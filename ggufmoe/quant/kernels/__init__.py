@@ -42,6 +42,8 @@ def quantize_rows(
         _convert(type, src, dst)
         return
     _check_layout(type, src, dst, imatrix)
+    if type is GGMLType.Q8_0:
+        imatrix = None  # ggml does not look at it
     weighted = imatrix is not None
     if quantizer == "ggml" or not src.size or not has_kernel(type, weighted):
         native.quantize_chunk(type, widened(src), dst, imatrix)

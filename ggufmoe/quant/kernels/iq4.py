@@ -23,17 +23,17 @@ _BIN_MAGIC = 1.5 * 2.0**26  # adding it leaves the number of the bin in the low 
 
 
 @cache
-def thresholds() -> tuple[np.float32, ...]:
+def thresholds() -> tuple[float, ...]:
     """For each pair of neighbours the smallest float that ``best_index_int8`` gives to the upper one."""
     return tuple(_threshold(low, high) for low, high in pairwise(LEVELS))
 
 
-def _threshold(low: int, high: int) -> np.float32:
+def _threshold(low: int, high: int) -> float:
     below, above = float(low), float(high)
     while True:
         middle = float(np.float32((below + above) / 2))
         if middle in (below, above):
-            return np.float32(above)
+            return above
         if np.float32(middle - low) < np.float32(high - middle):
             below = middle
         else:
@@ -126,9 +126,3 @@ def squares(x: Rows, weights: Rows) -> None:
     """Weights without importances: ``x*x``."""
     for i in range(BLOCK):
         weights[i] = x[i] * x[i]
-
-
-def pack_nibbles(levels: Sequence[Value]) -> list[Value]:
-    """32 levels into 4 words: byte j holds levels j and j + 16."""
-    packed = [levels[j] | (levels[j + 16] << 4) for j in range(16)]
-    return [packed[i] | (packed[i + 1] << 8) | (packed[i + 2] << 16) | (packed[i + 3] << 24) for i in range(0, 16, 4)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from ggufmoe.quant.kernels.iq4 import BLOCK, Search, pack_nibbles, squares
+from ggufmoe.quant.kernels.iq4 import BLOCK, Search, squares
 from ggufmoe.quant.kernels.lanes import Lanes, Rows
+from ggufmoe.quant.kernels.packing import pack_nibbles
 from ggufmoe.quant.kernels.superblocks import spread_importance, sum_of_squares
 
 
 def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
     """Write the block of each lane."""
-    search, weights, words = Search(k), k.float_rows(BLOCK), k.int_rows(4)
+    search, weights = Search(k), k.float_rows(BLOCK)
     if importance is None:
         squares(x, weights)
     else:
@@ -17,7 +18,5 @@ def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
         spread_importance(k, x, importance, energy, weights, BLOCK)
     scale = search.scale(x, weights)
     inverse = k.where(scale.differs(0.0), 1.0 / scale, 0.0)
-    for i, word in enumerate(pack_nibbles([search.nearest.index(inverse * x[i]) for i in range(BLOCK)])):
-        words[i] = word
     k.store_half(0, k.half_bits(scale))
-    k.store_words(2, words, 4)
+    k.store_words(2, pack_nibbles([search.nearest.index(inverse * x[i]) for i in range(BLOCK)]))

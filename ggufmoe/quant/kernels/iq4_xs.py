@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ggufmoe.quant.kernels.iq4 import BLOCK, Search, pack_nibbles, squares
+from ggufmoe.quant.kernels.iq4 import BLOCK, Search, squares
 from ggufmoe.quant.kernels.lanes import Lanes, Rows, Value
+from ggufmoe.quant.kernels.packing import join_bytes, pack_nibbles
 from ggufmoe.quant.kernels.superblocks import (
     WEIGHTS,
-    join_bytes,
     largest_magnitude,
     spread_importance,
     sum_of_squares,
@@ -35,7 +35,7 @@ def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
         levels = [search.nearest.index(inverses[j] * block[i]) for i in range(BLOCK)]
         for i, word in enumerate(pack_nibbles(levels)):
             nibbles[i] = word
-    k.store_words(0, words, _WORDS)
+    k.store_words(0, words.first(_WORDS))
 
 
 def _scales(k: Lanes, search: Search, x: Rows, importance: Rows | None) -> tuple[Value, list[Value]]:

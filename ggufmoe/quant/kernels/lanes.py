@@ -173,6 +173,10 @@ class Rows:
     def __setitem__(self, i: int | Index, value: Value) -> None:
         self.k.b.store(value.ir, self._address(i), align=4 * self.k.width)
 
+    def first(self, count: int) -> list[Value]:
+        """The first ``count`` rows."""
+        return [self[i] for i in range(count)]
+
     def _address(self, i: int | Index) -> Any:
         position = ir.Constant(_I64, i) if isinstance(i, int) else i.ir
         return self.k.b.gep(self.base, [position], inbounds=True, source_etype=self.type)
@@ -419,15 +423,23 @@ class Lanes:
         self.b.ret(self.b.load(odd_total, typ=_I64))
 
     def _place_lanes(self, first: Any) -> None:
-        last = self.b.sub(self.function.args[2], ir.Constant(_I64, 1))
-        self._blocks = []
-        for lane in range(self.width):
-            block = self.b.add(first, ir.Constant(_I64, lane))
+        b, n_blocks, per_row = self.b, self.function.args[2], self.function.args[3]
+        block, row = first, b.udiv(first, per_row)
+        column = b.sub(first, b.mul(row, per_row))
+        self._blocks, self._rows, self._columns = [block], [row], [column]
+        for lane in range(1, self.width):
+            following = b.add(first, ir.Constant(_I64, lane))
             # lanes beyond the end repeat the last block: they write the same bytes to the same place
-            self._blocks.append(self.b.select(self.b.icmp_signed("<", block, last), block, last))
-        per_row = self.function.args[3]
-        self._rows = [self.b.udiv(block, per_row) for block in self._blocks]
-        self._columns = [self.b.urem(block, per_row) for block in self._blocks]
+            exists = b.icmp_signed("<", following, n_blocks)
+            block = b.select(exists, following, block)
+            next_column = b.add(column, ir.Constant(_I64, 1))
+            wraps = b.icmp_signed("==", next_column, per_row)
+            next_column = b.select(wraps, ir.Constant(_I64, 0), next_column)
+            row = b.select(b.and_(exists, wraps), b.add(row, ir.Constant(_I64, 1)), row)
+            column = b.select(exists, next_column, column)
+            self._blocks.append(block)
+            self._rows.append(row)
+            self._columns.append(column)
 
     def row_energies(self) -> Value:
         """The ``row_energy`` argument of each lane's row."""
@@ -468,15 +480,15 @@ class Lanes:
             ]
         return vectors
 
-    def store_words(self, byte_offset: int, words: Rows, count: int) -> None:
-        """Write ``count`` 32-bit words of each lane, one after another, at ``byte_offset`` of its block."""
-        for first in range(0, count, self.width):
-            n_words = min(self.width, count - first)
-            undefined = ir.Constant(self.ints, ir.Undefined)
-            vectors = [words[first + i].ir if i < n_words else undefined for i in range(self.width)]
-            order = ir.Constant(ir.VectorType(_I32, n_words), list(range(n_words)))
-            for lane, vector in enumerate(self._transposed(vectors)):
-                part = self.b.shuffle_vector(vector, vector, order) if n_words < self.width else vector
+    def store_words(self, byte_offset: int, words: Sequence[Value]) -> None:
+        """Write the 32-bit words of each lane, one after another, at ``byte_offset`` of its block."""
+        undefined = ir.Constant(self.ints, ir.Undefined)
+        for first in range(0, len(words), self.width):
+            vectors = [word.ir for word in words[first : first + self.width]]
+            order = ir.Constant(ir.VectorType(_I32, len(vectors)), list(range(len(vectors))))
+            padding = [undefined] * (self.width - len(vectors))
+            for lane, vector in enumerate(self._transposed(vectors + padding)):
+                part = self.b.shuffle_vector(vector, vector, order) if padding else vector
                 self.b.store(part, self._output(lane, byte_offset + 4 * first), align=1)
 
     def store_half(self, byte_offset: int, bits: Value) -> None:

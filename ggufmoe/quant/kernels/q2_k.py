@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggufmoe.quant.kernels.lanes import Lanes, Rows, Value
+from ggufmoe.quant.kernels.packing import join_bytes, pack_pairs_of_bits
 from ggufmoe.quant.kernels.searches import Affine, positive_fits
 from ggufmoe.quant.kernels.superblocks import (
     WEIGHTS,
@@ -10,9 +11,7 @@ from ggufmoe.quant.kernels.superblocks import (
     Importance,
     affine_levels,
     fit_blocks,
-    join_bytes,
     largest,
-    pack_pairs_of_bits,
     sum_of_squares,
 )
 
@@ -43,7 +42,7 @@ def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
     for j, byte in enumerate(packed):
         step[j], offset[j] = d * (byte & 0xF).to_float(), d_min * (byte >> 4).to_float()
     _store_levels(k, x, fits, (step, offset), words)
-    k.store_words(0, words, _WORDS)
+    k.store_words(0, words.first(_WORDS))
 
 
 def _store_levels(k: Lanes, x: Rows, fits: Fits, scales: tuple[Rows, Rows], words: Rows) -> None:

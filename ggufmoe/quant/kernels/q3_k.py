@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ggufmoe.quant.kernels.lanes import Lanes, Rows, Value
+from ggufmoe.quant.kernels.packing import join_bytes, pack_pairs_of_bits
 from ggufmoe.quant.kernels.searches import Symmetric, SymmetricSearch, refine_abreast
 from ggufmoe.quant.kernels.superblocks import (
     WEIGHTS,
-    join_bytes,
     largest_magnitude,
-    pack_pairs_of_bits,
     spread_importance,
     sum_of_squares,
     symmetric_levels,
@@ -41,7 +40,7 @@ def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
     with k.loop(_N_BLOCKS) as j:
         symmetric_levels(k, x.at(j * _BLOCK), steps[j], _BLOCK, _N_MAX, levels.at(j * _BLOCK))
     _pack_levels(k, levels, words)
-    k.store_words(0, words, _WORDS)
+    k.store_words(0, words.first(_WORDS))
     k.store_half(4 * _WORDS, d_bits)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ggufmoe.quant.kernels.lanes import Lanes, Rows
+from ggufmoe.quant.kernels.packing import join_bytes
 from ggufmoe.quant.kernels.searches import Affine
 from ggufmoe.quant.kernels.six_bit import BLOCK, HEADER_WORDS, quantize_superblock
-from ggufmoe.quant.kernels.superblocks import join_bytes
 
 _SEARCH = Affine(BLOCK, 15, -1.0, 0.1, 20)
 _PAIR_WORDS = 8
@@ -21,4 +21,4 @@ def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
         for word in range(_PAIR_WORDS):
             weights = range(4 * word, 4 * word + 4)
             nibbles[word] = join_bytes([levels[i] | (levels[BLOCK + i] << 4) for i in weights])
-    k.store_words(0, words, HEADER_WORDS + 4 * _PAIR_WORDS)
+    k.store_words(0, words.first(HEADER_WORDS + 4 * _PAIR_WORDS))

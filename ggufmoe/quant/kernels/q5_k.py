@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ggufmoe.quant.kernels.lanes import Index, Lanes, Rows
+from ggufmoe.quant.kernels.packing import join_bytes
 from ggufmoe.quant.kernels.searches import Affine
 from ggufmoe.quant.kernels.six_bit import BLOCK, HEADER_WORDS, quantize_superblock
-from ggufmoe.quant.kernels.superblocks import join_bytes
 
 _SEARCH = Affine(BLOCK, 31, -0.5, 0.1, 15)
 _PAIR_WORDS = 8
@@ -22,7 +22,7 @@ def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
     with k.loop(4) as turn:
         superblock.pair(turn, levels)
         _pack(k, turn, levels, high, words.at(turn * _PAIR_WORDS + (HEADER_WORDS + _PAIR_WORDS)))
-    k.store_words(0, words, _WORDS)
+    k.store_words(0, words.first(_WORDS))
 
 
 def _pack(k: Lanes, turn: Index, levels: Rows, high: Rows, low: Rows) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ggufmoe.quant.kernels.lanes import Index, Lanes, Rows, Value
+from ggufmoe.quant.kernels.packing import join_bytes
 from ggufmoe.quant.kernels.searches import ZERO_GROUP, Symmetric, SymmetricSearch
-from ggufmoe.quant.kernels.superblocks import WEIGHTS, join_bytes, largest_magnitude, symmetric_levels
+from ggufmoe.quant.kernels.superblocks import WEIGHTS, largest_magnitude, symmetric_levels
 
 _BLOCK = 16
 _N_BLOCKS = 16
@@ -38,7 +39,7 @@ def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
         symmetric_levels(k, x.at(j * _BLOCK), steps[j], _BLOCK, _N_MAX, levels.at(j * _BLOCK))
     with k.loop(2) as half:
         _pack(k, half, levels.at(half * (WEIGHTS // 2)), zero, words)
-    k.store_words(0, words, _WORDS)
+    k.store_words(0, words.first(_WORDS))
     k.store_half(4 * _WORDS, d_bits)
 
 

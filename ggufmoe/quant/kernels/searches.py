@@ -202,7 +202,8 @@ def symmetric_level(k: Lanes, scaled: Value, n_max: int) -> Value:
     return k.clamp(k.round_even(scaled), -float(n_max), float(n_max - 1))
 
 
-def _extreme(k: Lanes, x: Rows, n: int) -> tuple[Value, Value]:
+def extreme_weight(k: Lanes, x: Rows, n: int) -> tuple[Value, Value]:
+    """The weight of largest magnitude (the first of them), and which lanes hold only zeros or next to it."""
     top = extreme = k.f32(0.0)
     for i in range(n):
         magnitude = k.magnitude(x[i])
@@ -225,7 +226,7 @@ class SymmetricSearch:
     def fit(self, x: Rows, weights: Rows | None) -> SymmetricFit:
         """The best scale of each lane's block; without weights each weight counts by its square."""
         k, form = self.k, self.form
-        extreme, zero = _extreme(k, x, form.n)
+        extreme, zero = extreme_weight(k, x, form.n)
         inverse = -float(form.n_max) / extreme
         ((sum_lx, sum_l2),) = self._sums(x, weights, [inverse])
         scale = k.where(sum_l2.differs(0.0), sum_lx / sum_l2, 0.0)
@@ -275,7 +276,7 @@ class _Refinement:
     def __init__(self, k: Lanes, x: Rows, levels: Rows, form: Symmetric) -> None:
         self.k, self.x, self.levels, self.form = k, x, levels, form
         self.current = k.float_rows(form.n)
-        extreme, self.zero = _extreme(k, x, form.n)
+        extreme, self.zero = extreme_weight(k, x, form.n)
         inverse = -float(form.n_max) / extreme
         sum_lx = sum_l2 = k.f32(0.0)
         for i in range(form.n):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ggufmoe.quant.kernels.lanes import Index, Lanes, Rows, Value
+from ggufmoe.quant.kernels.packing import join_bytes
 from ggufmoe.quant.kernels.searches import Affine, positive_fits
 from ggufmoe.quant.kernels.superblocks import (
     WEIGHTS,
@@ -16,7 +17,6 @@ from ggufmoe.quant.kernels.superblocks import (
     Importance,
     affine_levels,
     fit_blocks,
-    join_bytes,
     largest,
     sum_of_squares,
 )

@@ -1,12 +1,12 @@
 """What the K formats share: 256 weights in blocks of 16 or 32, each block's scale quantized in its turn.
 
-Owns the search over all blocks of a superblock, the last rounding of weights to levels, and packing of bits.
+Owns the search over all blocks of a superblock and the last rounding of weights to levels.
 The arithmetic is that of the ``quantize_row_*_K`` routines in ``ggml/src/ggml-quants.c``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ggufmoe.quant.kernels.lanes import Index, Lanes, Rows, Value
@@ -112,19 +112,3 @@ def largest_magnitude(k: Lanes, values: Rows, n: int) -> tuple[Value, Value]:
         extreme = k.where(magnitude > top, values[j], extreme)
         top = k.larger(magnitude, top)
     return extreme, top
-
-
-def join_bytes(values: Sequence[Value]) -> Value:
-    """Four values below 256 as one little-endian word."""
-    first, second, third, fourth = values
-    return first | (second << 8) | (third << 16) | (fourth << 24)
-
-
-def pack_pairs_of_bits(levels: Rows, words: Rows) -> None:
-    """128 levels of 2 bits into 8 words: byte l holds the levels l, l + 32, l + 64 and l + 96."""
-    for word in range(8):
-        packed = []
-        for i in range(4 * word, 4 * word + 4):
-            first, second, third, fourth = (levels[i + 32 * quarter] for quarter in range(4))
-            packed.append(first | (second << 2) | (third << 4) | (fourth << 6))
-        words[word] = join_bytes(packed)

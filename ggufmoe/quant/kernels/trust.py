@@ -29,9 +29,12 @@ _ALIGNMENT = 64  # bytes of the widest vector
 _SOURCES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 # module of each format's kernel; where ggml sums the row's squares first, the kernel wants those sums
-_ALWAYS = {GGMLType[name]: name.lower() for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")}
+_ALWAYS = {
+    GGMLType[name]: name.lower()
+    for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+}
 _WITH_IMPORTANCES: dict[GGMLType, str] = {}
-_ROW_ENERGY = frozenset(_WITH_IMPORTANCES)
+_ROW_ENERGY = frozenset({GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1})
 
 
 @dataclass(frozen=True)

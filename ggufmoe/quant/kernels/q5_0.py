@@ -1,0 +1,14 @@
+"""Q5_0: one block of 32 weights with 5 bits each, the fifth bits apart; 22 bytes."""
+
+from __future__ import annotations
+
+from ggufmoe.quant.kernels.lanes import Lanes, Rows
+from ggufmoe.quant.kernels.legacy import symmetric_block
+from ggufmoe.quant.kernels.packing import pack_fifth_bits, pack_nibbles
+
+
+def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+    """Write the block of each lane."""
+    d, levels = symmetric_block(k, x, importance, 16)
+    k.store_half(0, k.half_bits(d))
+    k.store_words(2, [pack_fifth_bits(levels), *pack_nibbles([level & 0xF for level in levels])])
