@@ -3,9 +3,9 @@
 usage: token_ids.py CHECKPOINT_DIR MODEL.gguf TEXT
 
 sentencepiece is the judge where the directory has tokenizer.model, Hugging Face's tokenizers where it has only
-tokenizer.json. One difference is known, counted apart and forgiven: llama.cpp puts a space before every stretch of text;
-a Metaspace puts none before one that begins with a space, nor (prepend_scheme first) behind a special token. Exit code
-1 for any other.
+tokenizer.json. One difference is known, counted apart and forgiven: llama.cpp puts a space before every stretch of
+text, a Metaspace puts none before one that begins with a space, nor (prepend_scheme first) behind a special token.
+Exit code 1 for any other.
 """
 
 from __future__ import annotations
