@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ggufmoe.errors import Cancelled, NoSpaceError, OutputError, OutputExistsError, ResumeError
+from ggufmoe.errors import Cancelled, GGUFError, NoSpaceError, OutputError, OutputExistsError, ResumeError
 from ggufmoe.export.journal import Journal, fingerprint
 from ggufmoe.export.plan import ExportPlan, PlannedFile
 from ggufmoe.export.tiles import ImportanceCache, Tile, TileMaker, tiles
@@ -404,21 +404,27 @@ def _finish(plan: ExportPlan, journal: Journal) -> None:
     """Check every partial file and give all of them their names; the journal goes last."""
     waiting = [file for file in plan.files if partial_path(file.path).exists()]
     for file in waiting:
-        _verify(file)
+        if not _reads_back(file):
+            journal.remove()
+            raise OutputError(
+                f"{partial_path(file.path)} reads back differently from what was written; the disk may be failing"
+            )
     for file in waiting:
         os.replace(partial_path(file.path), file.path)
     _sync_directory(plan.output.parent)
     journal.remove()
 
 
-def _verify(file: PlannedFile) -> None:
-    """Read the header back as anyone would, and compare it and the size with the plan."""
+def _reads_back(file: PlannedFile) -> bool:
+    """Whether the header, read as anyone would, and the size are those of the plan."""
     partial = partial_path(file.path)
-    header = read_header(partial)
+    try:
+        header = read_header(partial)
+    except GGUFError:
+        return False
     found = [(t.name, t.type, t.shape, header.data_offset + t.offset, t.n_bytes) for t in header.tensors]
     planned = [(t.name, t.type, t.shape, t.offset, t.n_bytes) for t in file.tensors]
-    if found != planned or not _is_complete(file, partial):
-        raise OutputError(f"{partial} reads back differently from what was written; the disk may be failing")
+    return found == planned and _is_complete(file, partial)
 
 
 def _sync_directory(path: Path) -> None:
