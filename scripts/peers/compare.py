@@ -201,12 +201,12 @@ def token_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
         if not ours.exists():
             yield Row(subject.case.name, "token ids", "its tokenizer", "", ("there is no F32 file of ours",))
             continue
-        forgiven = token_ids.doubles_space(subject.directory)
+        forgiven = token_ids.extra_space(subject.directory)
         differ, n_ids, judge = token_ids.differing(subject.directory, ours, bench.texts)
         wrong = tuple(f"differs: {text[:60]!r}" for text in differ if not forgiven(text))
         detail = f"{n_ids} ids of {len(bench.texts)} texts"
         if len(differ) > len(wrong):
-            detail += f"; known: {len(differ) - len(wrong)} that begin with a space"
+            detail += f"; known: {len(differ) - len(wrong)} where llama.cpp adds a space"
         yield Row(subject.case.name, "token ids", judge, detail, wrong)
 
 
