@@ -149,6 +149,21 @@ class SamplingOptions:
         _check_range("number of new tokens", self.n_predict, -1, 2**31 - 1)
 
 
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a question becomes a prompt."""
+
+    system_prompt: str | None = option(
+        None, "-sys", "--system-prompt", help="What the model is told before the conversation.", metavar="TEXT"
+    )
+    chat_template: str | None = option(
+        None,
+        "--chat-template",
+        help="A template of the file by name, chatml, llama3, mistral, or a file with one; else the model's own.",
+        metavar="NAME|FILE",
+    )
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise OptionError(message)

@@ -1,0 +1,174 @@
+"""``ggufmoe chat``: a conversation in the terminal, or over pipes with one message a line."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ggufmoe.cli.params import with_options
+from ggufmoe.cli.terminal import interruptible, note, speeds, state_directory, write_answer
+from ggufmoe.errors import GgufmoeError, InputError
+from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
+from ggufmoe.runtime.chat import Chat
+from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.events import CancelFlag, Event, Timing
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+
+
+@with_options(PromptOptions, SamplingOptions, ContextOptions, OffloadOptions)
+def chat_command(
+    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    asking: PromptOptions,
+    sampling: SamplingOptions,
+    context: ContextOptions,
+    offload: OffloadOptions,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
+) -> None:
+    """Talk with a model in the terminal."""
+    with Engine(model, context, offload) as engine:
+        chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
+        if not quiet:
+            note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
+        _Conversation(chat, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
+
+
+class _Left(Exception):
+    """The person wants to leave."""
+
+
+@dataclass
+class _Conversation:
+    chat: Chat
+    quiet: bool
+    last: Timing | None = None
+
+    def hold(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            try:
+                self._take(line.strip())
+            except _Left:
+                return
+            except GgufmoeError as error:
+                note(f"error: {error}")
+
+    def _take(self, line: str) -> None:
+        if not line:
+            return
+        if not line.startswith("/"):
+            self._show(lambda cancel: self.chat.send(line, cancel=cancel))
+            return
+        word, _, argument = line[1:].partition(" ")
+        command = _COMMANDS.get(word)
+        if command is None:
+            near = difflib.get_close_matches(word, _COMMANDS, n=1)
+            raise InputError(f"there is no /{word}; " + (f"did you mean /{near[0]}?" if near else "/help lists them"))
+        command.act(self, argument.strip())
+
+    def _show(self, start: Callable[[CancelFlag], Iterator[Event]]) -> None:
+        finished = write_answer(interruptible(start))
+        self.last = finished.timing
+        if finished.reason in _WHY:
+            note(_WHY[finished.reason])
+        if not self.quiet:
+            note(speeds(finished.timing))
+
+    def help(self, _: str) -> None:
+        for word, command in _COMMANDS.items():
+            note(f"/{word + ' ' + command.argument:<14} {command.help}")
+
+    def reset(self, _: str) -> None:
+        self.chat.reset()
+        note("the conversation begins anew")
+
+    def system(self, text: str) -> None:
+        if text:
+            self.chat.system = text
+        note(f"system message: {self.chat.system or '(none)'}")
+
+    def regen(self, _: str) -> None:
+        self._show(lambda cancel: self.chat.regenerate(cancel=cancel))
+
+    def save(self, path: str) -> None:
+        self.chat.save(_given(path))
+        note(f"saved to {path}")
+
+    def load(self, path: str) -> None:
+        self.chat.load(_given(path))
+        note(f"{len(self.chat.messages)} messages from {path}")
+
+    def stats(self, _: str) -> None:
+        engine = self.chat.engine
+        note(f"context: {len(engine.cached_tokens)} of {engine.n_ctx} tokens; {len(self.chat.messages)} messages")
+        note(speeds(self.last) if self.last else "no answer yet")
+
+    def leave(self, _: str) -> None:
+        raise _Left
+
+
+@dataclass(frozen=True)
+class _Command:
+    act: Callable[[_Conversation, str], None]
+    argument: str
+    help: str
+
+
+_COMMANDS = {
+    "help": _Command(_Conversation.help, "", "this list"),
+    "reset": _Command(_Conversation.reset, "", "forget what has been said"),
+    "system": _Command(_Conversation.system, "[TEXT]", "show or set the system message"),
+    "regen": _Command(_Conversation.regen, "", "answer the last message again"),
+    "save": _Command(_Conversation.save, "FILE", "write the conversation as JSON"),
+    "load": _Command(_Conversation.load, "FILE", "go on with a saved conversation"),
+    "stats": _Command(_Conversation.stats, "", "speeds, and how full the context is"),
+    "exit": _Command(_Conversation.leave, "", "leave (Ctrl-D does too)"),
+}
+_WHY = {
+    "length": "(stopped at the limit of new tokens: --n-predict)",
+    "context": "(the context is full: /reset begins anew, --ctx-size gives more room)",
+    "cancelled": "(stopped)",
+}
+
+
+def _given(path: str) -> Path:
+    if not path:
+        raise InputError("name a file")
+    return Path(path).expanduser()
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines as they are typed, with editing and a history that lasts; ends at Ctrl-D."""
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession("> ", history=_history())
+    while True:
+        try:
+            yield session.prompt()
+        except KeyboardInterrupt:
+            note("(Ctrl-D or /exit leaves)")
+        except EOFError:
+            return
+
+
+def _history() -> History:
+    """The lines typed in earlier conversations; none where the folder cannot be used."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    folder = state_directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / "chat_history").touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(folder / "chat_history"))

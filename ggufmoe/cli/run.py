@@ -1,0 +1,88 @@
+"""``ggufmoe run``: one answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ggufmoe.cli.params import with_options
+from ggufmoe.cli.terminal import interruptible, note, speeds, write_answer
+from ggufmoe.errors import Cancelled, OptionError
+from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
+from ggufmoe.runtime.chat import Chat
+from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.events import CancelFlag, Event, Finished
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is done with the prompt and the answer."""
+
+    raw: bool = option(False, "--raw", help="Continue the text as it is, without a template; it is printed first.")
+    json: bool = option(False, "--json", help="Print one JSON object at the end instead of the text.")
+    quiet: bool = option(False, "--quiet", help="Leave out the line with the speeds.")
+
+
+@with_options(RunOptions, PromptOptions, SamplingOptions, ContextOptions, OffloadOptions)
+def run_command(
+    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from stdin.")],
+    run: RunOptions,
+    asking: PromptOptions,
+    sampling: SamplingOptions,
+    context: ContextOptions,
+    offload: OffloadOptions,
+) -> None:
+    """Print one answer of a model."""
+    if run.raw and asking != PromptOptions():
+        raise OptionError("--raw takes the text as it is: leave out --system-prompt and --chat-template")
+    text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
+    with Engine(model, context, offload) as engine:
+        events = interruptible(lambda cancel: _answer(engine, text, run, asking, sampling, cancel))
+        shown = _write_json(events, model, text) if run.json else _write_text(events, text if run.raw else "")
+    if not run.quiet:
+        note(speeds(shown.timing))
+    if shown.reason == "cancelled":
+        raise Cancelled("stopped")
+
+
+def _answer(
+    engine: Engine,
+    text: str,
+    run: RunOptions,
+    asking: PromptOptions,
+    sampling: SamplingOptions,
+    cancel: CancelFlag,
+) -> Iterator[Event]:
+    if run.raw:
+        return engine.generate(engine.tokenize(text, parse_special=True), sampling, cancel=cancel)
+    chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
+    return chat.send(text, cancel=cancel)
+
+
+def _write_text(events: Iterator[Event], before: str) -> Finished:
+    sys.stdout.write(before)
+    return write_answer(events)
+
+
+def _write_json(events: Iterator[Event], model: Path, prompt: str) -> Finished:
+    *tokens, last = events
+    assert isinstance(last, Finished), "events end with Finished"
+    result = {
+        "model": str(model),
+        "prompt": prompt,
+        "text": "".join(event.text for event in (*tokens, last)),
+        "finish_reason": last.reason,
+        "seed": last.seed,
+        **asdict(last.timing),
+        "prompt_tokens_per_s": last.timing.prompt_tokens_per_s,
+        "generated_tokens_per_s": last.timing.generated_tokens_per_s,
+    }
+    sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+    return last
