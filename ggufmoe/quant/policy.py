@@ -194,9 +194,16 @@ def _overrides(tensors: Sequence[TensorShape], policy: TypePolicy) -> tuple[_Ove
     return overrides
 
 
+# C++'s regular expressions know these inside brackets, Python's do not
+_POSIX_CLASSES = {"[:digit:]": "0-9", "[:lower:]": "a-z", "[:alpha:]": "A-Za-z", "[:alnum:]": "0-9A-Za-z"}
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
+    plain = pattern
+    for name, characters in _POSIX_CLASSES.items():
+        plain = plain.replace(name, characters)
     try:
-        return re.compile(pattern, re.ASCII)
+        return re.compile(plain, re.ASCII)
     except (re.error, OverflowError, RecursionError) as error:
         raise OptionError(f"tensor type pattern {pattern!r} is not a regular expression: {error}") from error
 

@@ -30,7 +30,7 @@ OVERRIDES = [
     TypePolicy(FileType.F32, output_tensor_type=GGMLType.Q5_0),
     TypePolicy(FileType.F32, token_embedding_type=GGMLType.Q8_0),
     TypePolicy(FileType.F32, output_tensor_type=GGMLType.F16, token_embedding_type=GGMLType.Q6_K, pure=True),
-    TypePolicy(FileType.F32, (("ffn_(up|down)", GGMLType.Q5_K), (r"blk\.0\.", GGMLType.F16))),
+    TypePolicy(FileType.F32, (("ffn_(up|down)", GGMLType.Q5_K), (r"blk\.[[:digit:]]\.attn_[qk]\.", GGMLType.F16))),
     TypePolicy(FileType.F32, ((r"blk\.[02468]\.(ffn_down|attn_v)", GGMLType.IQ4_XS), ("token_embd", GGMLType.Q5_0))),
 ]
 
