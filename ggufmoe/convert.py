@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.plan import ExportPlan, parse_size, plan_export
 from ggufmoe.export.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
+from ggufmoe.manifest import default_path as manifest_path
+from ggufmoe.manifest import write_manifest
 from ggufmoe.options import ConvertOptions
 from ggufmoe.quant.imatrix import Imatrix
 from ggufmoe.quant.policy import TypePolicy, parse_override
@@ -66,8 +68,9 @@ def convert(
     """Turn a checkpoint into a GGUF file.
 
     ``source`` is a Hugging Face directory or a hub id (``org/name`` or ``org/name@revision``). ``options`` are the
-    fields of ``ConvertOptions``. ``on_progress`` is called in the calling thread, at most ten times a second;
-    ``cancel`` is looked at before each tile. One pass; memory does not grow with the model.
+    fields of ``ConvertOptions``. ``on_progress`` is called a few times a second, never by two threads at once, first
+    for what is written and then, if a manifest is made, for what is hashed; ``cancel`` is looked at before each tile.
+    One pass; memory does not grow with the model.
 
     Raises a class of ``ggufmoe.errors``: CheckpointError, TokenizerError, OptionError, ImatrixError and OutputError
     before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when asked to stop.
@@ -95,7 +98,9 @@ def convert_with(
             on_progress=on_progress,
             cancel=cancel,
         )
-        return _result(plan, write_plan(plan, write), options)
+        report = write_plan(plan, write)
+    manifest = _write_manifest(plan, options, on_progress, cancel)
+    return _result(plan, report, manifest)
 
 
 def plan_convert(source: str | Path, output: str | Path, quant: str = "Q4_K_M", **options: Any) -> ExportPlan:
@@ -160,6 +165,29 @@ def _tensor_type(name: str | None) -> Any:
     return None if name is None else parse_tensor_type(name)
 
 
-def _result(plan: ExportPlan, report: WriteReport, options: ConvertOptions) -> ConvertResult:
-    result = ConvertResult(report.paths, plan.n_bytes, report.bytes_read, report.bytes_written, report.seconds, plan)
-    return replace(result, manifest=None) if not options.manifest else result
+def _write_manifest(
+    plan: ExportPlan,
+    options: ConvertOptions,
+    on_progress: Callable[[Progress], None] | None,
+    cancel: CancelEvent | None,
+) -> Path | None:
+    """The manifest that was asked for; one that is there already is renewed, lest it speak of an older file.
+
+    Tiles are written in any order, so the finished files are read once more, most of it from the system's cache; what
+    is hashed is what came back.
+    """
+    paths = [file.path for file in plan.files]
+    if not options.manifest and not manifest_path(plan.output).exists():
+        return None
+
+    def show(done: int, total: int, name: str) -> None:
+        if on_progress is not None:
+            on_progress(Progress(done, total, f"hash of {name}"))
+
+    return write_manifest(paths, manifest_path(plan.output), show, cancel)
+
+
+def _result(plan: ExportPlan, report: WriteReport, manifest: Path | None) -> ConvertResult:
+    return ConvertResult(
+        report.paths, plan.n_bytes, report.bytes_read, report.bytes_written, report.seconds, plan, manifest
+    )

@@ -1,0 +1,209 @@
+"""``ggufmoe convert`` as its users meet it: output, exit codes, signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.convert import Interrupt
+from ggufmoe.cli.progress import BarProgress, LineProgress, NoProgress, progress_display
+from ggufmoe.export.writer import Progress, journal_path
+from ggufmoe.ggufheader import read_header
+
+Make = Callable[..., Path]
+
+
+def test_a_summary_goes_to_stderr_and_nothing_to_stdout(
+    tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.gguf"
+    assert exit_code(["convert", str(tiny_checkpoint()), "-o", str(output), "-q", "Q8_0", "-t", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"{output}: 2.33 MB, 8.5" in printed.err
+    assert "bits per weight" in printed.err
+    assert "MB/s" in printed.err
+    assert read_header(output).tensors
+
+
+def test_json_ends_with_one_object(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "a.gguf"
+    assert exit_code(["convert", str(tiny_checkpoint()), "-o", str(output), "--json", "--quiet", "--manifest"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    content = json.loads(printed.out)
+    assert content["files"] == [{"path": str(output), "bytes": output.stat().st_size}]
+    assert content["file_type"] == "Q4_K_M"
+    assert content["types"].keys() == {"Q4_K", "Q6_K", "F32"}
+    assert content["seconds"] > 0
+    assert content["peak_memory_bytes"] is None or content["peak_memory_bytes"] > 10**7
+    assert Path(content["manifest"]).exists()
+
+
+def test_shards_are_summed_up(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["-o", str(tmp_path / "a.gguf"), "-q", "F16", "--split-max-size", "1M"]
+    assert exit_code(["convert", str(tiny_checkpoint()), *arguments]) == 0
+    n_files = len(list(tmp_path.glob("a-0*.gguf")))
+    assert f"a-00001-of-{n_files:05d}.gguf and {n_files - 1} more" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(tiny_checkpoint(n_layer=1)), "-o", str(tmp_path / "a.gguf"), "--dry-run"]
+    assert exit_code([*arguments, "--tensor-type", "ffn_up=q8_0", "--tensor-type", "attn_q=f16"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert any("blk.0.ffn_up_exps.weight" in line and "Q8_0" in line and "2 x 512 x 256" in line for line in table)
+    assert any("blk.0.attn_q.weight" in line and "F16" in line for line in table)
+    assert table[-1].startswith("in all ")
+    assert exit_code([*arguments, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["files"][0]["path"] == str(tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-q", "Q4_X"], 1, "unknown file type"),
+        (["--split-max-size", "0"], 1, "not a size"),
+        (["-q", "IQ2_XXS"], 1, "--imatrix"),
+        (["-o", "/none/a.gguf"], 1, "/none is not a directory"),
+        (["--threads", "many"], 2, "threads"),
+        (["--fast"], 2, "--fast"),
+    ],
+)
+def test_mistakes_get_one_line(
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    output = ["-o", str(tmp_path / "a.gguf")]
+    assert exit_code(["convert", str(tiny_checkpoint()), *output, *arguments]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOWED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from ggufmoe.cli.app import main
+from ggufmoe.export import writer
+
+class Slow(writer.PartialFile):
+    def write_at(self, offset, data):
+        time.sleep(0.1)
+        super().write_at(offset, data)
+
+writer.PartialFile = Slow
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_what_resume_goes_on_from(tiny_checkpoint: Make, tmp_path: Path, number: int) -> None:
+    output = tmp_path / "a.gguf"
+    arguments = ["convert", str(tiny_checkpoint(n_layer=4)), "-o", str(output), "-q", "Q8_0"]
+    script = SLOWED.format(root=str(Path(__file__).parents[2]))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments, "-t", "1"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not journal_path(output).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in printed[1]
+    assert "Traceback" not in printed[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf.partial", "a.gguf.partial.journal"]
+    assert exit_code([*arguments, "--resume", "--quiet"]) == 0
+    assert exit_code([*arguments[:3], str(tmp_path / "b.gguf"), *arguments[4:], "--quiet"]) == 0
+    assert output.read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_an_interrupt_before_the_work_begins_and_a_second_one_are_at_once() -> None:
+    interrupt = Interrupt()
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt.handled():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert not interrupt.is_set()
+        interrupt.be_gentle()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    seen: list[object] = []
+
+    def work() -> None:
+        with Interrupt().handled():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "COLUMNS", "140")
+    assert isinstance(progress_display("x", quiet=True), NoProgress)
+    assert isinstance(progress_display("x", stream=io.StringIO()), LineProgress)
+    terminal = Terminal()
+    display = progress_display("convert Q8_0", stream=terminal)
+    assert isinstance(display, BarProgress)
+    with display:
+        display.update(Progress(10**6, 4 * 10**6, "blk.0.attn_q.weight"))
+        display.update(Progress(4 * 10**6, 4 * 10**6, "blk.1.attn_q.weight"))
+    drawn = terminal.getvalue()
+    assert "convert Q8_0" in drawn
+    assert "100%" in drawn
+    assert "blk.1.attn_q.weight" in drawn
+
+
+def test_lines_come_now_and_then_with_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with LineProgress("convert", stream) as lines:
+        lines.update(Progress(0, 10**9, ""))
+        now = 104.0
+        lines.update(Progress(10**8, 10**9, "token_embd.weight"))
+        now = 110.0
+        lines.update(Progress(5 * 10**8, 10**9, "blk.3.attn_k.weight"))
+        now = 120.0
+        lines.update(Progress(10**9, 10**9, "blk.9.attn_k.weight"))
+    assert stream.getvalue().splitlines() == [
+        "convert: 50%, 50 MB/s, 10 s left, blk.3.attn_k.weight",
+        "convert: 100%, 50 MB/s, 0 s left, blk.9.attn_k.weight",
+    ]

@@ -1,0 +1,310 @@
+"""The convert half as a whole: the promises about bytes, layouts, options and what reads what."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ggufmoe
+from ggufmoe.convert import plan_convert
+from ggufmoe.errors import ImatrixError, NoSpaceError, OptionError, OutputError, OutputExistsError, TensorMismatchError
+from ggufmoe.export.writer import Progress
+from ggufmoe.ggufheader import GGMLType, read_header
+from ggufmoe.manifest import read_manifest, verify
+from ggufmoe.quant import imatrix
+from ggufmoe.quant.policy import TypePolicy
+from ggufmoe.quant.types import FileType
+from tests.quant.llama_quantize import quantize, read_tensors
+
+Make = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source and a file type to make of it."""
+
+    file_type: str
+    dtype: str = "BF16"
+    arch: str = "mixtral"
+    n_expert: int = 2
+    tie: bool = False
+    n_embd: int = 256
+    n_ff: int = 256
+
+    def checkpoint(self, make: Make) -> Path:
+        sizes = {"n_expert": self.n_expert, "n_layer": 1, "n_embd": self.n_embd, "n_ff": self.n_ff}
+        return make(arch=self.arch, tie=self.tie, dtype=self.dtype, **sizes)
+
+
+CASES = (
+    Case("Q4_K_M"),
+    Case("Q4_K_M", n_expert=8),
+    Case("Q4_K_M", n_expert=3, n_embd=288, n_ff=288, tie=True),
+    Case("Q5_K_M", dtype="F16", n_expert=4, tie=True),
+    Case("Q6_K", dtype="F32", n_ff=512),
+    Case("Q8_0", n_embd=288, n_ff=512),
+    Case("Q4_0", dtype="F16"),
+    Case("Q2_K", n_expert=3),
+    Case("Q3_K_L", dtype="F32", n_expert=8),
+    Case("IQ4_XS", n_embd=512),
+    Case("IQ4_NL", dtype="F16", n_embd=288, n_ff=288),
+    Case("F16"),
+    Case("BF16", dtype="F32"),
+    Case("F32", dtype="F16"),
+    Case("MXFP4_MOE"),
+    Case("TQ1_0"),
+    Case("Q4_K_M", arch="mistral", tie=True),
+    Case("Q5_1", arch="llama"),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_tensor_is_what_llama_cpp_makes_of_the_lossless_file(
+    tiny_checkpoint: Make, tmp_path: Path, case: Case
+) -> None:
+    source = case.checkpoint(tiny_checkpoint)
+    ggufmoe.convert(source, tmp_path / "lossless.gguf", case.dtype)
+    ggufmoe.convert(source, tmp_path / "ours.gguf", case.file_type)
+    outcome = quantize(
+        tmp_path / "lossless.gguf", TypePolicy(FileType.from_name(case.file_type)), output=tmp_path / "theirs.gguf"
+    )
+    assert outcome.ok, outcome.log[-300:]
+    ours, theirs = read_tensors(tmp_path / "ours.gguf"), read_tensors(tmp_path / "theirs.gguf")
+    assert list(ours) == list(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    header, other = read_header(tmp_path / "ours.gguf"), read_header(tmp_path / "theirs.gguf")
+    assert dict(header.metadata) == dict(other.metadata)
+
+
+def importance(directory: Path, make: Make, **fields: object) -> Path:
+    """An importance matrix with made-up values for every matrix of the checkpoint."""
+    rng = np.random.default_rng(5)
+    entries = {}
+    for tensor in plan_convert(make(**fields), "x.gguf", "F32").tensors:
+        if len(tensor.shape) > 1 and "ffn_gate_inp" not in tensor.name:
+            n_expert = math.prod(tensor.shape[:-2])
+            sums = rng.gamma(0.7, 2.0, (n_expert, tensor.n_cols)).astype(np.float32)
+            entries[tensor.name] = (sums, np.full(n_expert, 3, np.float32))
+    imatrix.save(directory / "i.gguf", entries, ["text.txt"], chunk_count=4)
+    return directory / "i.gguf"
+
+
+@pytest.mark.parametrize("file_type", ["IQ2_XXS", "Q4_K_S"])
+def test_an_importance_matrix_is_used_for_each_expert_its_own(
+    tiny_checkpoint: Make, tmp_path: Path, file_type: str
+) -> None:
+    fields = {"n_expert": 3, "n_layer": 1, "n_ff": 256}
+    matrix = importance(tmp_path, tiny_checkpoint, **fields)
+    source = tiny_checkpoint(**fields)
+    ggufmoe.convert(source, tmp_path / "lossless.gguf", "BF16")
+    ggufmoe.convert(source, tmp_path / "ours.gguf", file_type, imatrix=matrix, threads=3)
+    loaded = imatrix.Imatrix.load(matrix)
+    values = {}
+    for tensor in read_header(tmp_path / "lossless.gguf").tensors:
+        weights = loaded.weights(tensor.name, math.prod(tensor.shape[:-2]), tensor.shape[-1])
+        if weights is not None:
+            values[tensor.name] = weights
+    policy = TypePolicy(FileType.from_name(file_type))
+    outcome = quantize(tmp_path / "lossless.gguf", policy, values, tmp_path / "theirs.gguf")
+    assert outcome.ok, outcome.log[-300:]
+    assert read_tensors(tmp_path / "ours.gguf") == read_tensors(tmp_path / "theirs.gguf")
+    header = read_header(tmp_path / "ours.gguf")
+    assert header.get("quantize.imatrix.file") == str(matrix)[:127]
+    assert header.get("quantize.imatrix.entries_count") == len(values)
+
+
+def test_an_importance_matrix_of_another_model_is_refused(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    matrix = importance(tmp_path, tiny_checkpoint, n_expert=2)
+    with pytest.raises(ImatrixError, match="expected 3 x"):
+        ggufmoe.convert(tiny_checkpoint(n_expert=3), tmp_path / "a.gguf", "Q4_K_M", imatrix=matrix)
+
+
+def test_experts_that_the_importance_matrix_never_saw_are_told(
+    tiny_checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    n_cols = {"blk.0.ffn_up_exps.weight": 256}
+    counts = np.array([3, 0], np.float32)
+    imatrix.save(tmp_path / "i.gguf", {name: (np.ones((2, n), np.float32), counts) for name, n in n_cols.items()})
+    ggufmoe.convert(tiny_checkpoint(), tmp_path / "a.gguf", "Q4_0", imatrix=tmp_path / "i.gguf")
+    assert "never saw some experts" in caplog.text
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("file_type", ["BF16", "Q4_K_M"])
+def test_fused_and_classic_give_the_same_file(tiny_checkpoint: Make, tmp_path: Path, file_type: str, tie: bool) -> None:
+    for layout, style in (("classic", 4), ("fused", 5)):
+        source = tiny_checkpoint(layout=layout, n_expert=3, tie=tie, config_style=style)
+        ggufmoe.convert(source, tmp_path / f"{layout}.gguf", file_type)
+    assert (tmp_path / "classic.gguf").read_bytes() == (tmp_path / "fused.gguf").read_bytes()
+
+
+def test_sharded_and_whole_checkpoints_give_the_same_file(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    ggufmoe.convert(tiny_checkpoint(), tmp_path / "a.gguf", "Q4_K_M")
+    ggufmoe.convert(tiny_checkpoint(max_shard_bytes=500_000), tmp_path / "b.gguf", "Q4_K_M")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_shards_hold_the_tensors_and_the_metadata_of_the_whole(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    ggufmoe.convert(tiny_checkpoint(), tmp_path / "whole.gguf", "Q8_0")
+    result = ggufmoe.convert(tiny_checkpoint(), tmp_path / "part.gguf", "Q8_0", split_max_size="500K")
+    assert len(result.paths) > 2
+    assert not (tmp_path / "part.gguf").exists()
+    joined = [item for path in result.paths for item in read_tensors(path).items()]
+    assert joined == list(read_tensors(tmp_path / "whole.gguf").items())
+    first, *rest = [read_header(path) for path in result.paths]
+    split = {key: value for key, value in first.metadata.items() if key.startswith("split.")}
+    assert dict(first.metadata) == {**read_header(tmp_path / "whole.gguf").metadata, **split}
+    for number, header in enumerate(rest, start=1):
+        assert header.metadata.keys() == split.keys()
+        assert header.get("split.no") == number
+        assert header.get("split.count") == len(result.paths)
+        assert header.get("split.tensors.count") == len(joined)
+
+
+def test_llama_cpp_reads_the_shards_as_one_model(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    result = ggufmoe.convert(tiny_checkpoint(), tmp_path / "part.gguf", "BF16", split_max_size="1M")
+    ggufmoe.convert(tiny_checkpoint(), tmp_path / "ours.gguf", "Q4_0")
+    outcome = quantize(result.paths[0], TypePolicy(FileType.Q4_0), output=tmp_path / "theirs.gguf")
+    assert outcome.ok, outcome.log[-300:]
+    assert read_tensors(tmp_path / "ours.gguf") == read_tensors(tmp_path / "theirs.gguf")
+
+
+def test_overrides_of_types(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    plan = plan_convert(
+        tiny_checkpoint(),
+        tmp_path / "a.gguf",
+        "Q4_K_M",
+        tensor_types=("ffn_up=q8_0", "attn_q=f16"),
+        output_tensor_type="q5_0",
+        token_embedding_type="Q4_1",
+    )
+    types = {tensor.name: tensor.type for tensor in plan.tensors}
+    assert types["blk.1.ffn_up_exps.weight"] is GGMLType.Q8_0
+    assert types["blk.0.attn_q.weight"] is GGMLType.F16
+    assert types["output.weight"] is GGMLType.Q5_0
+    assert types["token_embd.weight"] is GGMLType.Q4_1
+    pure = plan_convert(tiny_checkpoint(), tmp_path / "a.gguf", "Q4_K_M", pure=True)
+    assert {tensor.type for tensor in pure.tensors} == {GGMLType.Q4_K, GGMLType.F32}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant": "Q4_KM"}, "did you mean"),
+        ({"tensor_types": ("ffn_up",)}, "PATTERN=TYPE"),
+        ({"output_tensor_type": "q9"}, "q9"),
+        ({"split_max_size": "big"}, "not a size"),
+        ({"threads": 0}, "at least 1"),
+        ({"thread": 1}, "thread"),
+    ],
+)
+def test_options_that_make_no_sense(
+    tiny_checkpoint: Make, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        ggufmoe.convert(tiny_checkpoint(), tmp_path / "a.gguf", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_is_checked_before_the_source_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_text("precious")
+    with pytest.raises(OutputExistsError, match="--force"):
+        ggufmoe.convert("no/such-model", tmp_path / "a.gguf")
+    with pytest.raises(OutputError, match="no file name"):
+        ggufmoe.convert("no/such-model", "/")
+
+
+def test_a_recipe_is_told_from_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="recipe"):
+        ggufmoe.convert(tmp_path / "recipe.yaml", tmp_path / "a.gguf")
+
+
+def test_the_result_says_what_was_done(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    steps: list[Progress] = []
+    result = ggufmoe.convert(tiny_checkpoint(), tmp_path / "a.gguf", "Q8_0", on_progress=steps.append)
+    content = json.loads(json.dumps(result.to_dict()))
+    assert content["total_bytes"] == result.n_bytes == (tmp_path / "a.gguf").stat().st_size
+    assert content["files"] == [{"path": str(tmp_path / "a.gguf"), "bytes": result.n_bytes}]
+    assert content["types"]["Q8_0"]["n_bytes"] + content["types"]["F32"]["n_bytes"] == content["bytes_written"]
+    assert content["bytes_read"] == sum(math.prod(part.shape) * 2 for t in result.plan.tensors for part in t.parts)
+    assert content["manifest"] is None
+    assert steps[-1].done_bytes == steps[-1].total_bytes
+
+
+def test_a_manifest_fits_the_files_and_finds_a_changed_bit(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    result = ggufmoe.convert(tiny_checkpoint(), tmp_path / "a.gguf", "Q8_0", manifest=True, split_max_size="1M")
+    assert result.manifest == tmp_path / "a.manifest.json"
+    manifest = read_manifest(result.manifest)
+    assert verify(result.paths, manifest) == []
+    with open(result.paths[1], "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    assert len(verify(result.paths, manifest)) == 1
+
+
+def test_a_manifest_that_is_there_is_renewed_with_its_file(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    steps: list[Progress] = []
+    ggufmoe.convert(tiny_checkpoint(), tmp_path / "a.gguf", "Q8_0", manifest=True, on_progress=steps.append)
+    assert any(step.tensor.startswith("hash of ") for step in steps)
+    result = ggufmoe.convert(tiny_checkpoint(), tmp_path / "a.gguf", "Q4_0", force=True)
+    assert result.manifest is not None
+    assert verify(result.paths, read_manifest(result.manifest)) == []
+
+
+def hollow_checkpoint(directory: Path, make: Make, n_ff: int) -> Path:
+    """A dense checkpoint of any size whose weights are one hole in a sparse file."""
+    whole = make(arch="mistral", n_layer=1)
+    directory.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (directory / name).write_bytes((whole / name).read_bytes())
+    config = json.loads((whole / "config.json").read_text()) | {"intermediate_size": n_ff}
+    (directory / "config.json").write_text(json.dumps(config))
+    with open(whole / "model.safetensors", "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    end = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["shape"] = [n_ff if size == 512 else size for size in entry["shape"]]
+            entry["data_offsets"] = [end, end + 2 * math.prod(entry["shape"])]
+            end = entry["data_offsets"][1]
+    encoded = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + end)
+    return directory
+
+
+def test_planning_reads_headers_only_and_a_full_disk_is_told_before_anything_is_written(
+    tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    n_ff = 2**31 - 256  # 3.3 TB of weights, none of them on disk
+    source = hollow_checkpoint(tmp_path / "hollow", tiny_checkpoint, n_ff)
+    plan = plan_convert(source, tmp_path / "a.gguf", "F32")
+    assert plan.n_bytes > 6 * 10**12
+    with pytest.raises(NoSpaceError, match=r"needs 65\d\d\.\d\d GB"):
+        ggufmoe.convert(source, tmp_path / "a.gguf", "F32")
+    assert [path.name for path in tmp_path.iterdir()] == ["hollow"]
+
+
+def test_a_missing_tensor_is_told_before_anything_is_written(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    for path in tiny_checkpoint(n_layer=1).iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TensorMismatchError, match="missing"):
+        ggufmoe.convert(source, tmp_path / "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
