@@ -1,0 +1,181 @@
+"""``ggufmoe inspect`` at the door of the command line: what is shown, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.inspect import _scaled
+from ggufmoe.ggufheader import Value, ValueType, read_header
+from ggufmoe.manifest import write_manifest
+from tests.runtime.gguf_files import text, write_gguf, write_mixtral
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
+    code = exit_code(["inspect", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def rows(output: str) -> dict[str, str]:
+    """First column to the rest of its line; of lines that begin alike, the first."""
+    split = [line.split("  ", 1) for line in reversed(output.splitlines()) if "  " in line]
+    return {label.strip(): " ".join(rest.split()) for label, rest in split}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_mixtral(tmp_path / "m.gguf", n_expert=4, n_used=2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[read_header(path).data_offset + 10] ^= 4
+    path.write_bytes(content)
+
+
+def test_what_is_in_the_file_is_shown(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(capsys, model)
+    shown = rows(out)
+    assert (code, err) == (0, "")
+    assert shown["file"] == "m.gguf"
+    assert shown["architecture"] == "llama"
+    assert shown["experts"] == "4, 2 for each token"
+    assert shown["parameters"] == "3.57 M, 2.00 M active for each token"
+    assert shown["file type"] == "Q4_K_M"
+    assert shown["attention"] == "8 393 K 221 kB 9.6 % 4.50"
+    assert shown["Q6_K"] == "3 1.06 M 869 kB 37.6 % 6.56"
+    assert shown["context"] == "32768 tokens"
+    assert shown["heads"] == "4, 2 for keys and values, 64 wide"
+    assert shown["rope"] == "theta 1e+06, 64 dimensions, yarn scaling by 4"
+    assert shown["model"] == "llama / default"
+    assert shown["special"] == "bos 1 t1, eos 2 t2"
+    assert shown["adds"] == "BOS yes, space no"
+    assert shown["template"] == "46 characters: {% for m in messages %}"
+    assert (shown["templates"], shown["sampling"]) == ("tool_use", "top_k 40")
+    assert shown["license"] == "apache-2.0"
+    assert shown["tags"] == "moe, merge"
+    assert shown["base model"] == "Mistralai / Mistral 7B (https://example.org/m)"
+    assert shown["merge.gate_mode"] == "hidden"
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+def test_lines_fit_the_terminal(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run(capsys, model)
+    assert max(map(len, out.splitlines())) <= columns
+    assert "…" not in out
+    assert ("tensors   weights" in out) == (columns == 80)
+    assert "6.56" in out
+
+
+def test_json_is_one_object(model: Path, capsys: Capture) -> None:
+    code, out, err = run(capsys, model, "--json")
+    report = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert (report["hyper"]["n_expert"], report["file_type"]) == (4, "Q4_K_M")
+    assert "verification" not in report
+
+
+def test_a_file_cannot_play_with_the_terminal(tmp_path: Path, capsys: Capture) -> None:
+    bad = "\x1b]0;owned\x07[red]x[/red]\x1b[2J\u202e\r\nz\udcff"
+    path = write_mixtral(
+        tmp_path / "m.gguf",
+        changes={
+            "general.name": text(bad),
+            "general.\x1b[31m": text(bad),
+            "tokenizer.chat_template": text(bad),
+            "general.long": text("x" * 1000),
+        },
+    )
+    code, out, _ = run(capsys, path)
+    assert code == 0
+    assert not set(out) & set("\x1b\x07\r\u202e\udcff")
+    assert "[red]x[/red]" in out
+    assert out.count("x") < 250
+
+
+def test_notes_are_shown(tmp_path: Path, capsys: Capture) -> None:
+    path = write_mixtral(tmp_path / "m.gguf", 2, 2, {"tokenizer.chat_template": None})
+    _, out, _ = run(capsys, path)
+    flat = " ".join(out.split())
+    assert "note: no chat template: chat needs --chat-template" in flat
+    assert "note: all 2 experts run for every token" in flat
+
+
+def test_an_empty_file_of_the_format_is_shown(tmp_path: Path, capsys: Capture) -> None:
+    code, out, _ = run(capsys, write_gguf(tmp_path / "m.gguf", {}))
+    assert code == 0
+    assert rows(out)["parameters"] == "0"
+
+
+def test_split_and_layered_models_are_shown(tmp_path: Path, capsys: Capture) -> None:
+    for number in range(2):
+        split = {"split.no": Value(ValueType.UINT16, number), "split.count": Value(ValueType.UINT16, 2)}
+        split |= {"split.tensors.count": Value(ValueType.INT32, 0), "general.architecture": text("x")}
+        split |= {"x.attention.head_count": Value(ValueType.ARRAY, [4, 8], ValueType.INT32)}
+        path = write_gguf(tmp_path / f"m-0000{number + 1}-of-00002.gguf", split)
+    shown = rows(run(capsys, path)[1])
+    assert (shown["file"], shown["heads"]) == ("m-00001-of-00002.gguf and 1 more", "4 to 8")
+
+
+def test_verify_says_that_nothing_changed(model: Path, capsys: Capture) -> None:
+    write_manifest([model])
+    code, out, _ = run(capsys, model, "--verify")
+    assert code == 0
+    assert "verified: header and all 23 tensors are as m.manifest.json says" in " ".join(out.split())
+
+
+def test_verify_names_what_changed(model: Path, capsys: Capture) -> None:
+    elsewhere = write_manifest([model], model.parent / "other.json")
+    flip_a_bit(model)
+    code, out, err = run(capsys, model, "--manifest", elsewhere)
+    assert code == 1
+    assert "differs: m.gguf: tensor 'token_embd.weight' differs" in out
+    assert err == (
+        f"error: {model}: differs from other.json in 1 places, first: m.gguf: tensor 'token_embd.weight' differs; "
+        "download or make it again\n"
+    )
+
+
+def test_verify_as_json(model: Path, capsys: Capture) -> None:
+    where = write_manifest([model])
+    _, out, _ = run(capsys, model, "--verify", "--json")
+    assert json.loads(out)["verification"] == {"manifest": str(where), "tensors": 23, "differences": []}
+    flip_a_bit(model)
+    code, out, err = run(capsys, model, "--verify", "--json")
+    assert json.loads(out)["verification"]["differences"] == ["m.gguf: tensor 'token_embd.weight' differs"]
+    assert (code, err.count("\n")) == (1, 1)
+
+
+def test_known_errors_are_one_line(tmp_path: Path, model: Path, capsys: Capture) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"PK\3\4")
+    for arguments, message in (
+        ([tmp_path / "absent.gguf"], "cannot be read"),
+        ([bad], "this is not a GGUF file"),
+        ([model, "--verify"], "there is no such manifest"),
+    ):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert message in err
+
+
+def test_wrong_usage(capsys: Capture) -> None:
+    assert run(capsys)[0] == 2
+    assert run(capsys, "m.gguf", "--no-such-flag")[0] == 2
+
+
+SIZES = {0: "0 B", 999: "999 B", 999_600: "1.00 MB", 12_345_678: "12.3 MB", 99_960_000: "100 MB"}
+SIZES |= {7_780_000_000: "7.78 GB", 5 * 10**15: "5000 TB"}
+
+
+@pytest.mark.parametrize(("number", "expected"), SIZES.items())
+def test_sizes_have_three_digits(number: int, expected: str) -> None:
+    assert _scaled(number, ("B", "kB", "MB", "GB", "TB")) == expected
