@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import struct
 import time
@@ -289,6 +291,48 @@ def test_wrong_files_are_refused(write: Callable[[bytes], Path], case: str) -> N
     assert "\n" not in str(caught.value)
 
 
+class _InitParams(ctypes.Structure):
+    # struct gguf_init_params { bool no_alloc; struct ggml_context ** ctx; }
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+def llama_cpp_reads(path: Path) -> bool:
+    """Whether llama.cpp's own reader takes the header."""
+    lib = native.library()
+    # struct gguf_context * gguf_init_from_file(const char * fname, struct gguf_init_params params)
+    init, free = lib.gguf_init_from_file, lib.gguf_free
+    init.restype, init.argtypes = ctypes.c_void_p, (ctypes.c_char_p, _InitParams)
+    free.restype, free.argtypes = None, (ctypes.c_void_p,)
+    context = init(str(path).encode(), _InitParams(True, None))
+    if context:
+        free(context)
+    return bool(context)
+
+
+STRICTER = {
+    "key over the format's limit",
+    "key not UTF-8",
+    "key with NUL",
+    "bool 2",
+    "bool array",
+    "tensor name empty",
+    "tensor name not UTF-8",
+    "tensor name with NUL",
+    "0 dimensions",
+    "zero dimension",
+    "zero columns",
+    "sum wraps",
+    "sum too large",
+    # these are refused there when the weights are loaded, not with the header
+    "cut data",
+    "no data",
+}
+
+
+def test_refusals_are_those_of_llama_cpp_and_a_few_more(write: Callable[[bytes], Path]) -> None:
+    assert {case for case, (content, _) in WRONG.items() if llama_cpp_reads(write(content))} == STRICTER
+
+
 def test_every_cut_of_a_header_is_refused(write: Callable[[bytes], Path]) -> None:
     whole = gguf_bytes([GOOD_KEY, kv("s", STRING, string("text"))], [tensor(), tensor("b", (4, 4), offset=32)])
     whole += bytes(96)
@@ -391,6 +435,13 @@ def test_tokens_of_any_bytes_survive(write: Callable[[bytes], Path]) -> None:
     assert [token.encode("utf-8", "surrogateescape") for token in header.get("t")] == tokens
 
 
+def test_a_signalling_nan_stays_a_nan(write: Callable[[bytes], Path]) -> None:
+    header = read_header(write(gguf_bytes([kv("k", F32, bytes.fromhex("ffffa4ff"))])))
+    assert math.isnan(header.get("k"))
+    again = read_header(write(encode_header(header.metadata, ())))
+    assert math.isnan(again.get("k"))
+
+
 _SCALARS = {
     kind: st.integers(int(values[0]), int(values[1]))
     for kind, values in NUMBERS.items()
@@ -449,11 +500,13 @@ def test_mutated_headers_are_read_or_refused(write: Callable[[bytes], Path], dat
     content += bytes(128)
     for position, byte in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))):
         content[position] = byte
+    path = write(bytes(content))
     try:
-        header = read_header(write(bytes(content)))
+        header = read_header(path)
     except GGUFError:
         return
     assert header.data_offset + header.data_bytes <= header.file_bytes == len(content)
+    assert llama_cpp_reads(path)
 
 
 def _write_shards(directory: Path, count: int, changes: Mapping[int, Mapping[str, Value]] | None = None) -> list[Path]:
