@@ -1,7 +1,7 @@
 """Compare the choice of tensor types with llama_model_quantize: the full product of shapes, file types and options.
 
 Prints one line for each group of shapes and ends with the number of tensors compared; exits 1 if any differs. Takes a
-quarter of an hour, with --quick half of that; the tests run a part of it.
+quarter of an hour of processor time, less with --quick; the tests run a part of it.
 
     python scripts/check_policy.py [--quick]
 """
