@@ -275,6 +275,11 @@ def test_a_line_of_the_journal_that_was_cut_is_done_again(tiny_checkpoint: Make,
     interrupt(directory, output)
     journal = journal_path(output)
     journal.write_bytes(journal.read_bytes()[:-4])
+    with pytest.raises(Cancelled):
+        write(directory, output, WriteOptions(threads=1, cancel=Never(5), resume=True))
+    assert [line[-1:] for line in journal.read_text().splitlines()] == ["}", "1", "}"], "the cut line stands alone"
+    with planned(directory, output) as plan:
+        assert Journal(journal, fingerprint(plan)).read() == set(range(5))
     write(directory, output, WriteOptions(resume=True))
     assert output.read_bytes() == write(directory, tmp_path / "whole.gguf").read_bytes()
 
