@@ -224,6 +224,9 @@ class Lanes:
         self.module = ir.Module("kernel")
         signature = ir.FunctionType(_I64, [_POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER])
         self.function = ir.Function(self.module, signature, "quantize")
+        # what does not fit in registers goes to the stack; unaligned, every access would touch two cache lines
+        self.function.attributes.add("nounwind")
+        self.function.attributes.alignstack = 4 * width
         for argument in self.function.args:
             if argument.type == _POINTER:
                 argument.add_attribute("noalias")
@@ -275,13 +278,22 @@ class Lanes:
         """``MAX(low, MIN(high, value))``."""
         return self.larger(self.smaller(value, high), low)
 
+    def limited(self, value: Value, high: float) -> Value:
+        """``clamp(value, 0, high)`` of floats that are not NaN, compared as integers to spare the multipliers' ports."""
+        below = self._integers("smin", value.bits(), self.f32(high).bits())
+        return self._integers("smax", below, self.i32(0)).as_float_bits()
+
+    def _integers(self, name: str, a: Value, b: Value) -> Value:
+        function = self._declared(f"llvm.{name}.v{self.width}i32", [self.ints, self.ints])
+        return Value(self, self.b.call(function, [a.ir, b.ir]))
+
     def _unary(self, name: str, value: Value) -> Value:
         function = self._declared(f"llvm.{name}.v{self.width}f32", [self.floats])
         return Value(self, self.b.call(function, [value.ir]))
 
     def _declared(self, name: str, arguments: list[Any]) -> Any:
         known = self.module.globals.get(name)
-        return known or ir.Function(self.module, ir.FunctionType(self.floats, arguments), name)
+        return known or ir.Function(self.module, ir.FunctionType(arguments[0], arguments), name)
 
     def magnitude(self, value: Value) -> Value:
         """``fabsf``."""
@@ -321,6 +333,10 @@ class Lanes:
         finite = (bits.as_float_bits() * 2.0**112).bits()
         widened = self.where((half & 0x7C00).equals(0x7C00), bits | 0x7F800000, finite)
         return (widened | ((half & 0x8000) << 16)).as_float_bits()
+
+    def index(self, number: int) -> Index:
+        """A counter that stands still."""
+        return Index(self, ir.Constant(_I64, number))
 
     def variable(self, start: Value) -> Variable:
         """A value that machine loops may change."""

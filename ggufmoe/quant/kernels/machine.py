@@ -76,6 +76,7 @@ def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None, *
         machine = binding.Target.from_triple(k.module.triple).create_target_machine(
             cpu=target.cpu, features=target.features, opt=3, jit=True
         )
+        k.module.data_layout = str(machine.target_data)
         module = _optimized(str(k.module), machine)
         assembly = machine.emit_assembly(module) if listing else ""
         engine = binding.create_mcjit_compiler(module, machine)

@@ -49,58 +49,84 @@ class AffineFit:
 
 def affine_level(k: Lanes, x: Value, inverse: Value, low: Value, n_max: int) -> Value:
     """``MAX(0, MIN(nmax, nearest_int(iscale*(x - min))))`` as a float, where |iscale*(x - min)| < 2^22."""
-    return k.clamp(k.round_even(inverse * (x - low)), 0.0, float(n_max))
+    return k.limited(k.round_even(inverse * (x - low)), float(n_max))
 
 
 class AffineSearch:
     """``make_qkx2_quants`` for several blocks of ``form.n`` weights per lane.
 
     The candidates of one block depend on each other, because each better minimum moves the next candidate's span.
-    So blocks are searched abreast: while one waits for its sums another can use the adders.
+    So two halves of the blocks run half a candidate apart: while the divisions of one half wait for their operands
+    the sums of the other keep the arithmetic units busy.
     """
 
     def __init__(self, k: Lanes, form: Affine) -> None:
         self.k, self.form = k, form
-        self.numerators = k.constants(form.numerators())
+        numerators = form.numerators()
+        self.numerators = k.constants([*numerators, numerators[-1]])  # the lagging half aims once too often
 
     def fit(self, blocks: Sequence[tuple[Rows, Rows]]) -> list[AffineFit]:
         """The best scale and minimum of each (weights, importances); lanes with a degenerate span are marked odd."""
         searched = [_AffineBlock(self.k, self.form, x, weights) for x, weights in blocks]
+        leading, lagging = searched[::2], searched[1::2]
+        first = self.numerators[self.k.index(0)]
+        for block in searched:
+            block.aim(first)
+        self._add_moments(lagging)
         with self.k.loop(self.form.n_step + 1) as step:
-            numerator = self.numerators[step]
-            for block in searched:
-                block.aim(numerator)
-            for i in range(self.form.n):
-                for block in searched:
-                    block.level(i)
-            for block in searched:
+            following = self.numerators[step + 1]
+            for block in lagging:
                 block.draw_line()
-            for i in range(self.form.n):
-                for block in searched:
-                    block.add_error(i)
-            for block in searched:
+            self._add_moments(leading)
+            for block in leading:
+                block.draw_line()
+            self._add_errors(lagging)
+            for block in lagging:
                 block.take_if_better()
+                block.aim(following)
+            self._add_errors(leading)
+            for block in leading:
+                block.take_if_better()
+                block.aim(following)
+            self._add_moments(lagging)
         return [block.result() for block in searched]
+
+    def _add_moments(self, blocks: Sequence[_AffineBlock]) -> None:
+        for block in blocks:
+            block.moments = [self.k.f32(0.0)] * 3
+        for i in range(self.form.n):
+            for block in blocks:
+                block.add_moments(i)
+        for block in blocks:
+            block.keep_moments()
+
+    def _add_errors(self, blocks: Sequence[_AffineBlock]) -> None:
+        for i in range(self.form.n):
+            for block in blocks:
+                block.add_error(i)
 
 
 class _AffineBlock:
-    """One block's search: the best candidate so far in variables, the current one in values."""
+    """One block's search: the best candidate so far and the current one."""
 
     def __init__(self, k: Lanes, form: Affine, x: Rows, weights: Rows) -> None:
         self.k, self.form, self.x, self.weights = k, form, x, weights
+        self.levels = k.float_rows(form.n)
         self._measure()
-        self.span = self.high - self.low
+        span = self.high - self.low
         self.flat = self.high.equals(self.low)
-        k.mark_odd(~(self.flat | (self.span > _NARROWEST_SPAN)))
-        self.least_span = self.span * 1e-4
-        inverse = float(form.n_max) / self.span
-        self.inverse, self.base = inverse, self.low
+        k.mark_odd(~(self.flat | (span > _NARROWEST_SPAN)))
+        self.least_span = span * 1e-4
+        inverse = float(form.n_max) / span
         self.scale, self.minimum = 1.0 / inverse, self.low
         self.error = k.f32(0.0)
-        self.levels = [affine_level(k, x[i], inverse, self.low, form.n_max) for i in range(form.n)]
         for i in range(form.n):
+            self.levels[i] = affine_level(k, x[i], inverse, self.low, form.n_max)
             self.add_error(i)
-        self.best = [k.variable(value) for value in self._candidate()]
+        self.best = [k.variable(value) for value in (self.error, self.scale, self.low, inverse, self.low)]
+        self.inverse, self.base = k.variable(inverse), k.variable(self.low)
+        self.moments = [k.f32(0.0)] * 3
+        self.kept = [k.variable(moment) for moment in self.moments]
 
     def _measure(self) -> None:
         k, x, weights = self.k, self.x, self.weights
@@ -113,38 +139,38 @@ class _AffineBlock:
             self.sum_x = self.sum_x + weights[i] * x[i]
         self.low, self.high = k.where(low > 0.0, 0.0, low), high
 
-    def _candidate(self) -> tuple[Value, ...]:
-        return self.error, self.scale, self.minimum, self.inverse, self.base
-
     def aim(self, numerator: Value) -> None:
         """Begin a candidate: its inverse scale over the span above the best minimum so far."""
-        k = self.k
-        self.base = self.best[2].get()
-        span = self.high - self.base
+        k, base = self.k, self.best[2].get()
+        span = self.high - base
         k.mark_odd(~(self.flat | ((span > self.least_span) & (span < float("inf")))))
-        self.inverse = numerator / span
-        self.levels = []
-        self.sum_l = self.sum_l2 = self.sum_xl = k.f32(0.0)
+        self.base.set(base)
+        self.inverse.set(numerator / span)
 
-    def level(self, i: int) -> None:
-        """Level of weight ``i`` and its share in the sums."""
+    def add_moments(self, i: int) -> None:
+        """Level of weight ``i`` and its share in the sums of weighted levels, their squares and products with x."""
         x = self.x[i]
-        level = affine_level(self.k, x, self.inverse, self.base, self.form.n_max)
+        level = affine_level(self.k, x, self.inverse.get(), self.base.get(), self.form.n_max)
+        self.levels[i] = level
         weighted = self.weights[i] * level
-        self.levels.append(level)
-        self.sum_l = self.sum_l + weighted
-        self.sum_l2 = self.sum_l2 + weighted * level
-        self.sum_xl = self.sum_xl + weighted * x
+        shares = weighted, weighted * level, weighted * x
+        self.moments = [moment + share for moment, share in zip(self.moments, shares, strict=True)]
+
+    def keep_moments(self) -> None:
+        """Carry the sums to the next turn of the loop."""
+        for variable, moment in zip(self.kept, self.moments, strict=True):
+            variable.set(moment)
 
     def draw_line(self) -> None:
         """Scale and minimum by least squares, the minimum at most 0."""
         k = self.k
-        determinant = self.sum_w * self.sum_l2 - self.sum_l * self.sum_l
-        low = (self.sum_l2 * self.sum_x - self.sum_l * self.sum_xl) / determinant
+        sum_l, sum_l2, sum_xl = (moment.get() for moment in self.kept)
+        determinant = self.sum_w * sum_l2 - sum_l * sum_l
+        low = (sum_l2 * self.sum_x - sum_l * sum_xl) / determinant
         above = low > 0.0
         # with the minimum held at zero the scale is sum_xl / sum_l2: one division serves both cases
-        numerator = k.where(above, self.sum_xl, self.sum_w * self.sum_xl - self.sum_x * self.sum_l)
-        self.scale = numerator / k.where(above, self.sum_l2, determinant)
+        numerator = k.where(above, sum_xl, self.sum_w * sum_xl - self.sum_x * sum_l)
+        self.scale = numerator / k.where(above, sum_l2, determinant)
         self.minimum = k.where(above, 0.0, low)
         self.valid = determinant > 0.0
         self.error = k.f32(0.0)
@@ -158,7 +184,8 @@ class _AffineBlock:
     def take_if_better(self) -> None:
         """Make the candidate the best where its error is smaller."""
         better = self.valid & (self.error < self.best[0].get())
-        for variable, value in zip(self.best, self._candidate(), strict=True):
+        candidate = self.error, self.scale, self.minimum, self.inverse.get(), self.base.get()
+        for variable, value in zip(self.best, candidate, strict=True):
             variable.set(self.k.where(better, value, variable.get()))
 
     def result(self) -> AffineFit:

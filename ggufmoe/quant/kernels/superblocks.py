@@ -13,7 +13,7 @@ from ggufmoe.quant.kernels.lanes import Index, Lanes, Rows, Value
 from ggufmoe.quant.kernels.searches import Affine, AffineSearch, affine_level
 
 WEIGHTS = 256
-ABREAST = 2  # blocks searched at the same time: one alone waits for its own sums
+ABREAST = 2
 PlainWeights = Callable[[Lanes, Rows, Rows, int], None]
 
 
