@@ -153,7 +153,8 @@ class Value:
     """One metadata value with the type that it has in the file.
 
     ``value`` is an int, float, bool or str, and for arrays a list of one of them, whose type is ``item_type``. Bytes
-    that are not UTF-8 (tokens may hold any) are kept as Python's surrogate escapes, so writing gives the same bytes. Of a FLOAT32 that is NaN only that is kept.
+    that are not UTF-8 (tokens may hold any) are kept as Python's surrogate escapes, so writing gives the same bytes;
+    only the bits of a NaN are not kept.
     """
 
     type: ValueType
