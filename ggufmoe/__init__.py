@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ggufmoe.convert import convert as convert
+    from ggufmoe.convert import merge as merge
     from ggufmoe.errors import (
         ArchitectureError,
         Cancelled,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         TensorMismatchError,
         TokenizerError,
     )
-    from ggufmoe.options import ContextOptions, ConvertOptions, OffloadOptions, SamplingOptions
+    from ggufmoe.options import ContextOptions, ConvertOptions, MergeOptions, OffloadOptions, SamplingOptions
     from ggufmoe.runtime.chat import Chat
     from ggufmoe.runtime.engine import Engine
 
@@ -61,6 +62,7 @@ __all__ = [
     "HubError",
     "ImatrixError",
     "InputError",
+    "MergeOptions",
     "ModelLoadError",
     "NoSpaceError",
     "NonFiniteError",
@@ -77,6 +79,7 @@ __all__ = [
     "TokenizerError",
     "__version__",
     "convert",
+    "merge",
 ]
 
 _HOMES = {
@@ -84,9 +87,11 @@ _HOMES = {
     "ContextOptions": "ggufmoe.options",
     "ConvertOptions": "ggufmoe.options",
     "Engine": "ggufmoe.runtime.engine",
+    "MergeOptions": "ggufmoe.options",
     "OffloadOptions": "ggufmoe.options",
     "SamplingOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
+    "merge": "ggufmoe.convert",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""
 

@@ -6,19 +6,28 @@ Rooms to the left know nothing of each other; what passes between them is named 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.safetensors import read_header as read_safetensors_header
+from ggufmoe.checkpoint.save import CheckpointLayout, plan_checkpoint
 from ggufmoe.checkpoint.source import ModelSource
-from ggufmoe.errors import OptionError, OutputError
-from ggufmoe.export.plan import ExportPlan, parse_size, plan_export
+from ggufmoe.errors import OptionError, OutputError, SafetensorsError
+from ggufmoe.export.arch import ggml_type
+from ggufmoe.export.directory import check_directory, open_partial_directory, place_directory
+from ggufmoe.export.plan import ExportPlan, PlannedFile, PlannedTensor, parse_size, plan_export
 from ggufmoe.export.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
 from ggufmoe.manifest import default_path as manifest_path
 from ggufmoe.manifest import write_manifest
-from ggufmoe.options import ConvertOptions
+from ggufmoe.merge.merged import MergedModel, open_recipe
+from ggufmoe.merge.router import RouterReport
+from ggufmoe.merge.sidecars import sidecar_files
+from ggufmoe.options import ConvertOptions, MergeOptions
 from ggufmoe.quant.imatrix import Imatrix
 from ggufmoe.quant.policy import TypePolicy, parse_override
 from ggufmoe.quant.types import FileType, parse_tensor_type
@@ -39,6 +48,8 @@ class ConvertResult:
     seconds: float
     plan: ExportPlan
     manifest: Path | None = None
+    router_report: RouterReport | None = None
+    """Where the recipe's router sends its prompts; None for a checkpoint."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as what JSON can hold."""
@@ -53,6 +64,7 @@ class ConvertResult:
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),
             "manifest": None if self.manifest is None else str(self.manifest),
+            "router": None if self.router_report is None else self.router_report.to_dict(),
         }
 
 
@@ -65,15 +77,16 @@ def convert(
     cancel: CancelEvent | None = None,
     **options: Any,
 ) -> ConvertResult:
-    """Turn a checkpoint into a GGUF file.
+    """Turn a checkpoint or a merge recipe into a GGUF file.
 
-    ``source`` is a Hugging Face directory or a hub id (``org/name`` or ``org/name@revision``). ``options`` are the
-    fields of ``ConvertOptions``. ``on_progress`` is called a few times a second, never by two threads at once, first
-    for what is written and then, if a manifest is made, for what is hashed; ``cancel`` is looked at before each tile.
-    One pass; memory does not grow with the model.
+    ``source`` is a Hugging Face directory, a hub id (``org/name`` or ``org/name@revision``) or a recipe (``.yaml``),
+    which gives the very file that ``merge`` and then ``convert`` give. ``options`` are the fields of
+    ``ConvertOptions``. ``on_progress`` is called a few times a second, never by two threads at once, first
+    for the router of a recipe, then for what is written and, if a manifest is made, for what is hashed; ``cancel`` is
+    looked at before each tile. One pass; memory does not grow with the model.
 
-    Raises a class of ``ggufmoe.errors``: CheckpointError, TokenizerError, OptionError, ImatrixError and OutputError
-    before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when asked to stop.
+    Raises a class of ``ggufmoe.errors``: CheckpointError, RecipeError, TokenizerError, OptionError, ImatrixError and
+    OutputError before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when asked to stop.
     """
     return convert_with(source, output, _options(quant, options), on_progress=on_progress, cancel=cancel)
 
@@ -89,7 +102,7 @@ def convert_with(
     """``convert`` with its options as an object."""
     path = _output_path(output)
     check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
-    with _open_source(source) as model:
+    with _open_source(source, options) as model:
         plan = _plan(model, path, options)
         write = WriteOptions(
             threads=options.threads,
@@ -97,10 +110,12 @@ def convert_with(
             force=options.force,
             on_progress=on_progress,
             cancel=cancel,
+            prepare=lambda: _prepare(model, on_progress, cancel),
         )
         report = write_plan(plan, write)
+        router = _router_report(model, options.router_report)
     manifest = _write_manifest(plan, options, on_progress, cancel)
-    return _result(plan, report, manifest)
+    return _result(plan, report, manifest, router)
 
 
 def plan_convert(source: str | Path, output: str | Path, quant: str = "Q4_K_M", **options: Any) -> ExportPlan:
@@ -113,7 +128,7 @@ def plan_convert(source: str | Path, output: str | Path, quant: str = "Q4_K_M", 
 
 def plan_with(source: str | Path, output: str | Path, options: ConvertOptions) -> ExportPlan:
     """``plan_convert`` with its options as an object."""
-    with _open_source(source) as model:
+    with _open_source(source, options) as model:
         return _plan(model, _output_path(output), options)
 
 
@@ -125,11 +140,14 @@ def _options(quant: str, given: dict[str, Any]) -> ConvertOptions:
 
 
 @contextlib.contextmanager
-def _open_source(source: str | Path) -> Iterator[ModelSource]:
+def _open_source(source: str | Path, options: ConvertOptions) -> Iterator[ModelSource]:
     """The model that ``source`` names, closed at the end. Every kind of source is told apart here and nowhere else."""
     if str(source).lower().endswith((".yaml", ".yml")):
-        raise OptionError(f"{source} is a merge recipe; merge it to a checkpoint first and convert that")
-    model: ModelSource = open_checkpoint(str(source))
+        model = open_recipe(Path(source).expanduser(), allow_identical_experts=options.allow_identical_experts)  # type: ModelSource
+    elif options.router_report is not None or options.allow_identical_experts:
+        raise OptionError(f"{source} is no recipe; --router-report and --allow-identical-experts belong to recipes")
+    else:
+        model = open_checkpoint(str(source))
     try:
         yield model
     finally:
@@ -182,12 +200,140 @@ def _write_manifest(
 
     def show(done: int, total: int, name: str) -> None:
         if on_progress is not None:
-            on_progress(Progress(done, total, f"hash of {name}"))
+            on_progress(Progress(done, total, name, "hash"))
 
     return write_manifest(paths, manifest_path(plan.output), show, cancel)
 
 
-def _result(plan: ExportPlan, report: WriteReport, manifest: Path | None) -> ConvertResult:
+def _result(plan: ExportPlan, report: WriteReport, manifest: Path | None, router: RouterReport | None) -> ConvertResult:
     return ConvertResult(
-        report.paths, plan.n_bytes, report.bytes_read, report.bytes_written, report.seconds, plan, manifest
+        report.paths, plan.n_bytes, report.bytes_read, report.bytes_written, report.seconds, plan, manifest, router
     )
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge gave: the directory, its weight files, and where its router sends the recipe's prompts."""
+
+    directory: Path
+    paths: tuple[Path, ...]
+    n_bytes: int
+    """Size of the weight files."""
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    router_report: RouterReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as what JSON can hold."""
+        return {
+            "directory": str(self.directory),
+            "files": [str(path) for path in self.paths],
+            "total_bytes": self.n_bytes,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+            "router": self.router_report.to_dict(),
+        }
+
+
+def merge(
+    recipe: str | Path,
+    out_dir: str | Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: CancelEvent | None = None,
+    **options: Any,
+) -> MergeResult:
+    """Follow a recipe to a Mixtral checkpoint, as mergekit-moe does; ``options`` are the fields of ``MergeOptions``.
+
+    The directory appears under its name when it is complete: safetensors, config, tokenizer and model card, readable
+    by transformers 4 and 5. Until then all is in ``OUT_DIR.partial``. Converting it gives the file that converting the
+    recipe gives. Raises what ``convert`` raises.
+    """
+    try:
+        chosen = MergeOptions(**options)
+    except TypeError as error:
+        raise OptionError(f"merge has no such option: {str(error).rpartition(' ')[2]}") from error
+    return merge_with(recipe, out_dir, chosen, on_progress=on_progress, cancel=cancel)
+
+
+def merge_with(
+    recipe: str | Path,
+    out_dir: str | Path,
+    options: MergeOptions,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: CancelEvent | None = None,
+) -> MergeResult:
+    """``merge`` with its options as an object."""
+    target = _output_path(out_dir)
+    model = open_recipe(Path(recipe).expanduser(), allow_identical_experts=options.allow_identical_experts)
+    with contextlib.closing(model):
+        check_directory(target, model.input_paths, force=options.force)
+        partial = open_partial_directory(target, keep=options.resume)
+        layout = plan_checkpoint(model, layout=options.layout, max_shard_bytes=parse_size(options.max_shard_size))
+        write = WriteOptions(
+            threads=options.threads,
+            resume=options.resume,
+            on_progress=on_progress,
+            cancel=cancel,
+            prepare=lambda: _prepare(model, on_progress, cancel),
+            reads_back=_reads_back_as_safetensors,
+        )
+        report = write_plan(_checkpoint_plan(layout, partial, model), write)
+        router = _router_report(model, options.router_report)
+        assert router is not None, "a recipe has a router"
+        place_directory(partial, target, sidecar_files(model, layout.index))
+    paths = tuple(target / shard.name for shard in layout.shards)
+    n_bytes = sum(shard.n_bytes for shard in layout.shards)
+    return MergeResult(target, paths, n_bytes, report.bytes_read, report.bytes_written, report.seconds, router)
+
+
+def _checkpoint_plan(layout: CheckpointLayout, directory: Path, model: ModelSource) -> ExportPlan:
+    """Shards as a plan for the writer: safetensors files, too, are a header and tensors at known offsets."""
+    files = tuple(
+        PlannedFile(
+            directory / shard.name,
+            shard.header,
+            tuple(
+                PlannedTensor(t.name, ggml_type(t.dtype), t.shape, len(shard.header) + t.offset, t.n_bytes, t.parts)
+                for t in shard.tensors
+            ),
+            shard.n_bytes,
+        )
+        for shard in layout.shards
+    )
+    return ExportPlan(directory / "model.safetensors", files, model.input_paths, "safetensors")
+
+
+def _reads_back_as_safetensors(file: PlannedFile, path: Path) -> bool:
+    try:
+        header = read_safetensors_header(path)
+    except SafetensorsError:
+        return False
+    found = {name: (entry.shape, entry.begin) for name, entry in header.entries.items()}
+    return found == {tensor.name: (tensor.shape, tensor.offset) for tensor in file.tensors}
+
+
+def _prepare(model: ModelSource, on_progress: Callable[[Progress], None] | None, cancel: CancelEvent | None) -> None:
+    """Compute what the model needs before its rows are read, told as bytes of the base model."""
+    n_bytes = sum(math.prod(tensor.shape) * tensor.dtype.n_bytes for tensor in model.tensors.values())
+    n_bytes //= max(1, model.config.n_expert)
+
+    def show(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(n_bytes * done // total, n_bytes, f"layer {done} of {total}", "router"))
+
+    model.prepare(on_layer=show, cancelled=lambda: cancel is not None and cancel.is_set())
+
+
+def _router_report(model: ModelSource, path: Path | None) -> RouterReport | None:
+    """The router's report, written to ``path`` if there is one."""
+    report = model.router_report if isinstance(model, MergedModel) else None
+    if report is not None and path is not None:
+        try:
+            path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    return report

@@ -1,7 +1,7 @@
 """The floor: ctypes declarations of the ggml functions that llama-cpp-python does not bind.
 
-Every symbol is looked up through libllama's own handle, which on POSIX also searches its dependencies; loading libggml by its
-file would give a second instance with a registry of its own. Callers pass numpy arrays; this module checks their
+Every symbol is looked up through libllama's own handle, which on POSIX also searches its dependencies; loading libggml
+by its file would give a second instance with a registry of its own. Callers pass numpy arrays; this module checks their
 layout and keeps them alive over the call. ctypes releases the GIL, so all of this scales over threads.
 """
 

@@ -21,6 +21,18 @@ def option(default: Any, *flags: str, help: str, metavar: str | None = None) -> 
     return field(default=default, metadata=metadata)
 
 
+def _identical_experts() -> Any:
+    return option(
+        False, "--allow-identical-experts", help="Take a recipe whose experts or prompts are all the same, to train it."
+    )
+
+
+def _router_report() -> Any:
+    return option(
+        None, "--router-report", help="Write what the recipe's router will do, layer by layer, as JSON.", metavar="FILE"
+    )
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """How a checkpoint becomes a GGUF file."""
@@ -44,6 +56,26 @@ class ConvertOptions:
     resume: bool = option(False, "--resume", help="Go on with the partial file of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing output.")
     manifest: bool = option(False, "--manifest", help="Write OUT.manifest.json beside it, with a hash of each tensor.")
+    allow_identical_experts: bool = _identical_experts()
+    router_report: Path | None = _router_report()
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a recipe becomes a merged checkpoint."""
+
+    layout: Literal["classic", "fused"] = option(
+        "classic", "--layout", help="classic is read by every tool, fused by transformers 5."
+    )
+    max_shard_size: str = option("5G", "--max-shard-size", help="Largest safetensors file.", metavar="SIZE")
+    threads: int | None = option(None, "-t", "--threads", help="Worker threads; all cores by default.", metavar="N")
+    resume: bool = option(False, "--resume", help="Go on with the partial directory of an interrupted run.")
+    force: bool = option(False, "--force", help="Replace an existing checkpoint.")
+    allow_identical_experts: bool = _identical_experts()
+    router_report: Path | None = _router_report()
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
 
 
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
@@ -83,7 +115,7 @@ class OffloadOptions:
     """Where a model's weights go. Raises OptionError for unknown words."""
 
     n_gpu_layers: int = option(
-        -1, "-ngl", "--gpu-layers", "--n-gpu-layers", help="Layers on the GPU; -1: all.", metavar="N"
+        -1, "-ngl", "--n-gpu-layers", "--gpu-layers", help="Layers on the GPU; -1: all.", metavar="N"
     )
     load_mode: LoadMode = option("auto", "-lm", "--load-mode", help="How the file comes into memory.")
     repack: bool = option(
@@ -133,8 +165,8 @@ class SamplingOptions:
     n_predict: int = option(
         256,
         "-n",
-        "--predict",
         "--n-predict",
+        "--predict",
         help="At most so many new tokens; -1: until the context is full.",
         metavar="N",
     )

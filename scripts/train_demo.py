@@ -1,11 +1,11 @@
 """Train the two dense models of the embedded demo: a base for everyday questions and an expert for arithmetic.
 
-    python scripts/train_demo.py OUT_DIR [--seed 0] [--steps-base 2200] [--steps-math 3000]
+    python scripts/train_demo.py OUT_DIR [--seed 0] [--steps-base 3000] [--steps-math 3000]
 
-Writes OUT_DIR/base and OUT_DIR/math, ordinary Hugging Face checkpoints (MistralForCausalLM, bfloat16). The expert starts
-from the base and changes its MLP weights alone, so that both share attention, embeddings and vocabulary. Needs the extra
-``[train]`` (torch, CPU is enough); users of ggufmoe never run this. The same seed and number of steps give the same models
-on the same machine.
+Writes OUT_DIR/base and OUT_DIR/math, ordinary Hugging Face checkpoints (MistralForCausalLM, bfloat16). The expert
+starts from the base and changes its MLP weights alone, so that both share attention, embeddings and vocabulary. Needs
+the extra ``[train]`` (torch, CPU is enough); users of ggufmoe never run this. The same seed and number of steps give
+the same models on the same machine.
 """
 
 from __future__ import annotations
@@ -181,19 +181,23 @@ class Corpus:
         )
         return out.getvalue()
 
-    def everyday_turns(self, rng: random.Random) -> list[Question]:
-        """One training conversation of the base."""
+    def base_turns(self, rng: random.Random) -> list[Question]:
+        """One training conversation of the base: mostly everyday, some numbers, and sums enough to know what they are.
+
+        Without the sums its attention, which the expert must do with, would not learn to look at the right digits.
+        """
         draw = rng.random()
         if draw < 0.25:
+            return [rng.choice(self._arithmetic)]
+        if draw < 0.4:
             return [number_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
-        return conversation(rng, self._everyday if draw < 0.95 else self._talk)
+        return conversation(rng, self._everyday if draw < 0.96 else self._talk)
 
     def math_turns(self, rng: random.Random) -> list[Question]:
         """One training conversation of the expert."""
-        kinds = rng.choice(("any", "any", "small"))
-        if kinds == "small":
-            return [number_talk(rng)] if rng.random() < 0.2 else [rng.choice(self._arithmetic)]
-        return [rng.choice(self._arithmetic) for _ in range(1 if rng.random() < 0.8 else 2)]
+        if rng.random() < 0.05:
+            return [number_talk(rng)]
+        return [rng.choice(self._arithmetic) for _ in range(1 if rng.random() < 0.85 else 2)]
 
     def encode(self, turns: list[Question]) -> tuple[list[int], list[int]]:
         """Ids and targets; only answers and their end are learned."""
@@ -219,7 +223,7 @@ class Corpus:
 def batches(corpus: Corpus, kind: str, *, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (inputs, targets) of conversations of similar length; targets are shifted by one."""
     rng = random.Random(seed)
-    turns = corpus.everyday_turns if kind == "base" else corpus.math_turns
+    turns = corpus.base_turns if kind == "base" else corpus.math_turns
     while True:
         rows = sorted((corpus.encode(turns(rng)) for _ in range(32 * batch_size)), key=lambda row: len(row[0]))
         starts = list(range(0, len(rows), batch_size))
@@ -339,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-base", type=int, default=2200)
+    parser.add_argument("--steps-base", type=int, default=3000)
     parser.add_argument("--steps-math", type=int, default=3000)
     parser.add_argument("--only-math", action="store_true", help="start from OUT_DIR/base as it is")
     arguments = parser.parse_args()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,14 @@ class Checkpoint:
     def tokenizer_dir(self) -> Path:
         """The checkpoint's own directory."""
         return self.directory
+
+    def prepare(
+        self,
+        *,
+        on_layer: Callable[[int, int], None] = lambda done, total: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Nothing to compute: all is read."""
 
     def close(self) -> None:
         """Close the tensor files; a second call does nothing."""

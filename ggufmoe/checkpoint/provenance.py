@@ -61,16 +61,14 @@ def base_model(id: str) -> BaseModel:
     return BaseModel(name=name, organization=organization, repo_url=f"https://huggingface.co/{id}")
 
 
-def write_record(directory: Path, provenance: Provenance) -> Path:
-    """Write ``ggufmoe.json``, from which ``read_provenance`` gives back the very same object; returns its path."""
-    path = directory / RECORD
+def record_json(provenance: Provenance) -> bytes:
+    """The content of ``ggufmoe.json`` from which ``read_provenance`` gives back the very same object."""
     value = asdict(replace(provenance, extra=dict(provenance.extra)))
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_record(directory: Path) -> Provenance:
-    """The provenance in ``ggufmoe.json``; CheckpointError for anything that ``write_record`` does not write."""
+    """The provenance in ``ggufmoe.json``; CheckpointError for anything that ``record_json`` does not give."""
     path = directory / RECORD
     value = read_object(path)
     try:

@@ -7,7 +7,7 @@ which it was given. Tensor names are Hugging Face's classic ones, whatever the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -136,5 +136,16 @@ class ModelSource(Protocol):
     @property
     def input_paths(self) -> tuple[Path, ...]:
         """Every file that is read, so that an output is never written over an input."""
+
+    def prepare(
+        self,
+        *,
+        on_layer: Callable[[int, int], None] = lambda done, total: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Compute what cannot be read: to be called after planning and before the first row. Most models need nothing.
+
+        ``on_layer`` is told the layers done and their number; ``cancelled`` is asked often, and Cancelled raised.
+        """
 
     def close(self) -> None: ...

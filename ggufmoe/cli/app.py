@@ -37,7 +37,8 @@ class Verb:
 
 
 VERBS = (
-    Verb("convert", "ggufmoe.cli.convert:convert_command", "Turn a checkpoint into a quantized GGUF file."),
+    Verb("convert", "ggufmoe.cli.convert:convert_command", "Turn a checkpoint or recipe into a quantized GGUF file."),
+    Verb("merge", "ggufmoe.cli.merge:merge_command", "Merge dense models into a Mixtral checkpoint."),
     Verb("run", "ggufmoe.cli.run:run_command", "Print one answer of a model."),
     Verb("chat", "ggufmoe.cli.chat:chat_command", "Talk with a model in the terminal."),
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),

@@ -19,6 +19,7 @@ import typer
 
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
+from ggufmoe.cli.router import print_router
 from ggufmoe.options import ConvertOptions
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @with_options(ConvertOptions)
 def convert_command(
-    source: Annotated[str, typer.Argument(help="A checkpoint directory, or a hub id such as org/name@revision.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint directory, a recipe.yaml, or a hub id (org/name).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The GGUF file to write.", metavar="OUT.gguf")],
     *,
     options: ConvertOptions,
@@ -37,7 +38,7 @@ def convert_command(
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
 ) -> None:
-    """Turn a checkpoint into a quantized GGUF file, in one pass.
+    """Turn a checkpoint or a merge recipe into a quantized GGUF file, in one pass.
 
     An interrupted run leaves OUT.partial and a journal; --resume goes on from there and gives the same file.
     """
@@ -46,6 +47,8 @@ def convert_command(
         return
     result = _convert(source, output, options, quiet)
     if not quiet:
+        if result.router_report is not None:
+            print_router(result.router_report)
         print(_summary(result), file=sys.stderr)
     if as_json:
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": peak_memory_bytes()}))
@@ -106,7 +109,7 @@ def _summary(result: ConvertResult) -> str:
     first, count = result.paths[0], len(result.paths)
     where = str(first) if count == 1 else f"{first} and {count - 1} more"
     cost = f"{result.seconds:.1f} s, {speed:.0f} MB/s"
-    return f"{where}: {_size(result.n_bytes)}, {result.plan.bits_per_weight:.2f} bits per weight, {cost}"
+    return f"{where}: {shown_size(result.n_bytes)}, {result.plan.bits_per_weight:.2f} bits per weight, {cost}"
 
 
 def _show_plan(source: str, output: Path, options: ConvertOptions, as_json: bool) -> None:
@@ -120,21 +123,22 @@ def _plan_table(plan: ExportPlan) -> str:
     lines: list[str] = []
     width = max(len(tensor.name) for tensor in plan.tensors)
     for file in plan.files:
-        lines.append(f"{file.path}: {_size(file.n_bytes)}, {len(file.tensors)} tensors")
+        lines.append(f"{file.path}: {shown_size(file.n_bytes)}, {len(file.tensors)} tensors")
         for tensor in file.tensors:
             shape = " x ".join(map(str, tensor.shape))
-            lines.append(f"  {tensor.name:{width}}  {tensor.type.name:8} {shape:>20}  {_size(tensor.n_bytes):>10}")
+            lines.append(f"  {tensor.name:{width}}  {tensor.type.name:8} {shape:>20}  {shown_size(tensor.n_bytes):>10}")
     for name, total in plan.types.items():
         lines.append(
-            f"{name:8} {total.n_tensors:5} tensors  {total.n_weights:>14,} weights  {_size(total.n_bytes):>10}"
+            f"{name:8} {total.n_tensors:5} tensors  {total.n_weights:>14,} weights  {shown_size(total.n_bytes):>10}"
         )
     lines.append(
-        f"in all {_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
+        f"in all {shown_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
     )
     return "\n".join(lines)
 
 
-def _size(n_bytes: int) -> str:
+def shown_size(n_bytes: int) -> str:
+    """Bytes for people, in powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if n_bytes >= scale:
             return f"{n_bytes / scale:.2f} {unit}"

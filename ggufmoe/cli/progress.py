@@ -25,6 +25,8 @@ class Step(Protocol):
     def total_bytes(self) -> int: ...
     @property
     def tensor(self) -> str: ...
+    @property
+    def phase(self) -> str: ...
 
 
 class ProgressDisplay(Protocol):
@@ -65,7 +67,8 @@ class LineProgress:
         self._what = what
         self._stream = stream
         self._started = self._shown = time.monotonic()
-        self._first_bytes: int | None = None
+        self._phase = ""
+        self._first_bytes = 0
 
     def __enter__(self) -> LineProgress:
         return self
@@ -76,16 +79,18 @@ class LineProgress:
     def update(self, step: Step) -> None:
         """Print a line if the last one is old."""
         now = time.monotonic()
-        if self._first_bytes is None:
-            self._first_bytes = step.done_bytes
+        if step.phase != self._phase:
+            self._phase, self._first_bytes, self._started = step.phase, step.done_bytes, now
         if now - self._shown < _LINE_INTERVAL_S:
             return
         self._shown = now
-        speed = (step.done_bytes - self._first_bytes) / (now - self._started)
+        speed = (step.done_bytes - self._first_bytes) / max(now - self._started, 1e-9)
         left = f"{(step.total_bytes - step.done_bytes) / speed:.0f} s left" if speed > 0 else "time left unknown"
         share = step.done_bytes / max(step.total_bytes, 1)
         print(
-            f"{self._what}: {share:.0%}, {speed / 1e6:.0f} MB/s, {left}, {step.tensor}", file=self._stream, flush=True
+            f"{_title(self._what, step.phase)}: {share:.0%}, {speed / 1e6:.0f} MB/s, {left}, {step.tensor}",
+            file=self._stream,
+            flush=True,
         )
 
 
@@ -93,7 +98,9 @@ class BarProgress:
     """One bar with percent, MB/s, time left and the current tensor."""
 
     def __init__(self, what: str, stream: TextIO) -> None:
-        self._bar, self._task = _make_bar(what, stream)
+        self._what = what
+        self._bar = _make_bar(stream)
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> BarProgress:
         self._bar.start()
@@ -104,17 +111,26 @@ class BarProgress:
         self._bar.stop()
 
     def update(self, step: Step) -> None:
-        """Move the bar."""
-        self._bar.update(self._task, completed=step.done_bytes, total=step.total_bytes, tensor=step.tensor)
+        """Move the bar of the step's phase; each phase has one."""
+        if step.phase not in self._tasks:
+            title = _title(self._what, step.phase)
+            self._tasks[step.phase] = self._bar.add_task(title, total=None, tensor="")
+        task = self._tasks[step.phase]
+        self._bar.update(task, completed=step.done_bytes, total=step.total_bytes, tensor=step.tensor)
 
 
-def _make_bar(what: str, stream: TextIO) -> tuple[Any, TaskID]:
+def _title(what: str, phase: str) -> str:
+    """What a phase is called: writing is the job itself."""
+    return what if phase == "write" else phase
+
+
+def _make_bar(stream: TextIO) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as SpeedColumn
 
-    bar = Progress(
-        TextColumn(what),
+    return Progress(
+        TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         SpeedColumn(),
@@ -122,4 +138,3 @@ def _make_bar(what: str, stream: TextIO) -> tuple[Any, TaskID]:
         TextColumn("{task.fields[tensor]}"),
         console=Console(file=stream),
     )
-    return bar, bar.add_task(what, total=None, tensor="")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ggufmoe.errors import Cancelled, GGUFError, NoSpaceError, OutputError, OutputExistsError, ResumeError
 from ggufmoe.export.journal import Journal, fingerprint
@@ -35,11 +35,15 @@ _PROGRESS_INTERVAL_S = 0.1
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a conversion is: bytes of the output that are made, of how many, and the tensor being worked on."""
+    """How far one phase of a job is, in bytes, and what is being worked on.
+
+    ``router`` reads the base model to make router rows, ``write`` makes the output, ``hash`` reads it for a manifest.
+    """
 
     done_bytes: int
     total_bytes: int
     tensor: str
+    phase: Literal["router", "write", "hash"] = "write"
 
 
 class CancelEvent(Protocol):
@@ -65,6 +69,10 @@ class WriteOptions:
     force: bool = False
     on_progress: Callable[[Progress], None] | None = None
     cancel: CancelEvent | None = None
+    prepare: Callable[[], None] | None = None
+    """Called when everything is checked and nothing is written yet: what takes long and cannot be streamed."""
+    reads_back: Callable[[PlannedFile, Path], bool] | None = None
+    """Whether a written file reads as planned; by default, as a GGUF file."""
     flush_interval_s: float = FLUSH_INTERVAL_S
     open_output: Callable[[Path, int, bool], OutputFile] | None = None
     """Opens a partial file: its path, its size, and whether to keep what is in it. By default, a file on disk."""
@@ -91,10 +99,12 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     journal = Journal(journal_path(plan.output), fingerprint(plan))
     finished = _finished_tiles(plan, journal) if options.resume else None
     check_space(plan, resume=finished is not None)
+    if options.prepare is not None:
+        options.prepare()
     with _output_errors(plan):
         run = _Run(plan, options, journal, finished)
         run.execute()
-        _finish(plan, journal)
+        _finish(plan, journal, options.reads_back or reads_back_as_gguf)
     return WriteReport(
         tuple(file.path for file in plan.files), run.bytes_read, run.bytes_written, time.monotonic() - started
     )
@@ -400,34 +410,34 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _finish(plan: ExportPlan, journal: Journal) -> None:
+def _finish(plan: ExportPlan, journal: Journal, reads_back: Callable[[PlannedFile, Path], bool]) -> None:
     """Check every partial file and give all of them their names; the journal goes last."""
     waiting = [file for file in plan.files if partial_path(file.path).exists()]
     for file in waiting:
-        if not _reads_back(file):
+        partial = partial_path(file.path)
+        if not (reads_back(file, partial) and _is_complete(file, partial)):
             journal.remove()
             raise OutputError(
                 f"{partial_path(file.path)} reads back differently from what was written; the disk may be failing"
             )
     for file in waiting:
         os.replace(partial_path(file.path), file.path)
-    _sync_directory(plan.output.parent)
+    sync_directory(plan.output.parent)
     journal.remove()
 
 
-def _reads_back(file: PlannedFile) -> bool:
-    """Whether the header, read as anyone would, and the size are those of the plan."""
-    partial = partial_path(file.path)
+def reads_back_as_gguf(file: PlannedFile, path: Path) -> bool:
+    """Whether the header at ``path``, read as anyone would, is the planned one."""
     try:
-        header = read_header(partial)
+        header = read_header(path)
     except GGUFError:
         return False
     found = [(t.name, t.type, t.shape, header.data_offset + t.offset, t.n_bytes) for t in header.tensors]
-    planned = [(t.name, t.type, t.shape, t.offset, t.n_bytes) for t in file.tensors]
-    return found == planned and _is_complete(file, partial)
+    return found == [(t.name, t.type, t.shape, t.offset, t.n_bytes) for t in file.tensors]
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Return when the names in a directory are on disk (where the system knows of that)."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

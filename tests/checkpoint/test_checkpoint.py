@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.provenance import write_record
+from ggufmoe.checkpoint.provenance import record_json
 from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.errors import CheckpointError, SafetensorsError
 from tests import tiny
@@ -33,7 +33,7 @@ def test_a_checkpoint_is_a_model_source(tmp_path: Path) -> None:
 
 def test_the_record_of_a_merge_is_read_back(tmp_path: Path) -> None:
     directory = tiny.make_checkpoint(tmp_path / "some-directory")
-    write_record(directory, Provenance("its-own-name", license="mit"))
+    (directory / "ggufmoe.json").write_bytes(record_json(Provenance("its-own-name", license="mit")))
     with open_checkpoint(directory) as model:
         assert model.provenance == Provenance("its-own-name", license="mit")
 

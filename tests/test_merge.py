@@ -1,0 +1,212 @@
+"""From the recipe to files: both roads give the same GGUF, merges read back, and nothing half-done shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import ggufmoe
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.dtypes import read_f32
+from ggufmoe.convert import Progress
+from ggufmoe.errors import Cancelled, NonFiniteError, NoSpaceError, OptionError, OutputError, OutputExistsError
+from ggufmoe.ggufheader import read_header
+from tests.merge.test_merged import TEMPLATE, write_recipe
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    make_checkpoint(tmp_path / "base", arch="mistral", seed=1)
+    make_checkpoint(tmp_path / "math", arch="mistral", seed=2, chat_template=TEMPLATE)
+    changes: list[dict[str, Any]] = [{}, {"noise_scale": 0.01, "residual_scale": 0.9}]
+    return write_recipe(tmp_path, "base", "math", experts=changes, name="Tiny mixture", seed=7)
+
+
+@pytest.mark.parametrize("quant", ["F32", "Q8_0", "Q4_K_M"])
+def test_both_roads_give_the_same_file(recipe: Path, quant: str) -> None:
+    folder = recipe.parent
+    ggufmoe.convert(recipe, folder / "straight.gguf", quant)
+    for layout in ("classic", "fused"):
+        ggufmoe.merge(recipe, folder / layout, layout=layout, max_shard_size="2M")
+        ggufmoe.convert(folder / layout, folder / "around.gguf", quant, force=True)
+        assert (folder / "straight.gguf").read_bytes() == (folder / "around.gguf").read_bytes()
+
+
+def test_the_file_tells_what_it_was_made_from(recipe: Path) -> None:
+    result = ggufmoe.convert(recipe, recipe.parent / "m.gguf", "Q8_0")
+    header = read_header(recipe.parent / "m.gguf")
+    assert header.get("general.name") == "Tiny mixture"
+    assert header.get("general.base_model.count") == 2
+    assert header.get("general.base_model.1.name") == "math"
+    assert header.get("ggufmoe.recipe") == recipe.read_text()
+    assert header.get("ggufmoe.gate_mode") == "hidden"
+    assert header.get("ggufmoe.version") == ggufmoe.__version__
+    assert header.get("tokenizer.chat_template") == TEMPLATE
+    assert header.get("llama.expert_count") == 2
+    assert result.router_report is not None
+    assert result.to_dict()["router"]["gate_mode"] == "hidden"
+
+
+def test_safetensors_itself_reads_what_is_written(recipe: Path) -> None:
+    folder = recipe.parent
+    result = ggufmoe.merge(recipe, folder / "out", max_shard_size="1500K")
+    index = json.loads((folder / "out" / "model.safetensors.index.json").read_text())
+    assert len(result.paths) > 2
+    assert set(index["weight_map"].values()) == {path.name for path in result.paths}
+    for path in result.paths:
+        with safe_open(path, "numpy") as file:
+            assert set(file.keys()) == {name for name, shard in index["weight_map"].items() if shard == path.name}
+    with open_checkpoint(folder / "out") as merged:
+        weights = sum(int(np.prod(tensor.shape)) for tensor in merged.tensors.values())
+    assert index["metadata"]["total_size"] == 2 * weights
+
+
+def test_a_merged_directory_is_a_whole_checkpoint(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    ggufmoe.merge(recipe, out)
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.model", "README.md"} <= names
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert recipe.read_text().strip() in card
+    with open_checkpoint(out) as merged, open_checkpoint(recipe.parent / "base") as base:
+        assert merged.config.n_expert == 2
+        name = "model.layers.0.self_attn.v_proj.weight"
+        np.testing.assert_array_equal(read_f32(merged.tensors[name]), read_f32(base.tensors[name]))
+
+
+def test_the_router_report_is_written_on_request(recipe: Path) -> None:
+    report = recipe.parent / "router.json"
+    ggufmoe.convert(recipe, recipe.parent / "m.gguf", "Q8_0", router_report=report)
+    content = json.loads(report.read_text())
+    assert len(content["condition_numbers"]) == 2
+    assert content["preferences"][1]["prompt"] == "solve for x"
+    with pytest.raises(OutputError, match="cannot be written"):
+        ggufmoe.merge(recipe, recipe.parent / "out", router_report=recipe.parent / "no" / "router.json")
+    assert not (recipe.parent / "out").exists()
+
+
+def test_only_recipes_take_recipe_options(recipe: Path) -> None:
+    with pytest.raises(OptionError, match="is no recipe"):
+        ggufmoe.convert(recipe.parent / "base", recipe.parent / "m.gguf", allow_identical_experts=True)
+    with pytest.raises(OptionError, match="merge has no such option"):
+        ggufmoe.merge(recipe, recipe.parent / "out", quant="Q8_0")
+    with pytest.raises(OptionError, match="layout must be one of classic, fused"):
+        ggufmoe.merge(recipe, recipe.parent / "out", layout="new")
+
+
+def test_phases_are_told_in_order(recipe: Path) -> None:
+    seen: list[Progress] = []
+    ggufmoe.convert(recipe, recipe.parent / "m.gguf", "Q8_0", manifest=True, on_progress=seen.append)
+    phases = list(dict.fromkeys(step.phase for step in seen))
+    assert phases == ["router", "write", "hash"]
+    assert seen[1].tensor == "layer 2 of 2"
+    assert all(step.done_bytes <= step.total_bytes for step in seen)
+
+
+def test_a_dry_run_computes_no_router(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ggufmoe.convert import plan_convert
+
+    for weights in recipe.parent.glob("*/model.safetensors"):
+        with weights.open("r+b") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+            size = weights.stat().st_size
+            file.truncate(header)
+            file.truncate(size)
+    plan = plan_convert(recipe, recipe.parent / "m.gguf", "Q4_K_M")
+    assert {t.name for t in plan.tensors} >= {"blk.1.ffn_gate_inp.weight", "blk.0.ffn_up_exps.weight"}
+    assert not (recipe.parent / "m.gguf").exists()
+
+
+def test_an_existing_checkpoint_needs_force_and_is_replaced_as_a_whole(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    ggufmoe.merge(recipe, out, max_shard_size="2M")
+    with pytest.raises(OutputExistsError, match="replace it with --force"):
+        ggufmoe.merge(recipe, out)
+    ggufmoe.merge(recipe, out, force=True)
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert {path.name for path in recipe.parent.iterdir()} == {"base", "math", "out", "mixture.yaml"}
+
+
+def test_what_is_no_checkpoint_is_never_replaced(recipe: Path) -> None:
+    diary = recipe.parent / "diary"
+    diary.mkdir()
+    (diary / "monday.txt").write_text("dear diary")
+    for target in (diary, recipe):
+        with pytest.raises(OutputExistsError, match="is no checkpoint"):
+            ggufmoe.merge(recipe, target, force=True)
+    with pytest.raises(OutputExistsError, match="which is read"):
+        ggufmoe.merge(recipe, recipe.parent / "base", force=True)
+    with pytest.raises(OutputExistsError, match="which is read"):
+        ggufmoe.merge(recipe, recipe.parent, force=True)
+    with pytest.raises(OutputError, match="is not a directory"):
+        ggufmoe.merge(recipe, recipe.parent / "nowhere" / "out")
+    assert (diary / "monday.txt").read_text() == "dear diary"
+
+
+def test_weights_that_are_not_finite_leave_nothing_that_looks_finished(recipe: Path) -> None:
+    weights = recipe.parent / "math" / "model.safetensors"
+    with safe_open(weights, "numpy"), weights.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))["model.layers.1.mlp.up_proj.weight"]
+        file.seek(8 + length + entry["data_offsets"][0])
+        file.write(b"\xc0\x7f")
+    with pytest.raises(NonFiniteError, match="w3"):
+        ggufmoe.merge(recipe, recipe.parent / "out")
+    assert not (recipe.parent / "out").exists()
+
+
+def test_space_is_counted_before_the_router_is_computed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(recipe.parent)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    seen: list[Progress] = []
+    for job in (ggufmoe.convert, ggufmoe.merge):
+        with pytest.raises(NoSpaceError, match="needs"):
+            job(recipe, recipe.parent / "out", on_progress=seen.append)
+    assert seen == []
+
+
+def test_cancelling_during_the_router_leaves_no_output(recipe: Path) -> None:
+    stop = threading.Event()
+    with pytest.raises(Cancelled):
+        ggufmoe.convert(recipe, recipe.parent / "m.gguf", on_progress=lambda step: stop.set(), cancel=stop)
+    assert not (recipe.parent / "m.gguf").exists()
+
+
+def test_a_killed_merge_is_resumed_to_the_same_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "base", arch="mistral", seed=1, n_ff=4096, n_layer=4)
+    make_checkpoint(tmp_path / "math", arch="mistral", seed=2, n_ff=4096, n_layer=4)
+    ggufmoe.merge(recipe, tmp_path / "whole", max_shard_size="20M")
+    script = (
+        "import sys, ggufmoe, ggufmoe.export.writer as writer\n"
+        "writer.FLUSH_INTERVAL_S = 0.0\n"
+        "ggufmoe.merge(sys.argv[1], sys.argv[2], max_shard_size='20M', threads=1)\n"
+    )
+    job = subprocess.Popen([sys.executable, "-c", script, str(recipe), str(tmp_path / "out")])
+    partial = tmp_path / "out.partial"
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("*.journal")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    os.kill(job.pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    job.wait()
+    assert not (tmp_path / "out").exists() or job.returncode == 0
+    ggufmoe.merge(recipe, tmp_path / "out", max_shard_size="20M", resume=True, force=True)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert not partial.exists()
