@@ -64,6 +64,8 @@ class Engine:
         self._model: Any = None
         self._context: Any = None
         self._lock = threading.RLock()
+        # apart from the other, so that text can be tokenized while a long prompt is computed
+        self._vocab_lock = threading.RLock()
         self._cached: list[int] = []
         self._generation = 0
         self.path = Path(path)
@@ -83,19 +85,22 @@ class Engine:
             self._model = self._api.llama_model_load_from_file(os.fsencode(self.path), parameters)
             if not self._model:
                 raise ModelLoadError(f"{self.path}: llama.cpp cannot load it: {_log().cause_since(mark)}")
-            if self._api.llama_model_has_encoder(self._model) or not self._api.llama_model_has_decoder(self._model):
-                raise ModelLoadError(f"{self.path}: this model has an encoder; only decoders generate text here")
             self._context = self._api.llama_init_from_model(self._model, self._context_parameters(context))
             if not self._context:
                 cause = _log().cause_since(mark)
                 raise ModelLoadError(
-                    f"{self.path}: no context of this kind can be made: {cause}; try a smaller --ctx-size"
+                    f"{self.path}: no such context can be made: {cause} (a smaller --ctx-size takes less memory)"
                 )
         self._vocab = self._api.llama_model_get_vocab(self._model)
         self._memory = self._api.llama_get_memory(self._context)
+        if not self._memory or self._api.llama_model_has_encoder(self._model):
+            raise ModelLoadError(
+                f"{self.path}: not a model that continues text: it has an encoder, or keeps no context"
+            )
         self.n_ctx: int = self._api.llama_n_ctx(self._context)
         """Tokens that prompt and answer may have together; llama.cpp rounds what was asked for up to 256."""
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocab)
+        self._n_batch: int = self._api.llama_n_batch(self._context)
 
     def _context_parameters(self, options: ContextOptions) -> Any:
         parameters = self._api.llama_context_default_params()
@@ -123,6 +128,8 @@ class Engine:
     @property
     def n_ctx_train(self) -> int:
         """Tokens of context that the model was trained for."""
+        if not self._model:
+            self._check_open()
         return int(self._api.llama_model_n_ctx_train(self._model))
 
     @property
@@ -138,7 +145,8 @@ class Engine:
     @property
     def adds_bos(self) -> bool:
         """Whether a prompt of this model begins with its BOS token."""
-        return self.bos_token is not None and bool(self._api.llama_vocab_get_add_bos(self._vocab))
+        with self._vocab_lock:
+            return self.bos_token is not None and bool(self._api.llama_vocab_get_add_bos(self._vocab))
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
@@ -146,16 +154,18 @@ class Engine:
         return tuple(self._cached)
 
     def _special(self, function: Any) -> int | None:
-        self._check_open()
-        token = int(function(self._vocab))
+        with self._vocab_lock:
+            self._check_open()
+            token = int(function(self._vocab))
         return None if token < 0 else token
 
     def token_text(self, token: int | None) -> str:
         """A token as the vocabulary spells it (``<s>``); empty for None."""
         if token is None:
             return ""
-        self._check_tokens([token])
-        return bytes(self._api.llama_vocab_get_text(self._vocab, token)).decode("utf-8", "replace")
+        with self._vocab_lock:
+            self._check_tokens([token])
+            return bytes(self._api.llama_vocab_get_text(self._vocab, token)).decode("utf-8", "replace")
 
     def metadata(self, key: str) -> Any:
         """A value of the file's metadata, or None."""
@@ -169,35 +179,48 @@ class Engine:
 
         ``parse_special`` reads special tokens that are written out (``</s>``) as such. No EOS is added.
         """
-        self._check_open()
-        if self._api.llama_vocab_type(self._vocab) == _NO_VOCABULARY:
-            raise EngineError(f"{self.path}: the file has no tokenizer; convert it again with one")
         # llama.cpp ends the process on text that is not UTF-8
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
-        while True:
-            buffer = (ctypes.c_int32 * room)()
-            n = self._api.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
-            if n >= 0:
-                break
-            room = -n
-        begin = [self.bos_token] if add_bos and self.adds_bos else []
-        return [token for token in begin if token is not None] + list(buffer[:n])
+        with self._vocab_lock:
+            self._check_vocabulary()
+            while True:
+                buffer = (ctypes.c_int32 * room)()
+                n = self._api.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
+                if n >= 0:
+                    break
+                room = -n
+            begin = self.bos_token if add_bos and self.adds_bos else None
+        return ([] if begin is None else [begin]) + list(buffer[:n])
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; those of a control token are empty unless ``special``."""
-        self._check_tokens([token])
         room = 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            n = self._api.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            room = -n
+        with self._vocab_lock:
+            self._check_vocabulary()
+            self._check_tokens([token])
+            while True:
+                buffer = ctypes.create_string_buffer(room)
+                n = self._api.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+                if n >= 0:
+                    return buffer.raw[:n]
+                room = -n
+
+    def ends_text(self, token: int) -> bool:
+        """Whether the model ends its text with this token (EOS, or an end of turn)."""
+        with self._vocab_lock:
+            self._check_tokens([token])
+            return bool(self._api.llama_vocab_is_eog(self._vocab, token))
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
         """The bytes of several tokens, as they would be streamed."""
         return b"".join(self.piece(token, special=special) for token in tokens)
+
+    def _check_vocabulary(self) -> None:
+        # llama.cpp ends the process when it is asked without one
+        self._check_open()
+        if self._api.llama_vocab_type(self._vocab) == _NO_VOCABULARY:
+            raise EngineError(f"{self.path}: the file has no tokenizer; convert it again with one")
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         self._check_open()
@@ -257,7 +280,7 @@ class Engine:
                         token = self._next(sampler, clock, turn)
                     if token is None:
                         reason = "cancelled"
-                    elif self._api.llama_vocab_is_eog(self._vocab, token):
+                    elif self.ends_text(token):
                         reason = "stop"
                     else:
                         clock.generated_tokens += 1
@@ -301,8 +324,9 @@ class Engine:
             while not done.wait(0.02):
                 if cancel.is_set():
                     self.cancel()
-                    return
 
+        if cancel.is_set():
+            self.cancel()
         watcher = threading.Thread(target=watch, name="ggufmoe-cancel", daemon=True)
         watcher.start()
         try:
@@ -345,11 +369,10 @@ class Engine:
 
     def _feed(self, tokens: list[int], turn: int) -> bool:
         """Decode ``tokens`` after what the cache holds; False if that was cancelled."""
-        size = self._api.llama_n_batch(self._context)
-        for begin in range(0, len(tokens), size):
+        for begin in range(0, len(tokens), self._n_batch):
             with self._lock:
                 self._check_turn(turn)
-                if not self._decode(tokens[begin : begin + size]):
+                if not self._decode(tokens[begin : begin + self._n_batch]):
                     return False
         return True
 
@@ -380,7 +403,7 @@ class Engine:
         ids = list(tokens)
         self._check_prompt(ids)
         rows = np.empty((len(ids), self.n_vocab), np.float32)
-        size = min(512, self._api.llama_n_batch(self._context))
+        size = min(512, self._n_batch)
         with self._lock:
             self.forget()
             for begin in range(0, len(ids), size):
@@ -395,9 +418,9 @@ class Engine:
 
     def close(self) -> None:
         """Give back all memory; further calls raise EngineError. May be called again."""
-        if getattr(self, "_lock", None) is None:
+        if getattr(self, "_vocab_lock", None) is None:
             return
-        with self._lock:
+        with self._lock, self._vocab_lock:
             context, self._context = self._context, None
             model, self._model = self._model, None
             if context:

@@ -69,8 +69,9 @@ def _fill(source: _Source, metadata: Callable[[str], Any]) -> float:
     value = metadata(source.key)
     if value is None:
         return source.default
-    if isinstance(value, int | float) and math.isfinite(value) and source.low <= value <= source.high:
-        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and source.low <= value <= source.high:
+        return float(value)
     _log.warning("the model's %s is %r, which makes no sense; using %s", source.key, value, source.default)
     return source.default
 
