@@ -83,6 +83,7 @@ class _Step:
     done_bytes: int
     total_bytes: int
     tensor: str
+    phase: str = "verify"
 
 
 def _show(report: ModelReport, checked: _Verification | None) -> None:
