@@ -159,16 +159,17 @@ def expect(what, found, wanted):
     if found != wanted:
         faults.append(f"{what} is {found}, expected {wanted}")
 expect("version", importlib.metadata.version("llama-cpp-python"), abi["version"])
-faults += [f"{name} is not exported" for name in abi["symbols"] if not hasattr(lib, name)]
-if not faults:
+missing = [name for name in abi["symbols"] if not hasattr(lib, name)]
+faults += [f"{name} is not exported" for name in missing]
+for name, size in abi["struct_bytes"].items():
+    expect(f"size of {name}", ctypes.sizeof(getattr(llama_cpp, name)), size)
+if not missing:
     lib.ggml_commit.restype = ctypes.c_char_p
-    commit = lib.ggml_commit().decode()
-    if commit != "unknown" and not abi["commit"].startswith(commit.split("-")[0]):
+    commit = lib.ggml_commit().decode().split("-")[0]
+    if commit != "unknown" and not abi["commit"].startswith(commit):
         faults.append(f"llama.cpp commit is {commit}, expected {abi['commit']}")
-    for name, size in abi["struct_bytes"].items():
-        expect(f"size of {name}", ctypes.sizeof(getattr(llama_cpp, name)), size)
+    lib.ggml_blck_size.restype, lib.ggml_type_size.restype = ctypes.c_int64, ctypes.c_size_t
     for name, (number, block, size) in abi["tensor_types"].items():
-        lib.ggml_blck_size.restype, lib.ggml_type_size.restype = ctypes.c_int64, ctypes.c_size_t
         expect(f"block of {name}", [lib.ggml_blck_size(number), lib.ggml_type_size(number)], [block, size])
 print("; ".join(faults))
 """
@@ -178,7 +179,7 @@ print("; ".join(faults))
 def engine_faults(pin: Pin) -> str:
     """How the installed engine differs from the pin; empty when it is the one."""
     expected = pin.abi | {"version": pin.version, "commit": pin.commit}
-    expected["symbols"] = [*pin.abi["symbols"], "ggml_commit", pin.symbol]
+    expected["symbols"] = [*pin.abi["symbols"], "ggml_blck_size", "ggml_commit", "ggml_type_size", pin.symbol]
     done = subprocess.run(
         [sys.executable, "-c", CHECK, json.dumps(expected)], capture_output=True, text=True, check=False
     )

@@ -62,8 +62,8 @@ def _tensor_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> list[
         x, y = a[name], b[name]
         if x.tensor_type != y.tensor_type:
             found.append(f"{name}: type {x.tensor_type.name}, theirs {y.tensor_type.name}")
-        elif list(x.shape) != list(y.shape):
-            found.append(f"{name}: shape {list(x.shape)}, theirs {list(y.shape)}")
+        elif x.shape.tolist() != y.shape.tolist():
+            found.append(f"{name}: shape {x.shape.tolist()}, theirs {y.shape.tolist()}")
         elif x.data.tobytes() != y.data.tobytes():
             n_wrong = int(np.count_nonzero(x.data.view(np.uint8) != y.data.view(np.uint8)))
             found.append(f"{name}: {n_wrong} of {x.data.nbytes} bytes differ")

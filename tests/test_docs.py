@@ -1,0 +1,110 @@
+"""What README and vendor/README promise: commands parse, the library's example runs, tables say what scripts print."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggufmoe.cli.app import root_command
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VENDOR_README = (ROOT / "vendor" / "README.md").read_text(encoding="utf-8")
+TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}{% endfor %}"
+
+
+def commands() -> list[str]:
+    """Every line of README that begins with ``ggufmoe``, as it would be typed."""
+    return re.findall(r"^    (?:\$ )?(ggufmoe .*)$", README, re.MULTILINE)
+
+
+def arguments_of(command: str) -> list[str]:
+    words = shlex.split(command, comments=True)[1:]
+    redirections = [i for i, word in enumerate(words) if word in ("<", ">", "|")]
+    return words[: redirections[0]] if redirections else words
+
+
+def parse(arguments: list[str]) -> Any:
+    """The parameters of the verb; raises what a wrong command line raises. Nothing is run."""
+    root = root_command()
+    context = root.make_context("ggufmoe", list(arguments))
+    name, verb, rest = root.resolve_command(context, arguments)
+    return verb.make_context(name, rest, parent=context).params
+
+
+def test_readme_shows_commands_of_every_verb() -> None:
+    verbs = {arguments_of(command)[0] for command in commands()}
+    assert verbs >= set(root_command().commands)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_in_readme_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = arguments_of(command)
+    for word in arguments:
+        if word.endswith((".gguf", ".yaml", ".txt")):
+            Path(word).touch()
+    assert parse(arguments)
+
+
+def test_a_command_with_a_wrong_flag_does_not_parse() -> None:
+    with pytest.raises(Exception, match="--no-such-flag"):
+        parse(["convert", "somewhere", "-o", "out.gguf", "--no-such-flag"])
+
+
+def test_the_two_commands_come_first_and_are_there() -> None:
+    head = README.splitlines()[:20]
+    for script in ("scripts/demo", "scripts/test"):
+        assert any(line.startswith(f"    {script} ") for line in head)
+        assert os.access(ROOT / script, os.X_OK)
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_scripts_that_readme_names_exist() -> None:
+    named = set(re.findall(r"scripts/[a-z_./]+[a-z_]", README + VENDOR_README))
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+def test_the_librarys_example_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    found = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    assert len([line for line in found[1].splitlines() if line]) <= 8
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-mixtral").symlink_to(tiny_checkpoint(tokenizer="json", chat_template=TEMPLATE))
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    question, answer = names["chat"].messages
+    assert (question.role, answer.role) == ("user", "assistant")
+    assert capsys.readouterr().out.strip() == answer.content.strip()
+
+
+def test_the_table_of_sizes_is_what_the_script_prints() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "file_sizes.py")]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.strip()
+    assert len(printed.splitlines()) > 10
+    assert printed in README
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    import ggufmoe
+
+    found = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    assert found[1].rstrip(",") == ggufmoe.__version__
