@@ -1,0 +1,237 @@
+"""Conversations with a model that always answers " hi there"."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggufmoe import (
+    Chat,
+    ContextFullError,
+    ContextOptions,
+    Engine,
+    InputError,
+    OutputError,
+    SamplingOptions,
+    TemplateError,
+)
+from ggufmoe.runtime.chat import Message
+from ggufmoe.runtime.events import Event, Finished
+from ggufmoe.runtime.template import ChatTemplate
+from tests.runtime.conftest import GREEDY, ONE_THREAD
+from tests.runtime.scripted import BOS, Scripted
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ ' ' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+GREETER = Scripted(
+    {"[assistant]": " hi", " hi": " there", "[dice]": {" one": 9.0, " two": 9.0, " three": 9.0}},
+    pieces=["[user]", "[system]", " hello", " again"],
+    chat_template=TEMPLATE,
+)
+
+
+@pytest.fixture(scope="module")
+def greeter_path(write_model: Callable[[Scripted], Path]) -> Path:
+    return write_model(GREETER)
+
+
+@pytest.fixture(scope="module")
+def engine(greeter_path: Path) -> Iterator[Engine]:
+    with Engine(greeter_path, ONE_THREAD) as engine:
+        yield engine
+
+
+@pytest.fixture
+def chat(engine: Engine) -> Chat:
+    engine.forget()
+    return Chat(engine, sampling=GREEDY)
+
+
+def said(events: Iterator[Event]) -> str:
+    return "".join(event.text for event in events)
+
+
+def last_of(events: Iterator[Event]) -> Finished:
+    *_, last = events
+    assert isinstance(last, Finished)
+    return last
+
+
+def test_an_answer_and_the_history(chat: Chat) -> None:
+    assert said(chat.send("hello")) == "hi there"
+    assert chat.messages == (Message("user", "hello"), Message("assistant", "hi there"))
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("{{ bos_token }}", "")])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_there_is_one_bos_or_none(write_model: Callable[[Scripted], Path], template: str, add_bos: bool) -> None:
+    spec = replace(GREETER, chat_template=template, add_bos=add_bos)
+    with Engine(write_model(spec), ONE_THREAD) as engine:
+        tokens = Chat(engine).prompt([Message("user", "hello")])
+    begins = add_bos or "bos_token" in template
+    assert tokens == [BOS] * begins + spec.ids("[user]", " hello", "[assistant]")
+
+
+def test_the_second_turn_computes_only_what_is_new(chat: Chat) -> None:
+    list(chat.send("hello"))
+    last = last_of(chat.send("again"))
+    # <s>[user] hello[assistant] hi there, then [user] again[assistant]
+    assert last.timing.cached_tokens == 6
+    assert last.timing.prompt_tokens == 9
+    assert len(chat.messages) == 4
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, NO_SYSTEM])
+def test_the_system_message_reaches_the_model(engine: Engine, template: str) -> None:
+    chat = Chat(engine, system="be kind", template=ChatTemplate(template, bos="<s>"), sampling=GREEDY)
+    text = engine.detokenize(chat.prompt([Message("user", "hello")])).decode().replace("▁", " ")
+    assert text == ("[system] be kind[user] hello[assistant]" if template == TEMPLATE else
+                    "[user] be kind\n\nhello[assistant]")  # fmt: skip
+
+
+def test_reset_keeps_the_system_message(engine: Engine) -> None:
+    chat = Chat(engine, system="be kind", sampling=GREEDY)
+    list(chat.send("hello"))
+    chat.reset()
+    assert (chat.messages, chat.system) == ((), "be kind")
+
+
+def test_an_answer_cut_short_is_kept(chat: Chat) -> None:
+    events = chat.send("hello")
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert chat.messages == (Message("user", "hello"), Message("assistant", "hi"))
+    assert said(chat.send("again")) == "hi there"
+
+
+def test_a_turn_without_an_answer_is_left_out(chat: Chat) -> None:
+    flag = threading.Event()
+    flag.set()
+    assert last_of(chat.send("hello", cancel=flag)).reason == "cancelled"
+    assert chat.messages == ()
+
+
+def test_stop_strings_of_the_caller_and_of_the_template(engine: Engine) -> None:
+    chat = Chat(engine, template=ChatTemplate(TEMPLATE, stop=["ere"]), sampling=GREEDY)
+    assert said(chat.send("hello")) == "hi th"
+    assert said(chat.send("hello", stop=["i"])) == "h"
+
+
+def test_regenerate_answers_the_same_question_with_another_seed(engine: Engine) -> None:
+    template = ChatTemplate(TEMPLATE.replace("%}[assistant]", "%}[dice]"), bos="<s>")
+    chat = Chat(engine, template=template, sampling=SamplingOptions(seed=5, temperature=1.0))
+    seeds = [last_of(chat.send("hello")).seed]
+    answers = {chat.messages[-1].content}
+    for _ in range(12):
+        seeds.append(last_of(chat.regenerate()).seed)
+        answers.add(chat.messages[-1].content)
+    assert seeds == list(range(5, 18))
+    assert len(answers) > 1
+    assert [message.role for message in chat.messages] == ["user", "assistant"]
+    list(chat.send("again"))
+    assert last_of(chat.regenerate()).seed == 6
+    assert len(chat.messages) == 4
+
+
+def test_regenerate_without_a_question(chat: Chat) -> None:
+    with pytest.raises(InputError, match="no answer yet"):
+        chat.regenerate()
+
+
+def test_a_conversation_that_no_longer_fits(greeter_path: Path) -> None:
+    with Engine(greeter_path, ContextOptions(n_ctx=256, n_threads=1)) as engine:
+        chat = Chat(engine, sampling=GREEDY)
+        list(chat.send("hello"))
+        with pytest.raises(ContextFullError, match="--ctx-size"):
+            chat.send(" hello" * 300)
+        assert len(chat.messages) == 2
+        assert said(chat.send("again")) == "hi there"
+
+
+# ---- templates
+
+
+def test_a_model_without_a_template(write_model: Callable[[Scripted], Path]) -> None:
+    path = write_model(replace(GREETER, chat_template=None))
+    with Engine(path, ONE_THREAD) as engine:
+        with pytest.raises(TemplateError, match=r"has no chat template: .*--chat-template NAME\|FILE.*--raw"):
+            Chat(engine)
+        assert said(Chat(engine, template="chatml", sampling=replace(GREEDY, n_predict=1)).send("x")) == ""
+
+
+def test_a_models_template_that_attacks(write_model: Callable[[Scripted], Path]) -> None:
+    loop = "{% for a in range(99999) %}{{ 'a' * 100000000 }}{% endfor %}"
+    with (
+        Engine(write_model(replace(GREETER, chat_template=loop)), ONE_THREAD) as engine,
+        pytest.raises(TemplateError, match="does more than a chat needs"),
+    ):
+        Chat(engine).send("hello")
+
+
+# ---- saving and loading
+
+
+def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text("an earlier file")
+    chat = Chat(engine, system="sei lieb", sampling=GREEDY)
+    list(chat.send("hello"))
+    chat.save(path)
+    other = Chat(engine)
+    other.load(path)
+    assert (other.system, other.messages) == (chat.system, chat.messages)
+    assert json.loads(path.read_text(encoding="utf-8"))["model"] == "scripted.gguf"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_save_where_it_cannot_be(chat: Chat, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be saved"):
+        chat.save(tmp_path / "no" / "talk.json")
+
+
+GOOD: dict[str, Any] = {"format": "ggufmoe-chat", "version": 1, "system": None, "messages": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a conversation"),
+        (json.dumps(GOOD | {"version": 2}), "not a conversation that this version saved"),
+        (json.dumps(GOOD | {"messages": None}), "messages are missing"),
+        (json.dumps(GOOD | {"system": 3}), "messages are missing"),
+        (json.dumps(GOOD | {"messages": [{"role": "user"}]}), "a role and a content"),
+        (json.dumps(GOOD | {"messages": [{"role": "system", "content": "x"}]}), "a role and a content"),
+        (json.dumps(GOOD | {"messages": ["x"]}), "a role and a content"),
+    ],
+)
+def test_files_that_are_no_saved_conversation(chat: Chat, tmp_path: Path, content: str, why: str) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(content)
+    list(chat.send("hello"))
+    with pytest.raises(InputError, match=why):
+        chat.load(path)
+    assert len(chat.messages) == 2
+
+
+def test_a_missing_file(chat: Chat, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        chat.load(tmp_path / "no.json")
+
+
+def test_a_file_that_is_far_too_large(chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with open(path, "wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(InputError, match="too large"):
+        chat.load(path)
