@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -68,29 +68,26 @@ class Engine:
         self._vocab_lock = threading.RLock()
         self._cached: list[int] = []
         self._generation = 0
+        self._context_options = context or ContextOptions()
+        self._observer: Any = None
         self.path = Path(path)
         self.header = _checked_header(self.path)
         self._api = _llama()
         self._abort_callback, self._abort_flag = no_wait_callback(self._api)
         try:
-            self._load(context or ContextOptions(), offload or OffloadOptions())
+            self._load(offload or OffloadOptions())
         except BaseException:
             self.close()
             raise
 
-    def _load(self, context: ContextOptions, offload: OffloadOptions) -> None:
+    def _load(self, offload: OffloadOptions) -> None:
         with _loading:
             mark = _log().mark()
             parameters, _kept_alive = _model_parameters(self._api, offload)
             self._model = self._api.llama_model_load_from_file(os.fsencode(self.path), parameters)
             if not self._model:
                 raise ModelLoadError(f"{self.path}: llama.cpp cannot load it: {_log().cause_since(mark)}")
-            self._context = self._api.llama_init_from_model(self._model, self._context_parameters(context))
-            if not self._context:
-                cause = _log().cause_since(mark)
-                raise ModelLoadError(
-                    f"{self.path}: no such context can be made: {cause} (a smaller --ctx-size takes less memory)"
-                )
+            self._context = self._make_context()
         self._vocab = self._api.llama_model_get_vocab(self._model)
         self._memory = self._api.llama_get_memory(self._context)
         if not self._memory or self._api.llama_model_has_encoder(self._model):
@@ -101,6 +98,16 @@ class Engine:
         """Tokens that prompt and answer may have together; llama.cpp rounds what was asked for up to 256."""
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocab)
         self._n_batch: int = self._api.llama_n_batch(self._context)
+
+    def _make_context(self) -> Any:
+        mark = _log().mark()
+        context = self._api.llama_init_from_model(self._model, self._context_parameters(self._context_options))
+        if not context:
+            raise ModelLoadError(
+                f"{self.path}: no such context can be made: {_log().cause_since(mark)} "
+                "(a smaller --ctx-size takes less memory)"
+            )
+        return context
 
     def _context_parameters(self, options: ContextOptions) -> Any:
         parameters = self._api.llama_context_default_params()
@@ -119,6 +126,8 @@ class Engine:
             "abort_callback_data": ctypes.addressof(self._abort_flag),
             "no_perf": True,
         }
+        if self._observer is not None:
+            values["cb_eval"] = self._observer
         for name, value in values.items():
             setattr(parameters, name, value)
         return parameters
@@ -400,19 +409,63 @@ class Engine:
 
         The cache is emptied first and holds ``tokens`` afterwards. Raises as ``generate`` does; Cancelled never.
         """
+        parts = self.logits_by_batch(tokens)
+        rows = np.empty((len(tokens), self.n_vocab), np.float32)
+        done = 0
+        for part in parts:
+            rows[done : done + len(part)] = part
+            done += len(part)
+        return rows
+
+    def logits_by_batch(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """The same rows, at most 512 at a time, for texts whose logits would fill the memory.
+
+        Another generation that begins in between makes this one raise EngineError.
+        """
         ids = list(tokens)
         self._check_prompt(ids)
-        rows = np.empty((len(ids), self.n_vocab), np.float32)
-        size = min(512, self._n_batch)
+        return self._logits_by_batch(ids, min(512, self._n_batch))
+
+    def _logits_by_batch(self, ids: list[int], size: int) -> Iterator[NDArray[np.float32]]:
         with self._lock:
             self.forget()
-            for begin in range(0, len(ids), size):
-                chunk = ids[begin : begin + size]
+            turn = self._generation
+        for begin in range(0, len(ids), size):
+            chunk = ids[begin : begin + size]
+            with self._lock:
+                self._check_turn(turn)
                 if not self._decode(chunk, all_logits=True):
                     raise DecodeError("computing logits was cancelled from another thread")
                 pointer = self._api.llama_get_logits(self._context)
-                rows[begin : begin + size] = np.ctypeslib.as_array(pointer, (len(chunk), self.n_vocab))
-        return rows
+                rows = np.array(np.ctypeslib.as_array(pointer, (len(chunk), self.n_vocab)))
+            yield rows
+
+    @contextmanager
+    def observed(self, observer: Callable[[int, bool], bool]) -> Iterator[None]:
+        """While the block runs, every node of the graphs that llama.cpp computes is shown to ``observer(tensor, ask)``.
+
+        It is called with the address of a ``ggml_tensor``: before the node is computed with ``ask`` true, to say
+        whether it wants to see it; then, if so, once the tensor holds its values. It must not raise. This slows down
+        computing, so it takes a context of its own: at both ends the cache is lost, and an unfinished generation ends
+        with EngineError. Raises EngineError inside another such block.
+        """
+        if self._observer is not None:
+            raise EngineError("the graph of this engine is being observed already")
+        self._renew_context(self._api.ggml_backend_sched_eval_callback(lambda tensor, ask, _: observer(tensor, ask)))
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._context:
+                    self._renew_context(None)
+
+    def _renew_context(self, observer: Any) -> None:
+        with self._lock:
+            self._begin()
+            self._api.llama_free(self._context)
+            self._context, self._cached, self._observer = None, [], observer
+            self._context = self._make_context()
+            self._memory = self._api.llama_get_memory(self._context)
 
     # ---- the end
 
