@@ -19,6 +19,7 @@ from ggufmoe.quant.kernels.trust import KernelReport, Kernels, has_kernel, run, 
 
 QuantizerName = Literal["auto", "fast", "ggml"]
 QUANTIZERS: tuple[QuantizerName, ...] = ("auto", "fast", "ggml")
+_SOURCE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
 _KERNELS = Kernels()
 
 
@@ -38,6 +39,8 @@ def quantize_rows(
     at once, and raises OptionError where a format has a kernel that cannot be used.
     Threads may call this at the same time; the interpreter's lock is released while it computes.
     """
+    if quantizer not in QUANTIZERS:
+        raise OptionError(f"quantizer is {quantizer}, expected auto, fast or ggml")
     if not type.is_quantized:
         _convert(type, src, dst)
         return
@@ -45,7 +48,7 @@ def quantize_rows(
     if type is GGMLType.Q8_0:
         imatrix = None  # ggml does not look at it
     weighted = imatrix is not None
-    if quantizer == "ggml" or not src.size or not has_kernel(type, weighted):
+    if quantizer == "ggml" or not src.size or not has_kernel(type):
         native.quantize_chunk(type, widened(src), dst, imatrix)
         return
     if quantizer == "fast":
@@ -71,7 +74,7 @@ def prepare(
 
     ``dtype`` is numpy's name of the source's type. Raises OptionError as ``quantize_rows`` does.
     """
-    if quantizer == "ggml" or not has_kernel(type, weighted):
+    if quantizer == "ggml" or not has_kernel(type):
         return None
     _, report = _KERNELS.judged(type, dtype, weighted)
     if quantizer == "fast" and report.routine != "fast":
@@ -95,6 +98,8 @@ def _convert(type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8]) -> None:
 def _check_layout(
     type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None
 ) -> None:
+    if src.dtype not in _SOURCE_DTYPES:
+        raise ValueError(f"{type.name}: src is {src.dtype}, expected float32, float16 or uint16 with bfloat16 bits")
     n_rows, n_cols = src.shape
     if dst.dtype != np.uint8 or dst.shape != (n_rows, type.row_bytes(n_cols)) or not dst.flags.writeable:
         raise ValueError(f"{type.name}: dst is {dst.dtype} {dst.shape}, expected {(n_rows, type.row_bytes(n_cols))}")

@@ -279,7 +279,7 @@ class Lanes:
         return self.larger(self.smaller(value, high), low)
 
     def limited(self, value: Value, high: float) -> Value:
-        """``clamp(value, 0, high)`` of floats that are not NaN, compared as integers to spare the multipliers' ports."""
+        """``clamp(value, 0, high)`` of floats, compared as integers: other ports than the multipliers'. No NaN."""
         below = self._integers("smin", value.bits(), self.f32(high).bits())
         return self._integers("smax", below, self.i32(0)).as_float_bits()
 

@@ -28,12 +28,11 @@ PATIENCE_S = 0.4  # of ggml's routine before a kernel is compiled, which takes a
 _ALIGNMENT = 64  # bytes of the widest vector
 _SOURCES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
-# module of each format's kernel; where ggml sums the row's squares first, the kernel wants those sums
-_ALWAYS = {
+_MODULES = {
     GGMLType[name]: name.lower()
     for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 }
-_WITH_IMPORTANCES: dict[GGMLType, str] = {}
+# here ggml spreads importances by the mean square of the whole row
 _ROW_ENERGY = frozenset({GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1})
 
 
@@ -102,9 +101,9 @@ class Kernels:
         return [verdict.report for verdict in list(self._verdicts.values())]
 
 
-def has_kernel(type: GGMLType, weighted: bool) -> bool:
+def has_kernel(type: GGMLType) -> bool:
     """Whether this format has a kernel of its own (others are ggml's business on every machine)."""
-    return type in _ALWAYS or (weighted and type in _WITH_IMPORTANCES)
+    return type in _MODULES
 
 
 def _judge(type: GGMLType, source: str, weighted: bool) -> _Verdict:
@@ -127,7 +126,7 @@ def _judge(type: GGMLType, source: str, weighted: bool) -> _Verdict:
 def _compiled(type: GGMLType, source: str, weighted: bool) -> Native:
     lanes = import_module("ggufmoe.quant.kernels.lanes")
     machine = import_module("ggufmoe.quant.kernels.machine")
-    module = import_module(f"ggufmoe.quant.kernels.{_ALWAYS.get(type) or _WITH_IMPORTANCES[type]}")
+    module = import_module(f"ggufmoe.quant.kernels.{_MODULES[type]}")
     geometry = lanes.Geometry(type.block_size, type.block_bytes, lanes.Source[source], weighted)
     compiled: Native = machine.compile_kernel(geometry, module.quantize)
     return compiled

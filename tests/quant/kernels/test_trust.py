@@ -1,0 +1,194 @@
+"""Which routine is used when, what is reported, and that a wrong or missing kernel is never trusted."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ggufmoe import native
+from ggufmoe.errors import OptionError
+from ggufmoe.ggufheader import GGMLType
+from ggufmoe.quant import kernels
+from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows, trust
+from ggufmoe.quant.kernels.lanes import Geometry, Lanes, Rows, Source
+from ggufmoe.quant.kernels.machine import Host, compile_kernel, host
+from ggufmoe.quant.kernels.trust import Kernels, has_kernel, probe, probe_importances, run
+from tests.quant.kernels.corpora import rows
+
+NO_LLVMLITE = """
+import sys
+sys.modules["llvmlite"] = None
+import logging, numpy as np
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+from ggufmoe import native
+from ggufmoe.errors import OptionError
+from ggufmoe.ggufheader import GGMLType
+from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows
+src = np.random.default_rng(0).normal(0, 1, (4, 512)).astype(np.float32)
+ours, theirs = (np.zeros((4, GGMLType.Q6_K.row_bytes(512)), np.uint8) for _ in range(2))
+print(prepare(GGMLType.Q6_K).routine, prepare(GGMLType.Q6_K).reason)
+quantize_rows(GGMLType.Q6_K, src, ours)
+native.quantize_chunk(GGMLType.Q6_K, src, theirs)
+print((ours == theirs).all(), len(kernel_report()))
+try:
+    quantize_rows(GGMLType.Q6_K, src, ours, quantizer="fast")
+except OptionError as error:
+    print(error)
+"""
+
+
+def row_of(type: GGMLType, quantizer: kernels.QuantizerName) -> bytes:
+    src = rows(0, "normal")
+    dst = np.zeros((len(src), type.row_bytes(src.shape[1])), np.uint8)
+    quantize_rows(type, src, dst, quantizer=quantizer)
+    return dst.tobytes()
+
+
+def test_without_llvmlite_ggml_does_it_all() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_LLVMLITE], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("WARNING:ggufmoe:Q6_K from F32: ggml's own routine is used (no kernel could be compiled")
+    assert lines[1].startswith("ggml no kernel could be compiled")
+    assert lines[2] == "True 1"
+    assert lines[3].startswith("Q6_K: the fast quantizer cannot be used: no kernel could be compiled")
+    assert len(lines) == 4, "the fallback is logged once"
+
+
+def test_nothing_is_loaded_before_the_first_kernel() -> None:
+    code = "import sys, ggufmoe.quant.kernels; print('llvmlite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_kernel_with_wrong_bytes_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Q4_0's kernel in the place of IQ4_NL's: blocks of the same size, other bytes
+    monkeypatch.setitem(trust._MODULES, GGMLType.IQ4_NL, "q4_0")
+    judges = Kernels()
+    with caplog.at_level(logging.WARNING, "ggufmoe"):
+        kernel, report = judges.judged(GGMLType.IQ4_NL, "float32", weighted=False)
+        judges.judged(GGMLType.IQ4_NL, "float32", weighted=False)
+    assert kernel is None
+    assert report.routine == "ggml"
+    assert "bytes of a test tile differ from ggml's" in report.reason
+    assert len(caplog.records) == 1
+
+
+def test_reports_say_what_was_used() -> None:
+    report = prepare(GGMLType.Q4_K, "uint16", weighted=True, quantizer="fast")
+    assert report is not None
+    assert (report.type, report.source, report.weighted, report.routine) == (GGMLType.Q4_K, "BF16", True, "fast")
+    assert report.compile_s > 0
+    assert report in kernel_report()
+    assert prepare(GGMLType.Q4_K, quantizer="ggml") is None
+    assert prepare(GGMLType.IQ2_XXS, weighted=True) is None
+
+
+def test_choices_of_the_quantizer_give_the_same_bytes() -> None:
+    for type_ in (GGMLType.Q5_K, GGMLType.TQ2_0):
+        assert row_of(type_, "auto") == row_of(type_, "fast") == row_of(type_, "ggml")
+
+
+def test_a_kernel_is_compiled_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    judges = Kernels()
+    key = GGMLType.Q8_0, "float32", False
+    assert judges.worthwhile(*key) is None
+    judges.spent(*key, trust.PATIENCE_S / 2)
+    assert judges.worthwhile(*key) is None
+    judges.spent(*key, trust.PATIENCE_S)
+    assert judges.worthwhile(*key) is not None
+    assert [report.routine for report in judges.report()] == ["fast"]
+    monkeypatch.setattr(kernels, "_KERNELS", judges)
+    assert row_of(GGMLType.Q8_0, "auto") == row_of(GGMLType.Q8_0, "ggml")
+
+
+def test_threads_do_not_compile_twice_nor_wait() -> None:
+    judges = Kernels()
+    key = GGMLType.Q4_1, "float32", False
+    judges.spent(*key, trust.PATIENCE_S)
+    with judges._lock:
+        assert judges.worthwhile(*key) is None
+    threads = [threading.Thread(target=judges.judged, args=key) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(judges.report()) == 1
+
+
+def test_importances_are_nothing_to_q8_0() -> None:
+    src = rows(0, "normal")
+    dst, plain = (np.zeros((len(src), GGMLType.Q8_0.row_bytes(src.shape[1])), np.uint8) for _ in range(2))
+    quantize_rows(GGMLType.Q8_0, src, dst, np.ones(src.shape[1], np.float32), "fast")
+    quantize_rows(GGMLType.Q8_0, src, plain, None, "ggml")
+    assert dst.tobytes() == plain.tobytes()
+
+
+def test_plain_types_from_every_source() -> None:
+    exact = np.array([[0.5, -2.0, 1.5, 0.0]], np.float32)
+    sources: list[NDArray[Any]] = [exact, exact.astype(np.float16), (exact.view(np.uint32) >> 16).astype(np.uint16)]
+    for type_, dtype in ((GGMLType.F32, np.float32), (GGMLType.F16, np.float16), (GGMLType.BF16, np.uint16)):
+        expected = next(source for source in sources if source.dtype == dtype)
+        for source in sources:
+            dst = np.zeros((1, type_.row_bytes(4)), np.uint8)
+            quantize_rows(type_, source, dst)
+            assert dst.tobytes() == expected.tobytes()
+
+
+def test_no_rows() -> None:
+    dst = np.zeros((0, GGMLType.Q4_K.row_bytes(256)), np.uint8)
+    quantize_rows(GGMLType.Q4_K, np.zeros((0, 256), np.float32), dst, quantizer="fast")
+
+
+def test_wrong_layouts_are_refused() -> None:
+    src, dst = np.zeros((2, 256), np.float32), np.zeros((2, GGMLType.Q4_K.row_bytes(256)), np.uint8)
+    wrong: dict[str, Callable[[], None]] = {
+        "dst is": lambda: quantize_rows(GGMLType.Q4_K, src, dst[:1]),
+        "imatrix is": lambda: quantize_rows(GGMLType.Q4_K, src, dst, np.zeros(4, np.float32)),
+        "C-contiguous": lambda: quantize_rows(GGMLType.Q4_K, np.zeros((256, 2), np.float32).T, dst),
+        "src is": lambda: quantize_rows(GGMLType.Q4_K, src.astype(np.float64), dst),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q5_1"])
+def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
+    """The code of machines without AVX-512."""
+    type_ = GGMLType[name]
+    narrow = Host(host().cpu, host().features, 8, permutes=False)
+    module = __import__(f"ggufmoe.quant.kernels.{name.lower()}", fromlist=["quantize"])
+    kernel = compile_kernel(Geometry(type_.block_size, type_.block_bytes, Source.F32, True), module.quantize, narrow)
+    weights = probe("F32")
+    importances = probe_importances(weights.shape[1])
+    ours, theirs = (np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8) for _ in range(2))
+    run(kernel, type_, weights, ours, importances)
+    native.quantize_chunk(type_, weights, theirs, importances)
+    assert np.array_equal(ours, theirs)
+
+
+def test_every_kernel_can_be_listed() -> None:
+    def doubled(k: Lanes, x: Rows, importance: Rows | None) -> None:
+        k.store_words(0, [(x[i] + x[i]).bits() for i in range(32)])
+
+    kernel = compile_kernel(Geometry(32, 128, Source.F32, False), doubled, listing=True)
+    assert "quantize" in kernel.assembly
+    src, dst = np.arange(64, dtype=np.float32).reshape(2, 32), np.zeros((2, 128), np.uint8)
+    run(kernel, SimpleNamespace(block_size=32), src, dst, None)  # type: ignore[arg-type]
+    assert np.array_equal(dst.view(np.float32), 2 * src)
+
+
+def test_formats_without_a_kernel_are_known() -> None:
+    assert not has_kernel(GGMLType.IQ3_S)
+    with pytest.raises(OptionError, match="quantizer is slow, expected auto, fast or ggml"):
+        quantize_rows(GGMLType.Q4_K, rows(0, "zero"), np.zeros((4, 288), np.uint8), quantizer="slow")  # type: ignore[arg-type]
