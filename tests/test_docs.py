@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from ggufmoe.cli.app import root_command
+from ggufmoe.merge.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,12 +89,20 @@ def test_the_librarys_example_runs(
     assert found is not None
     assert len([line for line in found[1].splitlines() if line]) <= 8
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-mixtral").symlink_to(tiny_checkpoint(tokenizer="json", chat_template=TEMPLATE))
+    shutil.copytree(tiny_checkpoint(tokenizer="json", chat_template=TEMPLATE), "my-mixtral")
     names: dict[str, Any] = {}
     exec(found[1], names)
     question, answer = names["chat"].messages
     assert (question.role, answer.role) == ("user", "assistant")
     assert capsys.readouterr().out.strip() == answer.content.strip()
+
+
+def test_the_recipe_is_one(tmp_path: Path) -> None:
+    found = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    (tmp_path / "recipe.yaml").write_text(found[1], encoding="utf-8")
+    recipe, _ = load_recipe(tmp_path / "recipe.yaml")
+    assert [len(expert.positive_prompts) for expert in recipe.experts] == [1, 1]
 
 
 def test_the_table_of_sizes_is_what_the_script_prints() -> None:
