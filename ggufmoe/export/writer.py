@@ -95,9 +95,9 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     NoSpaceError on the way, Cancelled when asked to stop.
     """
     started = time.monotonic()
-    check_output(plan, force=options.force, resume=options.resume)
     journal = Journal(journal_path(plan.output), fingerprint(plan))
     finished = _finished_tiles(plan, journal) if options.resume else None
+    check_output(plan, force=options.force, resume=finished is not None)
     check_space(plan, resume=finished is not None)
     if options.prepare is not None:
         options.prepare()
@@ -134,7 +134,10 @@ def check_place(output: Path, *, replace: bool) -> None:
 
 
 def check_output(plan: ExportPlan, *, force: bool, resume: bool) -> None:
-    """Refuse an output that is an input, is there already, or cannot be there."""
+    """Refuse an output that is an input, is there already, or cannot be there.
+
+    A resumed run may have given some of its files their names already: those are its own.
+    """
     for file in plan.files:
         for path in (file.path, partial_path(file.path), journal_path(plan.output)):
             _refuse_input(path, plan.input_paths)

@@ -304,6 +304,14 @@ def test_an_existing_output_needs_force(tiny_checkpoint: Make, tmp_path: Path) -
     assert read_header(output).tensors
 
 
+def test_resume_does_not_replace_a_finished_file(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    output = write(tiny_checkpoint(seed=1), tmp_path / "a.gguf")
+    before = output.read_bytes()
+    with pytest.raises(OutputExistsError, match="--force"):
+        write(tiny_checkpoint(seed=2), output, WriteOptions(resume=True))
+    assert output.read_bytes() == before
+
+
 @pytest.mark.parametrize("link", ["same", "symlink", "hardlink", "partial"])
 def test_an_output_that_is_an_input_is_always_refused(tmp_path: Path, link: str) -> None:
     directory = tiny.make_checkpoint(tmp_path / "model", n_layer=1)
