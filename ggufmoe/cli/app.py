@@ -141,7 +141,7 @@ def _root_options(arguments: Sequence[str]) -> list[str]:
 
 
 def _wrong_usage(error: Any) -> int:
-    message = _one_line(error.format_message())
+    message = _one_line(error.format_message()).replace("Value error, ", "")
     if not message:  # no arguments: the help has been printed in its place
         return 2
     context = getattr(error, "ctx", None)

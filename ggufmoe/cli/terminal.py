@@ -24,7 +24,8 @@ def interruptible(start: Callable[[CancelFlag], Iterator[Event]]) -> Iterator[Ev
     KeyboardInterrupt. What ``start`` raises is raised here.
     """
     cancel = threading.Event()
-    inbox: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
+    # short, so that the answer does not run far ahead of what is shown
+    inbox: queue.Queue[Event | Exception | None] = queue.Queue(maxsize=4)
 
     def work() -> None:
         try:
@@ -44,10 +45,18 @@ def interruptible(start: Callable[[CancelFlag], Iterator[Event]]) -> Iterator[Ev
                 yield item
         finally:
             cancel.set()
-            worker.join()
+            while worker.is_alive():
+                _discard(inbox)
+                worker.join(0.01)
 
 
-def _take(inbox: queue.SimpleQueue[Any]) -> Any:
+def _discard(inbox: queue.Queue[Any]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            inbox.get_nowait()
+
+
+def _take(inbox: queue.Queue[Any]) -> Any:
     while True:
         # with a time limit, because Windows notices Ctrl-C only between waits
         with contextlib.suppress(queue.Empty):

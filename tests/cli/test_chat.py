@@ -1,0 +1,180 @@
+"""``ggufmoe chat``, over pipes and with typed lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import PipeInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from ggufmoe.cli import chat as chat_module
+from ggufmoe.cli.app import exit_code
+from tests.runtime.scripted import Scripted
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ ' ' + m.content }}{% endfor %}[assistant]"
+MODEL = Scripted(
+    {"[assistant]": " hi", " hi": " there"}, pieces=["[user]", "[system]", " hello"], chat_template=TEMPLATE
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(MODEL.write(tmp_path_factory.mktemp("chat") / "model.gguf"))
+
+
+@pytest.fixture
+def talk(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, list[str]]]:
+    """Sends lines over stdin; gives the exit code, stdout and the lines on stderr."""
+
+    def call(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        code = exit_code(["chat", model, "--temp", "0", "-t", "1", *options])
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    return call
+
+
+Talk = Callable[..., tuple[int, str, list[str]]]
+
+
+def test_a_conversation_over_pipes(talk: Talk) -> None:
+    code, out, err = talk("hello", "", "  hello  ")
+    assert (code, out) == (0, "hi there\nhi there\n")
+    assert err[0] == "model.gguf: a context of 512 tokens. /help lists the commands, Ctrl-D leaves."
+    assert err[1].startswith("prompt: 4 tokens, ")
+    assert err[2].startswith("prompt: 3 tokens (6 reused), ")
+
+
+def test_quiet(talk: Talk) -> None:
+    assert talk("hello", options=("--quiet",)) == (0, "hi there\n", [])
+
+
+def test_help_lists_every_command(talk: Talk) -> None:
+    _, out, err = talk("/help")
+    assert out == ""
+    for word in ("help", "reset", "system", "regen", "save", "load", "stats", "exit"):
+        assert any(line.startswith(f"/{word} ") for line in err)
+
+
+def test_exit_leaves_at_once(talk: Talk) -> None:
+    assert talk("/exit", "hello")[:2] == (0, "")
+
+
+def test_reset(talk: Talk) -> None:
+    _, out, err = talk("hello", "/reset", "/stats")
+    assert out == "hi there\n"
+    assert "context: 6 of 512 tokens; 0 messages" in err
+
+
+def test_stats(talk: Talk) -> None:
+    _, _, err = talk("/stats", "hello", "/stats")
+    assert "no answer yet" in err
+    assert "context: 6 of 512 tokens; 2 messages" in err
+    assert err[-1].startswith("prompt: 4 tokens")
+
+
+def test_system(talk: Talk) -> None:
+    _, _, err = talk("/system", "/system be kind", "/system", options=("-sys", "be quick"))
+    assert err[1:] == ["system message: be quick", "system message: be kind", "system message: be kind"]
+    assert talk("/system")[2][1:] == ["system message: (none)"]
+
+
+def test_regen(talk: Talk) -> None:
+    _, out, err = talk("/regen", "hello", "/regen")
+    assert out == "hi there\nhi there\n"
+    assert err[1] == "error: there is no answer yet that could be given again"
+
+
+def test_save_and_load(talk: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    _, _, err = talk("hello", f"/save {path}")
+    assert err[-1] == f"saved to {path}"
+    assert len(json.loads(path.read_text(encoding="utf-8"))["messages"]) == 2
+    _, out, err = talk(f"/load {path}", "hello", "/stats")
+    assert out == "hi there\n"
+    assert f"2 messages from {path}" in err
+    assert any(line.endswith("4 messages") for line in err)
+
+
+def test_mistakes_do_not_end_the_conversation(talk: Talk, tmp_path: Path) -> None:
+    code, out, err = talk("/sav", "/xyz", "/save", f"/load {tmp_path / 'no'}", "word " * 600, "hello")
+    assert (code, out) == (0, "hi there\n")
+    assert err[1:4] == [
+        "error: there is no /sav; did you mean /save?",
+        "error: there is no /xyz; /help lists them",
+        "error: name a file",
+    ]
+    assert "cannot be read" in err[4]
+    assert "--ctx-size" in err[5]
+
+
+def test_why_an_answer_ended(talk: Talk) -> None:
+    _, out, err = talk("hello", options=("-n", "1"))
+    assert out == "hi\n"
+    assert err[1] == "(stopped at the limit of new tokens: --n-predict)"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(io.StringIO):
+        """Somebody who presses Ctrl-C at the first word, once."""
+
+        def write(self, text: str) -> int:
+            if self.tell() == 0:
+                signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    screen = Impatient()
+    monkeypatch.setattr(sys, "stdout", screen)
+    code, _, err = talk("hello", "hello")
+    assert code == 0
+    first, second = screen.getvalue().splitlines()
+    assert "hi there".startswith(first)
+    assert second == "hi there"
+    assert any(line.startswith("prompt: ") for line in err)
+
+
+# ---- typed lines
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[PipeInput]:
+    """A keyboard, with the history in a folder of its own."""
+    monkeypatch.setattr(chat_module, "state_directory", lambda: tmp_path / "state")
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        yield keyboard
+
+
+def test_typed_lines_are_edited_and_remembered(
+    keys: PipeInput, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys.send_text("helo\x1b[Dl\n" + "half a line\x03" + "again\n" + "\x04")
+    assert list(chat_module._typed_lines()) == ["hello", "again"]
+    assert capsys.readouterr().err == "(Ctrl-D or /exit leaves)\n"
+    assert list(chat_module._history().load_history_strings()) == ["again", "hello"]
+    assert (tmp_path / "state" / "chat_history").is_file()
+
+
+def test_without_a_folder_for_the_history(keys: PipeInput, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where the folder should be")
+    keys.send_text("one\n\x04")
+    assert list(chat_module._typed_lines()) == ["one"]
+
+
+def test_a_conversation_in_a_terminal(
+    keys: PipeInput, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    keys.send_text("hello\n/exit\n")
+    assert exit_code(["chat", model, "--temp", "0", "--quiet", "-t", "1"]) == 0
+    assert capsys.readouterr().out == "hi there\n"

@@ -1,0 +1,219 @@
+"""``ggufmoe run``: what is on stdout, what on stderr, and the exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.terminal import interruptible, state_directory
+from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing, Token
+from tests.runtime.scripted import Scripted
+
+GREEDY = ("--temp", "0", "-t", "1")
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+MODEL = Scripted(
+    {" once": " upon", " upon": " a", "[assistant]": " héllo", " on": " on"},
+    pieces=["[user]", "[system]"],
+    chat_template=TEMPLATE,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(MODEL.write(tmp_path_factory.mktemp("run") / "model.gguf"))
+
+
+@pytest.fixture
+def run(model: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*args: str) -> tuple[int, str, str]:
+        code = exit_code(["run", model, *args, *GREEDY])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_an_answer_and_its_speeds(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("hi")
+    assert (code, out) == (0, "héllo\n")
+    assert err.startswith("prompt: 5 tokens, ")
+    assert "answer: 1 tokens, " in err
+    assert err.count("\n") == 1
+
+
+def test_quiet(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run("hi", "--quiet") == (0, "héllo\n", "")
+
+
+def test_raw_text_is_continued(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run(" once", "--raw")
+    assert (code, out) == (0, " once upon a\n")
+
+
+def test_the_number_of_new_tokens(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run(" on", "--raw", "-n", "3")[1] == " on" * 4 + "\n"
+
+
+@pytest.mark.parametrize(("text", "prompt"), [(" once\n", " once"), ("two\nlines\r\n", "two\nlines")])
+def test_a_prompt_from_stdin(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, text: str, prompt: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    code, out, _ = run("-", "--json", "--raw")
+    assert (code, json.loads(out)["prompt"]) == (0, prompt)
+
+
+def test_json(run: Callable[..., tuple[int, str, str]], model: str) -> None:
+    code, out, _ = run("hi", "--json", "--seed", "3")
+    assert code == 0
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert result["prompt_s"] > 0
+    assert {key: result[key] for key in ("model", "prompt", "text", "finish_reason", "seed")} == {
+        "model": model,
+        "prompt": "hi",
+        "text": "héllo",
+        "finish_reason": "stop",
+        "seed": 3,
+    }
+    assert (result["prompt_tokens"], result["cached_tokens"], result["generated_tokens"]) == (5, 0, 1)
+
+
+def test_a_system_prompt_and_a_template_from_a_file(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ messages[0].content }}")
+    assert run("hi", "-sys", " once", "--chat-template", str(file))[1] == "upon a\n"
+
+
+def test_without_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = replace(MODEL, chat_template=None).write(tmp_path / "m.gguf")
+    assert exit_code(["run", str(path), "hi"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {path}: the file has no chat template")
+    assert "--chat-template NAME|FILE" in err
+    assert "--raw" in err
+    assert exit_code(["run", str(path), " once", "--raw", "--quiet", *GREEDY]) == 0
+    assert capsys.readouterr().out == " once upon a\n"
+
+
+def test_raw_and_a_template_contradict_each_other(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("hi", "--raw", "--chat-template", "chatml")
+    assert (code, out) == (1, "")
+    assert "--raw takes the text as it is" in err
+
+
+@pytest.mark.parametrize("args", [("nothing.gguf", "hi"), (str(Path(__file__)), "hi")])
+def test_files_that_are_no_model(args: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["run", *args]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {args[0]}: ")
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_stops_the_answer(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient(io.StringIO):
+        """Somebody who presses Ctrl-C at the fifth piece."""
+
+        def write(self, text: str) -> int:
+            if self.tell() == len(" on" * 5):
+                signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    screen = Impatient()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", screen)
+        code = exit_code(["run", model, " on", "--raw", "-n", "-1", "-c", "512", *GREEDY])
+    assert code == 130
+    assert len(screen.getvalue()) < len(" on" * 512)
+    assert screen.getvalue().endswith("on\n")
+    assert "error: stopped\n" in capsys.readouterr().err
+
+
+# ---- events from another thread
+
+_END = Finished("", "cancelled", Timing(1, 0, 0.0, 0, 0, 0.0), 0)
+
+
+def test_events_pass_through() -> None:
+    assert list(interruptible(lambda cancel: iter([Token("a", 1), _END]))) == [Token("a", 1), _END]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_raised_in_the_other_thread_is_raised_here() -> None:
+    def start(cancel: CancelFlag) -> Iterator[Event]:
+        yield Token("a", 1)
+        raise ValueError("from there")
+
+    events = interruptible(start)
+    assert next(events) == Token("a", 1)
+    with pytest.raises(ValueError, match="from there"):
+        next(events)
+
+
+def test_ctrl_c_cancels_and_a_second_one_interrupts() -> None:
+    cancelled = threading.Event()
+
+    def start(cancel: CancelFlag) -> Iterator[Event]:
+        yield Token("a", 1)
+        while not cancel.is_set():
+            pass
+        cancelled.set()
+        yield _END
+
+    events = interruptible(start)
+    next(events)
+    signal.raise_signal(signal.SIGINT)
+    assert next(events) == _END
+    assert cancelled.is_set()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    events.close()  # type: ignore[attr-defined]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_leaving_early_stops_the_other_thread() -> None:
+    stopped = threading.Event()
+
+    def start(cancel: CancelFlag) -> Iterator[Event]:
+        while not cancel.is_set():
+            yield Token("a", 1)
+        stopped.set()
+
+    events = interruptible(start)
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert stopped.is_set()
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "expected"),
+    [
+        ("linux", "XDG_STATE_HOME", "ggufmoe"),
+        ("linux", None, ".local/state/ggufmoe"),
+        ("darwin", None, "Library/Application Support/ggufmoe"),
+        ("win32", "LOCALAPPDATA", "ggufmoe"),
+        ("win32", None, "AppData/Local/ggufmoe"),
+    ],
+)
+def test_the_state_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, variable: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert state_directory() == tmp_path / expected
