@@ -18,7 +18,7 @@ import pytest
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.convert import Interrupt
 from ggufmoe.cli.progress import BarProgress, LineProgress, NoProgress, progress_display
-from ggufmoe.export.writer import Progress, journal_path
+from ggufmoe.export.writer import Progress, partial_path
 from ggufmoe.ggufheader import read_header
 
 Make = Callable[..., Path]
@@ -118,6 +118,11 @@ main(sys.argv[1:])
 """
 
 
+def _has_data(path: Path) -> bool:
+    """Whether a partial file, which has its full size from the start, holds anything yet."""
+    return path.exists() and any(path.read_bytes())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_what_resume_goes_on_from(tiny_checkpoint: Make, tmp_path: Path, number: int) -> None:
     output = tmp_path / "a.gguf"
@@ -127,7 +132,7 @@ def test_an_interrupt_leaves_what_resume_goes_on_from(tiny_checkpoint: Make, tmp
         [sys.executable, "-c", script, *arguments, "-t", "1"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not journal_path(output).exists() and time.monotonic() < deadline:
+    while not _has_data(partial_path(output)) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(number)
