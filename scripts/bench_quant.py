@@ -2,7 +2,7 @@
 """Speed of the quantization kernels beside ggml's routines: million weights per second, ours and ggml's in turn.
 
     .venv/bin/python scripts/bench_quant.py                       every format, one thread and all cores
-    .venv/bin/python scripts/bench_quant.py Q4_K Q6_K --source bf16 --lanes 8
+    .venv/bin/python scripts/bench_quant.py Q4_K Q6_K --source bf16 --cpu x86-64-v3
     .venv/bin/python scripts/bench_quant.py --check 100000000     compare bytes instead, this many weights per format
 
 A ratio is taken from two runs next to each other; the table shows the median and the quartiles of many.
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ggufmoe import native
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.quant.kernels import trust
-from ggufmoe.quant.kernels.lanes import Geometry, Source
-from ggufmoe.quant.kernels.machine import Host, Native, compile_kernel, host
+from ggufmoe.quant.kernels.lanes import Source
+from ggufmoe.quant.kernels.machine import Host, host
 
 FORMATS = tuple(trust._MODULES)
 N_ROWS, N_COLS = 64, 4096
@@ -69,7 +68,7 @@ def main() -> int:
     formats = [GGMLType[name.upper()] for name in options.formats] or list(FORMATS)
     variants = [(type_, weighted) for type_ in formats for weighted in (False, True)]
     variants = [variant for variant in variants if variant != (GGMLType.Q8_0, True)]
-    target = Host(host().cpu, host().features, 8, permutes=False) if options.lanes == 8 else host()
+    target = Host(options.cpu, "", 8, permutes=False) if options.cpu else host()
     if options.check:
         return _check_all(variants, options, target)
     print(f"{target.cpu}, {target.width} lanes, source {options.source}, {N_ROWS} x {N_COLS} weights", file=sys.stderr)
@@ -86,14 +85,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--check", type=int, metavar="N", help="compare the bytes of N weights per format instead")
     parser.add_argument("--rounds", type=int, default=15, help="paired measurements per line")
     parser.add_argument("--source", choices=("f32", "f16", "bf16"), default="f32")
-    parser.add_argument("--lanes", type=int, choices=(8, 16), help="8: the code of machines without AVX-512")
+    parser.add_argument("--cpu", help="compile for another processor, as LLVM names it (x86-64-v3: AVX2)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     return parser.parse_args()
-
-
-def _compiled(type_: GGMLType, weighted: bool, source: Source, target: Host) -> Native:
-    module = import_module(f"ggufmoe.quant.kernels.{trust._MODULES[type_]}")
-    return compile_kernel(Geometry(type_.block_size, type_.block_bytes, source, weighted), module.quantize, target)
 
 
 def _weights(seed: int, source: Source, n_rows: int = N_ROWS) -> NDArray[Any]:
@@ -111,13 +105,14 @@ def _importances(seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).gamma(0.5, 1, N_COLS).astype(np.float32)
 
 
-def _contest(type_: GGMLType, weighted: bool, kernel: Native, source: Source, seed: int) -> Contest:
+def _contest(kernel: trust.Kernel, source: Source, seed: int) -> Contest:
+    type_, weighted = kernel.type, kernel.weighted
     rows, imatrix = _weights(seed, source), _importances(seed) if weighted else None
     dst = np.zeros((N_ROWS, type_.row_bytes(N_COLS)), np.uint8)
     few = rows[: 8 if type_.block_size == 256 or weighted else N_ROWS]
 
     def ours() -> None:
-        trust.run(kernel, type_, rows, dst, imatrix)
+        trust.run(kernel, rows, dst, imatrix)
 
     def ggml() -> None:
         native.quantize_chunk(type_, trust.widened(few), dst[: len(few)], imatrix)
@@ -126,8 +121,8 @@ def _contest(type_: GGMLType, weighted: bool, kernel: Native, source: Source, se
 
 
 def _measure(type_: GGMLType, weighted: bool, threads: int, source: Source, target: Host, rounds: int) -> Speed:
-    kernel = _compiled(type_, weighted, source, target)
-    contests = [_contest(type_, weighted, kernel, source, seed) for seed in range(threads)]
+    kernel = trust.compile_format(type_, source.name, weighted, target)
+    contests = [_contest(kernel, source, seed) for seed in range(threads)]
     n_ours, n_ggml = N_ROWS * N_COLS * threads, contests[0].n_weights * threads
     with ThreadPoolExecutor(threads) as pool:
 
@@ -145,7 +140,7 @@ def _measure(type_: GGMLType, weighted: bool, threads: int, source: Source, targ
         pairs = [(rate(turns_ours, n_ours, "ours"), rate(turns_ggml, n_ggml, "ggml")) for _ in range(rounds)]
     low, ratio, high = statistics.quantiles([ours / ggml for ours, ggml in pairs], n=4)
     ours, ggml = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return Speed(type_.name, weighted, threads, ours, ggml, ratio, low, high, kernel.compile_s)
+    return Speed(type_.name, weighted, threads, ours, ggml, ratio, low, high, kernel.native.compile_s)
 
 
 def _repeat(call: Callable[[], None], turns: int) -> None:
@@ -166,12 +161,12 @@ def _check_all(variants: list[tuple[GGMLType, bool]], options: argparse.Namespac
     wrong = 0
     for type_, weighted in variants:
         source = Source[options.source.upper()]
-        kernel = _compiled(type_, weighted, source, target)
+        kernel = trust.compile_format(type_, source.name, weighted, target)
         n_weights = n_bytes = 0
         for rows, seed in _corpus(options.check, source):
             imatrix = _importances(seed) if weighted else None
             ours, theirs = (np.zeros((len(rows), type_.row_bytes(N_COLS)), np.uint8) for _ in range(2))
-            trust.run(kernel, type_, rows, ours, imatrix)
+            trust.run(kernel, rows, ours, imatrix)
             native.quantize_chunk(type_, trust.widened(rows), theirs, imatrix)
             n_weights, n_bytes = n_weights + rows.size, n_bytes + int(np.count_nonzero(ours != theirs))
         wrong += n_bytes

@@ -55,7 +55,7 @@ def quantize_rows(
         prepare(type, src.dtype.name, weighted, quantizer)
     kernel = _KERNELS.worthwhile(type, src.dtype.name, weighted)
     if kernel is not None:
-        run(kernel, type, src, dst, imatrix)
+        run(kernel, src, dst, imatrix)
         return
     start = time.perf_counter()
     native.quantize_chunk(type, widened(src), dst, imatrix)

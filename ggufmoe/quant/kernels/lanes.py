@@ -476,6 +476,34 @@ class Lanes:
             for i, vector in enumerate(self._transposed(vectors)):
                 rows[chunk * self.width + i] = Value(self, vector)
 
+    def write_row_energies(self) -> None:
+        """A whole kernel instead of ``tiles``: each lane has a row and writes its mean square to ``dst``.
+
+        The squares are added in order, as ggml does it before it looks at a row's blocks.
+        """
+        b, (src, dst, n_rows, per_row) = self.b, self.function.args[:4]
+        item = self.geometry.source.item_bytes
+        block_bytes = ir.Constant(_I64, self.geometry.block_size * item)
+        with self._loop(n_rows, self.width) as first:
+            self._place_lanes(first)
+            row_bytes = b.mul(per_row, block_bytes)
+            starts = [b.gep(src, [b.mul(row, row_bytes)], source_etype=_I8) for row in self._blocks]
+            total = self.variable(self.f32(0.0))
+            with self._loop(per_row, 1) as block:
+                for part in range(0, self.geometry.block_size, self.width):
+                    offset = b.add(b.mul(block, block_bytes), ir.Constant(_I64, part * item))
+                    vectors = [
+                        self._widened(b.gep(start, [offset], source_etype=_I8), self.geometry.source)
+                        for start in starts
+                    ]
+                    for vector in self._transposed(vectors):
+                        total.set(total.get() + Value(self, vector) * Value(self, vector))
+            n_weights = b.sitofp(b.mul(per_row, ir.Constant(_I64, self.geometry.block_size)), _F32)
+            means = total.get() / self.splat(n_weights)
+            for lane, row in enumerate(self._blocks):
+                b.store(b.extract_element(means.ir, ir.Constant(_I32, lane)), b.gep(dst, [row], source_etype=_F32))
+        b.ret(ir.Constant(_I64, 0))
+
     def _widened(self, address: Any, source: Source) -> Any:
         if source is Source.F32:
             return self.b.load(address, typ=self.floats, align=1)

@@ -16,7 +16,7 @@ from typing import Any
 
 from llvmlite import binding
 
-from ggufmoe.quant.kernels.lanes import Geometry, Lanes, Rows
+from ggufmoe.quant.kernels.lanes import Geometry, Lanes, Rows, Source
 
 Body = Callable[[Lanes, Rows, Rows | None], None]
 
@@ -66,12 +66,24 @@ def host() -> Host:
 
 def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None, *, listing: bool = False) -> Native:
     """Native code for ``body``; ``listing`` keeps its assembly. Raises RuntimeError where LLVM cannot."""
-    target = target or host()
+
+    def write(k: Lanes) -> None:
+        with k.tiles() as (weights, importances):
+            body(k, weights, importances)
+
+    return _compiled(geometry, write, target or host(), listing)
+
+
+def compile_row_energies(source: Source, target: Host | None = None) -> Native:
+    """Native code that writes the mean square of each row of blocks of 32 (``Lanes.write_row_energies``)."""
+    return _compiled(Geometry(32, 4, source, weighted=False), Lanes.write_row_energies, target or host(), False)
+
+
+def _compiled(geometry: Geometry, write: Callable[[Lanes], None], target: Host, listing: bool) -> Native:
     start = time.perf_counter()
     with _COMPILING:
         k = Lanes(geometry, target.width, target.permutes)
-        with k.tiles() as (weights, importances):
-            body(k, weights, importances)
+        write(k)
         k.module.triple = binding.get_process_triple()
         machine = binding.Target.from_triple(k.module.triple).create_target_machine(
             cpu=target.cpu, features=target.features, opt=3, jit=True

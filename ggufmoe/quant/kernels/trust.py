@@ -21,7 +21,7 @@ from ggufmoe import native
 from ggufmoe.ggufheader import GGMLType
 
 if TYPE_CHECKING:
-    from ggufmoe.quant.kernels.machine import Native
+    from ggufmoe.quant.kernels.machine import Host, Native
 
 _LOG = logging.getLogger("ggufmoe")
 PATIENCE_S = 0.4  # of ggml's routine before a kernel is compiled, which takes about as long
@@ -51,7 +51,7 @@ class KernelReport:
 @dataclass(frozen=True)
 class _Verdict:
     report: KernelReport
-    native: Native | None
+    kernel: Kernel | None
 
 
 _Key = tuple[GGMLType, str, bool]
@@ -65,7 +65,7 @@ class Kernels:
         self._spent_s: dict[_Key, float] = {}
         self._lock = threading.Lock()
 
-    def judged(self, type: GGMLType, dtype: str, weighted: bool) -> tuple[Native | None, KernelReport]:
+    def judged(self, type: GGMLType, dtype: str, weighted: bool) -> tuple[Kernel | None, KernelReport]:
         """The trusted kernel, or None where ggml's routine is to be used, and the report that says why."""
         key = (type, _SOURCES[dtype], weighted)
         if key not in self._verdicts:
@@ -73,9 +73,9 @@ class Kernels:
                 if key not in self._verdicts:
                     self._verdicts[key] = _judge(*key)
         verdict = self._verdicts[key]
-        return verdict.native, verdict.report
+        return verdict.kernel, verdict.report
 
-    def worthwhile(self, type: GGMLType, dtype: str, weighted: bool) -> Native | None:
+    def worthwhile(self, type: GGMLType, dtype: str, weighted: bool) -> Kernel | None:
         """The trusted kernel once compiling it pays, which small models never reach; None while ggml shall do it.
 
         One thread compiles and the others go on with ggml's routine; the bytes are the same.
@@ -89,7 +89,7 @@ class Kernels:
                     self._verdicts[key] = _judge(*key)
             finally:
                 self._lock.release()
-        return self._verdicts[key].native
+        return self._verdicts[key].kernel
 
     def spent(self, type: GGMLType, dtype: str, weighted: bool, seconds: float) -> None:
         """Note that ggml's routine took this long for a format that has a kernel."""
@@ -108,10 +108,10 @@ def has_kernel(type: GGMLType) -> bool:
 
 def _judge(type: GGMLType, source: str, weighted: bool) -> _Verdict:
     start = time.perf_counter()
-    kernel: Native | None = None
+    kernel: Kernel | None = None
     try:
-        kernel = _compiled(type, source, weighted)
-        reason = _difference(kernel, type, source, weighted)
+        kernel = compile_format(type, source, weighted)
+        reason = _difference(kernel, source)
     except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = f"no kernel could be compiled: {' '.join(str(error).split())}"
     elapsed_s = time.perf_counter() - start
@@ -123,22 +123,35 @@ def _judge(type: GGMLType, source: str, weighted: bool) -> _Verdict:
     return _Verdict(KernelReport(type, source, weighted, "fast", "same bytes as ggml", elapsed_s), kernel)
 
 
-def _compiled(type: GGMLType, source: str, weighted: bool) -> Native:
+@dataclass(frozen=True)
+class Kernel:
+    """Native code for a format, and for the sums over rows where its importances want them."""
+
+    type: GGMLType
+    weighted: bool
+    native: Native
+    row_energies: Native | None
+
+
+def compile_format(type: GGMLType, source: str, weighted: bool, target: Host | None = None) -> Kernel:
+    """The kernel of a format, unchecked, for this machine or for ``target``."""
     lanes = import_module("ggufmoe.quant.kernels.lanes")
     machine = import_module("ggufmoe.quant.kernels.machine")
     module = import_module(f"ggufmoe.quant.kernels.{_MODULES[type]}")
     geometry = lanes.Geometry(type.block_size, type.block_bytes, lanes.Source[source], weighted)
-    compiled: Native = machine.compile_kernel(geometry, module.quantize)
-    return compiled
+    compiled = machine.compile_kernel(geometry, module.quantize, target)
+    wants_energies = weighted and type in _ROW_ENERGY
+    row_energies = machine.compile_row_energies(lanes.Source[source], target) if wants_energies else None
+    return Kernel(type, weighted, compiled, row_energies)
 
 
-def _difference(kernel: Native, type: GGMLType, source: str, weighted: bool) -> str:
+def _difference(kernel: Kernel, source: str) -> str:
     weights = probe(source)
     n_rows, n_cols = weights.shape
-    imatrix = probe_importances(n_cols) if weighted else None
-    ours, theirs = (np.zeros((n_rows, type.row_bytes(n_cols)), np.uint8) for _ in range(2))
-    run(kernel, type, weights, ours, imatrix)
-    native.quantize_chunk(type, widened(weights), theirs, imatrix)
+    imatrix = probe_importances(n_cols) if kernel.weighted else None
+    ours, theirs = (np.zeros((n_rows, kernel.type.row_bytes(n_cols)), np.uint8) for _ in range(2))
+    run(kernel, weights, ours, imatrix)
+    native.quantize_chunk(kernel.type, widened(weights), theirs, imatrix)
     n_differing = int(np.count_nonzero(ours != theirs))
     return f"{n_differing} of {ours.size} bytes of a test tile differ from ggml's" if n_differing else ""
 
@@ -180,38 +193,30 @@ def widened(src: NDArray[Any]) -> NDArray[np.float32]:
     return wide
 
 
-def run(
-    kernel: Native, type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None
-) -> None:
+def run(kernel: Kernel, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None = None) -> None:
     """Quantize with a compiled kernel; rows that hold a block it cannot do are given to ggml.
 
     Those are blocks that span less than 1e-36 or more than a float holds: ggml's arithmetic overflows there.
     """
     n_rows, n_cols = src.shape
-    per_row = n_cols // type.block_size
-    scratch = np.empty(kernel.scratch_bytes + _ALIGNMENT, np.uint8)
+    per_row = n_cols // kernel.type.block_size
     odd = np.zeros(n_rows * per_row, np.uint8)
-    energy = _row_energy(src) if imatrix is not None and type in _ROW_ENERGY else None
-    some_odd = kernel.call(
+    energies = np.empty(n_rows, np.float32)
+    if kernel.row_energies is not None:
+        kernel.row_energies.call(src.ctypes.data, energies.ctypes.data, n_rows, per_row, None, None, None, None)
+    scratch = np.empty(kernel.native.scratch_bytes + _ALIGNMENT, np.uint8)
+    some_odd = kernel.native.call(
         src.ctypes.data,
         dst.ctypes.data,
         odd.size,
         per_row,
         None if imatrix is None else imatrix.ctypes.data,
-        None if energy is None else energy.ctypes.data,
+        energies.ctypes.data,
         odd.ctypes.data,
         -(-scratch.ctypes.data // _ALIGNMENT) * _ALIGNMENT,
     )
     if some_odd:
         rows = np.nonzero(odd.reshape(n_rows, per_row).any(axis=1))[0]
         redone = np.empty((len(rows), dst.shape[1]), np.uint8)
-        native.quantize_chunk(type, widened(src[rows]), redone, imatrix)
+        native.quantize_chunk(kernel.type, widened(src[rows]), redone, imatrix)
         dst[rows] = redone
-
-
-def _row_energy(src: NDArray[Any]) -> NDArray[np.float32]:
-    """Mean square of each row, summed in order as ggml does (``accumulate`` has one order, ``sum`` has not)."""
-    wide = widened(src)
-    with np.errstate(over="ignore"):
-        totals: NDArray[np.float32] = np.add.accumulate(wide * wide, axis=1)[:, -1] / np.float32(src.shape[1])
-    return np.ascontiguousarray(totals)

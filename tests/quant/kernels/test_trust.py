@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from ggufmoe.quant import kernels
 from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows, trust
 from ggufmoe.quant.kernels.lanes import Geometry, Lanes, Rows, Source
 from ggufmoe.quant.kernels.machine import Host, compile_kernel, host
-from ggufmoe.quant.kernels.trust import Kernels, has_kernel, probe, probe_importances, run
+from ggufmoe.quant.kernels.trust import Kernels, compile_format, has_kernel, probe, probe_importances, run
 from tests.quant.kernels.corpora import rows
 
 NO_LLVMLITE = """
@@ -166,26 +165,27 @@ def test_wrong_layouts_are_refused() -> None:
 def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
     """The code of machines without AVX-512."""
     type_ = GGMLType[name]
-    narrow = Host(host().cpu, host().features, 8, permutes=False)
-    module = __import__(f"ggufmoe.quant.kernels.{name.lower()}", fromlist=["quantize"])
-    kernel = compile_kernel(Geometry(type_.block_size, type_.block_bytes, Source.F32, True), module.quantize, narrow)
+    kernel = compile_format(type_, "F32", True, Host(host().cpu, host().features, 8, permutes=False))
     weights = probe("F32")
     importances = probe_importances(weights.shape[1])
     ours, theirs = (np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8) for _ in range(2))
-    run(kernel, type_, weights, ours, importances)
+    run(kernel, weights, ours, importances)
     native.quantize_chunk(type_, weights, theirs, importances)
     assert np.array_equal(ours, theirs)
 
 
-def test_every_kernel_can_be_listed() -> None:
+def test_a_kernel_can_be_listed() -> None:
     def doubled(k: Lanes, x: Rows, importance: Rows | None) -> None:
         k.store_words(0, [(x[i] + x[i]).bits() for i in range(32)])
 
-    kernel = compile_kernel(Geometry(32, 128, Source.F32, False), doubled, listing=True)
-    assert "quantize" in kernel.assembly
-    src, dst = np.arange(64, dtype=np.float32).reshape(2, 32), np.zeros((2, 128), np.uint8)
-    run(kernel, SimpleNamespace(block_size=32), src, dst, None)  # type: ignore[arg-type]
-    assert np.array_equal(dst.view(np.float32), 2 * src)
+    compiled = compile_kernel(Geometry(32, 128, Source.F32, False), doubled, listing=True)
+    assert "quantize" in compiled.assembly
+    src, dst = np.arange(96, dtype=np.float32), np.zeros(96, np.float32)
+    addresses = src.ctypes.data, dst.ctypes.data
+    scratch = np.empty(compiled.scratch_bytes + 64, np.uint8)
+    aligned = -(-scratch.ctypes.data // 64) * 64
+    assert compiled.call(*addresses, 3, 3, None, None, None, aligned) == 0
+    assert np.array_equal(dst, 2 * src)
 
 
 def test_formats_without_a_kernel_are_known() -> None:
