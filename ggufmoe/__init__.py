@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ggufmoe.options import ContextOptions, ConvertOptions, MergeOptions, OffloadOptions, SamplingOptions
     from ggufmoe.runtime.chat import Chat
     from ggufmoe.runtime.engine import Engine
+    from ggufmoe.runtime.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
 
 __version__ = "0.1.0"
 
@@ -72,6 +73,9 @@ __all__ = [
     "OutputExistsError",
     "RecipeError",
     "ResumeError",
+    "RoutedToken",
+    "RoutingTrace",
+    "RoutingTracer",
     "SafetensorsError",
     "SamplingOptions",
     "TemplateError",
@@ -80,6 +84,7 @@ __all__ = [
     "__version__",
     "convert",
     "merge",
+    "trace_routing",
 ]
 
 _HOMES = {
@@ -89,9 +94,13 @@ _HOMES = {
     "Engine": "ggufmoe.runtime.engine",
     "MergeOptions": "ggufmoe.options",
     "OffloadOptions": "ggufmoe.options",
+    "RoutedToken": "ggufmoe.runtime.routing",
+    "RoutingTrace": "ggufmoe.runtime.routing",
+    "RoutingTracer": "ggufmoe.runtime.routing",
     "SamplingOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
     "merge": "ggufmoe.convert",
+    "trace_routing": "ggufmoe.runtime.routing",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""
 

@@ -49,6 +49,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t); const char * ggml_backend_reg_name(...)
     "ggml_backend_dev_backend_reg": (_VOID, (_VOID,)),
     "ggml_backend_reg_name": (ctypes.c_char_p, (_VOID,)),
+    # void ggml_backend_tensor_get(const struct ggml_tensor *, void * data, size_t offset, size_t size)
+    "ggml_backend_tensor_get": (None, (_VOID, _VOID, _SIZE, _SIZE)),
+    # size_t ggml_nbytes(const struct ggml_tensor *)
+    "ggml_nbytes": (_SIZE, (_VOID,)),
 }
 
 
@@ -181,3 +185,40 @@ def _convert(function: str, src: NDArray[Any], src_dtype: type, dst: NDArray[Any
     if src.size != dst.size:
         raise ValueError(f"{function}: {src.size} elements do not fit {dst.size}")
     getattr(library(), function)(_address(src, src_dtype), _address(dst, dst_dtype), src.size)
+
+
+class _TensorHead(ctypes.Structure):
+    """How ``struct ggml_tensor`` begins (ggml.h): sizes and strides in bytes, the fastest dimension first."""
+
+    _fields_ = (("type", ctypes.c_int), ("buffer", _VOID), ("ne", _I64 * 4), ("nb", _SIZE * 4))
+
+
+@cache
+def _get_name() -> Any:
+    # const char * ggml_get_name(const struct ggml_tensor *); called for every node of a graph, so the interpreter's
+    # lock is not given up for it
+    return ctypes.PYFUNCTYPE(ctypes.c_char_p, _VOID)(("ggml_get_name", library()))
+
+
+def tensor_name(tensor: int) -> bytes:
+    """Name of the ``ggml_tensor`` at an address."""
+    name: bytes = _get_name()(tensor)
+    return name
+
+
+def tensor_values(tensor: int) -> NDArray[Any]:
+    """A copy of a computed F32 or I32 ``ggml_tensor``, on whatever device it lies: four dimensions, in numpy order.
+
+    Views with gaps between their rows are read as such.
+    """
+    head = _TensorHead.from_address(tensor)
+    dtype = {GGMLType.F32.id: np.float32, GGMLType.I32.id: np.int32}.get(head.type)
+    if dtype is None:
+        raise ValueError(f"{tensor_name(tensor)!r} is of type {head.type}, neither F32 nor I32")
+    shape, strides = tuple(reversed(head.ne)), tuple(reversed(head.nb))
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    data = np.empty(library().ggml_nbytes(tensor), np.uint8)
+    library().ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
+    values: NDArray[Any] = np.ndarray(shape, dtype, data, 0, strides).copy()
+    return values

@@ -1,0 +1,236 @@
+"""Recording: the routers' tensors are copied out of the graph while llama.cpp computes it.
+
+In the graph of any model with experts llama.cpp names, for layer N, ``ffn_moe_probs-N`` (the router's scores of all
+experts), ``ffn_moe_topk-N`` (the chosen ones) and ``ffn_moe_weights...-N`` (what their outputs are multiplied by, under
+the name of the last step that it takes).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe import native
+from ggufmoe.errors import EngineError, InputError
+from ggufmoe.options import SamplingOptions
+from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.events import Event, Token
+from ggufmoe.runtime.routing.trace import Floats, RoutingTrace
+
+_PREFIX = b"ffn_moe_"
+_WANTED = re.compile(rb"ffn_moe_(probs|topk|weights|weights_softmax|weights_norm|weights_scaled)-(\d+)")
+_LAST_STEP_FIRST = ("weights_scaled", "weights_norm", "weights_softmax", "weights")
+
+
+def trace_routing(
+    engine: Engine, text: str | Sequence[int], *, generate: int = 0, sampling: SamplingOptions | None = None
+) -> RoutingTrace:
+    """Which experts each token of ``text`` went to, and of up to ``generate`` tokens that continue it.
+
+    ``text`` may be token ids; in a string special tokens are read as such, and BOS is added where the model wants it.
+    Tokens are generated at full speed, the likeliest ones unless ``sampling`` says otherwise, and then the whole text
+    is computed once more under observation: half to nine tenths of the usual speed, the less the smaller the model.
+    The engine's KV cache is lost.
+
+    Raises InputError for a model without experts and for an empty text, ContextFullError if it does not fit.
+    """
+    _check_has_experts(engine)
+    prompt = engine.tokenize(text, parse_special=True) if isinstance(text, str) else list(text)
+    ids = prompt + _continued(engine, prompt, generate, sampling)
+    recorder = _Recorder(keep_all=True, stop=engine.cancel)
+    with engine.observed(recorder), recorder.checked():
+        for _ in engine.logits_by_batch(ids):  # with logits on all rows, the last layer computes all rows as well
+            recorder.check()
+    return _assemble(engine, recorder, ids, len(prompt))
+
+
+def _continued(engine: Engine, prompt: list[int], n: int, sampling: SamplingOptions | None) -> list[int]:
+    if n < 0:
+        raise InputError(f"the number of tokens to generate must be 0 or more, not {n}")
+    # one place of the context stays free, which computing logits wants
+    n = min(n, engine.n_ctx - 1 - len(prompt))
+    if n <= 0:
+        return []
+    events = engine.generate(prompt, replace(sampling or SamplingOptions(temperature=0.0), n_predict=n))
+    return [event.token_id for event in events if isinstance(event, Token)]
+
+
+def _check_has_experts(engine: Engine) -> None:
+    architecture = engine.metadata("general.architecture")
+    if not engine.metadata(f"{architecture}.expert_count"):
+        raise InputError(f"{engine.path}: a dense model: it has no experts to route between")
+
+
+def _assemble(engine: Engine, recorder: _Recorder, ids: list[int], n_prompt: int) -> RoutingTrace:
+    layers = recorder.layers()
+    if not layers:
+        raise EngineError(f"{engine.path}: llama.cpp's graph of this architecture names no expert choices")
+    parts = [recorder.routing(layer) for layer in layers]
+    if any(len(rows) != len(ids) for part in parts for rows in part):
+        raise EngineError(f"{engine.path}: this architecture does not route every token in every layer")
+    probabilities, chosen, weights = (np.stack(rows, axis=1) for rows in zip(*parts, strict=True))
+    return RoutingTrace(
+        token_ids=tuple(ids),
+        texts=tuple(_text(engine, token) for token in ids),
+        n_prompt=n_prompt,
+        layers=layers,
+        probabilities=probabilities,
+        chosen=chosen,
+        weights=weights,
+    )
+
+
+def _text(engine: Engine, token: int) -> str:
+    piece = engine.piece(token, special=True)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in piece)
+
+
+@dataclass(frozen=True)
+class RoutedToken(Token):
+    """A new token, and which experts were at work when it was drawn."""
+
+    expert_weights: tuple[float, ...]
+    """Weight of each expert in the step whose logits the token was drawn from, mean over the layers; sums to one."""
+
+
+class RoutingTracer:
+    """Watches the routers of an engine while it generates, for a display that grows with the answer.
+
+    ::
+
+        with RoutingTracer(engine) as tracer:
+            for event in tracer.follow(chat.send("What is 2 + 2?")):
+                if isinstance(event, RoutedToken):
+                    draw(event.text, event.expert_weights)
+
+    Inside the block generation is slower, as with ``trace_routing``. The engine's KV cache is lost at both ends, so it
+    is best kept open for a whole conversation. Raises InputError for a model without experts, EngineError if the
+    engine is observed already.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        _check_has_experts(engine)
+        self._recorder = _Recorder(keep_all=False, stop=engine.cancel)
+        self._attached = ExitStack()
+        self._attached.enter_context(engine.observed(self._recorder))
+
+    def follow(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The same events, each Token as a RoutedToken. Iterate where the tokens are made: it looks at the present."""
+        for event in events:
+            self._recorder.check()
+            if isinstance(event, Token):
+                weights = self.latest().mean(axis=0)
+                yield RoutedToken(event.text, event.token_id, tuple((weights / weights.sum()).tolist()))
+            else:
+                yield event
+
+    def latest(self) -> Floats:
+        """Weight of each expert in each layer for the row computed last: (n_layer, n_expert), zero if it did not run.
+
+        Raises EngineError before anything has been computed.
+        """
+        layers = self._recorder.layers()
+        if not layers:
+            raise EngineError("nothing has been computed yet whose routing could be told")
+        dense = []
+        for layer in layers:
+            probabilities, chosen, weights = self._recorder.routing(layer)
+            row = np.zeros(probabilities.shape[1], np.float32)
+            row[chosen[-1]] = weights[-1]
+            dense.append(row)
+        return np.stack(dense)
+
+    def close(self) -> None:
+        """Let go of the engine, which runs at full speed again."""
+        self._attached.close()
+
+    def __enter__(self) -> RoutingTracer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Recorder:
+    """An observer of graphs that keeps the rows of the routers' tensors: all, or only the last of each.
+
+    ``stop`` ends the computation when something goes wrong here.
+    """
+
+    def __init__(self, *, keep_all: bool, stop: Callable[[], None]) -> None:
+        self._keep_all = keep_all
+        self._stop = stop
+        self._rows: dict[tuple[str, int], list[NDArray[Any]]] = {}
+        self._failure: BaseException | None = None
+
+    def __call__(self, tensor: int, ask: bool) -> bool:
+        if self._failure is not None:
+            return not ask
+        try:
+            name = native.tensor_name(tensor)
+            found = _WANTED.fullmatch(name) if name.startswith(_PREFIX) else None
+            if found is None:
+                return False
+            if not ask:
+                self._take(found[1].decode(), int(found[2]), native.tensor_values(tensor))
+        except BaseException as failure:  # nothing can be raised through C, not even Ctrl-C: check() raises it
+            self._failure = failure
+            self._stop()
+        return True
+
+    def _take(self, kind: str, layer: int, values: NDArray[Any]) -> None:
+        if not values.size:
+            return
+        # weights come as (n_token, n_expert_used, 1) or as (n_token, n_expert_used)
+        n_columns = self._rows["topk", layer][0].shape[1] if kind.startswith("weights") else values.shape[-1]
+        rows = values.reshape(-1, n_columns)
+        if self._keep_all:
+            self._rows.setdefault((kind, layer), []).append(rows)
+        else:
+            self._rows[kind, layer] = [rows[-1:]]
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """At the end of the block, raise what went wrong here before what followed from it."""
+        try:
+            yield
+        finally:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong while llama.cpp was computing."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers of which everything needed was seen."""
+        return tuple(
+            sorted(layer for kind, layer in self._rows if kind == "weights" and ("probs", layer) in self._rows)
+        )
+
+    def routing(self, layer: int) -> tuple[Floats, NDArray[np.int32], Floats]:
+        """Probabilities (n_token, n_expert), chosen and weights (n_token, n_expert_used) of one layer."""
+        rows = {kind: np.concatenate(parts) for (kind, of), parts in self._rows.items() if of == layer}
+        weights = next(rows[kind] for kind in _LAST_STEP_FIRST if kind in rows)
+        return _probabilities(rows["probs"], are_logits="weights_softmax" in rows), rows["topk"], weights
+
+
+def _probabilities(scores: Floats, *, are_logits: bool) -> Floats:
+    """Scores that sum to one; some architectures apply the softmax only to those that were chosen."""
+    if are_logits:
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out: Floats = scores / scores.sum(axis=-1, keepdims=True)
+    return out
