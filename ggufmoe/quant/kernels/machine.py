@@ -71,17 +71,19 @@ def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None, *
         with k.tiles() as (weights, importances):
             body(k, weights, importances)
 
-    return _compiled(geometry, write, target or host(), listing)
+    return _compiled(geometry, write, target, listing)
 
 
 def compile_row_energies(source: Source, target: Host | None = None) -> Native:
     """Native code that writes the mean square of each row of blocks of 32 (``Lanes.write_row_energies``)."""
-    return _compiled(Geometry(32, 4, source, weighted=False), Lanes.write_row_energies, target or host(), False)
+    return _compiled(Geometry(32, 4, source, weighted=False), Lanes.write_row_energies, target, False)
 
 
-def _compiled(geometry: Geometry, write: Callable[[Lanes], None], target: Host, listing: bool) -> Native:
+def _compiled(geometry: Geometry, write: Callable[[Lanes], None], target: Host | None, listing: bool) -> Native:
     start = time.perf_counter()
     with _COMPILING:
+        here = host()  # in any case: it also sets LLVM up
+        target = target or here
         k = Lanes(geometry, target.width, target.permutes)
         write(k)
         k.module.triple = binding.get_process_triple()
