@@ -45,7 +45,7 @@ def convert_command(
     if dry_run:
         _show_plan(source, output, options, as_json)
         return
-    result = _convert(source, output, options, quiet)
+    result = run_conversion(source, output, options, quiet=quiet)
     if not quiet:
         if result.router_report is not None:
             print_router(result.router_report)
@@ -54,7 +54,8 @@ def convert_command(
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": peak_memory_bytes()}))
 
 
-def _convert(source: str, output: Path, options: ConvertOptions, quiet: bool) -> ConvertResult:
+def run_conversion(source: str, output: Path, options: ConvertOptions, *, quiet: bool) -> ConvertResult:
+    """Convert with a progress display and a gentle Ctrl-C."""
     from ggufmoe.convert import convert_with
 
     interrupt = Interrupt()
