@@ -22,7 +22,7 @@ import typer.main
 from ggufmoe.errors import GgufmoeError
 
 INTERRUPTED = 130
-# typer vendors click since 0.26 and imports it before; its exception tree is reached through what is public in both
+# newer typers carry a click of their own; the exceptions are reached through what is public in all of them
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 _SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
 
@@ -41,6 +41,7 @@ VERBS = (
     Verb("merge", "ggufmoe.cli.merge:merge_command", "Merge dense models into a Mixtral checkpoint."),
     Verb("run", "ggufmoe.cli.run:run_command", "Print one answer of a model."),
     Verb("chat", "ggufmoe.cli.chat:chat_command", "Talk with a model in the terminal."),
+    Verb("route", "ggufmoe.cli.route:route_command", "Show which experts every token went to."),
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
 )
 
