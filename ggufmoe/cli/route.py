@@ -1,0 +1,211 @@
+"""``ggufmoe route``: which experts every token went to, in the terminal and as HTML, PNG and JSON."""
+
+# ruff: noqa: RUF009 (option() makes a dataclass field)
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ggufmoe.cli.params import with_options
+from ggufmoe.cli.route_view import RouteView
+from ggufmoe.cli.terminal import note
+from ggufmoe.errors import InputError, OptionError, OutputError, OutputExistsError
+from ggufmoe.options import ContextOptions, OffloadOptions, option
+from ggufmoe.runtime.chat import Chat, Message
+from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.routing import RoutingTrace, trace_routing
+from ggufmoe.runtime.routing.page import routing_page
+from ggufmoe.runtime.routing.plot import write_picture
+from ggufmoe.runtime.routing.report import shares_report, trace_report
+from ggufmoe.runtime.routing.statistics import LabelledShares, share_by_label, summarize
+
+_MAX_PROMPTS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """What is traced, and how it is shown."""
+
+    prompts: Path | None = option(
+        None, "--prompts", help='Compare by label: lines of {"label": ..., "prompt": ...}.', metavar="FILE.jsonl"
+    )
+    generate: int = option(0, "--generate", help="Go on with so many of the likeliest tokens.", metavar="N")
+    chat: bool = option(False, "--chat", help="Put each prompt into the model's chat template.")
+    layer: int | None = option(None, "--layer", help="Colour by one layer, not by the mean of all.", metavar="L")
+    capacity_factor: float = option(1.0, "--capacity-factor", help="Room in each expert, 1: its even part.")
+    html: Path | None = option(None, "--html", help="Write a page that explains itself.", metavar="FILE")
+    png: Path | None = option(None, "--png", help="Write a picture (needs matplotlib).", metavar="FILE")
+    json: Path | None = option(None, "--json", help="Write all numbers; - for stdout, alone.", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        if self.generate < 0:
+            raise OptionError(f"--generate takes 0 or more tokens, not {self.generate}")
+        if not self.capacity_factor > 0:
+            raise OptionError(f"--capacity-factor must be greater than 0, not {self.capacity_factor}")
+
+
+Labelled = list[tuple[str, str]]
+"""(label, prompt) pairs."""
+
+
+@with_options(RouteOptions, ContextOptions, OffloadOptions)
+def route_command(
+    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    route: RouteOptions,
+    context: ContextOptions,
+    offload: OffloadOptions,
+    prompt: Annotated[str | None, typer.Argument(help="Text to route; - reads it from stdin.")] = None,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option("--compare", help="Compare two prompts.", metavar="A B")
+    ] = None,
+) -> None:
+    """Show which experts every token went to."""
+    prompts = _prompts(prompt, compare, route)
+    _check_outputs(model, route)
+    with Engine(model, context, offload) as engine:
+        traced = _traced(engine, model, prompts, route, compared=prompt is None)
+    if str(route.json) != "-":
+        _show(traced, route)
+    _write_files(traced, route)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    model: Path
+    texts: tuple[tuple[str, RoutingTrace], ...]
+    """(label, trace) pairs."""
+    shares: LabelledShares | None
+    """By label, if prompts are compared; without BOS, which all prompts share."""
+
+
+def _prompts(prompt: str | None, compare: tuple[str, str] | None, route: RouteOptions) -> Labelled:
+    if sum(given is not None for given in (prompt, compare, route.prompts)) != 1:
+        raise typer.BadParameter("give one of: a PROMPT, --compare with two prompts, --prompts with a file")
+    if route.prompts is not None:
+        if route.png is not None:
+            raise typer.BadParameter("--png draws one prompt: use --html for many")
+        return _read_prompts(route.prompts)
+    if compare is not None:
+        if route.png is not None:
+            raise typer.BadParameter("--png draws one prompt: use --html to compare")
+        return [("A", compare[0]), ("B", compare[1])]
+    text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt or ""
+    return [("prompt", text)]
+
+
+def _read_prompts(path: Path) -> Labelled:
+    """Labelled prompts of a JSONL file. Raises InputError with the number of the line."""
+    try:
+        if path.stat().st_size > _MAX_PROMPTS_BYTES:
+            raise InputError(f"{path}: more than {_MAX_PROMPTS_BYTES >> 20} MiB of prompts; take a part of them")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    found = [_labelled(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise InputError(f"{path}: there is no prompt in it")
+    return found
+
+
+def _labelled(path: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:{number}: not JSON: {error}") from error
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("label", "prompt")):
+        raise InputError(f'{path}:{number}: expected {{"label": "...", "prompt": "..."}}')
+    return row["label"], row["prompt"]
+
+
+def _check_outputs(model: Path, route: RouteOptions) -> None:
+    for path in (route.html, route.png, route.json):
+        if path is not None and path.exists() and any(path.samefile(read) for read in _inputs(model, route)):
+            raise OutputExistsError(f"{path}: is one of the inputs; name another file")
+
+
+def _inputs(model: Path, route: RouteOptions) -> list[Path]:
+    return [path for path in (model, route.prompts) if path is not None and path.exists()]
+
+
+def _traced(engine: Engine, model: Path, prompts: Labelled, route: RouteOptions, *, compared: bool) -> _Traced:
+    texts = tuple((label, _trace(engine, text, route)) for label, text in prompts)
+    bos = engine.bos_token
+    own = ((label, trace.part(int(trace.token_ids[0] == bos and trace.n_token > 1))) for label, trace in texts)
+    return _Traced(model, texts, share_by_label(own) if compared else None)
+
+
+def _trace(engine: Engine, text: str, route: RouteOptions) -> RoutingTrace:
+    prompt: Any = Chat(engine).prompt((Message("user", text),)) if route.chat else text
+    trace = trace_routing(engine, prompt, generate=route.generate)
+    if route.layer is not None:
+        trace.row_of(route.layer)
+    return trace
+
+
+def _show(traced: _Traced, route: RouteOptions) -> None:
+    view = RouteView(sys.stdout)
+    first = traced.texts[0][1]
+    view.model(traced.model.name, first)
+    if traced.shares is None:
+        view.text(first, route.layer)
+        view.summary(first, summarize(first, route.capacity_factor), route.layer)
+        return
+    if route.prompts is None:
+        for label, trace in traced.texts:
+            view.text(trace, route.layer, title=label)
+    view.comparison(traced.shares)
+
+
+def _write_files(traced: _Traced, route: RouteOptions) -> None:
+    if route.json is not None:
+        _write_json(route.json, traced, route.capacity_factor)
+    if route.html is not None:
+        titles = ["Text"] if traced.shares is None else _titles([label for label, _ in traced.texts])
+        texts = [(title, trace) for title, (_, trace) in zip(titles, traced.texts, strict=True)]
+        factor = route.capacity_factor
+        _write(route.html, routing_page(traced.model.name, texts, shares=traced.shares, capacity_factor=factor))
+    if route.png is not None:
+        try:
+            write_picture(route.png, traced.model.name, traced.texts[0][1], route.layer)
+        except OSError as error:
+            raise OutputError(f"{route.png}: cannot be written: {error.strerror}") from error
+        note(f"wrote {route.png}")
+
+
+def _titles(labels: list[str]) -> list[str]:
+    """Each label, with its number among its like where there are several."""
+    seen: dict[str, int] = {}
+    titles = []
+    for label in labels:
+        seen[label] = seen.get(label, 0) + 1
+        titles.append(f"{label}, {seen[label]}" if labels.count(label) > 1 else label)
+    return titles
+
+
+def _write_json(path: Path, traced: _Traced, capacity_factor: float) -> None:
+    texts = [
+        {"label": label, **trace_report(trace, summarize(trace, capacity_factor))} for label, trace in traced.texts
+    ]
+    content: dict[str, Any] = {"model": str(traced.model), "texts": texts}
+    if traced.shares is not None:
+        content["comparison"] = shares_report(traced.shares)
+    written = json.dumps(content, ensure_ascii=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(written)
+    else:
+        _write(path, written)
+
+
+def _write(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    note(f"wrote {path}")

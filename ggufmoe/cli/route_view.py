@@ -1,0 +1,133 @@
+"""The terminal's view of a routing trace: coloured text, heat maps, summary.
+
+What colours say is always said by marks as well, so the view works over pipes, with NO_COLOR and for everyone's eyes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TextIO
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from ggufmoe.runtime.routing.palette import expert_colour, lead
+from ggufmoe.runtime.routing.report import summary_lines
+from ggufmoe.runtime.routing.statistics import LabelledShares, Numbers, Summary, favourites
+from ggufmoe.runtime.routing.trace import RoutingTrace, visible
+
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SHADES = " ░▒▓█"
+_ASCII_SHADES = " .:+#"
+_CELL = 8
+
+
+class RouteView:
+    """Writes to a stream, in colour if it is a terminal that shows them, as wide as the terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream, highlight=False, markup=False, emoji=False)
+        self._ascii = self._console.options.ascii_only
+
+    def model(self, name: str, trace: RoutingTrace) -> None:
+        """The first lines: what the model is like, and the legend."""
+        runs = (
+            "all run on every token, so their weights are shown"
+            if trace.every_expert_runs
+            else f"{trace.n_expert_used} of them run on each token"
+        )
+        layers = "layer" if trace.n_layer == 1 else "layers"
+        self._print(f"{visible(name)}: {trace.n_expert} experts in {trace.n_layer} {layers}; {runs}")
+        legend = Text("after each token stands the expert that counted most: ")
+        for expert in range(trace.n_expert):
+            legend.append(f" {expert} {self._mark(expert)} ", _tint(expert, 1.0))
+            legend.append(" ")
+        self._console.print(legend)
+
+    def text(self, trace: RoutingTrace, layer: int | None, title: str = "Text") -> None:
+        """The tokens, each coloured and marked by the expert with the highest weight."""
+        where = "mean of all layers" if layer is None else f"layer {layer}"
+        self._title(f"{visible(title)}, {where}")
+        weights = trace.mean_weights(layer)
+        line = Text()
+        for i, text in enumerate(trace.texts):
+            if i == trace.n_prompt:
+                line.append(" >> " if self._ascii else " » ")
+            expert = int(weights[i].argmax())
+            line.append(visible(text), _tint(expert, lead(float(weights[i, expert]), trace.n_expert)))
+            line.append(self._mark(expert) + ("\n" if text.endswith("\n") else ""))
+        self._console.print(line)
+        if trace.n_prompt < trace.n_token:
+            self._print(
+                f"({trace.n_token - trace.n_prompt} tokens after {'>>' if self._ascii else '»'} were generated)"
+            )
+
+    def summary(self, trace: RoutingTrace, summary: Summary, layer: int | None) -> None:
+        """Heat map, numbers, and the tokens that each expert likes."""
+        what = "weight" if trace.every_expert_runs else "choices"
+        self._title(f"Share of {what} by layer and expert, %")
+        rows = [*zip(map(str, trace.layers), summary.share, strict=True), ("mean", summary.mean_share)]
+        self._heat("layer", rows)
+        self._title("Summary")
+        for name, value in summary_lines(trace, summary):
+            self._print(f"{name + ':':<21} {value}")
+        self._title("Tokens that each expert likes most")
+        for expert in range(trace.n_expert):
+            liked = favourites(trace, expert, layer=layer)
+            words = ", ".join(f"{visible(one.text).strip() or repr(one.text)} {100 * one.weight:.0f}%" for one in liked)
+            self._print(f"expert {expert}: {words or 'none'}")
+
+    def comparison(self, shares: LabelledShares) -> None:
+        """Share of every expert by label, in the mean of all layers and where labels differ most."""
+        what = "weight" if shares.by_weight else "choices"
+        names = [f"{visible(label)} ({n})" for label, n in zip(shares.labels, shares.n_tokens, strict=True)]
+        self._title(f"Share of {what} by label (tokens) and expert, mean of all layers, %")
+        self._heat("label", zip(names, shares.mean, strict=True))
+        layer = shares.most_telling_layer
+        self._title(f"The same in layer {layer}, where labels differ most")
+        self._heat("label", zip(names, shares.by_layer[:, shares.layers.index(layer)], strict=True))
+
+    def _heat(self, corner: str, rows: Iterable[tuple[str, Numbers]]) -> None:
+        """A table of shares, folded into several below each other where the terminal is narrow."""
+        listed = list(rows)
+        n_expert = len(listed[0][1])
+        width = self._console.width
+        label = min(max(len(corner), *(len(name) for name, _ in listed)), max(8, width - _CELL - 1))
+        step = max(1, (width - label - 1) // _CELL)
+        for start in range(0, n_expert, step):
+            experts = range(start, min(start + step, n_expert))
+            self._print(f"{corner:>{label}} " + "".join(f"{expert:>{_CELL - 2}}  " for expert in experts))
+            for name, values in listed:
+                line = Text(f"{name[:label]:>{label}} ", no_wrap=True)
+                for expert in experts:
+                    self._cell(line, expert, float(values[expert]), n_expert)
+                self._console.print(line)
+
+    def _cell(self, line: Text, expert: int, value: float, n_expert: int) -> None:
+        # half of the scale is the even part
+        step = min(4, int(value * n_expert / 2 * 4 + 0.5))
+        shade = (_ASCII_SHADES if self._ascii else _SHADES)[step]
+        line.append(f"{100 * value:{_CELL - 2}.1f}")
+        line.append(shade, Style(color=_hex(expert, 1.0)))
+        line.append(" ")
+
+    def _mark(self, expert: int) -> str:
+        return f"[{expert}]" if self._ascii else str(expert).translate(_SUPERSCRIPTS)
+
+    def _title(self, title: str) -> None:
+        self._print(f"\n{title}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text)
+
+
+def _tint(expert: int, strength: float) -> Style:
+    return Style(color="#000000", bgcolor=_hex(expert, 0.3 + 0.7 * math.sqrt(strength)))
+
+
+def _hex(expert: int, strength: float) -> str:
+    """The expert's colour, paler the less its strength (0 to 1)."""
+    channels = (round(235 + (channel - 235) * strength) for channel in expert_colour(expert))
+    return "#" + "".join(f"{channel:02x}" for channel in channels)

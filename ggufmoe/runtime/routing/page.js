@@ -1,0 +1,68 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("routing-data").textContent);
+  const even = 1 / data.colours.length;
+  const percent = (w) => (w / 10).toFixed(1) + " %";
+  const mean = (rows) => rows[0].map((_, e) => rows.reduce((sum, row) => sum + row[e], 0) / rows.length);
+  const tint = (e, w) => {
+    const lead = even < 1 ? Math.min(1, Math.max(0, (w / 1000 - even) / (1 - even))) : 1;
+    return `rgb(${data.colours[e].join(" ")} / ${(0.12 + 0.43 * Math.sqrt(lead)).toFixed(3)})`;
+  };
+
+  document.querySelectorAll("[data-number]").forEach((section) => {
+    const weights = data.texts[Number(section.dataset.number)];
+    const tokens = [...section.querySelectorAll(".t")];
+    const detail = section.querySelector(".detail");
+    const select = section.querySelector("select");
+    const choice = () => (select.value === "mean" ? null : Number(select.value));
+
+    const paint = () => tokens.forEach((token, i) => {
+      const w = choice() === null ? mean(weights[i]) : weights[i][choice()];
+      const top = w.indexOf(Math.max(...w));
+      token.dataset.e = top;
+      token.style.background = tint(top, w[top]);
+      token.title = w.map((x, e) => `expert ${e}: ${percent(x)}`).join(", ");
+    });
+
+    const cell = (row, kind, text) => { row.appendChild(document.createElement(kind)).textContent = text; };
+    const show = (i) => {
+      tokens.forEach((token, j) => token.classList.toggle("current", i === j));
+      const table = document.createElement("table");
+      const head = table.createTHead().insertRow();
+      cell(head, "th", "layer");
+      data.layers.forEach((layer) => cell(head, "th", layer));
+      cell(head, "th", "mean");
+      const average = mean(weights[i]);
+      data.colours.forEach((_, e) => {
+        const row = table.insertRow();
+        cell(row, "th", `expert ${e}`);
+        weights[i].forEach((w) => {
+          cell(row, "td", w[e] ? percent(w[e]) : "–");
+          if (w[e]) row.lastChild.style.background = tint(e, w[e]);
+        });
+        cell(row, "td", percent(average[e]));
+      });
+      const title = document.createElement("strong");
+      title.textContent = `Token ${i + 1}: “${tokens[i].dataset.text}”`;
+      detail.replaceChildren(title, table);
+    };
+
+    section.querySelector(".tokens").addEventListener("pointerover", (event) => {
+      const i = tokens.indexOf(event.target);
+      if (i >= 0) show(i);
+    });
+    section.querySelector(".tokens").addEventListener("focusin", (event) => show(Math.max(0, tokens.indexOf(event.target))));
+    section.querySelector(".tokens").addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      const next = step && tokens[tokens.indexOf(document.activeElement) + step];
+      if (!next) return;
+      event.preventDefault();
+      tokens.forEach((token) => { token.tabIndex = token === next ? 0 : -1; });
+      next.focus();
+    });
+    select.addEventListener("change", paint);
+    section.querySelector(".controls").hidden = false;
+    detail.hidden = false;
+    paint();
+  });
+})();
