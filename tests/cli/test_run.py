@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -118,6 +119,16 @@ def test_files_that_are_no_model(args: tuple[str, str], capsys: pytest.CaptureFi
     assert out == ""
     assert err.startswith(f"error: {args[0]}: ")
     assert err.count("\n") == 1
+
+
+def test_without_the_engine(model: str) -> None:
+    code = (
+        f"import sys; sys.modules['llama_cpp'] = None; from ggufmoe.cli.app import main; main(['run', {model!r}, 'x'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: llama-cpp-python cannot be loaded")
+    assert result.stderr.count("\n") == 1
 
 
 def test_ctrl_c_stops_the_answer(

@@ -15,6 +15,7 @@ import pytest
 from ggufmoe import (
     ContextFullError,
     ContextOptions,
+    DecodeError,
     Engine,
     EngineError,
     GGUFError,
@@ -241,6 +242,15 @@ def test_logits_do_not_depend_on_the_batch(mixing_path: Path) -> None:
         whole = engine.logits(tokens)
     with Engine(mixing_path, ContextOptions(n_batch=4, n_ubatch=4, n_threads=1)) as engine:
         np.testing.assert_allclose(engine.logits(tokens), whole, atol=2e-3)
+
+
+def test_logits_that_are_cancelled_between_batches(mixing_path: Path) -> None:
+    with Engine(mixing_path, ContextOptions(n_batch=4, n_ubatch=4, n_threads=1)) as engine:
+        batches = engine.logits_by_batch(list(range(259, 280)))
+        assert next(batches).shape == (4, engine.n_vocab)
+        engine.cancel()
+        with pytest.raises(DecodeError, match="cancelled"):
+            next(batches)
 
 
 # ---- cancelling
