@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ggufmoe import native
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.quant.kernels import trust
-from ggufmoe.quant.kernels.lanes import Source
 from ggufmoe.quant.kernels.machine import Host, host
+from ggufmoe.quant.kernels.tiles import Source
 
 FORMATS = tuple(trust._MODULES)
 N_ROWS, N_COLS = 64, 4096

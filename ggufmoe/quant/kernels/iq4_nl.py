@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ggufmoe.quant.kernels.iq4 import BLOCK, Search, squares
-from ggufmoe.quant.kernels.lanes import Lanes, Rows
+from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.packing import pack_nibbles
 from ggufmoe.quant.kernels.superblocks import spread_importance, sum_of_squares
+from ggufmoe.quant.kernels.tiles import Tiles
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the block of each lane."""
     search, weights = Search(k), k.float_rows(BLOCK)
     if importance is None:

@@ -11,13 +11,14 @@ from ggufmoe.quant.kernels.superblocks import (
     spread_importance,
     sum_of_squares,
 )
+from ggufmoe.quant.kernels.tiles import Tiles
 
 _N_BLOCKS = 8
 _HEADER_WORDS = 2
 _WORDS = 34
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the superblock of each lane."""
     search, words, inverses = Search(k), k.int_rows(_WORDS), k.float_rows(_N_BLOCKS)
     d, quantized = _scales(k, search, x, importance)

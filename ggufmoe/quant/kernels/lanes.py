@@ -3,7 +3,7 @@
 ggml's quantizers are scalar loops whose float sums must stay in order, so one block cannot be vectorized without
 changing its bytes. Sixteen blocks side by side can: each lane does the operations of the scalar code, in its order.
 Python loops unroll, ``loop`` is a loop of the machine. Nothing here is contracted, reassociated or rounded otherwise
-than written. Owns values, loops, scratch rows, the transposing loads and stores; ``machine`` makes native code of it.
+than written. Owns values, loops and scratch rows; ``tiles`` brings blocks in and out, ``machine`` makes native code.
 """
 
 from __future__ import annotations
@@ -11,28 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
-_F32, _I1, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-_POINTER = ir.PointerType()
+F32, _I1, I8, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (1, 8, 32, 64))
+POINTER = ir.PointerType()
 _ROUNDING_MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer, ties to even, in the low mantissa bits
 Number = int | float | np.float32
-
-
-class Source(Enum):
-    """How the weights come: element size in bytes and numpy's name for the bits."""
-
-    F32 = (4, "float32")
-    F16 = (2, "float16")
-    BF16 = (2, "uint16")
-
-    def __init__(self, item_bytes: int, dtype: str) -> None:
-        self.item_bytes = item_bytes
-        self.dtype = dtype
 
 
 class Value:
@@ -98,7 +85,7 @@ class Value:
 
     def shifted_left(self, bits: Index) -> Value:
         """Shift by a count that is known only while running."""
-        count = self.k.b.trunc(bits.ir, _I32)
+        count = self.k.b.trunc(bits.ir, I32)
         return Value(self.k, self.k.b.shl(self.ir, self.k.splat(count).ir))
 
     def sign_extended(self, bits: int) -> Value:
@@ -148,10 +135,10 @@ class Index:
     ir: Any
 
     def __mul__(self, factor: int) -> Index:
-        return Index(self.k, self.k.b.mul(self.ir, ir.Constant(_I64, factor)))
+        return Index(self.k, self.k.b.mul(self.ir, ir.Constant(I64, factor)))
 
     def __add__(self, offset: int | Index) -> Index:
-        other = ir.Constant(_I64, offset) if isinstance(offset, int) else offset.ir
+        other = ir.Constant(I64, offset) if isinstance(offset, int) else offset.ir
         return Index(self.k, self.k.b.add(self.ir, other))
 
 
@@ -178,7 +165,7 @@ class Rows:
         return [self[i] for i in range(count)]
 
     def _address(self, i: int | Index) -> Any:
-        position = ir.Constant(_I64, i) if isinstance(i, int) else i.ir
+        position = ir.Constant(I64, i) if isinstance(i, int) else i.ir
         return self.k.b.gep(self.base, [position], inbounds=True, source_etype=self.type)
 
 
@@ -200,42 +187,23 @@ class Variable:
         self.k.b.store(value.ir, self.slot)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What a kernel reads and writes: weights and bytes of one block, the source's kind, whether importances come."""
-
-    block_size: int
-    block_bytes: int
-    source: Source
-    weighted: bool
-
-
 class Lanes:
-    """One kernel while it is being written.
+    """One native function while it is being written; its last argument is the address of its scratch memory."""
 
-    The native function is ``int64 quantize(src, dst, n_blocks, blocks_per_row, importance, row_energy, odd, scratch)``:
-    ``odd`` gets a 1 for each block that the kernel leaves to ggml, and the result is not 0 if there is one.
-    ``row_energy`` holds one float per row, for formats that ask for it.
-    """
-
-    def __init__(self, geometry: Geometry, width: int, permutes: bool) -> None:
-        self.geometry, self.width, self.permutes = geometry, width, permutes
-        self.floats, self.ints, self.truths = (ir.VectorType(t, width) for t in (_F32, _I32, _I1))
+    def __init__(self, width: int, permutes: bool, arguments: Sequence[Any]) -> None:
+        self.width, self.permutes = width, permutes
+        self.floats, self.ints, self.truths = (ir.VectorType(t, width) for t in (F32, I32, _I1))
         self.module = ir.Module("kernel")
-        signature = ir.FunctionType(_I64, [_POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER])
-        self.function = ir.Function(self.module, signature, "quantize")
+        self.function = ir.Function(self.module, ir.FunctionType(I64, arguments), "quantize")
         # what does not fit in registers goes to the stack; unaligned, every access would touch two cache lines
         self.function.attributes.add("nounwind")
         self.function.attributes.alignstack = 4 * width
         for argument in self.function.args:
-            if argument.type == _POINTER:
+            if argument.type == POINTER:
                 argument.add_attribute("noalias")
         self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.scratch_bytes = 0
-        self._blocks: list[Any] = []
-        self._columns: list[Any] = []
-        self._rows: list[Any] = []
-        self._odd: Variable | None = None
+        self.odd = self.variable(self.false())
         self._tables = 0
 
     # values
@@ -336,7 +304,7 @@ class Lanes:
 
     def index(self, number: int) -> Index:
         """A counter that stands still."""
-        return Index(self, ir.Constant(_I64, number))
+        return Index(self, ir.Constant(I64, number))
 
     def variable(self, start: Value) -> Variable:
         """A value that machine loops may change."""
@@ -349,8 +317,7 @@ class Lanes:
 
     def mark_odd(self, condition: Value) -> None:
         """Leave the blocks of these lanes to ggml."""
-        assert self._odd is not None
-        self._odd.set(self._odd.get() | condition)
+        self.odd.set(self.odd.get() | condition)
 
     def permute(self, table: Sequence[float], index: Value) -> Value:
         """``table[index & 31]`` of 32 floats; only where ``permutes`` says that the machine has the instruction."""
@@ -365,19 +332,20 @@ class Lanes:
     @contextmanager
     def loop(self, count: int) -> Iterator[Index]:
         """A machine loop: the body is written once and runs ``count`` times, ``count`` >= 1."""
-        with self._loop(ir.Constant(_I64, count), 1) as index:
+        with self.repeat(ir.Constant(I64, count), 1) as index:
             yield Index(self, index)
 
     @contextmanager
-    def _loop(self, end: Any, step: int) -> Iterator[Any]:
+    def repeat(self, end: Any, step: int) -> Iterator[Any]:
+        """A machine loop over 0, step, 2*step... below a scalar ``end``, at least once; gives the scalar counter."""
         before = self.b.block
         body, after = self.function.append_basic_block("body"), self.function.append_basic_block("after")
         self.b.branch(body)
         self.b.position_at_end(body)
-        counter = self.b.phi(_I64)
-        counter.add_incoming(ir.Constant(_I64, 0), before)
+        counter = self.b.phi(I64)
+        counter.add_incoming(ir.Constant(I64, 0), before)
         yield counter
-        following = self.b.add(counter, ir.Constant(_I64, step))
+        following = self.b.add(counter, ir.Constant(I64, step))
         counter.add_incoming(following, self.b.block)
         self.b.cbranch(self.b.icmp_signed("<", following, end), body, after)
         self.b.position_at_end(after)
@@ -399,14 +367,14 @@ class Lanes:
         return self._scratch(count, self.ints)
 
     def _scratch(self, count: int, kind: Any) -> Rows:
-        offset = ir.Constant(_I64, self.scratch_bytes)
+        offset = ir.Constant(I64, self.scratch_bytes)
         self.scratch_bytes += 4 * self.width * count
-        return Rows(self, self.b.gep(self.function.args[7], [offset], inbounds=True, source_etype=_I8), kind)
+        return Rows(self, self.b.gep(self.function.args[-1], [offset], inbounds=True, source_etype=I8), kind)
 
     def constants(self, numbers: Sequence[Number]) -> Constants:
         """A table of floats that machine loops read one by one, the same in every lane."""
         self._tables += 1
-        kind = ir.ArrayType(_F32, len(numbers))
+        kind = ir.ArrayType(F32, len(numbers))
         table = ir.GlobalVariable(self.module, kind, f"table{self._tables}")
         table.initializer = ir.Constant(kind, [float(np.float32(number)) for number in numbers])
         table.global_constant, table.linkage = True, "internal"
@@ -415,146 +383,8 @@ class Lanes:
     def splat(self, scalar: Any) -> Value:
         """One scalar in every lane."""
         kind = ir.VectorType(scalar.type, self.width)
-        vector = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
-        return Value(self, self.b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, self.width), None)))
-
-    @contextmanager
-    def tiles(self) -> Iterator[tuple[Rows, Rows | None]]:
-        """The outermost loop: each turn has ``width`` blocks, weights (and importances) transposed into rows."""
-        size = self.geometry.block_size
-        weights = self.float_rows(size)
-        importances = self.float_rows(size) if self.geometry.weighted else None
-        odd_total = self.b.alloca(_I64)
-        self.b.store(ir.Constant(_I64, 0), odd_total)
-        self._odd = Variable(self, self.false())
-        with self._loop(self.function.args[2], self.width) as first:
-            self._odd.set(self.false())
-            self._place_lanes(first)
-            self._load(weights, self.function.args[0], self._blocks, self.geometry.source)
-            if importances is not None:
-                self._load(importances, self.function.args[4], self._columns, Source.F32)
-            yield weights, importances
-            with self.when(self.any(self._odd.get())):
-                self._store_odd(odd_total)
-        self.b.ret(self.b.load(odd_total, typ=_I64))
-
-    def _place_lanes(self, first: Any) -> None:
-        b, n_blocks, per_row = self.b, self.function.args[2], self.function.args[3]
-        block, row = first, b.udiv(first, per_row)
-        column = b.sub(first, b.mul(row, per_row))
-        self._blocks, self._rows, self._columns = [block], [row], [column]
-        for lane in range(1, self.width):
-            following = b.add(first, ir.Constant(_I64, lane))
-            # lanes beyond the end repeat the last block: they write the same bytes to the same place
-            exists = b.icmp_signed("<", following, n_blocks)
-            block = b.select(exists, following, block)
-            next_column = b.add(column, ir.Constant(_I64, 1))
-            wraps = b.icmp_signed("==", next_column, per_row)
-            next_column = b.select(wraps, ir.Constant(_I64, 0), next_column)
-            row = b.select(b.and_(exists, wraps), b.add(row, ir.Constant(_I64, 1)), row)
-            column = b.select(exists, next_column, column)
-            self._blocks.append(block)
-            self._rows.append(row)
-            self._columns.append(column)
-
-    def row_energies(self) -> Value:
-        """The ``row_energy`` argument of each lane's row."""
-        vector = ir.Constant(self.floats, ir.Undefined)
-        for lane, row in enumerate(self._rows):
-            address = self.b.gep(self.function.args[5], [row], source_etype=_F32)
-            vector = self.b.insert_element(vector, self.b.load(address, typ=_F32), ir.Constant(_I32, lane))
-        return Value(self, vector)
-
-    def _load(self, rows: Rows, base: Any, blocks: list[Any], source: Source) -> None:
-        size, item = self.geometry.block_size, source.item_bytes
-        starts = [
-            self.b.gep(base, [self.b.mul(block, ir.Constant(_I64, size * item))], source_etype=_I8) for block in blocks
-        ]
-        with self.loop(size // self.width) as chunk:
-            offset = (chunk * (self.width * item)).ir
-            vectors = [self._widened(self.b.gep(start, [offset], source_etype=_I8), source) for start in starts]
-            for i, vector in enumerate(self._transposed(vectors)):
-                rows[chunk * self.width + i] = Value(self, vector)
-
-    def write_row_energies(self) -> None:
-        """A whole kernel instead of ``tiles``: each lane has a row and writes its mean square to ``dst``.
-
-        The squares are added in order, as ggml does it before it looks at a row's blocks.
-        """
-        b, (src, dst, n_rows, per_row) = self.b, self.function.args[:4]
-        item = self.geometry.source.item_bytes
-        block_bytes = ir.Constant(_I64, self.geometry.block_size * item)
-        with self._loop(n_rows, self.width) as first:
-            self._place_lanes(first)
-            row_bytes = b.mul(per_row, block_bytes)
-            starts = [b.gep(src, [b.mul(row, row_bytes)], source_etype=_I8) for row in self._blocks]
-            total = self.variable(self.f32(0.0))
-            with self._loop(per_row, 1) as block:
-                for part in range(0, self.geometry.block_size, self.width):
-                    offset = b.add(b.mul(block, block_bytes), ir.Constant(_I64, part * item))
-                    vectors = [
-                        self._widened(b.gep(start, [offset], source_etype=_I8), self.geometry.source)
-                        for start in starts
-                    ]
-                    for vector in self._transposed(vectors):
-                        total.set(total.get() + Value(self, vector) * Value(self, vector))
-            n_weights = b.sitofp(b.mul(per_row, ir.Constant(_I64, self.geometry.block_size)), _F32)
-            means = total.get() / self.splat(n_weights)
-            for lane, row in enumerate(self._blocks):
-                b.store(b.extract_element(means.ir, ir.Constant(_I32, lane)), b.gep(dst, [row], source_etype=_F32))
-        b.ret(ir.Constant(_I64, 0))
-
-    def _widened(self, address: Any, source: Source) -> Any:
-        if source is Source.F32:
-            return self.b.load(address, typ=self.floats, align=1)
-        narrow = self.b.load(address, typ=ir.VectorType(_I16, self.width), align=1)
-        wide = Value(self, self.b.zext(narrow, self.ints))
-        return ((wide << 16).as_float_bits() if source is Source.BF16 else self.from_half_bits(wide)).ir
-
-    def _transposed(self, vectors: list[Any]) -> list[Any]:
-        width = self.width
-        orders = [
-            ir.Constant(self.ints, [half + i // 2 + (width if i % 2 else 0) for i in range(width)])
-            for half in (0, width // 2)
-        ]
-        for _ in range(width.bit_length() - 1):
-            vectors = [
-                self.b.shuffle_vector(vectors[i // 2], vectors[i // 2 + width // 2], orders[i % 2])
-                for i in range(width)
-            ]
-        return vectors
-
-    def store_words(self, byte_offset: int, words: Sequence[Value]) -> None:
-        """Write the 32-bit words of each lane, one after another, at ``byte_offset`` of its block."""
-        undefined = ir.Constant(self.ints, ir.Undefined)
-        for first in range(0, len(words), self.width):
-            vectors = [word.ir for word in words[first : first + self.width]]
-            order = ir.Constant(ir.VectorType(_I32, len(vectors)), list(range(len(vectors))))
-            padding = [undefined] * (self.width - len(vectors))
-            for lane, vector in enumerate(self._transposed(vectors + padding)):
-                part = self.b.shuffle_vector(vector, vector, order) if padding else vector
-                self.b.store(part, self._output(lane, byte_offset + 4 * first), align=1)
-
-    def store_half(self, byte_offset: int, bits: Value) -> None:
-        """Write the low 16 bits of each lane at ``byte_offset`` of its block."""
-        narrow = self.b.trunc(bits.ir, ir.VectorType(_I16, self.width))
-        for lane in range(self.width):
-            self.b.store(
-                self.b.extract_element(narrow, ir.Constant(_I32, lane)), self._output(lane, byte_offset), align=1
-            )
-
-    def _output(self, lane: int, byte_offset: int) -> Any:
-        start = self.b.mul(self._blocks[lane], ir.Constant(_I64, self.geometry.block_bytes))
-        position = self.b.add(start, ir.Constant(_I64, byte_offset))
-        return self.b.gep(self.function.args[1], [position], source_etype=_I8)
-
-    def _store_odd(self, total: Any) -> None:
-        assert self._odd is not None
-        self.b.store(ir.Constant(_I64, 1), total)
-        flags = self.b.zext(self._odd.get().ir, ir.VectorType(_I8, self.width))
-        for lane, block in enumerate(self._blocks):
-            address = self.b.gep(self.function.args[6], [block], source_etype=_I8)
-            self.b.store(self.b.extract_element(flags, ir.Constant(_I32, lane)), address)
+        vector = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
+        return Value(self, self.b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, self.width), None)))
 
 
 @dataclass(frozen=True)
@@ -565,5 +395,5 @@ class Constants:
     address: Any
 
     def __getitem__(self, i: Index) -> Value:
-        pointer = self.k.b.gep(self.address, [i.ir], inbounds=True, source_etype=_F32)
-        return self.k.splat(self.k.b.load(pointer, typ=_F32))
+        pointer = self.k.b.gep(self.address, [i.ir], inbounds=True, source_etype=F32)
+        return self.k.splat(self.k.b.load(pointer, typ=F32))

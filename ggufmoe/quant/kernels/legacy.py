@@ -15,11 +15,12 @@ from ggufmoe.quant.kernels.searches import (
     extreme_weight,
 )
 from ggufmoe.quant.kernels.superblocks import spread_importance
+from ggufmoe.quant.kernels.tiles import Tiles
 
 BLOCK = 32
 
 
-def symmetric_block(k: Lanes, x: Rows, importance: Rows | None, n_max: int) -> tuple[Value, list[Value]]:
+def symmetric_block(k: Tiles, x: Rows, importance: Rows | None, n_max: int) -> tuple[Value, list[Value]]:
     """Scale and levels (integers) of ``x ~ d * (level - nmax)``."""
     if importance is None:
         extreme, _ = extreme_weight(k, x, BLOCK)
@@ -33,7 +34,7 @@ def symmetric_block(k: Lanes, x: Rows, importance: Rows | None, n_max: int) -> t
     return fit.scale, [rows[i] for i in range(BLOCK)]
 
 
-def affine_block(k: Lanes, x: Rows, importance: Rows | None, n_max: int) -> tuple[Value, Value, list[Value]]:
+def affine_block(k: Tiles, x: Rows, importance: Rows | None, n_max: int) -> tuple[Value, Value, list[Value]]:
     """Scale, minimum and levels (integers) of ``x ~ d * level + minimum``."""
     if importance is None:
         low = high = x[0]
@@ -57,7 +58,7 @@ def inverse_or_odd(k: Lanes, d: Value) -> Value:
     return inverse
 
 
-def _weights(k: Lanes, x: Rows, importance: Rows) -> Rows:
+def _weights(k: Tiles, x: Rows, importance: Rows) -> Rows:
     weights = k.float_rows(BLOCK)
     spread_importance(k, x, importance, k.row_energies(), weights, BLOCK)
     return weights

@@ -16,9 +16,10 @@ from typing import Any
 
 from llvmlite import binding
 
-from ggufmoe.quant.kernels.lanes import Geometry, Lanes, Rows, Source
+from ggufmoe.quant.kernels.lanes import Rows
+from ggufmoe.quant.kernels.tiles import Geometry, Source, Tiles
 
-Body = Callable[[Lanes, Rows, Rows | None], None]
+Body = Callable[[Tiles, Rows, Rows | None], None]
 
 _ADDRESS = ctypes.c_void_p
 _PROTOTYPE = ctypes.CFUNCTYPE(
@@ -67,7 +68,7 @@ def host() -> Host:
 def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None, *, listing: bool = False) -> Native:
     """Native code for ``body``; ``listing`` keeps its assembly. Raises RuntimeError where LLVM cannot."""
 
-    def write(k: Lanes) -> None:
+    def write(k: Tiles) -> None:
         with k.tiles() as (weights, importances):
             body(k, weights, importances)
 
@@ -75,16 +76,16 @@ def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None, *
 
 
 def compile_row_energies(source: Source, target: Host | None = None) -> Native:
-    """Native code that writes the mean square of each row of blocks of 32 (``Lanes.write_row_energies``)."""
-    return _compiled(Geometry(32, 4, source, weighted=False), Lanes.write_row_energies, target, False)
+    """Native code that writes the mean square of each row of blocks of 32 (``Tiles.write_row_energies``)."""
+    return _compiled(Geometry(32, 4, source, weighted=False), Tiles.write_row_energies, target, False)
 
 
-def _compiled(geometry: Geometry, write: Callable[[Lanes], None], target: Host | None, listing: bool) -> Native:
+def _compiled(geometry: Geometry, write: Callable[[Tiles], None], target: Host | None, listing: bool) -> Native:
     start = time.perf_counter()
     with _COMPILING:
         here = host()  # in any case: it also sets LLVM up
         target = target or here
-        k = Lanes(geometry, target.width, target.permutes)
+        k = Tiles(geometry, target.width, target.permutes)
         write(k)
         k.module.triple = binding.get_process_triple()
         machine = binding.Target.from_triple(k.module.triple).create_target_machine(

@@ -14,6 +14,7 @@ from ggufmoe.quant.kernels.superblocks import (
     largest,
     sum_of_squares,
 )
+from ggufmoe.quant.kernels.tiles import Tiles
 
 _BLOCK = 16
 _N_BLOCKS = 16
@@ -23,7 +24,7 @@ _PLAIN = Affine(_BLOCK, 3, -0.5, 0.1, 15, absolute_error=True)
 _WEIGHTED = Affine(_BLOCK, 3, -0.9, 0.05, 36)
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the superblock of each lane."""
     words, step, offset = k.int_rows(_WORDS), k.float_rows(_N_BLOCKS), k.float_rows(_N_BLOCKS)
     if importance is None:

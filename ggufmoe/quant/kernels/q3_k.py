@@ -12,6 +12,7 @@ from ggufmoe.quant.kernels.superblocks import (
     sum_of_squares,
     symmetric_levels,
 )
+from ggufmoe.quant.kernels.tiles import Tiles
 
 _BLOCK = 16
 _N_BLOCKS = 16
@@ -22,7 +23,7 @@ _WORDS = 27
 _ABREAST = 4
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the superblock of each lane."""
     words, levels = k.int_rows(_WORDS), k.int_rows(WEIGHTS)
     if importance is None:

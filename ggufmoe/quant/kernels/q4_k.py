@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from ggufmoe.quant.kernels.lanes import Lanes, Rows
+from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.packing import join_bytes
 from ggufmoe.quant.kernels.searches import Affine
 from ggufmoe.quant.kernels.six_bit import BLOCK, HEADER_WORDS, quantize_superblock
+from ggufmoe.quant.kernels.tiles import Tiles
 
 _SEARCH = Affine(BLOCK, 15, -1.0, 0.1, 20)
 _PAIR_WORDS = 8
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the superblock of each lane."""
     words, levels = k.int_rows(HEADER_WORDS + 4 * _PAIR_WORDS), k.int_rows(2 * BLOCK)
     superblock = quantize_superblock(k, x, importance, _SEARCH, words)

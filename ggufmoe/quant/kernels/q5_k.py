@@ -6,13 +6,14 @@ from ggufmoe.quant.kernels.lanes import Index, Lanes, Rows
 from ggufmoe.quant.kernels.packing import join_bytes
 from ggufmoe.quant.kernels.searches import Affine
 from ggufmoe.quant.kernels.six_bit import BLOCK, HEADER_WORDS, quantize_superblock
+from ggufmoe.quant.kernels.tiles import Tiles
 
 _SEARCH = Affine(BLOCK, 31, -0.5, 0.1, 15)
 _PAIR_WORDS = 8
 _WORDS = HEADER_WORDS + 5 * _PAIR_WORDS
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the superblock of each lane."""
     words, levels = k.int_rows(_WORDS), k.int_rows(2 * BLOCK)
     superblock = quantize_superblock(k, x, importance, _SEARCH, words)

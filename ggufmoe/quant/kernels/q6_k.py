@@ -6,6 +6,7 @@ from ggufmoe.quant.kernels.lanes import Index, Lanes, Rows, Value
 from ggufmoe.quant.kernels.packing import join_bytes
 from ggufmoe.quant.kernels.searches import ZERO_GROUP, Symmetric, SymmetricSearch
 from ggufmoe.quant.kernels.superblocks import WEIGHTS, largest_magnitude, symmetric_levels
+from ggufmoe.quant.kernels.tiles import Tiles
 
 _BLOCK = 16
 _N_BLOCKS = 16
@@ -15,7 +16,7 @@ _SCALE_WORD = 48
 _WORDS = 52
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the superblock of each lane."""
     words, scales, levels = k.int_rows(_WORDS), k.float_rows(_N_BLOCKS), k.int_rows(WEIGHTS)
     search = SymmetricSearch(k, Symmetric(_BLOCK, _N_MAX))

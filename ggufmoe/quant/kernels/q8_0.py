@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ggufmoe.quant.kernels.lanes import Lanes, Rows
+from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.legacy import BLOCK, inverse_or_odd
 from ggufmoe.quant.kernels.packing import join_bytes
+from ggufmoe.quant.kernels.tiles import Tiles
 
 
-def quantize(k: Lanes, x: Rows, importance: Rows | None) -> None:
+def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the block of each lane."""
     top = k.f32(0.0)
     for i in range(BLOCK):

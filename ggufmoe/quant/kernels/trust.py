@@ -135,13 +135,13 @@ class Kernel:
 
 def compile_format(type: GGMLType, source: str, weighted: bool, target: Host | None = None) -> Kernel:
     """The kernel of a format, unchecked, for this machine or for ``target``."""
-    lanes = import_module("ggufmoe.quant.kernels.lanes")
+    tiles = import_module("ggufmoe.quant.kernels.tiles")
     machine = import_module("ggufmoe.quant.kernels.machine")
     module = import_module(f"ggufmoe.quant.kernels.{_MODULES[type]}")
-    geometry = lanes.Geometry(type.block_size, type.block_bytes, lanes.Source[source], weighted)
+    geometry = tiles.Geometry(type.block_size, type.block_bytes, tiles.Source[source], weighted)
     compiled = machine.compile_kernel(geometry, module.quantize, target)
     wants_energies = weighted and type in _ROW_ENERGY
-    row_energies = machine.compile_row_energies(lanes.Source[source], target) if wants_energies else None
+    row_energies = machine.compile_row_energies(tiles.Source[source], target) if wants_energies else None
     return Kernel(type, weighted, compiled, row_energies)
 
 

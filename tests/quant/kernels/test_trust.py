@@ -18,8 +18,9 @@ from ggufmoe.errors import OptionError
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.quant import kernels
 from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows, trust
-from ggufmoe.quant.kernels.lanes import Geometry, Lanes, Rows, Source
+from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.machine import Host, compile_kernel, host
+from ggufmoe.quant.kernels.tiles import Geometry, Source, Tiles
 from ggufmoe.quant.kernels.trust import Kernels, compile_format, has_kernel, probe, probe_importances, run
 from tests.quant.kernels.corpora import rows
 
@@ -175,7 +176,7 @@ def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
 
 
 def test_a_kernel_can_be_listed() -> None:
-    def doubled(k: Lanes, x: Rows, importance: Rows | None) -> None:
+    def doubled(k: Tiles, x: Rows, importance: Rows | None) -> None:
         k.store_words(0, [(x[i] + x[i]).bits() for i in range(32)])
 
     compiled = compile_kernel(Geometry(32, 128, Source.F32, False), doubled, listing=True)
