@@ -165,7 +165,7 @@ def logit_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
         if not ours.exists():
             faults = ["there is no F32 file of ours"]
         elif out.exists():
-            detail, faults = _compare_logits(logits_of(ours, np.load(job["ids"])), np.load(out))
+            detail, faults = compare_logits(logits_of(ours, np.load(job["ids"])), np.load(out))
         yield Row(subject.case.name, "logits", "transformers, float32", detail, tuple(faults))
 
 
@@ -182,7 +182,7 @@ def _last_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip().splitlines()[-1] if path.exists() else "without a word"
 
 
-def _compare_logits(ours: Any, theirs: Any) -> tuple[str, list[str]]:
+def compare_logits(ours: Any, theirs: Any) -> tuple[str, list[str]]:
     if ours.shape != theirs.shape:
         return "", [f"shape {ours.shape}, theirs {theirs.shape}"]
     spread = float(theirs.max() - theirs.min())

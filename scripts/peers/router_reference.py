@@ -1,11 +1,12 @@
-"""What transformers and mergekit say of a recipe: router rows, and the merged checkpoint.
+"""What transformers and mergekit say of a recipe: token ids, router rows, and the merged checkpoint.
 
 usage: router_reference.py JOBS.json
 
 Each job is ``{"recipe": FILE, "out": FILE.npz}`` with directories for models, and optionally ``"merge": DIR``. The npz
-gets ``transformers`` (n_layer, n_expert, n_embd) computed in float32, each prompt by itself (nothing is padded), and
-``mergekit``, computed by mergekit's own function, which runs the base in bfloat16. ``merge`` gets what mergekit-moe
-writes. mergekit is LGPL; it is run here and nothing of it is copied. An error goes into ``OUT.error``.
+gets ``transformers`` (n_layer, n_expert, n_embd) computed in float32, each prompt by itself (nothing is padded),
+``mergekit``, computed by mergekit's own function, which runs the base in bfloat16, and ``ids``, the token ids of all
+prompts as JSON. ``merge`` gets what mergekit-moe writes. mergekit is LGPL; it is run here and nothing of it is copied.
+An error goes into ``OUT.error``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class Reference:
         """(n_layer, n_expert, n_embd), each row of length one."""
         return torch.stack([self._row(expert) for expert in experts], dim=1)
 
+    def ids(self, prompt: str) -> list[int]:
+        """BOS and the prompt, no special tokens added."""
+        text = (self._tokenizer.bos_token or "") + prompt
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def _row(self, expert: dict[str, Any]) -> Rows:
         row = self._side(expert["positive_prompts"])
         if negative := expert.get("negative_prompts"):
@@ -56,8 +63,7 @@ class Reference:
 
     def _vector(self, prompt: str) -> Rows:
         """One vector per layer."""
-        text = (self._tokenizer.bos_token or "") + prompt
-        ids = self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([self.ids(prompt)])
         with torch.inference_mode():
             states = torch.stack(self._model(ids, output_hidden_states=True).hidden_states[:-1])[:, 0]
         if self._mode == "cheap_embed":
@@ -79,9 +85,11 @@ def run(job: dict[str, Any]) -> None:
     recipe = yaml.safe_load(Path(job["recipe"]).read_text(encoding="utf-8"))
     ours = {"seed", "name", "chat_template", "tokenizer_source"}
     recipe = {key: value for key, value in recipe.items() if key not in ours}
-    mode = recipe.get("gate_mode", "hidden")
-    rows = Reference(recipe["base_model"], mode).rows(recipe["experts"])
-    np.savez(job["out"], transformers=rows.numpy(), mergekit=mergekit_rows(recipe).numpy())
+    reference = Reference(recipe["base_model"], recipe.get("gate_mode", "hidden"))
+    prompts = [p for e in recipe["experts"] for side in ("positive", "negative") for p in e.get(f"{side}_prompts", [])]
+    ids = json.dumps([reference.ids(prompt) for prompt in prompts])
+    rows = reference.rows(recipe["experts"])
+    np.savez(job["out"], transformers=rows.numpy(), mergekit=mergekit_rows(recipe).numpy(), ids=np.array(ids))
     if "merge" in job:
         config = MoEMergeConfig.model_validate(recipe)
         build(config, job["merge"], MergeOptions(device="cpu"), device="cpu", allow_all_same=True)
@@ -90,10 +98,11 @@ def run(job: dict[str, Any]) -> None:
 def main() -> int:
     """Answer all jobs; one that fails does not stop the others."""
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         try:
             run(job)
-        except Exception:
+        except (Exception, SystemExit):
             Path(f"{job['out']}.error").write_text(traceback.format_exc(), encoding="utf-8")
     return 0
 
