@@ -13,13 +13,18 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 import typer.core
 import typer.main
 
 from ggufmoe.errors import GgufmoeError
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 knows no type of the stream
+    _StreamHandler = logging.StreamHandler
 
 INTERRUPTED = 130
 # newer typers carry a click of their own; the exceptions are reached through what is public in all of them
@@ -180,7 +185,7 @@ def _accept_all_characters(*streams: Any) -> None:
             stream.reconfigure(errors="replace")
 
 
-class _LogHandler(logging.StreamHandler[TextIO]):
+class _LogHandler(_StreamHandler):
     """Shows the library's warnings; with ``debug`` everything, llama.cpp's own lines included."""
 
     def __init__(self, debug: bool) -> None:
