@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from ggufmoe import native
 from ggufmoe.errors import OptionError
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.quant import kernels
-from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows, trust
+from ggufmoe.quant.kernels import kernel_report, prepare, q4_0, quantize_rows, trust
 from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.machine import Host, compile_kernel, host
 from ggufmoe.quant.kernels.tiles import Geometry, Source, Tiles
@@ -187,6 +188,13 @@ def test_a_kernel_can_be_listed() -> None:
     aligned = -(-scratch.ctypes.data // 64) * 64
     assert compiled.call(*addresses, 3, 3, None, None, None, aligned) == 0
     assert np.array_equal(dst, 2 * src)
+
+
+def test_nothing_is_fused_and_nothing_called() -> None:
+    """A fused multiply-add rounds once where ggml rounds twice; a missing library function would end the process."""
+    assembly = compile_kernel(Geometry(32, 18, Source.F16, True), q4_0.quantize, listing=True).assembly
+    assert re.findall(r"^\s+(?:v?fn?m(?:add|sub|la|ls)\S*|call\S*|bl)\s.*", assembly, re.MULTILINE) == []
+    assert "div" in assembly
 
 
 def test_formats_without_a_kernel_are_known() -> None:
