@@ -40,6 +40,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_fp16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
     "ggml_fp32_to_bf16_row": (None, (_VOID, _VOID, _I64)),
     "ggml_fp32_to_fp16_row": (None, (_VOID, _VOID, _I64)),
+    # const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type)
+    "ggml_get_type_traits": (_VOID, (ctypes.c_int,)),
     # size_t ggml_backend_dev_count(void); ggml_backend_dev_t ggml_backend_dev_get(size_t index)
     "ggml_backend_dev_count": (_SIZE, ()),
     "ggml_backend_dev_get": (_VOID, (_SIZE,)),
@@ -159,6 +161,47 @@ def requires_imatrix(type: GGMLType) -> bool:
 def validate_rows(type: GGMLType, data: NDArray[np.uint8]) -> bool:
     """ggml's check of quantized bytes: no NaN and no infinity among the scales."""
     return bool(library().ggml_validate_row_data(type.id, _address(data, np.uint8), data.nbytes))
+
+
+class _TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits`` (ggml.h) at the pinned commit."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", _I64),
+        ("blck_size_interleave", _I64),
+        ("type_size", _SIZE),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _VOID),
+        ("from_float_ref", _VOID),
+    )
+
+
+@cache
+def _to_float(type: GGMLType) -> Any:
+    """ggml's ``void (*)(const void * x, float * y, int64_t k)`` for a type; None where it has none."""
+    traits = _TypeTraits.from_address(library().ggml_get_type_traits(type.id))
+    if (traits.blck_size, traits.type_size) != (type.block_size, type.block_bytes):
+        raise EngineMissingError(f"this llama-cpp-python describes {type.name} otherwise; install the pinned version")
+    return ctypes.CFUNCTYPE(None, _VOID, _VOID, _I64)(traits.to_float) if traits.to_float else None
+
+
+def can_dequantize(type: GGMLType) -> bool:
+    """Whether ggml can make float32 of this quantized type."""
+    return type.is_quantized and _to_float(type) is not None
+
+
+def dequantize_rows(type: GGMLType, src: NDArray[np.uint8], dst: NDArray[np.float32]) -> None:
+    """ggml's own dequantizer: ``src`` (rows, row_bytes) uint8 into ``dst`` (rows, n_cols) float32.
+
+    Raises ValueError for a type that ``can_dequantize`` denies.
+    """
+    n_rows, n_cols = dst.shape
+    if src.shape != (n_rows, type.row_bytes(n_cols)):
+        raise ValueError(f"{type.name}: src has shape {src.shape}, expected {(n_rows, type.row_bytes(n_cols))}")
+    if not can_dequantize(type):
+        raise ValueError(f"ggml cannot dequantize {type.name}")
+    _to_float(type)(_address(src, np.uint8), _address(dst, np.float32), dst.size)
 
 
 def bf16_to_f32(src: NDArray[np.uint16], dst: NDArray[np.float32]) -> None:

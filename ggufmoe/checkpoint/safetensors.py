@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ggufmoe.checkpoint.positional import PositionalFile
 from ggufmoe.errors import SafetensorsError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -182,52 +182,16 @@ def _check_coverage(path: Path, entries: Mapping[str, TensorEntry], data_begin: 
         raise SafetensorsError(f"{path} has {file_bytes - position} bytes at its end that belong to no tensor")
 
 
-class TensorFile:
-    """An open safetensors file whose bytes are read by position, from any number of threads at once.
-
-    Positional reads go straight into the caller's buffer. Against a memory map they leave nothing of the file in the
-    process's resident memory, a file that shrinks is an error and not SIGBUS, and they are not slower.
-    """
+class TensorFile(PositionalFile):
+    """An open safetensors file whose header is checked; its bytes are read by position."""
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
+        super().__init__(path, SafetensorsError)
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - owned by this object, closed by close()
-            self.header = parse_header(path, self._file, os.fstat(self._file.fileno()).st_size)
+            self.header = parse_header(path, self._file, self.n_bytes)
         except OSError as error:
+            self.close()
             raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error
         except SafetensorsError:
-            self._file.close()
+            self.close()
             raise
-
-    @property
-    def path(self) -> Path:
-        """The file's path, as given."""
-        return self.header.path
-
-    def read_into(self, begin: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` (bytes, contiguous) from byte ``begin`` on; SafetensorsError if the file ends before."""
-        done = 0
-        while done < len(buffer):
-            try:
-                count = self._read_at(begin + done, buffer[done:])
-            except OSError as error:
-                raise SafetensorsError(f"{self.path} cannot be read: {error.strerror}") from error
-            if count == 0:
-                raise SafetensorsError(f"{self.path} became shorter than its header says; fetch it again")
-            done += count
-
-    def _read_at(self, position: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [buffer], position)
-        return self._seek_and_read(position, buffer)
-
-    def _seek_and_read(self, position: int, buffer: memoryview) -> int:
-        """The road of systems without preadv (Windows): one reader at a time."""
-        with self._lock:
-            self._file.seek(position)
-            return self._file.readinto(buffer) or 0
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ggufmoe.errors import OutputError, OutputExistsError
@@ -37,8 +37,12 @@ def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> Non
         raise OutputExistsError(f"{target} exists already; choose another name, or replace it with --force")
 
 
-def open_partial_directory(target: Path, *, keep: bool) -> Path:
-    """The directory to write into; what an earlier run left there is kept only to be resumed."""
+@contextlib.contextmanager
+def open_partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
+    """The directory to write into; what an earlier run left there is kept only to be resumed.
+
+    It stays when the work fails, to be resumed, unless there is nothing in it.
+    """
     partial = partial_path(target)
     try:
         partial.mkdir(exist_ok=True)
@@ -48,7 +52,12 @@ def open_partial_directory(target: Path, *, keep: bool) -> Path:
                     path.unlink()
     except OSError as error:
         raise OutputError(f"{partial} cannot be written: {error.strerror}") from error
-    return partial
+    try:
+        yield partial
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.rmdir()
+        raise
 
 
 def place_directory(partial: Path, target: Path, files: Mapping[str, bytes]) -> None:

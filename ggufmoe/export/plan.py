@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.checkpoint.source import ModelSource, SourceTensor
+from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError
 from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.export.metadata import imatrix_metadata, model_metadata
+from ggufmoe.export.rows import Part
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.ggufheader import GGMLType, TensorInfo, Value, ValueType, encode_header
 from ggufmoe.quant.imatrix import Imatrix
@@ -42,7 +43,7 @@ class PlannedTensor:
     offset: int
     """Bytes from the beginning of the file."""
     n_bytes: int
-    parts: tuple[SourceTensor, ...]
+    parts: tuple[Part, ...]
     weighted: bool = False
     """Whether the plan's importance matrix has weights for it."""
 
@@ -160,23 +161,23 @@ def plan_export(
     whatever can be known to fail.
     """
     family = family_of(source.config)
-    tensors = sorted(family.tensors(source), key=_llama_quantize_order)
-    weighted = imatrix.fit({tensor.name: tensor.shape for tensor in tensors}) if imatrix else None
+    tensors = sorted(family.tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))
+    weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
     types = choose_types(_type_shapes(tensors), _model_shape(source, family.NAME), policy, weighted)
-    _tell_coverage(imatrix)
     tokenizer = tokenizer_metadata(source.tokenizer_dir, source.config, source.chat_template)
     metadata = model_metadata(source, tensors, policy.file_type, tokenizer)
     if imatrix:
         metadata |= imatrix_metadata(imatrix)
-    placed = [_place(tensor, types[tensor.name], weighted or ()) for tensor in tensors]
+    placed = [place(t.name, t.shape, types[t.name], t.parts, weighted=t.name in (weighted or ())) for t in tensors]
     inputs = (*source.input_paths, *([imatrix.path] if imatrix else []))
     files = lay_out_files(output, metadata, placed, split_max_bytes)
     return ExportPlan(output, files, inputs, policy.file_type.name, imatrix)
 
 
-def _llama_quantize_order(tensor: ModelTensor) -> tuple[int, str]:
-    found = re.match(r"blk\.(\d+)\.", tensor.name)
-    return (int(found[1]) if found else -1, tensor.name)
+def llama_quantize_order(name: str) -> tuple[int, str]:
+    """The place of a tensor in the files that llama-quantize writes, to sort by."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return (int(found[1]) if found else -1, name)
 
 
 def _type_shapes(tensors: Iterable[ModelTensor]) -> list[TensorShape]:
@@ -188,19 +189,29 @@ def _model_shape(source: ModelSource, architecture: str) -> ModelShape:
     return ModelShape(config.n_layer, config.n_head, config.n_head_kv, config.n_expert, architecture)
 
 
-def _tell_coverage(imatrix: Imatrix | None) -> None:
-    if imatrix and (coverage := imatrix.coverage):
+def fit_imatrix(imatrix: Imatrix | None, shapes: Mapping[str, Sequence[int]]) -> frozenset[str] | None:
+    """The tensors that the importance matrix has weights for, None without one; what it never saw is logged.
+
+    Raises ImatrixError where it is of another model.
+    """
+    if imatrix is None:
+        return None
+    weighted = imatrix.fit(shapes)
+    if coverage := imatrix.coverage:
         name, experts = next(iter(coverage.items()))
         _LOG.warning(
             "%s never saw some experts (%d tensors, for example expert %d of %s); all their columns count alike",
             imatrix.path, len(coverage), experts[0], name,
         )  # fmt: skip
+    return weighted
 
 
-def _place(tensor: ModelTensor, type: GGMLType, weighted: Collection[str]) -> PlannedTensor:
-    """The tensor with its size; the offset follows when it is known which file it is in."""
-    n_bytes = math.prod(tensor.shape[:-1]) * type.row_bytes(tensor.shape[-1])
-    return PlannedTensor(tensor.name, type, tensor.shape, 0, n_bytes, tensor.parts, tensor.name in weighted)
+def place(
+    name: str, shape: tuple[int, ...], type: GGMLType, parts: tuple[Part, ...], *, weighted: bool
+) -> PlannedTensor:
+    """A tensor with its size; the offset follows when it is known which file it is in."""
+    n_bytes = math.prod(shape[:-1]) * type.row_bytes(shape[-1])
+    return PlannedTensor(name, type, shape, 0, n_bytes, parts, weighted)
 
 
 def lay_out_files(

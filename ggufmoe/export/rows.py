@@ -1,17 +1,48 @@
-"""Source tensors whose rows are not simply those of the checkpoint: reordered for rotary embeddings, or computed.
+"""Where the rows of a tensor come from: the kinds of parts that a planned tensor can have.
 
-Both are ``SourceTensor`` themselves, so the plan and the writer need not know.
+Rows of a checkpoint are a ``SourceTensor``; so are those that are reordered for rotary embeddings, or computed. Rows of
+a GGUF file are ``StoredRows``: of any of ggml's types, quantized ones included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import Dtype, SourceTensor
+from ggufmoe.ggufheader import GGMLType
+
+PLAIN_DTYPES: dict[GGMLType, np.dtype[Any]] = {GGMLType[dtype.value]: dtype.numpy for dtype in Dtype}
+"""How rows of plain numbers travel; rows of every other type travel as their bytes."""
+
+
+@runtime_checkable
+class StoredRows(Protocol):
+    """Rows as a GGUF file stores them. A row is the last dimension; a 1-D tensor is a single row."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> GGMLType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out``, contiguous and of the size that the rows have in the file, with the bytes of [start, stop).
+
+        Safe to call from several threads at once.
+        """
+
+
+Part = SourceTensor | StoredRows
+
+
+def stored_type(part: Part) -> GGMLType:
+    """The type in which the rows of a part are stored."""
+    return part.type if isinstance(part, StoredRows) else GGMLType[part.dtype.value]
 
 
 class RopeOrdered:
@@ -35,11 +66,19 @@ class RopeOrdered:
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
-        while start < stop:
-            end = min(stop, start - start % self._head_dim + self._head_dim)
-            self._read_within_head(start, end, out[: end - start])
-            out = out[end - start :]
-            start = end
+        head = self._head_dim
+        first, last = min(stop, -(-start // head) * head), stop - stop % head
+        if first < last:
+            self._read_heads(first, last, out[first - start : last - start])
+        for begin, end in ((start, first), (max(first, last), stop)):
+            if begin < end:
+                self._read_within_head(begin, end, out[begin - start : end - start])
+
+    def _read_heads(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        rows: NDArray[Any] = np.empty(out.shape, out.dtype)
+        self._source.read_rows(start, stop, rows)
+        half, n_cols = self._head_dim // 2, out.shape[1]
+        out.reshape(-1, half, 2, n_cols)[...] = rows.reshape(-1, 2, half, n_cols).swapaxes(1, 2)
 
     def _read_within_head(self, start: int, stop: int, out: NDArray[Any]) -> None:
         for first in (start, start + 1):

@@ -17,25 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe import native
-from ggufmoe.checkpoint.dtypes import row_count, widen
-from ggufmoe.checkpoint.source import Dtype, SourceTensor
+from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import NonFiniteError
-from ggufmoe.export.arch import ggml_type
 from ggufmoe.export.plan import ExportPlan, PlannedTensor
-from ggufmoe.export.rows import RopeOrdered
+from ggufmoe.export.rows import PLAIN_DTYPES, Part, RopeOrdered, stored_type
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.quant.imatrix import Imatrix
-from ggufmoe.quant.kernels import quantize_rows
+from ggufmoe.quant.kernels import QuantizerName, quantize_rows
 
 TILE_WEIGHTS = 1 << 18
 """Weights of a tile (1 MiB as float32, which fits a core's cache), unless a single row is longer."""
 
-_EXPONENT_MASK: dict[Dtype, tuple[int, int]] = {
-    Dtype.BF16: (0x7FFF, 0x7F80),
-    Dtype.F16: (0x7FFF, 0x7C00),
-    Dtype.F32: (0x7FFFFFFF, 0x7F800000),
-}
-"""Bits without the sign, and infinity: whatever is not below it is infinite or NaN."""
+_INFINITY = {GGMLType.BF16: 0x7F80, GGMLType.F16: 0x7C00, GGMLType.F32: 0x7F800000}
+"""Bits of infinity: a number whose bits without the sign are not below is infinite or NaN."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +102,19 @@ class ImportanceCache:
 class TileMaker:
     """Makes the bytes of one tile after another in buffers of its own; one for each worker."""
 
-    def __init__(self, plan: ExportPlan, importance: ImportanceCache) -> None:
-        n_weights = max((min(tile_rows(t), math.prod(t.shape[:-1])) * t.n_cols for t in plan.tensors), default=0)
-        self._raw = np.empty(n_weights * 4, np.uint8)
-        self._bits = np.empty(n_weights * 4, np.uint8)
-        self._wide = np.empty(n_weights, np.float32)
-        self._made = np.empty(n_weights * 4, np.uint8)
+    def __init__(self, plan: ExportPlan, importance: ImportanceCache, quantizer: QuantizerName = "auto") -> None:
+        raw = wide = made = 0
+        for tensor in plan.tensors:
+            n_rows, n_cols = min(tile_rows(tensor), row_count(tensor.shape)), tensor.n_cols
+            stored = {stored_type(part) for part in tensor.parts}
+            raw = max(raw, *(n_rows * kind.row_bytes(n_cols) for kind in stored))
+            made = max(made, n_rows * tensor.type.row_bytes(n_cols))
+            if any(kind.is_quantized for kind in stored - {tensor.type}):
+                wide = max(wide, n_rows * n_cols)
+        self._raw, self._made = np.empty(raw, np.uint8), np.empty(made, np.uint8)
+        self._wide = np.empty(wide, np.float32)
         self._importance = importance
+        self._quantizer = quantizer
 
     def make(self, tile: Tile) -> memoryview:
         """The bytes of the tile, valid until the next call.
@@ -123,57 +123,55 @@ class TileMaker:
         infinite or too large for the type.
         """
         part = tile.tensor.parts[tile.part]
-        raw = self._read(tile, part)
-        row = self._first_non_finite(raw, part.dtype)
+        stored = stored_type(part)
+        raw = self._read(tile, part, stored)
+        row = _first_damaged(raw, stored)
         if row is not None:
             raise NonFiniteError(f"{_place(tile, part, row)} is NaN or infinite; the source is damaged, fetch it again")
-        if ggml_type(part.dtype) is tile.tensor.type:
+        if stored is tile.tensor.type:
             return raw.data.cast("B")
-        made = self._quantize(tile, part, raw)
+        made = self._made[: tile.n_bytes].reshape(len(raw), -1)
+        rows = self._dequantized(raw, stored, tile.tensor.n_cols) if stored.is_quantized else raw
+        quantize_rows(tile.tensor.type, rows, made, self._importance.row(tile), self._quantizer)
         self._check_made(tile, part, made)
         return made.data.cast("B")
 
-    def _read(self, tile: Tile, part: SourceTensor) -> NDArray[Any]:
-        shape = (tile.stop - tile.start, tile.tensor.n_cols)
-        n_bytes = shape[0] * shape[1] * part.dtype.n_bytes
-        raw = self._raw[:n_bytes].view(part.dtype.numpy).reshape(shape)
+    def _read(self, tile: Tile, part: Part, stored: GGMLType) -> NDArray[Any]:
+        n_rows, row_bytes = tile.stop - tile.start, stored.row_bytes(tile.tensor.n_cols)
+        raw = self._raw[: n_rows * row_bytes].view(PLAIN_DTYPES.get(stored, np.uint8)).reshape(n_rows, -1)
         part.read_rows(tile.start, tile.stop, raw)
         return raw
 
-    def _first_non_finite(self, raw: NDArray[Any], dtype: Dtype) -> int | None:
-        """The first row, counted in ``raw``, with a weight that is NaN or infinite; None if there is none."""
-        mask, infinity = _EXPONENT_MASK[dtype]
-        unsigned = np.dtype(f"u{dtype.n_bytes}")
-        bits = self._bits[: raw.nbytes].view(unsigned).reshape(raw.shape)
-        np.bitwise_and(raw.view(unsigned), unsigned.type(mask), out=bits)
-        if int(bits.max()) < infinity:
-            return None
-        return int(np.flatnonzero((bits >= infinity).any(axis=1))[0])
+    def _dequantized(self, raw: NDArray[np.uint8], stored: GGMLType, n_cols: int) -> NDArray[np.float32]:
+        wide = self._wide[: len(raw) * n_cols].reshape(len(raw), n_cols)
+        native.dequantize_rows(stored, raw, wide)
+        return wide
 
-    def _quantize(self, tile: Tile, part: SourceTensor, raw: NDArray[Any]) -> NDArray[np.uint8]:
-        if part.dtype is Dtype.F32:
-            rows: NDArray[np.float32] = raw
-        else:
-            rows = self._wide[: raw.size].reshape(raw.shape)
-            widen(raw, part.dtype, rows)
-        made = self._made[: tile.n_bytes].reshape(len(rows), -1)
-        quantize_rows(tile.tensor.type, rows, made, self._importance.row(tile))
-        return made
-
-    def _check_made(self, tile: Tile, part: SourceTensor, made: NDArray[np.uint8]) -> None:
+    def _check_made(self, tile: Tile, part: Part, made: NDArray[np.uint8]) -> None:
         made_type = tile.tensor.type
-        if made_type in (GGMLType.F16, GGMLType.BF16):
-            row = self._first_non_finite(made.view(Dtype[made_type.name].numpy), Dtype[made_type.name])
-        else:
-            row = None if native.validate_rows(made_type, made) else 0
+        row = _first_damaged(made.view(PLAIN_DTYPES.get(made_type, np.uint8)), made_type)
         if row is not None:
+            some = f", or one of the next {len(made) - row - 1}," if made_type.is_quantized else ""
             raise NonFiniteError(
-                f"{_place(tile, part, row)}, or one of the next {len(made) - row - 1}, has weights too large for "
-                f"{made_type.name}; give the tensor another type with --tensor-type"
+                f"{_place(tile, part, row)}{some} has weights too large for {made_type.name}; give the tensor another "
+                "type with --tensor-type"
             )
 
 
-def _place(tile: Tile, part: SourceTensor, row: int) -> str:
+def _first_damaged(rows: NDArray[Any], type: GGMLType) -> int | None:
+    """The first row that holds NaN or infinity, or of a quantized type the first of all if any does; None if none."""
+    if type not in _INFINITY:
+        return None if native.validate_rows(type, rows.view(np.uint8)) else 0
+    infinity, n_bits = _INFINITY[type], rows.itemsize * 8
+    unsigned = rows.view(f"u{rows.itemsize}")
+    # read as signed numbers the positive ones, read as unsigned the negative ones are in the order of their size
+    if int(unsigned.max()) < infinity | 1 << n_bits - 1 and int(rows.view(f"i{rows.itemsize}").max()) < infinity:
+        return None
+    largest = (unsigned & ((1 << n_bits - 1) - 1)).max(axis=1)
+    return int(np.flatnonzero(largest >= infinity)[0])
+
+
+def _place(tile: Tile, part: Part, row: int) -> str:
     """Where a row of a tile comes from, in words."""
     row += tile.start
     source_row = part.source_row(row) if isinstance(part, RopeOrdered) else row

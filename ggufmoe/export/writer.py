@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 from ggufmoe.errors import Cancelled, GGUFError, NoSpaceError, OutputError, OutputExistsError, ResumeError
 from ggufmoe.export.journal import Journal, fingerprint
 from ggufmoe.export.plan import ExportPlan, PlannedFile
+from ggufmoe.export.rows import stored_type
 from ggufmoe.export.tiles import ImportanceCache, Tile, TileMaker, tiles
 from ggufmoe.ggufheader import read_header
 
@@ -369,8 +370,8 @@ class _Run:
     def _write(self, tile: Tile, maker: TileMaker) -> None:
         data = maker.make(tile)
         self._files[tile.file].write_at(tile.offset, data)
-        part = tile.tensor.parts[tile.part]
-        n_read = (tile.stop - tile.start) * tile.tensor.n_cols * part.dtype.n_bytes
+        stored = stored_type(tile.tensor.parts[tile.part])
+        n_read = (tile.stop - tile.start) * stored.row_bytes(tile.tensor.n_cols)
         with self._changed:
             self._done.unflushed.append(tile)
             self._done.n_bytes += len(data)

@@ -1,0 +1,180 @@
+"""A GGUF file as a source: its tensors by rows as they are stored, its keys, and what its architecture says of it.
+
+Split models are read through any of their files. Mixtral files from before April 2024, with one tensor for each expert,
+are shown with their experts stacked, as llama.cpp wants them today. What the tensors become is ``requantize``'s affair.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ggufmoe.checkpoint.dtypes import row_count
+from ggufmoe.checkpoint.positional import PositionalFile
+from ggufmoe.errors import GGUFError, TensorMismatchError
+from ggufmoe.ggufheader import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, read_model_header
+from ggufmoe.quant.policy import ModelShape
+
+_LOG = logging.getLogger("ggufmoe")
+
+_LEGACY_EXPERT = re.compile(r"(?P<stack>blk\.\d+\.ffn_(?:gate|up|down))\.(?P<expert>\d+)\.weight")
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+_ALIGNMENT_KEY = "general.alignment"
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFRows:
+    """``StoredRows``: a matrix of a GGUF file, whole or one expert of a stack."""
+
+    name: str
+    type: GGMLType
+    shape: tuple[int, ...]
+    file: PositionalFile
+    begin: int
+    """Bytes from the beginning of the file."""
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` with the bytes of rows [start, stop). Raises GGUFError if the file cannot be read any more."""
+        row_bytes = self.type.row_bytes(self.shape[-1])
+        if not 0 <= start <= stop <= row_count(self.shape):
+            raise ValueError(f"{self.name}: rows {start} to {stop} are not in a tensor of shape {self.shape}")
+        if out.nbytes != (stop - start) * row_bytes or not out.flags.c_contiguous:
+            raise ValueError(f"{self.name}: out must be contiguous and of {(stop - start) * row_bytes} bytes")
+        if out.nbytes:
+            self.file.read_into(self.begin + start * row_bytes, out.data.cast("B"))
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor of the model: ``parts`` one after another are its rows, one part for each matrix of a stack.
+
+    ``shape`` is in numpy's order, without leading ones, which ggml does not count.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[GGUFRows, ...]
+
+    @property
+    def type(self) -> GGMLType:
+        """The type of its rows; the experts of a legacy file may differ, then that of the first."""
+        return self.parts[0].type
+
+
+class GGUFSource:
+    """An open model file, or all files of a split one. Raises GGUFError where they cannot be read or do not fit."""
+
+    def __init__(self, path: Path) -> None:
+        self._header = read_model_header(path)
+        self._files: list[PositionalFile] = []
+        try:
+            self.tensors = tuple(_stacked(self._open_tensors(), self.model_shape.n_expert, path))
+        except BaseException:
+            self.close()
+            raise
+        if not self.tensors:
+            self.close()
+            raise GGUFError(f"{path}: holds no tensors (a vocabulary only?); there is nothing to quantize")
+
+    def _open_tensors(self) -> list[GGUFTensor]:
+        tensors: list[GGUFTensor] = []
+        for shard in self._header.shards:
+            file = PositionalFile(shard.path, GGUFError)
+            self._files.append(file)
+            tensors += [_tensor(info, file, shard.header.data_offset) for info in shard.header.tensors]
+        return tensors
+
+    @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        return self._header.paths
+
+    @property
+    def metadata(self) -> dict[str, Value]:
+        """The keys of the model in their order, without those of the files that it came in."""
+        keys = {key: value for key, value in self._header.metadata.items() if key not in _SPLIT_KEYS}
+        if _ALIGNMENT_KEY in keys and keys[_ALIGNMENT_KEY].value != DEFAULT_ALIGNMENT:
+            del keys[_ALIGNMENT_KEY]  # what is written is aligned as is usual
+        return keys
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """What the mixes look at, read as libllama's ``load_hparams`` reads it."""
+        where, metadata = self._header.paths[0], self._header.metadata
+        architecture = metadata.get("general.architecture")
+        if architecture is None or architecture.type is not ValueType.STRING:
+            raise GGUFError(f"{where}: does not say its architecture (general.architecture); is this a model?")
+        name = str(architecture.value)
+        n_layer = _count(where, metadata, f"{name}.block_count")
+        if n_layer is None and name != "clip":
+            raise GGUFError(f"{where}: {name}.block_count is missing, the number of layers; is this a model?")
+        n_head = _count(where, metadata, f"{name}.attention.head_count") or 0
+        n_head_kv = _count(where, metadata, f"{name}.attention.head_count_kv")
+        n_expert = _count(where, metadata, f"{name}.expert_count") or 0
+        return ModelShape(n_layer or 0, n_head, n_head if n_head_kv is None else n_head_kv, n_expert, name)
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        for file in self._files:
+            file.close()
+
+
+def _count(where: Path, metadata: Mapping[str, Value], key: str) -> int | None:
+    """A number of the model; of an array, which has one for each layer, the first."""
+    if key not in metadata:
+        return None
+    value = metadata[key].value
+    first = value[0] if isinstance(value, list) and value else value
+    if type(first) is not int or first < 0:
+        raise GGUFError(f"{where}: {key} is {str(value)[:40]}, expected a count; the file is corrupt")
+    return first
+
+
+def _tensor(info: TensorInfo, file: PositionalFile, data_offset: int) -> GGUFTensor:
+    shape = info.shape
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    n_matrices = math.prod(shape[:-2])
+    step = info.n_bytes // n_matrices
+    begin = data_offset + info.offset
+    parts = (GGUFRows(info.name, info.type, shape[-2:], file, begin + i * step) for i in range(n_matrices))
+    return GGUFTensor(info.name, shape, tuple(parts))
+
+
+def _stacked(tensors: Iterable[GGUFTensor], n_expert: int, path: Path) -> list[GGUFTensor]:
+    """The tensors, those with one expert each put together."""
+    whole: list[GGUFTensor] = []
+    stacks: dict[str, dict[int, GGUFTensor]] = {}
+    for tensor in tensors:
+        found = _LEGACY_EXPERT.fullmatch(tensor.name)
+        if found:
+            stacks.setdefault(f"{found['stack']}_exps.weight", {})[int(found["expert"])] = tensor
+        else:
+            whole.append(tensor)
+    if stacks:
+        _LOG.info("%s has one tensor for each expert; they are stacked", path)
+        names = {tensor.name for tensor in whole}
+        whole += [_stack(name, experts, n_expert, path, names) for name, experts in stacks.items()]
+    return whole
+
+
+def _stack(
+    name: str, experts: Mapping[int, GGUFTensor], n_expert: int, path: Path, names: Sequence[str] | set[str]
+) -> GGUFTensor:
+    if name in names:
+        raise TensorMismatchError(f"{path}: holds {name} and its experts one by one; which is meant cannot be known")
+    if sorted(experts) != list(range(n_expert)):
+        missing = ", ".join(map(str, sorted(set(range(n_expert)) - set(experts)))) or "none"
+        raise TensorMismatchError(f"{path}: {name} needs {n_expert} experts, found {len(experts)}; missing: {missing}")
+    shapes = {tensor.shape for tensor in experts.values()}
+    if len(shapes) > 1:
+        raise TensorMismatchError(f"{path}: the experts of {name} are not of one shape: {sorted(shapes)}")
+    parts = tuple(experts[i].parts[0] for i in range(n_expert))
+    return GGUFTensor(name, (n_expert, *shapes.pop()), parts)

@@ -1,0 +1,83 @@
+"""The plan of a quantization from GGUF to GGUF: the same plan as an export's, over tensors that bear their names.
+
+Owns what ``llama_model_quantize`` does to keys and what it refuses; the bytes are the writer's. ``COPY`` changes no
+type: it joins the files of a split model, and stacks the experts of a legacy one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ggufmoe import native
+from ggufmoe.errors import OptionError
+from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
+from ggufmoe.export.metadata import QUANTIZATION_VERSION, imatrix_metadata, u32
+from ggufmoe.export.plan import ExportPlan, fit_imatrix, lay_out_files, llama_quantize_order, place
+from ggufmoe.export.rows import PLAIN_DTYPES
+from ggufmoe.ggufheader import GGMLType, Value
+from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
+
+COPY = "COPY"
+"""llama-quantize's name for leaving every tensor as it is."""
+
+_FILE_TYPE = "general.file_type"
+
+
+def plan_requantize(
+    source: GGUFSource,
+    output: Path,
+    policy: TypePolicy | None,
+    *,
+    imatrix: Imatrix | None = None,
+    split_max_bytes: int | None = None,
+    allow_requantize: bool = False,
+) -> ExportPlan:
+    """Plan the quantized file of a GGUF model, or its shards; ``policy`` None changes no type.
+
+    Reads no weights. Raises OptionError, ImatrixError, ArchitectureError or TensorMismatchError: whatever can be known
+    to fail, as ``llama_model_quantize`` fails.
+    """
+    tensors = sorted(source.tensors, key=lambda tensor: llama_quantize_order(tensor.name))
+    weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
+    shapes = [TensorShape(tensor.name, tensor.shape, tensor.type) for tensor in tensors]
+    if policy is None:
+        types = {tensor.name: tensor.type for tensor in tensors}
+    else:
+        types = choose_types(shapes, source.model_shape, policy, weighted)
+    for tensor in tensors:
+        _check_change(tensor, types[tensor.name], allow_requantize)
+    placed = [place(t.name, t.shape, types[t.name], t.parts, weighted=t.name in (weighted or ())) for t in tensors]
+    files = lay_out_files(output, _metadata(source, policy, imatrix), placed, split_max_bytes)
+    inputs = (*source.input_paths, *([imatrix.path] if imatrix else []))
+    return ExportPlan(output, files, inputs, policy.file_type.name if policy else COPY, imatrix)
+
+
+def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) -> None:
+    """Refuse a change of type that ggml cannot make, and one that loses twice unless it is allowed."""
+    for stored in {part.type for part in tensor.parts} - {target}:
+        if stored in PLAIN_DTYPES:
+            continue
+        if not native.can_dequantize(stored):
+            raise OptionError(
+                f"{tensor.name} is {stored.name}, which cannot be made {target.name}; keep it with "
+                f"--tensor-type or use {COPY}"
+            )
+        if not allow_requantize:
+            raise OptionError(
+                f"{tensor.name} is quantized already ({stored.name}), to make it {target.name} loses twice; start "
+                "from the unquantized file, or give --allow-requantize"
+            )
+
+
+def _metadata(source: GGUFSource, policy: TypePolicy | None, imatrix: Imatrix | None) -> dict[str, Value]:
+    """The source's keys in their order and, last, those that say how it was quantized."""
+    metadata = source.metadata
+    told = {"general.quantization_version": u32(QUANTIZATION_VERSION)}
+    if policy is not None:
+        told[_FILE_TYPE] = u32(policy.file_type.id)
+    elif _FILE_TYPE in metadata:
+        told[_FILE_TYPE] = metadata[_FILE_TYPE]
+    if imatrix is not None:
+        told |= imatrix_metadata(imatrix)
+    return {key: value for key, value in metadata.items() if key not in told} | told
