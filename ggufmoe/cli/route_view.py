@@ -6,7 +6,7 @@ What colours say is always said by marks as well, so the view works over pipes, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 from rich.console import Console
@@ -50,19 +50,32 @@ class RouteView:
         """The tokens, each coloured and marked by the expert with the highest weight."""
         where = "mean of all layers" if layer is None else f"layer {layer}"
         self._title(f"{visible(title)}, {where}")
-        weights = trace.mean_weights(layer)
-        line = Text()
-        for i, text in enumerate(trace.texts):
-            if i == trace.n_prompt:
-                line.append(" >> " if self._ascii else " » ")
-            expert = int(weights[i].argmax())
-            line.append(visible(text), _tint(expert, lead(float(weights[i, expert]), trace.n_expert)))
-            line.append(self._mark(expert) + ("\n" if text.endswith("\n") else ""))
-        self._console.print(line)
+        line, column = Text(), 0
+        for unit, ends_line in self._units(trace, layer):
+            # a token is not parted from its mark
+            if column and column + unit.cell_len > self._console.width:
+                line.append("\n")
+                column = 0
+            line.append_text(unit)
+            column += unit.cell_len
+            if ends_line:
+                line.append("\n")
+                column = 0
+        self._console.print(line, soft_wrap=True)
         if trace.n_prompt < trace.n_token:
             self._print(
                 f"({trace.n_token - trace.n_prompt} tokens after {'>>' if self._ascii else '»'} were generated)"
             )
+
+    def _units(self, trace: RoutingTrace, layer: int | None) -> Iterator[tuple[Text, bool]]:
+        """Each token with its mark, and whether a line ends after it."""
+        weights = trace.mean_weights(layer)
+        for i, text in enumerate(trace.texts):
+            unit = Text((" >> " if self._ascii else " » ") if i == trace.n_prompt else "")
+            expert = int(weights[i].argmax())
+            unit.append(visible(text), _tint(expert, lead(float(weights[i, expert]), trace.n_expert)))
+            unit.append(self._mark(expert))
+            yield unit, text.endswith("\n")
 
     def summary(self, trace: RoutingTrace, summary: Summary, layer: int | None) -> None:
         """Heat map, numbers, and the tokens that each expert likes."""

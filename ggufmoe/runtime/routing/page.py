@@ -31,7 +31,7 @@ def routing_page(
 ) -> str:
     """The page for one or more (title, trace) of one model, below a comparison of labels where there is one."""
     one = texts[0][1]
-    body = [f"<h1>Routing in {escape(model)}</h1>", _intro(one), _legend(one.n_expert)]
+    body = [f"<h1>Routing in {escape(visible(model))}</h1>", _intro(one), _legend(one.n_expert)]
     body += [] if shares is None else [_comparison(shares)]
     body += [_section(i, title, trace, capacity_factor) for i, (title, trace) in enumerate(texts)]
     return "\n".join(
@@ -40,7 +40,7 @@ def routing_page(
             '<html lang="en">',
             f'<head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>Routing in {escape(model)}</title>",
+            f"<title>Routing in {escape(visible(model))}</title>",
             f"<style>{_resource('page.css')}</style></head>",
             "<body><main>",
             *body,

@@ -39,7 +39,7 @@ def trace_routing(
     is computed once more under observation: half to nine tenths of the usual speed, the less the smaller the model.
     The engine's KV cache is lost.
 
-    Raises InputError for a model without experts and for an empty text, ContextFullError if it does not fit.
+    Raises InputError for a model without experts and for a text of no token, ContextFullError if it does not fit.
     """
     _check_has_experts(engine)
     prompt = engine.tokenize(text, parse_special=True) if isinstance(text, str) else list(text)

@@ -1,0 +1,237 @@
+"""``ggufmoe route`` in terminals of all kinds, over pipes, and into files."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ggufmoe
+from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.route_view import RouteView
+from ggufmoe.runtime.routing.statistics import share_by_label, summarize
+from tests.runtime.traces import random_trace, trace_of
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+Make = Callable[..., Path]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("route") / "m.gguf"
+    checkpoint = tiny_checkpoint(n_embd=64, n_ff=64, n_expert=4, n_expert_used=2, chat_template=TEMPLATE)
+    ggufmoe.convert(checkpoint, path, quant="F16")
+    return path
+
+
+@pytest.fixture
+def run(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*args: object) -> tuple[int, str, str]:
+        code = exit_code(["route", str(model), *map(str, args), "-t", "1"])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_text_with_marks_and_all_the_tables(run: Run) -> None:
+    code, out, err = run("the model", "--generate", 5)
+    assert (code, err) == (0, "")
+    assert "m.gguf: 4 experts in 2 layers; 2 of them run on each token" in out
+    assert "<s>" in out
+    assert any(mark in out for mark in "⁰¹²³")
+    assert "(5 tokens after » were generated)" in out
+    for title in ("Share of choices by layer and expert", "Summary", "Tokens that each expert likes most"):
+        assert f"\n{title}" in out
+    assert "load-balancing loss:" in out
+    assert "\x1b" not in out
+
+
+def test_one_layer(run: Run) -> None:
+    assert "Text, layer 1" in run("the model", "--layer", 1)[1]
+    code, out, err = run("the model", "--layer", 2)
+    assert (code, out, err) == (1, "", "error: layer 2 has no experts: there are layers 0 to 1\n")
+
+
+def test_the_prompt_from_stdin_and_the_template(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the model\n"))
+    code, out, _ = run("-", "--json", "-")
+    plain = json.loads(out)["texts"][0]["texts"]
+    assert code == 0
+    templated = json.loads(run("the model", "--chat", "--json", "-")[1])["texts"][0]["texts"]
+    assert "".join(templated).replace(" ", "") == "<s><user>themodel"
+    assert "".join(plain).replace(" ", "") == "<s>themodel"
+
+
+def test_files_are_written_whole(run: Run, tmp_path: Path) -> None:
+    html, png, data = (tmp_path / name for name in ("a.html", "a.png", "a.json"))
+    code, out, err = run("the model", "--html", html, "--png", png, "--json", data, "--capacity-factor", 2)
+    assert code == 0
+    assert "Summary" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json", "a.png"]
+    assert err.splitlines() == [f"wrote {data}", f"wrote {html}", f"wrote {png}"]
+    text = json.loads(data.read_text(encoding="utf-8"))["texts"][0]
+    assert text["summary"]["capacity_factor"] == 2
+    assert len(text["tokens"]) == len(text["texts"]) == len(text["probabilities"])
+    assert "the" in html.read_text(encoding="utf-8")
+
+
+def test_two_prompts_are_compared_without_bos(run: Run, tmp_path: Path) -> None:
+    html, data = tmp_path / "a.html", tmp_path / "a.json"
+    code, out, _ = run("--compare", "the model", "a number", "--html", html, "--json", data)
+    assert code == 0
+    assert "\nA, mean of all layers" in out
+    assert "\nB, mean of all layers" in out
+    assert "Share of choices by label (tokens) and expert, mean of all layers, %" in out
+    assert "where labels differ most" in out
+    found = json.loads(data.read_text(encoding="utf-8"))
+    labels = found["comparison"]["labels"]
+    assert [one["label"] for one in labels] == ["A", "B"]
+    assert [one["n_tokens"] for one in labels] == [len(text["tokens"]) - 1 for text in found["texts"]]
+    assert "By label" in html.read_text(encoding="utf-8")
+
+
+def test_labelled_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
+    prompts, html = tmp_path / "p.jsonl", tmp_path / "a.html"
+    rows = [("math", "two numbers"), ("rest", "the model"), ("math", "a sum")]
+    prompts.write_text("\n".join(json.dumps({"label": a, "prompt": b}) for a, b in rows) + "\n\n", encoding="utf-8")
+    code, out, _ = run("--prompts", prompts, "--html", html)
+    assert code == 0
+    assert "math (" in out
+    assert "rest (" in out
+    titles = html.read_text(encoding="utf-8")
+    assert all(f">{title}</h2>" in titles for title in ("math, 1", "rest", "math, 2"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "there is no prompt in it"),
+        (b'{"label": "a"}', ':1: expected {"label": "...", "prompt": "..."}'),
+        (b'{"label": "a", "prompt": "x"}\n[1]', ":2: expected"),
+        (b"\n{", ":2: not JSON"),
+        (b"\xff", "cannot be read"),
+    ],
+)
+def test_files_of_prompts_that_are_wrong(run: Run, tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    code, _, err = run("--prompts", path)
+    assert code == 1
+    assert message in err
+    assert str(path) in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["x", "--compare", "a", "b"],
+        ["--compare", "a", "b", "--png", "p.png"],
+        ["--prompts", "f.jsonl", "--png", "p.png"],
+        ["x", "--generate", "-1"],
+        ["x", "--capacity-factor", "0"],
+    ],
+)
+def test_wrong_usage(run: Run, arguments: list[str]) -> None:
+    assert run(*arguments)[0] == 2
+
+
+def test_an_input_is_never_written_over(run: Run, model: Path) -> None:
+    before = model.read_bytes()
+    code, _, err = run("x", "--html", model)
+    assert (code, err) == (1, f"error: {model}: is one of the inputs; name another file\n")
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--html", "--png", "--json"])
+def test_where_nothing_can_be_written(run: Run, tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "missing" / "file"
+    code, _, err = run("x", flag, path)
+    assert code == 1
+    assert f"error: {path}: cannot be written: " in err
+
+
+# ---- the view
+
+
+class Stream(io.StringIO):
+    """A terminal, or a file, of some encoding."""
+
+    def __init__(self, *, terminal: bool, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self._terminal, self._encoding = terminal, encoding
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    def show(n_expert: int = 4, *, width: int = 80, terminal: bool = False, encoding: str = "utf-8", **env: str) -> str:
+        for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TERM"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"COLUMNS": str(width), "TERM": "xterm-256color", **env}.items():
+            monkeypatch.setenv(name, value)
+        trace = random_trace(30, 3, n_expert, 2)
+        stream = Stream(terminal=terminal, encoding=encoding)
+        view = RouteView(stream)
+        view.model("m.gguf", trace)
+        view.text(trace, None)
+        view.summary(trace, summarize(trace), None)
+        view.comparison(share_by_label([("a very long label, longer than a terminal", trace), ("b", trace.part(3))]))
+        return stream.getvalue()
+
+    return show
+
+
+def test_colour_only_on_terminals_that_want_it(shown: Callable[..., str]) -> None:
+    assert "\x1b[" not in shown()
+    assert "\x1b[" in shown(terminal=True)
+    assert ";48;" in shown(terminal=True) or "[48;" in shown(terminal=True)
+    assert "48;" not in shown(terminal=True, NO_COLOR="1")
+    assert "\x1b[" not in shown(terminal=True, TERM="dumb")
+
+
+def test_marks_say_what_colours_say(shown: Callable[..., str]) -> None:
+    plain = shown(12)
+    trace = random_trace(30, 3, 12, 2)
+    for text, weights in zip(trace.texts, trace.mean_weights(), strict=True):
+        mark = str(int(weights.argmax())).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        assert f"{text.strip()}{mark}" in plain
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_lines_stay_within_the_terminal(shown: Callable[..., str], width: int) -> None:
+    lines = shown(16, width=width).splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert sum("label" in line.split() for line in lines) >= (2 if width == 200 else 3)
+
+
+def test_terminals_without_superscripts(shown: Callable[..., str]) -> None:
+    plain = shown(encoding="ascii")
+    assert plain.isascii()
+    assert "[3]" in plain
+
+
+def test_all_experts_stand_in_a_folded_table(shown: Callable[..., str]) -> None:
+    for width in (20, 80):
+        rows = [line.split() for line in shown(16, width=width).splitlines() if line.startswith("layer  ")]
+        assert [int(word) for row in rows for word in row[1:]] == list(range(16))
+
+
+def test_tokens_cannot_command_the_terminal() -> None:
+    trace = trace_of([[[0.6, 0.4]], [[0.4, 0.6]]], 2, texts=["\x1b[2J\x07", "a\nb\n"], n_prompt=1)
+    stream = Stream(terminal=False)
+    RouteView(stream).text(trace, None, title="\x1b]0;x\x07")
+    assert "\\x1b[2J\\x07⁰ » a⏎b⏎¹\n" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
