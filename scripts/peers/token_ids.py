@@ -58,6 +58,8 @@ def llama_tokenizer(path: Path) -> Iterator[Callable[[str, bool], list[int]]]:
     """A function of text and ``parse_special`` that gives llama.cpp's ids, without bos or eos."""
     from llama_cpp import llama_cpp as lib
 
+    previous, user_data = lib.llama_log_callback(), ctypes.c_void_p()
+    lib.llama_log_get(ctypes.byref(previous), ctypes.byref(user_data))
     quiet = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(quiet, ctypes.c_void_p(0))
     parameters = lib.llama_model_default_params()
@@ -78,7 +80,7 @@ def llama_tokenizer(path: Path) -> Iterator[Callable[[str, bool], list[int]]]:
         yield tokenize
     finally:
         lib.llama_model_free(model)
-        del quiet
+        lib.llama_log_set(previous, user_data)
 
 
 def original_tokenizer(directory: Path) -> tuple[Tokenize, str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
 from ggufmoe.ggufheader import Value
+from tests.llama_log import llama_log_to
 from tests.tiny_tokenizers import tokenizer_config, tokenizer_files
 
 NASTY = (
@@ -95,10 +94,10 @@ def llama_cpp_vocabulary(path: Path, metadata: Mapping[str, Value]) -> Iterator[
     from llama_cpp import llama_cpp as lib
 
     _write(path, metadata)
-    lib.llama_log_set(_silence(), ctypes.c_void_p(0))
     parameters = lib.llama_model_default_params()
     parameters.vocab_only = True
-    model = lib.llama_model_load_from_file(str(path).encode(), parameters)
+    with llama_log_to(lambda _: None):
+        model = lib.llama_model_load_from_file(str(path).encode(), parameters)
     assert model
     vocab = lib.llama_model_get_vocab(model)
 
@@ -112,13 +111,6 @@ def llama_cpp_vocabulary(path: Path, metadata: Mapping[str, Value]) -> Iterator[
         yield tokenize
     finally:
         lib.llama_model_free(model)
-
-
-@cache
-def _silence() -> Any:
-    from llama_cpp import llama_cpp as lib
-
-    return lib.llama_log_callback(lambda *_: None)
 
 
 def _write(path: Path, metadata: Mapping[str, Value]) -> None:

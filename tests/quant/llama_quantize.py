@@ -22,6 +22,7 @@ from ggufmoe.errors import ImatrixError, OptionError
 from ggufmoe.ggufheader import GGMLType, read_header
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
 from ggufmoe.quant.types import ABORTS_WITHOUT_IMATRIX
+from tests.llama_log import llama_log_to
 
 _N_TYPES = 43
 """GGML_TYPE_COUNT, which means "not given" to llama_model_quantize."""
@@ -168,19 +169,9 @@ class Outcome:
 
 @contextmanager
 def _captured_log() -> Iterator[list[str]]:
-    from llama_cpp import _logger
-
     parts: list[str] = []
-
-    def collect(level: int, text: bytes, user_data: object) -> None:
-        parts.append(text.decode("utf-8", "replace"))
-
-    callback = llama_cpp.llama_log_callback(collect)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
+    with llama_log_to(parts.append):
         yield parts
-    finally:
-        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
 def quantize(
