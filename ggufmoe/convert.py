@@ -102,6 +102,7 @@ def convert_with(
     """``convert`` with its options as an object."""
     path = _output_path(output)
     check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
+    _check_report(options.router_report)
     with _open_source(source, options) as model:
         plan = _plan(model, path, options)
         write = WriteOptions(
@@ -110,10 +111,10 @@ def convert_with(
             force=options.force,
             on_progress=on_progress,
             cancel=cancel,
-            prepare=lambda: _prepare(model, on_progress, cancel),
+            prepare=lambda: _prepare(model, options.router_report, on_progress, cancel),
         )
         report = write_plan(plan, write)
-        router = _router_report(model, options.router_report)
+        router = model.router_report if isinstance(model, MergedModel) else None
     manifest = _write_manifest(plan, options, on_progress, cancel)
     return _result(plan, report, manifest, router)
 
@@ -268,23 +269,26 @@ def merge_with(
 ) -> MergeResult:
     """``merge`` with its options as an object."""
     target = _output_path(out_dir)
+    check_directory(target, (), force=options.force)
+    max_shard_bytes = parse_size(options.max_shard_size)
+    _check_report(options.router_report)
     model = open_recipe(Path(recipe).expanduser(), allow_identical_experts=options.allow_identical_experts)
     with contextlib.closing(model):
         check_directory(target, model.input_paths, force=options.force)
-        partial = open_partial_directory(target, keep=options.resume)
-        layout = plan_checkpoint(model, layout=options.layout, max_shard_bytes=parse_size(options.max_shard_size))
+        layout = plan_checkpoint(model, layout=options.layout, max_shard_bytes=max_shard_bytes)
         write = WriteOptions(
             threads=options.threads,
             resume=options.resume,
             on_progress=on_progress,
             cancel=cancel,
-            prepare=lambda: _prepare(model, on_progress, cancel),
+            prepare=lambda: _prepare(model, options.router_report, on_progress, cancel),
             reads_back=_reads_back_as_safetensors,
         )
-        report = write_plan(_checkpoint_plan(layout, partial, model), write)
-        router = _router_report(model, options.router_report)
-        assert router is not None, "a recipe has a router"
-        place_directory(partial, target, sidecar_files(model, layout.index))
+        with open_partial_directory(target, keep=options.resume) as partial:
+            report = write_plan(_checkpoint_plan(layout, partial, model), write)
+            place_directory(partial, target, sidecar_files(model, layout.index))
+    router = model.router_report
+    assert router is not None, "preparing a recipe gives its report"
     paths = tuple(target / shard.name for shard in layout.shards)
     n_bytes = sum(shard.n_bytes for shard in layout.shards)
     return MergeResult(target, paths, n_bytes, report.bytes_read, report.bytes_written, report.seconds, router)
@@ -316,8 +320,13 @@ def _reads_back_as_safetensors(file: PlannedFile, path: Path) -> bool:
     return found == {tensor.name: (tensor.shape, tensor.offset) for tensor in file.tensors}
 
 
-def _prepare(model: ModelSource, on_progress: Callable[[Progress], None] | None, cancel: CancelEvent | None) -> None:
-    """Compute what the model needs before its rows are read, told as bytes of the base model."""
+def _prepare(
+    model: ModelSource,
+    report: Path | None,
+    on_progress: Callable[[Progress], None] | None,
+    cancel: CancelEvent | None,
+) -> None:
+    """Compute what the model needs before its rows are read, told as bytes of the base model; write its report."""
     n_bytes = sum(math.prod(tensor.shape) * tensor.dtype.n_bytes for tensor in model.tensors.values())
     n_bytes //= max(1, model.config.n_expert)
 
@@ -326,14 +335,15 @@ def _prepare(model: ModelSource, on_progress: Callable[[Progress], None] | None,
             on_progress(Progress(n_bytes * done // total, n_bytes, f"layer {done} of {total}", "router"))
 
     model.prepare(on_layer=show, cancelled=lambda: cancel is not None and cancel.is_set())
-
-
-def _router_report(model: ModelSource, path: Path | None) -> RouterReport | None:
-    """The router's report, written to ``path`` if there is one."""
-    report = model.router_report if isinstance(model, MergedModel) else None
-    if report is not None and path is not None:
+    if report is not None and isinstance(model, MergedModel) and model.router_report is not None:
+        text = json.dumps(model.router_report.to_dict(), indent=1) + "\n"
         try:
-            path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+            report.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-    return report
+            raise OutputError(f"{report} cannot be written: {error.strerror}") from error
+
+
+def _check_report(path: Path | None) -> None:
+    """Refuse a place for the router's report where it cannot be, before a long job ends with that."""
+    if path is not None:
+        check_place(path, replace=True)

@@ -19,8 +19,8 @@ from safetensors import safe_open
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
-from ggufmoe.convert import Progress
 from ggufmoe.errors import Cancelled, NonFiniteError, NoSpaceError, OptionError, OutputError, OutputExistsError
+from ggufmoe.export.writer import Progress
 from ggufmoe.ggufheader import read_header
 from tests.merge.test_merged import TEMPLATE, write_recipe
 from tests.tiny import make_checkpoint
@@ -94,9 +94,21 @@ def test_the_router_report_is_written_on_request(recipe: Path) -> None:
     content = json.loads(report.read_text())
     assert len(content["condition_numbers"]) == 2
     assert content["preferences"][1]["prompt"] == "solve for x"
-    with pytest.raises(OutputError, match="cannot be written"):
-        ggufmoe.merge(recipe, recipe.parent / "out", router_report=recipe.parent / "no" / "router.json")
-    assert not (recipe.parent / "out").exists()
+    for job, out in ((ggufmoe.merge, "out"), (ggufmoe.convert, "n.gguf")):
+        with pytest.raises(OutputError, match="no is not a directory; make it first"):
+            job(recipe, recipe.parent / out, router_report=recipe.parent / "no" / "router.json")
+        assert not list(recipe.parent.glob(f"{out}*"))
+
+
+def test_a_report_that_turns_out_unwritable_leaves_no_output(recipe: Path) -> None:
+    report = recipe.parent / "router.json"
+
+    def block(step: Progress) -> None:
+        report.mkdir(exist_ok=True)
+
+    with pytest.raises(OutputError, match=r"router\.json cannot be written: Is a directory"):
+        ggufmoe.merge(recipe, recipe.parent / "out", router_report=report, on_progress=block)
+    assert not list(recipe.parent.glob("out*"))
 
 
 def test_only_recipes_take_recipe_options(recipe: Path) -> None:
@@ -150,6 +162,7 @@ def test_what_is_no_checkpoint_is_never_replaced(recipe: Path) -> None:
             ggufmoe.merge(recipe, target, force=True)
     with pytest.raises(OutputExistsError, match="which is read"):
         ggufmoe.merge(recipe, recipe.parent / "base", force=True)
+    (recipe.parent / "config.json").write_text("{}")
     with pytest.raises(OutputExistsError, match="which is read"):
         ggufmoe.merge(recipe, recipe.parent, force=True)
     with pytest.raises(OutputError, match="is not a directory"):

@@ -112,7 +112,10 @@ def _explained(where: str, repo_id: str, error: BaseException) -> HubError:
     if constants.HF_HUB_OFFLINE:
         return HubError(f"{where} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it")
     reason = " ".join(str(chain[-1]).split())[:200] or type(chain[-1]).__name__
-    return HubError(f"{where} cannot be fetched from {constants.ENDPOINT} and is not in the cache: {reason}")
+    return HubError(
+        f"{where} cannot be fetched from {constants.ENDPOINT} and is not in the cache ({reason}); "
+        "check the connection, or give a directory"
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

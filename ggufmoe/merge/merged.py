@@ -18,14 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ggufmoe
-from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.chat_template import default_chat_template
+from ggufmoe.checkpoint.checkpoint import open_directory
 from ggufmoe.checkpoint.dtypes import narrow, widen
+from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
 from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, SourceTensor
-from ggufmoe.errors import RecipeError
+from ggufmoe.errors import CheckpointError, RecipeError
 from ggufmoe.merge.compare import compare_sources
 from ggufmoe.merge.forward import Floats
-from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe
+from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import RouterReport, check_prompts, make_router
 
 log = logging.getLogger("ggufmoe")
@@ -115,8 +116,11 @@ class MergedModel:
         self._path = path
         opened: dict[str, ModelSource] = {}
         try:
-            self._base = _open(recipe.base_model, path, opened)
-            self._experts = [_open(expert.source_model, path, opened) for expert in recipe.experts]
+            self._base = _open(recipe.base_model, path, text, ("base_model",), opened)
+            self._experts = [
+                _open(expert.source_model, path, text, ("experts", i, "source_model"), opened)
+                for i, expert in enumerate(recipe.experts)
+            ]
             self._sources = tuple(opened.values())
             self.warnings = compare_sources(self._base, recipe, self._experts)
             self._dtype = recipe.storage_dtype or _own_dtype(self._base)
@@ -219,16 +223,29 @@ def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedM
     return model
 
 
-def _open(reference: str, recipe_path: Path, opened: dict[str, ModelSource]) -> ModelSource:
-    """A directory, relative to the recipe's, or a hub id; each is opened once."""
+def _open(
+    reference: str, recipe_path: Path, text: str, place: tuple[str | int, ...], opened: dict[str, ModelSource]
+) -> ModelSource:
+    """A directory, relative to the recipe's, or a hub id; each is opened once. Errors name the place in the recipe."""
     directory = recipe_path.parent / Path(reference).expanduser()
-    key = str(directory.resolve()) if directory.is_dir() else reference
-    if key not in opened:
-        opened[key] = open_checkpoint(key)
+    from_hub = is_hub_id(reference) and not directory.exists()
+    key = reference if from_hub else str(directory.resolve())
+    try:
+        if key not in opened:
+            opened[key] = _open_hub(reference) if from_hub else open_directory(directory.resolve())
+    except CheckpointError as error:
+        neither = f"; {directory} is no directory either" if from_hub else ""
+        raise type(error)(f"{place_of(recipe_path, text, place)}: {error}{neither}") from error
     source = opened[key]
     if source.config.n_expert:
-        raise RecipeError(f"{recipe_path}: {reference} is a mixture of experts already; a recipe takes dense models")
+        where = place_of(recipe_path, text, place)
+        raise RecipeError(f"{where}: {reference} is a mixture of experts already; a recipe takes dense models")
     return source
+
+
+def _open_hub(reference: str) -> ModelSource:
+    repo_id, revision = split_id(reference, None)
+    return open_directory(fetch(repo_id, revision), repo_id=repo_id)
 
 
 def _own_dtype(base: ModelSource) -> Dtype:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
+_SHOWN_PROBLEMS = 8
 
 
 class GateMode(str, Enum):
@@ -54,7 +56,10 @@ _DTYPES = {
     "float": Dtype.F32,
 }
 _MODEL = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-_Prompts = Annotated[tuple[StrictStr, ...], Field(strict=False)]
+_Prompts = Annotated[
+    tuple[StrictStr, ...], Field(strict=False), BeforeValidator(lambda value: () if value is None else value)
+]
+"""A key without a value means no prompts, as for mergekit."""
 
 
 class ExpertRecipe(BaseModel):
@@ -109,7 +114,7 @@ def load_recipe(path: Path, *, allow_identical_experts: bool = False) -> tuple[R
     try:
         recipe = Recipe.model_validate(yaml.safe_load(text))
     except ValidationError as error:
-        raise RecipeError("; ".join(_describe(path, node, error))) from None
+        raise RecipeError(_describe(path, node, error)) from None
     for place, problem in _problems(recipe, allow_identical_experts):
         raise RecipeError(f"{path}{_at(node, place)}: {problem}")
     return recipe, text
@@ -173,6 +178,11 @@ def _refuse_repeated_keys(path: Path, mapping: yaml.MappingNode) -> None:
         seen.add(str(key.value))
 
 
+def place_of(path: Path, text: str, place: Sequence[str | int]) -> str:
+    """``FILE:LINE: key`` of something in a recipe whose text has been read already."""
+    return f"{path}{_at(_compose(path, text), place)}"
+
+
 def _at(node: yaml.Node, place: Sequence[str | int]) -> str:
     """``:LINE: key`` of a place, as far as the document reaches."""
     line = node.start_mark.line
@@ -195,22 +205,51 @@ def _child(node: yaml.Node, step: str | int) -> tuple[int, yaml.Node] | None:
     return None
 
 
-def _describe(path: Path, node: yaml.Node, error: ValidationError) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        place = problem["loc"]
-        yield f"{path}{_at(node, place)}: {_message(problem['type'], place, problem)}"
+def _describe(path: Path, node: yaml.Node, error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    # pydantic drops items that are wrong, and then misses them
+    wrong = {problem["loc"][0] for problem in problems if len(problem["loc"]) > 1}
+    problems = [p for p in problems if not (p["type"] == "too_short" and p["loc"][0] in wrong)]
+    told = [f"{path}{_at(node, p['loc'])}: {_message(p['type'], p['loc'], p)}" for p in problems[:_SHOWN_PROBLEMS]]
+    if len(problems) > _SHOWN_PROBLEMS:
+        told.append(f"and {len(problems) - _SHOWN_PROBLEMS} more")
+    return "; ".join(told)
 
 
 def _message(kind: str, place: Sequence[str | int], problem: Any) -> str:
+    found = _found(problem["input"])
     if kind == "extra_forbidden":
         return f"unknown key{_nearest(place)}"
     if kind == "missing":
         return "this key is required"
     if kind == "enum":
         return f"unknown gate mode {problem['input']!r}; one of {', '.join(mode.value for mode in GateMode)}"
-    found = f", found {problem['input']!r}" if not isinstance(problem["input"], (dict, list)) else ""
-    message: str = problem["msg"]
-    return message[0].lower() + message[1:] + found
+    if kind == "too_short":
+        return "there must be at least one"
+    if kind == "string_type":
+        return f"expected text, found {found}; put it in quotes if it is meant as text"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, found {found}"
+    message: str = problem["msg"].replace("Input should be", "must be")
+    return f"{message[0].lower()}{message[1:]}, found {found}"
+
+
+_EXPECTED = {
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a number that is not infinite",
+}
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return reprlib.repr(value)
 
 
 def _nearest(place: Sequence[str | int]) -> str:

@@ -85,19 +85,26 @@ def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path: Path) -> None:
         ("base_model: [unclosed", ":1: not valid YAML"),
         ("base_model: a\nbase_model: b\n", ":2: base_model is given twice"),
         ("base_model: a\n", "experts: this key is required"),
-        ("base_model: a\nexperts: []\n", ":2: experts: "),
+        ("base_model: a\nexperts: []\n", ":2: experts: there must be at least one"),
         (TWO.replace("experts:", "expert:", 1), "unknown key; did you mean experts?"),
         (TWO.replace("positive_prompts: [sums]", "positiv_prompts: [sums]"), ":4: experts.0.positiv_prompts"),
         (TWO.replace("positive_prompts: [sums]", "positiv_prompts: [sums]"), "did you mean positive_prompts?"),
         (TWO + "zzz: 1\n", "unknown key; known here: base_model"),
-        (TWO.replace("[sums]", "[7]"), ":4: experts.0.positive_prompts.0: input should be a valid string, found 7"),
-        (TWO.replace("[sums]", "sums"), "experts.0.positive_prompts"),
+        (TWO.replace("[sums]", "[7]"), ":4: experts.0.positive_prompts.0: expected text, found 7; put it in quotes"),
+        (TWO.replace("[sums]", "[a: b]"), "experts.0.positive_prompts.0: expected text, found a mapping; put it"),
+        (
+            TWO.replace("source_model: a/one", "source_model:"),
+            ":3: experts.0.source_model: expected text, found nothing",
+        ),
+        (TWO.replace("[sums]", "sums"), "experts.0.positive_prompts: expected a list, found 'sums'"),
+        ("base_model: a\nexperts: [a]\n", "experts.0: expected a mapping, found 'a'"),
         (TWO.replace("[sums]", "[]"), "gate mode hidden needs at least one prompt"),
         (TWO.replace("[sums]", "['  ']"), "experts.0.positive_prompts.0: the prompt is empty"),
         (TWO + "gate_mode: guess\n", "unknown gate mode 'guess'; one of hidden, hidden_avg"),
         (TWO + "dtype: int8\n", "unknown dtype 'int8'; one of bfloat16"),
         (TWO + "experts_per_token: 3\n", ":7: experts_per_token: is 3 but there are only 2 experts"),
-        (TWO + "experts_per_token: 0\n", "experts_per_token: input should be greater than or equal to 1"),
+        (TWO + "experts_per_token: two\n", "experts_per_token: expected a whole number, found 'two'"),
+        (TWO + "experts_per_token: 0\n", "experts_per_token: must be greater than or equal to 1, found 0"),
         (TWO + "shared_experts: [{source_model: c}]\n", "a Mixtral has no shared experts"),
         (TWO + "architecture: qwen\n", "'qwen' is not supported; ggufmoe makes Mixtral"),
         (TWO + "tokenizer_source: expert:2\n", "'expert:2' is neither base nor expert:0 to expert:1"),
@@ -106,9 +113,12 @@ def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path: Path) -> None:
         (TWO.replace("a/base", "''"), "base_model: names no model"),
         (TWO.replace("poems", "sums"), "all experts have the same prompts"),
         (TWO.replace("a/two", "a/one"), "all experts are a/one: a larger file with the same answers"),
-        (TWO + "seed: -1\n", "seed: input should be greater than or equal to 0"),
-        (TWO.replace("[sums]", "[sums]\n    noise_scale: -1"), "experts.0.noise_scale"),
-        (TWO.replace("[sums]", "[sums]\n    residual_scale: .nan"), "experts.0.residual_scale"),
+        (TWO + "seed: -1\n", "seed: must be greater than or equal to 0, found -1"),
+        (TWO.replace("[sums]", "[sums]\n    noise_scale: -1"), ":5: experts.0.noise_scale: must be greater"),
+        (
+            TWO.replace("[sums]", "[sums]\n    residual_scale: .nan"),
+            "experts.0.residual_scale: expected a number that is",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_place(tmp_path: Path, text: str, expected: str) -> None:
@@ -121,6 +131,19 @@ def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
     message = error_of(tmp_path, TWO.replace("a/one", "[1]") + "dtpe: bfloat16\n")
     assert "experts.0.source_model" in message
     assert "did you mean dtype?" in message
+
+
+def test_a_wrong_expert_is_not_told_as_a_missing_one_too(tmp_path: Path) -> None:
+    assert error_of(tmp_path, TWO.replace("positive_", "positiv_")).count(";") == 3
+    many = error_of(tmp_path, "base_model: a\nexperts: [" + "1, " * 100 + "]\n")
+    assert many.endswith("; and 92 more")
+
+
+def test_keys_without_a_value_are_as_if_left_out(tmp_path: Path) -> None:
+    text = TWO.replace("[sums]", "[sums]\n    negative_prompts:\n    noise_scale:\n    residual_scale: null")
+    expert = load_recipe(write(tmp_path, text + "dtype:\nshared_experts:\nname:\n"))[0].experts[0]
+    assert expert.prompts == (("sums",), ())
+    assert expert.noise_scale is None
 
 
 def test_experts_that_differ_only_by_noise_are_different(tmp_path: Path) -> None:
