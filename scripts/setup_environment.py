@@ -152,25 +152,30 @@ def cached_wheel(pin: Pin) -> Path | None:
 
 
 CHECK = """
-import ctypes, importlib.metadata, json, sys
+import ctypes, importlib.metadata, json, pathlib, sys
 from llama_cpp import llama_cpp
-abi, lib, faults = json.loads(sys.argv[1]), llama_cpp._lib, []
+abi, faults, libraries = json.loads(sys.argv[1]), [], [llama_cpp._lib]
+if sys.platform == "win32":  # there a library does not show what it imports from others
+    beside = pathlib.Path(llama_cpp.__file__).parent / "lib"
+    libraries += [ctypes.CDLL(str(path)) for path in beside.glob("ggml*.dll")]
+def find(name):
+    return next((getattr(lib, name) for lib in libraries if hasattr(lib, name)), None)
 def expect(what, found, wanted):
     if found != wanted:
         faults.append(f"{what} is {found}, expected {wanted}")
 expect("version", importlib.metadata.version("llama-cpp-python"), abi["version"])
-missing = [name for name in abi["symbols"] if not hasattr(lib, name)]
+missing = [name for name in abi["symbols"] if find(name) is None]
 faults += [f"{name} is not exported" for name in missing]
 for name, size in abi["struct_bytes"].items():
     expect(f"size of {name}", ctypes.sizeof(getattr(llama_cpp, name)), size)
 if not missing:
-    lib.ggml_commit.restype = ctypes.c_char_p
-    commit = lib.ggml_commit().decode().split("-")[0]
+    ggml_commit, block_size, type_size = map(find, ("ggml_commit", "ggml_blck_size", "ggml_type_size"))
+    ggml_commit.restype, block_size.restype, type_size.restype = ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
+    commit = ggml_commit().decode().split("-")[0]
     if commit != "unknown" and not abi["commit"].startswith(commit):
         faults.append(f"llama.cpp commit is {commit}, expected {abi['commit']}")
-    lib.ggml_blck_size.restype, lib.ggml_type_size.restype = ctypes.c_int64, ctypes.c_size_t
     for name, (number, block, size) in abi["tensor_types"].items():
-        expect(f"block of {name}", [lib.ggml_blck_size(number), lib.ggml_type_size(number)], [block, size])
+        expect(f"block of {name}", [block_size(number), type_size(number)], [block, size])
 print("; ".join(faults))
 """
 """Runs in a process of its own: a broken library may end it."""
@@ -206,6 +211,8 @@ def install_engine(pin: Pin) -> None:
 
 def install() -> None:
     """Bring the environment up to date with pyproject.toml and the pin."""
+    if sys.prefix == sys.base_prefix:
+        raise SetupError(f"{sys.executable} belongs to no virtual environment; run scripts/setup, which makes one")
     pin = read_pin(PIN_FILE, os.environ.get("GGUFMOE_ENGINE"))
     wanted = stamp(pin)
     if STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted:
