@@ -171,44 +171,48 @@ def test_an_exception_of_the_callback_stops_the_run_and_keeps_what_is_done(
     assert output.read_bytes() == write(directory, tmp_path / "whole.gguf").read_bytes()
 
 
-KILLED = """
-import os, sys, threading, time
+SLOWED = """
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.export.plan import plan_export
-from ggufmoe.export.writer import PartialFile, WriteOptions, write_plan
+from ggufmoe.export.writer import PartialFile, WriteOptions, journal_path, write_plan
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
+
+output, lines_to_live = Path(sys.argv[2]), int(sys.argv[3])
 
 class Slow(PartialFile):
     def write_at(self, offset, data):
         super().write_at(offset, data)
         time.sleep(0.02)
+        if journal_path(output).read_text().count("done") > lines_to_live:
+            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
-source = open_checkpoint(sys.argv[1])
-plan = plan_export(source, Path(sys.argv[2]), TypePolicy(FileType.Q8_0))
+plan = plan_export(open_checkpoint(sys.argv[1]), output, TypePolicy(FileType.Q8_0))
 write_plan(plan, WriteOptions(threads=2, flush_interval_s=0, open_output=Slow, resume=True))
 """
 
 
+def slowed(directory: Path, output: Path, lines_to_live: int) -> list[str]:
+    """A command that resumes slowly, and kills itself when its journal has more lines about finished tiles."""
+    script = SLOWED.format(root=str(Path(__file__).parents[2]))
+    return [sys.executable, "-c", script, str(directory), str(output), str(lines_to_live)]
+
+
 def test_a_killed_process_loses_little_and_is_resumed_to_the_same_file(tiny_checkpoint: Make, tmp_path: Path) -> None:
-    directory, output = tiny_checkpoint(n_layer=4), tmp_path / "a.gguf"
+    directory, output = tiny_checkpoint(n_layer=6), tmp_path / "a.gguf"
     whole = write(directory, tmp_path / "whole.gguf").read_bytes()
-    script = KILLED.format(root=str(Path(__file__).parents[2]))
+    with planned(directory, output) as plan:
+        journal = Journal(journal_path(output), fingerprint(plan))
+        n_tiles = len(list(tiles.tiles(plan)))
     done = 0
-    for wanted in (1, 12, 24):
-        with planned(directory, output) as plan:
-            journal = Journal(journal_path(output), fingerprint(plan))
-        process = subprocess.Popen([sys.executable, "-c", script, str(directory), str(output)])
-        deadline = time.monotonic() + 60
-        while len(journal.read() or ()) < wanted and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
+    for lines_to_live in (0, 1, 3):
+        process = subprocess.run(slowed(directory, output, lines_to_live), check=False, timeout=120)
+        assert process.returncode not in (0, 1)
         finished = len(journal.read() or ())
-        assert finished >= wanted, "the process was not killed in the middle"
-        assert finished > done
+        assert done < finished < n_tiles
         done = finished
         assert not output.exists()
     write(directory, output, WriteOptions(resume=True))
@@ -511,11 +515,8 @@ def test_without_pwrite_the_file_is_the_same(
 
 
 def test_ctrl_c_of_a_caller_without_a_cancel_event_is_resumable(tiny_checkpoint: Make, tmp_path: Path) -> None:
-    directory, output = tiny_checkpoint(n_layer=4), tmp_path / "a.gguf"
-    script = KILLED.format(root=str(Path(__file__).parents[2]))
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(directory), str(output)], stderr=subprocess.PIPE, text=True
-    )
+    directory, output = tiny_checkpoint(n_layer=6), tmp_path / "a.gguf"
+    process = subprocess.Popen(slowed(directory, output, 10**6), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     journal = journal_path(output)
     while not (journal.exists() and "done" in journal.read_text()) and time.monotonic() < deadline:
