@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import pytest
 from ggufmoe import native
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
+from ggufmoe.checkpoint.source import SourceTensor
 from ggufmoe.errors import (
     Cancelled,
     NonFiniteError,
@@ -71,7 +73,7 @@ def test_every_tensor_is_its_rows_quantized_by_ggml(tiny_checkpoint: Make, tmp_p
         written = (tmp_path / "a.gguf").read_bytes()
         assert len(written) == plan.n_bytes
         for tensor in plan.tensors:
-            rows = np.concatenate([read_f32(part) for part in tensor.parts])
+            rows = np.concatenate([read_f32(cast(SourceTensor, part)) for part in tensor.parts])
             wanted = np.empty((len(rows), tensor.type.row_bytes(tensor.n_cols)), np.uint8)
             if tensor.type is GGMLType.F32:
                 wanted = rows.view(np.uint8)
