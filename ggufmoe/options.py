@@ -34,8 +34,8 @@ def _router_report() -> Any:
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
-    """How a checkpoint becomes a GGUF file."""
+class ExportOptions:
+    """How a GGUF file is made, whatever it is made from. Raises OptionError for unknown words."""
 
     quant: str = option("Q4_K_M", "-q", "--quant", help="File type, as llama-quantize names it.", metavar="TYPE")
     imatrix: Path | None = option(
@@ -56,8 +56,29 @@ class ConvertOptions:
     resume: bool = option(False, "--resume", help="Go on with the partial file of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing output.")
     manifest: bool = option(False, "--manifest", help="Write OUT.manifest.json beside it, with a hash of each tensor.")
+    quantizer: Literal["auto", "fast", "ggml"] = option(
+        "auto", "--quantizer", help="ggml: only llama.cpp's routines; fast: only ours, or none at all. Same bytes."
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+
+
+@dataclass(frozen=True)
+class ConvertOptions(ExportOptions):
+    """How a checkpoint becomes a GGUF file."""
+
     allow_identical_experts: bool = _identical_experts()
     router_report: Path | None = _router_report()
+
+
+@dataclass(frozen=True)
+class QuantizeOptions(ExportOptions):
+    """How a GGUF file becomes another one."""
+
+    allow_requantize: bool = option(
+        False, "--allow-requantize", help="Quantize what is quantized already; it loses more than from the original."
+    )
 
 
 @dataclass(frozen=True)

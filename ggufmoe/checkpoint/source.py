@@ -16,6 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+_NUMPY: Mapping[str, np.dtype[Any]] = {
+    "BF16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+
 
 class Dtype(Enum):
     """Storage types of source weights; numpy has no bfloat16, so BF16 rows travel as their uint16 bits."""
@@ -27,7 +33,7 @@ class Dtype(Enum):
     @property
     def numpy(self) -> np.dtype[Any]:
         """The numpy dtype in which rows of this type are stored: uint16, float16 or float32."""
-        return np.dtype({"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[self.value])
+        return _NUMPY[self.value]
 
     @property
     def n_bytes(self) -> int:

@@ -31,7 +31,7 @@ _ALIGNMENT_KEY = "general.alignment"
 
 @dataclass(frozen=True, slots=True)
 class GGUFRows:
-    """``StoredRows``: a matrix of a GGUF file, whole or one expert of a stack."""
+    """Rows as a GGUF file stores them: a matrix, whole or one expert of a stack; a 1-D tensor is a single row."""
 
     name: str
     type: GGMLType
@@ -41,7 +41,10 @@ class GGUFRows:
     """Bytes from the beginning of the file."""
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Fill ``out`` with the bytes of rows [start, stop). Raises GGUFError if the file cannot be read any more."""
+        """Fill ``out``, contiguous and of the size that the rows have in the file, with the bytes of [start, stop).
+
+        Safe to call from several threads at once. Raises GGUFError if the file cannot be read any more.
+        """
         row_bytes = self.type.row_bytes(self.shape[-1])
         if not 0 <= start <= stop <= row_count(self.shape):
             raise ValueError(f"{self.name}: rows {start} to {stop} are not in a tensor of shape {self.shape}")

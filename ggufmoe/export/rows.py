@@ -1,48 +1,31 @@
 """Where the rows of a tensor come from: the kinds of parts that a planned tensor can have.
 
 Rows of a checkpoint are a ``SourceTensor``; so are those that are reordered for rotary embeddings, or computed. Rows of
-a GGUF file are ``StoredRows``: of any of ggml's types, quantized ones included.
+a GGUF file are ``GGUFRows``: of any of ggml's types, quantized ones included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import Dtype, SourceTensor
+from ggufmoe.export.gguf_source import GGUFRows
 from ggufmoe.ggufheader import GGMLType
 
 PLAIN_DTYPES: dict[GGMLType, np.dtype[Any]] = {GGMLType[dtype.value]: dtype.numpy for dtype in Dtype}
 """How rows of plain numbers travel; rows of every other type travel as their bytes."""
 
 
-@runtime_checkable
-class StoredRows(Protocol):
-    """Rows as a GGUF file stores them. A row is the last dimension; a 1-D tensor is a single row."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def type(self) -> GGMLType: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Fill ``out``, contiguous and of the size that the rows have in the file, with the bytes of [start, stop).
-
-        Safe to call from several threads at once.
-        """
-
-
-Part = SourceTensor | StoredRows
+Part = SourceTensor | GGUFRows
 
 
 def stored_type(part: Part) -> GGMLType:
     """The type in which the rows of a part are stored."""
-    return part.type if isinstance(part, StoredRows) else GGMLType[part.dtype.value]
+    return part.type if isinstance(part, GGUFRows) else GGMLType[part.dtype.value]
 
 
 class RopeOrdered:

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ggufmoe.errors import Cancelled, GGUFError, NoSpaceError, OutputError, OutputExistsError, ResumeError
+from ggufmoe.export.formats import prepare_kernels
 from ggufmoe.export.journal import Journal, fingerprint
+from ggufmoe.export.pagecache import PassingFiles
 from ggufmoe.export.plan import ExportPlan, PlannedFile
 from ggufmoe.export.rows import stored_type
 from ggufmoe.export.tiles import ImportanceCache, Tile, TileMaker, tiles
 from ggufmoe.ggufheader import read_header
+from ggufmoe.quant.kernels import QuantizerName
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -32,6 +35,9 @@ FLUSH_INTERVAL_S = 5.0
 """How often finished tiles are flushed to disk and journalled: what a crash can cost."""
 
 _PROGRESS_INTERVAL_S = 0.1
+_RELEASE_INTERVAL_S = 1.0
+_READERS = 2
+"""Workers beyond the cores that compute: while they wait for the disk, none of the cores does."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class WriteOptions:
     """How a plan is executed; none of this changes the bytes."""
 
     threads: int | None = None
+    quantizer: QuantizerName = "auto"
     resume: bool = False
     force: bool = False
     on_progress: Callable[[Progress], None] | None = None
@@ -100,6 +107,8 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     finished = _finished_tiles(plan, journal) if options.resume else None
     check_output(plan, force=options.force, resume=finished is not None)
     check_space(plan, resume=finished is not None)
+    if options.quantizer == "fast":
+        prepare_kernels(plan, "fast")
     if options.prepare is not None:
         options.prepare()
     with _output_errors(plan):
@@ -284,7 +293,9 @@ class _Run:
         self._changed = threading.Condition()
         self._done = _Done()
         self._n_threads = options.threads or available_cores()
-        self._importance = ImportanceCache(plan.imatrix, self._n_threads + 1)
+        self._cores = threading.Semaphore(self._n_threads)
+        self._importance = ImportanceCache(plan.imatrix, self._n_threads + _READERS)
+        self._passing = PassingFiles(plan.input_paths, plan.n_bytes + sum(p.stat().st_size for p in plan.input_paths))
         self._total_bytes = sum(len(f.header) + sum(t.n_bytes for t in f.tensors) for f in plan.files)
 
     def _open_tiles(self) -> Iterator[Tile]:
@@ -314,8 +325,10 @@ class _Run:
         self._done.n_bytes = sum(tile.n_bytes for tile in tiles(self._plan) if tile.number in self._finished)
 
     def _write_tiles(self) -> None:
-        workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(self._n_threads)]
+        workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(self._n_threads + _READERS)]
         self._done.running = len(workers)
+        # ggml's routines begin while the kernels are compiled
+        workers.append(threading.Thread(target=prepare_kernels, args=(self._plan, self._options.quantizer)))
         for worker in workers:
             worker.start()
         try:
@@ -351,7 +364,7 @@ class _Run:
 
     def _worker(self) -> None:
         try:
-            maker = TileMaker(self._plan, self._importance)
+            maker = TileMaker(self._plan, self._importance, self._options.quantizer)
             while not self._stop.is_set() and not self._cancelled() and (tile := self._next()) is not None:
                 self._write(tile, maker)
         except BaseException as error:  # the calling thread raises it
@@ -368,7 +381,9 @@ class _Run:
             return next(self._queue, None)
 
     def _write(self, tile: Tile, maker: TileMaker) -> None:
-        data = maker.make(tile)
+        rows = maker.read(tile)
+        with self._cores:
+            data = maker.make(tile, rows)
         self._files[tile.file].write_at(tile.offset, data)
         stored = stored_type(tile.tensor.parts[tile.part])
         n_read = (tile.stop - tile.start) * stored.row_bytes(tile.tensor.n_cols)
@@ -381,7 +396,7 @@ class _Run:
 
     def _attend(self) -> None:
         """Report and flush until no worker is left."""
-        flushed = time.monotonic()
+        flushed = released = time.monotonic()
         while True:
             with self._changed:
                 if self._done.running:
@@ -392,6 +407,9 @@ class _Run:
             if time.monotonic() - flushed >= self._options.flush_interval_s:
                 self._flush()
                 flushed = time.monotonic()
+            if time.monotonic() - released >= _RELEASE_INTERVAL_S:
+                self._passing.release()
+                released = time.monotonic()
 
     def _flush(self) -> None:
         with self._changed:

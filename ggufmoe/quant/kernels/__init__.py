@@ -109,4 +109,4 @@ def _check_layout(
         raise ValueError(f"{type.name}: src, dst and imatrix must be C-contiguous")
 
 
-__all__ = ["QUANTIZERS", "KernelReport", "QuantizerName", "kernel_report", "prepare", "quantize_rows"]
+__all__ = ["QUANTIZERS", "KernelReport", "QuantizerName", "has_kernel", "kernel_report", "prepare", "quantize_rows"]
