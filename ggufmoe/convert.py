@@ -20,6 +20,7 @@ from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError, OutputError, SafetensorsError
 from ggufmoe.export.arch import ggml_type
 from ggufmoe.export.directory import check_directory, open_partial_directory, place_directory
+from ggufmoe.export.formats import routines
 from ggufmoe.export.plan import ExportPlan, PlannedFile, PlannedTensor, parse_size, plan_export
 from ggufmoe.export.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
 from ggufmoe.manifest import default_path as manifest_path
@@ -27,8 +28,9 @@ from ggufmoe.manifest import write_manifest
 from ggufmoe.merge.merged import MergedModel, open_recipe
 from ggufmoe.merge.router import RouterReport
 from ggufmoe.merge.sidecars import sidecar_files
-from ggufmoe.options import ConvertOptions, MergeOptions
+from ggufmoe.options import ConvertOptions, ExportOptions, MergeOptions
 from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
 from ggufmoe.quant.types import FileType, parse_tensor_type
 
@@ -49,7 +51,9 @@ class ConvertResult:
     plan: ExportPlan
     manifest: Path | None = None
     router_report: RouterReport | None = None
-    """Where the recipe's router sends its prompts; None for a checkpoint."""
+    """Where the recipe's router sends its prompts; None for any other source."""
+    quantizers: tuple[KernelReport, ...] = ()
+    """What quantized each format, and why: a kernel of ours or ggml's routine. The bytes are the same."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as what JSON can hold."""
@@ -63,9 +67,20 @@ class ConvertResult:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),
+            "quantizers": [_quantizer_dict(report) for report in self.quantizers],
             "manifest": None if self.manifest is None else str(self.manifest),
             "router": None if self.router_report is None else self.router_report.to_dict(),
         }
+
+
+def _quantizer_dict(report: KernelReport) -> dict[str, Any]:
+    return {
+        "type": report.type.name,
+        "source": report.source,
+        "importances": report.weighted,
+        "quantizer": report.routine,
+        "reason": report.reason,
+    }
 
 
 def convert(
@@ -100,13 +115,14 @@ def convert_with(
     cancel: CancelEvent | None = None,
 ) -> ConvertResult:
     """``convert`` with its options as an object."""
-    path = _output_path(output)
+    path = output_path(output)
     check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
     _check_report(options.router_report)
     with _open_source(source, options) as model:
         plan = _plan(model, path, options)
         write = WriteOptions(
             threads=options.threads,
+            quantizer=options.quantizer,
             resume=options.resume,
             force=options.force,
             on_progress=on_progress,
@@ -115,8 +131,8 @@ def convert_with(
         )
         report = write_plan(plan, write)
         router = model.router_report if isinstance(model, MergedModel) else None
-    manifest = _write_manifest(plan, options, on_progress, cancel)
-    return _result(plan, report, manifest, router)
+    manifest = write_plan_manifest(plan, options, on_progress, cancel)
+    return convert_result(plan, report, options, manifest, router)
 
 
 def plan_convert(source: str | Path, output: str | Path, quant: str = "Q4_K_M", **options: Any) -> ExportPlan:
@@ -130,7 +146,7 @@ def plan_convert(source: str | Path, output: str | Path, quant: str = "Q4_K_M", 
 def plan_with(source: str | Path, output: str | Path, options: ConvertOptions) -> ExportPlan:
     """``plan_convert`` with its options as an object."""
     with _open_source(source, options) as model:
-        return _plan(model, _output_path(output), options)
+        return _plan(model, output_path(output), options)
 
 
 def _options(quant: str, given: dict[str, Any]) -> ConvertOptions:
@@ -155,7 +171,8 @@ def _open_source(source: str | Path, options: ConvertOptions) -> Iterator[ModelS
         model.close()
 
 
-def _output_path(output: str | Path) -> Path:
+def output_path(output: str | Path) -> Path:
+    """The path of an output as given; OutputError if it names no file."""
     path = Path(output).expanduser()
     if not path.name:
         raise OutputError(f"{output} is no file name; give one, for example model.gguf")
@@ -163,14 +180,20 @@ def _output_path(output: str | Path) -> Path:
 
 
 def _plan(model: ModelSource, output: Path, options: ConvertOptions) -> ExportPlan:
-    if options.threads is not None and options.threads < 1:
-        raise OptionError(f"threads is {options.threads}, expected at least 1")
+    check_threads(options.threads)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     split = None if options.split_max_size is None else parse_size(options.split_max_size)
-    return plan_export(model, output, _policy(options), imatrix=imatrix, split_max_bytes=split)
+    return plan_export(model, output, type_policy(options), imatrix=imatrix, split_max_bytes=split)
 
 
-def _policy(options: ConvertOptions) -> TypePolicy:
+def check_threads(threads: int | None) -> None:
+    """Refuse to work with no thread at all."""
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads is {threads}, expected at least 1")
+
+
+def type_policy(options: ExportOptions) -> TypePolicy:
+    """The options that say which tensor gets which type. Raises OptionError."""
     return TypePolicy(
         FileType.from_name(options.quant),
         tensor_types=tuple(parse_override(text) for text in options.tensor_types),
@@ -184,9 +207,9 @@ def _tensor_type(name: str | None) -> Any:
     return None if name is None else parse_tensor_type(name)
 
 
-def _write_manifest(
+def write_plan_manifest(
     plan: ExportPlan,
-    options: ConvertOptions,
+    options: ExportOptions,
     on_progress: Callable[[Progress], None] | None,
     cancel: CancelEvent | None,
 ) -> Path | None:
@@ -206,9 +229,24 @@ def _write_manifest(
     return write_manifest(paths, manifest_path(plan.output), show, cancel)
 
 
-def _result(plan: ExportPlan, report: WriteReport, manifest: Path | None, router: RouterReport | None) -> ConvertResult:
+def convert_result(
+    plan: ExportPlan,
+    report: WriteReport,
+    options: ExportOptions,
+    manifest: Path | None,
+    router: RouterReport | None = None,
+) -> ConvertResult:
+    """What a plan that was written has given."""
     return ConvertResult(
-        report.paths, plan.n_bytes, report.bytes_read, report.bytes_written, report.seconds, plan, manifest, router
+        report.paths,
+        plan.n_bytes,
+        report.bytes_read,
+        report.bytes_written,
+        report.seconds,
+        plan,
+        manifest,
+        router,
+        routines(plan, options.quantizer),
     )
 
 
@@ -268,7 +306,7 @@ def merge_with(
     cancel: CancelEvent | None = None,
 ) -> MergeResult:
     """``merge`` with its options as an object."""
-    target = _output_path(out_dir)
+    target = Path(out_dir).expanduser()
     check_directory(target, (), force=options.force)
     max_shard_bytes = parse_size(options.max_shard_size)
     _check_report(options.router_report)

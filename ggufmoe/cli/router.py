@@ -9,16 +9,22 @@ if TYPE_CHECKING:
     from ggufmoe.merge.router import PromptPreference, RouterReport
 
 _SHOWN_LAYERS = 8
+_LEAST_PROMPT = 24
+"""Columns below which a prompt says too little: then only its favourite expert is shown beside it."""
+_FRAME = 3
+"""Columns of the frame and the spaces around each cell."""
 
 
 def print_router(report: RouterReport, stream: TextIO | None = None) -> None:
-    """Two small tables on ``stream`` (stderr by default)."""
+    """Two small tables on ``stream`` (stderr by default), as wide as it is."""
     from rich.console import Console
 
     console = Console(file=sys.stderr if stream is None else stream, highlight=False)
+    console.print(f"Router rows ({report.gate_mode})")
     console.print(_layers(report))
     if report.preferences:
-        console.print(_prompts(report.preferences))
+        console.print("Where the base model would send each prompt")
+        console.print(_prompts(report.preferences, console.width))
     if report.degenerate_layers:
         where = f"{len(report.degenerate_layers)} of {len(report.condition_numbers)} layers"
         console.print(f"In {where} the experts' rows are nearly alike; prompts that differ more would help.")
@@ -27,10 +33,9 @@ def print_router(report: RouterReport, stream: TextIO | None = None) -> None:
 def _layers(report: RouterReport) -> object:
     from rich.table import Table
 
-    table = Table(title=f"Router rows ({report.gate_mode})", title_justify="left")
-    table.add_column("layer", justify="right")
-    table.add_column("most alike", justify="right")
-    table.add_column("condition", justify="right")
+    table = Table()
+    for title in ("layer", "most alike", "condition"):
+        table.add_column(title, justify="right", no_wrap=True)
     n_layer = len(report.condition_numbers)
     step = max(1, -(-n_layer // _SHOWN_LAYERS))
     for layer in sorted({*range(0, n_layer, step), n_layer - 1}):
@@ -39,20 +44,47 @@ def _layers(report: RouterReport) -> object:
             (cosines[i][j] for i in range(len(cosines)) for j in range(i)), default=0.0
         )  # one expert has no other to be like
         mark = " !" if layer in report.degenerate_layers else ""
-        table.add_row(str(layer), f"{closest:+.3f}", f"{report.condition_numbers[layer]:.2f}{mark}")
+        table.add_row(str(layer), f"{closest:+.3f}", _condition(report.condition_numbers[layer]) + mark)
     return table
 
 
-def _prompts(preferences: tuple[PromptPreference, ...]) -> object:
+def _condition(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.0e}".replace("+", "")
+
+
+def _prompts(preferences: tuple[PromptPreference, ...], width: int) -> object:
+    """One row for each prompt; every expert's share where there is room for it, else the favourite's."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title="Where the base model's states of each prompt would go", title_justify="left")
+    titles = [f"to {expert}" for expert in range(len(preferences[0].mean_weights))]
+    rows = [[f"{weight:.0%}" for weight in preference.mean_weights] for preference in preferences]
+    if _room(width, titles, rows) < _LEAST_PROMPT:
+        titles, rows = ["goes to"], [[_favourite(preference)] for preference in preferences]
+    table = Table()
     table.add_column("for", no_wrap=True)
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True)
-    for expert in range(len(preferences[0].mean_weights)):
-        table.add_column(f"to {expert}", justify="right", no_wrap=True, min_width=4)
-    for preference in preferences:
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=max(_room(width, titles, rows), 1))
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for preference, cells in zip(preferences, rows, strict=True):
         sign = "+" if preference.positive else "−"
-        shares = [f"{weight:.0%}" for weight in preference.mean_weights]
-        table.add_row(f"{sign}{preference.expert}", preference.prompt, *shares)
+        # Text, because what is in brackets belongs to the prompt
+        table.add_row(f"{sign}{preference.expert}", Text(_printable(preference.prompt)), *cells)
     return table
+
+
+def _room(width: int, titles: list[str], rows: list[list[str]]) -> int:
+    """Columns left for the prompt."""
+    shares = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return width - len("for") - sum(shares) - _FRAME * (len(shares) + 2) - 1
+
+
+def _favourite(preference: PromptPreference) -> str:
+    weights = preference.mean_weights
+    best = max(range(len(weights)), key=weights.__getitem__)
+    return f"{best} ({weights[best]:.0%})"
+
+
+def _printable(text: str) -> str:
+    """One line of ``text``, without what would steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -22,6 +22,8 @@ def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> Non
     Even with ``force`` only an empty directory or a checkpoint is replaced.
     """
     place = target.resolve()
+    if not target.name:
+        raise OutputError(f"{target} cannot be made anew; give the name of a directory that is to be")
     for given in inputs:
         if place == given.resolve().parent or place in given.resolve().parents:
             raise OutputExistsError(f"{target} holds {given}, which is read; choose another output directory")

@@ -78,6 +78,7 @@ def _present(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 def _model_card(model: MergedModel) -> str:
     """A card like those that merges are published with: where it comes from, the recipe, how to use it."""
     recipe, provenance = model.recipe, model.provenance
+    rows = f"`{recipe.gate_mode.value}`" + (" from the prompts below" if recipe.gate_mode.needs_prompts else "")
     sources = "\n".join(f"* {_link(base)}" for base in map(asdict, provenance.base_models))
     return f"""---
 {yaml.safe_dump(_front_matter(provenance), sort_keys=False, allow_unicode=True)}---
@@ -90,7 +91,7 @@ A Mixture of Experts made with ggufmoe from:
 
 Attention, embeddings and norms are those of `{recipe.base_model}`. Each layer has {len(recipe.experts)} experts,
 of which {recipe.experts_per_token} answer each token. The router was not trained: its rows were made by gate mode
-`{recipe.gate_mode.value}` from the prompts below.
+{rows}.
 
 ## Recipe
 
