@@ -39,7 +39,15 @@ if TYPE_CHECKING:
         TensorMismatchError,
         TokenizerError,
     )
-    from ggufmoe.options import ContextOptions, ConvertOptions, MergeOptions, OffloadOptions, SamplingOptions
+    from ggufmoe.options import (
+        ContextOptions,
+        ConvertOptions,
+        MergeOptions,
+        OffloadOptions,
+        QuantizeOptions,
+        SamplingOptions,
+    )
+    from ggufmoe.quantize import quantize as quantize
     from ggufmoe.runtime.chat import Chat
     from ggufmoe.runtime.engine import Engine
     from ggufmoe.runtime.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
@@ -71,6 +79,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OutputExistsError",
+    "QuantizeOptions",
     "RecipeError",
     "ResumeError",
     "RoutedToken",
@@ -84,6 +93,7 @@ __all__ = [
     "__version__",
     "convert",
     "merge",
+    "quantize",
     "trace_routing",
 ]
 
@@ -94,12 +104,14 @@ _HOMES = {
     "Engine": "ggufmoe.runtime.engine",
     "MergeOptions": "ggufmoe.options",
     "OffloadOptions": "ggufmoe.options",
+    "QuantizeOptions": "ggufmoe.options",
     "RoutedToken": "ggufmoe.runtime.routing",
     "RoutingTrace": "ggufmoe.runtime.routing",
     "RoutingTracer": "ggufmoe.runtime.routing",
     "SamplingOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
     "merge": "ggufmoe.convert",
+    "quantize": "ggufmoe.quantize",
     "trace_routing": "ggufmoe.runtime.routing",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""

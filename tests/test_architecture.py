@@ -30,11 +30,13 @@ ALLOWED: dict[str, set[str]] = {
     "merge": FLOOR | {"checkpoint"},
     "export": FLOOR | {"checkpoint", "quant"},
     "convert": CONVERT_HALF,
+    "quantize": CONVERT_HALF | {"convert"},
     "runtime": FLOOR,
     "server": FLOOR | {"runtime"},
-    "cli": CONVERT_HALF | RUN_HALF | {"convert"},
+    "demo": set(),
+    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "demo"},
     "__main__": {"cli"},
-    "__init__": {"errors", "options", "convert", "runtime"},
+    "__init__": {"errors", "options", "convert", "quantize", "runtime"},
 }
 """Room to the rooms that it may import besides itself; the package itself gives only its version."""
 

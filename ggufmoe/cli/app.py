@@ -43,6 +43,7 @@ class Verb:
 
 VERBS = (
     Verb("convert", "ggufmoe.cli.convert:convert_command", "Turn a checkpoint or recipe into a quantized GGUF file."),
+    Verb("quantize", "ggufmoe.cli.quantize:quantize_command", "Turn a GGUF file into one of another type."),
     Verb("merge", "ggufmoe.cli.merge:merge_command", "Merge dense models into a Mixtral checkpoint."),
     Verb("run", "ggufmoe.cli.run:run_command", "Print one answer of a model."),
     Verb("chat", "ggufmoe.cli.chat:chat_command", "Talk with a model in the terminal."),

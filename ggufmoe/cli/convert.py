@@ -49,7 +49,7 @@ def convert_command(
     if not quiet:
         if result.router_report is not None:
             print_router(result.router_report)
-        print(_summary(result), file=sys.stderr)
+        print(summary(result), file=sys.stderr)
     if as_json:
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": peak_memory_bytes()}))
 
@@ -105,7 +105,8 @@ class Interrupt:
         self._event.set()
 
 
-def _summary(result: ConvertResult) -> str:
+def summary(result: ConvertResult) -> str:
+    """One line: what was written, and what it cost."""
     speed = result.bytes_written / 1e6 / max(result.seconds, 1e-9)
     first, count = result.paths[0], len(result.paths)
     where = str(first) if count == 1 else f"{first} and {count - 1} more"
@@ -117,10 +118,11 @@ def _show_plan(source: str, output: Path, options: ConvertOptions, as_json: bool
     from ggufmoe.convert import plan_with
 
     plan = plan_with(source, output, options)
-    print(json.dumps(plan.to_dict()) if as_json else _plan_table(plan))
+    print(json.dumps(plan.to_dict()) if as_json else plan_table(plan))
 
 
-def _plan_table(plan: ExportPlan) -> str:
+def plan_table(plan: ExportPlan) -> str:
+    """A plan for people: every tensor, and what each type amounts to."""
     lines: list[str] = []
     width = max(len(tensor.name) for tensor in plan.tensors)
     for file in plan.files:
