@@ -24,7 +24,11 @@
       token.title = w.map((x, e) => `expert ${e}: ${percent(x)}`).join(", ");
     });
 
-    const cell = (row, kind, text) => { row.appendChild(document.createElement(kind)).textContent = text; };
+    const cell = (row, kind, text) => {
+      const made = row.appendChild(document.createElement(kind));
+      made.textContent = text;
+      if (kind === "th") made.scope = row.parentNode.tagName === "THEAD" ? "col" : "row";
+    };
     const show = (i) => {
       tokens.forEach((token, j) => token.classList.toggle("current", i === j));
       const table = document.createElement("table");

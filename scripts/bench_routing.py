@@ -1,0 +1,65 @@
+"""What watching the routers costs: generation and prompts with and without it, in turn.
+
+usage: bench_routing.py MODEL.gguf [N_TOKENS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from ggufmoe import ContextOptions, Engine, RoutingTracer, SamplingOptions
+
+N_ROUNDS = 6
+PROMPT = "Once upon a time there was a girl who counted to twelve and back again. "
+
+
+def token_times(engine: Engine, n_tokens: int, tracer: RoutingTracer | None) -> Iterator[float]:
+    """Milliseconds between the tokens of one generation."""
+    events = engine.generate(engine.tokenize(PROMPT), SamplingOptions(temperature=0, n_predict=n_tokens))
+    before = 0.0
+    for _ in events if tracer is None else tracer.follow(events):
+        now = time.perf_counter()
+        if before:
+            yield 1000 * (now - before)
+        before = now
+
+
+def prompt_time(engine: Engine, ids: list[int]) -> float:
+    """Milliseconds for a text with logits on all rows."""
+    start = time.perf_counter()
+    for _ in engine.logits_by_batch(ids):
+        pass
+    return 1000 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("n_tokens", type=int, nargs="?", default=64)
+    arguments = parser.parse_args()
+    tokens: dict[bool, list[float]] = {False: [], True: []}
+    prompts: dict[bool, list[float]] = {False: [], True: []}
+    with Engine(arguments.model, ContextOptions(n_ctx=1024)) as engine:
+        ids = (engine.tokenize(PROMPT) * 50)[:512]
+        for _ in range(N_ROUNDS):
+            for watched in (False, True):
+                with ExitStack() as stack:
+                    tracer = stack.enter_context(RoutingTracer(engine)) if watched else None
+                    tokens[watched] += token_times(engine, arguments.n_tokens, tracer)
+                    prompts[watched].append(prompt_time(engine, ids))
+    # low percentiles, because another program's load only ever adds
+    plain, watched_ms = (float(np.percentile(tokens[watched], 10)) for watched in (False, True))
+    print(f"generation: {plain:.2f} ms a token, watched {watched_ms:.2f}: {plain / watched_ms:.2f} of the speed")
+    plain, watched_ms = (min(prompts[watched]) for watched in (False, True))
+    print(f"prompt of {len(ids)}: {plain:.0f} ms, watched {watched_ms:.0f}: {plain / watched_ms:.2f} of the speed")
+
+
+if __name__ == "__main__":
+    main()
