@@ -99,6 +99,13 @@ class MergeOptions:
         _check_choices(self)
 
 
+_MAX_INT32 = 2**31 - 1
+"""llama.cpp counts tokens and layers in 32 bits; a larger number would come out as another one."""
+_MAX_THREADS = 512
+"""GGML_MAX_N_THREADS of ggml.h."""
+MAX_SEED = 2**32 - 2
+"""The largest seed: the number above stands for a seed by chance in llama.cpp (LLAMA_DEFAULT_SEED)."""
+
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
@@ -124,16 +131,16 @@ class ContextOptions:
     cache_type_v: CacheType = option("f16", "-ctv", "--cache-type-v", help="Type of the values in the KV cache.")
 
     def __post_init__(self) -> None:
-        _check(self.n_ctx is None or self.n_ctx >= 0, f"the context must be 0 or more tokens, not {self.n_ctx}")
-        _check(self.n_batch >= 1, f"the batch must be 1 token or more, not {self.n_batch}")
-        _check(self.n_ubatch >= 1, f"the micro-batch must be 1 token or more, not {self.n_ubatch}")
-        _check(self.n_threads is None or self.n_threads >= 1, f"there must be 1 thread or more, not {self.n_threads}")
+        _check_range("tokens of context", self.n_ctx, 0, _MAX_INT32)
+        _check_range("tokens of a batch", self.n_batch, 1, _MAX_INT32)
+        _check_range("tokens of a micro-batch", self.n_ubatch, 1, _MAX_INT32)
+        _check_range("number of threads", self.n_threads, 1, _MAX_THREADS)
         _check_choices(self)
 
 
 @dataclass(frozen=True)
 class OffloadOptions:
-    """Where a model's weights go. Raises OptionError for unknown words."""
+    """Where a model's weights go. Raises OptionError for unknown words and impossible numbers."""
 
     n_gpu_layers: int = option(
         -1, "-ngl", "--n-gpu-layers", "--gpu-layers", help="Layers on the GPU; -1: all.", metavar="N"
@@ -147,6 +154,7 @@ class OffloadOptions:
     )
 
     def __post_init__(self) -> None:
+        _check_range("layers on the GPU", self.n_gpu_layers, -1, _MAX_INT32)
         _check_choices(self)
 
 
@@ -194,12 +202,12 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0, 100)
-        _check_range("top-k", self.top_k, 0, 2**31 - 1)
+        _check_range("top-k", self.top_k, 0, _MAX_INT32)
         _check_range("top-p", self.top_p, 0, 1)
         _check_range("min-p", self.min_p, 0, 1)
         _check_range("repeat penalty", self.repeat_penalty, 0.01, 100)
-        _check_range("seed", self.seed, -1, 2**32 - 1)
-        _check_range("number of new tokens", self.n_predict, -1, 2**31 - 1)
+        _check_range("seed", self.seed, -1, MAX_SEED)
+        _check_range("number of new tokens", self.n_predict, -1, _MAX_INT32)
 
 
 @dataclass(frozen=True)

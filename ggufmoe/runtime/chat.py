@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ggufmoe.errors import InputError, OutputError, TemplateError
-from ggufmoe.options import SamplingOptions
+from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import CancelFlag, Event
 from ggufmoe.runtime.template import ChatTemplate, find_template
@@ -73,7 +73,11 @@ class Chat:
             raise InputError("there is no answer yet that could be given again")
         self._n_again += 1
         seed = self.sampling.seed
-        fresh = self.sampling if seed in (None, -1) else replace(self.sampling, seed=(seed + self._n_again) % 2**32)
+        fresh = (
+            self.sampling
+            if seed is None or seed < 0
+            else replace(self.sampling, seed=(seed + self._n_again) % (MAX_SEED + 1))
+        )
         return self._answer(self.messages[asked], self.messages[:asked], fresh, cancel=cancel, stop=stop)
 
     def reset(self) -> None:

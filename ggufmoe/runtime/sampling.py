@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ggufmoe.options import SamplingOptions
+from ggufmoe.options import MAX_SEED, SamplingOptions
 
 _log = logging.getLogger("ggufmoe.sampling")
 
@@ -42,13 +42,16 @@ class _Source:
     high: float
 
 
+_MAX_LAST_N = 2**20
+"""llama.cpp takes memory for so many tokens at once; where there is not enough it ends the process."""
+
 _SOURCES: dict[str, _Source] = {
     "temperature": _Source("general.sampling.temp", 0.7, 0.0, 100.0),
     "top_k": _Source("general.sampling.top_k", 50, 0, 2**31 - 1),
     "top_p": _Source("general.sampling.top_p", 0.95, 0.0, 1.0),
     "min_p": _Source("general.sampling.min_p", 0.0, 0.0, 1.0),
     "repeat_penalty": _Source("general.sampling.penalty_repeat", 1.0, 0.01, 100.0),
-    "repeat_last_n": _Source("general.sampling.penalty_last_n", 64, 0, 2**31 - 1),
+    "repeat_last_n": _Source("general.sampling.penalty_last_n", 64, 0, _MAX_LAST_N),
 }
 
 
@@ -61,7 +64,7 @@ def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Samplin
     for name, source in _SOURCES.items():
         given = getattr(options, name, None)
         filled[name] = type(source.default)(_fill(source, metadata) if given is None else given)
-    seed = secrets.randbits(32) if options.seed is None or options.seed < 0 else options.seed
+    seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None or options.seed < 0 else options.seed
     return Sampling(**filled, seed=seed, n_predict=options.n_predict)
 
 
@@ -69,8 +72,9 @@ def _fill(source: _Source, metadata: Callable[[str], Any]) -> float:
     value = metadata(source.key)
     if value is None:
         return source.default
+    kind = type(source.default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and source.low <= value <= source.high:
+    if is_number and math.isfinite(value) and source.low <= value <= source.high and value == kind(value):
         return float(value)
     _log.warning("the model's %s is %r, which makes no sense; using %s", source.key, value, source.default)
     return source.default

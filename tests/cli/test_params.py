@@ -124,6 +124,11 @@ def test_a_group_without_a_parameter_is_a_mistake_of_ours() -> None:
     "wrong",
     [
         lambda: ContextOptions(n_ctx=-1),
+        lambda: ContextOptions(n_ctx=2**32 + 1),
+        lambda: ContextOptions(n_batch=2**31),
+        lambda: ContextOptions(n_ubatch=2**31),
+        lambda: ContextOptions(n_threads=513),
+        lambda: OffloadOptions(n_gpu_layers=2**31),
         lambda: ContextOptions(n_batch=0),
         lambda: ContextOptions(n_ubatch=0),
         lambda: ContextOptions(n_threads=0),

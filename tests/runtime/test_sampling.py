@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ggufmoe import OptionError, SamplingOptions
+from ggufmoe.options import MAX_SEED
 from ggufmoe.runtime.sampling import Sampling, resolve
 
 
@@ -36,10 +37,19 @@ def test_a_senseless_value_of_the_model_is_left_aside(value: Any, caplog: pytest
     assert "general.sampling.temp" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_k", 1.5), ("penalty_last_n", 2**31 - 1)])
+def test_numbers_that_would_be_cut_or_exhaust_the_memory_are_left_aside(
+    name: str, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="ggufmoe"):
+        assert settings(SamplingOptions(seed=1), **{name: value}) == settings(SamplingOptions(seed=1))
+    assert f"general.sampling.{name} is {value}" in caplog.text
+
+
 def test_without_a_seed_one_is_drawn() -> None:
     drawn = {settings(SamplingOptions(seed=seed)).seed for seed in (None, -1, None, -1)}
     assert len(drawn) == 4
-    assert all(0 <= seed < 2**32 for seed in drawn)
+    assert all(0 <= seed <= MAX_SEED for seed in drawn)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_without_a_seed_one_is_drawn() -> None:
         {"min_p": -0.5},
         {"repeat_penalty": 0.0},
         {"seed": -2},
-        {"seed": 2**32},
+        {"seed": 2**32 - 1},
         {"n_predict": -2},
     ],
 )
