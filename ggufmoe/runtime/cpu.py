@@ -1,4 +1,4 @@
-"""How many threads generation should use: one for each physical core that this process may run on.
+"""What this machine has: physical cores, for the number of threads, and memory.
 
 Two threads of one core share its vector units, so more threads only wait for each other (llama.cpp's tools count the
 same way).
@@ -35,6 +35,14 @@ def physical_cores(allowed: Iterable[int], topology: Path) -> int:
         except OSError:
             return 0
     return len(cores)
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine; 0 on Windows, which promises no more than it has."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def _sysctl(name: str) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +23,9 @@ from numpy.typing import NDArray
 
 from ggufmoe import native
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError, GGUFError, InputError, ModelLoadError
-from ggufmoe.ggufheader import GGMLType, Header, read_header
+from ggufmoe.ggufheader import GGMLType, Header, ModelHeader, legacy_expert_tensors, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
-from ggufmoe.runtime.cpu import default_threads
+from ggufmoe.runtime.cpu import default_threads, memory_bytes
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, FinishReason, Timing, Token
 from ggufmoe.runtime.nativelog import NativeLog, no_wait_callback
 from ggufmoe.runtime.sampling import Sampler, Sampling, resolve
@@ -41,13 +40,12 @@ _NO_VOCABULARY = 0
 _SEQUENCE = 0
 _ABORTED = 2
 _NO_ROOM = 1
-_EXPERT_PER_TENSOR = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 _loading = threading.Lock()
 
 
 class Engine:
-    """A model ready to generate, from the GGUF file at ``path`` (the first one, when it is split).
+    """A model ready to generate, from the GGUF file at ``path`` (any one of them, when it is split).
 
     One generation runs at a time; methods may be called from any thread. Use it with ``with``, or ``close`` it.
 
@@ -70,8 +68,9 @@ class Engine:
         self._generation = 0
         self._context_options = context or ContextOptions()
         self._observer: Any = None
-        self.path = Path(path)
-        self.header = _checked_header(self.path)
+        model = _checked_model(Path(path))
+        self.path = model.paths[0]
+        self.header: Header = model.shards[0].header
         self._api = _llama()
         self._abort_callback, self._abort_flag = no_wait_callback(self._api)
         try:
@@ -101,13 +100,24 @@ class Engine:
 
     def _make_context(self) -> Any:
         mark = _log().mark()
-        context = self._api.llama_init_from_model(self._model, self._context_parameters(self._context_options))
+        parameters = self._context_parameters(self._context_options)
+        self._check_cache_size(parameters.n_ctx)
+        context = self._api.llama_init_from_model(self._model, parameters)
         if not context:
             raise ModelLoadError(
                 f"{self.path}: no such context can be made: {_log().cause_since(mark)} "
                 "(a smaller --ctx-size takes less memory)"
             )
         return context
+
+    def _check_cache_size(self, n_ctx: int) -> None:
+        # systems that promise more memory than they have end the process once llama.cpp fills its cache
+        needed, there = n_ctx * _cache_bytes_per_token(self.header, self._context_options), memory_bytes()
+        if there and needed > there and not _device_list()[0]:
+            raise ModelLoadError(
+                f"{self.path}: a context of {n_ctx} tokens takes {needed / 1e9:.1f} GB, and this machine has "
+                f"{there / 1e9:.1f} GB of memory; ask for less with --ctx-size"
+            )
 
     def _context_parameters(self, options: ContextOptions) -> Any:
         parameters = self._api.llama_context_default_params()
@@ -554,15 +564,17 @@ def _llama() -> Any:
     return llama_cpp
 
 
-def _checked_header(path: Path) -> Header:
-    header = read_header(path)
-    old = next((tensor.name for tensor in header.tensors if _EXPERT_PER_TENSOR.fullmatch(tensor.name)), None)
-    if old is not None:
+def _checked_model(path: Path) -> ModelHeader:
+    model = read_model_header(path)
+    old = legacy_expert_tensors(model.tensors)
+    if old:
         raise GGUFError(
-            f"{path}: an old Mixtral file with one tensor per expert ({old}), which llama.cpp no longer loads; "
+            f"{path}: an old Mixtral file with one tensor per expert ({old[0]}), which llama.cpp no longer loads; "
             "convert the original checkpoint again"
         )
-    return header
+    if not model.tensors:
+        raise GGUFError(f"{path}: holds no weights, only a vocabulary or metadata; give the file of the whole model")
+    return model
 
 
 def _model_parameters(api: Any, offload: OffloadOptions) -> tuple[Any, Any]:
@@ -574,6 +586,22 @@ def _model_parameters(api: Any, offload: OffloadOptions) -> tuple[Any, Any]:
     parameters.load_mode = _LOAD_MODES[offload.load_mode]
     parameters.use_extra_bufts = offload.repack
     return parameters, devices
+
+
+def _cache_bytes_per_token(header: Header, options: ContextOptions) -> float:
+    """What a token takes in the KV cache of a plain transformer; 0 where the header tells of another kind."""
+    arch = header.get("general.architecture")
+    keys = ("block_count", "embedding_length", "attention.head_count")
+    n_layer, n_embd, n_head = (header.get(f"{arch}.{key}") for key in keys)
+    n_head_kv = header.get(f"{arch}.attention.head_count_kv", n_head)
+    widths = [header.get(f"{arch}.attention.{key}_length") for key in ("key", "value")]
+    numbers = (n_layer, n_embd, n_head, n_head_kv, *(width for width in widths if width is not None))
+    if arch != "llama" or not all(type(number) is int and number > 0 for number in numbers):
+        return 0.0
+    types = [GGMLType[name.upper()] for name in (options.cache_type_k, options.cache_type_v)]
+    widths = [width or n_embd // n_head for width in widths]
+    per_head = sum(width * kind.block_bytes / kind.block_size for width, kind in zip(widths, types, strict=True))
+    return float(n_layer * n_head_kv * per_head)
 
 
 def _device_list() -> ctypes.Array[ctypes.c_void_p]:

@@ -23,8 +23,10 @@ from ggufmoe import (
     ModelLoadError,
     OffloadOptions,
     SamplingOptions,
+    convert,
     native,
 )
+from ggufmoe.ggufheader import Value, ValueType, encode_header
 from ggufmoe.runtime.engine import DEFAULT_MAX_CTX
 from ggufmoe.runtime.events import Event, Finished, Token
 from tests.runtime.conftest import GREEDY, ONE_THREAD, STORY
@@ -361,6 +363,12 @@ def test_context_sizes(story_path: Path, write_model: Callable[[Scripted], Path]
         assert engine.n_ctx == DEFAULT_MAX_CTX
 
 
+def test_a_context_that_the_memory_cannot_hold(story_path: Path) -> None:
+    # where memory is not promised before it is there, llama.cpp itself finds out
+    with pytest.raises(ModelLoadError, match=r"(context of 2147483647 tokens takes|no such context) .*--ctx-size"):
+        Engine(story_path, ContextOptions(n_ctx=2**31 - 1, n_threads=1))
+
+
 @pytest.mark.parametrize("mode", ["none", "mmap", "dio"])
 def test_load_modes_give_the_same_model(story_path: Path, mode: str) -> None:
     with Engine(story_path, ONE_THREAD, OffloadOptions(load_mode=mode, repack=False, n_gpu_layers=0)) as engine:  # type: ignore[arg-type]
@@ -387,6 +395,24 @@ def test_an_old_file_with_one_tensor_per_expert(write_model: Callable[[Scripted]
     old = {"blk.0.ffn_gate.0.weight": np.zeros((32, 32), np.float32)}
     with pytest.raises(GGUFError, match=r"one tensor per expert .*convert the original checkpoint again"):
         Engine(write_model(replace(STORY, tensors=old)))
+
+
+def test_a_file_without_weights(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    path.write_bytes(encode_header({"general.architecture": Value(ValueType.STRING, "llama")}, ()))
+    with pytest.raises(GGUFError, match="holds no weights"):
+        Engine(path)
+
+
+def test_any_shard_of_a_split_model(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    convert(tiny_checkpoint(), tmp_path / "split.gguf", "Q8_0", split_max_size="1M")
+    first, *_, last = sorted(tmp_path.glob("split-*.gguf"))
+    with Engine(last, ONE_THREAD) as engine:
+        assert engine.path == first
+        assert engine.metadata("general.architecture") == "llama"
+    last.rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(GGUFError, match=r"1 of .* shards are missing"):
+        Engine(first)
 
 
 def test_a_corrupt_file_never_reaches_llama_cpp(story_path: Path, tmp_path: Path) -> None:
