@@ -140,7 +140,10 @@ _WHY = {
 def _given(path: str) -> Path:
     if not path:
         raise InputError("name a file")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no such home directory") from error
 
 
 def _is_terminal() -> bool:

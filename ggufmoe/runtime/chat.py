@@ -6,6 +6,7 @@ computed again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -132,9 +133,12 @@ class Chat:
         }
         partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            # what was typed may hold half of a surrogate pair, which UTF-8 cannot
+            partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8", "replace")
             partial.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise OutputError(f"{path}: the conversation cannot be saved: {error.strerror}") from error
 
     def load(self, path: str | os.PathLike[str]) -> None:

@@ -107,15 +107,17 @@ def test_save_and_load(talk: Talk, tmp_path: Path) -> None:
 
 
 def test_mistakes_do_not_end_the_conversation(talk: Talk, tmp_path: Path) -> None:
-    code, out, err = talk("/sav", "/xyz", "/save", f"/load {tmp_path / 'no'}", "word " * 600, "hello")
+    mistakes = ("/sav", "/xyz", "/save", "/save ~nobody-here/x", f"/load {tmp_path / 'no'}", "word " * 600)
+    code, out, err = talk(*mistakes, "hello")
     assert (code, out) == (0, "hi there\n")
-    assert err[1:4] == [
+    assert err[1:5] == [
         "error: there is no /sav; did you mean /save?",
         "error: there is no /xyz; /help lists them",
         "error: name a file",
+        "error: ~nobody-here/x: there is no such home directory",
     ]
-    assert "cannot be read" in err[4]
-    assert "--ctx-size" in err[5]
+    assert "cannot be read" in err[5]
+    assert "--ctx-size" in err[6]
 
 
 def test_why_an_answer_ended(talk: Talk) -> None:

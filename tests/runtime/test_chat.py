@@ -194,8 +194,18 @@ def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_save_where_it_cannot_be(chat: Chat, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be saved"):
-        chat.save(tmp_path / "no" / "talk.json")
+    (tmp_path / "talk.json").mkdir()
+    for path in (tmp_path / "no" / "talk.json", tmp_path / "talk.json"):
+        with pytest.raises(OutputError, match="cannot be saved"):
+            chat.save(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_half_a_surrogate_pair_does_not_cost_the_conversation(chat: Chat, tmp_path: Path) -> None:
+    list(chat.send("hello \ud83d"))
+    chat.save(tmp_path / "talk.json")
+    chat.load(tmp_path / "talk.json")
+    assert chat.messages[0].content == "hello ?"
 
 
 GOOD: dict[str, Any] = {"format": "ggufmoe-chat", "version": 1, "system": None, "messages": []}
