@@ -64,7 +64,7 @@ def exit_code(arguments: Sequence[str]) -> int:
     0 done, 1 a known error or a defect of ours, 2 wrong usage, 130 interrupted.
     """
     debug = "--debug" in _root_options(arguments)
-    _accept_all_characters(sys.stdout, sys.stderr)
+    _accept_all_characters(sys.stdin, sys.stdout, sys.stderr)
     _show_warnings(debug)
     try:
         result = root_command().main(args=list(arguments), prog_name="ggufmoe", standalone_mode=False)
@@ -76,6 +76,8 @@ def exit_code(arguments: Sequence[str]) -> int:
         return _known_error(error, debug)
     except _SHOWN_ERROR as error:
         return _say(f"error: {_one_line(error.format_message())}", 1)
+    except OSError as error:
+        return _refused_by_the_system(error, debug)
     except Exception as error:
         return _defect(error, debug)
     return result if isinstance(result, int) else 0
@@ -162,6 +164,13 @@ def _known_error(error: GgufmoeError, debug: bool) -> int:
     return _say(f"error: {_one_line(str(error))}", error.exit_code)
 
 
+def _refused_by_the_system(error: OSError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    where = "" if error.filename is None else f"{str(error.filename)[:200]}: "
+    return _say(f"error: {where}{_one_line(error.strerror or str(error))} (an answer of the operating system)", 1)
+
+
 def _defect(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
@@ -180,10 +189,13 @@ def _one_line(text: str) -> str:
 
 
 def _accept_all_characters(*streams: Any) -> None:
-    """A character that the terminal's encoding lacks becomes ``?`` and not a traceback."""
+    """A character that an encoding lacks, or a byte that it does not know, is replaced and not a traceback.
+
+    Files and pipes are UTF-8 on Windows too, where Python would take a code page of 256 characters.
+    """
     for stream in streams:
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="replace")
 
 
 class _LogHandler(_StreamHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import logging
@@ -143,6 +144,27 @@ def test_a_defect_is_one_line_with_the_way_to_more(
     assert app.exit_code(["try"]) == 1
     err = capsys.readouterr().err
     assert err == "error: KeyError: 'oops' (a defect of ggufmoe; 'ggufmoe --debug ...' shows where)\n"
+    assert app.exit_code(["--debug", "try"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000), f"{'a' * 200}: File name too long"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_what_the_system_refuses_is_no_defect(
+    verb: Callable[..., None], capsys: pytest.CaptureFixture[str], error: OSError, message: str
+) -> None:
+    def command() -> None:
+        raise error
+
+    verb(command)
+    assert app.exit_code(["try"]) == 1
+    assert capsys.readouterr().err == f"error: {message} (an answer of the operating system)\n"
     assert app.exit_code(["--debug", "try"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
