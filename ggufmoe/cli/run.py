@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import typer
 
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import interruptible, note, speeds, write_answer
-from ggufmoe.errors import Cancelled, OptionError
+from ggufmoe.errors import Cancelled
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.engine import Engine
@@ -41,7 +42,7 @@ def run_command(
 ) -> None:
     """Print one answer of a model."""
     if run.raw and asking != PromptOptions():
-        raise OptionError("--raw takes the text as it is: leave out --system-prompt and --chat-template")
+        raise typer.BadParameter("--raw takes the text as it is: leave out --system-prompt and --chat-template")
     text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
     with Engine(model, context, offload) as engine:
         events = interruptible(lambda cancel: _answer(engine, text, run, asking, sampling, cancel))
@@ -67,8 +68,9 @@ def _answer(
 
 
 def _write_text(events: Iterator[Event], before: str) -> Finished:
+    first = next(events)  # raises what is wrong with the prompt, before any of it is printed
     sys.stdout.write(before)
-    return write_answer(events)
+    return write_answer(itertools.chain((first,), events))
 
 
 def _write_json(events: Iterator[Event], model: Path, prompt: str) -> Finished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -108,8 +109,25 @@ def test_without_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_raw_and_a_template_contradict_each_other(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = run("hi", "--raw", "--chat-template", "chatml")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "--raw takes the text as it is" in err
+
+
+def test_a_prompt_that_cannot_be_answered_is_not_printed_either(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("word " * 600, "--raw")
+    assert (code, out) == (1, "")
+    assert "--ctx-size" in err
+
+
+def test_a_prompt_that_is_not_utf_8(model: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ggufmoe", "run", model, "-", "--raw", "--json", *GREEDY],
+        input=b"caf\xff once",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["prompt"] == "caf\ufffd once"
 
 
 @pytest.mark.parametrize("args", [("nothing.gguf", "hi"), (str(Path(__file__)), "hi")])
