@@ -42,10 +42,11 @@ class Specimen:
     n_head_kv: int = 2
     tied: bool = False
     source: GGMLType = GGMLType.BF16
+    architecture: str = "llama"
 
     @property
     def model(self) -> ModelShape:
-        return ModelShape(self.n_layer, self.n_head, self.n_head_kv, self.n_expert)
+        return ModelShape(self.n_layer, self.n_head, self.n_head_kv, self.n_expert, self.architecture)
 
     def tensors(self) -> tuple[TensorShape, ...]:
         """Its tensors in no helpful order: the last layers first."""
@@ -122,7 +123,7 @@ def _rounded(values: NDArray[np.float32], type: GGMLType) -> NDArray[np.float32]
 
 def write_model(path: Path, specimen: Specimen, weights: Mapping[str, NDArray[np.float32]] | None = None) -> Path:
     """A GGUF of the specimen; without weights a hole of the right size, which is enough for choosing types."""
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, specimen.architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(specimen.n_embd)
     writer.add_block_count(specimen.n_layer)
@@ -179,13 +180,16 @@ def quantize(
     policy: TypePolicy,
     importance: Mapping[str, NDArray[np.float32]] | None = None,
     output: Path | None = None,
+    **flags: bool,
 ) -> Outcome:
-    """Run llama_model_quantize on one thread; without ``output`` a dry run."""
+    """Run llama_model_quantize on one thread; without ``output`` a dry run. ``flags`` are those of its parameters."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.nthread = 1
     parameters.ftype = policy.file_type.id
     parameters.pure = policy.pure
     parameters.dry_run = output is None
+    for name, value in flags.items():
+        setattr(parameters, name, value)
     parameters.output_tensor_type = policy.output_tensor_type.id if policy.output_tensor_type else _N_TYPES
     parameters.token_embedding_type = policy.token_embedding_type.id if policy.token_embedding_type else _N_TYPES
     overrides = [(pattern.encode(), wanted.id) for pattern, wanted in policy.tensor_types]

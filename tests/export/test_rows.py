@@ -1,0 +1,83 @@
+"""Rows in another order, from a GGUF file, and what is refused of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ggufmoe.checkpoint.source import Dtype
+from ggufmoe.errors import GGUFError
+from ggufmoe.export.gguf_source import GGUFSource
+from ggufmoe.export.rows import Computed, RopeOrdered, stored_type
+from ggufmoe.ggufheader import GGMLType, read_model_header
+from tests.quant.llama_quantize import Specimen, write_model
+
+
+@dataclass
+class Numbered:
+    """A source whose rows hold their own number; it counts how often it is read."""
+
+    name: str = "q"
+    dtype: Dtype = Dtype.F32
+    shape: tuple[int, ...] = (48, 3)
+    reads: int = 0
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        self.reads += 1
+        out[...] = np.arange(start, stop, dtype=np.float32)[:, None]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 48), (3, 5), (2, 8), (5, 30), (8, 24), (7, 9), (0, 1), (47, 48)])
+def test_heads_are_interleaved_wherever_a_range_begins(start: int, stop: int) -> None:
+    source = Numbered()
+    rows = RopeOrdered(source, 8)
+    out = np.empty((stop - start, 3), np.float32)
+    rows.read_rows(start, stop, out)
+    order = np.arange(48).reshape(6, 2, 4).swapaxes(1, 2).reshape(-1)
+    assert out[:, 0].tolist() == order[start:stop].tolist()
+    assert [rows.source_row(row) for row in range(48)] == order.tolist()
+    assert source.reads <= 5
+
+
+def test_the_stored_type_is_known_of_every_kind_of_part(tmp_path: Path) -> None:
+    assert stored_type(Computed("x", [1.0])) is GGMLType.F32
+    assert stored_type(Numbered(dtype=Dtype.BF16)) is GGMLType.BF16
+    source = GGUFSource(write_model(tmp_path / "m.gguf", Specimen()))
+    stack = next(tensor for tensor in source.tensors if tensor.name == "blk.0.ffn_up_exps.weight")
+    assert [(stored_type(part), part.shape) for part in stack.parts] == [(GGMLType.BF16, (256, 256))] * 2
+    source.close()
+
+
+def test_rows_of_a_gguf_file_are_its_bytes_or_refused(tmp_path: Path) -> None:
+    specimen = Specimen()
+    path = write_model(tmp_path / "m.gguf", specimen, specimen.weights())
+    source = GGUFSource(path)
+    part = next(tensor for tensor in source.tensors if tensor.name == "blk.0.ffn_up_exps.weight").parts[1]
+    out = np.empty((2, 256), np.uint16)
+    part.read_rows(3, 5, out)
+    wanted = specimen.weights()["blk.0.ffn_up_exps.weight"][1, 3:5].view(np.uint32) >> 16
+    assert (out == wanted).all()
+    part.read_rows(5, 5, out[:0])
+    with pytest.raises(ValueError, match="rows 255 to 257"):
+        part.read_rows(255, 257, out)
+    with pytest.raises(ValueError, match="of 1024 bytes"):
+        part.read_rows(0, 2, out.view(np.uint8)[:, :8].copy())
+    with path.open("r+b") as file:
+        file.truncate(part.begin + 10)
+    with pytest.raises(GGUFError, match="became shorter"):
+        part.read_rows(0, 2, out)
+    source.close()
+
+
+def test_a_file_that_vanishes_after_its_header_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_model(tmp_path / "m.gguf", Specimen())
+    header = read_model_header(path)
+    path.unlink()
+    monkeypatch.setattr("ggufmoe.export.gguf_source.read_model_header", lambda path: header)
+    with pytest.raises(GGUFError, match="cannot be read: No such file"):
+        GGUFSource(path)

@@ -1,0 +1,35 @@
+"""The native floor: what ctypes is told about ggml must be so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ggufmoe import native
+from ggufmoe.ggufheader import GGMLType
+from ggufmoe.quant.types import WRITABLE_TYPES
+
+
+SLOW = ("IQ1", "IQ2", "IQ3")
+"""ggml makes tables of seconds for these before it quantizes a single row."""
+KINDS = [kind for kind in GGMLType if kind.is_quantized and kind in WRITABLE_TYPES and not kind.name.startswith(SLOW)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantized_blocks_are_near_what_was_quantized(kind: GGMLType) -> None:
+    rows = np.random.default_rng(0).normal(0, 0.02, (4, 256)).astype(np.float32)
+    blocks = np.empty((4, kind.row_bytes(256)), np.uint8)
+    native.quantize_chunk(kind, rows, blocks, np.ones(256, np.float32))
+    out = np.empty_like(rows)
+    native.dequantize_rows(kind, blocks, out)
+    assert np.corrcoef(rows.ravel(), out.ravel())[0, 1] > 0.65
+
+
+def test_what_ggml_cannot_dequantize_is_told() -> None:
+    assert native.can_dequantize(GGMLType.Q4_K)
+    assert not native.can_dequantize(GGMLType.Q8_1)
+    assert not native.can_dequantize(GGMLType.F16)
+    with pytest.raises(ValueError, match="cannot dequantize Q8_1"):
+        native.dequantize_rows(GGMLType.Q8_1, np.zeros((1, 36), np.uint8), np.empty((1, 32), np.float32))
+    with pytest.raises(ValueError, match=r"src has shape \(1, 18\), expected \(2, 18\)"):
+        native.dequantize_rows(GGMLType.Q4_0, np.zeros((1, 18), np.uint8), np.empty((2, 32), np.float32))
