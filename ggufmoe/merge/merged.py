@@ -269,6 +269,9 @@ def _round(rows: Floats, dtype: Dtype) -> None:
     widen(raw, dtype, rows)
 
 
+_ORIGINAL = "original_max_position_embeddings"
+"""The one parameter of rope scaling that transformers wants as a whole number."""
+
 _TORCH_DTYPES = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
 
 
@@ -286,6 +289,7 @@ def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype) -> ModelConfig:
         "head_dim": base.head_dim,
         "rms_norm_eps": base.rms_norm_eps,
         "rope_theta": base.rope_theta,
+        "rope_scaling": _rope_scaling(base),
         "tie_word_embeddings": base.tie_embeddings,
         "max_position_embeddings": base.n_ctx,
         "sliding_window": None,
@@ -302,6 +306,15 @@ def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype) -> ModelConfig:
         sliding_window=None,
         raw=MappingProxyType(raw),
     )
+
+
+def _rope_scaling(base: ModelConfig) -> dict[str, Any] | None:
+    """In the words of transformers 4; a base of transformers 5 keeps its ``rope_parameters`` besides."""
+    scaling = base.rope_scaling
+    if scaling.kind == "none":
+        return None
+    numbers = {name: int(value) if name == _ORIGINAL else value for name, value in scaling.parameters.items()}
+    return {**numbers, "rope_type": scaling.kind}
 
 
 def _provenance(recipe: Recipe, text: str, path: Path, opened: Mapping[str, ModelSource]) -> Provenance:

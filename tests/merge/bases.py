@@ -49,6 +49,7 @@ MERGE_CASES = (
         {
             "tokenizer": "bpe",
             "head_dim": 48,
+            "config_style": 5,
             "rope_theta": 5e5,
             "rope_scaling": {
                 "rope_type": "llama3",

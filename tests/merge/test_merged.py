@@ -19,6 +19,7 @@ from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.merged import MergedModel, open_recipe
+from tests.merge.bases import MERGE_CASES, make_models, make_recipe
 from tests.tiny import make_checkpoint
 
 _Model = TypeVar("_Model", MergedModel, Checkpoint)
@@ -96,6 +97,17 @@ def test_the_config_is_a_mixtrals(pair: Path) -> None:
     assert "base_model: base" in model.provenance.extra["ggufmoe.recipe"]
     assert {tensor.dtype for tensor in model.tensors.values()} == {Dtype.F16}
     json.dumps(dict(raw))
+
+
+def test_rope_scaling_is_told_in_the_words_of_both_versions_of_transformers(tmp_path: Path) -> None:
+    case = next(case for case in MERGE_CASES if case.name == "byte-level")
+    make_models(tmp_path, case)
+    raw = opened(open_recipe(make_recipe(tmp_path, case, "random"))).config.raw
+    assert raw["rope_parameters"]["rope_theta"] == raw["rope_theta"] == 5e5
+    assert raw["rope_scaling"]["rope_type"] == "llama3"
+    for key, value in raw["rope_scaling"].items():
+        assert raw["rope_parameters"][key] == value
+    assert isinstance(raw["rope_scaling"]["original_max_position_embeddings"], int)
 
 
 def test_the_base_is_opened_once_and_keeps_its_dtype(pair: Path) -> None:
