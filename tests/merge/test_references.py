@@ -87,7 +87,7 @@ def test_mergekits_average_counts_padding_and_ours_does_not(folder: Path, case: 
         ("sentencepiece", {"rope_theta": 2e4}),
         ("sentencepiece", {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 16}),
         ("sentencepiece", {"rms_norm_eps": 1e-2}),
-        ("byte-level", {"rope_scaling": None}),
+        ("byte-level", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
     ],
     ids=["rope", "heads", "epsilon", "scaling"],
 )
