@@ -333,6 +333,8 @@ def _warnings(
     kind = keys.text("general.type")
     if keys.arch is None:
         yield "no general.architecture: this is not a model that llama.cpp can run"
+    elif not model.tensors:
+        yield "no tensors: only a vocabulary or metadata, which cannot be run"
     elif kind not in (None, "model"):
         yield f"general.type is {kind!r}: this is not a model to run by itself"
     elif template.first_line is None:

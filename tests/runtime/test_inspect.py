@@ -127,6 +127,11 @@ def test_tensors_belong_to_parts(name: str, part: str) -> None:
     assert part_of(name) == part
 
 
+def test_a_file_without_tensors_is_said_to_be_one(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", mixtral_metadata(2, 2))
+    assert inspect_model(path).warnings == ("no tensors: only a vocabulary or metadata, which cannot be run",)
+
+
 def _warnings(tmp_path: Path, changes: dict[str, Value | None], n_expert: int = 4, n_used: int = 2) -> str:
     return " | ".join(inspect_model(write_mixtral(tmp_path / "m.gguf", n_expert, n_used, changes)).warnings)
 
