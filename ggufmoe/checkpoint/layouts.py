@@ -21,7 +21,6 @@ from ggufmoe.errors import CheckpointError, TensorMismatchError
 
 Shape = tuple[int, ...]
 
-_MOE_PREFIXES = ("block_sparse_moe", "mlp")
 _EXPERT_WORDS = {"w1": ("w1", "gate_proj"), "w3": ("w3", "up_proj"), "w2": ("w2", "down_proj")}
 _EXPERT_NAME = re.compile(r"model\.layers\.\d+\.(block_sparse_moe|mlp)\.experts\.(?:(\d+)\.(\w+)\.weight|(\w+))")
 _HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)")
