@@ -9,7 +9,6 @@ from ggufmoe import native
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.quant.types import WRITABLE_TYPES
 
-
 SLOW = ("IQ1", "IQ2", "IQ3")
 """ggml makes tables of seconds for these before it quantizes a single row."""
 KINDS = [kind for kind in GGMLType if kind.is_quantized and kind in WRITABLE_TYPES and not kind.name.startswith(SLOW)]

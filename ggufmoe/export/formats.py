@@ -1,6 +1,7 @@
 """The formats that a plan makes, and whether a kernel of ours or ggml's routine makes each of them here.
 
-Kernels are compiled for what a plan has much of before a worker asks; the rest is left to their own patience.
+Kernels are compiled for what a plan has much of before the work begins: ggml's routines, twenty times as slow, would
+rather delay the compiler than get anything done meanwhile. The rest is left to the kernels' own patience.
 """
 
 from __future__ import annotations

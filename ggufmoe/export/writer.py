@@ -107,8 +107,7 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     finished = _finished_tiles(plan, journal) if options.resume else None
     check_output(plan, force=options.force, resume=finished is not None)
     check_space(plan, resume=finished is not None)
-    if options.quantizer == "fast":
-        prepare_kernels(plan, "fast")
+    prepare_kernels(plan, options.quantizer)
     if options.prepare is not None:
         options.prepare()
     with _output_errors(plan):
@@ -327,8 +326,6 @@ class _Run:
     def _write_tiles(self) -> None:
         workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(self._n_threads + _READERS)]
         self._done.running = len(workers)
-        # ggml's routines begin while the kernels are compiled
-        workers.append(threading.Thread(target=prepare_kernels, args=(self._plan, self._options.quantizer)))
         for worker in workers:
             worker.start()
         try:
