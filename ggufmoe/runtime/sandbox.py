@@ -34,6 +34,7 @@ _FAILURES = (
     AttributeError,
     LookupError,
     MemoryError,
+    NameError,  # jinja2 writes a number that is too large as the name ``inf``
     RuntimeError,  # RecursionError among them
     SyntaxError,
     TypeError,

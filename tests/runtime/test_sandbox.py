@@ -141,6 +141,7 @@ ATTACKS = {
     "a tag that nobody knows": "{% do x %}",
     "undefined": "{{ x.y.z }}",
     "division": "{{ 1 / 0 }}",
+    "a number that is infinite": "{{ 1e999 }}",
     "a key that cannot be": "{{ {[1]: 2} }}",
 }  # fmt: skip
 
