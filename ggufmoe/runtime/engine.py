@@ -147,9 +147,10 @@ class Engine:
     @property
     def n_ctx_train(self) -> int:
         """Tokens of context that the model was trained for."""
-        if not self._model:
-            self._check_open()
-        return int(self._api.llama_model_n_ctx_train(self._model))
+        with self._vocab_lock:
+            if not self._model:
+                self._check_open()
+            return int(self._api.llama_model_n_ctx_train(self._model))
 
     @property
     def bos_token(self) -> int | None:
