@@ -285,7 +285,10 @@ class _LegacyReader:
 
     def _text(self, length: int, what: str) -> str:
         if not 0 < length <= min(self._left, _MAX_NAME_BYTES):
-            raise ImatrixError(f"{self._path}: {what} claims {length} bytes, {self._left} are left in the file")
+            raise ImatrixError(
+                f"{self._path}: {what} claims {length} bytes, {self._left} are left in the file; "
+                "it is cut, or no importance matrix"
+            )
         try:
             return self._file.read(length).decode("utf-8").split("\0")[0]
         except UnicodeDecodeError as error:
