@@ -160,7 +160,11 @@ def _options(quant: str, given: dict[str, Any]) -> ConvertOptions:
 def _open_source(source: str | Path, options: ConvertOptions) -> Iterator[ModelSource]:
     """The model that ``source`` names, closed at the end. Every kind of source is told apart here and nowhere else."""
     if str(source).lower().endswith((".yaml", ".yml")):
-        model = open_recipe(Path(source).expanduser(), allow_identical_experts=options.allow_identical_experts)  # type: ModelSource
+        model: ModelSource = open_recipe(
+            Path(source).expanduser(),
+            allow_identical_experts=options.allow_identical_experts,
+            threads=options.threads,
+        )
     elif options.router_report is not None or options.allow_identical_experts:
         raise OptionError(f"{source} is no recipe; --router-report and --allow-identical-experts belong to recipes")
     else:
@@ -310,7 +314,12 @@ def merge_with(
     check_directory(target, (), force=options.force)
     max_shard_bytes = parse_size(options.max_shard_size)
     _check_report(options.router_report)
-    model = open_recipe(Path(recipe).expanduser(), allow_identical_experts=options.allow_identical_experts)
+    check_threads(options.threads)
+    model = open_recipe(
+        Path(recipe).expanduser(),
+        allow_identical_experts=options.allow_identical_experts,
+        threads=options.threads,
+    )
     with contextlib.closing(model):
         check_directory(target, model.input_paths, force=options.force)
         layout = plan_checkpoint(model, layout=options.layout, max_shard_bytes=max_shard_bytes)

@@ -1,4 +1,4 @@
-"""A forward pass in numpy that holds one tile of one weight at a time: hidden states of models larger than memory.
+"""A forward pass in numpy that holds a few tiles of one weight at a time: hidden states of models larger than memory.
 
 Owns the arithmetic of Mistral, Llama and Mixtral (RMSNorm, rope, grouped-query attention, SwiGLU, top-k experts) in
 float32, after their papers and transformers' definitions. Nothing of it depends on llama.cpp, so it also serves as an
@@ -8,8 +8,10 @@ independent reference.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,8 @@ from ggufmoe.checkpoint.source import ModelConfig, ModelSource
 from ggufmoe.errors import Cancelled, CheckpointError
 
 Floats = NDArray[np.float32]
-TILE_BYTES = 16 << 20
-"""Bytes of float32 weights in one tile; two tiles are alive at a time (one is read while one is multiplied)."""
+TILE_BYTES = 8 << 20
+"""Bytes of float32 weights in one tile; each thread has one."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,17 @@ class ForwardPass:
     """Runs prompts through a model, reading every weight once, in the order of the layers.
 
     All prompts go through together, as one (n_tokens, n_embd) float32 matrix; attention keeps them apart. ``cancelled``
-    is asked before each tile of weights.
+    is asked before each tile of weights. While a pass runs, numpy's BLAS has one thread in the whole process: tiles are
+    multiplied by ``threads`` of ours (all cores by default), each with the tile that it has just read. BLAS's own
+    threads wait for each other, which on a busy machine took ten times as long.
     """
 
-    def __init__(self, model: ModelSource, *, cancelled: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, model: ModelSource, *, threads: int | None = None, cancelled: Callable[[], bool] = lambda: False
+    ) -> None:
         self._config = model.config
         self._tensors = model.tensors
+        self._threads = threads or os.cpu_count() or 1
         self._cancelled = cancelled
         self._inverse_frequencies = _inverse_frequencies(model.config)
 
@@ -59,21 +66,22 @@ class ForwardPass:
     def layers(self, prompts: Sequence[Sequence[int]]) -> Iterator[LayerState]:
         """The ``n_layer`` states of a pass. The last layer's MLP is not read: nothing here needs what it gives."""
         hidden = self.embed([token for prompt in prompts for token in prompt])
-        for layer in range(self._config.n_layer):
-            attended, normed = self._attended(layer, hidden, prompts)
-            yield LayerState(hidden, normed)
-            if layer < self._config.n_layer - 1:
-                hidden = attended + self._feed_forward(layer, normed)
+        with _one_blas_thread():
+            for layer in range(self._config.n_layer):
+                attended, normed = self._attended(layer, hidden, prompts)
+                yield LayerState(hidden, normed)
+                if layer < self._config.n_layer - 1:
+                    hidden = attended + self._feed_forward(layer, normed)
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Floats:
         """Logits of every token: (n_tokens, n_vocab) float32."""
         hidden = self.embed([token for prompt in prompts for token in prompt])
-        for layer in range(self._config.n_layer):
-            attended, normed = self._attended(layer, hidden, prompts)
-            hidden = attended + self._feed_forward(layer, normed)
-        hidden = self._norm("model.norm.weight", hidden)
         head = "model.embed_tokens.weight" if self._config.tie_embeddings else "lm_head.weight"
-        return self._multiply(head, hidden)
+        with _one_blas_thread():
+            for layer in range(self._config.n_layer):
+                attended, normed = self._attended(layer, hidden, prompts)
+                hidden = attended + self._feed_forward(layer, normed)
+            return self._multiply(head, self._norm("model.norm.weight", hidden))
 
     def _attended(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
         """The residual stream after attention, and the same normalized for what follows."""
@@ -158,17 +166,26 @@ class ForwardPass:
         n_rows, n_cols = tensor.shape
         out = np.empty((len(x), n_rows), dtype=np.float32)
         step = max(1, TILE_BYTES // (4 * n_cols))
-        spans = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            upcoming = reader.submit(read_f32, tensor, *spans[0])
-            for i, (start, stop) in enumerate(spans):
-                if self._cancelled():
-                    raise Cancelled("stopped while computing the router")
-                tile = upcoming.result()
-                if i + 1 < len(spans):
-                    upcoming = reader.submit(read_f32, tensor, *spans[i + 1])
-                np.matmul(x, tile.T, out=out[:, start:stop])
+
+        def multiply(start: int) -> None:
+            if self._cancelled():
+                raise Cancelled("stopped while computing the router")
+            stop = min(start + step, n_rows)
+            np.matmul(x, read_f32(tensor, start, stop).T, out=out[:, start:stop])
+
+        if step >= n_rows:
+            multiply(0)
+            return out
+        with ThreadPoolExecutor(self._threads) as workers:
+            for _ in workers.map(multiply, range(0, n_rows, step)):
+                pass
         return out
+
+
+def _one_blas_thread() -> AbstractContextManager[Any]:
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1, user_api="blas")  # type: ignore[no-any-return]
 
 
 def _softmax(x: Floats) -> Floats:

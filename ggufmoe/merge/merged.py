@@ -108,11 +108,12 @@ class RouterTensor:
 class MergedModel:
     """A recipe, opened: a ``ModelSource`` whose router is computed by ``prepare``.
 
-    ``warnings`` are the differences between the sources that may be meant.
+    ``warnings`` are the differences between the sources that may be meant; ``threads`` is how many compute the router.
     """
 
-    def __init__(self, recipe: Recipe, text: str, path: Path) -> None:
+    def __init__(self, recipe: Recipe, text: str, path: Path, *, threads: int | None = None) -> None:
         self.recipe = recipe
+        self._threads = threads
         self._path = path
         opened: dict[str, ModelSource] = {}
         try:
@@ -151,7 +152,7 @@ class MergedModel:
         """Compute the router rows; the one part that cannot be streamed. A second call does nothing."""
         if self.router_report is not None:
             return
-        router = make_router(self.recipe, self._base, on_layer=on_layer, cancelled=cancelled)
+        router = make_router(self.recipe, self._base, threads=self._threads, on_layer=on_layer, cancelled=cancelled)
         for tensor, rows in zip(self._routers, router.rows, strict=True):
             tensor.fill(rows)
         self.router_report = router.report
@@ -211,13 +212,15 @@ class MergedModel:
                     yield name, RoundedTensor(name, tensor, self._dtype, changes)
 
 
-def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedModel:
+def open_recipe(path: Path, *, allow_identical_experts: bool = False, threads: int | None = None) -> MergedModel:
     """Open a recipe and all it names, and check that they fit together; nothing is computed yet.
+
+    ``threads`` is how many will compute the router, all cores by default.
 
     Raises RecipeError, CheckpointError or TokenizerError: everything that can be known before the first weight is read.
     """
     recipe, text = load_recipe(path, allow_identical_experts=allow_identical_experts)
-    model = MergedModel(recipe, text, path)
+    model = MergedModel(recipe, text, path, threads=threads)
     for warning in model.warnings:
         log.warning("%s", warning)
     return model

@@ -83,6 +83,7 @@ def make_router(
     recipe: Recipe,
     base: ModelSource,
     *,
+    threads: int | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Router:
@@ -97,7 +98,7 @@ def make_router(
         rows = _random_rows(recipe, base.config, n_expert)
         return Router(rows, _report(recipe, rows, (), None))
     prompts = _tokenized(recipe, base)
-    forward = ForwardPass(base, cancelled=cancelled)
+    forward = ForwardPass(base, threads=threads, cancelled=cancelled)
     if recipe.gate_mode is GateMode.CHEAP_EMBED:
         sums = _embedding_sums(forward, prompts)[None]
         on_layer(base.config.n_layer, base.config.n_layer)

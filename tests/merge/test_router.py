@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.errors import ArchitectureError, Cancelled, CheckpointError, RecipeError, TokenizerError
+from ggufmoe.merge import forward
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.prompts import prompt_tokenizer, read_vocabulary, tokenize_prompts
 from ggufmoe.merge.recipe import Recipe
@@ -128,6 +130,27 @@ def test_a_cancelled_pass_stops(base: Path) -> None:
     stop = threading.Event()
     with open_checkpoint(base) as model, pytest.raises(Cancelled):
         make_router(recipe(), model, on_layer=lambda done, total: stop.set(), cancelled=stop.is_set)
+
+
+def test_the_number_of_threads_changes_no_bit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "TILE_BYTES", 100 * 4 * 256)
+    with open_checkpoint(base) as model:
+        one, three = (make_router(recipe(), model, threads=threads).rows for threads in (1, 3))
+    np.testing.assert_array_equal(one, three)
+    np.testing.assert_allclose(one, rows_of(base).rows, atol=1e-5)
+
+
+def test_blas_has_its_threads_back_after_a_pass(base: Path) -> None:
+    def blas_threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+
+    during: list[set[int]] = []
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"), open_checkpoint(base) as model:
+        make_router(recipe(), model, on_layer=lambda done, total: during.append(blas_threads()))
+        after = blas_threads()
+    # an empty set where numpy's BLAS is one that cannot be told (Accelerate)
+    assert after in ({2}, set())
+    assert during[0] in ({1}, set())
 
 
 def test_prompts_are_checked_before_anything_is_computed(base: Path) -> None:
