@@ -177,8 +177,8 @@ def check_space(plan: ExportPlan, *, resume: bool) -> None:
     needed, free = plan.n_bytes, shutil.disk_usage(parent).free + held
     if needed > free:
         raise NoSpaceError(
-            f"{plan.output} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; make room or choose "
-            "another place with -o"
+            f"{plan.output} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; make room, or choose "
+            "another place"
         )
 
 

@@ -21,6 +21,8 @@ from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_EXPERTS = 512
+"""What ``checkpoint`` reads again; llama.cpp allows no fewer."""
 _SHOWN_PROBLEMS = 8
 
 
@@ -85,7 +87,7 @@ class Recipe(BaseModel):
     model_config = _MODEL
 
     base_model: StrictStr
-    experts: tuple[ExpertRecipe, ...] = Field(min_length=1)
+    experts: tuple[ExpertRecipe, ...] = Field(min_length=1, max_length=MAX_EXPERTS)
     gate_mode: GateMode = GateMode.HIDDEN
     dtype: StrictStr | None = None
     experts_per_token: StrictInt = Field(default=2, ge=1)
@@ -226,6 +228,8 @@ def _message(kind: str, place: Sequence[str | int], problem: Any) -> str:
         return f"unknown gate mode {problem['input']!r}; one of {', '.join(mode.value for mode in GateMode)}"
     if kind == "too_short":
         return "there must be at least one"
+    if kind == "too_long":
+        return f"there may be at most {MAX_EXPERTS}"
     if kind == "string_type":
         return f"expected text, found {found}; put it in quotes if it is meant as text"
     if kind in _EXPECTED:
