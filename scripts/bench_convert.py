@@ -1,14 +1,16 @@
-"""Measure a plain convert beside llama.cpp's converter and llama_model_quantize, on the same cores in the same run.
+"""Measure convert and quantize beside llama.cpp's converter and llama_model_quantize, on the same cores, in turn.
 
 The checkpoint is a slice of two merged Mistral-7B (2 of 32 layers: 2.1 GB of bfloat16) unless one is given. The sides
-take turns; the ratio is that of the medians, with the range over the rounds. Peak memory counts a process and its
-children; bytes written are what the process handed to the system (Linux only).
+take turns in each round; the ratio is the median of the rounds' ratios, with their range. ``quantize`` starts from the
+lossless GGUF of the same checkpoint. ``cold`` takes the input files out of the page cache before each run (Linux), and
+``warm`` reads them into it. Peak memory counts a process and its children; bytes written are what the process handed
+to the system (Linux only). The load of the machine when a round began is printed: other work makes all of it wrong.
 
-    python scripts/bench_convert.py [--source DIR] [--rounds 3] [--types BF16,Q8_0,Q4_K_M]
-        [--llama-cpp DIR --peer-python PYTHON]
+    python scripts/bench_convert.py [--source DIR] [--rounds 3] [--types BF16,Q8_0,Q4_K_M] [--quantize Q4_K_M]
+        [--cache warm,cold] [--llama-cpp DIR --peer-python PYTHON]
 
 ``--llama-cpp`` is the directory of llama.cpp's sources, ``--peer-python`` an interpreter with torch and transformers;
-without them only ggufmoe is measured. scripts/peers/run makes both.
+without them only ``quantize`` has somebody to compare with. scripts/peers/run makes both.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -45,15 +49,18 @@ class Cost:
     seconds: float
     peak_bytes: int
     written_bytes: int
+    cpu_seconds: float = 0.0
+    """Of the process and its children; other work on the machine changes it little."""
 
     def __add__(self, other: Cost) -> Cost:
         peak = max(self.peak_bytes, other.peak_bytes)
-        return Cost(self.seconds + other.seconds, peak, self.written_bytes + other.written_bytes)
+        written, cpu = self.written_bytes + other.written_bytes, self.cpu_seconds + other.cpu_seconds
+        return Cost(self.seconds + other.seconds, peak, written, cpu)
 
 
 def measure(command: list[str]) -> Cost:
     """Run a command to its end; its output is shown only if it fails."""
-    started = time.monotonic()
+    started, before = time.monotonic(), os.times()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         watch = Watch(process.pid)
@@ -63,7 +70,9 @@ def measure(command: list[str]) -> Cost:
         if code:
             log.seek(0)
             sys.exit(f"{' '.join(command)} failed:\n{log.read().decode(errors='replace')[-4000:]}")
-    return Cost(seconds, watch.peak_bytes, watch.written_bytes)
+    after = os.times()
+    cpu = after.children_user - before.children_user + after.children_system - before.children_system
+    return Cost(seconds, watch.peak_bytes, watch.written_bytes, cpu)
 
 
 class Watch(threading.Thread):
@@ -98,16 +107,26 @@ class Watch(threading.Thread):
         self.join()
 
 
-def convert_ours(source: Path, output: Path, file_type: str, threads: int) -> Cost:
+def set_cache(paths: list[Path], cache: str) -> None:
+    """Have files in the page cache, or out of it."""
+    for path in paths:
+        with path.open("rb") as file:
+            if cache == "warm":
+                while file.read(1 << 24):
+                    pass
+                continue
+            os.fsync(file.fileno())  # what is not on disk yet cannot be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ours(verb: str, source: Path, output: Path, file_type: str, threads: int) -> Cost:
     """ggufmoe, from the command line, start of Python included."""
-    command = [sys.executable, "-m", "ggufmoe", "convert", str(source), "-o", str(output), "-q", file_type]
+    command = [sys.executable, "-m", "ggufmoe", verb, str(source), "-o", str(output), "-q", file_type]
     return measure([*command, "-t", str(threads), "--force", "--json"])
 
 
 def convert_theirs(arguments: argparse.Namespace, source: Path, output: Path, file_type: str) -> Cost:
     """llama.cpp: its converter, and llama_model_quantize on what that wrote."""
-    from ggufmoe.quant.types import FileType
-
     direct = file_type in ("BF16", "F16", "F32", "Q8_0")
     lossless = output if direct else output.with_suffix(".lossless.gguf")
     converter = [arguments.peer_python, str(Path(arguments.llama_cpp) / "convert_hf_to_gguf.py"), str(source)]
@@ -115,42 +134,82 @@ def convert_theirs(arguments: argparse.Namespace, source: Path, output: Path, fi
     cost = measure([*converter, "--outtype", outtype, "--outfile", str(lossless)])
     if direct:
         return cost
-    number = str(FileType.from_name(file_type).id)
-    command = [sys.executable, "-c", QUANTIZE, str(lossless), str(output), number, str(arguments.threads)]
-    cost += measure(command)
+    cost += quantize_theirs(lossless, output, file_type, arguments.threads)
     lossless.unlink()
     return cost
 
 
-def report(file_type: str, ours: list[Cost], theirs: list[Cost], source_bytes: int, output_bytes: int) -> None:
+def quantize_theirs(source: Path, output: Path, file_type: str, threads: int) -> Cost:
+    """llama_model_quantize, from a Python that loads nothing else."""
+    from ggufmoe.quant.types import FileType
+
+    number = str(FileType.from_name(file_type).id)
+    return measure([sys.executable, "-c", QUANTIZE, str(source), str(output), number, str(threads)])
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One thing that both sides do; ``theirs`` is None where llama.cpp's side is not there."""
+
+    name: str
+    inputs: list[Path]
+    output: Path
+    ours: Callable[[], Cost]
+    theirs: Callable[[], Cost] | None
+
+
+def run(contest: Contest, caches: list[str], rounds: int) -> None:
+    """All rounds of a contest, and what they gave."""
+    for cache in caches:
+        costs: dict[str, list[Cost]] = {"ggufmoe": [], "llama.cpp": []}
+        for number in range(rounds):
+            print(f"{contest.name}, {cache}, round {number + 1}: load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+            set_cache(contest.inputs, cache)
+            costs["ggufmoe"].append(contest.ours())
+            if contest.theirs is not None:
+                set_cache(contest.inputs, cache)
+                costs["llama.cpp"].append(contest.theirs())
+        report(f"{contest.name}, {cache}", costs, contest)
+
+
+def report(name: str, costs: dict[str, list[Cost]], contest: Contest) -> None:
     """Two lines and a ratio."""
-    for name, costs in (("ggufmoe", ours), ("llama.cpp", theirs)):
-        if costs:
-            seconds = statistics.median(cost.seconds for cost in costs)
-            peak, written = max(cost.peak_bytes for cost in costs), max(cost.written_bytes for cost in costs)
+    source_bytes = sum(path.stat().st_size for path in contest.inputs)
+    for side, runs in costs.items():
+        if runs:
+            seconds = statistics.median(cost.seconds for cost in runs)
+            cpu = statistics.median(cost.cpu_seconds for cost in runs)
+            peak, written = max(cost.peak_bytes for cost in runs), max(cost.written_bytes for cost in runs)
             print(
-                f"{file_type:8} {name:10} {seconds:7.1f} s  {source_bytes / seconds / 1e6:7.0f} MB/s of source  "
-                f"peak {peak / 1e6:6.0f} MB  written {written / max(output_bytes, 1):.2f} x the output",
+                f"{name}: {side:10} {seconds:6.1f} s ({cpu:.1f} of CPU)  "
+                f"{source_bytes / seconds / 1e6:7.0f} MB/s of source  peak {peak / 1e6:6.0f} MB  written {written / contest.output.stat().st_size:.2f} x the output",
                 flush=True,
             )
-    if theirs:
-        ratios = [their.seconds / our.seconds for our, their in zip(ours, theirs, strict=True)]
-        median = statistics.median(t.seconds for t in theirs) / statistics.median(o.seconds for o in ours)
-        print(f"{file_type:8} {median:.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    ratios = [their.seconds / our.seconds for our, their in zip(costs["ggufmoe"], costs["llama.cpp"], strict=False)]
+    if ratios:
+        middle = statistics.median(ratios)
+        cpu = statistics.median(c.cpu_seconds for c in costs["llama.cpp"])
+        cpu /= statistics.median(c.cpu_seconds for c in costs["ggufmoe"])
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{name}: {middle:.2f} times as fast ({spread}), with {1 / cpu:.2f} of the CPU time", flush=True)
 
 
-def bench(arguments: argparse.Namespace, source: Path, directory: Path) -> None:
-    """All types, in turn."""
-    source_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    for file_type in arguments.types.split(","):
-        ours: list[Cost] = []
-        theirs: list[Cost] = []
-        output = directory / "ours.gguf"
-        for _ in range(arguments.rounds):
-            ours.append(convert_ours(source, output, file_type, arguments.threads))
-            if arguments.llama_cpp:
-                theirs.append(convert_theirs(arguments, source, directory / "theirs.gguf", file_type))
-        report(file_type, ours, theirs, source_bytes, output.stat().st_size)
+def contests(arguments: argparse.Namespace, source: Path, scratch: Path) -> Iterator[Contest]:
+    """Every conversion, then every quantization, whose source is made when its turn comes."""
+    weights = sorted(source.glob("*.safetensors"))
+    output, other, threads = scratch / "ours.gguf", scratch / "theirs.gguf", arguments.threads
+    for file_type in filter(None, arguments.types.split(",")):
+        theirs = partial(convert_theirs, arguments, source, other, file_type) if arguments.llama_cpp else None
+        mine = partial(ours, "convert", source, output, file_type, threads)
+        yield Contest(f"convert {file_type}", weights, output, mine, theirs)
+    other.unlink(missing_ok=True)
+    lossless = scratch / "lossless.gguf"
+    if arguments.quantize:
+        ours("convert", source, lossless, "BF16", threads)
+    for file_type in filter(None, arguments.quantize.split(",")):
+        theirs = partial(quantize_theirs, lossless, other, file_type, threads)
+        mine = partial(ours, "quantize", lossless, output, file_type, threads)
+        yield Contest(f"quantize {file_type}", [lossless], output, mine, theirs)
 
 
 def make_slice(scratch: Path, layers: str) -> Path:
@@ -170,6 +229,8 @@ def main() -> int:
     parser.add_argument("--layers", default="2", help="layers of the checkpoint that is made")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--types", default="BF16,Q8_0,Q4_K_M")
+    parser.add_argument("--quantize", default="Q4_K_M", help="file types to quantize the BF16 file to")
+    parser.add_argument("--cache", default="warm,cold", help="states of the page cache to measure in")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--llama-cpp", help="llama.cpp's sources")
     parser.add_argument("--peer-python", default=sys.executable, help="Python with torch and transformers")
@@ -179,7 +240,8 @@ def main() -> int:
         if source is None:
             source = make_slice(Path(scratch), arguments.layers)
         print(json.dumps({"threads": arguments.threads, "rounds": arguments.rounds, "python": sys.version.split()[0]}))
-        bench(arguments, source, Path(scratch))
+        for contest in contests(arguments, source, Path(scratch)):
+            run(contest, arguments.cache.split(","), arguments.rounds)
     return 0
 
 
