@@ -182,7 +182,8 @@ def report(name: str, costs: dict[str, list[Cost]], contest: Contest) -> None:
             peak, written = max(cost.peak_bytes for cost in runs), max(cost.written_bytes for cost in runs)
             print(
                 f"{name}: {side:10} {seconds:6.1f} s ({cpu:.1f} of CPU)  "
-                f"{source_bytes / seconds / 1e6:7.0f} MB/s of source  peak {peak / 1e6:6.0f} MB  written {written / contest.output.stat().st_size:.2f} x the output",
+                f"{source_bytes / seconds / 1e6:7.0f} MB/s of source  peak {peak / 1e6:6.0f} MB  "
+                f"written {written / contest.output.stat().st_size:.2f} x the output",
                 flush=True,
             )
     ratios = [their.seconds / our.seconds for our, their in zip(costs["ggufmoe"], costs["llama.cpp"], strict=False)]
