@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,14 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # const char * ggml_backend_dev_name(ggml_backend_dev_t); enum ggml_backend_dev_type ggml_backend_dev_type(...)
     "ggml_backend_dev_name": (ctypes.c_char_p, (_VOID,)),
     "ggml_backend_dev_type": (ctypes.c_int, (_VOID,)),
+    # void ggml_backend_dev_get_props(ggml_backend_dev_t, struct ggml_backend_dev_props *)
+    "ggml_backend_dev_get_props": (None, (_VOID, _VOID)),
+    # ggml_backend_buffer_type_t ggml_backend_dev_buffer_type(ggml_backend_dev_t); ..._host_buffer_type: NULL if none
+    "ggml_backend_dev_buffer_type": (_VOID, (_VOID,)),
+    "ggml_backend_dev_host_buffer_type": (_VOID, (_VOID,)),
+    # const char * ggml_backend_buft_name(ggml_backend_buffer_type_t); size_t ggml_backend_buft_get_alignment(...)
+    "ggml_backend_buft_name": (ctypes.c_char_p, (_VOID,)),
+    "ggml_backend_buft_get_alignment": (_SIZE, (_VOID,)),
     # ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t); const char * ggml_backend_reg_name(...)
     "ggml_backend_dev_backend_reg": (_VOID, (_VOID,)),
     "ggml_backend_reg_name": (ctypes.c_char_p, (_VOID,)),
@@ -55,6 +64,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_tensor_get": (None, (_VOID, _VOID, _SIZE, _SIZE)),
     # size_t ggml_nbytes(const struct ggml_tensor *)
     "ggml_nbytes": (_SIZE, (_VOID,)),
+    # const char * ggml_version(void); ggml_commit(void) alike; const char * llama_print_system_info(void)
+    "ggml_version": (ctypes.c_char_p, ()),
+    "ggml_commit": (ctypes.c_char_p, ()),
+    "llama_print_system_info": (ctypes.c_char_p, ()),
 }
 
 
@@ -83,6 +96,38 @@ def library() -> ctypes.CDLL:
 def has_symbol(name: str) -> bool:
     """Whether the installed engine exports ``name`` (``ggml_backend_rpc_add_server`` tells an RPC build)."""
     return hasattr(library(), name)
+
+
+@dataclass(frozen=True)
+class EngineVersion:
+    """Which engine: the version of llama-cpp-python, the commit of llama.cpp inside it, the version of ggml."""
+
+    package: str
+    llama_cpp_commit: str
+    ggml: str
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is PINNED_ENGINE. A build outside of git knows no commit; then the versions decide."""
+        commit = self.llama_cpp_commit.split("-")[0]  # builds from a source package add "-dirty"
+        same_commit = commit == "unknown" or bool(commit) and PINNED_ENGINE.llama_cpp_commit.startswith(commit)
+        return same_commit and (self.package, self.ggml) == (PINNED_ENGINE.package, PINNED_ENGINE.ggml)
+
+
+PINNED_ENGINE = EngineVersion("0.3.36", "0c1e57098bba43ac29e6e3b677cdceebdd22334f", "0.25.3")
+"""The engine that ggufmoe is made for, as ``vendor/llama.cpp.toml`` says, which installed packages do not carry."""
+
+
+def engine_version() -> EngineVersion:
+    """The engine that is installed. Raises EngineMissingError."""
+    lib = library()
+    return EngineVersion(version("llama-cpp-python"), lib.ggml_commit().decode(), lib.ggml_version().decode())
+
+
+def build_flags() -> str:
+    """What the engine was built for, by backend, as llama.cpp prints it: ``CPU : AVX2 = 1 | FMA = 1 | ...``."""
+    flags: str = library().llama_print_system_info().decode()
+    return flags
 
 
 class DeviceType(IntEnum):
@@ -115,6 +160,77 @@ def _device(handle: int) -> Device:
     backend = lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(handle)).decode()
     name = lib.ggml_backend_dev_name(handle).decode()
     return Device(handle, name, DeviceType(lib.ggml_backend_dev_type(handle)), backend)
+
+
+class _DeviceProps(ctypes.Structure):
+    """``struct ggml_backend_dev_props`` (ggml-backend.h) at the pinned commit; the last five are its ``caps``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", _SIZE),
+        ("memory_total", _SIZE),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("is_async", ctypes.c_bool),
+        ("host_buffer", ctypes.c_bool),
+        ("buffer_from_host_ptr", ctypes.c_bool),
+        ("events", ctypes.c_bool),
+        ("mmap_support", ctypes.c_bool),
+    )
+
+
+@dataclass(frozen=True)
+class BufferType:
+    """A kind of memory that weights can lie in; ``handle`` is its ``ggml_backend_buffer_type_t``."""
+
+    handle: int
+    name: str
+    alignment: int
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a device says of itself. ``host_buffer`` is the main memory that it can read by itself, if it has such.
+
+    ``maps_files`` tells that weights in a mapped file need no copy for it (Metal, the CPU).
+    """
+
+    description: str
+    free_bytes: int
+    total_bytes: int
+    buffer: BufferType
+    host_buffer: BufferType | None
+    maps_files: bool
+    supports_mmap: bool
+
+
+def device_facts(device: Device) -> DeviceFacts:
+    """Memory and buffers of a device. A remote one is asked over the network, for as long as that takes."""
+    lib, props = library(), _DeviceProps()
+    lib.ggml_backend_dev_get_props(device.handle, ctypes.addressof(props))
+    host = lib.ggml_backend_dev_host_buffer_type(device.handle)
+    return DeviceFacts(
+        (props.description or b"").decode("utf-8", "replace"),
+        props.memory_free,
+        props.memory_total,
+        _buffer_type(lib.ggml_backend_dev_buffer_type(device.handle)),
+        _buffer_type(host) if host else None,
+        props.buffer_from_host_ptr,
+        props.mmap_support,
+    )
+
+
+def _buffer_type(handle: int) -> BufferType:
+    lib = library()
+    name = lib.ggml_backend_buft_name(handle).decode("utf-8", "replace")
+    return BufferType(handle, name, lib.ggml_backend_buft_get_alignment(handle))
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether ggml's CPU backend was built for a feature (``avx2``, ``neon``, ``dotprod``) and this CPU has it."""
+    name = f"ggml_cpu_has_{feature}"
+    return has_symbol(name) and bool(getattr(library(), name)())
 
 
 @cache

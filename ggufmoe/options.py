@@ -7,7 +7,8 @@ from the environment.
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,9 +16,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ggufmoe.errors import OptionError
 
 
-def option(default: Any, *flags: str, help: str, metavar: str | None = None) -> Any:
-    """A dataclass field that is also a command-line option; without flags it exists only in the API."""
-    metadata: Mapping[str, Any] = {"flags": flags, "help": help, "metavar": metavar}
+def option(
+    default: Any, *flags: str, help: str, metavar: str | None = None, parse: Callable[[str], Any] | None = None
+) -> Any:
+    """A dataclass field that is also a command-line option; without flags it exists only in the API.
+
+    ``parse`` makes the field's value of what was typed, where its type alone does not say how; it raises OptionError.
+    """
+    metadata: Mapping[str, Any] = {"flags": flags, "help": help, "metavar": metavar, "parse": parse}
     return field(default=default, metadata=metadata)
 
 
@@ -138,12 +144,32 @@ class ContextOptions:
         _check_choices(self)
 
 
+AUTO_LAYERS = -1
+"""As many layers on the GPU as fit (``--fit``), else all of them."""
+ALL_LAYERS = -2
+"""All layers on the GPU, whether they fit or not."""
+
+
+def _layers(typed: str) -> int:
+    words = {"auto": AUTO_LAYERS, "all": ALL_LAYERS}
+    try:
+        return words[typed] if typed in words else int(typed)
+    except ValueError as error:
+        raise OptionError(f"layers on the GPU: expected a number, auto or all, not {typed!r}") from error
+
+
 @dataclass(frozen=True)
 class OffloadOptions:
     """Where a model's weights go. Raises OptionError for unknown words and impossible numbers."""
 
     n_gpu_layers: int = option(
-        -1, "-ngl", "--n-gpu-layers", "--gpu-layers", help="Layers on the GPU; -1: all.", metavar="N"
+        AUTO_LAYERS,
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        help="The last N layers go to the GPU, the output being one; all; or auto (default): as many as fit.",
+        metavar="N",
+        parse=_layers,
     )
     load_mode: LoadMode = option("auto", "-lm", "--load-mode", help="How the file comes into memory.")
     repack: bool = option(
@@ -152,10 +178,93 @@ class OffloadOptions:
         " /-nr",
         help="Rearrange weights in a second buffer for faster arithmetic on the CPU (costs memory).",
     )
+    cpu_moe: bool = option(False, "-cmoe", "--cpu-moe", help="Keep the experts of all layers in the CPU's memory.")
+    n_cpu_moe: int | None = option(
+        None,
+        "-ncmoe",
+        "--n-cpu-moe",
+        help="Keep the experts of the first N layers in the CPU's memory.",
+        metavar="N",
+    )
+    override_tensor: tuple[str, ...] = option(
+        (),
+        "-ot",
+        "--override-tensor",
+        help="Put the tensors whose name matches a regular expression into a buffer, for example CPU or CUDA0.",
+        metavar="PATTERN=BUFFER",
+    )
+    tensor_split: str | None = option(
+        None, "-ts", "--tensor-split", help="Shares of the layers for each GPU, for example 3,1.", metavar="N0,N1,..."
+    )
+    main_gpu: int = option(0, "-mg", "--main-gpu", help="The GPU that --split-mode none uses.", metavar="INDEX")
+    split_mode: Literal["none", "layer", "row", "tensor"] = option(
+        "layer", "-sm", "--split-mode", help="How several GPUs share a model: one alone, by layers, rows or tensors."
+    )
+    device: str | None = option(
+        None, "-dev", "--device", help="The devices to use, by name; none: only the CPU.", metavar="DEV1,DEV2,..."
+    )
+    kv_offload: bool = option(
+        True, "--kv-offload/--no-kv-offload", "-kvo/-nkvo", help="Keep the KV cache beside the layers it belongs to."
+    )
+    no_host: bool = option(
+        False, "--no-host", help="Do not pin the CPU's share of the weights for a GPU; it can then be repacked."
+    )
+    fit: Literal["on", "off"] = option(
+        "on", "-fit", "--fit", help="Choose what was not given so that the model fits the memory of the GPUs."
+    )
+    fit_target: int = option(
+        1024, "-fitt", "--fit-target", help="Memory that --fit leaves free on each GPU, in MiB.", metavar="MiB"
+    )
+    n_expert_used: int | None = option(
+        None,
+        "--n-expert-used",
+        help="Experts for each token; fewer than the model was made for are faster and worse.",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
-        _check_range("layers on the GPU", self.n_gpu_layers, -1, _MAX_INT32)
+        _check_range("layers on the GPU", self.n_gpu_layers, ALL_LAYERS, _MAX_INT32)
+        _check_range("layers whose experts stay in the CPU's memory", self.n_cpu_moe, 0, _MAX_INT32)
+        _check_range("main GPU", self.main_gpu, 0, _MAX_INT32)
+        _check_range("memory to leave free, in MiB,", self.fit_target, 0, _MAX_INT32)
+        _check_range("number of experts used", self.n_expert_used, 1, _MAX_INT32)
         _check_choices(self)
+        if self.cpu_moe and self.n_cpu_moe is not None:
+            raise OptionError("--cpu-moe keeps all experts in the CPU's memory: leave out --n-cpu-moe")
+        _ = (self.overrides, self.split_shares)
+
+    @property
+    def overrides(self) -> tuple[tuple[str, str], ...]:
+        """Pattern and buffer of each ``override_tensor``; several may stand in one, with commas between them."""
+        return tuple(pair for given in self.override_tensor for pair in _override_pairs(given))
+
+    @property
+    def split_shares(self) -> tuple[float, ...] | None:
+        """``tensor_split`` as numbers, which llama.cpp lets commas or slashes separate."""
+        if self.tensor_split is None:
+            return None
+        message = f"tensor split must be numbers such as 3,1, not {self.tensor_split!r}"
+        try:
+            shares = tuple(float(share) for share in self.tensor_split.replace("/", ",").split(","))
+        except ValueError as error:
+            raise OptionError(message) from error
+        _check(all(math.isfinite(share) and share >= 0 for share in shares) and sum(shares) > 0, message)
+        return shares
+
+
+def _override_pairs(given: str) -> list[tuple[str, str]]:
+    pairs, pattern = [], ""
+    for piece in given.split(","):
+        # a piece without = is part of a pattern that holds a comma
+        before, equals, buffer = piece.rpartition("=")
+        if not equals:
+            pattern += piece + ","
+            continue
+        _check(bool(before) and bool(buffer), f"an override must be PATTERN=BUFFER, not {given!r}")
+        pairs.append((pattern + before, buffer))
+        pattern = ""
+    _check(not pattern, f"an override must be PATTERN=BUFFER, not {given!r}")
+    return pairs
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,12 @@ def _parameters(group: type) -> list[inspect.Parameter]:
 def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
     metadata = field.metadata
     kind = _repeated(hint)
-    shown = field.default is not None and kind is None
+    shown = field.default is not None and kind is None and metadata["parse"] is None
     flag = typer.Option(
         *metadata["flags"],
         help=metadata["help"],
         metavar=metadata["metavar"],
+        parser=_parser(metadata["parse"]),
         show_default=shown,
         rich_help_panel=panel,
     )
@@ -92,6 +93,20 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
     annotation = Annotated[typed, flag]
     default = None if kind is not None or field.default is MISSING else field.default
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parser(parse: Callable[[str], Any] | None) -> Callable[[Any], Any] | None:
+    """``parse`` for typer, which also hands over the default; an OptionError becomes wrong usage."""
+    if parse is None:
+        return None
+
+    def parsed(typed: Any) -> Any:
+        try:
+            return parse(typed) if isinstance(typed, str) else typed
+        except OptionError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return parsed
 
 
 def _repeated(hint: Any) -> Any:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import atexit
 import ctypes
 import logging
+import re
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +42,7 @@ class NativeLog:
         self._n_lines = 0
         self._level = logging.INFO
         self._unfinished = ""
+        self._collected: list[tuple[re.Pattern[str], list[str]]] = []
         self._logger = logging.getLogger("ggufmoe.llama")
         # without a handler anywhere, logging would print warnings on stderr
         self._logger.addHandler(logging.NullHandler())
@@ -59,6 +63,19 @@ class NativeLog:
         """The lines after ``mark`` that the buffer still holds."""
         with self._lock:
             return [line for line in self._lines if line.number >= mark]
+
+    @contextmanager
+    def collecting(self, pattern: re.Pattern[str]) -> Iterator[list[str]]:
+        """While the block runs, the texts of all lines that match, however many others come between."""
+        found: list[str] = []
+        entry = (pattern, found)
+        with self._lock:
+            self._collected.append(entry)
+        try:
+            yield found
+        finally:
+            with self._lock:
+                self._collected = [other for other in self._collected if other is not entry]
 
     def cause_since(self, mark: int) -> str:
         """The line after ``mark`` that says best what went wrong, without the name of the C++ function."""
@@ -84,6 +101,9 @@ class NativeLog:
         line = LogLine(self._n_lines, self._level, text.strip()[:_MAX_LINE_CHARS])
         self._n_lines += 1
         self._lines.append(line)
+        for pattern, found in self._collected:
+            if pattern.search(line.text):
+                found.append(line.text)
         return line
 
 
