@@ -7,6 +7,7 @@ llama.cpp logs goes to ``logging`` (``ggufmoe.llama``).
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 import time
@@ -26,15 +27,14 @@ from ggufmoe.errors import ContextFullError, DecodeError, EngineError, GGUFError
 from ggufmoe.ggufheader import GGMLType, Header, ModelHeader, legacy_expert_tensors, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.cpu import default_threads, memory_bytes
+from ggufmoe.runtime.devices import Machine, find_machine
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, FinishReason, Timing, Token
 from ggufmoe.runtime.nativelog import NativeLog, no_wait_callback
+from ggufmoe.runtime.offload import DEFAULT_MAX_CTX, plan_offload
+from ggufmoe.runtime.placement import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.sampling import Sampler, Sampling, resolve
 from ggufmoe.runtime.textstream import TextStream
 
-DEFAULT_MAX_CTX = 4096
-"""Tokens of context when the caller names none and the model was trained for more."""
-
-_LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
 _FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 _NO_VOCABULARY = 0
 _SEQUENCE = 0
@@ -42,6 +42,7 @@ _ABORTED = 2
 _NO_ROOM = 1
 
 _loading = threading.Lock()
+_logger = logging.getLogger("ggufmoe")
 
 
 class Engine:
@@ -74,19 +75,24 @@ class Engine:
         self._api = _llama()
         self._abort_callback, self._abort_flag = no_wait_callback(self._api)
         try:
-            self._load(offload or OffloadOptions())
+            self._load(model, offload or OffloadOptions())
         except BaseException:
             self.close()
             raise
 
-    def _load(self, offload: OffloadOptions) -> None:
-        with _loading:
-            mark = _log().mark()
-            parameters, _kept_alive = _model_parameters(self._api, offload)
-            self._model = self._api.llama_model_load_from_file(os.fsencode(self.path), parameters)
-            if not self._model:
-                raise ModelLoadError(f"{self.path}: llama.cpp cannot load it: {_log().cause_since(mark)}")
+    def _load(self, model: ModelHeader, offload: OffloadOptions) -> None:
+        machine = find_machine(offload.device)
+        self._kv_offload = offload.kv_offload
+        self._plan = plan_offload(model, self._context_options, offload, machine.places, machine.host)
+        for warning in self._plan.warnings:
+            _logger.warning("%s: %s", self.path, warning)
+        with _loading, _log().collecting(REPORT_LINES) as lines:
+            self._model = self._load_model(machine, offload)
             self._context = self._make_context()
+        self.placement: Placement = placement_of(self._plan, lines, machine)
+        """Where everything went: the plan, and what libllama reported."""
+        for difference in self.placement.differences:
+            _logger.warning("%s: not placed as planned: %s", self.path, difference)
         self._vocab = self._api.llama_model_get_vocab(self._model)
         self._memory = self._api.llama_get_memory(self._context)
         if not self._memory or self._api.llama_model_has_encoder(self._model):
@@ -97,6 +103,22 @@ class Engine:
         """Tokens that prompt and answer may have together; llama.cpp rounds what was asked for up to 256."""
         self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocab)
         self._n_batch: int = self._api.llama_n_batch(self._context)
+
+    def _load_model(self, machine: Machine, offload: OffloadOptions) -> Any:
+        mark = _log().mark()
+        parameters = self._api.llama_model_default_params()
+        key = f"{self.header.get('general.architecture')}.expert_used_count"
+        _alive = set_parameters(self._api, parameters, machine, self._plan, offload, key)
+        model = self._api.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        if not model:
+            cause = _log().cause_since(mark)
+            if "_Host buffer" in cause and not parameters.no_host:
+                _logger.warning("%s: %s; trying again as with --no-host", self.path, cause)
+                parameters.no_host = True
+                model = self._api.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        if not model:
+            raise ModelLoadError(f"{self.path}: llama.cpp cannot load it: {_log().cause_since(mark)}")
+        return model
 
     def _make_context(self) -> Any:
         mark = _log().mark()
@@ -113,7 +135,7 @@ class Engine:
     def _check_cache_size(self, n_ctx: int) -> None:
         # systems that promise more memory than they have end the process once llama.cpp fills its cache
         needed, there = n_ctx * _cache_bytes_per_token(self.header, self._context_options), memory_bytes()
-        if there and needed > there and not _device_list()[0]:
+        if there and min(needed, self._plan.host.kv_bytes) > there:
             raise ModelLoadError(
                 f"{self.path}: a context of {n_ctx} tokens takes {needed / 1e9:.1f} GB, and this machine has "
                 f"{there / 1e9:.1f} GB of memory; ask for less with --ctx-size"
@@ -135,6 +157,7 @@ class Engine:
             "abort_callback": self._abort_callback,
             "abort_callback_data": ctypes.addressof(self._abort_flag),
             "no_perf": True,
+            "offload_kqv": self._kv_offload,
         }
         if self._observer is not None:
             values["cb_eval"] = self._observer
@@ -578,17 +601,6 @@ def _checked_model(path: Path) -> ModelHeader:
     return model
 
 
-def _model_parameters(api: Any, offload: OffloadOptions) -> tuple[Any, Any]:
-    """llama_model_params, and what must live until the model is loaded."""
-    parameters = api.llama_model_default_params()
-    devices = _device_list()
-    parameters.devices = ctypes.addressof(devices)
-    parameters.n_gpu_layers = offload.n_gpu_layers
-    parameters.load_mode = _LOAD_MODES[offload.load_mode]
-    parameters.use_extra_bufts = offload.repack
-    return parameters, devices
-
-
 def _cache_bytes_per_token(header: Header, options: ContextOptions) -> float:
     """What a token takes in the KV cache of a plain transformer; 0 where the header tells of another kind."""
     arch = header.get("general.architecture")
@@ -603,18 +615,6 @@ def _cache_bytes_per_token(header: Header, options: ContextOptions) -> float:
     widths = [width or n_embd // n_head for width in widths]
     per_head = sum(width * kind.block_bytes / kind.block_size for width, kind in zip(widths, types, strict=True))
     return float(n_layer * n_head_kv * per_head)
-
-
-def _device_list() -> ctypes.Array[ctypes.c_void_p]:
-    """The GPUs of this machine (an integrated one only if there is no other), ended by NULL.
-
-    Without a list llama.cpp takes every device that was ever registered in this process, remote ones included.
-    """
-    local = [device for device in native.devices() if device.backend != "RPC"]
-    discrete = [device.handle for device in local if device.type is native.DeviceType.GPU]
-    integrated = [device.handle for device in local if device.type is native.DeviceType.IGPU][:1]
-    handles = discrete or integrated
-    return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
