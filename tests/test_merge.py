@@ -100,6 +100,13 @@ def test_the_router_report_is_written_on_request(recipe: Path) -> None:
         assert not list(recipe.parent.glob(f"{out}*"))
 
 
+def test_a_file_in_the_place_of_the_partial_directory_is_an_error_and_stays(recipe: Path) -> None:
+    (recipe.parent / "out.partial").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.partial cannot be written: File exists"):
+        ggufmoe.merge(recipe, recipe.parent / "out")
+    assert (recipe.parent / "out.partial").read_text() == "mine"
+
+
 def test_a_report_that_turns_out_unwritable_leaves_no_output(recipe: Path) -> None:
     report = recipe.parent / "router.json"
 

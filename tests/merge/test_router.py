@@ -203,6 +203,18 @@ def test_only_legacy_tokenizers_put_a_space_after_bos(tmp_path: Path) -> None:
     assert prompt_tokenizer(directory)("</s>once")[:2] == [1, 2]
 
 
+def test_a_sliding_window_hides_what_is_further_back(tmp_path: Path) -> None:
+    window = make_checkpoint(tmp_path / "window", arch="mistral", n_layer=1, config={"sliding_window": 3})
+    plain = make_checkpoint(tmp_path / "plain", arch="mistral", n_layer=1)
+    with open_checkpoint(window) as narrow, open_checkpoint(plain) as wide:
+        tokens = [1, 7, 30, 12, 44]
+        a, b = ForwardPass(narrow).logits([tokens]), ForwardPass(wide).logits([tokens])
+        other = ForwardPass(narrow).logits([[9, 8, *tokens[2:]]])
+    np.testing.assert_allclose(a[:3], b[:3], rtol=1e-5)
+    assert not np.allclose(a[3:], b[3:], rtol=1e-5)
+    np.testing.assert_allclose(a[4], other[4], rtol=1e-5)
+
+
 def test_rope_scaling_is_computed_or_refused(tmp_path: Path) -> None:
     linear = make_checkpoint(
         tmp_path / "linear", arch="llama", n_layer=1, rope_scaling={"type": "linear", "factor": 2.0}
