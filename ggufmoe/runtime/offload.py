@@ -349,7 +349,7 @@ class _Setting:
         if self.offload.cpu_moe:
             pairs.append((EXPERTS, self.host.name, "--cpu-moe"))
         if self.offload.n_cpu_moe:
-            pattern = _experts_of(range(min(self.offload.n_cpu_moe, self.facts.n_layer)))
+            pattern = experts_of(range(min(self.offload.n_cpu_moe, self.facts.n_layer)))
             pairs.append((pattern, self.host.name, f"--n-cpu-moe {self.offload.n_cpu_moe}"))
         return tuple((self._checked(pattern, buffer, flag), buffer) for pattern, buffer, flag in pairs)
 
@@ -388,7 +388,8 @@ class _Setting:
         return self.host.name
 
 
-def _experts_of(layers: Iterable[int]) -> str:
+def experts_of(layers: Iterable[int]) -> str:
+    """Pattern of the experts of some layers."""
     return rf"blk\.({'|'.join(map(str, layers))}){EXPERTS}"
 
 
@@ -547,7 +548,7 @@ class _Placing:
         setting = self.setting
         patterns = list(setting.patterns)
         if self.moved:
-            patterns.append((re.compile(_experts_of(self.moved)), setting.host.name))
+            patterns.append((re.compile(experts_of(self.moved)), setting.host.name))
         counts = [0] * len(patterns)
         for name in dict.fromkeys(setting.facts.names):
             hit = next((index for index, (pattern, _) in enumerate(patterns) if pattern.search(name)), None)
@@ -670,7 +671,7 @@ def _warnings(plan: OffloadPlan, facts: _Facts, choice: _Choice) -> Iterator[str
         yield "it does not fit with the options given: try fewer layers on the GPU, or a smaller context"
     for share in plan.shares[:-1]:
         if share.n_bytes > share.free_bytes > 0:
-            yield f"{share.device} has {_gb(share.free_bytes)} free and would need {_gb(share.n_bytes)}"
+            yield f"{share.device} has {_gib(share.free_bytes)} free and would need {_gib(share.n_bytes)}"
 
 
 def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
@@ -680,10 +681,10 @@ def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
     repacked = sum(buffer.n_bytes for buffer in host.buffers if buffer.name.endswith("_REPACK"))
     is_short = 0 < host.total_bytes < host.n_bytes
     if is_short:
-        yield f"the CPU's memory is {_gb(host.total_bytes)}, and {_gb(host.n_bytes)} are wanted of it"
+        yield f"the CPU's memory is {_gib(host.total_bytes)}, and {_gib(host.n_bytes)} are wanted of it"
     if repacked and plan.uses_mmap:
         way_out = "leave it out with --no-repack" if is_short else "--no-repack leaves it out"
-        yield f"{_gb(repacked)} are a second copy of weights, rearranged for this CPU beside the mapped file: {way_out}"
+        yield f"{_gib(repacked)} are a copy of weights, rearranged for this CPU beside the mapped file: {way_out}"
     if not facts.kv_is_plain:
         yield f"the KV cache of {facts.arch} is not that of a plain transformer: its size is an upper estimate"
     if not plan.is_exact:
@@ -702,8 +703,8 @@ def _expert_note(plan: OffloadPlan) -> str:
     )
 
 
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def as_dict(plan: OffloadPlan) -> dict[str, Any]:

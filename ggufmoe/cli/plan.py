@@ -1,0 +1,165 @@
+"""``ggufmoe plan``: what goes where and how many bytes, for the devices that are there or for imagined ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ggufmoe.cli.params import with_options
+from ggufmoe.errors import EngineMissingError
+from ggufmoe.ggufheader import read_model_header
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.offload import (
+    EXPERTS,
+    DeviceShare,
+    Host,
+    OffloadPlan,
+    Override,
+    Place,
+    as_dict,
+    experts_of,
+    plan_offload,
+)
+
+_UNITS = " KMGT"
+
+
+@with_options(ContextOptions, OffloadOptions)
+def plan_command(
+    model: Annotated[Path, typer.Argument(help="A GGUF file, or any shard of a split one.")],
+    context: ContextOptions,
+    offload: OffloadOptions,
+    vram: Annotated[
+        list[str] | None,
+        typer.Option("--vram", help="Imagine a GPU with so much memory, for example 8G; repeatable.", metavar="SIZE"),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option("--ram", help="Imagine so much memory beside the CPU.", metavar="SIZE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Show what goes where and how many bytes, before anything is loaded.
+
+    Without --vram the devices of this machine are used. GPUs that are imagined are GPU0, GPU1 and so on.
+    """
+    header = read_model_header(model)
+    devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
+    if ram is not None:
+        n_bytes = _memory(ram, "--ram")
+        host = Host(n_bytes, n_bytes, host.repacked, host.name, host.alignment)
+    plan = plan_offload(header, context, offload, devices, host)
+    if as_json:
+        typer.echo(json.dumps(as_dict(plan)))
+    else:
+        _show(plan)
+
+
+def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
+    if not imagined:
+        machine = find_machine(offload.device)
+        return machine.places, machine.host
+    places = tuple(
+        Place(f"GPU{index}", f"GPU{index}", n_bytes, n_bytes, host_buffer="GPU_Host")
+        for index, n_bytes in enumerate(imagined)
+    )
+    try:
+        return places, find_machine("none").host
+    except EngineMissingError:
+        return places, Host()
+
+
+def _memory(size: str, flag: str) -> int:
+    """Bytes of ``8G``, ``7.5G`` or ``512M`` in powers of 1024, as memory is sold."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
+    n_bytes = int(float(found[1]) * 1024 ** _UNITS.index(found[2].upper() or " ")) if found else 0
+    if n_bytes <= 0:
+        raise typer.BadParameter(f"{flag}: {size!r} is not a size; give for example 8G or 512M")
+    return n_bytes
+
+
+def _show(plan: OffloadPlan) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column("device", overflow="fold")
+    for heading in ("free", "weights", "KV", "compute", "in all"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("layers", "experts of"):
+        table.add_column(heading, overflow="fold")
+    for share in plan.shares:
+        table.add_row(*_row(share, plan.n_layer))
+    console.print(table)
+    console.print()
+    for line in _lines(plan):
+        console.print(line)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    for note in plan.notes:
+        console.print(f"note: {note}")
+
+
+def _row(share: DeviceShare, n_layer: int) -> list[str]:
+    sizes = [share.weight_bytes, share.kv_bytes, share.compute_bytes, share.n_bytes]
+    free = _gib(share.free_bytes) if share.total_bytes else "?"
+    weights, kv, compute, total = map(_gib, sizes)
+    return [
+        share.device,
+        free,
+        weights,
+        kv,
+        f"~{compute}",
+        total,
+        _ranges(share.layers, n_layer),
+        _ranges(share.expert_layers, n_layer),
+    ]
+
+
+def _lines(plan: OffloadPlan) -> Iterator[str]:
+    yield f"GiB, for a context of {plan.n_ctx} tokens; compute is an estimate"
+    for share in plan.shares:
+        for buffer in share.buffers:
+            kind = "a range of the file, mapped" if buffer.is_mapped else "in memory"
+            yield f"{share.device}: {buffer.name} {buffer.n_bytes / 2**20:.2f} MiB, {kind}"
+    if len(plan.shares) > 1:
+        how = "chosen so that it fits" if plan.fitted else "as given, or all"
+        split = ",".join(f"{part:.4g}" for part in plan.tensor_split)
+        yield f"{plan.n_gpu_layers} of {plan.n_layer + 1} layers on the GPU ({how}): " + _flags(plan, split)
+
+
+def _flags(plan: OffloadPlan, split: str) -> str:
+    flags = [f"-ngl {plan.n_gpu_layers}"]
+    if len(plan.tensor_split) > 1:
+        flags.append(f"-ts {split}")
+    return " ".join(flags + [_override_flag(item, plan.n_layer) for item in plan.overrides])
+
+
+def _override_flag(item: Override, n_layer: int) -> str:
+    for n_first in range(1, n_layer + 1):
+        if item.pattern == experts_of(range(n_first)):
+            return f"-ncmoe {n_first}"
+    return "-cmoe" if item.pattern == EXPERTS else f"-ot '{item.pattern}={item.buffer}'"
+
+
+def _ranges(layers: Sequence[int], n_layer: int) -> str:
+    """``0-3, 7, output``: runs of numbers in few characters."""
+    runs: list[list[int]] = []
+    for layer in sorted(layer for layer in layers if layer < n_layer):
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return ", ".join(shown + ["output"] * (n_layer in layers)) or "-"
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f}" if n_bytes >= 2**30 / 100 or not n_bytes else f"{n_bytes / 2**30:.4f}"
