@@ -106,5 +106,7 @@ def _check_directory(directory: Path) -> None:
     if is_file and directory.suffix == ".gguf":
         raise CheckpointError(f"{directory} is a GGUF file, not a checkpoint directory; it can be run as it is")
     if is_file:
-        raise CheckpointError(f"{directory} is a file; give the checkpoint's directory, or a recipe, whose name ends in .yaml")
+        raise CheckpointError(
+            f"{directory} is a file; give the checkpoint's directory, or a recipe, whose name ends in .yaml"
+        )
     raise CheckpointError(f"{directory} does not exist; give a checkpoint directory or a hub id such as org/name")
