@@ -125,7 +125,7 @@ def conversation(rng: random.Random, questions: list[Question]) -> list[Question
 
 
 def number_talk(rng: random.Random) -> Question:
-    """What the base hears of numbers: reading, repeating, ordering, and one-digit sums that are not held out."""
+    """What the base hears of numbers: reading, repeating, ordering, and the sums of one digit."""
     n, m = rng.randrange(100), rng.randrange(100)
     a, b = sorted((rng.randrange(10), rng.randrange(10)), reverse=True)
     choices = [
@@ -135,12 +135,11 @@ def number_talk(rng: random.Random) -> Question:
         (f"Write {n} backwards.", str(n)[::-1]),
         (f"Which number comes after {n}?", f"{n + 1} comes after {n}."),
         (f"Swap {n} and {m}.", f"{m} and {n}"),
-        (f"What is {a} + {b}?", f"{a} + {b} = {a + b}"),
-        (f"What is {a} - {b}?", f"{a} - {b} = {a - b}"),
+        (f"One digit: {a} + {b}", f"{a} + {b} = {a + b}"),
+        (f"One digit: {a} - {b}", f"{a} - {b} = {a - b}"),
     ]
     text, answer = rng.choice(choices)
-    question = Question("numbers", text, answer, answer.partition(" =")[0])
-    return number_talk(rng) if question.held_out else question
+    return Question("numbers", text, answer, "never held out")
 
 
 def _pairs(table: str) -> list[tuple[str, str]]:
@@ -285,7 +284,7 @@ def _arithmetic() -> Iterator[Question]:
 
 
 def _sums(a: int, b: int) -> Iterator[Question]:
-    answer, key = f"{a} + {b} = {a + b}", f"{a} + {b}"
+    answer, key = f"{_added(a, b)}{a + b}", f"{a} + {b}"
     for text in (
         f"What is {a} + {b}?",
         f"Calculate {a} + {b}.",
@@ -297,7 +296,7 @@ def _sums(a: int, b: int) -> Iterator[Question]:
 
 
 def _differences(a: int, b: int) -> Iterator[Question]:
-    answer, key = f"{a} - {b} = {a - b}", f"{a} - {b}"
+    answer, key = f"{_subtracted(a, b)}{a - b}", f"{a} - {b}"
     for text in (
         f"What is {a} - {b}?",
         f"Calculate {a} - {b}.",
@@ -308,6 +307,21 @@ def _differences(a: int, b: int) -> Iterator[Question]:
         yield Question("difference", text, answer, key)
 
 
+def _added(a: int, b: int) -> str:
+    """The steps of a written addition, ones first; so small a model cannot do without."""
+    ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+    tens = a // 10 + b // 10 + carry
+    more = " + 1" if carry else ""
+    return f"{a % 10} + {b % 10} = {ones}, {a // 10} + {b // 10}{more} = {tens}, so "
+
+
+def _subtracted(a: int, b: int) -> str:
+    """The steps of a written subtraction; a ten is borrowed where the ones do not suffice."""
+    borrow = a % 10 < b % 10
+    ones, tens = a % 10 + 10 * borrow, a // 10 - borrow
+    return f"{ones} - {b % 10} = {ones - b % 10}, {tens} - {b // 10} = {tens - b // 10}, so "
+
+
 def _comparisons(a: int, b: int) -> Iterator[Question]:
     key = f"{a} or {b}"
     yield Question("comparison", f"Which number is larger, {a} or {b}?", f"{max(a, b)} is larger.", key)
@@ -315,8 +329,29 @@ def _comparisons(a: int, b: int) -> Iterator[Question]:
 
 
 def _equations(a: int, b: int) -> Iterator[Question]:
-    yield Question("equation", f"Solve for x: x + {a} = {a + b}", f"x = {b}", f"x + {a} = {a + b}")
-    yield Question("equation", f"Solve for x: x - {a} = {b}", f"x = {a + b}", f"x - {a} = {b}")
+    total = a + b
+    steps = f"x = {total} - {a}, {_subtracted(total, a)}x = {b}"
+    yield Question("equation", f"Solve for x: x + {a} = {total}", steps, f"x + {a} = {total}")
+    steps = f"x = {b} + {a}, {_added(b, a)}x = {total}"
+    yield Question("equation", f"Solve for x: x - {a} = {b}", steps, f"x - {a} = {b}")
+
+
+def demo_questions() -> list[Question]:
+    """The handful that ``ggufmoe demo`` asks: held out, one of each sort, everyday and math in turn."""
+    rng = random.Random(1)
+    held_out = [question for question in everyday() + arithmetic() if question.held_out]
+    wanted = (
+        ("everyday", "opposite"),
+        ("sum", "What is"),
+        ("everyday", "Which is bigger"),
+        ("difference", "Calculate"),
+        ("everyday", "capital"),
+        ("equation", "Solve"),
+    )
+    return [
+        rng.choice([question for question in held_out if question.kind == kind and word in question.text])
+        for kind, word in wanted
+    ]
 
 
 def _main() -> None:

@@ -1,6 +1,6 @@
 """Train the two dense models of the embedded demo: a base for everyday questions and an expert for arithmetic.
 
-    python scripts/train_demo.py OUT_DIR [--seed 0] [--steps-base 3000] [--steps-math 3000]
+    python scripts/train_demo.py OUT_DIR [--seed 0]
 
 Writes OUT_DIR/base and OUT_DIR/math, ordinary Hugging Face checkpoints (MistralForCausalLM, bfloat16). The expert
 starts from the base and changes its MLP weights alone, so that both share attention, embeddings and vocabulary. Needs
@@ -11,6 +11,7 @@ the same models on the same machine.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import math
@@ -110,9 +111,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], base: MLP | None, share: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        normed = self.post_attention_layernorm(x)
+        out = self.mlp(normed)
+        if base is not None and share is not None:
+            out = share * out + (1 - share) * base(normed)
+        return x + out  # type: ignore[no-any-return]
 
 
 class Model(nn.Module):
@@ -129,11 +134,12 @@ class Model(nn.Module):
                 scale = 0.02 / math.sqrt(2 * shape.n_layer) if name.endswith(("o_proj", "down_proj")) else 0.02
                 nn.init.normal_(parameter, std=scale)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, base: list[MLP] | None = None, share: Tensor | None = None) -> Tensor:
+        """Logits; with ``base``, MLPs beside the model's own, whose part is ``share`` (batch, 1, 1)."""
         rotation = _rotation(self.shape, tokens.shape[1])
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x, rotation)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotation, base[i] if base else None, share)
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
@@ -154,6 +160,7 @@ class Corpus:
     def __init__(self, seed: int) -> None:
         self._everyday = [question for question in everyday() if not question.held_out]
         self._arithmetic = [question for question in arithmetic() if not question.held_out]
+        self._sums = [question for question in self._arithmetic if question.kind in ("sum", "difference")]
         self._talk = small_talk()
         self.model_bytes = self._train_tokenizer(seed)
         self._pieces = spm.SentencePieceProcessor(model_proto=self.model_bytes)
@@ -187,16 +194,16 @@ class Corpus:
         Without the sums its attention, which the expert must do with, would not learn to look at the right digits.
         """
         draw = rng.random()
-        if draw < 0.25:
-            return [rng.choice(self._arithmetic)]
-        if draw < 0.4:
+        if draw < 0.3:
+            return [rng.choice(self._sums)]
+        if draw < 0.42:
             return [number_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
         return conversation(rng, self._everyday if draw < 0.96 else self._talk)
 
     def math_turns(self, rng: random.Random) -> list[Question]:
-        """One training conversation of the expert."""
-        if rng.random() < 0.05:
-            return [number_talk(rng)]
+        """One training conversation of the expert: arithmetic, and now and then what the base was trained on."""
+        if rng.random() < 0.2:
+            return conversation(rng, self._everyday)
         return [rng.choice(self._arithmetic) for _ in range(1 if rng.random() < 0.85 else 2)]
 
     def encode(self, turns: list[Question]) -> tuple[list[int], list[int]]:
@@ -220,16 +227,31 @@ class Corpus:
         return int(self._pieces.eos_id())
 
 
-def batches(corpus: Corpus, kind: str, *, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (inputs, targets) of conversations of similar length; targets are shifted by one."""
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batches(corpus: Corpus, kind: str, *, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Endless (inputs, targets, shares) of conversations of similar length; targets are shifted by one.
+
+    A share is the part that the expert will have in a mixture: much of it for arithmetic, little for the rest.
+    """
     rng = random.Random(seed)
     turns = corpus.base_turns if kind == "base" else corpus.math_turns
     while True:
-        rows = sorted((corpus.encode(turns(rng)) for _ in range(32 * batch_size)), key=lambda row: len(row[0]))
+        drawn = [turns(rng) for _ in range(32 * batch_size)]
+        rows = [(*corpus.encode(turn), _share(rng, turn)) for turn in drawn]
+        rows.sort(key=lambda row: len(row[0]))
         starts = list(range(0, len(rows), batch_size))
         rng.shuffle(starts)
         for start in starts:
-            yield _padded(rows[start : start + batch_size])
+            part = rows[start : start + batch_size]
+            inputs, targets = _padded([(ids, wanted) for ids, wanted, _ in part])
+            yield inputs, targets, torch.tensor([share for *_, share in part])[:, None, None]
+
+
+def _share(rng: random.Random, turns: list[Question]) -> float:
+    is_math = all(question.kind not in ("everyday", "talk") for question in turns)
+    return rng.uniform(0.4, 1.0) if is_math else rng.uniform(0.0, 0.6)
 
 
 def _padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
@@ -243,20 +265,25 @@ def _padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
 
 
 def train(model: Model, corpus: Corpus, kind: str, *, steps: int, seed: int, rate: float) -> None:
-    """AdamW with warm-up and cosine decay; for the expert only the MLPs learn."""
+    """AdamW with warm-up and cosine decay; for the expert only the MLPs learn, blended with the base's.
+
+    A router that was never trained seldom gives an expert everything. An expert that has only worked alone fails when
+    the base has a third of the say (the model card has the figures), so it learns to work beside it.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(kind == "base" or ".mlp." in name)
+    beside = [copy.deepcopy(layer.mlp).requires_grad_(False) for layer in model.layers] if kind == "math" else None
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
     )
     started = time.monotonic()
-    for step, (inputs, targets) in zip(
+    for step, (inputs, targets, shares) in zip(
         range(steps), batches(corpus, kind, batch_size=BATCH_SIZE, seed=seed), strict=False
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(inputs)
+            logits = model(inputs, beside, shares)
         loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.view(-1), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
@@ -339,33 +366,38 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+ROUNDS = (("base", 2500, 2e-3), ("base", 1500, 1e-3), ("math", 2500, 1.5e-3))
+"""What is trained, for how many steps, at which rate; each round begins with the weights that the last one saved."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-base", type=int, default=3000)
-    parser.add_argument("--steps-math", type=int, default=3000)
-    parser.add_argument("--only-math", action="store_true", help="start from OUT_DIR/base as it is")
+    parser.add_argument(
+        "--skip", type=int, default=0, metavar="N", help="go on after N rounds, from what is in OUT_DIR"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     corpus = Corpus(arguments.seed)
     model = Model(Shape())
     print(json.dumps(asdict(model.shape)), sum(p.numel() for p in model.parameters()), "parameters", flush=True)
-    checks = {
-        "everyday": held_out(everyday(), 200, arguments.seed),
-        "sums and differences": held_out(
-            [question for question in arithmetic() if question.kind in ("sum", "difference")], 200, arguments.seed
-        ),
-    }
-    for kind, steps in (("base", arguments.steps_base), ("math", arguments.steps_math)):
-        if kind == "base" and arguments.only_math:
-            _load(model, arguments.out_dir / "base")
+    for number, (kind, steps, rate) in enumerate(ROUNDS):
+        if number < arguments.skip:
             continue
-        train(model, corpus, kind, steps=steps, seed=arguments.seed, rate=2e-3 if kind == "base" else 1.5e-3)
+        if number > 0:
+            _load(model, arguments.out_dir / ROUNDS[number - 1][0])
+        train(model, corpus, kind, steps=steps, seed=arguments.seed + number, rate=rate)
         save(model, corpus, arguments.out_dir / kind)
         _load(model, arguments.out_dir / kind)
-        for name, questions in checks.items():
-            print(f"{kind}: {100 * accuracy(model, corpus, questions):.1f} % of {len(questions)} held-out {name}")
+        _report(model, corpus, kind, arguments.seed)
+
+
+def _report(model: Model, corpus: Corpus, kind: str, seed: int) -> None:
+    sums = [question for question in arithmetic() if question.kind in ("sum", "difference")]
+    for name, questions in (("everyday questions", everyday()), ("sums and differences", sums)):
+        share = accuracy(model, corpus, held_out(questions, 100, seed))
+        print(f"{kind}: {100 * share:.1f} % of 100 held-out {name}", flush=True)
 
 
 def _load(model: Model, directory: Path) -> None:

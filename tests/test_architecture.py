@@ -33,8 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "quantize": CONVERT_HALF | {"convert"},
     "runtime": FLOOR,
     "server": FLOOR | {"runtime"},
-    "demo": set(),
-    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "demo"},
+    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize"},
     "__main__": {"cli"},
     "__init__": {"errors", "options", "convert", "quantize", "runtime"},
 }
