@@ -7,7 +7,6 @@ from the environment.
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,7 +247,7 @@ class OffloadOptions:
             shares = tuple(float(share) for share in self.tensor_split.replace("/", ",").split(","))
         except ValueError as error:
             raise OptionError(message) from error
-        _check(all(math.isfinite(share) and share >= 0 for share in shares) and sum(shares) > 0, message)
+        _check(all(0 <= share <= _MAX_INT32 for share in shares) and sum(shares) > 0, message)
         return shares
 
 

@@ -15,8 +15,8 @@ from ggufmoe.errors import EngineMissingError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.footprint import EXPERTS
 from ggufmoe.runtime.offload import (
-    EXPERTS,
     DeviceShare,
     Host,
     OffloadPlan,

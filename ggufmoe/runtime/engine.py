@@ -29,8 +29,9 @@ from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.cpu import default_threads, memory_bytes
 from ggufmoe.runtime.devices import Machine, find_machine
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, FinishReason, Timing, Token
+from ggufmoe.runtime.footprint import DEFAULT_MAX_CTX
 from ggufmoe.runtime.nativelog import NativeLog, no_wait_callback
-from ggufmoe.runtime.offload import DEFAULT_MAX_CTX, plan_offload
+from ggufmoe.runtime.offload import plan_offload
 from ggufmoe.runtime.placement import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.sampling import Sampler, Sampling, resolve
 from ggufmoe.runtime.textstream import TextStream

@@ -12,24 +12,15 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 from ggufmoe.errors import OptionError
-from ggufmoe.ggufheader import GGMLType, ModelHeader, TensorInfo, padded
+from ggufmoe.ggufheader import GGMLType, ModelHeader, padded
 from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
+from ggufmoe.runtime.footprint import EXPERTS, Footprint, WeightTensor
 
-DEFAULT_MAX_CTX = 4096
-"""Tokens of context when the caller names none and the model was trained for more."""
-EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-"""The tensors of a layer's experts, as llama.cpp's ``--cpu-moe`` names them."""
-
-_CTX_STEP = 256
 _MIB = 2**20
-_INPUT = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_embd)\b")
-_LAYER = re.compile(r"blk\.(\d+)\.")
-_ROPE = re.compile(r"rope_(freqs|factors_long|factors_short)\b")
 _ROWS_ON_GPU = {"F32", "F16", "BF16", "I32", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
 """Types of which GPU backends can take single rows, as the embedding needs; the others stay in plain memory."""
 
@@ -151,7 +142,7 @@ def plan_offload(
     Raises OptionError for devices, buffers and layers that are not there, for patterns that match no tensor, and for
     expert options that the model cannot follow.
     """
-    facts = _Facts(model, context, offload)
+    facts = Footprint(model, context, offload)
     chosen = chosen_devices(offload, devices)
     setting = _Setting(facts, offload, chosen, host)
     choice = _choose(setting)
@@ -188,136 +179,6 @@ def _listed(names: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """``layer``: -1 for the input, the number of layers for the output, None where every layer's device has a copy."""
-
-    name: str
-    type: GGMLType
-    shape: tuple[int, ...]
-    n_bytes: int
-    shard: int
-    offset: int
-    layer: int | None
-    is_expert: bool
-    is_product: bool
-
-
-class _Facts:
-    """What header and options say about the model, checked."""
-
-    def __init__(self, model: ModelHeader, context: ContextOptions, offload: OffloadOptions) -> None:
-        self.model = model
-        self.context = context
-        self.arch = model.get("general.architecture")
-        self.n_layer = self.number("block_count")
-        self.n_expert = self.number("expert_count")
-        self.n_expert_used = self._experts_used(offload)
-        n_ctx = self._n_ctx()
-        self.n_ctx = padded(n_ctx, _CTX_STEP)
-        self._n_ubatch = min(context.n_ubatch, context.n_batch, n_ctx)
-        self.tensors = tuple(self._tensors())
-        self.names = tuple(tensor.name for tensor in self.tensors)
-
-    def number(self, key: str, default: int = 0) -> int:
-        value = self.model.get(f"{self.arch}.{key}", default)
-        if isinstance(value, list):
-            value = max((item for item in value if type(item) is int), default=default)
-        return value if type(value) is int and 0 <= value < 2**31 else default
-
-    def of_layer(self, key: str, layer: int, default: int = 0) -> int:
-        value = self.model.get(f"{self.arch}.{key}", default)
-        if isinstance(value, list):
-            value = value[layer] if layer < len(value) else default
-        return value if type(value) is int and 0 <= value < 2**31 else default
-
-    def _experts_used(self, offload: OffloadOptions) -> int:
-        stored, wanted = self.number("expert_used_count"), offload.n_expert_used
-        if wanted is None:
-            return stored
-        if not self.n_expert:
-            raise OptionError(f"{self.model.paths[0]}: --n-expert-used {wanted}: the model has no experts")
-        if wanted > self.n_expert:
-            raise OptionError(
-                f"{self.model.paths[0]}: --n-expert-used {wanted}: the model has {self.n_expert} experts in a layer"
-            )
-        return wanted
-
-    def _n_ctx(self) -> int:
-        trained, asked = self.number("context_length"), self.context.n_ctx
-        return min(trained, DEFAULT_MAX_CTX) if asked is None else asked or trained
-
-    def _tensors(self) -> Iterator[_Tensor]:
-        infos = [
-            (number, shard.header.data_offset, info)
-            for number, shard in enumerate(self.model.shards)
-            for info in shard.header.tensors
-        ]
-        for number, start, info in infos:
-            yield self._tensor(info, number, start, _layer_of(info.name, self.n_layer))
-            if info.name == "token_embd.weight" and not any(other.name == "output.weight" for *_, other in infos):
-                yield self._tensor(info, number, start, self.n_layer)
-
-    def _tensor(self, info: TensorInfo, shard: int, start: int, layer: int | None) -> _Tensor:
-        is_product = layer != -1 and len(info.shape) > 1 and info.name.endswith(".weight")
-        is_expert = re.search(EXPERTS, info.name) is not None
-        offset = start + info.offset
-        return _Tensor(info.name, info.type, info.shape, info.n_bytes, shard, offset, layer, is_expert, is_product)
-
-    @cached_property
-    def kv_layers(self) -> tuple[int, ...]:
-        """Bytes of keys and values of each layer."""
-        attention = {
-            int(match[1]) for name in self.names if ".attn_" in name and (match := _LAYER.match(name)) is not None
-        }
-        return tuple(self._kv_bytes(layer) if layer in attention else 0 for layer in range(self.n_layer))
-
-    def _kv_bytes(self, layer: int) -> int:
-        n_head = self.of_layer("attention.head_count", layer)
-        n_head_kv = self.of_layer("attention.head_count_kv", layer, n_head)
-        width = self.number("embedding_length") // max(n_head, 1)
-        total = 0.0
-        for key, name in (("key", self.context.cache_type_k), ("value", self.context.cache_type_v)):
-            kind = GGMLType[name.upper()]
-            cells = n_head_kv * self.number(f"attention.{key}_length", width) * self.n_ctx
-            total += cells / kind.block_size * kind.block_bytes
-        return int(total)
-
-    @property
-    def kv_is_plain(self) -> bool:
-        """Whether every layer keeps all keys and values, so that their size is exact."""
-        odd = ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size", "attention.shared_kv_layers")
-        return self.arch == "llama" or not any(self.model.get(f"{self.arch}.{key}") for key in odd)
-
-    @property
-    def compute_bytes(self) -> int:
-        """Estimate of the buffer for the graph's largest step, where a layer is computed."""
-        n_tokens = self._n_ubatch
-        n_embd, n_ff = self.number("embedding_length"), self.number("feed_forward_length")
-        n_used = self.n_expert_used or 1
-        n_ff = (self.number("expert_feed_forward_length") or n_ff) if self.n_expert else n_ff
-        experts = n_used * (3 * n_ff + n_embd) + 3 * n_embd
-        output = self.number("vocab_size") + 2 * n_embd
-        scores = 2 * self.number("attention.head_count") * self.n_ctx if self.context.flash_attn == "off" else 0
-        mask = 2 * n_tokens * self.n_ctx
-        return 4 * n_tokens * max(experts, output, scores) + mask
-
-    @property
-    def host_compute_bytes(self) -> int:
-        """Estimate of the CPU's buffer when all layers are computed elsewhere: embeddings and the mask."""
-        n_tokens = self._n_ubatch
-        return n_tokens * (8 * self.number("embedding_length") + 2 * self.n_ctx)
-
-
-def _layer_of(name: str, n_layer: int) -> int | None:
-    match = _LAYER.match(name)
-    if match:
-        return min(int(match[1]), n_layer)
-    if _INPUT.match(name):
-        return -1
-    return None if _ROPE.match(name) else n_layer
-
-
-@dataclass(frozen=True)
 class _Choice:
     """``n_moved``: experts of so many first layers stay with the CPU, where no explicit override says otherwise."""
 
@@ -331,7 +192,7 @@ class _Choice:
 class _Setting:
     """Model, options and devices together: the questions that have one answer whatever is chosen."""
 
-    def __init__(self, facts: _Facts, offload: OffloadOptions, devices: tuple[Place, ...], host: Host) -> None:
+    def __init__(self, facts: Footprint, offload: OffloadOptions, devices: tuple[Place, ...], host: Host) -> None:
         self.facts = facts
         self.offload = offload
         self.devices = devices
@@ -374,11 +235,11 @@ class _Setting:
         names = [self.host.name, *(device.buffer for device in self.devices)]
         return tuple(dict.fromkeys([*names, *(device.host_buffer for device in self.devices if device.host_buffer)]))
 
-    def explicit(self, tensor: _Tensor) -> str | None:
+    def explicit(self, tensor: WeightTensor) -> str | None:
         """The buffer that an explicit override names for a tensor."""
         return next((buffer for pattern, buffer in self.patterns if pattern.search(tensor.name)), None)
 
-    def host_buffer(self, tensor: _Tensor) -> str:
+    def host_buffer(self, tensor: WeightTensor) -> str:
         """The buffer in main memory that libllama takes for a tensor."""
         if self.pinned and (tensor.layer != -1 or tensor.type.name in _ROWS_ON_GPU):
             return self.pinned
@@ -503,7 +364,7 @@ def _float32(number: float) -> float:
 
 @dataclass(frozen=True)
 class _Placed:
-    tensor: _Tensor
+    tensor: WeightTensor
     buffer: str
 
 
@@ -530,7 +391,7 @@ class _Placing:
             else:
                 yield _Placed(tensor, self._buffer(tensor, None if tensor.layer < 0 else self.devices[tensor.layer]))
 
-    def _buffer(self, tensor: _Tensor, device: int | None) -> str:
+    def _buffer(self, tensor: WeightTensor, device: int | None) -> str:
         setting = self.setting
         explicit = setting.explicit(tensor)
         if explicit is None and tensor.is_expert and tensor.layer in self.moved:
@@ -570,12 +431,12 @@ class _Placing:
         return tuple(shares)
 
 
-def _once(tensors: Iterable[_Tensor]) -> list[_Tensor]:
+def _once(tensors: Iterable[WeightTensor]) -> list[WeightTensor]:
     """Without those that are there already under the same name: tied weights are shared within a buffer."""
     return list({tensor.name: tensor for tensor in tensors}.values())
 
 
-def _mapped_bytes(tensors: Sequence[_Tensor]) -> int:
+def _mapped_bytes(tensors: Sequence[WeightTensor]) -> int:
     """From the first to the last byte of them, in each file."""
     total = 0
     for shard in {tensor.shard for tensor in tensors}:
@@ -661,7 +522,7 @@ def _expert_layers(placing: _Placing, buffers: set[str]) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in found if layer is not None))
 
 
-def _warnings(plan: OffloadPlan, facts: _Facts, choice: _Choice) -> Iterator[str]:
+def _warnings(plan: OffloadPlan, facts: Footprint, choice: _Choice) -> Iterator[str]:
     made_for = facts.number("expert_used_count")
     if plan.n_expert_used < made_for:
         yield f"{plan.n_expert_used} experts for each token instead of {made_for}: faster, and the answers are worse"
