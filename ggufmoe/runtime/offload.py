@@ -531,6 +531,8 @@ def _warnings(plan: OffloadPlan, facts: Footprint, choice: _Choice) -> Iterator[
     if choice.failed:
         yield "it does not fit with the options given: try fewer layers on the GPU, or a smaller context"
     for share in plan.shares[:-1]:
+        if not share.layers and not share.total_bytes and choice.fitted:
+            yield f"{share.device} does not say how much memory it has: give it layers with -ngl"
         if share.n_bytes > share.free_bytes > 0:
             yield f"{share.device} has {_gib(share.free_bytes)} free and would need {_gib(share.n_bytes)}"
 
@@ -539,6 +541,8 @@ def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
     facts, host = setting.facts, plan.host
     if plan.n_expert:
         yield _expert_note(plan)
+    if plan.uses_mmap and any(override.buffer == host.device for override in plan.overrides):
+        yield "what is kept with the CPU lies in the mapped file: with memory to spare, -lm none makes it faster"
     repacked = sum(buffer.n_bytes for buffer in host.buffers if buffer.name.endswith("_REPACK"))
     is_short = 0 < host.total_bytes < host.n_bytes
     if is_short:

@@ -258,6 +258,18 @@ def test_a_small_memory_is_told(model: ModelHeader) -> None:
     assert any("leave it out with --no-repack" in note for note in notes)
 
 
+def test_a_device_of_unknown_memory_gets_nothing(model: ModelHeader) -> None:
+    plan = plan_of(model, [gpu(0)])
+    assert plan.shares[0].n_bytes == 0
+    assert plan.warnings == ("GPU0 does not say how much memory it has: give it layers with -ngl",)
+    assert plan_of(model, [gpu(0)], n_gpu_layers=9, cpu_moe=True).shares[0].layers == tuple(range(9))
+
+
+def test_mapped_experts_could_be_faster(model: ModelHeader) -> None:
+    assert any("-lm none" in note for note in plan_of(model, [gpu(4096)], cpu_moe=True).notes)
+    assert not any("-lm none" in note for note in plan_of(model, [gpu(4096)]).notes)
+
+
 def test_other_caches_are_called_estimates(tmp_path: Path) -> None:
     changes = {
         "general.architecture": Value(ValueType.STRING, "gemma2"),

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -23,6 +23,18 @@ from ggufmoe.runtime.offload import Host, OffloadPlan, Place, plan_offload
 from ggufmoe.runtime.placement import placement_of, read_report
 from tests.runtime.shapes import model_of
 
+TIED = {
+    "arch": "llama",
+    "tie": True,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+}
+"""Embeddings that are the output too, and a tensor of rope frequencies that all layers share."""
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
 Outcomes = dict[str, dict[str, Any]]
@@ -144,6 +156,23 @@ def test_fewer_experts_give_another_answer(outcomes: Outcomes) -> None:
 
 
 # ---- the engine, without a GPU
+
+
+@pytest.mark.parametrize("mode", ["none", "mmap"])
+@pytest.mark.parametrize("kind", ["Q2_K", "Q4_0", "Q8_0", "split", "tied", "narrow"])
+def test_every_buffer_of_the_cpu_is_foreseen(
+    kind: str, mode: Literal["none", "mmap"], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"tied": TIED, "narrow": {"n_embd": 64, "n_ff": 96}}.get(kind, {})
+    quant = kind if kind.startswith("Q") else "Q4_K_M"
+    size = "400K" if kind == "split" else None
+    ggufmoe.convert(tiny_checkpoint(**fields), tmp_path / "m.gguf", quant=quant, threads=1, split_max_size=size)
+    path = min(tmp_path.glob("m*.gguf"))
+    with Engine(path, ContextOptions(n_ctx=256, n_threads=1), OffloadOptions(load_mode=mode, device="none")) as engine:
+        placement = engine.placement
+    planned = {buffer.name: buffer.n_bytes for buffer in placement.plan.host.buffers}
+    assert planned == pytest.approx(dict(placement.report.weight_bytes), rel=0.01, abs=0.02 * MIB)
+    assert placement.differences == ()
 
 
 def test_what_was_chosen_with_a_cost_is_a_warning(model: Path, caplog: pytest.LogCaptureFixture) -> None:
