@@ -23,7 +23,7 @@ from ggufmoe.runtime.offload import Host, OffloadPlan, Place, plan_offload
 from ggufmoe.runtime.placement import placement_of, read_report
 from tests.runtime.shapes import model_of
 
-TIED = {
+TIED: dict[str, Any] = {
     "arch": "llama",
     "tie": True,
     "rope_scaling": {
@@ -163,7 +163,8 @@ def test_fewer_experts_give_another_answer(outcomes: Outcomes) -> None:
 def test_every_buffer_of_the_cpu_is_foreseen(
     kind: str, mode: Literal["none", "mmap"], tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fields: dict[str, Any] = {"tied": TIED, "narrow": {"n_embd": 64, "n_ff": 96}}.get(kind, {})
+    special: dict[str, dict[str, Any]] = {"tied": TIED, "narrow": {"n_embd": 64, "n_ff": 96}}
+    fields = special.get(kind, {})
     quant = kind if kind.startswith("Q") else "Q4_K_M"
     size = "400K" if kind == "split" else None
     ggufmoe.convert(tiny_checkpoint(**fields), tmp_path / "m.gguf", quant=quant, threads=1, split_max_size=size)
