@@ -110,7 +110,7 @@ class EngineVersion:
     def is_pinned(self) -> bool:
         """Whether it is PINNED_ENGINE. A build outside of git knows no commit; then the versions decide."""
         commit = self.llama_cpp_commit.split("-")[0]  # builds from a source package add "-dirty"
-        same_commit = commit == "unknown" or bool(commit) and PINNED_ENGINE.llama_cpp_commit.startswith(commit)
+        same_commit = commit == "unknown" or (bool(commit) and PINNED_ENGINE.llama_cpp_commit.startswith(commit))
         return same_commit and (self.package, self.ggml) == (PINNED_ENGINE.package, PINNED_ENGINE.ggml)
 
 

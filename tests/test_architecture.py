@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "quantize": CONVERT_HALF | {"convert"},
     "runtime": FLOOR,
     "server": FLOOR | {"runtime"},
-    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize"},
+    "doctor": FLOOR | {"quant", "runtime"},
+    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor"},
     "__main__": {"cli"},
     "__init__": {"errors", "options", "convert", "quantize", "runtime"},
 }
@@ -41,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
 
 LLAMA_CPP = {"native.py", "runtime/engine.py", "runtime/llamacpp.py"}
 NOWHERE = {"torch", "transformers", "mergekit"}
-HEAVY = {"numpy", "numba", "llama_cpp", "gguf", "safetensors"}
+HEAVY = {"numpy", "numba", "llvmlite", "llama_cpp", "gguf", "safetensors"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""``ggufmoe doctor``: whether everything that ggufmoe stands on works on this machine.
+
+Owns the table and the exit code; what is examined, and what to do about it, is said in ``ggufmoe.doctor``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ggufmoe.cli.terminal import state_directory
+from ggufmoe.doctor import Finding, examine
+from ggufmoe.errors import GgufmoeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+_NARROW_COLUMNS = 64
+
+
+def doctor_command(
+    *, as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False
+) -> None:
+    """Check the engine, its devices, the quantization kernels and the software around them.
+
+    Generates a few tokens with a tiny model that is made on the spot; needs no network. Ends with exit code 1 if
+    something is wrong, and says what to do.
+    """
+    found = examine({"chats": state_directory()})
+    findings = list(found) if as_json else list(_shown(found))
+    wrong = [finding for finding in findings if finding.status == "wrong"]
+    if as_json:
+        print(json.dumps({"ok": not wrong, "checks": [finding.as_dict() for finding in findings]}))
+    if wrong:
+        first = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise GgufmoeError(f"{first.topic}, {first.name}: {first.text}; {first.way_out}{more}")
+
+
+def _shown(findings: Iterable[Finding]) -> Iterable[Finding]:
+    """The same findings, each topic printed when it is complete."""
+    from rich.console import Console
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    for topic, group in groupby(findings, lambda finding: finding.topic):
+        members = list(group)
+        _print_topic(console, topic, members)
+        yield from members
+
+
+def _print_topic(console: Console, topic: str, findings: list[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2 if console.width >= _NARROW_COLUMNS else 1))
+    table.add_column(no_wrap=True, min_width=5)
+    table.add_column(style="dim", no_wrap=True, min_width=10)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        status = Text(finding.status, _STYLES[finding.status])
+        table.add_row(status, finding.name, finding.text)
+        if finding.way_out:
+            table.add_row("", "", Text(f"-> {finding.way_out}", _STYLES[finding.status]))
+    console.print(topic, style="bold")
+    console.print(table)
+    console.print()

@@ -1,0 +1,326 @@
+"""Whether everything that ggufmoe stands on works here: software, folders, the engine, the quantization kernels.
+
+Wires checks of both halves; what to look at belongs to the rooms, what to do about it is said here. The engine and
+the kernels are examined in processes of their own: native code that does not fit this machine ends its process, and
+that is what one comes here to learn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ggufmoe import __version__
+from ggufmoe.errors import GgufmoeError
+from ggufmoe.ggufheader import GGMLType
+from ggufmoe.options import ALL_LAYERS, OffloadOptions
+
+if TYPE_CHECKING:
+    from ggufmoe import native
+    from ggufmoe.quant.kernels import KernelReport
+
+Status = Literal["ok", "note", "wrong"]
+TOPICS = ("software", "folders", "engine", "kernels")
+
+_SLOWER = "quantizing goes through ggml's routines, which takes longer"
+_PACKAGES = {"numpy": "", "llvmlite": _SLOWER} | dict.fromkeys(
+    ("gguf", "safetensors", "sentencepiece", "tokenizers", "jinja2", "pydantic"), ""
+)
+"""Packages, and what happens without those that ggufmoe can do without."""
+_TEMPORARY = "temporary"
+_TIMEOUT_S = 120
+_N_PARTS = 2
+"""Processes among which the kernels are divided; compiling one takes about as long as writing it takes Python."""
+_CHILD = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from ggufmoe.doctor import answer; answer()"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``wrong`` has a way out, ``note`` may have one; ``data`` is for programs."""
+
+    topic: str
+    name: str
+    status: Status
+    text: str
+    way_out: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def examine(folders: Mapping[str, Path]) -> Iterator[Finding]:
+    """All findings, in the order of TOPICS, each as soon as it is known; takes a few seconds.
+
+    ``folders`` are further ones that must be writable, by what they are for. Starts child processes, which end with
+    the iterator.
+    """
+    questions = [["engine"], *(["kernels", str(part)] for part in range(_N_PARTS))]
+    with ExitStack() as stack:
+        children = [stack.enter_context(_child(question)) for question in questions]
+        yield from check_software()
+        yield from check_folders({**default_folders(), **folders})
+        yield from _answers(children[0], "engine")
+        kernels = [finding for child in children[1:] for finding in _answers(child, "kernels")]
+        # several processes may fail alike
+        yield from sorted((f for i, f in enumerate(kernels) if f not in kernels[:i]), key=_place)
+
+
+def _place(finding: Finding) -> int:
+    names = list(GGMLType.__members__)
+    return names.index(finding.name) if finding.name in names else len(names)
+
+
+# ---- software and folders
+
+
+def check_software(packages: Mapping[str, str] = _PACKAGES) -> Iterator[Finding]:
+    """Versions of Python and of packages, given with what happens without them where they are not needed."""
+    machine = f"{platform.system()} {platform.release()} on {platform.machine()}"
+    text = f"ggufmoe {__version__}, Python {platform.python_version()}, {machine}"
+    yield Finding("software", "program", "ok", text, data={"ggufmoe": __version__, "python": sys.version})
+    found = {name: _version(name) for name in packages}
+    there = {name: number for name, number in found.items() if number}
+    yield Finding("software", "packages", "ok", ", ".join(f"{n} {v}" for n, v in there.items()), data=there)
+    for name, without in packages.items():
+        if name not in there:
+            text = f"not installed: {without}" if without else "not installed"
+            yield Finding("software", name, "note" if without else "wrong", text, f"pip install {name}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def default_folders() -> dict[str, Path]:
+    """Where the Hugging Face Hub's files and temporary ones go on this machine, by what they are for."""
+    from huggingface_hub import constants
+
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # none of those that Python tries can be written to
+        temporary = Path("/tmp")
+    return {"hub models": Path(constants.HF_HUB_CACHE), _TEMPORARY: temporary}
+
+
+def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
+    """Whether folders are writable, or can be made, and how much room they have."""
+    for use, folder in folders.items():
+        there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path(folder.anchor))
+        data = {"path": str(folder), "exists": folder.exists()}
+        if there.is_dir() and os.access(there, os.W_OK):
+            free_bytes = shutil.disk_usage(there).free
+            text = f"{folder}{'' if data['exists'] else ' (not there yet)'}, {free_bytes / 1e9:.1f} GB free"
+            yield Finding("folders", use, "ok", text, data=data | {"free_bytes": free_bytes})
+        else:
+            status: Status = "wrong" if use == _TEMPORARY else "note"
+            way_out = f"make {there} a folder that you may write to{', or set TMPDIR' if use == _TEMPORARY else ''}"
+            yield Finding("folders", use, status, f"{folder}: cannot be written to", way_out, data)
+
+
+# ---- the engine
+
+
+def check_engine() -> Iterator[Finding]:
+    """The engine's version, build and devices, and what it computes on them. Raises EngineMissingError without one."""
+    from ggufmoe import native
+
+    yield judge_version(native.engine_version())
+    yield Finding("engine", "built for", "ok", flags_text(native.build_flags()), data={"flags": native.build_flags()})
+    yield judge_rpc(native.has_symbol("ggml_backend_rpc_add_server"))
+    devices = native.devices()
+    for device in devices:
+        yield _about_device(device)
+    yield check_answer("CPU answer", 0)
+    if any(device.type in (native.DeviceType.GPU, native.DeviceType.IGPU) for device in devices):
+        yield check_answer("GPU answer", ALL_LAYERS)
+
+
+def judge_version(found: native.EngineVersion) -> Finding:
+    """The finding for an engine: whether it is the pinned one."""
+    from ggufmoe.native import PINNED_ENGINE as pin  # noqa: N811
+
+    text = f"llama-cpp-python {found.package}, llama.cpp {found.llama_cpp_commit}, ggml {found.ggml}"
+    data = {"found": asdict(found), "pinned": asdict(pin)}
+    if found.is_pinned:
+        return Finding("engine", "version", "ok", f"{text}: the pinned ones", data=data)
+    expected = f"llama-cpp-python {pin.package}, llama.cpp {pin.llama_cpp_commit[:7]}, ggml {pin.ggml}"
+    return Finding("engine", "version", "wrong", f"{text}; expected {expected}", reinstall(), data)
+
+
+def flags_text(flags: str) -> str:
+    """llama.cpp's line of build flags, shorter: ``CPU: AVX2 FMA; CUDA: ARCHS=890``."""
+    parts: list[str] = []
+    for piece in filter(None, (piece.strip() for piece in flags.split("|"))):
+        backend, _, flag = piece.rpartition(" : ")
+        name, _, value = flag.partition(" = ")
+        shown = name if value in ("", "1") else f"{name}={value}"
+        parts.append(f"; {backend}: {shown}" if backend else f" {shown}")
+    return "".join(parts).strip("; ") or "nothing in particular"
+
+
+def judge_rpc(has_rpc: bool) -> Finding:
+    """The finding for an engine that can use workers on other machines, or cannot."""
+    if has_rpc:
+        return Finding("engine", "workers", "ok", "can use other machines (RPC)", data={"rpc": True})
+    text = "cannot use other machines: built without RPC"
+    return Finding("engine", "workers", "note", text, reinstall(), {"rpc": False})
+
+
+def _about_device(device: native.Device) -> Finding:
+    from ggufmoe import native
+
+    facts = native.device_facts(device)
+    data: dict[str, Any] = {"type": device.type.name, "backend": device.backend, "description": facts.description}
+    data |= {"free_bytes": facts.free_bytes, "total_bytes": facts.total_bytes}
+    memory = f"{facts.total_bytes / 1e9:.1f} GB, {facts.free_bytes / 1e9:.1f} GB free"
+    text = f"{facts.description or device.backend} ({device.type.name}), {memory}"
+    return Finding("engine", f"device {device.name}", "ok", text, data=data)
+
+
+def check_answer(name: str, n_gpu_layers: int) -> Finding:
+    """Whether a fixed tiny model gives the tokens that it gives elsewhere; ``name`` is the finding's."""
+    from ggufmoe.runtime.probe import probe_answer
+
+    start = time.perf_counter()
+    try:
+        found = probe_answer(OffloadOptions(n_gpu_layers=n_gpu_layers))
+    except (GgufmoeError, OSError) as error:
+        text = one_line(f"a tiny model cannot be run: {error}")
+        return Finding("engine", name, "wrong", text, _way_to_answers(n_gpu_layers))
+    return judge_answer(name, n_gpu_layers, found, time.perf_counter() - start)
+
+
+def judge_answer(name: str, n_gpu_layers: int, found: tuple[int, ...], elapsed_s: float) -> Finding:
+    """The finding for the tokens ``found`` of the tiny model."""
+    from ggufmoe.runtime.probe import PROBE_ANSWER
+
+    n_expected = len(PROBE_ANSWER)
+    data = {"tokens": list(found), "expected": list(PROBE_ANSWER), "seconds": round(elapsed_s, 3)}
+    if found == PROBE_ANSWER:
+        text = f"a tiny model says the {n_expected} tokens that it says elsewhere ({elapsed_s:.1f} s)"
+        return Finding("engine", name, "ok", text, data=data)
+    n_same = next((i for i, token in enumerate(PROBE_ANSWER) if found[i : i + 1] != (token,)), n_expected)
+    text = f"a tiny model says {n_same} of {n_expected} tokens as elsewhere, then others: results here are wrong"
+    return Finding("engine", name, "wrong", text, _way_to_answers(n_gpu_layers), data)
+
+
+def _way_to_answers(n_gpu_layers: int) -> str:
+    if n_gpu_layers:
+        return "bring the GPU's driver up to date, or run models with -ngl 0"
+    return f"compile the engine on this machine: {reinstall()}"
+
+
+def reinstall() -> str:
+    """How the pinned engine is installed again."""
+    from ggufmoe.native import PINNED_ENGINE
+
+    pip = "pip install --no-cache-dir --force-reinstall --no-deps --no-binary llama-cpp-python"
+    return f"{pip} llama-cpp-python=={PINNED_ENGINE.package}, with the CMAKE_ARGS of vendor/README.md"
+
+
+# ---- the kernels
+
+
+def check_kernels(part: int) -> Iterator[Finding]:
+    """Compile each _N_PARTS-th kernel for bfloat16 weights, and compare it with ggml on a tile; part 0 adds the rest.
+
+    Raises EngineMissingError without ggml to compare with.
+    """
+    from ggufmoe.quant.kernels import has_kernel, prepare
+    from ggufmoe.quant.types import FileType
+
+    ours = [kind for kind in GGMLType if has_kernel(kind)]
+    for kind in ours[part::_N_PARTS]:
+        if (report := prepare(kind, "uint16")) is not None:
+            yield judge_kernel(report)
+    if part == 0:
+        used = {file_type.default_type for file_type in FileType if file_type.default_type.is_quantized}
+        names = [kind.name for kind in GGMLType if kind in used.difference(ours)]
+        yield Finding("kernels", "others", "ok", f"ggml: {', '.join(names)}", data={"types": names})
+
+
+def judge_kernel(report: KernelReport) -> Finding:
+    """The finding for a format: whether its kernel runs, or ggml's routine and why."""
+    name, data = report.type.name, {"routine": report.routine, "reason": report.reason}
+    if report.routine == "fast":
+        text = f"fast: {report.reason} ({report.compile_s:.1f} s)"
+        return Finding("kernels", name, "ok", text, data=data | {"compile_s": round(report.compile_s, 3)})
+    text = one_line(f"ggml, right but slower: {report.reason}")
+    way_out = "pip install --upgrade llvmlite" if report.reason.startswith("no kernel") else ""
+    return Finding("kernels", name, "note", text, way_out, data)
+
+
+# ---- processes
+
+
+@contextmanager
+def _child(question: Sequence[str], code: str = _CHILD) -> Iterator[subprocess.Popen[str]]:
+    """A Python that imports from where this one does, and answers ``question``."""
+    command = [sys.executable, "-c", code, os.pathsep.join(sys.path), *question]
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        errors="replace",
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def answer() -> None:
+    """In a child process: examine what ``sys.argv`` asks for, and print the findings as one line of JSON."""
+    topic, *part = sys.argv[2:]
+    findings: list[Finding] = []
+    try:
+        findings += check_engine() if topic == "engine" else check_kernels(int(part[0]))
+    except GgufmoeError as error:
+        findings.append(Finding(topic, "engine", "wrong", one_line(str(error)), reinstall()))
+    print(json.dumps([finding.as_dict() for finding in findings]))
+
+
+def _answers(child: subprocess.Popen[str], topic: str, timeout_s: float = _TIMEOUT_S) -> list[Finding]:
+    try:
+        out, errors = child.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        text = f"has not ended after {timeout_s:.0f} s"
+        return [Finding(topic, "check", "wrong", text, "try again when the machine is less busy")]
+    if child.returncode:
+        return [judge_end(topic, child.returncode, errors)]
+    return [Finding(**found) for found in json.loads(out.strip().splitlines()[-1])]
+
+
+def judge_end(topic: str, code: int, errors: str) -> Finding:
+    """The finding for a child process that ended with ``code`` before it had answered; ``errors`` is its stderr."""
+    last = (errors.strip().splitlines() or ["no reason given"])[-1]
+    crashed = code < 0 or code > 255  # by a signal, or by an exception of Windows
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"crashed ({names.get(-code, hex(code & 0xFFFFFFFF))})" if crashed else f"ended with exit code {code}"
+    way_out = "install the packages that are missing; otherwise this is a defect of ggufmoe"
+    if crashed:
+        way_out = f"compile the engine on this machine: {reinstall()}"
+        way_out = "convert with --quantizer ggml" if topic == "kernels" else way_out
+    return Finding(topic, "check", "wrong", one_line(f"{how}: {last}"), way_out)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks or control characters, not too long for a table."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
