@@ -317,7 +317,7 @@ def judge_end(topic: str, code: int, errors: str) -> Finding:
     way_out = "install the packages that are missing; otherwise this is a defect of ggufmoe"
     if crashed:
         way_out = f"compile the engine on this machine: {reinstall()}"
-        way_out = "convert with --quantizer ggml" if topic == "kernels" else way_out
+        way_out = "where the engine is sound, convert with --quantizer ggml" if topic == "kernels" else way_out
     return Finding(topic, "check", "wrong", one_line(f"{how}: {last}"), way_out)
 
 

@@ -61,10 +61,10 @@ def _print_topic(console: Console, topic: str, findings: list[Finding]) -> None:
     table.add_column(no_wrap=True, min_width=5)
     table.add_column(style="dim", no_wrap=True, min_width=10)
     table.add_column(overflow="fold")
-    for finding in findings:
+    for finding, following in zip(findings, [*findings[1:], None], strict=True):
         status = Text(finding.status, _STYLES[finding.status])
         table.add_row(status, finding.name, finding.text)
-        if finding.way_out:
+        if finding.way_out and (following is None or following.way_out != finding.way_out):
             table.add_row("", "", Text(f"-> {finding.way_out}", _STYLES[finding.status]))
     console.print(topic, style="bold")
     console.print(table)

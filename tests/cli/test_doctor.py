@@ -63,6 +63,12 @@ def test_something_wrong_ends_with_1_and_the_way_out(
     assert max(map(len, out.splitlines())) <= columns
 
 
+def test_a_way_out_that_several_share_is_said_once(found: list[doctor.Finding], capsys: Capture) -> None:
+    found += [SOUND[1], SOUND[1], SOUND[0]]
+    assert exit_code(["doctor"]) == 0
+    assert capsys.readouterr().out.count("-> pip install llvmlite") == 1
+
+
 def test_json(found: list[doctor.Finding], capsys: Capture) -> None:
     found += [*SOUND, SICK]
     assert exit_code(["doctor", "--json"]) == 1
