@@ -27,8 +27,8 @@ from ggufmoe import (
     native,
 )
 from ggufmoe.ggufheader import Value, ValueType, encode_header
-from ggufmoe.runtime.engine import DEFAULT_MAX_CTX
 from ggufmoe.runtime.events import Event, Finished, Token
+from ggufmoe.runtime.footprint import DEFAULT_MAX_CTX
 from tests.runtime.conftest import GREEDY, ONE_THREAD, STORY
 from tests.runtime.scripted import BOS, EOS, Scripted
 
