@@ -595,7 +595,7 @@ def _checked_model(path: Path) -> ModelHeader:
     if old:
         raise GGUFError(
             f"{path}: an old Mixtral file with one tensor per expert ({old[0]}), which llama.cpp no longer loads; "
-            "convert the original checkpoint again"
+            f"stack its experts with `ggufmoe quantize {path.name} -o NEW.gguf -q COPY`"
         )
     if not model.tensors:
         raise GGUFError(f"{path}: holds no weights, only a vocabulary or metadata; give the file of the whole model")

@@ -351,7 +351,7 @@ def _expert_warnings(model: ModelHeader, hyper: HyperParameters) -> Iterable[str
     if legacy:
         yield (
             f"legacy layout: {len(legacy)} tensors hold one expert each ({legacy[0]}), which llama.cpp no longer "
-            "loads; convert the original checkpoint again"
+            "loads; `ggufmoe quantize OLD.gguf -o NEW.gguf -q COPY` stacks them"
         )
     has_experts = any(part_of(tensor.name) == "experts" for tensor in model.tensors)
     if has_experts and not 0 < hyper.n_expert_used <= hyper.n_expert:
