@@ -5,7 +5,7 @@ checkpoint: metadata, order, types and every byte. Classic and fused layouts are
 for each checkpoint and ends with the number of tensors compared; exits 1 if anything differs. Takes about half an hour;
 the tests run a part of it.
 
-    python scripts/check_bytes.py [--quick] [--types Q4_K_M,IQ2_XS]
+    python scripts/check_bytes.py [--quick] [--types Q4_K_M,IQ2_XS] [--quantizer fast]
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ def importance(source: Path, path: Path) -> Importance:
 
 
 def differences(
-    source: Path, file_type: FileType, lossless: Path, matrix: Path | None, weights: Importance
+    source: Path, file_type: FileType, lossless: Path, matrix: Path | None, weights: Importance, quantizer: str
 ) -> list[str]:
     """What differs between the two roads to one file type."""
     ours, theirs = lossless.with_name("ours.gguf"), lossless.with_name("theirs.gguf")
     refused = ""
     try:
-        convert(source, ours, file_type.name, imatrix=matrix, force=True)
+        convert(source, ours, file_type.name, imatrix=matrix, force=True, quantizer=quantizer)
     except OptionError as error:
         refused = str(error)
     outcome = quantize(lossless, TypePolicy(file_type), weights if matrix else None, theirs)
@@ -105,7 +105,7 @@ def differences(
     return found + [key for key in wanted_keys if keys.get(key) != wanted_keys[key]]
 
 
-def check_shape(shape: Shape, file_types: Sequence[FileType], directory: Path) -> tuple[int, list[str]]:
+def check_shape(shape: Shape, file_types: Sequence[FileType], directory: Path, quantizer: str) -> tuple[int, list[str]]:
     """Tensors compared, and what differs, for one checkpoint and all file types."""
     source = shape.make(directory / "tiny-model")
     lossless, matrix = directory / "lossless.gguf", directory / "imatrix.gguf"
@@ -114,7 +114,8 @@ def check_shape(shape: Shape, file_types: Sequence[FileType], directory: Path) -
     n_tensors, found = 0, []
     for file_type in file_types:
         given = matrix if shape.weighted or needs_importance(source, file_type) else None
-        found += [f"{file_type.name}: {text}" for text in differences(source, file_type, lossless, given, weights)]
+        differing = differences(source, file_type, lossless, given, weights, quantizer)
+        found += [f"{file_type.name}: {text}" for text in differing]
         n_tensors += len(read_header(lossless).tensors)
     return n_tensors, found + compare_layouts(shape, directory)
 
@@ -141,6 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few shapes only")
     parser.add_argument("--types", help="file types, separated by commas; all by default")
+    parser.add_argument("--quantizer", default="auto", help="auto, fast (kernels from the first tile on) or ggml")
     arguments = parser.parse_args()
     named = arguments.types.split(",") if arguments.types else FileType.__members__
     file_types = [FileType.from_name(name) for name in named]
@@ -148,7 +150,7 @@ def main() -> int:
     for shape in shapes(arguments.quick):
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
-            n_tensors, found = check_shape(shape, file_types, Path(directory))
+            n_tensors, found = check_shape(shape, file_types, Path(directory), arguments.quantizer)
         total, failed = total + n_tensors, failed + len(found)
         print(f"{shape}: {n_tensors} tensors, {len(found)} differ, {time.monotonic() - started:.0f} s", flush=True)
         for text in found:
