@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,3 +24,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[key]
 
     return make
+
+
+def pytest_sessionstart() -> None:
+    """Ctrl-C means the same in every test run: a shell starts background jobs, and their children, with it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
