@@ -2,10 +2,10 @@
 
     python scripts/train_demo.py OUT_DIR [--seed 0]
 
-Writes OUT_DIR/base and OUT_DIR/math, ordinary Hugging Face checkpoints (MistralForCausalLM, bfloat16). The expert
-starts from the base and changes its MLP weights alone, so that both share attention, embeddings and vocabulary. Needs
-the extra ``[train]`` (torch, CPU is enough); users of ggufmoe never run this. The same seed and number of steps give
-the same models on the same machine.
+Writes OUT_DIR/base and OUT_DIR/math, ordinary Hugging Face checkpoints (MistralForCausalLM, bfloat16), and the
+questions that ``ggufmoe demo`` asks. The expert starts from the base and changes its MLP weights alone, so that both
+share attention, embeddings and vocabulary. Needs the extra ``[train]`` (torch, CPU is enough); users of ggufmoe never
+run this. The same seed gives the same models on the same machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F  # noqa: N812
-from demo_data import Question, arithmetic, conversation, everyday, number_talk, small_talk
+from demo_data import Question, arithmetic, conversation, demo_questions, everyday, number_talk, small_talk
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 IGNORED = -100
-BATCH_SIZE = 48
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,21 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], base: MLP | None, share: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], blend: Blend | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation)
         normed = self.post_attention_layernorm(x)
         out = self.mlp(normed)
-        if base is not None and share is not None:
-            out = share * out + (1 - share) * base(normed)
+        if blend is not None:
+            out = blend.share * out + (1 - blend.share) * blend.base(normed)
         return x + out  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """An MLP beside a layer's own, whose part of the output is ``share`` (batch, n_tokens, 1)."""
+
+    base: MLP
+    share: Tensor
 
 
 class Model(nn.Module):
@@ -134,12 +142,12 @@ class Model(nn.Module):
                 scale = 0.02 / math.sqrt(2 * shape.n_layer) if name.endswith(("o_proj", "down_proj")) else 0.02
                 nn.init.normal_(parameter, std=scale)
 
-    def forward(self, tokens: Tensor, base: list[MLP] | None = None, share: Tensor | None = None) -> Tensor:
-        """Logits; with ``base``, MLPs beside the model's own, whose part is ``share`` (batch, 1, 1)."""
+    def forward(self, tokens: Tensor, blends: list[Blend] | None = None) -> Tensor:
+        """Logits; ``blends`` has an MLP for each layer, as a mixture of two experts has."""
         rotation = _rotation(self.shape, tokens.shape[1])
         x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, base[i] if base else None, share)
+            x = layer(x, rotation, blends[i] if blends else None)
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
@@ -154,20 +162,24 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return x * rotation[0].to(x.dtype) + torch.cat((-high, low), dim=-1) * rotation[1].to(x.dtype)
 
 
+_SHARES = {"sum": 0.3, "difference": 0.3, "comparison": 0.15, "equation": 0.25}
+"""How often each kind of arithmetic is heard."""
+
+
 class Corpus:
     """Conversations as token ids, with the answers marked; the tokenizer is trained on the same text."""
 
     def __init__(self, seed: int) -> None:
         self._everyday = [question for question in everyday() if not question.held_out]
-        self._arithmetic = [question for question in arithmetic() if not question.held_out]
-        self._sums = [question for question in self._arithmetic if question.kind in ("sum", "difference")]
+        heard = [question for question in arithmetic() if not question.held_out]
+        self._arithmetic = {kind: [question for question in heard if question.kind == kind] for kind in _SHARES}
         self._talk = small_talk()
-        self.model_bytes = self._train_tokenizer(seed)
+        self.model_bytes = self._train_tokenizer(heard, seed)
         self._pieces = spm.SentencePieceProcessor(model_proto=self.model_bytes)
 
-    def _train_tokenizer(self, seed: int) -> bytes:
+    def _train_tokenizer(self, heard: list[Question], seed: int) -> bytes:
         rng = random.Random(seed)
-        questions = self._everyday * 2 + self._talk * 5 + rng.sample(self._arithmetic, 4000)
+        questions = self._everyday * 2 + self._talk * 5 + rng.sample(heard, 4000)
         questions += [number_talk(rng) for _ in range(2000)]
         sentences = [f"[INST] {question.text} [/INST] {question.answer}" for question in questions]
         rng.shuffle(sentences)
@@ -188,23 +200,18 @@ class Corpus:
         )
         return out.getvalue()
 
-    def base_turns(self, rng: random.Random) -> list[Question]:
-        """One training conversation of the base: mostly everyday, some numbers, and sums enough to know what they are.
+    def turns(self, rng: random.Random, arithmetic: float) -> list[Question]:
+        """One conversation: with the given probability about arithmetic, else everyday, a few numbers, or small talk.
 
-        Without the sums its attention, which the expert must do with, would not learn to look at the right digits.
+        The base hears arithmetic as well; its attention, which the expert must do with, has to find the right digits.
         """
+        if rng.random() < arithmetic:
+            kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
+            return [rng.choice(self._arithmetic[kind]) for _ in range(1 if rng.random() < 0.9 else 2)]
         draw = rng.random()
-        if draw < 0.3:
-            return [rng.choice(self._sums)]
-        if draw < 0.42:
+        if draw < 0.08:
             return [number_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
-        return conversation(rng, self._everyday if draw < 0.96 else self._talk)
-
-    def math_turns(self, rng: random.Random) -> list[Question]:
-        """One training conversation of the expert: arithmetic, and now and then what the base was trained on."""
-        if rng.random() < 0.2:
-            return conversation(rng, self._everyday)
-        return [rng.choice(self._arithmetic) for _ in range(1 if rng.random() < 0.85 else 2)]
+        return conversation(rng, self._everyday if draw < 0.94 else self._talk)
 
     def encode(self, turns: list[Question]) -> tuple[list[int], list[int]]:
         """Ids and targets; only answers and their end are learned."""
@@ -230,28 +237,33 @@ class Corpus:
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def batches(corpus: Corpus, kind: str, *, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless (inputs, targets, shares) of conversations of similar length; targets are shifted by one.
+def batches(corpus: Corpus, planned: Round, *, seed: int) -> Iterator[Batch]:
+    """Endless (inputs, targets, alone) of conversations of similar length; targets are shifted by one.
 
-    A share is the part that the expert will have in a mixture: much of it for arithmetic, little for the rest.
+    ``alone`` (batch,) tells where an expert is to answer by itself, as it does outside of a mixture.
     """
     rng = random.Random(seed)
-    turns = corpus.base_turns if kind == "base" else corpus.math_turns
     while True:
-        drawn = [turns(rng) for _ in range(32 * batch_size)]
-        rows = [(*corpus.encode(turn), _share(rng, turn)) for turn in drawn]
+        drawn = [corpus.turns(rng, planned.arithmetic) for _ in range(32 * BATCH_SIZE)]
+        rows = [(*corpus.encode(turns), _is_arithmetic(turns) and rng.random() < 0.25) for turns in drawn]
         rows.sort(key=lambda row: len(row[0]))
-        starts = list(range(0, len(rows), batch_size))
+        starts = list(range(0, len(rows), BATCH_SIZE))
         rng.shuffle(starts)
         for start in starts:
-            part = rows[start : start + batch_size]
+            part = rows[start : start + BATCH_SIZE]
             inputs, targets = _padded([(ids, wanted) for ids, wanted, _ in part])
-            yield inputs, targets, torch.tensor([share for *_, share in part])[:, None, None]
+            yield inputs, targets, torch.tensor([alone for *_, alone in part])
 
 
-def _share(rng: random.Random, turns: list[Question]) -> float:
-    is_math = all(question.kind not in ("everyday", "talk") for question in turns)
-    return rng.uniform(0.4, 1.0) if is_math else rng.uniform(0.0, 0.6)
+def _is_arithmetic(turns: list[Question]) -> bool:
+    return all(question.kind in _SHARES for question in turns)
+
+
+def _blends(beside: list[MLP], inputs: Tensor, alone: Tensor) -> list[Blend]:
+    """A random share for every layer and token: a router that was never trained sways from token to token as well."""
+    shares = torch.rand((len(beside), *inputs.shape, 1))
+    shares[:, alone] = 1.0
+    return [Blend(mlp, share) for mlp, share in zip(beside, shares, strict=True)]
 
 
 def _padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
@@ -264,33 +276,75 @@ def _padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def train(model: Model, corpus: Corpus, kind: str, *, steps: int, seed: int, rate: float) -> None:
-    """AdamW with warm-up and cosine decay; for the expert only the MLPs learn, blended with the base's.
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is made orthogonal before it is added: Keller Jordan's Muon (2024).
 
-    A router that was never trained seldom gives an expert everything. An expert that has only worked alone fails when
-    the base has a third of the say (the model card has the figures), so it learns to work beside it.
+    On these models it needs a third of AdamW's steps. ``torch.optim.Muon`` computes in bfloat16, which takes ages on
+    processors without it.
     """
+
+    def __init__(self, matrices: list[nn.Parameter], rate: float) -> None:
+        super().__init__(matrices, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.mul_(0.95).add_(matrix.grad)
+                direction = _orthogonal(matrix.grad + 0.95 * momentum)
+                matrix.mul_(1 - 0.01 * group["lr"])
+                matrix.add_(direction, alpha=-group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly the orthogonal matrix next to it: five steps of a Newton-Schulz iteration with Jordan's coefficients."""
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def _optimizers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embedding and norms; of what is to be learned."""
+    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for name, parameter in learned if parameter.ndim == 2 and "embed" not in name]
+    others = [parameter for name, parameter in learned if parameter.ndim != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, rate)]
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=0.15 * rate, betas=(0.9, 0.98), weight_decay=0.01))
+    return optimizers
+
+
+def train(model: Model, corpus: Corpus, planned: Round, *, seed: int) -> None:
+    """Warm-up and cosine decay; of the expert only the MLPs learn, blended with the base's, which it begins as.
+
+    A router that was never trained gives an expert anything between nothing and everything. An expert that has only
+    worked alone fails beside another (the model card has the figures), so this one learns to work beside the base.
+    """
+    torch.manual_seed(seed)
+    kind, steps = planned.kind, planned.steps
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(kind == "base" or ".mlp." in name)
-    beside = [copy.deepcopy(layer.mlp).requires_grad_(False) for layer in model.layers] if kind == "math" else None
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
+    beside = [copy.deepcopy(layer.mlp).requires_grad_(False) for layer in model.layers] if kind == "math" else []
+    optimizers = _optimizers(model, planned.rate)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 50, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
+        for optimizer in optimizers
+    ]
     started = time.monotonic()
-    for step, (inputs, targets, shares) in zip(
-        range(steps), batches(corpus, kind, batch_size=BATCH_SIZE, seed=seed), strict=False
-    ):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(inputs, beside, shares)
-        loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.view(-1), ignore_index=IGNORED)
-        optimizer.zero_grad()
+    for step, (inputs, targets, alone) in zip(range(steps), batches(corpus, planned, seed=seed), strict=False):
+        logits = model(inputs, _blends(beside, inputs, alone))
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=IGNORED)
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
+        for part in (*optimizers, *schedules):
+            part.step()
+        if step % 50 == 0 or step == steps - 1:
             print(f"{kind} step {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -362,12 +416,28 @@ def _tokenizer_config() -> dict[str, object]:
     }
 
 
+def _asked() -> list[dict[str, str]]:
+    return [{"kind": asked.kind, "text": asked.text, "answer": asked.answer} for asked in demo_questions()]
+
+
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-ROUNDS = (("base", 2500, 2e-3), ("base", 1500, 1e-3), ("math", 2500, 1.5e-3))
-"""What is trained, for how many steps, at which rate; each round begins with the weights that the last one saved."""
+@dataclass(frozen=True)
+class Round:
+    """One stretch of training; it begins with the weights that the one before saved.
+
+    ``arithmetic`` is the part of the conversations that is arithmetic.
+    """
+
+    kind: str
+    steps: int
+    rate: float
+    arithmetic: float
+
+
+ROUNDS = (Round("base", 2000, 0.02, 0.5), Round("math", 800, 0.01, 0.8))
 
 
 def main() -> None:
@@ -382,15 +452,16 @@ def main() -> None:
     corpus = Corpus(arguments.seed)
     model = Model(Shape())
     print(json.dumps(asdict(model.shape)), sum(p.numel() for p in model.parameters()), "parameters", flush=True)
-    for number, (kind, steps, rate) in enumerate(ROUNDS):
+    for number, planned in enumerate(ROUNDS):
         if number < arguments.skip:
             continue
         if number > 0:
-            _load(model, arguments.out_dir / ROUNDS[number - 1][0])
-        train(model, corpus, kind, steps=steps, seed=arguments.seed + number, rate=rate)
-        save(model, corpus, arguments.out_dir / kind)
-        _load(model, arguments.out_dir / kind)
-        _report(model, corpus, kind, arguments.seed)
+            _load(model, arguments.out_dir / ROUNDS[number - 1].kind)
+        train(model, corpus, planned, seed=arguments.seed + number)
+        save(model, corpus, arguments.out_dir / planned.kind)
+        _load(model, arguments.out_dir / planned.kind)
+        _report(model, corpus, planned.kind, arguments.seed)
+    _write_json(arguments.out_dir / "questions.json", _asked())
 
 
 def _report(model: Model, corpus: Corpus, kind: str, seed: int) -> None:
