@@ -37,7 +37,12 @@ def chat_command(
         chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
         if not quiet:
             note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
-        _Conversation(chat, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
+        converse(chat, quiet=quiet)
+
+
+def converse(chat: Chat, *, quiet: bool) -> None:
+    """Hold a conversation until the person leaves; without a terminal each line of stdin is a message."""
+    _Conversation(chat, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
 
 
 class _Left(Exception):
