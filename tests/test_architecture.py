@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": FLOOR,
     "server": FLOOR | {"runtime"},
     "doctor": FLOOR | {"quant", "runtime"},
-    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor"},
+    "demo": set(),
+    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor", "demo"},
     "__main__": {"cli"},
     "__init__": {"errors", "options", "convert", "quantize", "runtime"},
 }

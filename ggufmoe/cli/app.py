@@ -50,6 +50,7 @@ VERBS = (
     Verb("route", "ggufmoe.cli.route:route_command", "Show which experts every token went to."),
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
     Verb("plan", "ggufmoe.cli.plan:plan_command", "Show what goes where, and how many bytes."),
+    Verb("demo", "ggufmoe.cli.demo:demo_command", "Make, quantize and ask a tiny mixture of experts; offline."),
     Verb("doctor", "ggufmoe.cli.doctor:doctor_command", "Check the engine, devices and kernels of this machine."),
 )
 

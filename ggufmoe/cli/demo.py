@@ -1,0 +1,159 @@
+"""``ggufmoe demo``: the whole story on the embedded models, offline: merge, quantize, ask, and see who answers.
+
+Owns how the story is told; every step is one that a user can take alone, and the last lines say how.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ggufmoe.cli.convert import run_conversion, shown_size
+from ggufmoe.errors import GGUFError, OutputExistsError
+from ggufmoe.options import ConvertOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ggufmoe.runtime.chat import Chat
+    from ggufmoe.runtime.routing import RoutingTracer
+
+_BARS = "▁▂▃▄▅▆▇█"
+_INDENT = "   "
+_KNOWLEDGE = "opposites, colors, sizes, capitals, and numbers to 100"
+_MATH = 1
+"""The recipe's second expert."""
+
+
+def demo_command(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the model goes.", metavar="OUT.gguf")] = Path(
+        "ggufmoe-demo.gguf"
+    ),
+    quant: Annotated[str, typer.Option("-q", "--quant", help="File type.", metavar="TYPE")] = "Q4_K_M",
+    chat: Annotated[bool, typer.Option("--chat", help="Go on with a conversation.")] = False,
+) -> None:
+    """Make a mixture of experts of two tiny models that come with ggufmoe, quantize it and ask it; offline."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    _make(console, output, quant)
+    _ask(console, output, chat)
+
+
+def _make(console: Console, output: Path, quant: str) -> None:
+    from ggufmoe.demo import RECIPE
+
+    _check_output(output)
+    console.print("[bold]1. Merge and quantize[/bold] two dense models of 3.4 M parameters, by a recipe:")
+    _say_command(console, f"ggufmoe convert {_quoted(RECIPE)} -o {_quoted(output)} -q {quant}")
+    result = run_conversion(str(RECIPE), output, ConvertOptions(quant=quant, force=True), quiet=False)
+    weights = f"{result.plan.n_weights / 1e6:.1f} M parameters"
+    bits = f"{result.plan.bits_per_weight:.2f} bits each"
+    size = f"{shown_size(result.n_bytes)}, {result.seconds:.1f} s"
+    console.print(f"{_INDENT}{output}: {weights}, {bits}, {size}", markup=False)
+
+
+def _check_output(output: Path) -> None:
+    """Replace an earlier demo only."""
+    from ggufmoe.demo import NAME
+    from ggufmoe.ggufheader import read_header
+
+    if not output.exists():
+        return
+    try:
+        ours = read_header(output).get("general.name") == NAME
+    except GGUFError:
+        ours = False
+    if not ours:
+        raise OutputExistsError(f"{output} exists and is not an earlier demo; choose another name with -o")
+
+
+def _ask(console: Console, path: Path, chat_after: bool) -> None:
+    """Ask every question; then talk, or say how to go on."""
+    from ggufmoe.demo import questions
+    from ggufmoe.runtime.chat import Chat
+    from ggufmoe.runtime.engine import Engine
+    from ggufmoe.runtime.routing import RoutingTracer
+
+    console.print("\n[bold]2. Ask it[/bold] what neither model was trained on. Below each answer: how much of it")
+    console.print(
+        f"{_INDENT}is the math expert's: [cyan]{_BARS[0]}[/cyan] nothing, [yellow]{_BARS[-1]}[/yellow] all.\n"
+    )
+    asked, right = questions(), 0
+    with Engine(path) as engine:
+        chat = Chat(engine, sampling=SamplingOptions(temperature=0, n_predict=64))
+        with RoutingTracer(engine) as tracer:
+            for question in asked:
+                chat.reset()
+                right += _answer(console, chat, tracer, question.text) == question.answer
+        console.print(f"\n{_INDENT}{right} of {len(asked)} are right.")
+        if chat_after:
+            _converse(console, chat)
+            return
+    _go_on(console, path)
+
+
+def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> str:
+    """Stream one answer, then the strip of its tokens; gives the answer."""
+    from ggufmoe.runtime.routing import RoutedToken
+
+    console.print(f"{_INDENT}{text}", style="bold", markup=False)
+    console.file.write(_INDENT)
+    pieces: list[tuple[str, float]] = []
+    last = ""
+    for event in tracer.follow(chat.send(text)):
+        console.file.write(event.text)
+        console.file.flush()
+        if isinstance(event, RoutedToken):
+            pieces.append((event.text, event.expert_weights[_MATH]))
+        else:
+            last = event.text
+    console.file.write("\n")
+    console.print(_strip(pieces), soft_wrap=True)
+    return ("".join(piece for piece, _ in pieces) + last).strip()
+
+
+def _strip(pieces: list[tuple[str, float]]) -> Text:
+    """Under each token a bar as wide as the token, as high as the math expert's weight."""
+    from rich.text import Text
+
+    line = Text(_INDENT)
+    for piece, weight in pieces:
+        bar = _BARS[min(len(_BARS) - 1, int(weight * len(_BARS)))]
+        line.append(bar * len(piece), style="yellow" if weight >= 0.5 else "cyan")
+    mean = sum(weight for _, weight in pieces) / max(1, len(pieces))
+    line.append(f"  math {mean:.0%}", style="dim")
+    return line
+
+
+def _converse(console: Console, chat: Chat) -> None:
+    from ggufmoe.cli.chat import converse
+
+    console.print(f"\n[bold]3. Talk with it.[/bold] It knows {_KNOWLEDGE}.")
+    console.print(f"{_INDENT}/help lists the commands, Ctrl-D leaves.")
+    chat.reset()
+    converse(chat, quiet=True)
+
+
+def _go_on(console: Console, path: Path) -> None:
+    console.print("\n[bold]3. Go on[/bold] by hand:")
+    for command, what in (
+        (f"ggufmoe chat {_quoted(path)} --temp 0", f"it knows {_KNOWLEDGE}"),
+        (f'ggufmoe route {_quoted(path)} --chat "What is 12 + 30?" --generate 24', "which expert saw which token"),
+        (f"ggufmoe inspect {_quoted(path)}", "what is in the file"),
+        ("ggufmoe convert recipe.yaml -o model.gguf", "your own recipe, of models of any size"),
+    ):
+        _say_command(console, command)
+        console.print(f"{_INDENT}{_INDENT}{what}", style="dim", markup=False, soft_wrap=True)
+
+
+def _say_command(console: Console, command: str) -> None:
+    console.print(f"{_INDENT}{command}", markup=False, soft_wrap=True)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,62 @@
+"""``ggufmoe demo``: the story it tells, what it refuses to overwrite, and the conversation after it."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.cli.app import exit_code
+from ggufmoe.demo import questions
+from ggufmoe.ggufheader import read_header
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_whole_story(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["demo"]) == 0
+    out, _ = capsys.readouterr()
+    for question in questions():
+        assert f"   {question.text}\n   {question.answer}\n   " in out
+    assert re.search(rf"\b{len(questions())} of {len(questions())} are right", out)
+    assert re.search(r"^   ▁?[▁▂▃▄▅▆▇█]+  math \d+%$", out, re.MULTILINE)
+    assert "   ggufmoe chat ggufmoe-demo.gguf --temp 0\n" in out
+    assert read_header(in_tmp_path / "ggufmoe-demo.gguf").get("general.name") == "ggufmoe demo"
+
+
+def test_the_commands_that_it_names_work(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shlex
+
+    assert exit_code(["demo", "-q", "Q8_0"]) == 0
+    out, _ = capsys.readouterr()
+    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("   ggufmoe ")]
+    assert {arguments[0] for arguments in commands} == {"convert", "chat", "route", "inspect"}
+    for arguments in commands:
+        if arguments[0] in ("route", "inspect"):
+            assert exit_code(arguments) == 0
+
+
+def test_an_earlier_demo_is_replaced_and_nothing_else(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["demo", "-o", "again.gguf"]) == 0
+    assert exit_code(["demo", "-o", "again.gguf", "-q", "Q8_0"]) == 0
+    (in_tmp_path / "mine.gguf").write_text("precious", encoding="utf-8")
+    capsys.readouterr()
+    assert exit_code(["demo", "-o", "mine.gguf"]) == 1
+    message = capsys.readouterr().err
+    assert message == "error: mine.gguf exists and is not an earlier demo; choose another name with -o\n"
+    assert (in_tmp_path / "mine.gguf").read_text(encoding="utf-8") == "precious"
+
+
+def test_a_conversation_afterwards(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 12 + 30?\n"))
+    assert exit_code(["demo", "--chat"]) == 0
+    assert "so 42\n" in capsys.readouterr().out
