@@ -231,10 +231,19 @@ def install() -> None:
     say(f"ready: {Path(sys.prefix)}")
 
 
+def engine_wheel() -> Path:
+    """The wheel of the engine that is pinned, compiled if need be."""
+    pin = read_pin(PIN_FILE, os.environ.get("GGUFMOE_ENGINE"))
+    return cached_wheel(pin) or build_wheel(pin, engine_cache(pin))
+
+
 def main() -> int:
-    """Install; an error is one message and exit code 1."""
+    """Install, or print where the engine's wheel is; an error is one message and exit code 1."""
     try:
-        install()
+        if sys.argv[1:] == ["--engine-wheel"]:
+            print(engine_wheel())
+        else:
+            install()
     except SetupError as error:
         say(str(error))
         return 1

@@ -5,7 +5,8 @@ usage: reference.py JOBS.json
 ``{"do": "logits", "model": DIR, "ids": FILE.npy, "out": FILE.npy}`` runs a checkpoint on token ids; ``{"do": "save",
 "out": DIR, "fused": bool, "config": {...}}`` makes a seeded random Mixtral and saves it, by ``save_pretrained`` (the
 classic layout) or as its state has it in memory (the fused one, which mergekit writes); ``{"do": "classic", "model":
-DIR, "out": DIR}`` copies a fused checkpoint in the classic layout, the only one that llama.cpp's converter reads. An
+DIR, "out": DIR}`` copies a fused checkpoint in the classic layout, the only one that llama.cpp's converter reads;
+``{"do": "answer", "model": DIR, "ids": FILE.json, "out": FILE.json}`` continues each list of ids greedily. An
 error goes into ``OUT.error``.
 """
 
@@ -32,6 +33,18 @@ def logits(job: dict[str, Any]) -> None:
     ids = torch.from_numpy(np.load(job["ids"]).astype(np.int64))[None]
     with torch.inference_mode():
         np.save(job["out"], model.eval()(ids).logits[0].float().numpy())
+
+
+def answer(job: dict[str, Any]) -> None:
+    """Write what follows each prompt, up to EOS, as lists of token ids."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    answers = []
+    for ids in json.loads(Path(job["ids"]).read_text(encoding="utf-8")):
+        out = model.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
+        answers.append([int(token) for token in out[0, len(ids) :] if token != model.config.eos_token_id])
+    Path(job["out"]).write_text(json.dumps(answers), encoding="utf-8")
 
 
 def save(job: dict[str, Any]) -> None:
@@ -84,7 +97,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         try:
-            {"logits": logits, "save": save, "classic": classic}[job["do"]](job)
+            {"logits": logits, "save": save, "classic": classic, "answer": answer}[job["do"]](job)
         except Exception:
             Path(f"{job['out']}.error").write_text(traceback.format_exc(), encoding="utf-8")
     return 0
