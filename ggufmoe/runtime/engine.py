@@ -35,9 +35,9 @@ from ggufmoe.runtime.offload import plan_offload
 from ggufmoe.runtime.placement import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.sampling import Sampler, Sampling, resolve
 from ggufmoe.runtime.textstream import TextStream
+from ggufmoe.runtime.vocabulary import Vocabulary
 
 _FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
-_NO_VOCABULARY = 0
 _SEQUENCE = 0
 _ABORTED = 2
 _NO_ROOM = 1
@@ -64,8 +64,6 @@ class Engine:
         self._model: Any = None
         self._context: Any = None
         self._lock = threading.RLock()
-        # apart from the other, so that text can be tokenized while a long prompt is computed
-        self._vocab_lock = threading.RLock()
         self._cached: list[int] = []
         self._generation = 0
         self._context_options = context or ContextOptions()
@@ -89,12 +87,13 @@ class Engine:
             _logger.warning("%s: %s", self.path, warning)
         with _loading, _log().collecting(REPORT_LINES) as lines:
             self._model = self._load_model(machine, offload)
+            self._n_ctx_train = int(self._api.llama_model_n_ctx_train(self._model))
             self._context = self._make_context()
         self.placement: Placement = placement_of(self._plan, lines, machine)
         """Where everything went: the plan, and what libllama reported."""
         for difference in self.placement.differences:
             _logger.warning("%s: not placed as planned: %s", self.path, difference)
-        self._vocab = self._api.llama_model_get_vocab(self._model)
+        self._vocabulary = Vocabulary(self._api, self._model, self.path)
         self._memory = self._api.llama_get_memory(self._context)
         if not self._memory or self._api.llama_model_has_encoder(self._model):
             raise ModelLoadError(
@@ -102,7 +101,7 @@ class Engine:
             )
         self.n_ctx: int = self._api.llama_n_ctx(self._context)
         """Tokens that prompt and answer may have together; llama.cpp rounds what was asked for up to 256."""
-        self.n_vocab: int = self._api.llama_vocab_n_tokens(self._vocab)
+        self.n_vocab: int = self._vocabulary.n_tokens
         self._n_batch: int = self._api.llama_n_batch(self._context)
 
     def _load_model(self, machine: Machine, offload: OffloadOptions) -> Any:
@@ -171,45 +170,31 @@ class Engine:
     @property
     def n_ctx_train(self) -> int:
         """Tokens of context that the model was trained for."""
-        with self._vocab_lock:
-            if not self._model:
-                self._check_open()
-            return int(self._api.llama_model_n_ctx_train(self._model))
+        return self._n_ctx_train
 
     @property
     def bos_token(self) -> int | None:
         """Id of the token that begins a text, if the model has one."""
-        return self._special(self._api.llama_vocab_bos)
+        return self._vocabulary.bos_token
 
     @property
     def eos_token(self) -> int | None:
         """Id of the token that ends a text, if the model has one."""
-        return self._special(self._api.llama_vocab_eos)
+        return self._vocabulary.eos_token
 
     @property
     def adds_bos(self) -> bool:
         """Whether a prompt of this model begins with its BOS token."""
-        with self._vocab_lock:
-            return self.bos_token is not None and bool(self._api.llama_vocab_get_add_bos(self._vocab))
+        return self._vocabulary.adds_bos
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
         """The tokens whose keys and values are in the cache."""
         return tuple(self._cached)
 
-    def _special(self, function: Any) -> int | None:
-        with self._vocab_lock:
-            self._check_open()
-            token = int(function(self._vocab))
-        return None if token < 0 else token
-
     def token_text(self, token: int | None) -> str:
         """A token as the vocabulary spells it (``<s>``); empty for None."""
-        if token is None:
-            return ""
-        with self._vocab_lock:
-            self._check_tokens([token])
-            return bytes(self._api.llama_vocab_get_text(self._vocab, token)).decode("utf-8", "replace")
+        return self._vocabulary.token_text(token)
 
     def metadata(self, key: str) -> Any:
         """A value of the file's metadata, or None."""
@@ -223,54 +208,19 @@ class Engine:
 
         ``parse_special`` reads special tokens that are written out (``</s>``) as such. No EOS is added.
         """
-        # llama.cpp ends the process on text that is not UTF-8
-        data = text.encode("utf-8", "replace")
-        room = len(data) + 8
-        with self._vocab_lock:
-            self._check_vocabulary()
-            while True:
-                buffer = (ctypes.c_int32 * room)()
-                n = self._api.llama_tokenize(self._vocab, data, len(data), buffer, room, False, parse_special)
-                if n >= 0:
-                    break
-                room = -n
-            begin = self.bos_token if add_bos and self.adds_bos else None
-        return ([] if begin is None else [begin]) + list(buffer[:n])
+        return self._vocabulary.tokenize(text, add_bos=add_bos, parse_special=parse_special)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; those of a control token are empty unless ``special``."""
-        room = 64
-        with self._vocab_lock:
-            self._check_vocabulary()
-            self._check_tokens([token])
-            while True:
-                buffer = ctypes.create_string_buffer(room)
-                n = self._api.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
-                if n >= 0:
-                    return buffer.raw[:n]
-                room = -n
+        return self._vocabulary.piece(token, special=special)
 
     def ends_text(self, token: int) -> bool:
         """Whether the model ends its text with this token (EOS, or an end of turn)."""
-        with self._vocab_lock:
-            self._check_tokens([token])
-            return bool(self._api.llama_vocab_is_eog(self._vocab, token))
+        return self._vocabulary.ends_text(token)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
         """The bytes of several tokens, as they would be streamed."""
         return b"".join(self.piece(token, special=special) for token in tokens)
-
-    def _check_vocabulary(self) -> None:
-        # llama.cpp ends the process when it is asked without one
-        self._check_open()
-        if self._api.llama_vocab_type(self._vocab) == _NO_VOCABULARY:
-            raise EngineError(f"{self.path}: the file has no tokenizer; convert it again with one")
-
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        self._check_open()
-        for token in tokens:
-            if not 0 <= token < self.n_vocab:
-                raise InputError(f"{token} is not a token: this model has ids from 0 to {self.n_vocab - 1}")
 
     # ---- generation
 
@@ -297,7 +247,7 @@ class Engine:
         return self._stream(tokens, settings, TextStream(stop), cancel)
 
     def _check_prompt(self, tokens: Sequence[int]) -> None:
-        self._check_tokens(tokens)
+        self._vocabulary.check_tokens(tokens)
         if not tokens:
             raise InputError("the prompt is empty: there is nothing to continue")
         if len(tokens) >= self.n_ctx:
@@ -506,9 +456,11 @@ class Engine:
 
     def close(self) -> None:
         """Give back all memory; further calls raise EngineError. May be called again."""
-        if getattr(self, "_vocab_lock", None) is None:
+        if getattr(self, "_lock", None) is None:
             return
-        with self._lock, self._vocab_lock:
+        with self._lock:
+            if hasattr(self, "_vocabulary"):
+                self._vocabulary.close()
             context, self._context = self._context, None
             model, self._model = self._model, None
             if context:
