@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ class Vocabulary:
         """Call before the model is freed: waits for who is inside, and raises EngineError for who comes later."""
         with self._lock:
             self.handle = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While the block runs, ``handle`` stays what it is. Raises EngineError once closed."""
+        with self._lock:
+            self._check_open()
+            yield
 
     @property
     def bos_token(self) -> int | None:
