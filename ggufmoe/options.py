@@ -332,14 +332,23 @@ class SamplingOptions:
         help="Only those of P times the likeliest's probability. (default: the model's, else 0)",
         metavar="P",
     )
-    typical_p: float | None = option(
-        None, "--typical", "--typical-p", help="Locally typical sampling; 1: off (default).", metavar="P", panel=_MORE
-    )
     repeat_penalty: float | None = option(
         None,
         "--repeat-penalty",
         help="Against the last tokens; 1: none. (default: the model's, else 1)",
         metavar="X",
+    )
+    seed: int | None = option(None, "--seed", help="Same seed, same answer; -1: by chance (default).", metavar="N")
+    n_predict: int = option(
+        256,
+        "-n",
+        "--n-predict",
+        "--predict",
+        help="At most so many new tokens; -1: until the context is full.",
+        metavar="N",
+    )
+    typical_p: float | None = option(
+        None, "--typical", "--typical-p", help="Locally typical sampling; 1: off (default).", metavar="P", panel=_MORE
     )
     repeat_last_n: int | None = option(
         None,
@@ -416,15 +425,6 @@ class SamplingOptions:
     )
     logprobs: int | None = option(
         None, help="Give each token's logprob, and those of so many of the likeliest ones; 0: only its own."
-    )
-    seed: int | None = option(None, "--seed", help="Same seed, same answer; -1: by chance (default).", metavar="N")
-    n_predict: int = option(
-        256,
-        "-n",
-        "--n-predict",
-        "--predict",
-        help="At most so many new tokens; -1: until the context is full.",
-        metavar="N",
     )
 
     def __post_init__(self) -> None:

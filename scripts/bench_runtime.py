@@ -3,6 +3,7 @@
 The loop does what llama-bench does: decode a prompt of fixed tokens, then one token after another, without sampling;
 and once more with llama.cpp's greedy sampler, which the engine uses too. Both sides run in turn, in one process, with
 the same threads and context. Of each the best and the middle round are compared: another program's load only ever adds.
+Processor time (with -t 1, where nobody spins) is compared as well, for machines that are never idle.
 
 usage: bench_runtime.py [MODEL.gguf] [-p N] [-n N] [-t N] [--rounds N]     (without a model: a random one of 1 MB)
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,25 @@ from ggufmoe.runtime.events import Finished, Token
 from ggufmoe.runtime.probe import write_probe_model
 
 _QUIET = api.llama_log_callback(lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds on the clock and of processor time, of all threads. The latter tells more on a machine that is busy."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def now() -> Times:
+    """This moment."""
+    return Times(time.perf_counter(), time.process_time())
+
+
+def since(start: Times, n: int = 1) -> Times:
+    """What has passed since ``start``, for each of ``n``."""
+    end = now()
+    return Times((end.wall_s - start.wall_s) / n, (end.cpu_s - start.cpu_s) / n)
 
 
 class NativeLoop:
@@ -42,48 +64,51 @@ class NativeLoop:
         self.memory = api.llama_get_memory(self.context)
         self.greedy = api.llama_sampler_init_greedy()
 
-    def prompt(self, tokens: list[int]) -> float:
+    def prompt(self, tokens: list[int]) -> Times:
         """Seconds to compute a prompt in an empty cache."""
         api.llama_memory_clear(self.memory, False)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        start = time.perf_counter()
+        start = now()
         api.llama_decode(self.context, api.llama_batch_get_one(ids, len(tokens)))
         api.llama_synchronize(self.context)
-        return time.perf_counter() - start
+        return since(start)
 
-    def generation(self, tokens: list[int], n: int, *, sampled: bool) -> float:
+    def generation(self, tokens: list[int], n: int, *, sampled: bool) -> Times:
         """Seconds for each of ``n`` tokens after a prompt."""
         self.prompt(tokens)
         ids = (ctypes.c_int32 * 1)(tokens[-1])
+        n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        following = [random.randrange(n_vocab) for _ in range(n)]
         batch = api.llama_batch_get_one(ids, 1)
-        start = time.perf_counter()
-        for _ in range(n):
+        start = now()
+        for number in range(n):
             api.llama_decode(self.context, batch)
             if sampled:
                 ids[0] = api.llama_sampler_sample(self.greedy, self.context, -1)
             else:
                 api.llama_synchronize(self.context)
-        return (time.perf_counter() - start) / n
+                ids[0] = following[number]
+        return since(start, n)
 
 
-def engine_prompt(engine: Engine, tokens: list[int]) -> float:
+def engine_prompt(engine: Engine, tokens: list[int]) -> Times:
     """Seconds to compute the same prompt in an empty cache."""
     engine.forget()
-    start = time.perf_counter()
+    start = now()
     engine.prefill(tokens)
-    return time.perf_counter() - start
+    return since(start)
 
 
-def engine_generation(engine: Engine, tokens: list[int], n: int) -> float:
+def engine_generation(engine: Engine, tokens: list[int], n: int) -> Times:
     """Seconds for each token of an answer, from the arrival of the first event to that of the last."""
     sampling = SamplingOptions(temperature=0, repeat_penalty=1.0, n_predict=n + 1)
-    arrived, n_tokens = 0.0, 0
+    arrived, n_tokens = None, 0
     for event in engine.generate(tokens, sampling):
-        arrived = arrived or time.perf_counter()
+        arrived = arrived or now()
         n_tokens += isinstance(event, Token)
-    if n_tokens < 2:
+    if n_tokens < 2 or arrived is None:
         sys.exit("the model ends its answer at once; take another model")
-    return (time.perf_counter() - arrived) / (n_tokens - 1)
+    return since(arrived, n_tokens - 1)
 
 
 def first_token(engine: Engine, tokens: list[int]) -> float:
@@ -97,20 +122,21 @@ def first_token(engine: Engine, tokens: list[int]) -> float:
     return elapsed
 
 
-def compare(name: str, unit_tokens: int, native: list[float], ours: list[float]) -> None:
-    """Print speeds, their ratio with its spread over the rounds, and the difference per token."""
-    ratios = sorted(n / e for n, e in zip(native, ours, strict=True))
+def compare(name: str, unit_tokens: int, native: list[Times], ours: list[Times]) -> None:
+    """Print speeds, their ratio with its spread over the rounds, and what a token costs the engine's processor more."""
+    ratios = sorted(n.wall_s / e.wall_s for n, e in zip(native, ours, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    best = min(native) / min(ours)
-    extra = 1e6 * (min(ours) - min(native)) / unit_tokens
-    speeds = f"{unit_tokens / min(native):9.1f} tok/s native, {unit_tokens / min(ours):9.1f} engine"
+    fastest = [min(side.wall_s for side in sides) for sides in (native, ours)]
+    cpu = [statistics.median(side.cpu_s for side in sides) for sides in (native, ours)]
+    speeds = f"{unit_tokens / fastest[0]:9.1f} tok/s native, {unit_tokens / fastest[1]:9.1f} engine"
     middle = f"in the middle {statistics.median(ratios):.3f} (half of the rounds {low:.3f} to {high:.3f})"
-    print(f"{name:26} {speeds}; ratio of the best {best:.3f}, {middle}; {extra:+.1f} us a token")
+    extra = f"processor time {cpu[0] / cpu[1]:.3f}, {1e6 * (cpu[1] - cpu[0]) / unit_tokens:+.1f} us a token"
+    print(f"{name:26} {speeds}; ratio of the best {fastest[0] / fastest[1]:.3f}, {middle}; {extra}")
 
 
-def in_turn(rounds: int, *sides: Callable[[], float]) -> list[list[float]]:
+def in_turn(rounds: int, *sides: Callable[[], Times]) -> list[list[Times]]:
     """Each side's seconds, round by round; who comes first changes."""
-    times: list[list[float]] = [[] for _ in sides]
+    times: list[list[Times]] = [[] for _ in sides]
     for number in range(rounds):
         for i in range(len(sides)):
             side = (number + i) % len(sides)

@@ -126,6 +126,8 @@ class Sampler:
         with vocabulary.in_use():
             self._grammar = _grammar(api, vocabulary, sampling)
             links = list(_links(api, vocabulary, sampling))
+        # llama.cpp's own greedy sampler gives the same token, but copies the whole vocabulary first
+        self._is_argmax = self._grammar is None and len(links) == 1 and sampling.temperature <= 0
         self._chain = api.llama_sampler_chain_init(parameters)
         self.close = weakref.finalize(self, _free, api, self._chain, self._grammar)
         """Gives back its memory; may be called again."""
@@ -140,6 +142,8 @@ class Sampler:
 
         Raises EngineError where the grammar allows nothing that the model could say.
         """
+        if self._is_argmax:
+            return int(cache.last_logits(self._n_vocab).argmax())
         if self._grammar is None:
             return int(self._api.llama_sampler_sample(self._chain, cache.context, -1))
         token = self._drawn(cache, constrained=False)
