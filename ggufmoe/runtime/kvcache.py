@@ -179,8 +179,9 @@ class KVCache:
     def last_logits(self, n_vocab: int) -> NDArray[np.float32]:
         """The logits after the newest token, (n_vocab,): a view, gone with the next call."""
         pointer = self._api.llama_get_logits_ith(self.context, -1)
-        array = (ctypes.c_float * n_vocab).from_address(ctypes.addressof(pointer.contents))
-        return np.frombuffer(array, np.float32)
+        array: Any = (ctypes.c_float * n_vocab).from_address(ctypes.addressof(pointer.contents))
+        view: NDArray[np.float32] = np.frombuffer(array, np.float32)
+        return view
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
         mark = self._log.mark()
