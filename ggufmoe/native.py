@@ -233,6 +233,15 @@ def cpu_has(feature: str) -> bool:
     return has_symbol(name) and bool(getattr(library(), name)())
 
 
+def gbnf_of_schema(schema: str) -> str:
+    """llama-cpp-python's grammar for a JSON schema. Raises what it happens to raise for one that it cannot follow."""
+    library()
+    from llama_cpp import llama_grammar
+
+    grammar: str = llama_grammar.json_schema_to_gbnf(schema)
+    return grammar
+
+
 @cache
 def c_library() -> ctypes.CDLL:
     """The C library, whose functions serve as callbacks that never wait for the interpreter."""

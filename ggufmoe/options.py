@@ -7,6 +7,7 @@ from the environment.
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,19 @@ from ggufmoe.errors import OptionError
 
 
 def option(
-    default: Any, *flags: str, help: str, metavar: str | None = None, parse: Callable[[str], Any] | None = None
+    default: Any,
+    *flags: str,
+    help: str,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    panel: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option; without flags it exists only in the API.
 
     ``parse`` makes the field's value of what was typed, where its type alone does not say how; it raises OptionError.
+    ``panel`` is the part of the help that it stands in, if not that of its class.
     """
-    metadata: Mapping[str, Any] = {"flags": flags, "help": help, "metavar": metavar, "parse": parse}
+    metadata: Mapping[str, Any] = {"flags": flags, "help": help, "metavar": metavar, "parse": parse, "panel": panel}
     return field(default=default, metadata=metadata)
 
 
@@ -112,6 +119,7 @@ MAX_SEED = 2**32 - 2
 """The largest seed: the number above stands for a seed by chance in llama.cpp (LLAMA_DEFAULT_SEED)."""
 
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
+OverflowPolicy = Literal["error", "shift", "truncate-middle"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
 
@@ -134,13 +142,38 @@ class ContextOptions:
     flash_attn: Literal["on", "off", "auto"] = option("auto", "-fa", "--flash-attn", help="Use flash attention.")
     cache_type_k: CacheType = option("f16", "-ctk", "--cache-type-k", help="Type of the keys in the KV cache.")
     cache_type_v: CacheType = option("f16", "-ctv", "--cache-type-v", help="Type of the values in the KV cache.")
+    overflow: OverflowPolicy = option(
+        "error",
+        "--overflow",
+        help="When the context is full: end; drop the oldest tokens (shift); or those in the middle.",
+    )
+    context_shift: bool = option(False, "--context-shift/--no-context-shift", help="The same as --overflow shift.")
+    n_keep: int = option(
+        0, "--keep", help="Tokens at the beginning that are never dropped; BOS never is. -1: the prompt.", metavar="N"
+    )
+    cache_ram: int = option(
+        1024,
+        "-cram",
+        "--cache-ram",
+        help="Main memory for the caches of conversations that others took turns with, in MiB; 0: none.",
+        metavar="MiB",
+    )
 
     def __post_init__(self) -> None:
+        if self.context_shift and self.overflow == "truncate-middle":
+            raise OptionError("--context-shift and --overflow truncate-middle contradict each other")
+        _check_range("tokens to keep", self.n_keep, -1, _MAX_INT32)
+        _check_range("memory for caches, in MiB,", self.cache_ram, 0, _MAX_INT32)
         _check_range("tokens of context", self.n_ctx, 0, _MAX_INT32)
         _check_range("tokens of a batch", self.n_batch, 1, _MAX_INT32)
         _check_range("tokens of a micro-batch", self.n_ubatch, 1, _MAX_INT32)
         _check_range("number of threads", self.n_threads, 1, _MAX_THREADS)
         _check_choices(self)
+
+    @property
+    def overflow_policy(self) -> OverflowPolicy:
+        """What becomes of a text that is longer than the context."""
+        return "shift" if self.context_shift else self.overflow
 
 
 AUTO_LAYERS = -1
@@ -266,6 +299,13 @@ def _override_pairs(given: str) -> list[tuple[str, str]]:
     return pairs
 
 
+_MORE = "Sampling options, more"
+_MAX_LAST_N = 2**20
+"""llama.cpp takes memory for so many tokens at once; where there is not enough it ends the process."""
+_MAX_LOGPROBS = 1000
+_BIAS = re.compile(r"(\d{1,9})([+-](?:inf|\d+\.?\d*|\.\d+))")
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is drawn; None stands for the model's own value, else the default named in the help.
@@ -295,7 +335,7 @@ class SamplingOptions:
     repeat_penalty: float | None = option(
         None,
         "--repeat-penalty",
-        help="Against the last 64 tokens; 1: none. (default: the model's, else 1)",
+        help="Against the last tokens; 1: none. (default: the model's, else 1)",
         metavar="X",
     )
     seed: int | None = option(None, "--seed", help="Same seed, same answer; -1: by chance (default).", metavar="N")
@@ -307,15 +347,119 @@ class SamplingOptions:
         help="At most so many new tokens; -1: until the context is full.",
         metavar="N",
     )
+    typical_p: float | None = option(
+        None, "--typical", "--typical-p", help="Locally typical sampling; 1: off (default).", metavar="P", panel=_MORE
+    )
+    repeat_last_n: int | None = option(
+        None,
+        "--repeat-last-n",
+        help="So many last tokens count for the penalties. (default: the model's, else 64)",
+        metavar="N",
+        panel=_MORE,
+    )
+    presence_penalty: float = option(
+        0.0, "--presence-penalty", help="Against tokens that came before.", metavar="X", panel=_MORE
+    )
+    frequency_penalty: float = option(
+        0.0, "--frequency-penalty", help="Against tokens, as often as they came.", metavar="X", panel=_MORE
+    )
+    dry_multiplier: float = option(
+        0.0, "--dry-multiplier", help="Against repeating sequences (DRY); 0: off.", metavar="X", panel=_MORE
+    )
+    dry_base: float = option(1.75, "--dry-base", help="How fast DRY grows with their length.", metavar="X", panel=_MORE)
+    dry_allowed_length: int = option(
+        2, "--dry-allowed-length", help="Sequences so long may be repeated.", metavar="N", panel=_MORE
+    )
+    dry_penalty_last_n: int = option(
+        64, "--dry-penalty-last-n", help="Tokens that DRY looks back.", metavar="N", panel=_MORE
+    )
+    dry_sequence_breakers: tuple[str, ...] = option(
+        (),
+        "--dry-sequence-breaker",
+        help="Where DRY's sequences end, in place of newline, colon, quote and star; none: nowhere.",
+        metavar="STRING",
+        panel=_MORE,
+    )
+    xtc_probability: float | None = option(
+        None,
+        "--xtc-probability",
+        help="How often all but the last of the likely tokens are left out (XTC); 0: never (default).",
+        metavar="P",
+        panel=_MORE,
+    )
+    xtc_threshold: float | None = option(
+        None, "--xtc-threshold", help="What is likely for XTC. (default: 0.1)", metavar="P", panel=_MORE
+    )
+    mirostat: int | None = option(
+        None,
+        "--mirostat",
+        help="1 or 2: hold the surprise constant; of the others only temperature, grammar and biases count then.",
+        metavar="N",
+        panel=_MORE,
+    )
+    mirostat_lr: float | None = option(
+        None, "--mirostat-lr", help="Mirostat's learning rate. (default: 0.1)", metavar="X", panel=_MORE
+    )
+    mirostat_ent: float | None = option(
+        None, "--mirostat-ent", help="Mirostat's surprise. (default: 5)", metavar="X", panel=_MORE
+    )
+    logit_bias: tuple[str, ...] = option(
+        (),
+        "-l",
+        "--logit-bias",
+        help="Add to a token's logit, for example 15043+1 or 15043-inf.",
+        metavar="ID(+/-)BIAS",
+        panel=_MORE,
+    )
+    grammar: str | None = option(
+        None, "--grammar", help="Only text that this grammar (GBNF) allows.", metavar="GBNF", panel=_MORE
+    )
+    grammar_file: Path | None = option(
+        None, "--grammar-file", help="A file with such a grammar.", metavar="FILE", panel=_MORE
+    )
+    json_schema: str | None = option(
+        None, "-j", "--json-schema", help="Only JSON that follows this schema.", metavar="SCHEMA", panel=_MORE
+    )
+    json_schema_file: Path | None = option(
+        None, "-jf", "--json-schema-file", help="A file with such a schema.", metavar="FILE", panel=_MORE
+    )
+    logprobs: int | None = option(
+        None, help="Give each token's logprob, and those of so many of the likeliest ones; 0: only its own."
+    )
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0, 100)
         _check_range("top-k", self.top_k, 0, _MAX_INT32)
         _check_range("top-p", self.top_p, 0, 1)
         _check_range("min-p", self.min_p, 0, 1)
+        _check_range("typical-p", self.typical_p, 0, 1)
         _check_range("repeat penalty", self.repeat_penalty, 0.01, 100)
+        _check_range("number of tokens for penalties", self.repeat_last_n, 0, _MAX_LAST_N)
+        _check_range("presence penalty", self.presence_penalty, -100, 100)
+        _check_range("frequency penalty", self.frequency_penalty, -100, 100)
+        _check_range("DRY multiplier", self.dry_multiplier, 0, 100)
+        _check_range("DRY base", self.dry_base, 1, 100)
+        _check_range("DRY allowed length", self.dry_allowed_length, 0, _MAX_INT32)
+        _check_range("number of tokens for DRY", self.dry_penalty_last_n, 0, _MAX_LAST_N)
+        _check_range("XTC probability", self.xtc_probability, 0, 1)
+        _check_range("XTC threshold", self.xtc_threshold, 0, 1)
+        _check_range("mirostat", self.mirostat, 0, 2)
+        _check_range("mirostat learning rate", self.mirostat_lr, 0, 100)
+        _check_range("mirostat surprise", self.mirostat_ent, 0, 100)
         _check_range("seed", self.seed, -1, MAX_SEED)
         _check_range("number of new tokens", self.n_predict, -1, _MAX_INT32)
+        _check_range("number of logprobs", self.logprobs, 0, _MAX_LOGPROBS)
+        forms = (self.grammar, self.grammar_file, self.json_schema, self.json_schema_file)
+        _check(sum(form is not None for form in forms) <= 1, "give one grammar or JSON schema, not several")
+        _ = self.biases
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """(token id, what is added to its logit) of each ``logit_bias``."""
+        matches = [_BIAS.fullmatch(given) for given in self.logit_bias]
+        for given, match in zip(self.logit_bias, matches, strict=True):
+            _check(match is not None, f"a logit bias must be a token id and a signed number, as 15043+1, not {given!r}")
+        return tuple((int(match[1]), float(match[2])) for match in matches if match)
 
 
 @dataclass(frozen=True)

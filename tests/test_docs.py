@@ -118,3 +118,26 @@ def test_the_changelog_begins_with_this_version() -> None:
     found = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
     assert found[1].rstrip(",") == ggufmoe.__version__
+
+
+def samples(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the ``model.gguf`` of the samples."""
+    from ggufmoe import convert
+
+    folder = tmp_path_factory.mktemp("embedded")
+    convert(tiny_checkpoint(tokenizer="json", chat_template=TEMPLATE), folder / "model.gguf", quant="F32")
+    return folder
+
+
+@pytest.mark.parametrize("sample", samples("embedding.md"))
+def test_samples_of_embedding_run(sample: str, embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(embedded)
+    names: dict[str, Any] = {}
+    exec(sample, names)
+    if "engine" in names:
+        names["engine"].close()

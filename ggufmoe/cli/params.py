@@ -87,7 +87,7 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
         metavar=metadata["metavar"],
         parser=_parser(metadata["parse"]),
         show_default=shown,
-        rich_help_panel=panel,
+        rich_help_panel=metadata["panel"] or panel,
     )
     typed: Any = hint if kind is None else types.GenericAlias(list, (kind,)) | None
     annotation = Annotated[typed, flag]

@@ -7,15 +7,17 @@ computed again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ggufmoe.errors import InputError, OutputError, TemplateError
 from ggufmoe.options import MAX_SEED, SamplingOptions
+from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import CancelFlag, Event
 from ggufmoe.runtime.template import ChatTemplate, find_template
@@ -33,7 +35,12 @@ class Message:
 
 
 class Chat:
-    """A conversation with the model in ``engine``.
+    """A conversation with the model in ``engine``, which may hold several in turn.
+
+    What the engine does with a text that outgrows its context (``ContextOptions.overflow``) is done here by whole
+    turns: ``shift`` leaves the oldest ones out of the prompt until it fills half of the context, ``truncate-middle``
+    those after the first one. The system message always stays, and ``messages`` keeps everything. A single message
+    that is too long by itself, and an answer that fills the context, are cut by the engine, token by token.
 
     ``template`` is a ChatTemplate, a name or a file as ``find_template`` takes them; None stands for the model's own.
     Raises TemplateError when there is none, or none that works.
@@ -54,6 +61,7 @@ class Chat:
         self.messages: tuple[Message, ...] = ()
         """What has been said, without the system message."""
         self._n_again = 0
+        self._n_left_out = 0
 
     def send(self, text: str, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()) -> Iterator[Event]:
         """Say ``text`` and stream the answer: Token events, then one Finished, as ``Engine.generate`` gives them.
@@ -63,6 +71,12 @@ class Chat:
         """
         self._n_again = 0
         return self._answer(Message("user", text), self.messages, self.sampling, cancel=cancel, stop=stop)
+
+    def send_async(
+        self, text: str, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()
+    ) -> AsyncIterator[Event]:
+        """``send`` for ``async for``."""
+        return read_async(lambda flag: self.send(text, cancel=flag, stop=stop), cancel)
 
     def regenerate(self, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()) -> Iterator[Event]:
         """Answer the last message once more. A given seed is counted up, so that the answer can be another one.
@@ -81,10 +95,14 @@ class Chat:
         )
         return self._answer(self.messages[asked], self.messages[:asked], fresh, cancel=cancel, stop=stop)
 
+    def regenerate_async(self, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()) -> AsyncIterator[Event]:
+        """``regenerate`` for ``async for``."""
+        return read_async(lambda flag: self.regenerate(cancel=flag, stop=stop), cancel)
+
     def reset(self) -> None:
         """Forget what has been said; the system message stays."""
         self.messages = ()
-        self._n_again = 0
+        self._n_again = self._n_left_out = 0
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that the model gets for ``messages``, with exactly one BOS where the model wants one."""
@@ -105,8 +123,36 @@ class Chat:
         stop: Sequence[str],
     ) -> Iterator[Event]:
         asked = (*history, question)
-        events = self.engine.generate(self.prompt(asked), sampling, stop=(*self.template.stop, *stop), cancel=cancel)
+        prompt, n_keep = self.prompt(asked), None
+        if self.engine.overflow != "error":
+            prompt, n_keep = self._shortened(asked, prompt, sampling), self._n_opening()
+        stops = (*self.template.stop, *stop)
+        events = self.engine.generate(prompt, sampling, stop=stops, cancel=cancel, n_keep=n_keep)
         return self._record(asked, events)
+
+    def _shortened(self, asked: tuple[Message, ...], prompt: list[int], sampling: SamplingOptions) -> list[int]:
+        """The prompt without as many old turns as must go; once left out they stay out, so that the rest is reused."""
+        n_ctx = self.engine.n_ctx
+        room = n_ctx // 4 if sampling.n_predict < 0 else min(sampling.n_predict, n_ctx // 4)
+        first = 2 if self.engine.overflow == "truncate-middle" else 0
+        n_turns = max(0, (len(asked) - 1 - first) // 2)
+
+        def without(n: int) -> list[int]:
+            return self.prompt((*asked[:first], *asked[first + 2 * n :]))
+
+        n = min(self._n_left_out, n_turns)
+        prompt = without(n) if n else prompt
+        if len(prompt) + room > n_ctx:
+            while n < n_turns and len(prompt) > n_ctx // 2:
+                n += 1
+                prompt = without(n)
+        self._n_left_out = n
+        return prompt
+
+    def _n_opening(self) -> int:
+        """Tokens with which every prompt of this conversation begins: BOS and the system message."""
+        one, other = (self.prompt((Message("user", text),)) for text in ("a", "b"))
+        return next(i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y)
 
     def _record(self, asked: tuple[Message, ...], events: Iterator[Event]) -> Iterator[Event]:
         parts: list[str] = []
@@ -124,13 +170,7 @@ class Chat:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation as JSON, over an earlier one. Raises OutputError."""
         path = Path(path)
-        content = {
-            "format": _FORMAT,
-            "version": 1,
-            "model": self.engine.path.name,
-            "system": self.system,
-            "messages": [asdict(message) for message in self.messages],
-        }
+        content = self._content()
         partial = path.with_name(path.name + ".partial")
         try:
             # what was typed may hold half of a surrogate pair, which UTF-8 cannot
@@ -141,10 +181,42 @@ class Chat:
                 partial.unlink(missing_ok=True)
             raise OutputError(f"{path}: the conversation cannot be saved: {error.strerror}") from error
 
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "version": 1,
+            "model": self.engine.path.name,
+            "system": self.system,
+            "messages": [asdict(message) for message in self.messages],
+        }
+
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over a conversation that ``save`` wrote, system message included. Raises InputError."""
-        self.system, self.messages = _read_conversation(Path(path))
-        self._n_again = 0
+        self._take_over(_read_conversation(Path(path)))
+
+    def _take_over(self, conversation: tuple[str | None, tuple[Message, ...]]) -> None:
+        self.system, self.messages = conversation
+        self._n_again = self._n_left_out = 0
+
+    def save_session(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation together with its KV cache, so that going on with it later computes nothing again.
+
+        Raises InputError before anything was said, OutputError, and ContextFullError for a conversation whose turns no
+        longer fit the context all together.
+        """
+        if not self.messages:
+            raise InputError("nothing has been said yet that could be kept")
+        self.engine.save_session(path, self._said(), json.dumps(self._content()))
+
+    def _said(self) -> list[int]:
+        """The tokens that a prompt for one more message would begin with."""
+        one, other = (self.prompt((*self.messages, Message("user", text))) for text in ("a", "b"))
+        return [x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+    def load_session(self, path: str | os.PathLike[str]) -> None:
+        """Take over a conversation and its KV cache from a file of ``save_session``. Raises InputError."""
+        _, note = self.engine.load_session(path)
+        self._take_over(_conversation(Path(path), note))
 
 
 def _template(engine: Engine, choice: str | None) -> ChatTemplate:
@@ -162,9 +234,17 @@ def _read_conversation(path: Path) -> tuple[str | None, tuple[Message, ...]]:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InputError(f"{path}: too large for a saved conversation")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a saved conversation: it is not JSON") from error
+    return _conversation(path, text)
+
+
+def _conversation(path: Path, text: str) -> tuple[str | None, tuple[Message, ...]]:
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a saved conversation: it is not JSON") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("version") != 1:

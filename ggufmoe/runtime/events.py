@@ -1,11 +1,12 @@
 """What a generation yields: a ``Token`` for each new token, then one ``Finished``.
 
-Joining the ``text`` of all events gives the answer. These are plain data for every door: terminal, server and library.
+Joining the ``text`` of all events gives the answer. These are plain data for every door (terminal, server, library) and
+for other processes: they can be pickled.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -25,7 +26,8 @@ class Timing:
 
     ``cached_tokens`` of the ``prompt_tokens`` were in the KV cache already. The first of the ``generated_tokens`` falls
     out of computing the prompt, so ``evaluated_tokens``, those computed one by one within ``generation_s``, may be one
-    fewer. The time that the caller spent between two events is not counted.
+    fewer. Time spent waiting for the reader or for other callers of the engine is not counted, nor what it took to come
+    back to this answer after another one.
     """
 
     prompt_tokens: int
@@ -57,6 +59,12 @@ class Token:
 
     text: str
     token_id: int
+    logprob: float | None = None
+    """Natural logarithm of the probability that the model gave this token, before any sampling; if it was asked for."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the likeliest tokens at this place, the likeliest first; if they were asked for."""
+    elapsed_s: float = field(default=0.0, compare=False)
+    """Seconds since computing this answer began."""
 
 
 @dataclass(frozen=True)

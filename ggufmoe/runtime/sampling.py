@@ -1,26 +1,39 @@
 """How the next token is drawn: which settings hold, and llama.cpp's chain of samplers that follows them.
 
 The caller's options come first, then what the model's file says (llama.cpp's ``general.sampling.*`` keys), then the
-defaults. The chain belongs to one generation.
+defaults. The chain belongs to one generation. Order and neutral values follow ``common_sampler_init`` of llama.cpp's
+common/sampling.cpp (commit 0c1e57098).
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from ggufmoe.errors import EngineError, InputError
 from ggufmoe.options import MAX_SEED, SamplingOptions
+from ggufmoe.runtime.grammar import grammar_of
+from ggufmoe.runtime.kvcache import KVCache
+from ggufmoe.runtime.vocabulary import Vocabulary
 
 _log = logging.getLogger("ggufmoe.sampling")
+_BREAKERS = ("\n", ":", '"', "*")
+_MIROSTAT_M = 100
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""``llama_token_data`` (llama.h)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings without gaps; ``temperature`` 0 draws always the likeliest token."""
+    """Settings without gaps; ``temperature`` 0 draws always the likeliest token. ``options`` has all the others."""
 
     temperature: float
     top_k: int
@@ -30,6 +43,19 @@ class Sampling:
     repeat_last_n: int
     seed: int
     n_predict: int
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0
+    mirostat_lr: float = 0.1
+    mirostat_ent: float = 5.0
+    grammar: str | None = None
+    """In GBNF, the JSON schema's too."""
+    options: SamplingOptions = field(default=SamplingOptions(), compare=False)
+
+    @property
+    def logprobs(self) -> int | None:
+        return self.options.logprobs
 
 
 @dataclass(frozen=True)
@@ -42,30 +68,34 @@ class _Source:
     high: float
 
 
-_MAX_LAST_N = 2**20
-"""llama.cpp takes memory for so many tokens at once; where there is not enough it ends the process."""
-
 _SOURCES: dict[str, _Source] = {
     "temperature": _Source("general.sampling.temp", 0.7, 0.0, 100.0),
     "top_k": _Source("general.sampling.top_k", 50, 0, 2**31 - 1),
     "top_p": _Source("general.sampling.top_p", 0.95, 0.0, 1.0),
     "min_p": _Source("general.sampling.min_p", 0.0, 0.0, 1.0),
+    "typical_p": _Source("", 1.0, 0.0, 1.0),
     "repeat_penalty": _Source("general.sampling.penalty_repeat", 1.0, 0.01, 100.0),
-    "repeat_last_n": _Source("general.sampling.penalty_last_n", 64, 0, _MAX_LAST_N),
+    "repeat_last_n": _Source("general.sampling.penalty_last_n", 64, 0, 2**20),
+    "xtc_probability": _Source("general.sampling.xtc_probability", 0.0, 0.0, 1.0),
+    "xtc_threshold": _Source("general.sampling.xtc_threshold", 0.1, 0.0, 1.0),
+    "mirostat": _Source("general.sampling.mirostat", 0, 0, 2),
+    "mirostat_lr": _Source("general.sampling.mirostat_eta", 0.1, 0.0, 100.0),
+    "mirostat_ent": _Source("general.sampling.mirostat_tau", 5.0, 0.0, 100.0),
 }
 
 
 def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Sampling:
     """Fill what ``options`` leaves out; ``metadata(key)`` gives the model's value, or None.
 
-    A value of the model that makes no sense is left aside with a warning. Without a seed one is drawn.
+    A value of the model that makes no sense is left aside with a warning. Without a seed one is drawn. Raises
+    InputError for a grammar or a schema that cannot be used.
     """
     filled: dict[str, Any] = {}
     for name, source in _SOURCES.items():
-        given = getattr(options, name, None)
+        given = getattr(options, name)
         filled[name] = type(source.default)(_fill(source, metadata) if given is None else given)
     seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None or options.seed < 0 else options.seed
-    return Sampling(**filled, seed=seed, n_predict=options.n_predict)
+    return Sampling(**filled, seed=seed, n_predict=options.n_predict, grammar=grammar_of(options), options=options)
 
 
 def _fill(source: _Source, metadata: Callable[[str], Any]) -> float:
@@ -83,49 +113,138 @@ def _fill(source: _Source, metadata: Callable[[str], Any]) -> float:
 class Sampler:
     """A chain of llama.cpp's samplers, in the order of its own tools; freed by ``close``.
 
-    Penalties see the end of the prompt as well, as in llama.cpp's tools.
+    Penalties see the end of the prompt as well, as in llama.cpp's tools. Raises InputError for a bias of a token that
+    the model does not have, and for a grammar that llama.cpp does not take.
     """
 
-    def __init__(self, api: Any, n_vocab: int, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(self, api: Any, vocabulary: Vocabulary, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._api = api
+        self._n_vocab = vocabulary.n_tokens
+        vocabulary.check_tokens([token for token, _ in sampling.options.biases])
         parameters = api.llama_sampler_chain_default_params()
         parameters.no_perf = True
+        with vocabulary.in_use():
+            self._grammar = _grammar(api, vocabulary, sampling)
+            links = list(_links(api, vocabulary, sampling))
+        # llama.cpp's own greedy sampler gives the same token, but copies the whole vocabulary first
+        self._is_argmax = self._grammar is None and len(links) == 1 and sampling.temperature <= 0
         self._chain = api.llama_sampler_chain_init(parameters)
-        for link in _links(api, n_vocab, sampling):
+        self.close = weakref.finalize(self, _free, api, self._chain, self._grammar)
+        """Gives back its memory; may be called again."""
+        for link in links:
             api.llama_sampler_chain_add(self._chain, link)
-        if sampling.repeat_penalty != 1.0:
-            for token in prompt[-sampling.repeat_last_n :] if sampling.repeat_last_n else ():
-                api.llama_sampler_accept(self._chain, token)
+        n_seen = max(sampling.repeat_last_n, sampling.options.dry_penalty_last_n)
+        for token in prompt[-n_seen:] if n_seen and not sampling.mirostat else ():
+            api.llama_sampler_accept(self._chain, token)
 
-    def sample(self, context: Any) -> int:
-        """Draw from the logits of the last token that ``context`` decoded."""
-        return int(self._api.llama_sampler_sample(self._chain, context, -1))
+    def sample(self, cache: KVCache) -> int:
+        """Draw from the logits of the last token that was computed.
 
-    def close(self) -> None:
-        chain, self._chain = self._chain, None
-        if chain is not None:
-            self._api.llama_sampler_free(chain)
+        Raises EngineError where the grammar allows nothing that the model could say.
+        """
+        if self._is_argmax:
+            return int(cache.last_logits(self._n_vocab).argmax())
+        if self._grammar is None:
+            return int(self._api.llama_sampler_sample(self._chain, cache.context, -1))
+        token = self._drawn(cache, constrained=False)
+        if not self._allows(token):
+            token = self._drawn(cache, constrained=True)
+            if not self._allows(token):
+                raise EngineError("the grammar allows none of the model's tokens here: it leads into a dead end")
+        for sampler in (self._chain, self._grammar):
+            self._api.llama_sampler_accept(sampler, token)
+        return token
 
-    def __enter__(self) -> Sampler:
-        return self
+    def _drawn(self, cache: KVCache, *, constrained: bool) -> int:
+        candidates = np.empty(self._n_vocab, _CANDIDATE)
+        candidates["id"] = np.arange(self._n_vocab)
+        candidates["logit"] = cache.last_logits(self._n_vocab)
+        array = self._array(candidates)
+        if constrained:
+            self._api.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        self._api.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _allows(self, token: int) -> bool:
+        # asked of one token first: a grammar takes long over a whole vocabulary, and most tokens fit
+        array = self._array(candidate := np.array([(token, 1.0, 0.0)], _CANDIDATE))
+        self._api.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        return bool(np.isfinite(candidate["logit"][0]))
+
+    def _array(self, candidates: np.ndarray[Any, Any]) -> Any:
+        data = candidates.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
+        return self._api.llama_token_data_array(data, len(candidates), -1, False)
 
 
-def _links(api: Any, n_vocab: int, sampling: Sampling) -> list[Any]:
-    links = []
-    if sampling.repeat_penalty != 1.0 and sampling.repeat_last_n:
-        links.append(
-            api.llama_sampler_init_penalties(n_vocab, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0)
-        )
+def _free(api: Any, *samplers: Any) -> None:
+    for sampler in samplers:
+        if sampler is not None:
+            api.llama_sampler_free(sampler)
+
+
+def _grammar(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Any:
+    if sampling.grammar is None:
+        return None
+    found = api.llama_sampler_init_grammar(vocabulary.handle, sampling.grammar.encode(), b"root")
+    if not found:
+        raise InputError("llama.cpp does not take the grammar: a rule may begin with itself, which it cannot follow")
+    return found
+
+
+def _links(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+    yield from _biases(api, vocabulary, sampling)
+    if sampling.mirostat:
+        yield from _mirostat(api, vocabulary, sampling)
+        return
+    yield from _penalties(api, vocabulary, sampling)
+    yield from _filters(api, sampling)
     if sampling.temperature <= 0:
-        return [*links, api.llama_sampler_init_greedy()]
-    if sampling.top_k > 0:
-        links.append(api.llama_sampler_init_top_k(sampling.top_k))
-    if sampling.top_p < 1.0:
-        links.append(api.llama_sampler_init_top_p(sampling.top_p, 1))
-    if sampling.min_p > 0.0:
-        links.append(api.llama_sampler_init_min_p(sampling.min_p, 1))
-    links.append(api.llama_sampler_init_temp(sampling.temperature))
-    return [*links, api.llama_sampler_init_dist(sampling.seed)]
+        yield api.llama_sampler_init_greedy()
+        return
+    yield api.llama_sampler_init_temp(sampling.temperature)
+    yield api.llama_sampler_init_dist(sampling.seed)
+
+
+def _biases(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+    biases = sampling.options.biases
+    if not biases:
+        return
+    array = (api.llama_logit_bias * len(biases))(*(api.llama_logit_bias(*bias) for bias in biases))
+    yield api.llama_sampler_init_logit_bias(vocabulary.n_tokens, len(biases), array)
+
+
+def _mirostat(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+    seed, tau, eta = sampling.seed, sampling.mirostat_ent, sampling.mirostat_lr
+    yield api.llama_sampler_init_temp(sampling.temperature)
+    if sampling.mirostat == 1:
+        yield api.llama_sampler_init_mirostat(vocabulary.n_tokens, seed, tau, eta, _MIROSTAT_M)
+    else:
+        yield api.llama_sampler_init_mirostat_v2(seed, tau, eta)
+
+
+def _penalties(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+    options, last_n = sampling.options, sampling.repeat_last_n
+    penalties = (sampling.repeat_penalty, options.frequency_penalty, options.presence_penalty)
+    if last_n and penalties != (1.0, 0.0, 0.0):
+        yield api.llama_sampler_init_penalties(vocabulary.n_tokens, last_n, *penalties)
+    if options.dry_multiplier and options.dry_penalty_last_n:
+        words = options.dry_sequence_breakers or _BREAKERS
+        breakers = [] if words == ("none",) else [word.encode("utf-8", "replace") for word in words]
+        array = (ctypes.c_char_p * len(breakers))(*breakers)
+        shape = (options.dry_multiplier, options.dry_base, options.dry_allowed_length, options.dry_penalty_last_n)
+        yield api.llama_sampler_init_dry(vocabulary.handle, *shape, array, len(breakers))
+
+
+def _filters(api: Any, sampling: Sampling) -> Iterator[Any]:
+    # what keeps the likeliest token in any case has no say where that one is drawn
+    greedy = sampling.temperature <= 0 and sampling.typical_p >= 1.0 and sampling.xtc_probability <= 0.0
+    if sampling.top_k > 0 and not greedy:
+        yield api.llama_sampler_init_top_k(sampling.top_k)
+    if sampling.typical_p < 1.0:
+        yield api.llama_sampler_init_typical(sampling.typical_p, 1)
+    if sampling.top_p < 1.0 and not greedy:
+        yield api.llama_sampler_init_top_p(sampling.top_p, 1)
+    if sampling.min_p > 0.0 and not greedy:
+        yield api.llama_sampler_init_min_p(sampling.min_p, 1)
+    if sampling.xtc_probability > 0.0:
+        yield api.llama_sampler_init_xtc(sampling.xtc_probability, sampling.xtc_threshold, 1, sampling.seed)

@@ -45,8 +45,7 @@ def trace_routing(
     ids = prompt + _continued(engine, prompt, generate, sampling)
     recorder = _Recorder(keep_all=True, stop=engine.cancel)
     with engine.observed(recorder), recorder.checked():
-        for _ in engine.logits_by_batch(ids):  # with logits on all rows, the last layer computes all rows as well
-            recorder.check()
+        engine.prefill(ids, every_row=True)  # with logits on all rows, the last layer computes all rows as well
     return _assemble(engine, recorder, ids, len(prompt))
 
 
@@ -98,7 +97,7 @@ def _text(engine: Engine, token: int) -> str:
 class RoutedToken(Token):
     """A new token, and which experts were at work when it was drawn."""
 
-    expert_weights: tuple[float, ...]
+    expert_weights: tuple[float, ...] = ()
     """Weight of each expert in the step whose logits the token was drawn from, mean over the layers; sums to one."""
 
 
@@ -122,21 +121,22 @@ class RoutingTracer:
         _check_has_experts(engine)
         self._recorder = _Recorder(keep_all=False, stop=engine.cancel)
         self._attached = ExitStack()
-        self._attached.enter_context(engine.observed(self._recorder))
+        self._attached.enter_context(engine.observed(self._recorder, on_token=self._routed))
 
     def follow(self, events: Iterator[Event]) -> Iterator[Event]:
         """The same events, each Token as a RoutedToken.
 
-        It looks at what was computed last, so it must be iterated by the thread that iterates ``events``; what it gives
-        may be passed on to another.
+        The weights are looked at when the token is drawn, however far the answer runs ahead of its reader. Raises what
+        went wrong while looking.
         """
         for event in events:
             self._recorder.check()
-            if isinstance(event, Token):
-                weights = self.latest().mean(axis=0)
-                yield RoutedToken(event.text, event.token_id, tuple((weights / weights.sum()).tolist()))
-            else:
-                yield event
+            yield event
+
+    def _routed(self, token: Token) -> Token:
+        weights = self.latest().mean(axis=0)
+        shares = tuple((weights / weights.sum()).tolist())
+        return RoutedToken(token.text, token.token_id, token.logprob, token.alternatives, token.elapsed_s, shares)
 
     def latest(self) -> Floats:
         """Weight of each expert in each layer for the row computed last: (n_layer, n_expert), zero if it did not run.

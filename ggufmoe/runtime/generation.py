@@ -1,0 +1,290 @@
+"""One answer in the making: computed in the native thread, ahead of whoever reads it.
+
+The answer runs ahead of its reader by a few tokens, so that neither waits for the other. A reader who falls behind does
+not hold the engine: the answer is put aside, others are served, and it goes on when its reader comes back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from ggufmoe.errors import EngineError
+from ggufmoe.runtime.events import CancelFlag, Event, Finished, FinishReason, Timing, Token
+from ggufmoe.runtime.kvcache import KVCache
+from ggufmoe.runtime.loading import LoadedModel
+from ggufmoe.runtime.nativethread import NativeThread, Turn
+from ggufmoe.runtime.overflow import Overflow
+from ggufmoe.runtime.sampling import Sampler, Sampling
+from ggufmoe.runtime.textstream import TextStream
+
+MAX_AHEAD_TOKENS = 32
+"""An answer that is so far ahead of its reader is put aside."""
+_RESUME_TOKENS = 16
+_WAKE_S = 0.004
+"""A waiting reader is woken at most so often: being woken for each token of a tiny model, it would take its core."""
+_POLL_S = 0.05
+
+_State = Literal["idle", "queued", "running", "ended"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be continued, and how. ``prompt`` fits the context."""
+
+    prompt: tuple[int, ...]
+    settings: Sampling
+    stop: tuple[str, ...]
+    cancel: CancelFlag | None
+    overflow: Overflow
+
+
+class Generation:
+    """An answer to ``request``. ``sampler`` becomes its own; ``close`` it, or read it to its end."""
+
+    def __init__(self, native: NativeThread, loaded: LoadedModel, request: Request, sampler: Sampler) -> None:
+        self.turn = Turn()
+        self._native = native
+        self._loaded = loaded
+        self._request = request
+        self._sampler = sampler
+        self._text = TextStream(request.stop)
+        self._tokens = list(request.prompt)
+        self._clock = _Clock(prompt_tokens=len(self._tokens))
+        self._changed = threading.Condition()
+        self._state: _State = "idle"
+        self._events: deque[Event] = deque()
+        self._error: BaseException | None = None
+        self._reader_waits = False
+        self._woken_at = 0.0
+
+    # ---- for the reader
+
+    def read(self) -> Iterator[Event]:
+        """The events, the last a ``Finished``. Closing the iterator ends the computing.
+
+        Raises EngineError once the engine is closed, and what went wrong while computing.
+        """
+        n_given = 0
+        try:
+            while True:
+                for event in self._take():
+                    if self._native.closed:
+                        raise EngineError(f"the engine of {self._native.name} has been closed")
+                    if self._is_cancelled() and not (isinstance(event, Finished) and event.reason == "cancelled"):
+                        yield self._cut_short(n_given)
+                        return
+                    n_given += isinstance(event, Token)
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop computing, if that has not ended, and let go of what it needs."""
+        self._native.abort(self.turn)
+        with self._changed:
+            if self._state in ("idle", "queued"):
+                self._end()
+
+    def _is_cancelled(self) -> bool:
+        cancel = self._request.cancel
+        return self.turn.cancelled or (cancel is not None and cancel.is_set())
+
+    def _take(self) -> list[Event]:
+        """All events that are there, at least one."""
+        self._native.check_outside()
+        with self._changed:
+            if self._state == "idle" and len(self._events) < _RESUME_TOKENS:
+                self._submit()
+            while not self._events:
+                if self._error is not None:
+                    raise self._error
+                if self._state != "running" and self._is_cancelled():
+                    self._end()
+                    return [self._finished("cancelled")]
+                self._reader_waits = True
+                self._changed.wait(_POLL_S)
+                self._reader_waits = False
+            taken = list(self._events)
+            self._events.clear()
+            if self._state == "idle":
+                self._submit()
+            return taken
+
+    def _submit(self) -> None:
+        self._native.submit(self)
+        self._state = "queued"
+
+    def _cut_short(self, n_given: int) -> Finished:
+        self.close()
+        with self._changed:
+            while self._state == "running":
+                self._changed.wait(_POLL_S)
+        last = self._finished("cancelled")
+        return replace(last, text="", timing=replace(last.timing, generated_tokens=n_given))
+
+    # ---- in the native thread
+
+    def run(self) -> None:
+        """Go on with the answer until it ends or is far ahead of its reader."""
+        with self._changed:
+            if self._state == "ended":
+                return
+            self._state = "running"
+        try:
+            reason = self._advance()
+        except BaseException as error:  # it belongs to the reader
+            self._stop(error)
+            return
+        if reason is None:
+            self._pause()
+        else:
+            self._put(self._finished(reason))
+            self._stop(None)
+
+    def fail(self, error: EngineError) -> None:
+        """The engine is closed before the answer's turn has come."""
+        self._stop(error)
+
+    def _pause(self) -> None:
+        with self._changed:
+            if self.turn.cancelled:
+                self._end()
+            else:  # the reader may have come by in the meantime
+                self._state = "queued" if len(self._events) < _RESUME_TOKENS else "idle"
+            goes_on = self._state == "queued"
+            self._changed.notify()
+        if goes_on:
+            try:
+                self._native.submit(self)
+            except EngineError as error:
+                self._stop(error)
+
+    def _stop(self, error: BaseException | None) -> None:
+        with self._changed:
+            self._error = error
+            self._end()
+            self._changed.notify()
+
+    def _end(self) -> None:
+        self._state = "ended"
+        self._sampler.close()
+
+    def _advance(self) -> FinishReason | None:
+        """Compute tokens; the reason if the answer ends, None if it is far ahead."""
+        if not self._prepare(self._loaded.cache):
+            return "cancelled"
+        while len(self._events) < MAX_AHEAD_TOKENS:
+            reason = self._limit() or self._next()
+            if reason is not None:
+                return reason
+        return None
+
+    def _prepare(self, cache: KVCache) -> bool:
+        """Have the cache hold all tokens but those to be computed next; False if cancelled."""
+        if self._clock.generated_tokens:
+            n = cache.reuse(self._tokens)
+            return cache.feed(self._tokens[n:-1])
+        with self._clock.prompt(), self._native.watching(self._request.cancel, self.turn):
+            self._clock.cached_tokens = n = cache.reuse(self._tokens)
+            return cache.feed(self._tokens[n:])
+
+    def _limit(self) -> FinishReason | None:
+        if self._clock.generated_tokens == self._request.settings.n_predict:
+            return "length"
+        if self._is_cancelled():
+            return "cancelled"
+        cache = self._loaded.cache
+        # the newest token is not in the cache yet
+        if self._clock.generated_tokens and len(cache.tokens) >= cache.n_ctx:
+            return self._make_room(cache)
+        return None
+
+    def _make_room(self, cache: KVCache) -> FinishReason | None:
+        if self._request.overflow.policy == "error":
+            return "context"
+        begin, n = self._request.overflow.cut(len(self._tokens), cache.n_ctx)
+        del self._tokens[begin : begin + n]
+        if cache.drop(begin, n):
+            return None
+        return None if cache.feed(self._tokens[cache.reuse(self._tokens) : -1]) else "cancelled"
+
+    def _next(self) -> FinishReason | None:
+        """Compute the newest token and draw the one after it."""
+        clock, loaded = self._clock, self._loaded
+        start = time.perf_counter()
+        if clock.generated_tokens:
+            if not loaded.cache.feed(self._tokens[-1:]):
+                return "cancelled"
+            clock.evaluated_tokens += 1
+        token = self._sampler.sample(loaded.cache)
+        piece, ends = loaded.vocabulary.drawn(token)
+        now = time.perf_counter()
+        clock.generation_s += now - start
+        if ends:
+            return "stop"
+        clock.generated_tokens += 1
+        self._tokens.append(token)
+        event = Token(self._text.push(piece), token, *self._logprobs(token), elapsed_s=now - clock.began_at)
+        self._put(event if loaded.on_token is None else loaded.on_token(event))
+        return "stop" if self._text.stopped else None
+
+    def _logprobs(self, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+        n = self._request.settings.logprobs
+        if n is None:
+            return None, ()
+        vocabulary = self._loaded.vocabulary
+        logits = self._loaded.cache.last_logits(vocabulary.n_tokens).astype(np.float64)
+        logits -= logits.max()
+        logits -= np.log(np.exp(logits).sum())
+        best = np.argsort(-logits, kind="stable")[:n] if n else ()
+        return float(logits[token]), tuple((int(i), float(logits[i])) for i in best)
+
+    def _put(self, event: Event) -> None:
+        now = time.perf_counter()
+        with self._changed:
+            self._events.append(event)
+            if self._reader_waits and (now - self._woken_at >= _WAKE_S or isinstance(event, Finished)):
+                self._woken_at = now
+                self._changed.notify()
+
+    def _finished(self, reason: FinishReason) -> Finished:
+        return Finished(self._text.flush(), reason, self._clock.timing(), self._request.settings.seed)
+
+
+@dataclass
+class _Clock:
+    """Counts and times one generation, without the time that its reader takes."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    prompt_s: float = 0.0
+    generated_tokens: int = 0
+    evaluated_tokens: int = 0
+    generation_s: float = 0.0
+    began_at: float = 0.0
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        self.began_at = time.perf_counter()
+        yield
+        self.prompt_s = time.perf_counter() - self.began_at
+
+    def timing(self) -> Timing:
+        return Timing(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            prompt_s=self.prompt_s,
+            generated_tokens=self.generated_tokens,
+            evaluated_tokens=self.evaluated_tokens,
+            generation_s=self.generation_s,
+        )

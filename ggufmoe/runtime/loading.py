@@ -1,0 +1,241 @@
+"""A model and its context as llama.cpp holds them: loaded as planned, watched over while it loads, freed at the end.
+
+Owns the native handles. All of it runs in the engine's native thread. Where weights go is planned in ``offload``, what
+is computed is said in ``kvcache`` and ``generation``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import Cancelled, EngineError, ModelLoadError
+from ggufmoe.ggufheader import GGMLType, Header, ModelHeader
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.runtime.cpu import default_threads, memory_bytes
+from ggufmoe.runtime.devices import Machine, find_machine
+from ggufmoe.runtime.events import Token
+from ggufmoe.runtime.footprint import DEFAULT_MAX_CTX
+from ggufmoe.runtime.kvcache import KVCache, SavedStates
+from ggufmoe.runtime.nativelog import NativeLog, no_wait_callback
+from ggufmoe.runtime.offload import OffloadPlan, plan_offload
+from ggufmoe.runtime.placement import REPORT_LINES, Placement, placement_of, set_parameters
+from ggufmoe.runtime.vocabulary import Vocabulary
+
+_FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
+
+_loading = threading.Lock()
+_logger = logging.getLogger("ggufmoe")
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What to load, how, and who watches: ``on_progress`` is told the part that is done, 0 to 1."""
+
+    model: ModelHeader
+    context: ContextOptions
+    offload: OffloadOptions
+    on_progress: Callable[[float], None] | None
+    cancelled: Callable[[], bool]
+
+    @property
+    def path(self) -> Path:
+        return self.model.paths[0]
+
+
+class LoadedModel:
+    """The handles of a model: ``load`` it once, ``free`` it once."""
+
+    def __init__(self, api: Any, log: NativeLog, request: LoadRequest) -> None:
+        self.api = api
+        self.log = log
+        self.path = request.path
+        self.on_token: Callable[[Token], Token] | None = None
+        """What a new token passes through before its reader gets it, in the native thread."""
+        self.vocabulary: Vocabulary
+        self.placement: Placement
+        self.n_ctx_train: int
+        self.abort_callback, self.abort_flag = no_wait_callback(api)
+        self.observer: Any = None
+        self._header: Header = request.model.shards[0].header
+        self._request = request
+        self._saved = SavedStates(request.context.cache_ram * 2**20)
+        self._model: Any = None
+        self._context: Any = None
+        self._cache: KVCache
+
+    @property
+    def cache(self) -> KVCache:
+        """What the context keeps. Raises EngineError where a new one could not be made (``observe``)."""
+        if not self._context:
+            raise EngineError(f"{self.path}: no context any more, for want of memory; close the engine and load again")
+        return self._cache
+
+    def load(self) -> None:
+        """Raises ModelLoadError, Cancelled, and what ``on_progress`` raises; ``free`` gives back what was loaded."""
+        request = self._request
+        machine = find_machine(request.offload.device)
+        plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
+        for warning in plan.warnings:
+            _logger.warning("%s: %s", self.path, warning)
+        with _loading, self.log.collecting(REPORT_LINES) as lines:
+            self._check_wanted()
+            self._model = self._load_model(machine, plan)
+            self._check_wanted()
+            self.n_ctx_train = int(self.api.llama_model_n_ctx_train(self._model))
+            self._context = self._make_context(plan)
+        self.placement = placement_of(plan, lines, machine)
+        for difference in self.placement.differences:
+            _logger.warning("%s: not placed as planned: %s", self.path, difference)
+        self._check_wanted()
+        if not self.api.llama_get_memory(self._context) or self.api.llama_model_has_encoder(self._model):
+            raise ModelLoadError(
+                f"{self.path}: not a model that continues text: it has an encoder, or keeps no context"
+            )
+        self.vocabulary = Vocabulary(self.api, self._model, self.path)
+        self._cache = self._new_cache()
+
+    def _check_wanted(self) -> None:
+        if self._request.cancelled():
+            raise Cancelled(f"{self.path}: loading was stopped")
+
+    def _new_cache(self) -> KVCache:
+        return KVCache(self.api, self._context, self.log, self.path, self._saved)
+
+    # ---- the model
+
+    def _load_model(self, machine: Machine, plan: OffloadPlan) -> Any:
+        mark = self.log.mark()
+        parameters = self.api.llama_model_default_params()
+        key = f"{self._header.get('general.architecture')}.expert_used_count"
+        _alive = set_parameters(self.api, parameters, machine, plan, self._request.offload, key)
+        watcher = _Watcher(self._request)
+        parameters.progress_callback = self.api.llama_progress_callback(watcher)
+        model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        if not model and not watcher.stopped:
+            cause = self.log.cause_since(mark)
+            if "_Host buffer" in cause and not parameters.no_host:
+                _logger.warning("%s: %s; trying again as with --no-host", self.path, cause)
+                parameters.no_host = True
+                model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        if not model:
+            watcher.check()
+            self._check_wanted()
+            raise ModelLoadError(f"{self.path}: llama.cpp cannot load it: {self.log.cause_since(mark)}")
+        return model
+
+    # ---- the context
+
+    def _make_context(self, plan: OffloadPlan) -> Any:
+        mark = self.log.mark()
+        parameters = self._context_parameters(self._request.context)
+        self._check_cache_size(parameters.n_ctx, plan)
+        context = self.api.llama_init_from_model(self._model, parameters)
+        if not context:
+            raise ModelLoadError(
+                f"{self.path}: no such context can be made: {self.log.cause_since(mark)} "
+                "(a smaller --ctx-size takes less memory)"
+            )
+        return context
+
+    def _check_cache_size(self, n_ctx: int, plan: OffloadPlan) -> None:
+        # systems that promise more memory than they have end the process once llama.cpp fills its cache
+        needed, there = n_ctx * _cache_bytes_per_token(self._header, self._request.context), memory_bytes()
+        if there and min(needed, plan.host.kv_bytes) > there:
+            raise ModelLoadError(
+                f"{self.path}: a context of {n_ctx} tokens takes {needed / 1e9:.1f} GB, and this machine has "
+                f"{there / 1e9:.1f} GB of memory; ask for less with --ctx-size"
+            )
+
+    def _context_parameters(self, options: ContextOptions) -> Any:
+        parameters = self.api.llama_context_default_params()
+        n_ctx = min(self.n_ctx_train, DEFAULT_MAX_CTX) if options.n_ctx is None else options.n_ctx or self.n_ctx_train
+        n_threads = options.n_threads or default_threads()
+        values = {
+            "n_ctx": n_ctx,
+            "n_batch": options.n_batch,
+            "n_ubatch": min(options.n_ubatch, options.n_batch),
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads,
+            "flash_attn_type": _FLASH_ATTN[options.flash_attn],
+            "type_k": GGMLType[options.cache_type_k.upper()].id,
+            "type_v": GGMLType[options.cache_type_v.upper()].id,
+            "abort_callback": self.abort_callback,
+            "abort_callback_data": ctypes.addressof(self.abort_flag),
+            "no_perf": True,
+            "offload_kqv": self._request.offload.kv_offload,
+        }
+        if self.observer is not None:
+            values["cb_eval"] = self.observer
+        for name, value in values.items():
+            setattr(parameters, name, value)
+        return parameters
+
+    def observe(self, observer: Callable[[int, bool], bool] | None) -> None:
+        """A new context, whose graphs ``observer`` sees; what was in the cache is lost."""
+        callback = self.api.ggml_backend_sched_eval_callback
+        self.api.llama_free(self._context)
+        self._context = None
+        self.observer = None if observer is None else callback(lambda tensor, ask, _: observer(tensor, ask))
+        self._context = self._make_context(self.placement.plan)
+        self._saved.clear()
+        self._cache = self._new_cache()
+
+    # ---- the end
+
+    def free(self) -> None:
+        """Give back all memory."""
+        if hasattr(self, "vocabulary"):
+            self.vocabulary.close()
+        self._saved.clear()
+        context, self._context = self._context, None
+        model, self._model = self._model, None
+        if context:
+            self.api.llama_free(context)
+        if model:
+            self.api.llama_model_free(model)
+
+
+class _Watcher:
+    """What llama.cpp asks while it loads whether to go on. Nothing can be raised through C: ``check`` raises it."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        self._request = request
+        self._failure: BaseException | None = None
+        self.stopped = False
+
+    def __call__(self, part: float, _: Any) -> bool:
+        try:
+            if self._request.on_progress is not None:
+                self._request.on_progress(part)
+            self.stopped = self._request.cancelled()
+        except BaseException as failure:
+            self._failure, self.stopped = failure, True
+        return not self.stopped
+
+    def check(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+def _cache_bytes_per_token(header: Header, options: ContextOptions) -> float:
+    """What a token takes in the KV cache of a plain transformer; 0 where the header tells of another kind."""
+    arch = header.get("general.architecture")
+    keys = ("block_count", "embedding_length", "attention.head_count")
+    n_layer, n_embd, n_head = (header.get(f"{arch}.{key}") for key in keys)
+    n_head_kv = header.get(f"{arch}.attention.head_count_kv", n_head)
+    widths = [header.get(f"{arch}.attention.{key}_length") for key in ("key", "value")]
+    numbers = (n_layer, n_embd, n_head, n_head_kv, *(width for width in widths if width is not None))
+    if arch != "llama" or not all(type(number) is int and number > 0 for number in numbers):
+        return 0.0
+    types = [GGMLType[name.upper()] for name in (options.cache_type_k, options.cache_type_v)]
+    widths = [width or n_embd // n_head for width in widths]
+    per_head = sum(width * kind.block_bytes / kind.block_size for width, kind in zip(widths, types, strict=True))
+    return float(n_layer * n_head_kv * per_head)

@@ -1,0 +1,130 @@
+"""A loaded model's vocabulary: from text to tokens and back.
+
+It needs no context, so text can be tokenized while a long prompt is computed; its lock is its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import EngineError, InputError
+
+_NONE = 0
+"""LLAMA_VOCAB_TYPE_NONE."""
+
+
+class Vocabulary:
+    """The vocabulary of ``model`` (a ``llama_model *``), loaded from ``path``; of use until ``close``."""
+
+    def __init__(self, api: Any, model: Any, path: Path) -> None:
+        self._api = api
+        self._path = path
+        self._lock = threading.RLock()
+        self._drawn: dict[int, tuple[bytes, bool]] = {}
+        self.handle: Any = api.llama_model_get_vocab(model)
+        """The ``llama_vocab *``; None once closed."""
+        self.n_tokens: int = api.llama_vocab_n_tokens(self.handle)
+
+    def close(self) -> None:
+        """Call before the model is freed: waits for who is inside, and raises EngineError for who comes later."""
+        with self._lock:
+            self.handle = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While the block runs, ``handle`` stays what it is. Raises EngineError once closed."""
+        with self._lock:
+            self._check_open()
+            yield
+
+    @property
+    def bos_token(self) -> int | None:
+        return self._special(self._api.llama_vocab_bos)
+
+    @property
+    def eos_token(self) -> int | None:
+        return self._special(self._api.llama_vocab_eos)
+
+    @property
+    def adds_bos(self) -> bool:
+        with self._lock:
+            return self.bos_token is not None and bool(self._api.llama_vocab_get_add_bos(self.handle))
+
+    def _special(self, function: Any) -> int | None:
+        with self._lock:
+            self._check_open()
+            token = int(function(self.handle))
+        return None if token < 0 else token
+
+    def token_text(self, token: int | None) -> str:
+        """A token as the vocabulary spells it (``<s>``); empty for None."""
+        if token is None:
+            return ""
+        with self._lock:
+            self.check_tokens([token])
+            return bytes(self._api.llama_vocab_get_text(self.handle, token)).decode("utf-8", "replace")
+
+    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Token ids of ``text``, as ``Engine.tokenize`` describes them."""
+        # llama.cpp ends the process on text that is not UTF-8
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 8
+        with self._lock:
+            self._check_tokenizer()
+            while True:
+                buffer = (ctypes.c_int32 * room)()
+                n = self._api.llama_tokenize(self.handle, data, len(data), buffer, room, False, parse_special)
+                if n >= 0:
+                    break
+                room = -n
+            begin = self.bos_token if add_bos and self.adds_bos else None
+        return ([] if begin is None else [begin]) + list(buffer[:n])
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of one token; those of a control token are empty unless ``special``."""
+        room = 64
+        with self._lock:
+            self._check_tokenizer()
+            self.check_tokens([token])
+            while True:
+                buffer = ctypes.create_string_buffer(room)
+                n = self._api.llama_token_to_piece(self.handle, token, buffer, room, 0, special)
+                if n >= 0:
+                    return buffer.raw[:n]
+                room = -n
+
+    def ends_text(self, token: int) -> bool:
+        """Whether the model ends its text with this token (EOS, or an end of turn)."""
+        with self._lock:
+            self.check_tokens([token])
+            return bool(self._api.llama_vocab_is_eog(self.handle, token))
+
+    def drawn(self, token: int) -> tuple[bytes, bool]:
+        """``piece`` and ``ends_text`` of a token that was generated, remembered for the next time."""
+        known = self._drawn.get(token)
+        if known is None:
+            ends = self.ends_text(token)
+            known = self._drawn[token] = (b"" if ends else self.piece(token), ends)
+        return known
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise InputError for a number that is no token of this model."""
+        self._check_open()
+        for token in tokens:
+            if not 0 <= token < self.n_tokens:
+                raise InputError(f"{token} is not a token: this model has ids from 0 to {self.n_tokens - 1}")
+
+    def _check_tokenizer(self) -> None:
+        # llama.cpp ends the process when it is asked without one
+        self._check_open()
+        if self._api.llama_vocab_type(self.handle) == _NONE:
+            raise EngineError(f"{self._path}: the file has no tokenizer; convert it again with one")
+
+    def _check_open(self) -> None:
+        if not self.handle:
+            raise EngineError(f"the engine of {self._path} has been closed")

@@ -1,0 +1,185 @@
+"""Engine against a loop of plain ctypes calls on the same library: prompts, generation, the second turn.
+
+The loop does what llama-bench does: decode a prompt of fixed tokens, then one token after another, without sampling;
+and once more with llama.cpp's greedy sampler, which the engine uses too. Both sides run in turn, in one process, with
+the same threads and context. Of each the best and the middle round are compared: another program's load only ever adds.
+Processor time (with -t 1, where nobody spins) is compared as well, for machines that are never idle.
+
+usage: bench_runtime.py [MODEL.gguf] [-p N] [-n N] [-t N] [--rounds N]     (without a model: a random one of 1 MB)
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as api
+
+from ggufmoe import ContextOptions, Engine, SamplingOptions
+from ggufmoe.runtime.cpu import default_threads
+from ggufmoe.runtime.events import Finished, Token
+from ggufmoe.runtime.probe import write_probe_model
+
+_QUIET = api.llama_log_callback(lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds on the clock and of processor time, of all threads. The latter tells more on a machine that is busy."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def now() -> Times:
+    """This moment."""
+    return Times(time.perf_counter(), time.process_time())
+
+
+def since(start: Times, n: int = 1) -> Times:
+    """What has passed since ``start``, for each of ``n``."""
+    end = now()
+    return Times((end.wall_s - start.wall_s) / n, (end.cpu_s - start.cpu_s) / n)
+
+
+class NativeLoop:
+    """A model and a context of its own, made with the same numbers as the engine's."""
+
+    def __init__(self, path: Path, n_ctx: int, n_threads: int) -> None:
+        api.llama_log_set(_QUIET, None)
+        parameters = api.llama_model_default_params()
+        self.model = api.llama_model_load_from_file(str(path).encode(), parameters)
+        context = api.llama_context_default_params()
+        context.n_ctx, context.n_threads, context.n_threads_batch, context.no_perf = n_ctx, n_threads, n_threads, True
+        self.context = api.llama_init_from_model(self.model, context)
+        self.memory = api.llama_get_memory(self.context)
+        self.greedy = api.llama_sampler_init_greedy()
+
+    def prompt(self, tokens: list[int]) -> Times:
+        """Seconds to compute a prompt in an empty cache."""
+        api.llama_memory_clear(self.memory, False)
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        start = now()
+        api.llama_decode(self.context, api.llama_batch_get_one(ids, len(tokens)))
+        api.llama_synchronize(self.context)
+        return since(start)
+
+    def generation(self, tokens: list[int], n: int, *, sampled: bool) -> Times:
+        """Seconds for each of ``n`` tokens after a prompt."""
+        self.prompt(tokens)
+        ids = (ctypes.c_int32 * 1)(tokens[-1])
+        n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
+        following = [random.randrange(n_vocab) for _ in range(n)]
+        batch = api.llama_batch_get_one(ids, 1)
+        start = now()
+        for number in range(n):
+            api.llama_decode(self.context, batch)
+            if sampled:
+                ids[0] = api.llama_sampler_sample(self.greedy, self.context, -1)
+            else:
+                api.llama_synchronize(self.context)
+                ids[0] = following[number]
+        return since(start, n)
+
+
+def engine_prompt(engine: Engine, tokens: list[int]) -> Times:
+    """Seconds to compute the same prompt in an empty cache."""
+    engine.forget()
+    start = now()
+    engine.prefill(tokens)
+    return since(start)
+
+
+def engine_generation(engine: Engine, tokens: list[int], n: int) -> Times:
+    """Seconds for each token of an answer, from the arrival of the first event to that of the last."""
+    sampling = SamplingOptions(temperature=0, repeat_penalty=1.0, n_predict=n + 1)
+    arrived, n_tokens = None, 0
+    for event in engine.generate(tokens, sampling):
+        arrived = arrived or now()
+        n_tokens += isinstance(event, Token)
+    if n_tokens < 2 or arrived is None:
+        sys.exit("the model ends its answer at once; take another model")
+    return since(arrived, n_tokens - 1)
+
+
+def first_token(engine: Engine, tokens: list[int]) -> float:
+    """Seconds from asking to the first token."""
+    start = time.perf_counter()
+    events = engine.generate(tokens, SamplingOptions(temperature=0, n_predict=1))
+    next(events)
+    elapsed = time.perf_counter() - start
+    *_, last = events
+    assert isinstance(last, Finished), "events end with Finished"
+    return elapsed
+
+
+def compare(name: str, unit_tokens: int, native: list[Times], ours: list[Times]) -> None:
+    """Print speeds, their ratio with its spread over the rounds, and what a token costs the engine's processor more."""
+    ratios = sorted(n.wall_s / e.wall_s for n, e in zip(native, ours, strict=True))
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    fastest = [min(side.wall_s for side in sides) for sides in (native, ours)]
+    cpu = [statistics.median(side.cpu_s for side in sides) for sides in (native, ours)]
+    speeds = f"{unit_tokens / fastest[0]:9.1f} tok/s native, {unit_tokens / fastest[1]:9.1f} engine"
+    middle = f"in the middle {statistics.median(ratios):.3f} (half of the rounds {low:.3f} to {high:.3f})"
+    extra = f"processor time {cpu[0] / cpu[1]:.3f}, {1e6 * (cpu[1] - cpu[0]) / unit_tokens:+.1f} us a token"
+    print(f"{name:26} {speeds}; ratio of the best {fastest[0] / fastest[1]:.3f}, {middle}; {extra}")
+
+
+def in_turn(rounds: int, *sides: Callable[[], Times]) -> list[list[Times]]:
+    """Each side's seconds, round by round; who comes first changes."""
+    times: list[list[Times]] = [[] for _ in sides]
+    for number in range(rounds):
+        for i in range(len(sides)):
+            side = (number + i) % len(sides)
+            times[side].append(sides[side]())
+    return times
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("-p", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("-n", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("-t", type=int, default=default_threads(), help="threads")
+    parser.add_argument("--rounds", type=int, default=12)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.model or write_probe_model(Path(folder) / "random.gguf")
+        measure(path, args)
+
+
+def measure(path: Path, args: Any) -> None:
+    """All comparisons for one model."""
+    n_ctx = 2 * args.p + 2 * args.n + 64
+    with Engine(path, ContextOptions(n_ctx=n_ctx, n_threads=args.t)) as engine:
+        native = NativeLoop(path, n_ctx, args.t)
+        tokens = [3 + 7 * i % (engine.n_vocab - 3) for i in range(args.p)]
+        sides = in_turn(args.rounds, lambda: native.prompt(tokens), lambda: engine_prompt(engine, tokens))
+        compare(f"prompt of {args.p}", args.p, *sides)
+        start = tokens[:16]
+        plain, sampled, ours = in_turn(
+            args.rounds,
+            lambda: native.generation(start, args.n, sampled=False),
+            lambda: native.generation(start, args.n, sampled=True),
+            lambda: engine_generation(engine, start, args.n),
+        )
+        compare(f"{args.n} tokens, llama-bench", 1, plain, ours)
+        compare(f"{args.n} tokens, greedy", 1, sampled, ours)
+        engine.forget()
+        once = first_token(engine, tokens)
+        again = first_token(engine, [*tokens, *tokens[:16]])
+        print(f"first token: {1000 * once:.1f} ms in the first turn, {1000 * again:.1f} ms in the second, 16 tokens on")
+
+
+if __name__ == "__main__":
+    main()
