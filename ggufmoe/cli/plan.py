@@ -14,7 +14,7 @@ from ggufmoe.cli.params import with_options
 from ggufmoe.errors import EngineMissingError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.devices import find_machine, find_places
 from ggufmoe.runtime.footprint import EXPERTS
 from ggufmoe.runtime.offload import (
     DeviceShare,
@@ -62,8 +62,7 @@ def plan_command(
 
 def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
     if not imagined:
-        machine = find_machine(offload.device)
-        return machine.places, machine.host
+        return find_places(offload)
     places = tuple(
         Place(f"GPU{index}", f"GPU{index}", n_bytes, n_bytes, host_buffer="GPU_Host")
         for index, n_bytes in enumerate(imagined)
