@@ -48,6 +48,8 @@ def plan_command(
 
     Without --vram the devices of this machine are used. GPUs that are imagined are GPU0, GPU1 and so on.
     """
+    if vram and offload.rpc:
+        raise typer.BadParameter("--vram imagines all devices: leave out --rpc, or imagine its workers as well")
     header = read_model_header(model)
     devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
     if ram is not None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ggufmoe import native
 from ggufmoe.errors import EngineError
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.engine import Engine
@@ -31,8 +32,9 @@ LOADING = 0
 _SLOW = 10
 """A prompt is computed, and a model loaded, in steps that may take so many times as long as a token's."""
 _TICK_S = 1.0
-_BUSY = 0.03
-"""The part of a processor's time from which on this process counts as computing; watching takes less than 0.01."""
+_BUSY = 0.005
+"""The part of a processor's time from which on this process counts as computing: it may get little on a busy machine,
+and watching takes a tenth of that."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class _Host:
 
     def _load(self, start: Start) -> None:
         try:
+            native.library()  # takes as long as the disk does; the next step waits for workers alone
             with self._watch.over(2 * ANSWER_S):
                 register_workers(start.endpoints)
             with self._watch.over(_SLOW * self._timeout_s):

@@ -142,7 +142,8 @@ class ChildProcess:
             self._process.kill()
         self._process.wait()
         for thread in self._threads:
-            thread.join(_GRACE_S)
+            if thread is not threading.current_thread():  # a finalizer may run in any of them
+                thread.join(_GRACE_S)
         if not self._is_read and self._process.stdout is not None:
             self._process.stdout.close()
 

@@ -133,3 +133,5 @@ def test_plan_spreads_layers_over_workers(story: Path, capsys: pytest.CaptureFix
     assert [share["device"] for share in shares] == ["RPC0", "RPC1", "CPU"]
     assert shares[0]["layers"] + shares[1]["layers"] == [0, 1]
     assert shares[0]["free_bytes"] == 2 << 30
+    assert exit_code(["plan", str(story), "--rpc", "a:1", "--vram", "8G"]) == 2
+    assert "leave out --rpc" in capsys.readouterr().err

@@ -400,12 +400,14 @@ def test_an_engine_that_is_forgotten_leaves_no_process(story_path: Path, worker:
     assert children() == before
 
 
-def test_a_child_that_dies_of_something_else(remote_story: Engine, worker: Worker) -> None:
-    (pid,) = children() - {worker.pid}
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_running(pid))
-    with pytest.raises(EngineError, match=r"the process that computes has ended: .*signal 9") as caught:
-        remote_story.tokenize("a")
+def test_a_child_that_dies_of_something_else(story_path: Path, worker: Worker) -> None:
+    before = children()
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint)) as engine:
+        (pid,) = children() - before
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_running(pid))
+        with pytest.raises(EngineError, match=r"the process that computes has ended: .*signal 9") as caught:
+            engine.tokenize("a")
     assert not isinstance(caught.value, WorkerError)
 
 
@@ -449,7 +451,8 @@ except ggufmoe.EngineError as error:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "printed"), [("freeze_support()", "tokens [1, "), ("", "must call ggufmoe.runtime.process.freeze_supp")]
+    ("prepare", "printed"),
+    [("freeze_support()", "tokens [1, "), ("", "a frozen app that uses workers must call")],
 )
 def test_a_frozen_app_is_started_again_as_the_child(
     prepare: str, printed: str, story_path: Path, worker: Worker, tmp_path: Path
