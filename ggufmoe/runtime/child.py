@@ -7,6 +7,7 @@ process that has ended.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import EngineError, WorkerLostError
+from ggufmoe.errors import Cancelled, EngineError, WorkerLostError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.engine import Engine
@@ -31,6 +32,8 @@ from ggufmoe.runtime.hosted import (
     Failure,
     Item,
     Logged,
+    Progress,
+    Reply,
     Silence,
     Start,
     Stop,
@@ -38,11 +41,23 @@ from ggufmoe.runtime.hosted import (
 from ggufmoe.runtime.process import ChildProcess
 from ggufmoe.runtime.rpc import find_workers, lost_workers
 
-_CALLS = ("tokenize", "token_text", "piece", "ends_text", "detokenize", "logits", "forget", "apply")
+_CALLS = (
+    "tokenize",
+    "token_text",
+    "piece",
+    "ends_text",
+    "detokenize",
+    "logits",
+    "forget",
+    "apply",
+    "prefill",
+    "save_session",
+    "load_session",
+)
 """Methods of Engine that the child answers."""
 _STREAMS = ("generate", "logits_by_batch")
 """Those that give an iterator, which the child reads ahead."""
-_VALUES = ("n_ctx_train", "bos_token", "eos_token", "adds_bos", "cached_tokens")
+_VALUES = ("bos_token", "eos_token", "adds_bos", "overflow", "cached_tokens")
 """Properties that the child is asked for each time."""
 
 _AHEAD = 32
@@ -69,6 +84,9 @@ class ChildEngine(Engine):
         path: str | os.PathLike[str],
         context: ContextOptions | None = None,
         offload: OffloadOptions | None = None,
+        *,
+        on_progress: Callable[[float], None] | None = None,
+        cancel: CancelFlag | None = None,
     ) -> None:
         assert offload is not None, "an engine without workers needs no child"
         model = read_model_header(Path(path))
@@ -76,8 +94,9 @@ class ChildEngine(Engine):
         self.header = model.shards[0].header
         endpoints = dict.fromkeys(device.endpoint for device in find_workers(offload.workers))
         self._link = _Link(self.path, offload.workers)
+        start = Start(Path(path), context, offload, tuple(endpoints), _logger.getEffectiveLevel())
         try:
-            facts = self._link.load(Start(Path(path), context, offload, tuple(endpoints), _logger.getEffectiveLevel()))
+            facts = self._link.load(start, on_progress, cancel)
         except BaseException:
             self._link.close(0.0)
             raise
@@ -87,7 +106,7 @@ class ChildEngine(Engine):
         """Stop the generation that runs now, from another thread; it ends with the reason ``cancelled``."""
         self._link.send(Cancel(None))
 
-    def observed(self, observer: Callable[[int, bool], bool]) -> Any:
+    def observed(self, *_: Any, **__: Any) -> Any:
         """Not here: raises EngineError, because the observer would have to be in the process that computes."""
         raise EngineError(
             f"{self.path}: with workers (--rpc) the graph is computed in another process and cannot be watched from "
@@ -148,38 +167,55 @@ class _Link:
         self._receiver = threading.Thread(target=self._receive, name="ggufmoe-child", daemon=True)
         self._receiver.start()
 
-    def load(self, start: Start) -> dict[str, Any]:
-        """Load the model; gives FACTS."""
+    def load(
+        self, start: Start, on_progress: Callable[[float], None] | None, cancel: CancelFlag | None
+    ) -> dict[str, Any]:
+        """Load the model; gives FACTS. Whatever this raises, the child is of no use then."""
         inbox = self._awaiting(LOADING)
         self._process.send(start)
-        facts: dict[str, Any] = self._answer(LOADING, inbox)
-        self._is_loaded = True
-        return facts
+        while True:
+            message = self._next(inbox, cancel)
+            if message is None:
+                raise Cancelled(f"{self._path}: loading was stopped")
+            if isinstance(message, Failure):
+                raise message.error
+            if isinstance(message, Reply):
+                self.forget(LOADING)
+                self._is_loaded = True
+                return dict(message.value)
+            if isinstance(message, Progress) and on_progress is not None:
+                on_progress(message.part)
 
     def send(self, message: Any) -> None:
         self._process.send(message)
 
     def call(self, name: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         """The value of an attribute, or what a method gives; raises what it raises."""
-        call = Call(next(self._ids), name, arguments, keywords, is_cancellable=False)
-        return self._ask(call)
+        cancel, call = self._call(name, arguments, keywords)
+        return self._ask(call, cancel)
 
     def stream(self, name: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Iterator[Any]:
         """The items that a method gives; it begins with the first one that is asked for."""
-        cancel = keywords.get("cancel")
-        others = {key: value for key, value in keywords.items() if key != "cancel"}
-        call = Call(next(self._ids), name, arguments, others, is_cancellable="cancel" in keywords)
-        self._ask(call)
+        cancel, call = self._call(name, arguments, keywords)
+        self._ask(call, None)
         return _Stream(self, call.id, self._awaiting(call.id), cancel)
 
-    def _ask(self, call: Call) -> Any:
+    def _call(
+        self, name: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> tuple[CancelFlag | None, Call]:
+        """A flag cannot be sent: it is watched here, and has a twin in the child."""
+        others = {key: value for key, value in keywords.items() if key != "cancel"}
+        call = Call(next(self._ids), name, arguments, others, is_cancellable="cancel" in keywords)
+        return keywords.get("cancel"), call
+
+    def _ask(self, call: Call, cancel: CancelFlag | None) -> Any:
         inbox = self._awaiting(call.id)
         try:
             self._process.send(call)
         except BaseException:  # what cannot be pickled has no answer
             self.forget(call.id)
             raise
-        return self._answer(call.id, inbox)
+        return self._answer(call.id, inbox, cancel)
 
     def _awaiting(self, id: int) -> queue.SimpleQueue[Any]:
         with self._lock:
@@ -187,18 +223,24 @@ class _Link:
                 raise type(self._end)(str(self._end))
             return self._inboxes.setdefault(id, queue.SimpleQueue())
 
-    def _answer(self, id: int, inbox: queue.SimpleQueue[Any]) -> Any:
+    def _answer(self, id: int, inbox: queue.SimpleQueue[Any], cancel: CancelFlag | None) -> Any:
         try:
-            while True:
-                try:
-                    message = inbox.get(timeout=_WAIT_S)
-                except queue.Empty:
-                    continue
-                if isinstance(message, Failure):
-                    raise message.error
-                return message.value
+            message = self._next(inbox, cancel)
+            if message is None:
+                self.send(Cancel(id))
+                message = self._next(inbox, None)
+            if isinstance(message, Failure):
+                raise message.error
+            return message.value
         finally:
             self.forget(id)
+
+    def _next(self, inbox: queue.SimpleQueue[Any], cancel: CancelFlag | None) -> Any:
+        """The next message; None once ``cancel`` is set."""
+        while cancel is None or not cancel.is_set():
+            with contextlib.suppress(queue.Empty):
+                return inbox.get(timeout=_WAIT_S if cancel is None else _CANCEL_S)
+        return None
 
     def forget(self, id: int) -> None:
         """Nothing more is awaited under this id."""

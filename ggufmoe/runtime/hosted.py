@@ -25,7 +25,7 @@ from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.process import leave_with_parent, read_messages
 from ggufmoe.runtime.rpc import ANSWER_S, guard_connections, register_workers
 
-FACTS = ("placement", "n_ctx", "n_vocab")
+FACTS = ("placement", "n_ctx", "n_vocab", "n_ctx_train")
 """Attributes of an engine that do not change; they are sent once."""
 LOADING = 0
 """The id under which loading is answered."""
@@ -72,7 +72,7 @@ class Credit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Set the cancel flag of a stream, or cancel what the engine does now."""
+    """Set the cancel flag of a call or a stream, or cancel all that the engine does now."""
 
     id: int | None
 
@@ -106,6 +106,14 @@ class Item:
 
     id: int
     value: Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The part of the model that is loaded, 0 to 1."""
+
+    id: int
+    part: float
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,7 @@ class _Host:
         self._watch = _Watch(start.endpoints, send)
         self._timeout_s = float(start.offload.rpc_timeout)
         self._engine: Engine | None = None
+        self._flags: dict[int, threading.Event] = {}
         self._streams: dict[int, _Stream] = {}
         self._stopping: dict[int, _Stream] = {}
         _in_thread(self._load, start)
@@ -177,36 +186,47 @@ class _Host:
             with self._watch.over(2 * ANSWER_S):
                 register_workers(start.endpoints)
             with self._watch.over(_SLOW * self._timeout_s):
-                engine = _Here(start.path, start.context, start.offload)
+                engine = _Here(start.path, start.context, start.offload, on_progress=self._report)
         except Exception as error:  # for the process that waits
             self._send(Failure(LOADING, _portable(error)))
             return
         self._engine = engine
         self._send(Reply(LOADING, {name: getattr(engine, name) for name in FACTS}))
 
+    def _report(self, part: float) -> None:
+        self._watch.sign()
+        self._send(Progress(LOADING, part))
+
     def take(self, message: Any) -> None:
         """Do what a message asks; nothing here waits for the engine."""
         if isinstance(message, Call):
-            _in_thread(self._call, message)
-        elif isinstance(message, Cancel) and message.id is None:
-            if self._engine is not None:
-                self._engine.cancel()
+            self._flags[message.id] = threading.Event()
+            _in_thread(self._call, message, self._flags[message.id])
+        elif isinstance(message, Cancel):
+            self._cancel(message.id)
         elif (stream := self._streams.get(message.id)) is not None:
             if isinstance(message, Credit):
                 stream.allow(message.n_items)
-            elif isinstance(message, Cancel):
-                stream.cancelled.set()
             elif isinstance(message, Stop):
-                del self._streams[message.id]
                 self._stopping[message.id] = stream
                 stream.stop()
+                self._forget(message.id)
 
-    def _call(self, call: Call) -> None:
+    def _cancel(self, id: int | None) -> None:
+        if id is not None and (flag := self._flags.get(id)) is not None:
+            flag.set()
+        elif id is None and self._engine is not None:
+            self._engine.cancel()
+
+    def _forget(self, id: int) -> None:
+        self._flags.pop(id, None)
+        self._streams.pop(id, None)
+
+    def _call(self, call: Call, cancelled: threading.Event) -> None:
         # a stream that nobody reads may still be computing a token
         for stream in list(self._stopping.values()):
             stream.ended.wait()
             self._stopping.pop(stream.id, None)
-        cancelled = threading.Event()
         keywords = {**call.keywords, "cancel": cancelled} if call.is_cancellable else call.keywords
         try:
             with self._watch.over(_SLOW * self._timeout_s):
@@ -214,11 +234,14 @@ class _Host:
                 if callable(value):
                     value = value(*call.arguments, **keywords)
         except Exception as error:  # for the process that waits
+            self._forget(call.id)
             self._send(Failure(call.id, _portable(error)))
             return
         if isinstance(value, Iterator):
-            self._streams[call.id] = _Stream(call.id, value, cancelled, self._step, self._send)
+            self._streams[call.id] = _Stream(call.id, value, cancelled, self._step, self._send, self._forget)
             value = None
+        else:
+            self._forget(call.id)
         self._send(Reply(call.id, value))
 
     def _step(self, iterator: Iterator[Any], n_done: int) -> Any:
@@ -230,7 +253,7 @@ class _Host:
         """Give everything back; workers that hang are left to the parent, who kills this process."""
         if self._engine is None:
             os._exit(0)  # while it is loading
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):
             stream.stop()
         self._engine.cancel()
         self._engine.close()
@@ -245,6 +268,7 @@ class _Stream:
     cancelled: threading.Event
     step: Callable[[Iterator[Any], int], Any]
     send: Send
+    forget: Callable[[int], None]
     ended: threading.Event = field(default_factory=threading.Event)
     _allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _is_stopped: bool = False
@@ -281,6 +305,7 @@ class _Stream:
             self.send(Failure(self.id, _portable(error)))
         finally:
             self.ended.set()
+            self.forget(self.id)
 
 
 class _Watch:
@@ -306,7 +331,11 @@ class _Watch:
             yield
         finally:
             del self._limits[key]
-            self._n_completed += 1
+            self.sign()
+
+    def sign(self) -> None:
+        """Something has been completed."""
+        self._n_completed += 1
 
     def _run(self) -> None:
         silent_s, before = 0.0, self._signs()

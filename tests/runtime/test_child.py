@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import os
@@ -21,6 +22,7 @@ import pytest
 
 import ggufmoe
 from ggufmoe import (
+    Cancelled,
     ContextFullError,
     ContextOptions,
     Engine,
@@ -185,7 +187,7 @@ def public(of: type) -> set[str]:
 
 
 def test_every_method_of_an_engine_is_forwarded_or_done_here() -> None:
-    here = {"cancel", "observed", "close", "metadata"}
+    here = {"cancel", "observed", "close", "metadata", "generate_async"}
     forwarded = {*child._CALLS, *child._STREAMS, *child._VALUES}
     assert forwarded | here == public(Engine)
     assert not forwarded & here
@@ -261,6 +263,39 @@ def test_a_flag_set_before_the_start(remote_story: Engine) -> None:
     (only,) = remote_story.generate(remote_story.tokenize(" on"), FOR_EVER, cancel=flag)
     assert isinstance(only, Finished)
     assert only.reason == "cancelled"
+
+
+def test_loading_is_reported_and_can_be_stopped(story_path: Path, worker: Worker) -> None:
+    before, parts, flag = children(), list[float](), threading.Event()
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint), on_progress=parts.append):
+        assert parts == sorted(parts)
+        assert parts[-1] == 1.0
+    flag.set()
+    with pytest.raises(Cancelled, match="loading was stopped"):
+        Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint), cancel=flag)
+    assert children() == before
+
+
+def test_a_prompt_can_be_computed_before_it_is_asked(remote_story: Engine, tmp_path: Path) -> None:
+    prompt = remote_story.tokenize(" once upon a")
+    assert remote_story.prefill(prompt) == len(prompt)
+    assert remote_story.save_session(tmp_path / "session") == len(prompt)
+    flag = threading.Event()
+    flag.set()
+    remote_story.forget()
+    with pytest.raises(Cancelled):
+        remote_story.prefill(prompt, cancel=flag)
+    assert remote_story.load_session(tmp_path / "session") == (tuple(prompt), "")
+    finished = list(remote_story.generate(prompt, GREEDY))[-1]
+    assert isinstance(finished, Finished)
+    assert finished.timing.cached_tokens == len(prompt) - 1
+
+
+def test_a_stream_for_async(remote_story: Engine) -> None:
+    async def read() -> list[Event]:
+        return [event async for event in remote_story.generate_async(remote_story.tokenize(" once"), GREEDY)]
+
+    assert "".join(event.text for event in asyncio.run(read())) == " upon a time"
 
 
 def test_an_unfinished_stream_makes_way_for_the_next(remote_story: Engine) -> None:
