@@ -204,9 +204,11 @@ class _Link:
         self, name: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
     ) -> tuple[CancelFlag | None, Call]:
         """A flag cannot be sent: it is watched here, and has a twin in the child."""
+        cancel: CancelFlag | None = keywords.get("cancel")
         others = {key: value for key, value in keywords.items() if key != "cancel"}
-        call = Call(next(self._ids), name, arguments, others, is_cancellable="cancel" in keywords)
-        return keywords.get("cancel"), call
+        is_set = cancel is not None and cancel.is_set()
+        call = Call(next(self._ids), name, arguments, others, "cancel" in keywords, is_set)
+        return cancel, call
 
     def _ask(self, call: Call, cancel: CancelFlag | None) -> Any:
         inbox = self._awaiting(call.id)

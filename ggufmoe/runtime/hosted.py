@@ -60,6 +60,7 @@ class Call:
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     is_cancellable: bool
+    is_cancelled: bool
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,10 @@ class _Host:
     def take(self, message: Any) -> None:
         """Do what a message asks; nothing here waits for the engine."""
         if isinstance(message, Call):
-            self._flags[message.id] = threading.Event()
-            _in_thread(self._call, message, self._flags[message.id])
+            flag = self._flags[message.id] = threading.Event()
+            if message.is_cancelled:
+                flag.set()
+            _in_thread(self._call, message, flag)
         elif isinstance(message, Cancel):
             self._cancel(message.id)
         elif (stream := self._streams.get(message.id)) is not None:

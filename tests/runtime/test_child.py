@@ -126,15 +126,15 @@ def limited(model: Path, endpoint: str) -> OffloadOptions:
 def offload_of(case: str, model: Path, first: str, second: str) -> OffloadOptions:
     if case == "fit":
         return limited(model, first)
-    given: dict[str, Any] = {
+    cases: dict[str, dict[str, Any]] = {
         "all": {"rpc": first},
         "cpu_moe": {"rpc": first, "cpu_moe": True},
         "n_cpu_moe": {"rpc": first, "n_cpu_moe": 3},
         "override": {"rpc": first, "n_gpu_layers": 2, "override_tensor": (r"blk\.[01]\.ffn_.*=RPC0,attn_q=CPU",)},
         "split": {"rpc": f"{first},{second}", "tensor_split": "3,2"},
         "second": {"rpc": f"{first},{second}", "device": "RPC1"},
-    }[case]
-    return OffloadOptions(load_mode="none", fit="off", **given)
+    }
+    return OffloadOptions(load_mode="none", fit="off", **cases[case])
 
 
 @pytest.mark.parametrize("case", ["all", "cpu_moe", "n_cpu_moe", "override", "split", "second", "fit"])
