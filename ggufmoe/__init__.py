@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         TemplateError,
         TensorMismatchError,
         TokenizerError,
+        WorkerError,
+        WorkerLostError,
     )
     from ggufmoe.options import (
         ContextOptions,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         OffloadOptions,
         QuantizeOptions,
         SamplingOptions,
+        WorkerOptions,
     )
     from ggufmoe.quantize import quantize as quantize
     from ggufmoe.runtime.chat import Chat
@@ -90,6 +93,9 @@ __all__ = [
     "TemplateError",
     "TensorMismatchError",
     "TokenizerError",
+    "WorkerError",
+    "WorkerLostError",
+    "WorkerOptions",
     "__version__",
     "convert",
     "merge",
@@ -109,6 +115,7 @@ _HOMES = {
     "RoutingTrace": "ggufmoe.runtime.routing",
     "RoutingTracer": "ggufmoe.runtime.routing",
     "SamplingOptions": "ggufmoe.options",
+    "WorkerOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
     "merge": "ggufmoe.convert",
     "quantize": "ggufmoe.quantize",

@@ -236,6 +236,27 @@ def reinstall() -> str:
     return f"{pip} llama-cpp-python=={PINNED_ENGINE.package}, with the CMAKE_ARGS of vendor/README.md"
 
 
+# ---- workers on other machines
+
+
+def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
+    """Whether workers, given as host and port, answer, and what they offer. Takes seconds at most."""
+    from ggufmoe.errors import WorkerError
+    from ggufmoe.runtime.rpc import find_workers
+
+    for host, port in workers:
+        name = f"{host}:{port}"
+        try:
+            devices = find_workers([(host, port)])
+        except WorkerError as error:
+            way_out = "start it with 'ggufmoe worker', and look at firewalls"
+            yield Finding("workers", name, "wrong", one_line(str(error)), way_out)
+            continue
+        memory = ", ".join(f"{d.total_bytes / 1e9:.1f} GB, {d.free_bytes / 1e9:.1f} GB free" for d in devices)
+        data = {"devices": [asdict(device) for device in devices]}
+        yield Finding("workers", name, "ok", f"answers: {len(devices)} device(s) with {memory}", data=data)
+
+
 # ---- the kernels
 
 

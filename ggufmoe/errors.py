@@ -24,7 +24,9 @@ Each message is one line: what was expected, what was found, in which file or te
     │   ├── EngineMissingError       llama-cpp-python is absent or not the pinned one
     │   ├── ModelLoadError           llama.cpp refused the model
     │   ├── ContextFullError         the context has no room for the prompt or the answer
-    │   └── DecodeError              llama.cpp failed while computing
+    │   ├── DecodeError              llama.cpp failed while computing
+    │   └── WorkerError              a worker on another machine cannot be used
+    │       └── WorkerLostError      a worker was lost while it was in use
     └── Cancelled                    exit code 130: the caller asked to stop
 """
 
@@ -121,6 +123,14 @@ class ContextFullError(EngineError):
 
 class DecodeError(EngineError):
     """llama.cpp failed while computing."""
+
+
+class WorkerError(EngineError):
+    """A worker on another machine cannot be reached, is busy, or is none that this version can talk to."""
+
+
+class WorkerLostError(WorkerError):
+    """A worker was lost while a model was being loaded or computed on it."""
 
 
 class Cancelled(GgufmoeError):

@@ -8,7 +8,9 @@ layout and keeps them alive over the call. ctypes releases the GIL, so all of th
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.errors import EngineMissingError
+from ggufmoe.errors import EngineError, EngineMissingError
 from ggufmoe.ggufheader import GGMLType
 
 _VOID = ctypes.c_void_p
@@ -69,6 +71,17 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_commit": (ctypes.c_char_p, ()),
     "llama_print_system_info": (ctypes.c_char_p, ()),
 }
+
+_RPC_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    # ggml_backend_reg_t ggml_backend_rpc_add_server(const char * endpoint); NULL for a worker without devices
+    "ggml_backend_rpc_add_server": (_VOID, (ctypes.c_char_p,)),
+    # void ggml_backend_register(ggml_backend_reg_t)
+    "ggml_backend_register": (None, (_VOID,)),
+    # void ggml_backend_rpc_start_server(const char * endpoint, const char * cache_dir, size_t n_threads,
+    #                                    size_t n_devices, ggml_backend_dev_t * devices)
+    "ggml_backend_rpc_start_server": (None, (ctypes.c_char_p, ctypes.c_char_p, _SIZE, _SIZE, _VOID)),
+}
+"""What only an engine has that was built with RPC."""
 
 
 @cache
@@ -225,6 +238,42 @@ def _buffer_type(handle: int) -> BufferType:
     lib = library()
     name = lib.ggml_backend_buft_name(handle).decode("utf-8", "replace")
     return BufferType(handle, name, lib.ggml_backend_buft_get_alignment(handle))
+
+
+def rpc_function(name: str) -> Any:
+    """A function of ``_RPC_PROTOTYPES``. Raises EngineError for an engine that was built without RPC."""
+    lib = library()
+    if not hasattr(lib, name):
+        raise EngineError(
+            "this llama-cpp-python was built without RPC and cannot use other machines: install it again with "
+            'CMAKE_ARGS="-DGGML_RPC=ON", as vendor/README.md describes'
+        )
+    function = getattr(lib, name)
+    function.restype, function.argtypes = _RPC_PROTOTYPES[name]
+    return function
+
+
+def register_rpc_server(endpoint: str) -> None:
+    """Make the devices of the worker at ``endpoint`` (IPv4:PORT) devices of this process, for as long as it lives.
+
+    ggml ends the process if the worker cannot be reached, and waits without end for one that is silent.
+    Raises EngineError.
+    """
+    add = rpc_function("ggml_backend_rpc_add_server")
+    registry = add(endpoint.encode())
+    if not registry:
+        raise EngineError(f"the worker at {endpoint} has no devices")
+    rpc_function("ggml_backend_register")(registry)
+
+
+def start_rpc_server(endpoint: str, cache_dir: str | None, n_threads: int, served: Sequence[Device]) -> None:
+    """Serve devices at ``endpoint`` (IPv4:PORT), one client after the other; returns only if it cannot.
+
+    ggml prints to stdout what it does. Raises EngineError.
+    """
+    start = rpc_function("ggml_backend_rpc_start_server")
+    handles = (_VOID * len(served))(*(device.handle for device in served))
+    start(endpoint.encode(), os.fsencode(cache_dir) if cache_dir else None, n_threads, len(handles), handles)
 
 
 def cpu_has(feature: str) -> bool:

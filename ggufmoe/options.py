@@ -118,6 +118,10 @@ _MAX_THREADS = 512
 MAX_SEED = 2**32 - 2
 """The largest seed: the number above stands for a seed by chance in llama.cpp (LLAMA_DEFAULT_SEED)."""
 
+_MAX_WORKERS = 16
+"""GGML_RPC_MAX_SERVERS of ggml-rpc.h."""
+_MAX_PORT = 65535
+
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
 OverflowPolicy = Literal["error", "shift", "truncate-middle"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
@@ -254,16 +258,30 @@ class OffloadOptions:
         metavar="N",
     )
 
+    rpc: str | None = option(
+        None,
+        "--rpc",
+        help="Workers on other machines ('ggufmoe worker'), which become the devices RPC0, RPC1, ...",
+        metavar="HOST:PORT,...",
+    )
+    rpc_timeout: int = option(
+        30,
+        "--rpc-timeout",
+        help="Seconds without a sign of life after which a worker is given up; ten times that while a prompt is read.",
+        metavar="S",
+    )
+
     def __post_init__(self) -> None:
         _check_range("layers on the GPU", self.n_gpu_layers, ALL_LAYERS, _MAX_INT32)
         _check_range("layers whose experts stay in the CPU's memory", self.n_cpu_moe, 0, _MAX_INT32)
         _check_range("main GPU", self.main_gpu, 0, _MAX_INT32)
         _check_range("memory to leave free, in MiB,", self.fit_target, 0, _MAX_INT32)
         _check_range("number of experts used", self.n_expert_used, 1, _MAX_INT32)
+        _check_range("seconds of silence of a worker", self.rpc_timeout, 1, _MAX_INT32)
         _check_choices(self)
         if self.cpu_moe and self.n_cpu_moe is not None:
             raise OptionError("--cpu-moe keeps all experts in the CPU's memory: leave out --n-cpu-moe")
-        _ = (self.overrides, self.split_shares)
+        _ = (self.overrides, self.split_shares, self.workers)
 
     @property
     def overrides(self) -> tuple[tuple[str, str], ...]:
@@ -282,6 +300,29 @@ class OffloadOptions:
             raise OptionError(message) from error
         _check(all(0 <= share <= _MAX_INT32 for share in shares) and sum(shares) > 0, message)
         return shares
+
+    @property
+    def workers(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of each worker that ``rpc`` names, in its order."""
+        if self.rpc is None:
+            return ()
+        workers = tuple(_host_and_port(endpoint.strip()) for endpoint in self.rpc.split(","))
+        _check(len(set(workers)) == len(workers), f"--rpc {self.rpc}: names a worker twice")
+        _check(len(workers) <= _MAX_WORKERS, f"--rpc: llama.cpp takes {_MAX_WORKERS} workers, not {len(workers)}")
+        return workers
+
+
+def _host_and_port(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    _check(
+        ":" not in host and not endpoint.startswith("["),
+        f"--rpc {endpoint}: llama.cpp's RPC knows only IPv4: give the worker's IPv4 address, or a name that has one",
+    )
+    is_port = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= _MAX_PORT
+    _check(
+        bool(host) and is_port, f"--rpc {endpoint or repr(endpoint)}: expected HOST:PORT, for example 10.0.0.2:50052"
+    )
+    return host, int(port)
 
 
 def _override_pairs(given: str) -> list[tuple[str, str]]:
@@ -304,6 +345,33 @@ _MAX_LAST_N = 2**20
 """llama.cpp takes memory for so many tokens at once; where there is not enough it ends the process."""
 _MAX_LOGPROBS = 1000
 _BIAS = re.compile(r"(\d{1,9})([+-](?:inf|\d+\.?\d*|\.\d+))")
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What a worker serves to other machines, and where; the flags are those of llama.cpp's server.
+
+    Raises OptionError for impossible numbers.
+    """
+
+    host: str = option("127.0.0.1", "-H", "--host", help="Address to listen at; other machines need another one.")
+    port: int = option(50052, "-p", "--port", help="Port to listen at.", metavar="PORT")
+    n_threads: int | None = option(
+        None, "-t", "--threads", help="Threads of the CPU; one for each physical core by default.", metavar="N"
+    )
+    device: str | None = option(
+        None,
+        "-d",
+        "--device",
+        help="Devices to serve, by name; by default all GPUs, or the CPU where there is none.",
+        metavar="DEV1,DEV2,...",
+    )
+    cache: bool = option(False, "-c", "--cache", help="Keep large tensors on disk, so that loading again is faster.")
+
+    def __post_init__(self) -> None:
+        _check(bool(self.host), "the address to listen at is empty")
+        _check_range("port", self.port, 1, _MAX_PORT)
+        _check_range("number of threads", self.n_threads, 1, _MAX_THREADS)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ import pytest
 from ggufmoe import doctor, native
 from ggufmoe.doctor import Finding
 from ggufmoe.ggufheader import GGMLType
+from ggufmoe.options import OffloadOptions
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.runtime.probe import PROBE_ANSWER
+from tests.runtime.remote import pretender, speak_version, talk_garbage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -236,3 +238,13 @@ def test_children_that_die_or_hang_do_not_take_the_doctor_along() -> None:
     assert (dead.topic, dead.text) == ("engine", "ended with exit code 7: no reason given")
     assert (late.topic, late.text) == ("kernels", "has not ended after 0 s")
     assert hanging.poll() is not None
+
+
+def test_workers_are_looked_at_one_by_one() -> None:
+    with pretender(speak_version(7, 0, 0)) as good, pretender(talk_garbage) as bad:
+        workers = OffloadOptions(rpc=f"{good},{bad}").workers
+        fine, wrong = doctor.check_workers(workers)
+    assert (fine.status, fine.name) == ("ok", good)
+    assert fine.text == "answers: 1 device(s) with 3.2 GB, 2.1 GB free"
+    assert (wrong.status, wrong.name) == ("wrong", bad)
+    assert "no worker of llama.cpp" in wrong.text

@@ -51,6 +51,7 @@ VERBS = (
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
     Verb("plan", "ggufmoe.cli.plan:plan_command", "Show what goes where, and how many bytes."),
     Verb("demo", "ggufmoe.cli.demo:demo_command", "Make, quantize and ask a tiny mixture of experts; offline."),
+    Verb("worker", "ggufmoe.cli.worker:worker_command", "Serve this machine's memory and processors to others."),
     Verb("doctor", "ggufmoe.cli.doctor:doctor_command", "Check the engine, devices and kernels of this machine."),
 )
 

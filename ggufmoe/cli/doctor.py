@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ggufmoe.cli.terminal import state_directory
-from ggufmoe.doctor import Finding, examine
-from ggufmoe.errors import GgufmoeError
+from ggufmoe.doctor import Finding, check_workers, examine
+from ggufmoe.errors import GgufmoeError, OptionError
+from ggufmoe.options import OffloadOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,14 +25,22 @@ _NARROW_COLUMNS = 64
 
 
 def doctor_command(
-    *, as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False
+    *,
+    rpc: Annotated[
+        str | None, typer.Option("--rpc", help="Look at these workers as well.", metavar="HOST:PORT,...")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Check the engine, its devices, the quantization kernels and the software around them.
 
     Generates a few tokens with a tiny model that is made on the spot; needs no network. Ends with exit code 1 if
     something is wrong, and says what to do.
     """
-    found = examine({"chats": state_directory()})
+    try:
+        workers = OffloadOptions(rpc=rpc).workers
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
+    found = chain(examine({"chats": state_directory()}), check_workers(workers))
     findings = list(found) if as_json else list(_shown(found))
     wrong = [finding for finding in findings if finding.status == "wrong"]
     if as_json:

@@ -14,7 +14,7 @@ from ggufmoe.cli.params import with_options
 from ggufmoe.errors import EngineMissingError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.devices import find_machine, find_places
 from ggufmoe.runtime.footprint import EXPERTS
 from ggufmoe.runtime.offload import (
     DeviceShare,
@@ -48,6 +48,8 @@ def plan_command(
 
     Without --vram the devices of this machine are used. GPUs that are imagined are GPU0, GPU1 and so on.
     """
+    if vram and offload.rpc:
+        raise typer.BadParameter("--vram imagines all devices: leave out --rpc, or imagine its workers as well")
     header = read_model_header(model)
     devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
     if ram is not None:
@@ -62,8 +64,7 @@ def plan_command(
 
 def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
     if not imagined:
-        machine = find_machine(offload.device)
-        return machine.places, machine.host
+        return find_places(offload)
     places = tuple(
         Place(f"GPU{index}", f"GPU{index}", n_bytes, n_bytes, host_buffer="GPU_Host")
         for index, n_bytes in enumerate(imagined)

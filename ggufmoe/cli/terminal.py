@@ -117,3 +117,16 @@ def state_directory() -> Path:
     else:
         base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return base / "ggufmoe"
+
+
+def rpc_cache_directory() -> Path:
+    """Where llama.cpp's own workers keep tensors too."""
+    if given := os.environ.get("LLAMA_CACHE"):
+        return Path(given) / "rpc"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "llama.cpp" / "rpc"

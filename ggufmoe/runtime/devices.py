@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from ggufmoe import native
 from ggufmoe.errors import EngineError, OptionError
 from ggufmoe.ggufheader import GGMLType
+from ggufmoe.options import OffloadOptions
 from ggufmoe.runtime.offload import Host, Place
+from ggufmoe.runtime.rpc import find_workers
 
 _GPU_TYPES = (native.DeviceType.GPU, native.DeviceType.IGPU)
 
@@ -27,18 +29,19 @@ class Machine:
     buffer_handles: Mapping[str, int]
 
 
-def find_machine(named: str | None = None) -> Machine:
+def find_machine(named: str | None = None, *, remote: bool = False) -> Machine:
     """The GPUs of this machine, or the devices that are ``named`` (with commas between them, as for ``--device``).
 
-    Remote devices that were registered in this process are used only when they are named: asking one that has gone
-    would never return. Raises OptionError for names of no device, EngineMissingError without llama-cpp-python.
+    Workers' devices that were registered in this process are used only with ``remote``, or when they are named: asking
+    one that has gone would never return. Raises OptionError for names of no device, EngineMissingError without
+    llama-cpp-python.
     """
     registered = native.devices()
     cpu = next((device for device in registered if device.type is native.DeviceType.CPU), None)
     if cpu is None:
         raise EngineError("llama.cpp has no CPU backend here; install llama-cpp-python as vendor/README.md describes")
     used = [device for device in registered if device.type in _GPU_TYPES]
-    used = _default(used) if named is None else _named(named, used)
+    used = _default(used, remote=remote) if named is None else _named(named, used)
     facts = {device.name: native.device_facts(device) for device in (cpu, *used)}
     return Machine(
         places=tuple(_place(device.name, facts[device.name]) for device in used),
@@ -60,11 +63,27 @@ def _named(named: str, gpus: list[native.Device]) -> list[native.Device]:
     return [device for device in gpus if device.name in wanted]
 
 
-def _default(gpus: list[native.Device]) -> list[native.Device]:
-    """As llama.cpp chooses: an integrated GPU only if there is no other."""
+def _default(gpus: list[native.Device], *, remote: bool) -> list[native.Device]:
+    """As llama.cpp chooses: workers first, and an integrated GPU only if there is no other here."""
+    workers = [device for device in gpus if device.backend == "RPC" and remote]
     local = [device for device in gpus if device.backend != "RPC"]
     discrete = [device for device in local if device.type is native.DeviceType.GPU]
-    return discrete or local[:1]
+    return workers + (discrete or local[:1])
+
+
+def find_places(offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
+    """The devices that a model could be planned onto: this machine's, and those of the workers of ``offload.rpc``.
+
+    Workers are asked and not registered, so llama.cpp has no part in it. Raises what ``find_machine`` and
+    ``find_workers`` raise.
+    """
+    remote = tuple(device.place for device in find_workers(offload.workers)) if offload.workers else ()
+    names = {place.name for place in remote}
+    local = offload.device
+    if local is not None:
+        local = ",".join(name for name in local.split(",") if name not in names) or "none"
+    machine = find_machine(local)
+    return remote + machine.places, machine.host
 
 
 def _place(name: str, facts: native.DeviceFacts) -> Place:

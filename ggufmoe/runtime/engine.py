@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ from ggufmoe.runtime.sampling import Sampler, resolve
 from ggufmoe.runtime.session import SessionFacts, read_session, write_session
 
 _LOGITS_BATCH = 512
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
 
 
 class Engine:
@@ -53,6 +55,14 @@ class Engine:
     Raises GGUFError for a file that is corrupt or of the old layout with one tensor per expert, ModelLoadError when
     llama.cpp refuses it, Cancelled, EngineMissingError without llama-cpp-python.
     """
+
+    def __new__(cls, _path: object = None, _context: object = None, offload: Any = None, **_: object) -> Engine:
+        """A plain Engine, or one in a process of its own where workers of other machines have a part in it."""
+        if cls is Engine and offload is not None and offload.workers:
+            from ggufmoe.runtime.child import ChildEngine
+
+            return object.__new__(ChildEngine)
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -372,6 +382,16 @@ class Engine:
 
     def _session_facts(self) -> SessionFacts:
         return SessionFacts.of(self._model, self._context_options, self._offload_options)
+
+    def apply(
+        self, function: Callable[Concatenate[Engine, _P], _Result], *arguments: _P.args, **keywords: _P.kwargs
+    ) -> _Result:
+        """``function(engine, ...)``, called in the process in which llama.cpp computes.
+
+        That is this process unless workers on other machines are used (``OffloadOptions.rpc``); then ``function`` must
+        be one of a module, and what it takes and gives must be such as can be pickled.
+        """
+        return function(self, *arguments, **keywords)
 
     # ---- the end
 

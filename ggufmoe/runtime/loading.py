@@ -80,7 +80,7 @@ class LoadedModel:
     def load(self) -> None:
         """Raises ModelLoadError, Cancelled, and what ``on_progress`` raises; ``free`` gives back what was loaded."""
         request = self._request
-        machine = find_machine(request.offload.device)
+        machine = find_machine(request.offload.device, remote=bool(request.offload.workers))
         plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
         for warning in plan.warnings:
             _logger.warning("%s: %s", self.path, warning)

@@ -212,7 +212,9 @@ class _Setting:
         if self.offload.n_cpu_moe:
             pattern = experts_of(range(min(self.offload.n_cpu_moe, self.facts.n_layer)))
             pairs.append((pattern, self.host.name, f"--n-cpu-moe {self.offload.n_cpu_moe}"))
-        return tuple((self._checked(pattern, buffer, flag), buffer) for pattern, buffer, flag in pairs)
+        buffers = {device.name: device.buffer for device in self.devices}
+        named = [(pattern, buffers.get(buffer, buffer), flag) for pattern, buffer, flag in pairs]
+        return tuple((self._checked(pattern, buffer, flag), buffer) for pattern, buffer, flag in named)
 
     def _checked(self, pattern: str, buffer: str, flag: str) -> re.Pattern[str]:
         where = f"{self.facts.model.paths[0]}: {flag}"

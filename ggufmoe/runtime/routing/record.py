@@ -41,7 +41,11 @@ def trace_routing(
     Raises InputError for a model without experts and for a text of no token, ContextFullError if it does not fit.
     """
     _check_has_experts(engine)
-    prompt = engine.tokenize(text, parse_special=True) if isinstance(text, str) else list(text)
+    return engine.apply(_trace, text if isinstance(text, str) else list(text), generate, sampling)
+
+
+def _trace(engine: Engine, text: str | list[int], generate: int, sampling: SamplingOptions | None) -> RoutingTrace:
+    prompt = engine.tokenize(text, parse_special=True) if isinstance(text, str) else text
     ids = prompt + _continued(engine, prompt, generate, sampling)
     recorder = _Recorder(keep_all=True, stop=engine.cancel)
     with engine.observed(recorder), recorder.checked():

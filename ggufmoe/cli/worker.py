@@ -1,0 +1,44 @@
+"""``ggufmoe worker``: lend this machine's memory and processors to other machines."""
+
+from __future__ import annotations
+
+from ggufmoe.cli.params import with_options
+from ggufmoe.cli.terminal import note, rpc_cache_directory
+from ggufmoe.errors import OutputError
+from ggufmoe.options import WorkerOptions
+from ggufmoe.runtime.worker import ServedDevice, Worker, is_local_only
+
+
+@with_options(WorkerOptions)
+def worker_command(worker: WorkerOptions) -> None:
+    """Serve this machine's devices to 'ggufmoe run --rpc HOST:PORT' on other machines, until Ctrl-C.
+
+    One client at a time is served. There is no authentication and no encryption: whoever reaches the port can use it.
+    """
+    cache_dir = rpc_cache_directory() if worker.cache else None
+    if cache_dir is not None:
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{cache_dir}: the folder of --cache cannot be made: {error.strerror}") from error
+    if not is_local_only(worker.host):
+        note(
+            f"warning: {worker.host} can be reached from other machines. llama.cpp's RPC is experimental and not "
+            "secure: it asks for no password and trusts what it is sent. Never expose it to an open network."
+        )
+    with Worker(worker, cache_dir=cache_dir) as served:
+        for device in served.devices:
+            note(f"serving {_line(device)}")
+        note(f"at {served.endpoint}, {served.n_threads} threads{f', tensors kept in {cache_dir}' if cache_dir else ''}")
+        note(f"use it with --rpc {_typed(served.endpoint)}; Ctrl-C ends it")
+        served.wait()
+
+
+def _line(device: ServedDevice) -> str:
+    memory = f"{device.total_bytes / 2**30:.1f} GiB, {device.free_bytes / 2**30:.1f} GiB free"
+    return f"{device.name}: {device.description or 'no description'} ({memory})"
+
+
+def _typed(endpoint: str) -> str:
+    host, _, port = endpoint.rpartition(":")
+    return f"ADDRESS-OF-THIS-MACHINE:{port}" if host == "0.0.0.0" else endpoint
