@@ -49,6 +49,7 @@ VERBS = (
     Verb("chat", "ggufmoe.cli.chat:chat_command", "Talk with a model in the terminal."),
     Verb("route", "ggufmoe.cli.route:route_command", "Show which experts every token went to."),
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
+    Verb("diff", "ggufmoe.cli.diff:diff_command", "Show how two GGUF files differ."),
     Verb("plan", "ggufmoe.cli.plan:plan_command", "Show what goes where, and how many bytes."),
     Verb("doctor", "ggufmoe.cli.doctor:doctor_command", "Check the engine, devices and kernels of this machine."),
 )

@@ -11,10 +11,9 @@ from typing import Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.errors import EngineMissingError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.devices import find_machine, this_host
 from ggufmoe.runtime.footprint import EXPERTS
 from ggufmoe.runtime.offload import (
     DeviceShare,
@@ -68,10 +67,7 @@ def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Pl
         Place(f"GPU{index}", f"GPU{index}", n_bytes, n_bytes, host_buffer="GPU_Host")
         for index, n_bytes in enumerate(imagined)
     )
-    try:
-        return places, find_machine("none").host
-    except EngineMissingError:
-        return places, Host()
+    return places, this_host()
 
 
 def _memory(size: str, flag: str) -> int:
