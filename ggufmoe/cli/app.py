@@ -51,6 +51,7 @@ VERBS = (
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
     Verb("diff", "ggufmoe.cli.diff:diff_command", "Show how two GGUF files differ."),
     Verb("plan", "ggufmoe.cli.plan:plan_command", "Show what goes where, and how many bytes."),
+    Verb("bench", "ggufmoe.cli.bench:bench_command", "Measure the speed of prompts and of generation."),
     Verb("doctor", "ggufmoe.cli.doctor:doctor_command", "Check the engine, devices and kernels of this machine."),
 )
 

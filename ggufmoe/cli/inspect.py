@@ -299,17 +299,22 @@ def _overview(report: ModelReport) -> list[tuple[str, str | None]]:
     hyper = report.hyper
     files = report.files[0] if len(report.files) == 1 else f"{report.files[0]} and {len(report.files) - 1} more"
     experts = f"{hyper.n_expert}, {hyper.n_expert_used} for each token" if hyper.n_expert else None
-    active = f", {_count(report.n_active_parameters)} of them for each token" if hyper.n_expert else ""
     return [
         ("file", files),
         ("name", report.name),
         ("architecture", report.architecture),
         ("experts", experts),
-        ("parameters", _count(report.n_parameters) + active),
+        ("parameters", active_parameters(report, noun="")),
         ("size", f"{_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"),
         ("file type", report.file_type),
         ("format", f"GGUF version {report.gguf_version}, {report.n_tensors} tensors"),
     ]
+
+
+def active_parameters(report: ModelReport, noun: str = " parameters") -> str:
+    """``12.9 B parameters, 12.9 B of them for each token``; of a dense model the first half."""
+    active = f", {_count(report.n_active_parameters)} of them for each token" if report.hyper.n_expert else ""
+    return f"{_count(report.n_parameters)}{noun}{active}"
 
 
 def _network(report: ModelReport) -> list[tuple[str, str | None]]:

@@ -10,14 +10,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing
 
+Item = TypeVar("Item")
 
-def interruptible(start: Callable[[CancelFlag], Iterator[Event]]) -> Iterator[Event]:
+
+def interruptible(start: Callable[[CancelFlag], Iterator[Item]]) -> Iterator[Item]:
     """The events of ``start(cancel)``, computed in another thread so that Ctrl-C is noticed while llama.cpp computes.
 
     The first Ctrl-C sets ``cancel``, after which the events end with their Finished; another one raises
@@ -25,7 +27,7 @@ def interruptible(start: Callable[[CancelFlag], Iterator[Event]]) -> Iterator[Ev
     """
     cancel = threading.Event()
     # short, so that the answer does not run far ahead of what is shown
-    inbox: queue.Queue[Event | Exception | None] = queue.Queue(maxsize=4)
+    inbox: queue.Queue[Item | Exception | None] = queue.Queue(maxsize=4)
 
     def work() -> None:
         try:

@@ -475,6 +475,30 @@ class Engine:
                 rows = np.array(np.ctypeslib.as_array(pointer, (len(chunk), self.n_vocab)))
             yield rows
 
+    def evaluate(self, tokens: Sequence[int]) -> bool:
+        """Compute ``tokens`` after what the cache holds, drawing none; False if ``cancel`` stopped it.
+
+        Returns when the devices have done their work, so that it can be timed. Raises as ``generate`` does.
+        """
+        ids = list(tokens)
+        self._check_tokens(ids)
+        with self._lock:
+            self._check_open()
+            done = self._feed(ids, self._generation)
+            self._api.llama_synchronize(self._context)
+        return done
+
+    def set_context(self, options: ContextOptions) -> None:
+        """Go on with another context for the same weights, which stay where they are; the cache is lost.
+
+        Raises ModelLoadError as the constructor does; then only ``close`` is left to call.
+        """
+        with self._lock:
+            self._context_options = options
+            self._renew_context(self._observer)
+            self.n_ctx = self._api.llama_n_ctx(self._context)
+            self._n_batch = self._api.llama_n_batch(self._context)
+
     @contextmanager
     def observed(self, observer: Callable[[int, bool], bool]) -> Iterator[None]:
         """While the block runs, every node of the graphs that llama.cpp computes is shown to ``observer(tensor, ask)``.
