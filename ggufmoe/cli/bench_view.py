@@ -76,19 +76,19 @@ class JsonPrinter:
         self._n_rows = 0
 
     def __enter__(self) -> JsonPrinter:
-        self._write("" if self._lines else "[\n")
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close the array."""
-        self._write("" if self._lines else "\n]\n")
+        if not self._lines:
+            self._write("\n]\n" if self._n_rows else "[]\n")
 
     def add(self, result: Result) -> None:
         """Print an object."""
         text = json.dumps(as_record(result, self._machine), ensure_ascii=False)
-        comma = ",\n" if self._n_rows and not self._lines else ""
+        before, after = ("", "\n") if self._lines else (",\n" if self._n_rows else "[\n", "")
         self._n_rows += 1
-        self._write(comma + text + ("\n" if self._lines else ""))
+        self._write(before + text + after)
 
     def _write(self, text: str) -> None:
         self._stream.write(text)
@@ -165,7 +165,7 @@ class MarkdownPrinter:
         memory = f", {machine.memory_bytes / 2**30:.1f} GiB" if machine.memory_bytes else ""
         devices = ", ".join((machine.cpu, *machine.gpus))
         self._print(f"machine: {devices}, {machine.n_cores} cores{memory}")
-        self._print(f"build: llama.cpp {machine.llama_cpp_commit[:9]} (llama-cpp-python {machine.package})")
+        self._print(f"build: llama.cpp {machine.llama_cpp_commit.split('-')[0]} (llama-cpp-python {machine.package})")
 
     def add(self, result: Result) -> None:
         """Print a row; one that was interrupted is marked, and explained below the table."""

@@ -192,7 +192,7 @@ def _key_difference(key: str, before: Value | None, after: Value | None) -> KeyD
 
 
 def _by_header(name: str, first: Weights | None, second: Weights | None) -> TensorDifference:
-    before, after = first and first.info, second and second.info
+    before, after = (None if weights is None else weights.info for weights in (first, second))
     return TensorDifference(name, _verdict(before, after), before, after)
 
 

@@ -66,7 +66,7 @@ class Weights:
     def stored(self, start: int, stop: int) -> Bytes:
         """Rows [start, stop) as the file has them: uint8, (rows, row_bytes). Raises GGUFError."""
         raw = np.empty((stop - start, self.row_bytes), np.uint8)
-        self.file.read_into(self.begin + start * self.row_bytes, memoryview(raw).cast("B"))
+        self.file.read_into(self.begin + start * self.row_bytes, raw.data.cast("B"))
         return raw
 
     def widened(self, raw: Bytes) -> Floats:
