@@ -16,10 +16,10 @@ import typer
 
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
-def interruptible(start: Callable[[CancelFlag], Iterator[Item]]) -> Iterator[Item]:
+def interruptible(start: Callable[[CancelFlag], Iterator[_Item]]) -> Iterator[_Item]:
     """The events of ``start(cancel)``, computed in another thread so that Ctrl-C is noticed while llama.cpp computes.
 
     The first Ctrl-C sets ``cancel``, after which the events end with their Finished; another one raises
@@ -27,7 +27,7 @@ def interruptible(start: Callable[[CancelFlag], Iterator[Item]]) -> Iterator[Ite
     """
     cancel = threading.Event()
     # short, so that the answer does not run far ahead of what is shown
-    inbox: queue.Queue[Item | Exception | None] = queue.Queue(maxsize=4)
+    inbox: queue.Queue[_Item | Exception | None] = queue.Queue(maxsize=4)
 
     def work() -> None:
         try:
