@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import shutil
 from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -14,7 +16,7 @@ from typing import Any, Protocol, TextIO
 from ggufmoe.cli.inspect import active_parameters, printable
 from ggufmoe.runtime.bench import Case, Machine, Result, as_record, model_type
 
-_SPEED_WIDTH = 18
+_SPEED_WIDTH = 20
 
 
 class Printer(Protocol):
@@ -130,9 +132,20 @@ class MarkdownPrinter:
         has_gpu = machine.backends != ("CPU",)
         shown = [option for option in _COLUMNS if option in given]
         self._options = [*(["n_gpu_layers"] if has_gpu or "n_gpu_layers" in given else []), *shown]
-        self._headings = ["model", "size", "params", "backend", *map(_heading, self._options), "threads", "test", "t/s"]
-        self._widths = [self._width(heading) for heading in self._headings]
+        options = [*map(_heading, self._options), "threads", "test", "t/s"]
+        self._headings = ["model", "size", "params", "backend", *options]
+        if self._line_width > _columns(stream):
+            # what is the same in all rows stands below the table as well
+            self._headings = ["model", *options] if len({case.model for case in cases}) > 1 else options
         self._short: list[str] = []
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self._width(heading) for heading in self._headings]
+
+    @property
+    def _line_width(self) -> int:
+        return sum(width + 3 for width in self._widths) + 1
 
     def _width(self, heading: str) -> int:
         longest = {
@@ -158,9 +171,9 @@ class MarkdownPrinter:
         for note in self._short:
             self._print(note)
         for case in {case.model: case for case in self._cases}.values():
-            report = case.report
-            name, bits = printable(case.model.name), f"{report.bits_per_weight:.2f} bits per weight"
-            self._print(f"{name}: {active_parameters(report)}, {bits}")
+            report, name = case.report, printable(case.model.name)
+            size = f"{_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"
+            self._print(f"{name}: {active_parameters(report)}, {size}")
         machine = self._machine
         memory = f", {machine.memory_bytes / 2**30:.1f} GiB" if machine.memory_bytes else ""
         devices = ", ".join((machine.cpu, *machine.gpus))
@@ -174,18 +187,17 @@ class MarkdownPrinter:
         mark = "" if n_samples == result.repetitions else "*"
         if mark:
             self._short.append(f"*: {n_samples} of {result.repetitions} repetitions, then it was stopped")
-        self._line(
-            [
-                record["model_type"],
-                _size(record["model_size"]),
-                _count(record["model_n_params"]),
-                record["backends"],
-                *(_cell(record[_FIELDS.get(option, option)]) for option in self._options),
-                str(record["n_threads"]),
-                result.case.workload.name,
-                f"{result.tokens_per_s:.2f} ± {result.spread_tokens_per_s:.2f}{mark}",
-            ]
-        )
+        cells = {
+            "model": record["model_type"],
+            "size": _size(record["model_size"]),
+            "params": _count(record["model_n_params"]),
+            "backend": record["backends"],
+            "threads": str(record["n_threads"]),
+            "test": result.case.workload.name,
+            "t/s": f"{result.tokens_per_s:.2f} ± {result.spread_tokens_per_s:.2f}{mark}",
+        }
+        cells |= {_heading(option): _cell(record[_FIELDS.get(option, option)]) for option in self._options}
+        self._line([cells[heading] for heading in self._headings])
 
     def _line(self, cells: Sequence[str]) -> None:
         parts = (
@@ -197,6 +209,11 @@ class MarkdownPrinter:
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
+
+
+def _columns(stream: TextIO) -> float:
+    """Of the terminal; what goes elsewhere may be of any width."""
+    return shutil.get_terminal_size().columns if stream.isatty() else math.inf
 
 
 def _heading(option: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,10 @@ import pytest
 import ggufmoe
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.bench import BenchOptions
+from ggufmoe.cli.bench_view import make_printer
 from ggufmoe.errors import OptionError
+from ggufmoe.options import ContextOptions
+from ggufmoe.runtime.bench import Workload, describe_machine, plan_bench, run_bench
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ("-p", "8", "-n", "4", "-r", "2", "-t", "1")
@@ -47,7 +51,7 @@ def test_a_table_as_llama_bench_prints_it(model: Path, capsys: Capture) -> None:
     assert all(set(cell) <= set("-:") for cell in rule)
     assert [row[-2] for row in rows] == ["pp8", "tg4"]
     assert all(float(part) >= 0 for row in rows for part in row[-1].split(" ± "))
-    assert len({len(line) for line in out.splitlines() if line.startswith("|")}) == 1
+    assert len(out.splitlines()[0]) == len(out.splitlines()[1])
     tail = out.split("\n\n")[1].splitlines()
     assert tail[0].startswith("m.gguf: ")
     assert " parameters, " in tail[0]
@@ -80,6 +84,28 @@ def test_json_json_lines_and_csv(model: Path, capsys: Capture) -> None:
 def test_a_prompt_and_its_answer_together_at_a_depth(model: Path, capsys: Capture) -> None:
     _, out, _ = run(capsys, model, "-pg", "8,2", "-d", "4", "-r", 1, "-t", 1, "--no-warmup")
     assert [row[-2] for row in table(out)[2:]] == ["pp8+tg2 @ d4"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("columns", "n_models"), [(120, 1), (60, 1), (60, 2)])
+def test_a_narrow_terminal_gets_fewer_columns(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, n_models: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    models = [model, Path(shutil.copy(model, tmp_path / "other.gguf"))][:n_models]
+    cases = plan_bench(models, [Workload(8, 0)], [ContextOptions(n_threads=1)])
+    stream = Terminal()
+    with make_printer("md", stream, describe_machine(), cases, ()) as printer:
+        printer.add(next(run_bench(cases, repetitions=1)))
+    heading, _, row = table(stream.getvalue())
+    assert max(len(line) for line in stream.getvalue().splitlines() if line.startswith("|")) <= columns
+    assert len(row) == len(heading)
+    assert ("size" in heading) == (columns == 120)
+    assert ("model" in heading) == (columns == 120 or n_models == 2)
 
 
 @pytest.mark.parametrize(
