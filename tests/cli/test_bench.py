@@ -159,14 +159,14 @@ def test_values_of_several_devices_are_parted_by_slashes() -> None:
 
 @pytest.mark.parametrize("output", ["json", "md"])
 def test_ctrl_c_prints_what_there_is(model: Path, output: str) -> None:
-    command = [sys.executable, "-m", "ggufmoe", "bench", model, "-p", "8", "-n", "0", "-r", "1", "-t", "1"]
-    child = subprocess.Popen(
-        [*map(str, command), "-o", output, "-d", "0-450"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    out = "".join(child.stdout.readline() for _ in range(4))
-    child.send_signal(signal.SIGINT)
-    rest, err = child.communicate(timeout=300)
+    program = [sys.executable, "-m", "ggufmoe", "bench", str(model)]
+    command = [*program, "-p", "8", "-n", "0", "-r", "1", "-t", "1", "-d", "0-450", "-o", output]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        out = "".join(child.stdout.readline() for _ in range(4))
+        child.send_signal(signal.SIGINT)
+        rest, err = child.stdout.read(), child.stderr.read()
     assert (child.returncode, err.splitlines()) == (130, ["error: the bench was stopped"])
     if output == "json":
         depths = [one["n_depth"] for one in json.loads(out + rest)]
