@@ -240,8 +240,7 @@ def _print_recipe(console: Console, merge: MergeReport) -> None:
         f"router {merge.gate_mode}" if merge.gate_mode else "",
         f"ggufmoe {merge.ggufmoe_version}" if merge.ggufmoe_version else "",
     ]
-    console.print("recipe", style="bold", end="")
-    console.print("".join(f", {printable(fact, 40)}" for fact in facts if fact), style="dim")
+    _print_title(console, "recipe", "".join(f", {printable(fact, 40)}" for fact in facts if fact))
     for line in lines[:_SHOWN_RECIPE_LINES]:
         console.print("  " + printable(line), soft_wrap=False)
     if len(lines) > _SHOWN_RECIPE_LINES:
@@ -253,8 +252,7 @@ def _print_similarity(console: Console, similarity: ExpertSimilarity) -> None:
     """Cosines by layer and kind of matrix; of more than two experts, the mean of all pairs."""
     some = similarity.matrices[0]
     of = "mean of all pairs of experts, " if similarity.n_expert > 2 else ""
-    console.print("similarity of experts", style="bold", end="")
-    console.print(f", cosine: {of}{some.n_rows} of {some.of_rows} rows of each matrix", style="dim")
+    _print_title(console, "similarity of experts", f", cosine: {of}{some.n_rows} of {some.of_rows} rows of a matrix")
     found = {(matrix.layer, matrix.kind): matrix for matrix in similarity.matrices}
     table = _number_table(["layer", *similarity.kinds])
     for layer in similarity.layers:
@@ -275,13 +273,22 @@ def _print_pairs(console: Console, similarity: ExpertSimilarity) -> None:
         console.print(table)
         console.print()
     pairs = sorted((float(mean[a, b]), a, b) for a in range(n_expert) for b in range(a + 1, n_expert))
-    for word, (cosine, a, b) in (("most", pairs[-1]), ("least", pairs[0])):
-        console.print(f"{word} alike: experts {a} and {b}, {_cosine(cosine)}, mean of all layers and matrices")
+    most, least = (f"{a} and {b} ({_cosine(cosine)})" for cosine, a, b in (pairs[-1], pairs[0]))
+    console.print(f"most alike: {most}; least: {least}")
     console.print()
 
 
+def _print_title(console: Console, title: str, more: str) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((title, "bold"), (more, "dim")))
+
+
 def _cosine(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 0.99995 else "1" if value >= 1 - 1e-9 else f"{value:.7f}"
+    """Four digits; more where they would all be nines."""
+    if abs(value) < 0.99995:
+        return f"{value:.4f}".replace("-0.0000", "0.0000")
+    return "1" if value >= 1 - 1e-9 else f"{value:.7f}"
 
 
 def _number_table(headings: Sequence[str]) -> Table:

@@ -153,7 +153,7 @@ def test_light_and_dark_can_be_read(page: Page, scheme: str) -> None:
 def test_every_colour_at_its_strongest_can_be_read(browser: Chromium, tmp_path: Path, scheme: str) -> None:
     """Each of twelve experts has a token, and a layer's share, for itself."""
     sure = np.eye(12, dtype=np.float32)[:, None]
-    parts = [(f"{expert}", trace_of(sure[expert : expert + 1], 1)) for expert in range(12)]
+    parts = [(f"{expert}", trace_of([sure[expert]], 1)) for expert in range(12)]
     (tmp_path / "page.html").write_text(routing_page("m", parts), encoding="utf-8")
     page = browser.page()
     page.emulate(scheme=scheme)

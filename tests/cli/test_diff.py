@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ F32, Q8_0, Q4_K = GGMLType.F32, GGMLType.Q8_0, GGMLType.Q4_K
 KEYS = {"general.architecture": text("llama"), "llama.block_count": u32(9)}
 
 
-def model(path: Path, kind: GGMLType = F32, n_layer: int = 9, **keys: Value | None) -> Path:
+def model(path: Path, kind: GGMLType = F32, n_layer: int = 9, keys: Mapping[str, Value] = {}) -> Path:
     random = np.random.default_rng(3)
     tensors: dict[str, tuple[GGMLType, Any]] = {
         f"blk.{layer}.ffn_{name}_exps.weight": (kind, random.normal(0, 1, (2, 4, 256)).astype(np.float32))
@@ -26,8 +27,7 @@ def model(path: Path, kind: GGMLType = F32, n_layer: int = 9, **keys: Value | No
         for name in ("gate", "down")
     }
     tensors["output_norm.weight"] = (F32, np.ones(256, np.float32))
-    metadata = {key: value for key, value in {**KEYS, **keys}.items() if value is not None}
-    return write_weights(path, metadata, tensors)
+    return write_weights(path, {**KEYS, **keys}, tensors)
 
 
 def run(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
@@ -51,7 +51,7 @@ def test_files_that_are_the_same(tmp_path: Path, capsys: Capture) -> None:
 
 def test_the_summary_comes_first_and_tables_follow(tmp_path: Path, capsys: Capture) -> None:
     a = model(tmp_path / "a.gguf")
-    b = model(tmp_path / "b.gguf", Q4_K, **{"general.file_type": u32(15), "llama.block_count": u32(8)})
+    b = model(tmp_path / "b.gguf", Q4_K, keys={"general.file_type": u32(15), "llama.block_count": u32(8)})
     code, out, err = run(capsys, a, b)
     lines = [line.rstrip() for line in out.splitlines()]
     assert (code, err) == (0, "")
@@ -110,7 +110,7 @@ def test_values_of_all_kinds(tmp_path: Path, capsys: Capture) -> None:
 
     a = model(tmp_path / "a.gguf", list=array("a", "b", "c"), s=text("same " * 20 + "end"), gone=u32(1))
     changed = {"list": array("a", "B", "C"), "s": text("same " * 20 + "other"), "longer": array(*"pqrstu")}
-    b = model(tmp_path / "b.gguf", **changed, **{"llama.block_count": Value(ValueType.INT32, 9)})
+    b = model(tmp_path / "b.gguf", keys={**changed, "llama.block_count": Value(ValueType.INT32, 9)})
     lines = [line.rstrip() for line in run(capsys, a, b)[1].splitlines()]
     assert "~ list: 2 of 3 items differ, first [1] b -> B" in lines
     assert "- gone: 1" in lines
@@ -122,7 +122,7 @@ def test_values_of_all_kinds(tmp_path: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_lines_fit_the_terminal(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    a = model(tmp_path / "a.gguf", **{"general.name": text("a long name " * 9)})
+    a = model(tmp_path / "a.gguf", keys={"general.name": text("a long name " * 9)})
     _, out, _ = run(capsys, a, model(tmp_path / "b.gguf", Q4_K))
     assert max(map(len, out.splitlines())) <= columns
     assert "…" not in "".join(line for line in out.splitlines() if line.startswith("blk"))
@@ -131,7 +131,7 @@ def test_lines_fit_the_terminal(tmp_path: Path, capsys: Capture, monkeypatch: py
 
 def test_files_cannot_play_with_the_terminal(tmp_path: Path, capsys: Capture) -> None:
     bad = "\x1b]0;owned\x07[red]x[/red]\x1b[2J\r\n"
-    a = model(tmp_path / "a.gguf", **{"general.name": text(bad), "k\x1b[31m": text(bad)})
+    a = model(tmp_path / "a.gguf", keys={"general.name": text(bad), "k\x1b[31m": text(bad)})
     out = run(capsys, a, model(tmp_path / "b.gguf"))[1]
     assert not set(out) & set("\x1b\x07\r")
     assert "[red]x[/red]" in out

@@ -115,7 +115,7 @@ def test_similarity_of_two_experts(tmp_path: Path, capsys: Capture) -> None:
     path = experts_of(tmp_path / "m.gguf", 2)
     code, out, _ = run(capsys, path, "--experts")
     assert code == 0
-    assert "similarity of experts, cosine: 8 of 8 rows of each matrix" in out
+    assert "similarity of experts, cosine: 8 of 8 rows of a matrix" in out
     shown = rows(out)
     assert shown["layer"] == "up down"
     assert [float(cell) for cell in shown["1"].split()] == [pytest.approx(0.7, abs=0.1)] * 2
@@ -131,8 +131,8 @@ def test_similarity_of_many_experts(tmp_path: Path, capsys: Capture, monkeypatch
     assert "cosine: mean of all pairs of experts, 8 of 8 rows" in out
     assert rows(out)["expert"] == "0 1 2 3"
     assert rows(out)["0"].split()[0] == "1"
-    assert "most alike: experts 0 and 1" in out
-    assert "least alike: experts " in out
+    assert "most alike: 0 and 1 (0." in out
+    assert "; least: " in out
     monkeypatch.setenv("COLUMNS", "39")
     _, out, _ = run(capsys, path, "--experts")
     assert "expert " not in [line[:7] for line in out.splitlines()]
