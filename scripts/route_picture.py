@@ -143,17 +143,17 @@ class Drawing:
         self._parts.append("</g>")
 
     def _bars(self, x: float, y: float, chip: Chip) -> None:
-        """One bar for each layer, parted by the weights of the experts."""
+        """One bar for each layer, parted by the weights of the experts; an expert's parts are one path."""
+        paths: dict[int, str] = {}
         for row, weights in enumerate(chip.layers):
-            left = x
+            left, top = x, y + row * (BAR + 1)
             for expert, weight in enumerate(weights):
                 width = chip.width * float(weight)
                 if width >= 0.05:
-                    self._parts.append(
-                        f'<rect x="{left:.1f}" y="{y + row * (BAR + 1):.1f}" width="{width:.1f}" height="{BAR}" '
-                        f'fill="{rgb(expert)}"/>'
-                    )
+                    part = f"M{left:.1f} {top:.1f}h{width:.1f}v{BAR}h-{width:.1f}z"
+                    paths[expert] = paths.get(expert, "") + part
                 left += width
+        self._parts += (f'<path d="{path}" fill="{rgb(expert)}"/>' for expert, path in paths.items())
 
     def _text(
         self,
