@@ -108,7 +108,8 @@ def test_values_of_all_kinds(tmp_path: Path, capsys: Capture) -> None:
     def array(*items: str) -> Value:
         return Value(ValueType.ARRAY, list(items), ValueType.STRING)
 
-    a = model(tmp_path / "a.gguf", list=array("a", "b", "c"), s=text("same " * 20 + "end"), gone=u32(1))
+    keys = {"list": array("a", "b", "c"), "s": text("same " * 20 + "end"), "gone": u32(1)}
+    a = model(tmp_path / "a.gguf", keys=keys)
     changed = {"list": array("a", "B", "C"), "s": text("same " * 20 + "other"), "longer": array(*"pqrstu")}
     b = model(tmp_path / "b.gguf", keys={**changed, "llama.block_count": Value(ValueType.INT32, 9)})
     lines = [line.rstrip() for line in run(capsys, a, b)[1].splitlines()]
