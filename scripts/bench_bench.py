@@ -56,6 +56,8 @@ class NativeBench:
         self._new_pool, self._free_pool = lib.ggml_threadpool_new, lib.ggml_threadpool_free
         self._new_pool.restype, self._new_pool.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
         self._free_pool.restype, self._free_pool.argtypes = None, (ctypes.c_void_p,)
+        self._attach_pool = lib.llama_attach_threadpool
+        self._attach_pool.restype, self._attach_pool.argtypes = None, (ctypes.c_void_p,) * 3
         self._default_pool = lib.ggml_threadpool_params_default
         self._default_pool.restype, self._default_pool.argtypes = _ThreadpoolParams, (ctypes.c_int,)
 
@@ -68,7 +70,7 @@ class NativeBench:
         pool_parameters = self._default_pool(self._n_threads)
         pool_parameters.poll = 50
         pool = self._new_pool(ctypes.byref(pool_parameters))
-        self._api.llama_attach_threadpool(context, pool, None)
+        self._attach_pool(context, pool, None)
         try:
             yield context
         finally:
