@@ -190,7 +190,9 @@ def _about_device(device: native.Device) -> Finding:
     facts = native.device_facts(device)
     data: dict[str, Any] = {"type": device.type.name, "backend": device.backend, "description": facts.description}
     data |= {"free_bytes": facts.free_bytes, "total_bytes": facts.total_bytes}
-    memory = f"{facts.total_bytes / 1e9:.1f} GB, {facts.free_bytes / 1e9:.1f} GB free"
+    memory = f"{facts.total_bytes / 1e9:.1f} GB"
+    if device.type is not native.DeviceType.CPU:  # of which ggml calls everything free
+        memory += f", {facts.free_bytes / 1e9:.1f} GB free"
     text = f"{facts.description or device.backend} ({device.type.name}), {memory}"
     return Finding("engine", f"device {device.name}", "ok", text, data=data)
 

@@ -16,7 +16,7 @@ import ggufmoe
 PACKAGE = Path(ggufmoe.__file__).parent
 
 GROUND = {"errors", "options"}
-FLOOR = GROUND | {"native", "ggufheader", "manifest"}
+FLOOR = GROUND | {"native", "ggufheader", "manifest", "positional"}
 CONVERT_HALF = FLOOR | {"checkpoint", "merge", "quant", "export"}
 RUN_HALF = FLOOR | {"runtime", "server"}
 ALLOWED: dict[str, set[str]] = {
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "ggufheader": FLOOR,
     "native": FLOOR,
     "manifest": FLOOR,
+    "positional": FLOOR,
     "checkpoint": FLOOR,
     "quant": FLOOR,
     "merge": FLOOR | {"checkpoint"},

@@ -20,12 +20,13 @@ from ggufmoe.merge.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VENDOR_README = (ROOT / "vendor" / "README.md").read_text(encoding="utf-8")
+INSPECTING = (ROOT / "docs" / "inspecting.md").read_text(encoding="utf-8")
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}{% endfor %}"
 
 
-def commands() -> list[str]:
-    """Every line of README that begins with ``ggufmoe``, as it would be typed."""
-    return re.findall(r"^    (?:\$ )?(ggufmoe .*)$", README, re.MULTILINE)
+def commands(page: str = README) -> list[str]:
+    """Every line of a page that begins with ``ggufmoe``, as it would be typed."""
+    return re.findall(r"^    (?:\$ )?(ggufmoe .*)$", page, re.MULTILINE)
 
 
 def arguments_of(command: str) -> list[str]:
@@ -47,8 +48,8 @@ def test_readme_shows_commands_of_every_verb() -> None:
     assert verbs >= set(root_command().commands)
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_in_readme_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", commands() + commands(INSPECTING))
+def test_commands_in_pages_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = arguments_of(command)
     for word in arguments:

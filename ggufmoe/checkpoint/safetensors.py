@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ggufmoe.checkpoint.positional import PositionalFile
 from ggufmoe.errors import SafetensorsError
+from ggufmoe.positional import PositionalFile
 
 MAX_HEADER_BYTES = 100_000_000
 """The cap of the reference implementation."""

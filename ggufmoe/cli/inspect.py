@@ -1,13 +1,14 @@
 """``ggufmoe inspect``: what is in a GGUF file, for people or as JSON, and whether it still is what it was.
 
-Owns the tables only; what they say comes from ``runtime.inspect`` and ``manifest``. Everything that a file says is
-shown without control characters, so that it cannot play with the terminal.
+Owns the tables only; what they say comes from ``runtime.inspect``, ``runtime.experts`` and ``manifest``. Everything
+that a file says is shown without control characters, so that it cannot play with the terminal.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,42 +16,102 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ggufmoe import manifest as manifests
-from ggufmoe.errors import GGUFError
+from ggufmoe.cli.convert import Interrupt
+from ggufmoe.cli.params import with_options
+from ggufmoe.errors import GGUFError, InputError
 from ggufmoe.ggufheader import read_model_header
-from ggufmoe.runtime.inspect import ModelReport, Share, inspect_model
+from ggufmoe.options import ContextOptions
+from ggufmoe.runtime.devices import this_host
+from ggufmoe.runtime.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_model
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ggufmoe.runtime.experts import ExpertSimilarity
+
 _NARROW_COLUMNS = 64
 _MAX_TEXT = 200
+_SHOWN_RECIPE_LINES = 24
+_MATRIX_OF_EXPERTS = 8
+"""With more of them, only the pairs that are most and least alike are named."""
 
 
+@with_options(ContextOptions)
 def inspect_command(
     model: Annotated[Path, typer.Argument(help="A GGUF file, or any shard of a split one.")],
     *,
+    context: ContextOptions,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Compare the experts with each other (reads a sample of their weights).")
+    ] = False,
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Print the merge recipe that the file was made from, and nothing else.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every tensor with the manifest beside it.")] = False,
     manifest: Annotated[
         Path | None, typer.Option("--manifest", help="Compare with this manifest.", metavar="FILE")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show what is in a GGUF file: architecture, experts, bytes by part and type, tokenizer, template, provenance.
+    """Show what is in a GGUF file: architecture, experts, bytes by part and type, memory, tokenizer, template, origin.
 
-    Reads the header only; --verify reads all of it and ends with exit code 1 if anything differs.
+    Reads the header only; --verify reads all of it and ends with exit code 1 if anything differs. The memory is that of
+    the CPU; `ggufmoe plan` shows what goes where with GPUs.
     """
-    report = inspect_model(model)
+    report = inspect_model(model, context, this_host())
+    if recipe:
+        _print_recipe_alone(model, report.merge)
+        return
+    similarity = _compare_experts(model) if experts else None
     checked = _verify(model, manifest) if verify or manifest is not None else None
     if as_json:
-        print(json.dumps(report.as_dict() | ({} if checked is None else {"verification": checked.as_dict()})))
+        print(json.dumps(_as_dict(report, similarity, checked)))
     else:
-        _show(report, checked)
+        _show(report, similarity, checked)
     if checked is not None and checked.differences:
         raise GGUFError(
             f"{model}: differs from {checked.manifest.name} in {len(checked.differences)} places, first: "
-            f"{_printable(checked.differences[0])}; download or make it again"
+            f"{printable(checked.differences[0])}; download or make it again"
         )
+
+
+def _as_dict(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> dict[str, Any]:
+    found = report.as_dict()
+    if similarity is not None:
+        found["experts"] = similarity.as_dict()
+    if checked is not None:
+        found["verification"] = checked.as_dict()
+    return found
+
+
+def _print_recipe_alone(model: Path, merge: MergeReport | None) -> None:
+    if merge is None:
+        raise InputError(f"{model}: tells of no recipe: `ggufmoe convert RECIPE.yaml` records it, other tools do not")
+    for line in merge.recipe.splitlines():
+        print(printable(line, len(line)))
+
+
+def _compare_experts(model: Path) -> ExpertSimilarity:
+    from ggufmoe.runtime.experts import compare_experts
+
+    with work_progress("compare experts") as (show, interrupt):
+        return compare_experts(model, on_progress=show, cancel=interrupt)
+
+
+@contextmanager
+def work_progress(what: str) -> Iterator[tuple[Callable[[int, int, str], None], Interrupt]]:
+    """A display for work on a file's bytes, and what stops it."""
+    from ggufmoe.cli.progress import progress_display
+
+    interrupt = Interrupt()
+    with interrupt.handled(), progress_display(what) as display:
+
+        def show(done_bytes: int, total_bytes: int, tensor: str) -> None:
+            interrupt.be_gentle()
+            display.update(_WorkStep(done_bytes, total_bytes, tensor, what))
+
+        yield show, interrupt
 
 
 @dataclass(frozen=True)
@@ -67,26 +128,22 @@ def _verify(model: Path, given: Path | None) -> _Verification:
     paths = read_model_header(model).paths
     where = manifests.default_path(paths[0]) if given is None else given
     expected = manifests.read_manifest(where)
-    differences = _with_progress(paths, expected)
+    with work_progress("verify") as (show, interrupt):
+        differences = manifests.verify(paths, expected, show, interrupt)
     return _Verification(where, sum(len(file.tensors) for file in expected.files), tuple(differences))
 
 
-def _with_progress(paths: Sequence[Path], expected: manifests.Manifest) -> list[str]:
-    from ggufmoe.cli.progress import progress_display
-
-    with progress_display("verify") as display:
-        return manifests.verify(paths, expected, lambda *step: display.update(_Step(*step)))
-
-
 @dataclass(frozen=True)
-class _Step:
+class _WorkStep:
+    """How far work on the bytes of files has come, for a display."""
+
     done_bytes: int
     total_bytes: int
     tensor: str
-    phase: str = "verify"
+    phase: str
 
 
-def _show(report: ModelReport, checked: _Verification | None) -> None:
+def _show(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, emoji=False, markup=False)
@@ -94,20 +151,25 @@ def _show(report: ModelReport, checked: _Verification | None) -> None:
     _print_facts(console, "", _overview(report))
     _print_shares(console, "part", report.parts, narrow)
     _print_shares(console, "type", report.types, narrow)
+    _print_memory(console, report.memory)
     _print_facts(console, "network", _network(report))
     _print_facts(console, "tokenizer", _tokenizer(report))
     _print_facts(console, "provenance", _provenance(report))
+    if report.merge is not None:
+        _print_recipe(console, report.merge)
+    if similarity is not None:
+        _print_similarity(console, similarity)
     for warning in report.warnings:
-        console.print(f"note: {_printable(warning)}", style="yellow")
+        console.print(f"note: {printable(warning)}", style="yellow")
     if checked is not None:
         _print_verification(console, checked)
 
 
 def _print_verification(console: Console, checked: _Verification) -> None:
-    name = _printable(checked.manifest.name)
+    name = printable(checked.manifest.name)
     if checked.differences:
         for difference in checked.differences:
-            console.print(f"differs: {_printable(difference)}", style="red")
+            console.print(f"differs: {printable(difference)}", style="red")
     else:
         console.print(f"verified: header and all {checked.n_tensors} tensors are as {name} says", style="green")
 
@@ -122,7 +184,7 @@ def _print_facts(console: Console, title: str, facts: Iterable[tuple[str, str | 
     table.add_column(style="dim", no_wrap=True, min_width=12)
     table.add_column(overflow="fold")
     for label, text in rows:
-        table.add_row(label, _printable(text))
+        table.add_row(label, printable(text))
     if title:
         console.print(title, style="bold")
     console.print(table)
@@ -154,21 +216,112 @@ def _share_table(title: str, narrow: bool) -> Table:
     return table
 
 
+def _print_memory(console: Console, needs: Sequence[MemoryNeed]) -> None:
+    if not needs:
+        return
+    table = _number_table(["memory for", *(f"{need.n_ctx} tokens" for need in needs)])
+    rows = [
+        ("weights", [need.weight_bytes for need in needs]),
+        ("rearranged copy", [need.repacked_bytes for need in needs]),
+        ("KV cache", [need.kv_bytes for need in needs]),
+        ("compute, about", [need.compute_bytes for need in needs]),
+        ("in all", [need.n_bytes for need in needs]),
+    ]
+    for label, sizes in rows:
+        if any(sizes):
+            table.add_row(label, *map(_size, sizes))
+    console.print(table)
+    console.print()
+
+
+def _print_recipe(console: Console, merge: MergeReport) -> None:
+    lines = merge.recipe.splitlines()
+    facts = [
+        f"router {merge.gate_mode}" if merge.gate_mode else "",
+        f"ggufmoe {merge.ggufmoe_version}" if merge.ggufmoe_version else "",
+    ]
+    _print_title(console, "recipe", "".join(f", {printable(fact, 40)}" for fact in facts if fact))
+    for line in lines[:_SHOWN_RECIPE_LINES]:
+        console.print("  " + printable(line), soft_wrap=False)
+    if len(lines) > _SHOWN_RECIPE_LINES:
+        console.print(f"  and {len(lines) - _SHOWN_RECIPE_LINES} more lines; --recipe prints all of it", style="dim")
+    console.print()
+
+
+def _print_similarity(console: Console, similarity: ExpertSimilarity) -> None:
+    """Cosines by layer and kind of matrix; of more than two experts, the mean of all pairs."""
+    some = similarity.matrices[0]
+    of = "mean of all pairs of experts, " if similarity.n_expert > 2 else ""
+    _print_title(console, "similarity of experts", f", cosine: {of}{some.n_rows} of {some.of_rows} rows of a matrix")
+    found = {(matrix.layer, matrix.kind): matrix for matrix in similarity.matrices}
+    table = _number_table(["layer", *similarity.kinds])
+    for layer in similarity.layers:
+        cells = (found.get((layer, kind)) for kind in similarity.kinds)
+        table.add_row(str(layer), *("-" if cell is None else _cosine(float(cell.pairs.mean())) for cell in cells))
+    console.print(table)
+    console.print()
+    if similarity.n_expert > 2:
+        _print_pairs(console, similarity)
+
+
+def _print_pairs(console: Console, similarity: ExpertSimilarity) -> None:
+    mean, n_expert = similarity.mean, similarity.n_expert
+    if n_expert <= _MATRIX_OF_EXPERTS and console.width >= 8 * (n_expert + 1):
+        table = _number_table(["expert", *map(str, range(n_expert))])
+        for row in range(n_expert):
+            table.add_row(str(row), *(_cosine(float(mean[row, column])) for column in range(n_expert)))
+        console.print(table)
+        console.print()
+    pairs = sorted((float(mean[a, b]), a, b) for a in range(n_expert) for b in range(a + 1, n_expert))
+    most, least = (f"{a} and {b} ({_cosine(cosine)})" for cosine, a, b in (pairs[-1], pairs[0]))
+    console.print(f"most alike: {most}; least: {least}")
+    console.print()
+
+
+def _print_title(console: Console, title: str, more: str) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((title, "bold"), (more, "dim")))
+
+
+def _cosine(value: float) -> str:
+    """Four digits; more where they would all be nines."""
+    if abs(value) < 0.99995:
+        return f"{value:.4f}".replace("-0.0000", "0.0000")
+    return "1" if value >= 1 - 1e-9 else f"{value:.7f}"
+
+
+def _number_table(headings: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column(headings[0], min_width=12 if len(headings[0]) > 6 else None)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
 def _overview(report: ModelReport) -> list[tuple[str, str | None]]:
     hyper = report.hyper
     files = report.files[0] if len(report.files) == 1 else f"{report.files[0]} and {len(report.files) - 1} more"
     experts = f"{hyper.n_expert}, {hyper.n_expert_used} for each token" if hyper.n_expert else None
-    active = f", {_count(report.n_active_parameters)} active for each token" if hyper.n_expert else ""
     return [
         ("file", files),
         ("name", report.name),
         ("architecture", report.architecture),
         ("experts", experts),
-        ("parameters", _count(report.n_parameters) + active),
+        ("parameters", active_parameters(report, noun="")),
         ("size", f"{_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"),
         ("file type", report.file_type),
         ("format", f"GGUF version {report.gguf_version}, {report.n_tensors} tensors"),
     ]
+
+
+def active_parameters(report: ModelReport, noun: str = " parameters") -> str:
+    """``12.9 B parameters, 12.9 B of them for each token``; of a dense model the first half."""
+    active = f", {_count(report.n_active_parameters)} of them for each token" if report.hyper.n_expert else ""
+    return f"{_count(report.n_parameters)}{noun}{active}"
 
 
 def _network(report: ModelReport) -> list[tuple[str, str | None]]:
@@ -212,7 +365,7 @@ def _tokenizer(report: ModelReport) -> list[tuple[str, str | None]]:
     stated = (("BOS", tokenizer.add_bos), ("EOS", tokenizer.add_eos), ("space", tokenizer.add_space_prefix))
     adds = ", ".join(f"{name} {'yes' if value else 'no'}" for name, value in stated if value is not None)
     shown = (
-        None if template.first_line is None else f"{template.n_chars} characters: {_printable(template.first_line, 60)}"
+        None if template.first_line is None else f"{template.n_chars} characters: {printable(template.first_line, 60)}"
     )
     return [
         ("model", model),
@@ -229,7 +382,7 @@ def _provenance(report: ModelReport) -> list[tuple[str, str | None]]:
     facts = [(key, _text(value)) for key, value in report.provenance.items()]
     facts += [("base model", _base_model(base)) for base in report.base_models]
     facts += [(key, _text(value)) for key, value in report.other.items()]
-    return [(_printable(key, 40), text) for key, text in facts]
+    return [(printable(key, 40), text) for key, text in facts]
 
 
 def _base_model(base: dict[str, Any] | Any) -> str:
@@ -242,7 +395,7 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value[:_MAX_TEXT])) if isinstance(value, list) else str(value)
 
 
-def _printable(text: str, limit: int = _MAX_TEXT) -> str:
+def printable(text: str, limit: int = _MAX_TEXT) -> str:
     """One line without anything that a terminal would obey or cannot encode, cut to ``limit`` characters."""
     plain = "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text[: limit + 1])
     return plain if len(plain) <= limit else plain[: limit - 1] + "…"

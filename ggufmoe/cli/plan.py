@@ -11,10 +11,9 @@ from typing import Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.errors import EngineMissingError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.devices import find_machine, find_places
+from ggufmoe.runtime.devices import find_places, this_host
 from ggufmoe.runtime.footprint import EXPERTS
 from ggufmoe.runtime.offload import (
     DeviceShare,
@@ -28,6 +27,7 @@ from ggufmoe.runtime.offload import (
 )
 
 _UNITS = " KMGT"
+_NARROW_COLUMNS = 76
 
 
 @with_options(ContextOptions, OffloadOptions)
@@ -69,10 +69,7 @@ def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Pl
         Place(f"GPU{index}", f"GPU{index}", n_bytes, n_bytes, host_buffer="GPU_Host")
         for index, n_bytes in enumerate(imagined)
     )
-    try:
-        return places, find_machine("none").host
-    except EngineMissingError:
-        return places, Host()
+    return places, this_host()
 
 
 def _memory(size: str, flag: str) -> int:
@@ -94,12 +91,15 @@ def _show(plan: OffloadPlan) -> None:
     table.add_column("device", overflow="fold")
     for heading in ("free", "weights", "KV", "compute", "in all"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("layers", "experts of"):
+    narrow = console.width < _NARROW_COLUMNS
+    for heading in () if narrow else ("layers", "experts of"):
         table.add_column(heading, overflow="fold")
     for share in plan.shares:
-        table.add_row(*_row(share, plan.n_layer))
+        table.add_row(*_sizes(share), *(() if narrow else _layers(share, plan.n_layer)))
     console.print(table)
     console.print()
+    for share in plan.shares if narrow else ():
+        console.print(f"{share.device}: layers {', experts of '.join(_layers(share, plan.n_layer))}")
     for line in _lines(plan):
         console.print(line)
     for warning in plan.warnings:
@@ -108,20 +108,15 @@ def _show(plan: OffloadPlan) -> None:
         console.print(f"note: {note}")
 
 
-def _row(share: DeviceShare, n_layer: int) -> list[str]:
+def _sizes(share: DeviceShare) -> list[str]:
     sizes = [share.weight_bytes, share.kv_bytes, share.compute_bytes, share.n_bytes]
     free = _gib(share.free_bytes) if share.total_bytes else "?"
     weights, kv, compute, total = map(_gib, sizes)
-    return [
-        share.device,
-        free,
-        weights,
-        kv,
-        f"~{compute}",
-        total,
-        _ranges(share.layers, n_layer),
-        _ranges(share.expert_layers, n_layer),
-    ]
+    return [share.device, free, weights, kv, f"~{compute}", total]
+
+
+def _layers(share: DeviceShare, n_layer: int) -> list[str]:
+    return [_ranges(share.layers, n_layer), _ranges(share.expert_layers, n_layer)]
 
 
 def _lines(plan: OffloadPlan) -> Iterator[str]:

@@ -17,9 +17,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.dtypes import row_count
-from ggufmoe.checkpoint.positional import PositionalFile
 from ggufmoe.errors import GGUFError, TensorMismatchError
 from ggufmoe.ggufheader import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, read_model_header
+from ggufmoe.positional import PositionalFile
 from ggufmoe.quant.policy import ModelShape
 
 _LOG = logging.getLogger("ggufmoe")

@@ -51,6 +51,7 @@ _CALLS = (
     "forget",
     "apply",
     "prefill",
+    "evaluate",
     "save_session",
     "load_session",
 )
@@ -105,6 +106,11 @@ class ChildEngine(Engine):
     def cancel(self) -> None:
         """Stop the generation that runs now, from another thread; it ends with the reason ``cancelled``."""
         self._link.send(Cancel(None))
+
+    def set_context(self, options: ContextOptions) -> None:
+        """Go on with another context for the same weights; see Engine."""
+        self._link.call("set_context", (options,), {})
+        self.n_ctx = self._link.call("n_ctx", (), {})
 
     def observed(self, *_: Any, **__: Any) -> Any:
         """Not here: raises EngineError, because the observer would have to be in the process that computes."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ggufmoe import native
-from ggufmoe.errors import EngineError, OptionError
+from ggufmoe.errors import EngineError, EngineMissingError, OptionError
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.options import OffloadOptions
 from ggufmoe.runtime.offload import Host, Place
@@ -50,6 +50,14 @@ def find_machine(named: str | None = None, *, remote: bool = False) -> Machine:
         device_handles={device.name: device.handle for device in used},
         buffer_handles={b.name: b.handle for fact in facts.values() for b in (fact.buffer, fact.host_buffer) if b},
     )
+
+
+def this_host() -> Host:
+    """The CPU's memory of this machine, and what its backend rearranges; nothing is known of it without an engine."""
+    try:
+        return find_machine("none").host
+    except EngineMissingError:
+        return Host()
 
 
 def _named(named: str, gpus: list[native.Device]) -> list[native.Device]:

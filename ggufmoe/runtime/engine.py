@@ -315,6 +315,32 @@ class Engine:
             raise DecodeError("computing logits was cancelled from another thread")
         return np.array(kv.logits(len(chunk), self.n_vocab))
 
+    def evaluate(self, tokens: Sequence[int], *, one_by_one: bool = False) -> bool:
+        """Compute ``tokens`` after what the cache holds, drawing none; False if ``cancel`` stopped it.
+
+        In batches, or ``one_by_one`` as answers are computed. Returns when the devices have done their work, so that it
+        can be timed. Raises as ``generate`` does.
+        """
+        ids = list(tokens)
+        self._vocabulary.check_tokens(ids)
+        turn = self._remember(Turn())
+        return self._native.call(lambda: self._evaluate([[i] for i in ids] if one_by_one else [ids], turn), turn)
+
+    def _evaluate(self, parts: list[list[int]], turn: Turn) -> bool:
+        kv = self._loaded.cache
+        done = all(not turn.cancelled and kv.feed(part) for part in parts)
+        self._api.llama_synchronize(kv.context)
+        return done
+
+    def set_context(self, options: ContextOptions) -> None:
+        """Go on with another context for the same weights, which stay where they are; the cache is lost.
+
+        Raises ModelLoadError as the constructor does; then only ``close`` is left to call.
+        """
+        self._native.call(lambda: self._loaded.set_context(options))
+        self._context_options = options
+        self.n_ctx = self._loaded.cache.n_ctx
+
     @contextmanager
     def observed(
         self, observer: Callable[[int, bool], bool], *, on_token: Callable[[Token], Token] | None = None

@@ -1,7 +1,8 @@
 """What is in a GGUF file, from its header alone: sizes, parts, hyper-parameters, tokenizer, template, provenance.
 
 Owns counting and naming; works on any architecture and on files that others made. Metadata is believed only where it
-has the type that it should have. Nothing is printed here, and no tensor byte is read.
+has the type that it should have. How much memory it takes is ``offload``'s answer. Nothing is printed here, and no
+tensor byte is read.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ggufmoe.errors import GGUFError
 from ggufmoe.ggufheader import ModelHeader, TensorInfo, legacy_expert_tensors, read_model_header
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.runtime.offload import Host, plan_offload
 
 _FILE_TYPE_NAMES = (
     "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
@@ -35,6 +39,11 @@ _PARTS = (
 )
 _SPECIAL_TOKENS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask")
 """As the keys spell them: ``tokenizer.ggml.NAME_token_id``."""
+
+_TOKEN_ROWS = {"token_embd.weight": "embedding", "output.weight": "output"}
+_SMALLEST_CONTEXT, _LARGEST_CONTEXT = 32, 2**24
+"""The longest contexts that models are trained for have ten million tokens."""
+_OLD_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -97,10 +106,41 @@ class TemplateReport:
 
 
 @dataclass(frozen=True)
+class MergeReport:
+    """The recipe that the model was merged by, as its author wrote it (YAML), and how its router was made."""
+
+    recipe: str
+    gate_mode: str | None
+    ggufmoe_version: str | None
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes to run the model on the CPU with a context of ``n_ctx`` tokens.
+
+    ``repacked_bytes`` are weights that the CPU's backend rearranges in a second buffer; ``compute_bytes`` is an
+    estimate, the others are exact for plain transformers.
+    """
+
+    n_ctx: int
+    weight_bytes: int
+    repacked_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.repacked_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True)
 class ModelReport:
     """All that the header of a model says; ``as_dict`` gives it for JSON.
 
     ``n_active_parameters`` is what one token passes through: everything but the experts that are not chosen for it.
+    ``memory`` is for the context that was asked for and, last, for all that the model was trained for; empty for files
+    that cannot be run.
     """
 
     files: tuple[str, ...]
@@ -120,6 +160,8 @@ class ModelReport:
     sampling: Mapping[str, Any]
     provenance: Mapping[str, Any]
     base_models: tuple[Mapping[str, Any], ...]
+    merge: MergeReport | None
+    memory: tuple[MemoryNeed, ...]
     other: Mapping[str, Any]
     warnings: tuple[str, ...]
 
@@ -135,6 +177,8 @@ class ModelReport:
         for key, shares in (("parts", self.parts), ("types", self.types)):
             for entry, share in zip(report[key], shares, strict=True):
                 entry["bits_per_weight"] = round(share.bits_per_weight, 4)
+        for entry, need in zip(report["memory"], self.memory, strict=True):
+            entry["n_bytes"] = need.n_bytes
         return report
 
 
@@ -146,10 +190,11 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def inspect_model(path: Path) -> ModelReport:
-    """Describe a GGUF file, or a split model given any of its shards.
+def inspect_model(path: Path, context: ContextOptions | None = None, host: Host | None = None) -> ModelReport:
+    """Describe a GGUF file, or a split model given any of its shards, and what running it with ``context`` takes.
 
-    Raises GGUFError as ``read_model_header`` does.
+    ``host`` tells which weights this CPU's backend rearranges (``devices.this_host``). Raises GGUFError as
+    ``read_model_header`` does.
     """
     model = read_model_header(path)
     keys = _Keys(model)
@@ -174,6 +219,8 @@ def inspect_model(path: Path) -> ModelReport:
         sampling=_below(model, "general.sampling."),
         provenance={key: value for key, value in _below(model, "general.").items() if not _ELSEWHERE.fullmatch(key)},
         base_models=_base_models(keys),
+        merge=_merge(keys),
+        memory=_memory(model, context or ContextOptions(), host or Host()),
         other=_other(model, keys),
         warnings=tuple(_warnings(model, keys, hyper, tokenizer, template)),
     )
@@ -317,9 +364,33 @@ def _base_models(keys: _Keys) -> tuple[dict[str, Any], ...]:
     return tuple(found[number] for number in sorted(found))
 
 
+def _merge(keys: _Keys) -> MergeReport | None:
+    recipe = keys.text("ggufmoe.recipe")
+    if recipe is None:
+        return None
+    return MergeReport(recipe, keys.text("ggufmoe.gate_mode"), keys.text("ggufmoe.version"))
+
+
+def _memory(model: ModelHeader, context: ContextOptions, host: Host) -> tuple[MemoryNeed, ...]:
+    if not model.tensors or model.get("general.type", "model") != "model" or not model.get("general.architecture"):
+        return ()
+    try:
+        needs = [_memory_need(model, options, host) for options in (context, replace(context, n_ctx=0))]
+    except GGUFError:  # what it says of itself cannot be
+        return ()
+    return tuple(need for i, need in enumerate(needs) if need.n_ctx and need not in needs[:i])
+
+
+def _memory_need(model: ModelHeader, context: ContextOptions, host: Host) -> MemoryNeed:
+    plan = plan_offload(model, context, OffloadOptions(device="none"), (), host)
+    repacked = sum(buffer.n_bytes for buffer in plan.host.buffers if buffer.name.endswith("_REPACK"))
+    weights = plan.host.weight_bytes - repacked
+    return MemoryNeed(plan.n_ctx, weights, repacked, plan.host.kv_bytes, plan.host.compute_bytes)
+
+
 def _other(model: ModelHeader, keys: _Keys) -> dict[str, Any]:
     """Plain values that no standard section holds: how a merge was made, what imatrix was used, and so on."""
-    standard = ("general.", "tokenizer.", "split.", f"{keys.arch}.")
+    standard = ("general.", "tokenizer.", "split.", f"{keys.arch}.", *(["ggufmoe."] if _merge(keys) else []))
     return {
         key: value.value
         for key, value in model.metadata.items()
@@ -339,11 +410,32 @@ def _warnings(
         yield f"general.type is {kind!r}: this is not a model to run by itself"
     elif template.first_line is None:
         yield "no chat template: chat needs --chat-template, run needs --raw"
+    if keys.arch is not None and model.tensors:
+        yield from _context_warnings(hyper)
     yield from _expert_warnings(model, hyper)
     yield from _token_warnings(model, tokenizer)
     trailing = sum(shard.header.trailing_bytes for shard in model.shards)
     if trailing and model.tensors:
         yield f"{trailing} bytes behind the last tensor belong to nothing"
+
+
+def _context_warnings(hyper: HyperParameters) -> Iterable[str]:
+    n_ctx = hyper.n_ctx_train
+    if n_ctx is None:
+        yield "says no context length: llama.cpp does not load such a file"
+    elif not _SMALLEST_CONTEXT <= n_ctx <= _LARGEST_CONTEXT:
+        yield f"a context of {n_ctx} tokens cannot be meant: give the one that it was trained for with --ctx-size"
+    elif _is_without_its_window(hyper):
+        yield (
+            f"a context of {n_ctx} tokens with rope theta {_OLD_THETA:g} and no sliding window: Mistral 7B v0.1 has "
+            "these numbers and a window of 4096; beyond that the answers may fall apart, so keep --ctx-size below"
+        )
+
+
+def _is_without_its_window(hyper: HyperParameters) -> bool:
+    is_long = hyper.n_ctx_train is not None and hyper.n_ctx_train >= 32768
+    scaled = hyper.rope_scaling not in (None, "none")
+    return is_long and hyper.rope_theta == _OLD_THETA and not scaled and not hyper.sliding_window
 
 
 def _expert_warnings(model: ModelHeader, hyper: HyperParameters) -> Iterable[str]:
@@ -371,5 +463,12 @@ def _token_warnings(model: ModelHeader, tokenizer: TokenizerReport) -> Iterable[
     if beyond:
         yield f"the {', '.join(beyond)} token is beyond the vocabulary of {n_vocab}"
     for tensor in model.tensors:
-        if tensor.name == "token_embd.weight" and len(tensor.shape) == 2 and tensor.shape[0] != n_vocab:
-            yield f"the embedding has {tensor.shape[0]} rows for {n_vocab} tokens"
+        if tensor.name in _TOKEN_ROWS and len(tensor.shape) == 2 and tensor.shape[0] != n_vocab:
+            yield _rows_warning(_TOKEN_ROWS[tensor.name], tensor.shape[0], n_vocab)
+
+
+def _rows_warning(what: str, n_rows: int, n_vocab: int) -> str:
+    refused = "llama.cpp does not load such a file; convert it again"
+    if n_rows < n_vocab:
+        return f"{n_vocab - n_rows} added tokens (from {n_rows} on) have no row in the {what}: {refused}"
+    return f"the {what} has {n_rows} rows for {n_vocab} tokens: {refused}"

@@ -65,6 +65,7 @@ class LoadedModel:
         self.observer: Any = None
         self._header: Header = request.model.shards[0].header
         self._request = request
+        self._options = request.context
         self._saved = SavedStates(request.context.cache_ram * 2**20)
         self._model: Any = None
         self._context: Any = None
@@ -134,7 +135,7 @@ class LoadedModel:
 
     def _make_context(self, plan: OffloadPlan) -> Any:
         mark = self.log.mark()
-        parameters = self._context_parameters(self._request.context)
+        parameters = self._context_parameters(self._options)
         self._check_cache_size(parameters.n_ctx, plan)
         context = self.api.llama_init_from_model(self._model, parameters)
         if not context:
@@ -146,7 +147,7 @@ class LoadedModel:
 
     def _check_cache_size(self, n_ctx: int, plan: OffloadPlan) -> None:
         # systems that promise more memory than they have end the process once llama.cpp fills its cache
-        needed, there = n_ctx * _cache_bytes_per_token(self._header, self._request.context), memory_bytes()
+        needed, there = n_ctx * _cache_bytes_per_token(self._header, self._options), memory_bytes()
         if there and min(needed, plan.host.kv_bytes) > there:
             raise ModelLoadError(
                 f"{self.path}: a context of {n_ctx} tokens takes {needed / 1e9:.1f} GB, and this machine has "
@@ -180,9 +181,18 @@ class LoadedModel:
     def observe(self, observer: Callable[[int, bool], bool] | None) -> None:
         """A new context, whose graphs ``observer`` sees; what was in the cache is lost."""
         callback = self.api.ggml_backend_sched_eval_callback
+        made = None if observer is None else callback(lambda tensor, ask, _: observer(tensor, ask))
+        self._renew_context(self._options, made)
+
+    def set_context(self, options: ContextOptions) -> None:
+        """A new context with other options; what was in the cache is lost."""
+        self._renew_context(options, self.observer)
+
+    def _renew_context(self, options: ContextOptions, observer: Any) -> None:
+        # the old one may call its observer until it is gone
         self.api.llama_free(self._context)
         self._context = None
-        self.observer = None if observer is None else callback(lambda tensor, ask, _: observer(tensor, ask))
+        self._options, self.observer = options, observer
         self._context = self._make_context(self.placement.plan)
         self._saved.clear()
         self._cache = self._new_cache()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.inspect import _scaled
-from ggufmoe.ggufheader import Value, ValueType, read_header
+from ggufmoe.ggufheader import GGMLType, Value, ValueType, read_header
 from ggufmoe.manifest import write_manifest
-from tests.runtime.gguf_files import text, write_gguf, write_mixtral
+from tests.runtime.gguf_files import text, write_gguf, write_mixtral, write_weights
 
 Capture = pytest.CaptureFixture[str]
 
@@ -47,7 +48,7 @@ def test_what_is_in_the_file_is_shown(model: Path, capsys: Capture, monkeypatch:
     assert shown["file"] == "m.gguf"
     assert shown["architecture"] == "llama"
     assert shown["experts"] == "4, 2 for each token"
-    assert shown["parameters"] == "3.56 M, 1.99 M active for each token"
+    assert shown["parameters"] == "3.56 M, 1.99 M of them for each token"
     assert shown["file type"] == "Q4_K_M"
     assert shown["attention"] == "8 393 K 221 kB 9.7 % 4.50"
     assert shown["Q6_K"] == "3 1.06 M 869 kB 38.0 % 6.56"
@@ -73,6 +74,76 @@ def test_lines_fit_the_terminal(model: Path, capsys: Capture, monkeypatch: pytes
     assert "…" not in out
     assert ("tensors   weights" in out) == (columns == 80)
     assert "6.56" in out
+
+
+def test_memory_for_a_context(model: Path, capsys: Capture) -> None:
+    shown = rows(run(capsys, model, "-c", 1000, "-ctk", "q8_0", "-ctv", "q8_0")[1])
+    assert shown["memory for"] == "1024 tokens 32768 tokens"
+    assert shown["KV cache"] == "557 kB 17.8 MB"
+    assert shown["in all"].endswith(" MB")
+    assert run(capsys, model, "-ctk", "q9")[0] == 2
+
+
+RECIPE = "base_model: a\nexperts:\n" + "".join(f"  - source_model: \x1b{i}\n" for i in range(30))
+
+
+def test_the_recipe_is_shown_and_can_be_had(tmp_path: Path, capsys: Capture) -> None:
+    keys = {"ggufmoe.recipe": text(RECIPE), "ggufmoe.gate_mode": text("hidden"), "ggufmoe.version": text("0.1.0")}
+    path = write_mixtral(tmp_path / "m.gguf", changes=keys)
+    lines = run(capsys, path)[1].splitlines()
+    assert "recipe, router hidden, ggufmoe 0.1.0" in lines
+    assert "  base_model: a" in lines
+    assert "    - source_model: \ufffd21" in lines
+    assert "  and 8 more lines; --recipe prints all of it" in lines
+    code, out, err = run(capsys, path, "--recipe")
+    assert (code, err) == (0, "")
+    assert out == RECIPE.replace("\x1b", "\ufffd")
+    other = write_mixtral(tmp_path / "n.gguf")
+    assert run(capsys, other, "--recipe")[::2] == (1, f"error: {other}: tells of no recipe: `ggufmoe convert "
+        "RECIPE.yaml` records it, other tools do not\n")  # fmt: skip
+
+
+def experts_of(path: Path, n_expert: int) -> Path:
+    random = np.random.default_rng(0)
+    base = random.normal(0, 1, (8, 64))
+    values = np.stack([base + i * random.normal(0, 1, base.shape) for i in range(n_expert)]).astype(np.float32)
+    tensors = {f"blk.{i}.ffn_{kind}_exps.weight": (GGMLType.F32, values) for i in range(2) for kind in ("up", "down")}
+    return write_weights(path, {"general.architecture": text("llama")}, tensors)
+
+
+def test_similarity_of_two_experts(tmp_path: Path, capsys: Capture) -> None:
+    path = experts_of(tmp_path / "m.gguf", 2)
+    code, out, _ = run(capsys, path, "--experts")
+    assert code == 0
+    assert "similarity of experts, cosine: 8 of 8 rows of a matrix" in out
+    shown = rows(out)
+    assert shown["layer"] == "up down"
+    assert [float(cell) for cell in shown["1"].split()] == [pytest.approx(0.7, abs=0.1)] * 2
+    assert "most alike" not in out
+    report = json.loads(run(capsys, path, "--experts", "--json")[1])["experts"]
+    assert (report["n_expert"], len(report["matrices"])) == (2, 4)
+    assert "experts" not in json.loads(run(capsys, path, "--json")[1])
+
+
+def test_similarity_of_many_experts(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = experts_of(tmp_path / "m.gguf", 4)
+    _, out, _ = run(capsys, path, "--experts")
+    assert "cosine: mean of all pairs of experts, 8 of 8 rows" in out
+    pairs = rows(out[out.index("\nexpert ") :])
+    assert pairs["expert"] == "0 1 2 3"
+    assert pairs["0"].split()[0] == "1"
+    assert "most alike: 0 and 1 (0." in out
+    assert "; least: " in out
+    monkeypatch.setenv("COLUMNS", "39")
+    _, out, _ = run(capsys, path, "--experts")
+    assert "expert " not in [line[:7] for line in out.splitlines()]
+
+
+def test_a_dense_model_has_no_experts_to_compare(tmp_path: Path, capsys: Capture) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {})
+    code, out, err = run(capsys, path, "--experts")
+    assert (code, out) == (1, "")
+    assert "a dense model: it has no experts to compare" in err
 
 
 def test_json_is_one_object(model: Path, capsys: Capture) -> None:

@@ -48,6 +48,15 @@ def test_a_table_for_imagined_devices(model: Path, capsys: Capture, monkeypatch:
     assert "all 2 of 2 experts run for every token: keeping them in the CPU's memory saves memory" in out
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_lines_fit_the_terminal(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = plan(capsys, model, "--vram", "8G", "-ncmoe", "2")
+    assert max(map(len, out.splitlines())) <= columns
+    assert ("GPU0: layers 0-7, output, experts of 2-7" in out) == (columns == 60)
+    assert out.split()[0] == "device"
+
+
 def test_what_fits_is_chosen(model: Path, capsys: Capture) -> None:
     found = as_json(capsys, model, "--vram", "1092M")
     gpu, cpu = found["shares"]

@@ -1,10 +1,14 @@
-"""Small GGUF files with the names and keys of real models; their weights are zeros."""
+"""Small GGUF files with the names and keys of real models; their weights are zeros, or given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe import native
 from ggufmoe.ggufheader import GGMLType, TensorInfo, Value, ValueType, encode_header, padded
 
 U32, F32, BOOL, STRING, ARRAY = (
@@ -92,6 +96,49 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Tensors = (),
         offset = padded(offset + n_bytes, 32)
     path.write_bytes(encode_header(metadata, infos) + bytes(offset) + trailing)
     return path
+
+
+Arrays = Mapping[str, tuple[GGMLType, NDArray[np.float32]]]
+
+
+def write_weights(path: Path, metadata: Mapping[str, Value], tensors: Arrays) -> Path:
+    """A file whose tensors have these values, rounded to their types."""
+    infos, blobs, offset = [], [], 0
+    for name, (kind, values) in tensors.items():
+        data = stored(kind, values)
+        infos.append(TensorInfo(name, kind, values.shape, offset, len(data)))
+        blobs.append(data.ljust(padded(len(data), 32), b"\0"))
+        offset += len(blobs[-1])
+    path.write_bytes(encode_header(metadata, infos) + b"".join(blobs))
+    return path
+
+
+def stored(kind: GGMLType, values: NDArray[np.float32]) -> bytes:
+    """The bytes of values in a type: F32, F16, BF16 or a quantized one."""
+    if kind is GGMLType.F32:
+        return values.tobytes()
+    if kind is GGMLType.F16:
+        return values.astype(np.float16).tobytes()
+    if kind is GGMLType.BF16:
+        bits = np.empty(values.shape, np.uint16)
+        native.f32_to_bf16(np.ascontiguousarray(values), bits)
+        return bits.tobytes()
+    rows = np.ascontiguousarray(values.reshape(-1, values.shape[-1]))
+    out = np.empty((len(rows), kind.row_bytes(rows.shape[1])), np.uint8)
+    native.quantize_chunk(kind, rows, out)
+    return out.tobytes()
+
+
+def write_shards(folder: Path, metadata: Mapping[str, Value], shards: Sequence[Arrays]) -> list[Path]:
+    """A split model; the first file has the metadata, as llama.cpp writes it."""
+    paths, n_tensors = [], sum(map(len, shards))
+    for number, tensors in enumerate(shards):
+        keys = dict(metadata) if number == 0 else {}
+        keys |= {"split.no": Value(ValueType.UINT16, number), "split.count": Value(ValueType.UINT16, len(shards))}
+        keys["split.tensors.count"] = Value(ValueType.INT32, n_tensors)
+        path = folder / f"m-{number + 1:05d}-of-{len(shards):05d}.gguf"
+        paths.append(write_weights(path, keys, tensors))
+    return paths
 
 
 def write_mixtral(path: Path, n_expert: int = 4, n_used: int = 2, changes: Mapping[str, Value | None] = {}) -> Path:

@@ -255,6 +255,53 @@ def test_logits_that_are_cancelled_between_batches(mixing_path: Path) -> None:
             next(batches)
 
 
+# ---- computing without drawing
+
+
+def test_evaluating_goes_on_from_the_cache(mixing_path: Path) -> None:
+    with Engine(mixing_path, ONE_THREAD) as engine:
+        prompt = engine.tokenize(" w1 w9 w3 w4")
+        whole = list(engine.generate(prompt, GREEDY))
+        engine.forget()
+        assert engine.evaluate(prompt[:2])
+        assert engine.evaluate(prompt[2:3])
+        assert engine.cached_tokens == tuple(prompt[:3])
+        again = list(engine.generate(prompt, GREEDY))
+        assert again[:-1] == whole[:-1]
+        assert last_of(iter(again)).timing.cached_tokens == 3
+
+
+def test_evaluating_what_cannot_be(story: Engine) -> None:
+    with pytest.raises(InputError, match="is not a token"):
+        story.evaluate([-1])
+    story.forget()
+    with pytest.raises(ContextFullError):
+        story.evaluate([1] * (story.n_ctx + 1))
+
+
+def test_evaluating_is_stopped_from_elsewhere(mixing_path: Path) -> None:
+    with Engine(mixing_path, ContextOptions(n_ctx=512, n_threads=1)) as engine:
+        done: list[bool] = []
+        thread = threading.Thread(target=lambda: done.append(engine.evaluate([1] * 480, one_by_one=True)))
+        thread.start()
+        while thread.is_alive():
+            engine.cancel()
+            thread.join(0.001)
+        assert done == [False]
+        engine.forget()
+        assert engine.evaluate([1] * 8)
+
+
+def test_another_context_for_the_same_weights(mixing_path: Path) -> None:
+    with Engine(mixing_path, ONE_THREAD) as engine:
+        prompt = engine.tokenize(" w1 w9 w3 w4")
+        short = replace(GREEDY, n_predict=16)
+        answer = list(engine.generate(prompt, short))
+        engine.set_context(ContextOptions(n_ctx=256, n_threads=2, n_batch=3, flash_attn="off"))
+        assert (engine.n_ctx, engine.cached_tokens) == (256, ())
+        assert list(engine.generate(prompt, short))[:-1] == answer[:-1]
+
+
 # ---- cancelling
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.ggufheader import GGMLType, Value, ValueType
+from ggufmoe.ggufheader import GGMLType, Value, ValueType, read_model_header
+from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.quant.types import FileType
-from ggufmoe.runtime.inspect import FILE_TYPES, Share, inspect_model, part_of
+from ggufmoe.runtime.inspect import FILE_TYPES, MergeReport, Share, inspect_model, part_of
+from ggufmoe.runtime.offload import Host, plan_offload
 from tests.runtime.gguf_files import (
     ARRAY,
     N_EMBD,
@@ -146,15 +148,85 @@ def _warnings(tmp_path: Path, changes: dict[str, Value | None], n_expert: int = 
         ({"llama.expert_count": None}, "says that 2 of 0 are used"),
         ({"tokenizer.ggml.eos_token_id": u32(99)}, "the eos token is beyond the vocabulary of 40"),
         ({"tokenizer.ggml.tokens": Value(ARRAY, ["a"] * 39, ValueType.STRING)}, "embedding has 40 rows for 39 tokens"),
+        (
+            {"tokenizer.ggml.tokens": Value(ARRAY, ["a"] * 42, ValueType.STRING)},
+            "2 added tokens (from 40 on) have no row in the output: llama.cpp does not load such a file",
+        ),
+        ({"llama.context_length": None}, "says no context length"),
+        ({"llama.context_length": u32(0)}, "a context of 0 tokens cannot be meant"),
+        ({"llama.context_length": u32(2**31)}, "a context of 2147483648 tokens cannot be meant"),
+        (
+            {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4), "llama.rope.scaling.type": None},
+            "Mistral 7B v0.1 has these numbers and a window of 4096",
+        ),
     ],
 )
 def test_faults_are_pointed_out(tmp_path: Path, changes: dict[str, Value | None], message: str) -> None:
     assert message in _warnings(tmp_path, changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4)},
+        {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4), "llama.context_length": u32(8192)},
+        {"llama.context_length": u32(10 * 2**20)},
+    ],
+)
+def test_long_contexts_may_be_meant(tmp_path: Path, changes: dict[str, Value | None]) -> None:
+    assert "context" not in _warnings(tmp_path, changes)
+
+
 def test_two_of_two_experts_is_pointed_out(tmp_path: Path) -> None:
     assert "all 2 experts run for every token" in _warnings(tmp_path, {}, n_expert=2, n_used=2)
     assert "all" not in _warnings(tmp_path, {}, n_expert=3, n_used=2)
+
+
+def test_memory_is_the_plan_s(tmp_path: Path) -> None:
+    path = write_mixtral(tmp_path / "m.gguf")
+    host = Host(repacked={GGMLType.Q4_K: 8})
+    context = ContextOptions(n_ctx=1000, cache_type_v="q8_0")
+    asked, full = inspect_model(path, context, host).memory
+    plan = plan_offload(read_model_header(path), context, OffloadOptions(device="none"), (), host)
+    assert (asked.n_ctx, full.n_ctx) == (1024, 32768)
+    assert asked.n_bytes == plan.host.n_bytes
+    assert asked.kv_bytes == N_LAYER * 1024 * 2 * 64 * (2 + 34 / 32)
+    assert full.kv_bytes == 32 * asked.kv_bytes
+    assert asked.repacked_bytes == full.repacked_bytes > 0
+    assert inspect_model(path, context).memory[0].repacked_bytes == 0
+
+
+def test_memory_of_the_default_context_and_of_a_short_one(tmp_path: Path) -> None:
+    path = write_mixtral(tmp_path / "m.gguf")
+    assert [need.n_ctx for need in inspect_model(path).memory] == [4096, 32768]
+    assert [need.n_ctx for need in inspect_model(path, ContextOptions(n_ctx=0)).memory] == [32768]
+    short = write_mixtral(tmp_path / "s.gguf", changes={"llama.context_length": u32(2048)})
+    assert [need.n_ctx for need in inspect_model(short).memory] == [2048]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"general.architecture": None},
+        {"general.type": text("adapter")},
+        {"llama.block_count": u32(100_000)},
+        {"llama.context_length": None},
+    ],
+)
+def test_what_cannot_be_run_needs_no_memory(tmp_path: Path, changes: dict[str, Value | None]) -> None:
+    memory = inspect_model(write_mixtral(tmp_path / "m.gguf", changes=changes)).memory
+    assert [need.n_ctx for need in memory if need.n_ctx] == []
+
+
+def test_the_recipe_of_a_merge(tmp_path: Path) -> None:
+    recipe = "base_model: a\nexperts:\n  - source_model: b\n"
+    keys = {"ggufmoe.recipe": text(recipe), "ggufmoe.gate_mode": text("hidden"), "ggufmoe.version": text("0.1.0")}
+    report = inspect_model(write_mixtral(tmp_path / "m.gguf", changes=keys))
+    assert report.merge == MergeReport(recipe, "hidden", "0.1.0")
+    assert report.other == {"merge.gate_mode": "hidden"}
+    assert report.as_dict()["merge"]["recipe"] == recipe
+    assert report.as_dict()["memory"][0]["n_bytes"] == report.memory[0].n_bytes
+    assert inspect_model(write_mixtral(tmp_path / "n.gguf")).merge is None
 
 
 def test_a_legacy_file_is_explained(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@
   const even = 1 / data.colours.length;
   const percent = (w) => (w / 10).toFixed(1) + " %";
   const mean = (rows) => rows[0].map((_, e) => rows.reduce((sum, row) => sum + row[e], 0) / rows.length);
-  const tint = (e, w) => {
+  const tint = (element, e, w) => {
     const lead = even < 1 ? Math.min(1, Math.max(0, (w / 1000 - even) / (1 - even))) : 1;
-    return `rgb(${data.colours[e].join(" ")} / ${(0.12 + 0.43 * Math.sqrt(lead)).toFixed(3)})`;
+    element.style.setProperty("--c", data.colours[e].join(" "));
+    element.style.setProperty("--a", (0.12 + 0.43 * Math.sqrt(lead)).toFixed(3));
   };
 
   document.querySelectorAll("[data-number]").forEach((section) => {
@@ -20,7 +21,7 @@
       const w = choice() === null ? mean(weights[i]) : weights[i][choice()];
       const top = w.indexOf(Math.max(...w));
       token.dataset.e = top;
-      token.style.background = tint(top, w[top]);
+      tint(token, top, w[top]);
       token.title = w.map((x, e) => `expert ${e}: ${percent(x)}`).join(", ");
     });
 
@@ -42,7 +43,7 @@
         cell(row, "th", `expert ${e}`);
         weights[i].forEach((w) => {
           cell(row, "td", w[e] ? percent(w[e]) : "–");
-          if (w[e]) row.lastChild.style.background = tint(e, w[e]);
+          if (w[e]) tint(row.lastChild, e, w[e]);
         });
         cell(row, "td", percent(average[e]));
       });

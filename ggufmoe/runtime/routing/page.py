@@ -79,7 +79,7 @@ def _intro(trace: RoutingTrace) -> str:
 
 def _legend(n_expert: int) -> str:
     items = "".join(
-        f'<li><span class="swatch" style="background:{_rgb(e, 1)}" aria-hidden="true"></span> expert {e}</li>'
+        f'<li><span class="swatch" style="{_tint(e, 1)}" aria-hidden="true"></span> expert {e}</li>'
         for e in range(n_expert)
     )
     return f'<ul class="legend" aria-label="Colours of the experts">{items}</ul>'
@@ -124,7 +124,7 @@ def _token(trace: RoutingTrace, i: int, weights: Floats) -> str:
     kind = "t generated" if i >= trace.n_prompt else "t"
     return (
         f'<span class="{kind}" data-e="{top}" data-text="{shown}" title="{numbers}" tabindex="{-1 if i else 0}" '
-        f'style="background:{_rgb(top, _alpha(float(weights[top]), trace.n_expert))}">{shown}</span>'
+        f'style="{_tint(top, _alpha(float(weights[top]), trace.n_expert))}">{shown}</span>'
         + ("<br>" if trace.texts[i].endswith("\n") else "")
     )
 
@@ -165,7 +165,7 @@ def _share_table(caption: str, corner: str, rows: Iterable[tuple[str, Numbers]])
 
 
 def _cell(expert: int, value: float) -> str:
-    return f'<td style="background:{_rgb(expert, 0.6 * value)}">{100 * value:.1f} %</td>'
+    return f'<td style="{_tint(expert, 0.6 * value)}">{100 * value:.1f} %</td>'
 
 
 def _numbers(trace: RoutingTrace, summary: Summary) -> str:
@@ -210,6 +210,7 @@ def _alpha(weight: float, n_expert: int) -> float:
     return 0.12 + 0.43 * math.sqrt(lead(weight, n_expert))
 
 
-def _rgb(expert: int, alpha: float) -> str:
+def _tint(expert: int, alpha: float) -> str:
+    """The expert's colour and how much of it, which the style sheet weakens on dark paper."""
     red, green, blue = expert_colour(expert)
-    return f"rgb({red} {green} {blue} / {alpha:.3f})"
+    return f"--c:{red} {green} {blue};--a:{alpha:.3f}"

@@ -1,0 +1,232 @@
+"""What ``ggufmoe bench`` prints: a Markdown table as llama-bench's, CSV, JSON or JSON lines, row by row.
+
+A row is out as soon as it is known, and the end is always printed, so an interrupted run leaves a whole document.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from ggufmoe.cli.inspect import active_parameters, printable
+from ggufmoe.runtime.bench import Case, Machine, Result, as_record, model_type
+
+_SPEED_WIDTH = 20
+
+
+class Printer(Protocol):
+    """Prints rows between ``__enter__`` and ``__exit__``."""
+
+    def __enter__(self) -> Printer: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+    def add(self, result: Result) -> None: ...
+
+
+def make_printer(kind: str, stream: TextIO, machine: Machine, cases: Sequence[Case], given: Collection[str]) -> Printer:
+    """The printer for ``md``, ``csv``, ``json`` or ``jsonl``; ``given`` names the options that deserve a column."""
+    if kind == "md":
+        return MarkdownPrinter(stream, machine, cases, given)
+    if kind == "csv":
+        return CsvPrinter(stream, machine)
+    return JsonPrinter(stream, machine, lines=kind == "jsonl")
+
+
+class CsvPrinter:
+    """llama-bench's columns, and ours among them; samples are joined with semicolons."""
+
+    def __init__(self, stream: TextIO, machine: Machine) -> None:
+        self._stream = stream
+        self._machine = machine
+        self._writer: csv.DictWriter[str] | None = None
+
+    def __enter__(self) -> CsvPrinter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to print."""
+
+    def add(self, result: Result) -> None:
+        """Print a row, below the names of the columns if it is the first."""
+        record = {name: _csv_value(value) for name, value in as_record(result, self._machine).items()}
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._stream, list(record), lineterminator="\n")
+            self._writer.writeheader()
+        self._writer.writerow(record)
+        self._stream.flush()
+
+
+def _csv_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return ";".join(map(str, value))
+    return int(value) if isinstance(value, bool) else value
+
+
+class JsonPrinter:
+    """One array of objects, or one object a line."""
+
+    def __init__(self, stream: TextIO, machine: Machine, *, lines: bool) -> None:
+        self._stream = stream
+        self._machine = machine
+        self._lines = lines
+        self._n_rows = 0
+
+    def __enter__(self) -> JsonPrinter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the array."""
+        if not self._lines:
+            self._write("\n]\n" if self._n_rows else "[]\n")
+
+    def add(self, result: Result) -> None:
+        """Print an object."""
+        text = json.dumps(as_record(result, self._machine), ensure_ascii=False)
+        before, after = ("", "\n") if self._lines else (",\n" if self._n_rows else "[\n", "")
+        self._n_rows += 1
+        self._write(before + text + after)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+_COLUMNS = {
+    "n_cpu_moe": "n_cpu_moe",
+    "n_expert_used": "experts",
+    "n_batch": "n_batch",
+    "n_ubatch": "n_ubatch",
+    "type_k": "type_k",
+    "type_v": "type_v",
+    "main_gpu": "mg",
+    "split_mode": "sm",
+    "no_kv_offload": "nkvo",
+    "flash_attn": "fa",
+    "device": "dev",
+    "tensor_split": "ts",
+    "override_tensor": "ot",
+    "load_mode": "lm",
+    "no_host": "noh",
+    "repack": "rpk",
+}
+"""Options that have a column when they are given, and its heading; llama-bench's, where it has one."""
+_FIELDS = {"device": "devices", "override_tensor": "tensor_buft_overrides"}
+"""Names in the record, where they are not the option's."""
+_TEXTS = {"model", "backend", "dev", "ts", "ot", "sm", "lm", "fa", "type_k", "type_v"}
+"""Headings of columns whose text stands on the left."""
+
+
+class MarkdownPrinter:
+    """A table as llama-bench prints it, then what the models and the machine are."""
+
+    def __init__(self, stream: TextIO, machine: Machine, cases: Sequence[Case], given: Collection[str]) -> None:
+        self._stream = stream
+        self._machine = machine
+        self._cases = cases
+        has_gpu = machine.backends != ("CPU",)
+        shown = [option for option in _COLUMNS if option in given]
+        self._options = [*(["n_gpu_layers"] if has_gpu or "n_gpu_layers" in given else []), *shown]
+        options = [*map(_heading, self._options), "threads", "test", "t/s"]
+        self._headings = ["model", "size", "params", "backend", *options]
+        if self._line_width > _columns(stream):
+            # what is the same in all rows stands below the table as well
+            self._headings = ["model", *options] if len({case.model for case in cases}) > 1 else options
+        self._short: list[str] = []
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self._width(heading) for heading in self._headings]
+
+    @property
+    def _line_width(self) -> int:
+        return sum(width + 3 for width in self._widths) + 1
+
+    def _width(self, heading: str) -> int:
+        longest = {
+            "model": max(len(model_type(case.report)) for case in self._cases),
+            "size": 10,
+            "params": 9,
+            "backend": len(",".join(self._machine.backends)),
+            "test": max(len(case.workload.name) for case in self._cases),
+            "t/s": _SPEED_WIDTH,
+        }
+        return max(len(heading), longest.get(heading, 0))
+
+    def __enter__(self) -> MarkdownPrinter:
+        self._line(self._headings)
+        rules = ("-" * (width - 1) for width in self._widths)
+        ends = ("-" if heading in _TEXTS else ":" for heading in self._headings)
+        self._line([rule + end for rule, end in zip(rules, ends, strict=True)])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Describe what was measured."""
+        self._print("")
+        for note in self._short:
+            self._print(note)
+        for case in {case.model: case for case in self._cases}.values():
+            report, name = case.report, printable(case.model.name)
+            size = f"{_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"
+            self._print(f"{name}: {active_parameters(report)}, {size}")
+        machine = self._machine
+        memory = f", {machine.memory_bytes / 2**30:.1f} GiB" if machine.memory_bytes else ""
+        devices = ", ".join((machine.cpu, *machine.gpus))
+        self._print(f"machine: {devices}, {machine.n_cores} cores{memory}")
+        self._print(f"build: llama.cpp {machine.llama_cpp_commit.split('-')[0]} (llama-cpp-python {machine.package})")
+
+    def add(self, result: Result) -> None:
+        """Print a row; one that was interrupted is marked, and explained below the table."""
+        record = as_record(result, self._machine)
+        n_samples = len(result.samples_s)
+        mark = "" if n_samples == result.repetitions else "*"
+        if mark:
+            self._short.append(f"*: {n_samples} of {result.repetitions} repetitions, then it was stopped")
+        cells = {
+            "model": record["model_type"],
+            "size": _size(record["model_size"]),
+            "params": _count(record["model_n_params"]),
+            "backend": record["backends"],
+            "threads": str(record["n_threads"]),
+            "test": result.case.workload.name,
+            "t/s": f"{result.tokens_per_s:.2f} ± {result.spread_tokens_per_s:.2f}{mark}",
+        }
+        cells |= {_heading(option): _cell(record[_FIELDS.get(option, option)]) for option in self._options}
+        self._line([cells[heading] for heading in self._headings])
+
+    def _line(self, cells: Sequence[str]) -> None:
+        parts = (
+            cell.ljust(width) if heading in _TEXTS else cell.rjust(width)
+            for cell, heading, width in zip(cells, self._headings, self._widths, strict=True)
+        )
+        self._print("| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |")
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def _columns(stream: TextIO) -> float:
+    """Of the terminal; what goes elsewhere may be of any width."""
+    return shutil.get_terminal_size().columns if stream.isatty() else math.inf
+
+
+def _heading(option: str) -> str:
+    return "ngl" if option == "n_gpu_layers" else _COLUMNS[option]
+
+
+def _cell(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else printable(str(value))
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.2f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.2f} M" if number < 10**9 else f"{number / 1e9:.2f} B"

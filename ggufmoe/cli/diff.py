@@ -1,0 +1,220 @@
+"""``ggufmoe diff``: how two GGUF files differ, for people or as JSON.
+
+Owns the tables only; what they say comes from ``runtime.diff``. What files say is shown without control characters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ggufmoe.cli.inspect import printable, work_progress
+from ggufmoe.runtime.diff import KeyDifference, ModelDifference, PartDifference, TensorDifference, diff_models
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ggufmoe.ggufheader import TensorInfo, Value
+
+_SHOWN_TENSORS = 12
+_MAX_VALUE = 60
+_NARROW_COLUMNS = 76
+
+
+def diff_command(
+    before: Annotated[Path, typer.Argument(help="A GGUF file, or any shard of a split one.", metavar="A.gguf")],
+    after: Annotated[Path, typer.Argument(help="Another one.", metavar="B.gguf")],
+    *,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Compare metadata, types and shapes, and read no weights.")
+    ] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Name every tensor that differs, in the file's order.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option("-t", "--threads", help="Threads; one for each core by default.", metavar="N", min=1, max=512),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    tells: Annotated[bool, typer.Option("--exit-code", help="End with exit code 1 if anything differs.")] = False,
+) -> None:
+    """Show how two GGUF files differ: metadata, tensors, types, shapes, and the relative error of each tensor.
+
+    The error is the root mean square of the differences over that of A's values. Shards and the order of tensors do not
+    matter. Values are computed only where bytes differ.
+    """
+    found = _compare(before, after, headers_only, threads)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        _show(found, headers_only=headers_only, show_all=show_all)
+    if tells and not found.is_same:
+        raise typer.Exit(1)
+
+
+def _compare(before: Path, after: Path, headers_only: bool, threads: int | None) -> ModelDifference:
+    with work_progress("compare") as (show, interrupt):
+        return diff_models(
+            before, after, headers_only=headers_only, n_threads=threads, on_progress=show, cancel=interrupt
+        )
+
+
+def _show(found: ModelDifference, *, headers_only: bool, show_all: bool) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    console.print(_summary(found, headers_only), style="bold")
+    console.print(f"A: {_files(found.before)}\nB: {_files(found.after)}", style="dim")
+    if found.keys:
+        _print_keys(console, found.keys)
+    if found.different:
+        _print_parts(console, [part for part in found.parts if part.n_different])
+        _print_tensors(console, found, show_all)
+
+
+def _files(names: Sequence[str]) -> str:
+    return printable(names[0]) + ("" if len(names) == 1 else f" and {len(names) - 1} more")
+
+
+def _summary(found: ModelDifference, headers_only: bool) -> str:
+    n_tensors = len(found.tensors)
+    scope = f"{n_tensors} tensors by their headers, weights unread" if headers_only else f"all {n_tensors} tensors"
+    if found.is_same:
+        return f"the same: metadata and {scope}"
+    n_keys, error = len(found.keys), found.relative_error
+    keys = f"{n_keys} metadata key{'s' * (n_keys != 1)}" if n_keys else "no metadata key"
+    tensors = f"{len(found.different)} of {n_tensors} tensors" if found.different else "no tensor"
+    return f"differ: {keys}, {tensors}" + ("" if error is None else f", relative error {_error(error)}")
+
+
+# ---- metadata
+
+
+def _print_keys(console: Console, keys: Sequence[KeyDifference]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    styles = {"+": "green", "-": "red", "~": "yellow"}
+    for key in keys:
+        sign, text = _key(key)
+        table.add_row(Text(sign, styles[sign]), f"{printable(key.key, 80)}: {text}")
+    console.print("\nmetadata", style="bold")
+    console.print(table)
+
+
+def _key(found: KeyDifference) -> tuple[str, str]:
+    if found.before is None:
+        assert found.after is not None, "one of the files has it"
+        return "+", _value(found.after)
+    if found.after is None:
+        return "-", _value(found.before)
+    return "~", _change(found, found.before, found.after)
+
+
+def _change(found: KeyDifference, before: Value, after: Value) -> str:
+    if found.n_items and found.first_item is not None:
+        i, items = found.first_item, before.value
+        first = f"[{i}] {_shown(items[i])} -> {_shown(after.value[i])}"
+        return f"{found.n_items} of {len(items)} items differ, first {first}"
+    kind = f" ({before.type.name} -> {after.type.name})" if before.type is not after.type else ""
+    if before.item_type is not after.item_type and not kind and before.item_type and after.item_type:
+        kind = f" (items {before.item_type.name} -> {after.item_type.name})"
+    if isinstance(before.value, str) and isinstance(after.value, str) and max(len(before.value), len(after.value)) > 40:
+        return _text_change(before.value, after.value)
+    return f"{_value(before)} -> {_value(after)}{kind}"
+
+
+def _text_change(before: str, after: str) -> str:
+    """Long texts from the place on where they part."""
+    n = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    start = max(0, n - 10)
+    lead = "…" if start else ""
+    sizes = f"{len(before)} and {len(after)} characters, from character {n + 1} on"
+    return f"{sizes}: {lead}{_shown(before[start:], 40)} -> {lead}{_shown(after[start:], 40)}"
+
+
+def _value(value: Value) -> str:
+    if isinstance(value.value, list):
+        few = ", ".join(_shown(item, 20) for item in value.value[:4])
+        return f"{len(value.value)} items: {few}{', …' if len(value.value) > 4 else ''}"
+    return _shown(value.value)
+
+
+def _shown(value: Any, limit: int = _MAX_VALUE) -> str:
+    return printable(value if isinstance(value, str) else str(value), limit) or "''"
+
+
+# ---- tensors
+
+
+def _print_parts(console: Console, parts: Sequence[PartDifference]) -> None:
+    if not parts:
+        return
+    table = _table(("part", "differ", "bits/w A", "bits/w B", "rel. error"))
+    for part in parts:
+        error = "-" if part.relative_error is None else _error(part.relative_error)
+        table.add_row(
+            part.name,
+            f"{part.n_different} of {part.n_tensors}",
+            f"{part.bits_before:.2f}",
+            f"{part.bits_after:.2f}",
+            error,
+        )
+    console.print()
+    console.print(table)
+
+
+def _print_tensors(console: Console, found: ModelDifference, show_all: bool) -> None:
+    listed = list(found.different) if show_all else sorted(found.different, key=_gravity)[:_SHOWN_TENSORS]
+    narrow = console.width < _NARROW_COLUMNS
+    table = _table(("tensor", "A", "B", "rel. error") + (() if narrow else ("largest diff.",)))
+    for tensor in listed:
+        table.add_row(*_row(tensor)[: 4 if narrow else 5])
+    console.print()
+    console.print(table)
+    if len(listed) < len(found.different):
+        console.print(f"and {len(found.different) - len(listed)} more, with smaller errors; --all names them")
+
+
+def _gravity(tensor: TensorDifference) -> tuple[bool, float]:
+    """What has no number first (missing, of another shape), then the largest errors."""
+    error = tensor.relative_error
+    return (error is not None, -error if error is not None and error == error else float("-inf"))
+
+
+def _table(headings: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right", no_wrap=heading not in ("A", "B"), overflow="fold")
+    return table
+
+
+def _row(tensor: TensorDifference) -> list[str]:
+    shapes = tensor.verdict == "shape"
+    sides = [_side(info, with_shape=shapes) for info in (tensor.before, tensor.after)]
+    error = "-" if tensor.relative_error is None else _error(tensor.relative_error)
+    largest = "-" if tensor.max_difference is None else f"{tensor.max_difference:.3g}"
+    return [printable(tensor.name), *sides, error, largest]
+
+
+def _side(info: TensorInfo | None, *, with_shape: bool) -> str:
+    if info is None:
+        return "none"
+    return f"{info.type.name} {' x '.join(map(str, info.shape))}" if with_shape else info.type.name
+
+
+def _error(value: float) -> str:
+    """A relative error with three digits."""
+    return f"{value:.4f}" if value >= 0.01 else f"{value:.2e}" if value else "0"

@@ -1,0 +1,177 @@
+"""``ggufmoe bench`` at the door of the command line: lists and ranges, the formats, and Ctrl-C."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ggufmoe
+from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.bench import BenchOptions
+from ggufmoe.cli.bench_view import make_printer
+from ggufmoe.errors import OptionError
+from ggufmoe.options import ContextOptions
+from ggufmoe.runtime.bench import Workload, describe_machine, plan_bench, run_bench
+
+Capture = pytest.CaptureFixture[str]
+QUICK = ("-p", "8", "-n", "4", "-r", "2", "-t", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "m.gguf"
+    ggufmoe.convert(tiny_checkpoint(n_embd=64, n_ff=64, n_expert=4, n_expert_used=2), path, quant="F16")
+    return path
+
+
+def run(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
+    code = exit_code(["bench", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def table(out: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+
+
+def test_a_table_as_llama_bench_prints_it(model: Path, capsys: Capture) -> None:
+    code, out, err = run(capsys, model, *QUICK)
+    assert (code, err) == (0, "")
+    heading, rule, *rows = table(out)
+    assert heading == ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    assert all(set(cell) <= set("-:") for cell in rule)
+    assert [row[-2] for row in rows] == ["pp8", "tg4"]
+    assert all(float(part) >= 0 for row in rows for part in row[-1].split(" ± "))
+    assert len(out.splitlines()[0]) == len(out.splitlines()[1])
+    tail = out.split("\n\n")[1].splitlines()
+    assert tail[0].startswith("m.gguf: ")
+    assert " parameters, " in tail[0]
+    assert " of them for each token, " in tail[0]
+    assert [line.split(":")[0] for line in tail[1:]] == ["machine", "build"]
+
+
+def test_lists_make_a_grid_with_columns(model: Path, capsys: Capture) -> None:
+    code, out, _ = run(capsys, model, "-p", 8, "-n", 0, "-r", 1, "-t", "1,2", "--n-expert-used", "1,2", "-fa", "off")
+    heading, _, *rows = table(out)
+    assert code == 0
+    experts, threads = heading.index("experts"), heading.index("threads")
+    assert "fa" in heading
+    assert [(row[experts], row[threads]) for row in rows] == [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")]
+
+
+def test_json_json_lines_and_csv(model: Path, capsys: Capture) -> None:
+    _, out, _ = run(capsys, model, *QUICK, "-o", "json")
+    records = json.loads(out)
+    assert [(one["n_prompt"], one["n_gen"]) for one in records] == [(8, 0), (0, 4)]
+    _, out, _ = run(capsys, model, *QUICK, "-o", "jsonl")
+    assert [json.loads(line)["n_gen"] for line in out.splitlines()] == [0, 4]
+    _, out, _ = run(capsys, model, *QUICK, "-o", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["n_prompt"] for row in rows] == ["8", "0"]
+    assert list(rows[0]) == list(records[0])
+    assert len(rows[0]["samples_ns"].split(";")) == 2
+
+
+def test_a_prompt_and_its_answer_together_at_a_depth(model: Path, capsys: Capture) -> None:
+    _, out, _ = run(capsys, model, "-pg", "8,2", "-d", "4", "-r", 1, "-t", 1, "--no-warmup")
+    assert [row[-2] for row in table(out)[2:]] == ["pp8+tg2 @ d4"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("columns", "n_models"), [(120, 1), (60, 1), (60, 2)])
+def test_a_narrow_terminal_gets_fewer_columns(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, n_models: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    models = [model, Path(shutil.copy(model, tmp_path / "other.gguf"))][:n_models]
+    cases = plan_bench(models, [Workload(8, 0)], [ContextOptions(n_threads=1)])
+    stream = Terminal()
+    with make_printer("md", stream, describe_machine(), cases, ()) as printer:
+        printer.add(next(run_bench(cases, repetitions=1)))
+    heading, _, row = table(stream.getvalue())
+    assert max(len(line) for line in stream.getvalue().splitlines() if line.startswith("|")) <= columns
+    assert len(row) == len(heading)
+    assert ("size" in heading) == (columns == 120)
+    assert ("model" in heading) == (columns == 120 or n_models == 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", "many"), "expected numbers such as 512"),
+        (("-t", "4-1*0"), "no range that comes to an end"),
+        (("-p", "0", "-n", "0"), "nothing to measure"),
+        (("-pg", "1"), "-pg takes two numbers"),
+        (("-ctk", "q9"), "cache_type_k must be one of"),
+        (("-fa", "perhaps"), "flash_attn must be one of"),
+        (("-ngl", "some"), "expected a number"),
+        (("--repack", "2"), "expected 0 or 1"),
+        (("-r", "0"), "--repetitions must be at least 1"),
+        (("-o", "xml"), "xml"),
+    ],
+)
+def test_wrong_usage(model: Path, capsys: Capture, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run(capsys, model, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_a_model_that_cannot_be_read_is_said_before_the_first_run(model: Path, capsys: Capture, tmp_path: Path) -> None:
+    code, out, err = run(capsys, model, tmp_path / "absent.gguf", *QUICK)
+    assert (code, out) == (1, "")
+    assert "absent.gguf" in err
+
+
+def numbers(*words: str) -> list[int]:
+    return [workload.n_prompt for workload in BenchOptions(n_prompt=words, n_gen=("0",)).workloads]
+
+
+def test_ranges_are_llama_bench_s() -> None:
+    assert numbers("512") == [512]
+    assert numbers("1,2", "4") == [1, 2, 4]
+    assert numbers("1-4") == [1, 2, 3, 4]
+    assert numbers("128-512+128") == [128, 256, 384, 512]
+    assert numbers("1-16*2,3") == [1, 2, 4, 8, 16, 3]
+    for wrong in ("1-", "1-4*1", "1-99999999", "a-b", ""):
+        with pytest.raises(OptionError):
+            numbers(wrong)
+
+
+def test_values_of_several_devices_are_parted_by_slashes() -> None:
+    options = BenchOptions(device=("GPU0/GPU1,GPU0",), tensor_split=("3/1",), override_tensor=("a=CPU;b=CPU,c=CPU",))
+    assert [offload.device for offload in options.offloads] == ["GPU0,GPU1"] * 2 + ["GPU0"] * 2
+    assert options.offloads[0].split_shares == (3, 1)
+    assert [offload.override_tensor for offload in options.offloads[:2]] == [("a=CPU", "b=CPU"), ("c=CPU",)]
+
+
+@pytest.mark.parametrize("output", ["json", "md"])
+def test_ctrl_c_prints_what_there_is(model: Path, output: str) -> None:
+    program = [sys.executable, "-m", "ggufmoe", "bench", str(model)]
+    command = [*program, "-p", "8", "-n", "0", "-r", "1", "-t", "1", "-d", "0-450", "-o", output]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        out = "".join(child.stdout.readline() for _ in range(4))
+        child.send_signal(signal.SIGINT)
+        rest, err = child.stdout.read(), child.stderr.read()
+    assert (child.returncode, err.splitlines()) == (130, ["error: the bench was stopped"])
+    if output == "json":
+        depths = [one["n_depth"] for one in json.loads(out + rest)]
+        assert depths == list(range(len(depths)))
+        assert 3 <= len(depths) < 451
+    else:
+        assert len(table(out + rest)) >= 4
+        assert (out + rest).splitlines()[-1].startswith("build: llama.cpp ")
