@@ -34,9 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": FLOOR,
     "server": FLOOR | {"runtime"},
     "doctor": FLOOR | {"quant", "runtime"},
-    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor"},
+    "imatrix": FLOOR | {"quant", "runtime"},
+    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor", "imatrix"},
     "__main__": {"cli"},
-    "__init__": {"errors", "options", "convert", "quantize", "runtime"},
+    "__init__": {"errors", "options", "convert", "quantize", "imatrix", "runtime"},
 }
 """Room to the rooms that it may import besides itself; the package itself gives only its version."""
 

@@ -50,6 +50,8 @@ VERBS = (
     Verb("route", "ggufmoe.cli.route:route_command", "Show which experts every token went to."),
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
     Verb("plan", "ggufmoe.cli.plan:plan_command", "Show what goes where, and how many bytes."),
+    Verb("perplexity", "ggufmoe.cli.perplexity:perplexity_command", "Measure how well a model foretells a text."),
+    Verb("imatrix", "ggufmoe.cli.imatrix:imatrix_command", "Measure on a text what quantization should spare."),
     Verb("doctor", "ggufmoe.cli.doctor:doctor_command", "Check the engine, devices and kernels of this machine."),
 )
 

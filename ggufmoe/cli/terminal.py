@@ -10,22 +10,24 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing
 
+ItemT = TypeVar("ItemT")
 
-def interruptible(start: Callable[[CancelFlag], Iterator[Event]]) -> Iterator[Event]:
-    """The events of ``start(cancel)``, computed in another thread so that Ctrl-C is noticed while llama.cpp computes.
 
-    The first Ctrl-C sets ``cancel``, after which the events end with their Finished; another one raises
-    KeyboardInterrupt. What ``start`` raises is raised here.
+def interruptible(start: Callable[[CancelFlag], Iterator[ItemT]]) -> Iterator[ItemT]:
+    """The events of ``start(cancel)``, or what else comes step by step, computed in another thread.
+
+    So Ctrl-C is noticed while llama.cpp computes. The first one sets ``cancel``, after which the events end by
+    themselves; another one raises KeyboardInterrupt. What ``start`` raises is raised here.
     """
     cancel = threading.Event()
     # short, so that the answer does not run far ahead of what is shown
-    inbox: queue.Queue[Event | Exception | None] = queue.Queue(maxsize=4)
+    inbox: queue.Queue[ItemT | Exception | None] = queue.Queue(maxsize=4)
 
     def work() -> None:
         try:

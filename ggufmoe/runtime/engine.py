@@ -26,6 +26,7 @@ from ggufmoe import native
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError, GGUFError, InputError, ModelLoadError
 from ggufmoe.ggufheader import GGMLType, Header, ModelHeader, legacy_expert_tensors, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
+from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
 from ggufmoe.runtime.cpu import default_threads, memory_bytes
 from ggufmoe.runtime.devices import Machine, find_machine
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, FinishReason, Timing, Token
@@ -149,6 +150,7 @@ class Engine:
         values = {
             "n_ctx": n_ctx,
             "n_batch": options.n_batch,
+            "n_seq_max": options.n_seq_max,
             "n_ubatch": min(options.n_ubatch, options.n_batch),
             "n_threads": n_threads,
             "n_threads_batch": n_threads,
@@ -474,6 +476,47 @@ class Engine:
                 pointer = self._api.llama_get_logits(self._context)
                 rows = np.array(np.ctypeslib.as_array(pointer, (len(chunk), self.n_vocab)))
             yield rows
+
+    def compute_chunks(
+        self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
+    ) -> Iterator[ComputedPart]:
+        """Compute texts of one length that know nothing of each other, with logits from position ``first`` on.
+
+        ``ContextOptions.n_seq_max`` of them are computed side by side, where the batch has room. Each part holds the
+        logits of what was computed last until the next one is asked for. Ends early when ``cancel`` is set. The cache
+        is lost. Raises as ``generate`` does, and ContextFullError if a chunk does not fit.
+        """
+        n_tokens = max(map(len, chunks), default=0)
+        room = int(self._api.llama_n_ctx_seq(self._context))
+        if n_tokens > room:
+            raise ContextFullError(f"a chunk has {n_tokens} tokens and the context holds {room}")
+        for chunk in chunks:
+            self._check_tokens(chunk)
+        with self._lock:
+            self.forget()
+            turn = self._generation
+        n_seq = min(self._context_options.n_seq_max, max(1, self._n_batch // max(n_tokens, 1)))
+        try:
+            for group, begin, end in batches(len(chunks), n_tokens, n_seq, self._n_batch):
+                with self._lock, self._watching(cancel):
+                    self._check_turn(turn)
+                    if begin == 0:
+                        self._api.llama_memory_clear(self._memory, False)
+                    pieces = [chunks[i][begin:end] for i in group]
+                    if not self._decoded(SideBySide(self._api, pieces, begin, first)):
+                        return
+                yield ComputedPart(self._api, self._context, self.n_vocab, group, begin, end, first)
+        finally:
+            with self._lock:
+                if self._context and turn == self._generation:
+                    self.forget()
+
+    def _decoded(self, batch: SideBySide) -> bool:
+        mark = _log().mark()
+        status = batch.decode(self._context)
+        if status not in (0, _ABORTED):
+            raise DecodeError(f"{self.path}: llama.cpp failed to compute ({status}): {_log().cause_since(mark)}")
+        return status == 0
 
     @contextmanager
     def observed(self, observer: Callable[[int, bool], bool]) -> Iterator[None]:
