@@ -106,12 +106,16 @@ def _weight_name(tensor: int) -> str:
 
 def _by_expert(inputs: Floats, experts: NDArray[np.int32], n_expert: int) -> tuple[Doubles, Doubles]:
     """``inputs`` is (tokens, 1 or n_used, columns), ``experts`` (tokens, n_used)."""
-    n_inputs = inputs.shape[1]
-    squares = np.square(inputs).reshape(-1, inputs.shape[2])
-    rows = np.arange(len(experts))[:, None] * n_inputs + np.arange(experts.shape[1]) % n_inputs
-    weight = np.zeros((n_expert, len(squares)), np.float32)
-    np.add.at(weight, (experts, rows), 1)
-    return (weight @ squares).astype(np.float64), weight.sum(axis=1, dtype=np.float64)
+    n_inputs, n_columns = inputs.shape[1:]
+    rows = inputs.reshape(-1, n_columns)
+    at = np.arange(len(experts))[:, None] * n_inputs + np.arange(experts.shape[1]) % n_inputs
+    sums, counts = np.zeros((n_expert, n_columns)), np.zeros(n_expert)
+    for expert in np.unique(experts):
+        given = rows[at[experts == expert]]
+        # not by BLAS, whose threads wait for those of llama.cpp
+        sums[expert] = np.einsum("rc,rc->c", given, given)
+        counts[expert] = len(given)
+    return sums, counts
 
 
 def _by_matrix(inputs: Floats, n_matrices: tuple[int, ...]) -> tuple[Doubles, Doubles]:

@@ -36,9 +36,7 @@ class SideBySide:
         sequences = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
         wanted = (positions >= first).astype(np.int8)
         n_ids = np.ones(n_tokens, np.int32)
-        pointers = (ctypes.POINTER(ctypes.c_int32) * n_tokens)()
-        addresses = np.frombuffer(pointers, np.uintp)
-        addresses[:] = sequences.ctypes.data + np.arange(n_tokens, dtype=np.uintp) * sequences.itemsize
+        pointers = np.arange(n_tokens, dtype=np.uintp) * np.uintp(sequences.itemsize) + np.uintp(sequences.ctypes.data)
         self._api = api
         self._alive = (tokens, positions, sequences, wanted, n_ids, pointers)
         self._batch = api.llama_batch(
@@ -46,7 +44,7 @@ class SideBySide:
             token=_pointer(tokens, ctypes.c_int32),
             pos=_pointer(positions, ctypes.c_int32),
             n_seq_id=_pointer(n_ids, ctypes.c_int32),
-            seq_id=pointers,
+            seq_id=_pointer(pointers, ctypes.POINTER(ctypes.c_int32)),
             logits=_pointer(wanted, ctypes.c_int8),
         )
 
