@@ -59,8 +59,8 @@ class _Display:
     def __init__(self, what: str, stream: TextIO, *, quiet: bool) -> None:
         self._what, self._stream, self._quiet = what, stream, quiet
         self._on_terminal = stream.isatty()
-        self._started = self._shown = time.monotonic()
-        self._first = 0
+        self._started = time.monotonic()
+        self._shown = -_LINE_INTERVAL_S  # the first step is shown at once: it tells how long the rest will take
         self._width = 0
 
     def update(self, step: ChunkStep, words: str) -> None:
