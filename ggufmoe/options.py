@@ -113,6 +113,8 @@ MAX_SEQUENCES = 256
 MAX_SEED = 2**32 - 2
 """The largest seed: the number above stands for a seed by chance in llama.cpp (LLAMA_DEFAULT_SEED)."""
 
+_CTX_STEP = 256
+"""llama.cpp rounds the part of the context that each text has up to a multiple of this."""
 MIN_CHUNK_TOKENS = 8
 """Fewer leave nothing to score in the second half of a chunk."""
 
@@ -172,7 +174,8 @@ class EvaluationOptions(ContextOptions):
         n_batch = min(self.n_batch, n_seq * self.n_ctx)
         names = {field.name for field in fields(ContextOptions)}
         given = {name: value for name, value in vars(self).items() if name in names}
-        return ContextOptions(**given | {"n_ctx": n_seq * self.n_ctx, "n_batch": n_batch, "n_seq_max": n_seq})
+        n_ctx = n_seq * -(-self.n_ctx // _CTX_STEP) * _CTX_STEP
+        return ContextOptions(**given | {"n_ctx": n_ctx, "n_batch": n_batch, "n_seq_max": n_seq})
 
 
 @dataclass(frozen=True)

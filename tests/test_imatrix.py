@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.quant.imatrix import Imatrix
 from ggufmoe.runtime.activations import ActivationSums
 
-EXACT = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
+EXACT: dict[str, Any] = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
 TEXT = "the model reads a number and writes the sum of two numbers " * 6
 N_CTX, N_EXPERT, N_USED = 32, 4, 2
 

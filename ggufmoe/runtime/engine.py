@@ -486,6 +486,7 @@ class Engine:
         logits of what was computed last until the next one is asked for. Ends early when ``cancel`` is set. The cache
         is lost. Raises as ``generate`` does, and ContextFullError if a chunk does not fit.
         """
+        self._check_open()
         n_tokens = max(map(len, chunks), default=0)
         room = int(self._api.llama_n_ctx_seq(self._context))
         if n_tokens > room:

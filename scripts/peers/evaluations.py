@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import setup_environment
@@ -38,6 +39,16 @@ CLOSE = 1e-4
 """Four digits."""
 CLOSE_SUMS = 1e-4
 """llama-imatrix adds up in single precision: over n rows its error grows to some sqrt(n) x 6e-8 and more."""
+MAIN = """
+#include "log.h"
+int llama_perplexity(int argc, char ** argv);
+int main(int argc, char ** argv) {
+    const int status = llama_perplexity(argc, argv);
+    common_log_pause(common_log_main());
+    return status;
+}
+"""
+"""Instead of llama-perplexity's own, which may end before its last lines are printed."""
 LIBRARY_PATHS = {"darwin": "DYLD_LIBRARY_PATH", "win32": "PATH"}
 
 
@@ -67,11 +78,15 @@ def build_tools(pin: Pin) -> Tools:
     libraries = Path(sysconfig.get_path("purelib")) / "lib"
     target = setup_environment.cache_directory() / "tools" / setup_environment.engine_cache(pin).name
     sources = llama_cpp_sources(pin)
-    extra = {"perplexity": [sources / "tools" / "perplexity" / "main.cpp"], "imatrix": []}
-    for name, files in extra.items():
-        if not (target / f"llama-{name}").is_file():
-            say(f"compiling llama-{name} (a minute, once on this machine)")
-            _compile(sources, libraries, [sources / "tools" / name / f"{name}.cpp", *files], target / f"llama-{name}")
+    missing = [name for name in ("perplexity", "imatrix") if not (target / f"llama-{name}").is_file()]
+    for name in missing:
+        say(f"compiling llama-{name} (a minute, once on this machine)")
+        files = [sources / "tools" / name / f"{name}.cpp"]
+        with tempfile.TemporaryDirectory() as scratch:
+            if name == "perplexity":
+                files.append(Path(scratch) / "main.cpp")
+                files[-1].write_text(MAIN, encoding="utf-8")
+            _compile(sources, libraries, files, target / f"llama-{name}")
     return Tools(target / "llama-perplexity", target / "llama-imatrix", libraries)
 
 
@@ -106,7 +121,7 @@ class Case:
         return ["-c", str(CHUNK), "-b", str(self.batch), "--chunks", str(self.chunks)]
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """The same for us."""
         return {"n_ctx": CHUNK, "n_batch": self.batch, "chunks": self.chunks}
 

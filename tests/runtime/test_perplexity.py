@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ggufmoe.runtime.divergence import divergence_steps
 from ggufmoe.runtime.perplexity import perplexity_steps
 from tests.runtime.scripted import Scripted
 
-EXACT = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
+EXACT: dict[str, Any] = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
 TEXT = "".join(f" w{i * i % 29}" for i in range(110))
 Doubles = NDArray[np.float64]
 
@@ -166,7 +167,8 @@ def test_impossible_options_are_refused(mixing_path: Path) -> None:
         with pytest.raises(OptionError):
             ggufmoe.perplexity(mixing_path, TEXT, **wrong)
     assert EvaluationOptions(n_ctx=8, n_batch=4096).context.n_seq_max == 256
-    assert replace(EvaluationOptions(n_ctx=768), n_batch=2048).context.n_batch == 1536
+    context = replace(EvaluationOptions(n_ctx=700), n_batch=2048).context
+    assert (context.n_batch, context.n_ctx, context.n_seq_max) == (1400, 1536, 2)
 
 
 def test_a_chunk_that_the_context_cannot_hold_is_refused(mixing_path: Path) -> None:
