@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -479,7 +479,7 @@ class Engine:
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
-    ) -> Iterator[ComputedPart]:
+    ) -> Generator[ComputedPart, None, None]:
         """Compute texts of one length that know nothing of each other, with logits from position ``first`` on.
 
         ``ContextOptions.n_seq_max`` of them are computed side by side, where the batch has room. Each part holds the

@@ -163,7 +163,8 @@ def test_a_file_is_read_as_the_text_that_it_holds(mixing_path: Path, tmp_path: P
 
 
 def test_impossible_options_are_refused(mixing_path: Path) -> None:
-    for wrong in ({"n_ctx": 7}, {"chunks": 0}, {"chunks": -2}, {"n_batch": 0}, {"size": 3}):
+    impossible: list[dict[str, Any]] = [{"n_ctx": 7}, {"chunks": 0}, {"chunks": -2}, {"n_batch": 0}, {"size": 3}]
+    for wrong in impossible:
         with pytest.raises(OptionError):
             ggufmoe.perplexity(mixing_path, TEXT, **wrong)
     assert EvaluationOptions(n_ctx=8, n_batch=4096).context.n_seq_max == 256
