@@ -41,9 +41,13 @@ if TYPE_CHECKING:
         WorkerError,
         WorkerLostError,
     )
+    from ggufmoe.imatrix import ImatrixResult, LayerCoverage
+    from ggufmoe.imatrix import imatrix as imatrix
     from ggufmoe.options import (
         ContextOptions,
         ConvertOptions,
+        EvaluationOptions,
+        ImatrixOptions,
         MergeOptions,
         OffloadOptions,
         QuantizeOptions,
@@ -52,7 +56,9 @@ if TYPE_CHECKING:
     )
     from ggufmoe.quantize import quantize as quantize
     from ggufmoe.runtime.chat import Chat
+    from ggufmoe.runtime.divergence import Distribution, Divergence, kl_divergence
     from ggufmoe.runtime.engine import Engine
+    from ggufmoe.runtime.perplexity import Estimate, Perplexity, perplexity
     from ggufmoe.runtime.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
 
 __version__ = "0.1.0"
@@ -66,14 +72,21 @@ __all__ = [
     "ContextOptions",
     "ConvertOptions",
     "DecodeError",
+    "Distribution",
+    "Divergence",
     "Engine",
     "EngineError",
     "EngineMissingError",
+    "Estimate",
+    "EvaluationOptions",
     "GGUFError",
     "GgufmoeError",
     "HubError",
     "ImatrixError",
+    "ImatrixOptions",
+    "ImatrixResult",
     "InputError",
+    "LayerCoverage",
     "MergeOptions",
     "ModelLoadError",
     "NoSpaceError",
@@ -82,6 +95,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OutputExistsError",
+    "Perplexity",
     "QuantizeOptions",
     "RecipeError",
     "ResumeError",
@@ -98,7 +112,10 @@ __all__ = [
     "WorkerOptions",
     "__version__",
     "convert",
+    "imatrix",
+    "kl_divergence",
     "merge",
+    "perplexity",
     "quantize",
     "trace_routing",
 ]
@@ -107,9 +124,17 @@ _HOMES = {
     "Chat": "ggufmoe.runtime.chat",
     "ContextOptions": "ggufmoe.options",
     "ConvertOptions": "ggufmoe.options",
+    "Distribution": "ggufmoe.runtime.divergence",
+    "Divergence": "ggufmoe.runtime.divergence",
     "Engine": "ggufmoe.runtime.engine",
+    "Estimate": "ggufmoe.runtime.perplexity",
+    "EvaluationOptions": "ggufmoe.options",
+    "ImatrixOptions": "ggufmoe.options",
+    "ImatrixResult": "ggufmoe.imatrix",
+    "LayerCoverage": "ggufmoe.imatrix",
     "MergeOptions": "ggufmoe.options",
     "OffloadOptions": "ggufmoe.options",
+    "Perplexity": "ggufmoe.runtime.perplexity",
     "QuantizeOptions": "ggufmoe.options",
     "RoutedToken": "ggufmoe.runtime.routing",
     "RoutingTrace": "ggufmoe.runtime.routing",
@@ -117,7 +142,10 @@ _HOMES = {
     "SamplingOptions": "ggufmoe.options",
     "WorkerOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
+    "imatrix": "ggufmoe.imatrix",
+    "kl_divergence": "ggufmoe.runtime.divergence",
     "merge": "ggufmoe.convert",
+    "perplexity": "ggufmoe.runtime.perplexity",
     "quantize": "ggufmoe.quantize",
     "trace_routing": "ggufmoe.runtime.routing",
 }

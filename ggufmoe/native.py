@@ -64,8 +64,14 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_reg_name": (ctypes.c_char_p, (_VOID,)),
     # void ggml_backend_tensor_get(const struct ggml_tensor *, void * data, size_t offset, size_t size)
     "ggml_backend_tensor_get": (None, (_VOID, _VOID, _SIZE, _SIZE)),
-    # size_t ggml_nbytes(const struct ggml_tensor *)
+    # size_t ggml_nbytes(const struct ggml_tensor *); void * ggml_get_data(const struct ggml_tensor *)
     "ggml_nbytes": (_SIZE, (_VOID,)),
+    "ggml_get_data": (_VOID, (_VOID,)),
+    # size_t ggml_tensor_overhead(void); const char * ggml_op_name(enum ggml_op)
+    "ggml_tensor_overhead": (_SIZE, ()),
+    "ggml_op_name": (ctypes.c_char_p, (ctypes.c_int,)),
+    # bool ggml_backend_buffer_is_host(ggml_backend_buffer_t)
+    "ggml_backend_buffer_is_host": (ctypes.c_bool, (_VOID,)),
     # const char * ggml_version(void); ggml_commit(void) alike; const char * llama_print_system_info(void)
     "ggml_version": (ctypes.c_char_p, ()),
     "ggml_commit": (ctypes.c_char_p, ()),
@@ -404,10 +410,34 @@ def _convert(function: str, src: NDArray[Any], src_dtype: type, dst: NDArray[Any
     getattr(library(), function)(_address(src, src_dtype), _address(dst, dst_dtype), src.size)
 
 
-class _TensorHead(ctypes.Structure):
-    """How ``struct ggml_tensor`` begins (ggml.h): sizes and strides in bytes, the fastest dimension first."""
+class _Tensor(ctypes.Structure):
+    """``struct ggml_tensor`` (ggml.h) at the pinned commit: sizes and strides in bytes, the fastest dimension first."""
 
-    _fields_ = (("type", ctypes.c_int), ("buffer", _VOID), ("ne", _I64 * 4), ("nb", _SIZE * 4))
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", _VOID),
+        ("ne", _I64 * 4),
+        ("nb", _SIZE * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", _VOID * 10),
+        ("view_src", _VOID),
+        ("view_offs", _SIZE),
+        ("data", _VOID),
+        ("name", ctypes.c_char * 64),
+        ("extra", _VOID),
+        ("padding", ctypes.c_char * 8),
+    )
+
+
+class Operation(IntEnum):
+    """What a node of a graph computes, of ``enum ggml_op``: the products with weights."""
+
+    MUL_MAT = 29
+    """``src[0]`` times the rows of ``src[1]``."""
+    MUL_MAT_ID = 30
+    """The matrices of ``src[0]`` that ``src[2]`` names for each token, times the rows of ``src[1]``."""
 
 
 @cache
@@ -423,19 +453,46 @@ def tensor_name(tensor: int) -> bytes:
     return name
 
 
-def tensor_values(tensor: int) -> NDArray[Any]:
+def tensor_shape(tensor: int) -> tuple[int, ...]:
+    """Shape of the ``ggml_tensor`` at an address: four dimensions, in numpy order."""
+    return tuple(reversed(_Tensor.from_address(tensor).ne))
+
+
+def tensor_type_is(tensor: int, type: GGMLType) -> bool:
+    """Whether the ``ggml_tensor`` at an address is of this type."""
+    return bool(_Tensor.from_address(tensor).type == type.id)
+
+
+def tensor_operation(tensor: int) -> int:
+    """What computes the ``ggml_tensor`` at an address; compare it with ``Operation``."""
+    return int(_Tensor.from_address(tensor).op)
+
+
+def tensor_sources(tensor: int) -> tuple[int, ...]:
+    """Addresses of the tensors that the ``ggml_tensor`` at an address is computed from."""
+    sources = _Tensor.from_address(tensor).src
+    return tuple(source for source in sources if source)
+
+
+def tensor_values(tensor: int, *, copy: bool = True) -> NDArray[Any]:
     """A copy of a computed F32 or I32 ``ggml_tensor``, on whatever device it lies: four dimensions, in numpy order.
 
-    Views with gaps between their rows are read as such.
+    Views with gaps between their rows are read as such. Without ``copy`` a tensor in main memory is looked at where it
+    lies, which holds only until llama.cpp computes on.
     """
-    head = _TensorHead.from_address(tensor)
+    head = _Tensor.from_address(tensor)
     dtype = {GGMLType.F32.id: np.float32, GGMLType.I32.id: np.int32}.get(head.type)
     if dtype is None:
         raise ValueError(f"{tensor_name(tensor)!r} is of type {head.type}, neither F32 nor I32")
     shape, strides = tuple(reversed(head.ne)), tuple(reversed(head.nb))
     if 0 in shape:
         return np.empty(shape, dtype)
-    data = np.empty(library().ggml_nbytes(tensor), np.uint8)
+    n_bytes = library().ggml_nbytes(tensor)
+    if not copy and head.buffer and library().ggml_backend_buffer_is_host(head.buffer):
+        there = (ctypes.c_uint8 * n_bytes).from_address(head.data)
+        seen: NDArray[Any] = np.ndarray(shape, dtype, there, 0, strides)
+        return seen
+    data = np.empty(n_bytes, np.uint8)
     library().ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
     values: NDArray[Any] = np.ndarray(shape, dtype, data, 0, strides).copy()
     return values

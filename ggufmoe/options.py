@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -115,12 +115,18 @@ _MAX_INT32 = 2**31 - 1
 """llama.cpp counts tokens and layers in 32 bits; a larger number would come out as another one."""
 _MAX_THREADS = 512
 """GGML_MAX_N_THREADS of ggml.h."""
+MAX_SEQUENCES = 256
+"""LLAMA_MAX_SEQ of llama-cparams.h."""
 MAX_SEED = 2**32 - 2
 """The largest seed: the number above stands for a seed by chance in llama.cpp (LLAMA_DEFAULT_SEED)."""
 
 _MAX_WORKERS = 16
 """GGML_RPC_MAX_SERVERS of ggml-rpc.h."""
 _MAX_PORT = 65535
+_CTX_STEP = 256
+"""llama.cpp rounds the part of the context that each text has up to a multiple of this."""
+MIN_CHUNK_TOKENS = 8
+"""Fewer leave nothing to score in the second half of a chunk."""
 
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
 OverflowPolicy = Literal["error", "shift", "truncate-middle"]
@@ -162,12 +168,14 @@ class ContextOptions:
         help="Main memory for the caches of conversations that others took turns with, in MiB; 0: none.",
         metavar="MiB",
     )
+    n_seq_max: int = option(1, help="Texts that share the context, each with an equal part of it.")
 
     def __post_init__(self) -> None:
         if self.context_shift and self.overflow == "truncate-middle":
             raise OptionError("--context-shift and --overflow truncate-middle contradict each other")
         _check_range("tokens to keep", self.n_keep, -1, _MAX_INT32)
         _check_range("memory for caches, in MiB,", self.cache_ram, 0, _MAX_INT32)
+        _check_range("number of texts that share the context", self.n_seq_max, 1, MAX_SEQUENCES)
         _check_range("tokens of context", self.n_ctx, 0, _MAX_INT32)
         _check_range("tokens of a batch", self.n_batch, 1, _MAX_INT32)
         _check_range("tokens of a micro-batch", self.n_ubatch, 1, _MAX_INT32)
@@ -178,6 +186,45 @@ class ContextOptions:
     def overflow_policy(self) -> OverflowPolicy:
         """What becomes of a text that is longer than the context."""
         return "shift" if self.context_shift else self.overflow
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(ContextOptions):
+    """How a text is cut into chunks and computed, as llama.cpp's tools for perplexity and importances do it.
+
+    Raises OptionError for impossible numbers.
+    """
+
+    n_ctx: int = option(512, "-c", "--ctx-size", help="Tokens of a chunk.", metavar="N")
+    # what conversations need has no flags here
+    overflow: OverflowPolicy = option("error", help="A chunk never overflows.")
+    context_shift: bool = option(False, help="A chunk never overflows.")
+    n_keep: int = option(0, help="A chunk never overflows.")
+    cache_ram: int = option(0, help="Nothing is kept of a chunk.")
+    chunks: int = option(-1, "--chunks", help="At most so many chunks; -1: all that the text fills.", metavar="N")
+
+    def __post_init__(self) -> None:
+        _check_range("tokens of a chunk", self.n_ctx, MIN_CHUNK_TOKENS, _MAX_INT32)
+        _check(self.chunks == -1 or self.chunks > 0, f"--chunks takes -1 or at least 1, not {self.chunks}")
+        super().__post_init__()
+
+    @property
+    def context(self) -> ContextOptions:
+        """The context to compute in: as many chunks side by side as fit a batch."""
+        n_seq = min(max(1, self.n_batch // self.n_ctx), MAX_SEQUENCES)
+        n_batch = min(self.n_batch, n_seq * self.n_ctx)
+        names = {field.name for field in fields(ContextOptions)}
+        given = {name: value for name, value in vars(self).items() if name in names}
+        n_ctx = n_seq * -(-self.n_ctx // _CTX_STEP) * _CTX_STEP
+        return ContextOptions(**given | {"n_ctx": n_ctx, "n_batch": n_batch, "n_seq_max": n_seq})
+
+
+@dataclass(frozen=True)
+class ImatrixOptions(EvaluationOptions):
+    """How an importance matrix is made."""
+
+    process_output: bool = option(False, "--process-output", help="Measure output.weight as well.")
+    force: bool = option(False, "--force", help="Replace an existing output.")
 
 
 AUTO_LAYERS = -1

@@ -36,9 +36,10 @@ ALLOWED: dict[str, set[str]] = {
     "server": FLOOR | {"runtime"},
     "doctor": FLOOR | {"quant", "runtime"},
     "demo": set(),
-    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor", "demo"},
+    "imatrix": FLOOR | {"quant", "runtime"},
+    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor", "imatrix", "demo"},
     "__main__": {"cli"},
-    "__init__": {"errors", "options", "convert", "quantize", "runtime"},
+    "__init__": {"errors", "options", "convert", "quantize", "imatrix", "runtime"},
 }
 """Room to the rooms that it may import besides itself; the package itself gives only its version."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 
 from ggufmoe import native
 from ggufmoe.ggufheader import GGMLType
+from ggufmoe.native import Operation
 from ggufmoe.quant.types import WRITABLE_TYPES
 
 SLOW = ("IQ1", "IQ2", "IQ3")
@@ -32,3 +35,30 @@ def test_what_ggml_cannot_dequantize_is_told() -> None:
         native.dequantize_rows(GGMLType.Q8_1, np.zeros((1, 36), np.uint8), np.empty((1, 32), np.float32))
     with pytest.raises(ValueError, match=r"src has shape \(1, 18\), expected \(2, 18\)"):
         native.dequantize_rows(GGMLType.Q4_0, np.zeros((1, 18), np.uint8), np.empty((2, 32), np.float32))
+
+
+def test_the_tensor_of_ggml_is_declared_as_it_is() -> None:
+    lib = native.library()
+    object_header = 32  # GGML_OBJECT_SIZE, which ggml counts as overhead of a tensor
+    assert lib.ggml_tensor_overhead() == object_header + ctypes.sizeof(native._Tensor)
+    assert {operation: lib.ggml_op_name(operation).decode() for operation in Operation} == {
+        Operation.MUL_MAT: "MUL_MAT",
+        Operation.MUL_MAT_ID: "MUL_MAT_ID",
+    }
+
+
+def test_a_tensor_is_read_as_ggml_reads_it() -> None:
+    values = np.arange(6, dtype=np.float32)
+    tensor = native._Tensor(type=GGMLType.F32.id, data=values.ctypes.data, op=Operation.MUL_MAT, name=b"blk.0.x")
+    tensor.ne[:], tensor.nb[:] = (3, 2, 1, 1), (4, 12, 24, 24)
+    source = native._Tensor()
+    tensor.src[0] = ctypes.addressof(source)
+    address = ctypes.addressof(tensor)
+    assert native.library().ggml_get_data(address) == values.ctypes.data
+    assert native.library().ggml_nbytes(address) == values.nbytes
+    assert native.tensor_name(address) == b"blk.0.x"
+    assert native.tensor_shape(address) == (1, 1, 2, 3)
+    assert native.tensor_operation(address) == Operation.MUL_MAT
+    assert native.tensor_sources(address) == (ctypes.addressof(source),)
+    assert native.tensor_type_is(address, GGMLType.F32)
+    assert not native.tensor_type_is(address, GGMLType.F16)

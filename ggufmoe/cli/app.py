@@ -51,6 +51,8 @@ VERBS = (
     Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
     Verb("diff", "ggufmoe.cli.diff:diff_command", "Show how two GGUF files differ."),
     Verb("plan", "ggufmoe.cli.plan:plan_command", "Show what goes where, and how many bytes."),
+    Verb("perplexity", "ggufmoe.cli.perplexity:perplexity_command", "Measure how well a model foretells a text."),
+    Verb("imatrix", "ggufmoe.cli.imatrix:imatrix_command", "Measure on a text what quantization should spare."),
     Verb("bench", "ggufmoe.cli.bench:bench_command", "Measure the speed of prompts and of generation."),
     Verb("demo", "ggufmoe.cli.demo:demo_command", "Make, quantize and ask a tiny mixture of experts; offline."),
     Verb("worker", "ggufmoe.cli.worker:worker_command", "Serve this machine's memory and processors to others."),

@@ -154,8 +154,9 @@ def save(
     """
     arrays: dict[str, NDArray[np.float32]] = {}
     for name, (sums, counts) in sorted(entries.items()):
-        arrays[name + _SUMS] = np.atleast_2d(sums)
-        arrays[name + _COUNTS] = counts.reshape(-1, 1)
+        # ggml leaves out the outer dimension where it is 1
+        arrays[name + _SUMS] = sums.reshape(counts.size, -1) if counts.size > 1 else sums.reshape(-1)
+        arrays[name + _COUNTS] = counts.reshape(-1, 1) if counts.size > 1 else counts.reshape(1)
     metadata = {
         "general.type": Value(ValueType.STRING, "imatrix"),
         _DATASETS: Value(ValueType.ARRAY, list(datasets), ValueType.STRING),

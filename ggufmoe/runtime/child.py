@@ -119,6 +119,10 @@ class ChildEngine(Engine):
             "here; trace_routing works, RoutingTracer needs an engine without --rpc"
         )
 
+    def compute_chunks(self, *_: Any, **__: Any) -> Any:
+        """Not here: raises EngineError, because logits of every row would have to cross to this process."""
+        raise EngineError(f"{self.path}: perplexity and importances are not computed with workers; leave out --rpc")
+
     def close(self) -> None:
         """End the process; further calls raise EngineError. May be called again, and takes 5 s if a worker hangs."""
         link = getattr(self, "_link", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError
 from ggufmoe.ggufheader import Header, ModelHeader, legacy_expert_tensors, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
+from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
 from ggufmoe.runtime.events import CancelFlag, Event, Token
 from ggufmoe.runtime.generation import Generation, Request
 from ggufmoe.runtime.kvcache import SavedState
@@ -314,6 +315,53 @@ class Engine:
         if turn.cancelled or not kv.rows(chunk):
             raise DecodeError("computing logits was cancelled from another thread")
         return np.array(kv.logits(len(chunk), self.n_vocab))
+
+    def compute_chunks(
+        self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
+    ) -> Generator[ComputedPart, None, None]:
+        """Compute texts of one length that know nothing of each other, with logits from position ``first`` on.
+
+        ``ContextOptions.n_seq_max`` of them are computed side by side, where the batch has room. The logits of each
+        part are there until the next one is asked for. Ends early when ``cancel`` is set. The cache is lost. Raises as
+        ``generate`` does, ContextFullError if a chunk does not fit, EngineError if another caller comes in between.
+        """
+        n_tokens = max(map(len, chunks), default=0)
+        if n_tokens > self._loaded.cache.n_ctx_seq:
+            raise ContextFullError(
+                f"a chunk has {n_tokens} tokens and the context holds {self._loaded.cache.n_ctx_seq}"
+            )
+        for chunk in chunks:
+            self._vocabulary.check_tokens(chunk)
+        return self._chunk_parts(chunks, n_tokens, first, cancel)
+
+    def _chunk_parts(
+        self, chunks: Sequence[Sequence[int]], n_tokens: int, first: int, cancel: CancelFlag | None
+    ) -> Generator[ComputedPart, None, None]:
+        turn, n_batch = self._remember(Turn()), self._loaded.cache.n_batch
+        n_seq = min(self._context_options.n_seq_max, max(1, n_batch // max(n_tokens, 1)))
+        rows = partial(self._chunk_rows, turn)
+        try:
+            for group, begin, end in batches(len(chunks), n_tokens, n_seq, n_batch):
+                pieces = [chunks[i][begin:end] for i in group]
+                batch = SideBySide(self._api, pieces, begin, first)
+                if not self._native.call(partial(self._compute_part, batch, turn, cancel), turn):
+                    return
+                yield ComputedPart(group, begin, end, first, rows)
+        finally:
+            if not self._native.closed:
+                self.forget()
+
+    def _compute_part(self, batch: SideBySide, turn: Turn, cancel: CancelFlag | None) -> bool:
+        with self._native.watching(cancel, turn):
+            return not turn.cancelled and self._loaded.cache.compute_chunks(batch, turn)
+
+    def _chunk_rows(self, turn: Turn, at: int, n: int) -> NDArray[np.float32]:
+        return self._native.call(lambda: self._copied_rows(turn, at, n))
+
+    def _copied_rows(self, turn: Turn, at: int, n: int) -> NDArray[np.float32]:
+        kv = self._loaded.cache
+        kv.check_chunks(turn)
+        return np.array(kv.logits(at + n, self.n_vocab)[at:]) if n else np.empty((0, self.n_vocab), np.float32)
 
     def evaluate(self, tokens: Sequence[int], *, one_by_one: bool = False) -> bool:
         """Compute ``tokens`` after what the cache holds, drawing none; False if ``cancel`` stopped it.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError
+from ggufmoe.runtime.chunkbatch import SideBySide
 from ggufmoe.runtime.nativelog import NativeLog
 
 _SEQUENCE = 0
@@ -79,14 +80,22 @@ class KVCache:
         """The tokens whose keys and values are there."""
         self.n_ctx: int = api.llama_n_ctx(context)
         self.n_batch: int = api.llama_n_batch(context)
+        self.n_ctx_seq: int = api.llama_n_ctx_seq(context)
+        """Tokens that each of several texts side by side may have."""
+        self._chunks_of: object = None
+        """Whose chunks it holds, if it does not hold ``tokens``."""
         self._one = (ctypes.c_int32 * 1)()
         self._one_batch = api.llama_batch_get_one(self._one, 1)
 
     def clear(self) -> None:
         """Empty it, and forget what was set aside."""
+        self._empty()
+        self.saved.clear()
+
+    def _empty(self) -> None:
         self._api.llama_memory_clear(self._memory, False)
         self.tokens = []
-        self.saved.clear()
+        self._chunks_of = None
 
     # ---- reuse
 
@@ -95,6 +104,7 @@ class KVCache:
 
         The last token of the prompt is left out: its logits are not kept, so it is always computed.
         """
+        self._leave_chunks()
         wanted = prompt[:-1]
         n = common_prefix(self.tokens, wanted)
         better = self._better(wanted, n)
@@ -138,8 +148,7 @@ class KVCache:
 
     def restore(self, state: SavedState) -> None:
         """Put a copy in the place of what is there. Raises EngineError, with the cache empty, if it does not fit."""
-        self._api.llama_memory_clear(self._memory, False)
-        self.tokens = []
+        self._empty()
         mark = self._log.mark()
         n = self._api.llama_state_seq_set_data(self.context, _bytes_at(state.data), state.data.nbytes, _SEQUENCE)
         there = self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
@@ -152,6 +161,7 @@ class KVCache:
 
     def feed(self, tokens: Sequence[int]) -> bool:
         """Compute ``tokens`` after what is there; False if that was aborted. Raises ContextFullError, DecodeError."""
+        self._leave_chunks()
         if len(tokens) == 1:
             self._one[0] = tokens[0]
             return self._decode(self._one_batch, tokens)
@@ -164,11 +174,40 @@ class KVCache:
 
     def rows(self, tokens: Sequence[int]) -> bool:
         """``feed`` with logits on every row, for at most ``n_batch`` tokens."""
+        self._leave_chunks()
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
         batch = self._api.llama_batch_get_one(ids, len(tokens))
         batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
         return self._decode(batch, tokens)
+
+    # ---- texts that know nothing of each other
+
+    def compute_chunks(self, batch: SideBySide, owner: object) -> bool:
+        """Compute the next part of several texts of ``owner``; False if that was aborted. Raises DecodeError.
+
+        What was there is lost. Raises EngineError if something else has been computed since the part before.
+        """
+        if batch.begin == 0:
+            self._empty()
+            self._chunks_of = owner
+        self.check_chunks(owner)
+        mark = self._log.mark()
+        status = batch.decode(self.context)
+        if status not in (0, _ABORTED):
+            raise self._failed(status, mark)
+        return status == 0
+
+    def check_chunks(self, owner: object) -> None:
+        """Raise EngineError unless what was computed last are chunks of ``owner``."""
+        if self._chunks_of is not owner:
+            raise EngineError(f"{self._path}: another caller has had a turn between two parts of these chunks")
+
+    def _leave_chunks(self) -> None:
+        if self._chunks_of is not None:
+            self._empty()
+
+    # ---- what came of it
 
     def logits(self, n_rows: int, n_vocab: int) -> NDArray[np.float32]:
         """The logits of the ``n_rows`` rows that were computed last and asked for: a view, gone with the next call."""
@@ -195,7 +234,10 @@ class KVCache:
             return False
         if status == _NO_ROOM:
             raise ContextFullError(f"the context of {self.n_ctx} tokens is full; ask for more with --ctx-size")
-        raise DecodeError(f"{self._path}: llama.cpp failed to compute ({status}): {self._log.cause_since(mark)}")
+        raise self._failed(status, mark)
+
+    def _failed(self, status: int, mark: int) -> DecodeError:
+        return DecodeError(f"{self._path}: llama.cpp failed to compute ({status}): {self._log.cause_since(mark)}")
 
     def drop(self, begin: int, n: int) -> bool:
         """Take ``n`` tokens out of the middle; those after them move up. False where the model's cache cannot."""

@@ -161,6 +161,7 @@ class LoadedModel:
         values = {
             "n_ctx": n_ctx,
             "n_batch": options.n_batch,
+            "n_seq_max": options.n_seq_max,
             "n_ubatch": min(options.n_ubatch, options.n_batch),
             "n_threads": n_threads,
             "n_threads_batch": n_threads,

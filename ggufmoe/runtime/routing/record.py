@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,7 @@ from ggufmoe.errors import EngineError, InputError
 from ggufmoe.options import SamplingOptions
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Event, Token
+from ggufmoe.runtime.observer import Observer
 from ggufmoe.runtime.routing.trace import Floats, RoutingTrace
 
 _PREFIX = b"ffn_moe_"
@@ -171,32 +172,22 @@ class RoutingTracer:
         self.close()
 
 
-class _Recorder:
-    """An observer of graphs that keeps the rows of the routers' tensors: all, or only the last of each.
-
-    ``stop`` ends the computation when something goes wrong here.
-    """
+class _Recorder(Observer):
+    """An observer of graphs that keeps the rows of the routers' tensors: all, or only the last of each."""
 
     def __init__(self, *, keep_all: bool, stop: Callable[[], None]) -> None:
+        super().__init__(stop)
         self._keep_all = keep_all
-        self._stop = stop
         self._rows: dict[tuple[str, int], list[NDArray[Any]]] = {}
-        self._failure: BaseException | None = None
 
-    def __call__(self, tensor: int, ask: bool) -> bool:
-        if self._failure is not None:
-            return not ask
-        try:
-            name = native.tensor_name(tensor)
-            found = _WANTED.fullmatch(name) if name.startswith(_PREFIX) else None
-            if found is None:
-                return False
-            if not ask:
-                self._take(found[1].decode(), int(found[2]), native.tensor_values(tensor))
-        except BaseException as failure:  # nothing can be raised through C, not even Ctrl-C: check() raises it
-            self._failure = failure
-            self._stop()
-        return True
+    def wants(self, tensor: int) -> bool:
+        name = native.tensor_name(tensor)
+        return name.startswith(_PREFIX) and _WANTED.fullmatch(name) is not None
+
+    def take(self, tensor: int) -> None:
+        found = _WANTED.fullmatch(native.tensor_name(tensor))
+        assert found is not None, "only what was wanted is shown"
+        self._take(found[1].decode(), int(found[2]), native.tensor_values(tensor))
 
     def _take(self, kind: str, layer: int, values: NDArray[Any]) -> None:
         if not values.size:
@@ -208,20 +199,6 @@ class _Recorder:
             self._rows.setdefault((kind, layer), []).append(rows)
         else:
             self._rows[kind, layer] = [rows[-1:]]
-
-    @contextmanager
-    def checked(self) -> Iterator[None]:
-        """At the end of the block, raise what went wrong here before what followed from it."""
-        try:
-            yield
-        finally:
-            self.check()
-
-    def check(self) -> None:
-        """Raise what went wrong while llama.cpp was computing."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
     def layers(self) -> tuple[int, ...]:
         """Numbers of the layers of which everything needed was seen."""

@@ -1,0 +1,85 @@
+"""What ``perplexity`` and ``imatrix`` share: chunks as they are done, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol, TextIO, TypeVar
+
+from ggufmoe.cli.terminal import interruptible
+from ggufmoe.errors import Cancelled
+from ggufmoe.runtime.events import CancelFlag
+
+_LINE_INTERVAL_S = 5.0
+
+
+class ChunkStep(Protocol):
+    """A result that grows chunk by chunk."""
+
+    @property
+    def n_chunks(self) -> int: ...
+    @property
+    def total_chunks(self) -> int: ...
+    @property
+    def is_complete(self) -> bool: ...
+
+
+StepT = TypeVar("StepT", bound=ChunkStep)
+
+
+def last_shown(
+    what: str, start: Callable[[CancelFlag], Iterator[StepT]], words: Callable[[StepT], str], *, quiet: bool
+) -> StepT:
+    """Run ``start(cancel)`` to its end and show each step on stderr; gives the last one.
+
+    Ctrl-C ends it after what is done. Raises Cancelled if nothing is.
+    """
+    last = None
+    display = _Display(what, sys.stderr, quiet=quiet)
+    try:
+        for last in interruptible(start):
+            display.update(last, words(last))
+    finally:
+        display.close()
+    if last is None:
+        raise Cancelled("stopped before the first chunk was done")
+    return last
+
+
+def check_complete(step: ChunkStep) -> None:
+    """Raise Cancelled if the run was stopped; its result has been printed by then."""
+    if not step.is_complete:
+        raise Cancelled(f"stopped after {step.n_chunks} of {step.total_chunks} chunks; the result is of these")
+
+
+class _Display:
+    """One line that is written over on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, what: str, stream: TextIO, *, quiet: bool) -> None:
+        self._what, self._stream, self._quiet = what, stream, quiet
+        self._on_terminal = stream.isatty()
+        self._started = time.monotonic()
+        self._shown = -_LINE_INTERVAL_S  # the first step is shown at once: it tells how long the rest will take
+        self._width = 0
+
+    def update(self, step: ChunkStep, words: str) -> None:
+        """Show how far it is."""
+        now = time.monotonic()
+        if self._quiet or not (self._on_terminal or now - self._shown > _LINE_INTERVAL_S):
+            return
+        self._shown = now
+        left = (step.total_chunks - step.n_chunks) * (now - self._started) / step.n_chunks
+        line = f"{self._what}: chunk {step.n_chunks} of {step.total_chunks}, {words}, {left:.0f} s left"
+        if self._on_terminal:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the terminal's line empty."""
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._stream.flush()

@@ -1,0 +1,68 @@
+"""``ggufmoe imatrix``: what matters in a model, measured on a text and written for ``convert --imatrix``.
+
+Owns what is shown; the work is ``ggufmoe.imatrix``'s. The summary goes to stderr, as for ``convert``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ggufmoe.cli.evaluation import check_complete, last_shown
+from ggufmoe.cli.params import with_options
+from ggufmoe.cli.terminal import note
+from ggufmoe.imatrix import ImatrixResult, imatrix_steps
+from ggufmoe.options import ImatrixOptions, OffloadOptions
+
+_SHOWN_EXPERTS = 16
+
+
+@with_options(ImatrixOptions, OffloadOptions)
+def imatrix_command(
+    model: Annotated[Path, typer.Argument(help="GGUF file, best in F32, F16 or BF16.")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="TEXT")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", "--output-file", help="The file to write.", metavar="imatrix.gguf")
+    ],
+    *,
+    options: ImatrixOptions,
+    offload: OffloadOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
+) -> None:
+    """Measure on a text which columns of which matrices matter, expert by expert: the file that llama-imatrix writes.
+
+    `convert --imatrix`, `quantize --imatrix` and llama-quantize read it. The text should be like what the model will be
+    used for. Ctrl-C writes what the chunks that are done gave.
+    """
+    result = last_shown(
+        "imatrix",
+        lambda cancel: imatrix_steps(model, file, output, options, offload, cancel),
+        lambda step: f"{step.n_entries} matrices",
+        quiet=quiet,
+    )
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    if not quiet:
+        for line in _summary(result):
+            note(line)
+    for warning in result.warnings:
+        note(f"warning: {warning}")
+    check_complete(result)
+
+
+def _summary(result: ImatrixResult) -> list[str]:
+    lines = [
+        f"{result.path}: {result.n_entries} matrices, {result.n_chunks} chunks of {result.n_ctx} tokens, "
+        f"{result.seconds:.1f} s"
+    ]
+    if result.coverage:
+        lines.append("tokens that reached each expert, by layer:")
+    for row in result.coverage:
+        counts = " ".join(f"{n:>7}" for n in row.tokens[:_SHOWN_EXPERTS])
+        more = f" and {len(row.tokens) - _SHOWN_EXPERTS} more" if len(row.tokens) > _SHOWN_EXPERTS else ""
+        lines.append(f"  {row.layer:>3}: {counts}{more}")
+    return lines

@@ -1,0 +1,106 @@
+"""``ggufmoe perplexity``: what a text costs a model, alone or beside a reference.
+
+Owns what is shown; the work is ``ggufmoe.perplexity``'s and ``ggufmoe.kl_divergence``'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ggufmoe.cli.evaluation import check_complete, last_shown
+from ggufmoe.cli.params import with_options
+from ggufmoe.options import EvaluationOptions, OffloadOptions
+from ggufmoe.runtime.divergence import SHARES, Distribution, Divergence, divergence_steps
+from ggufmoe.runtime.perplexity import Estimate, Perplexity, perplexity_steps
+
+
+@with_options(EvaluationOptions, OffloadOptions)
+def perplexity_command(
+    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="TEXT")],
+    *,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Compare with this model, token by token.", metavar="REFERENCE.gguf"),
+    ] = None,
+    options: EvaluationOptions,
+    offload: OffloadOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Measure how well a model foretells a text, or how far it is from another one.
+
+    The definitions are those of llama-perplexity: the second half of each chunk is scored. --against tells what a
+    quantization costs: KL divergence, how often the likeliest token is the same, by how much probabilities move.
+    Ctrl-C prints the result over the chunks that are done.
+    """
+    result: Perplexity | Divergence
+    if against is None:
+        result = last_shown(
+            "perplexity", lambda cancel: perplexity_steps(model, file, options, offload, cancel), _so_far, quiet=quiet
+        )
+        lines = _perplexity_lines(result)
+    else:
+        result = last_shown(
+            "divergence",
+            lambda cancel: divergence_steps(model, against, file, options, offload, cancel),
+            _divergence_so_far,
+            quiet=quiet,
+        )
+        lines = _divergence_lines(result)
+    print(json.dumps(result.to_dict()) if as_json else "\n".join(lines))
+    check_complete(result)
+
+
+def _so_far(step: Perplexity) -> str:
+    return f"perplexity {_shown(step.estimate)}"
+
+
+def _divergence_so_far(step: Divergence) -> str:
+    return f"KL divergence {_shown(step.kl.mean, 5)}, same top {_percent(step.same_top)}"
+
+
+def _perplexity_lines(result: Perplexity) -> Iterator[str]:
+    yield f"perplexity  {_shown(result.estimate)}"
+    yield _extent(result)
+
+
+def _extent(result: Perplexity | Divergence) -> str:
+    return f"{result.n_scored:,} tokens in {result.n_chunks} chunks of {result.n_ctx}, {result.seconds:.1f} s"
+
+
+def _divergence_lines(result: Divergence) -> Iterator[str]:
+    yield f"{result.model.name} beside {result.reference.name}"
+    yield f"perplexity            {_shown(result.perplexity)}"
+    yield f"  of the reference    {_shown(result.reference_perplexity)}"
+    yield f"  ratio               {_shown(result.ratio, 6)}"
+    yield f"  logarithm of it     {_shown(result.log_ratio, 6)}"
+    yield f"  difference          {_shown(result.difference, 6)}"
+    yield f"  correlation         {100 * result.correlation:.2f} %"
+    yield f"KL divergence         {_shown(result.kl.mean, 6)}"
+    yield from _quantile_lines(result.kl, 1, "")
+    yield f"change of p           {_percent(result.delta_p.mean)}"
+    yield f"  root mean square    {_percent(result.rms_delta_p)}"
+    yield from _quantile_lines(result.delta_p, 100, " %")
+    yield f"same likeliest token  {_percent(result.same_top)}"
+    yield _extent(result)
+
+
+def _quantile_lines(distribution: Distribution, scale: float, unit: str) -> Iterator[str]:
+    names = {0.0: "minimum", 0.5: "median", 1.0: "maximum"}
+    for share in reversed(SHARES):
+        name = names.get(share, f"{100 * share:.1f} % quantile")
+        yield f"  {name:18}  {scale * distribution.quantiles[share]:.6f}{unit}"
+
+
+def _shown(estimate: Estimate, digits: int = 4) -> str:
+    return f"{estimate.value:.{digits}f} ± {estimate.uncertainty:.{digits + 1 if digits < 5 else digits}f}"
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.3f} ± {100 * estimate.uncertainty:.3f} %"

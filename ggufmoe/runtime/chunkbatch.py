@@ -1,0 +1,84 @@
+"""Chunks of text side by side in one batch: which tokens go together, the native batch, and the logits that come out.
+
+Source: the arrangement of ``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit, so that the same
+products are computed in the same order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def batches(n_chunks: int, n_tokens: int, n_seq: int, n_batch: int) -> Iterator[tuple[range, int, int]]:
+    """What is computed at once: the numbers of the chunks, and from which of their positions to which.
+
+    ``n_seq`` chunks go together; where even one exceeds ``n_batch`` tokens, it comes in several batches.
+    """
+    for begin in range(0, n_chunks, n_seq):
+        group = range(begin, min(begin + n_seq, n_chunks))
+        for position in range(0, n_tokens, n_batch):
+            yield group, position, min(position + n_batch, n_tokens)
+
+
+class SideBySide:
+    """A ``llama_batch``: each of ``pieces`` goes on with its own sequence at position ``begin``."""
+
+    def __init__(self, api: Any, pieces: Sequence[Sequence[int]], begin: int, first: int) -> None:
+        n_tokens = sum(map(len, pieces))
+        tokens = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+        positions = np.concatenate([np.arange(begin, begin + len(piece), dtype=np.int32) for piece in pieces])
+        sequences = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
+        wanted = (positions >= first).astype(np.int8)
+        n_ids = np.ones(n_tokens, np.int32)
+        pointers = np.arange(n_tokens, dtype=np.uintp) * np.uintp(sequences.itemsize) + np.uintp(sequences.ctypes.data)
+        self._api = api
+        self.begin = begin
+        self._alive = (tokens, positions, sequences, wanted, n_ids, pointers)
+        self._batch = api.llama_batch(
+            n_tokens=n_tokens,
+            token=_pointer(tokens, ctypes.c_int32),
+            pos=_pointer(positions, ctypes.c_int32),
+            n_seq_id=_pointer(n_ids, ctypes.c_int32),
+            seq_id=_pointer(pointers, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(wanted, ctypes.c_int8),
+        )
+
+    def decode(self, context: Any) -> int:
+        """Compute it; llama.cpp's status."""
+        return int(self._api.llama_decode(context, self._batch))
+
+
+def _pointer(array: NDArray[Any], type: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(type))
+
+
+@dataclass(frozen=True)
+class ComputedPart:
+    """What was computed last: positions ``begin`` to ``end`` of the chunks ``group``."""
+
+    group: range
+    begin: int
+    end: int
+    first: int
+    """Logits are there from this position on."""
+    rows: Callable[[int, int], NDArray[np.float32]]
+    """``rows(at, n)`` gives ``n`` rows of logits, those of all chunks one behind the other."""
+
+    @property
+    def scored(self) -> range:
+        """Positions whose logits are there."""
+        return range(max(self.begin, self.first), max(self.end, self.first))
+
+    def logits(self, chunk: int) -> NDArray[np.float32]:
+        """The logits of one chunk, (positions in ``scored``, n_vocab).
+
+        Raises EngineError once something else has been computed.
+        """
+        n = len(self.scored)
+        return self.rows(self.group.index(chunk) * n, n)

@@ -1,0 +1,116 @@
+"""``ggufmoe perplexity`` and ``ggufmoe imatrix`` as their users meet them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ggufmoe
+from ggufmoe.cli.app import exit_code
+from ggufmoe.quant.imatrix import Imatrix
+
+TEXT = "the model reads a number and writes the sum of two numbers " * 6
+FLAGS = ["-c", "32", "-t", "1", "-b", "64"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    checkpoint = tiny_checkpoint(dtype="F32", n_embd=64, n_ff=64, n_expert=4, n_expert_used=2)
+    for kind in ("F32", "Q4_0"):
+        ggufmoe.convert(checkpoint, folder / f"{kind}.gguf", quant=kind, threads=1)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder / "Q4_0.gguf"
+
+
+def run(verb: str, model: Path, *arguments: str) -> int:
+    return exit_code([verb, str(model), "-f", str(model.with_name("text.txt")), *FLAGS, *arguments])
+
+
+def test_perplexity_is_printed_and_nothing_else(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("perplexity", model, "--quiet") == 0
+    printed = capsys.readouterr()
+    value = ggufmoe.perplexity(model, TEXT, n_ctx=32, n_batch=64, n_threads=1).value
+    assert printed.out.startswith(f"perplexity  {value:.4f} ± ")
+    assert "chunks of 32" in printed.out
+    assert printed.err == ""
+
+
+def test_json_holds_the_numbers(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("perplexity", model, "--json", "--chunks", "2") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["chunks"], told["total_chunks"], told["tokens"]) == (2, 2, 30)
+    assert run("perplexity", model, "--against", str(model.with_name("F32.gguf")), "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kl"]["mean"]["value"] > 0
+    assert 0 < told["same_top"]["value"] <= 1
+
+
+def test_a_reference_gives_the_table_of_what_it_costs(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("perplexity", model, "--against", str(model.with_name("F32.gguf"))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Q4_0.gguf beside F32.gguf"
+    for start in (
+        "perplexity ",
+        "  of the reference ",
+        "KL divergence ",
+        "  99.9 % quantile ",
+        "same likeliest token ",
+    ):
+        assert any(line.startswith(start) for line in lines), start
+
+
+def test_imatrix_writes_what_quantize_reads(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = model.with_name("F32.gguf"), tmp_path / "imatrix.gguf"
+    assert run("imatrix", source, "-o", str(output)) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"{output}: 16 matrices" in printed.err
+    assert "tokens that reached each expert, by layer:" in printed.err
+    assert "warning: fewer than 512 tokens reached experts (layer 0: " in printed.err
+    assert Imatrix.load(output).chunk_size == 32
+    assert run("imatrix", source, "-o", str(output)) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert run("imatrix", source, "-o", str(output), "--force", "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)["entries"] == 16
+    quantized = ["quantize", str(source), "-o", str(tmp_path / "q.gguf"), "-q", "IQ4_NL", "--quiet"]
+    assert exit_code([*quantized, "--imatrix", str(output)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-c", "4"], 2, "tokens of a chunk must be between 8"),
+        (["--chunks", "0"], 2, "--chunks takes -1 or at least 1"),
+        (["-c", "4096"], 1, "take a longer text, or shorter chunks"),
+        (["--against", "nowhere.gguf"], 1, "nowhere.gguf"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    model: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert run("perplexity", model, *arguments) == code
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_ctrl_c_prints_what_is_done(model: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text(TEXT * 400, encoding="utf-8")
+    flags = ["perplexity", str(model), "-f", str(long), "-c", "256", "-b", "256", "-t", "1"]
+    command = [sys.executable, "-m", "ggufmoe", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "chunk 1 of " in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert out.startswith("perplexity  ")
+    assert "the result is of these" in err.splitlines()[-1]
