@@ -90,7 +90,7 @@ def _ask(console: Console, path: Path, chat_after: bool) -> None:
             for question in asked:
                 chat.reset()
                 right += _answer(console, chat, tracer, question.text) == question.answer
-        console.print(f"\n{_INDENT}{right} of {len(asked)} are right.")
+        console.print(f"{_INDENT}{right} of {len(asked)} are right.")
         if chat_after:
             _converse(console, chat)
             return
@@ -114,6 +114,7 @@ def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> s
             last = event.text
     console.file.write("\n")
     console.print(_strip(pieces), soft_wrap=True)
+    console.print()
     return ("".join(piece for piece, _ in pieces) + last).strip()
 
 
