@@ -19,6 +19,7 @@ import ggufmoe
 from ggufmoe.demo import DIRECTORY, NAME, RECIPE, questions
 from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.events import Token
+from tests.runtime.remote import start_worker
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = ggufmoe.SamplingOptions(temperature=0, n_predict=64)
@@ -105,6 +106,14 @@ def test_the_merged_checkpoint_gives_the_same_file(mixture: Callable[[str], Path
 def test_one_expert_for_each_token_is_enough_for_most(mixture: Callable[[str], Path]) -> None:
     asked = [one for kind in ("everyday", "sum") for one in held_out(kind, 20)]
     assert n_right(mixture("Q8_0"), asked, ggufmoe.OffloadOptions(n_expert_used=1)) >= 30
+
+
+def test_a_worker_answers_rightly_too(mixture: Callable[[str], Path]) -> None:
+    with start_worker() as worker:
+        offload = ggufmoe.OffloadOptions(rpc=worker.endpoint, n_cpu_moe=2)
+        with ggufmoe.Engine(mixture("Q4_K_M"), offload=offload) as engine:
+            assert [said for _, said in answers(engine, list(questions()))] == [one.answer for one in questions()]
+            assert engine.placement.report.weight_bytes[f"RPC0[{worker.endpoint}]"] > 0
 
 
 def test_it_remembers_what_was_said(mixture: Callable[[str], Path]) -> None:
