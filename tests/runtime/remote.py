@@ -33,8 +33,13 @@ def start_worker() -> Worker:
 def pretender(behave: Callable[[socket.socket], object]) -> Iterator[str]:
     """HOST:PORT of a server that does ``behave`` with each connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=_accept, args=(server, behave), daemon=True).start()
+        thread = threading.Thread(target=_accept, args=(server, behave), daemon=True)
+        thread.start()
         yield f"127.0.0.1:{server.getsockname()[1]}"
+        # closing alone does not wake a thread that waits for a caller
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+    thread.join()
 
 
 def _accept(server: socket.socket, behave: Callable[[socket.socket], object]) -> None:

@@ -187,10 +187,20 @@ def public(of: type) -> set[str]:
 
 
 def test_every_method_of_an_engine_is_forwarded_or_done_here() -> None:
-    here = {"cancel", "observed", "close", "metadata", "generate_async"}
+    here = {"cancel", "observed", "close", "metadata", "generate_async", "set_context", "compute_chunks"}
     forwarded = {*child._CALLS, *child._STREAMS, *child._VALUES}
     assert forwarded | here == public(Engine)
     assert not forwarded & here
+
+
+def test_another_context_and_what_is_not_computed_there(model: Path, workers: tuple[Worker, Worker]) -> None:
+    with Engine(model, SMALL, OffloadOptions(rpc=workers[0].endpoint)) as engine:
+        engine.set_context(replace(SMALL, n_ctx=512))
+        assert engine.n_ctx == 512
+        assert engine.evaluate([1, 2, 3], one_by_one=True)
+        assert engine.cached_tokens == (1, 2, 3)
+        with pytest.raises(EngineError, match="leave out --rpc"):
+            engine.compute_chunks([[1, 2]], 0)
 
 
 def test_text_and_tokens(model: Path, workers: tuple[Worker, Worker]) -> None:
