@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from ggufmoe import native
 from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
-from ggufmoe.ggufheader import GGMLType, ModelHeader, read_model_header
+from ggufmoe.ggufheader import GGMLType, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.devices import Machine, find_machine
-from ggufmoe.runtime.engine import _checked_model, _llama, _loading, _log
+from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.engine import _checked_model, _llama, _log
+from ggufmoe.runtime.loading import _loading
 from ggufmoe.runtime.nativelog import no_wait_callback
 from ggufmoe.runtime.offload import OffloadPlan, plan_offload
 from ggufmoe.runtime.placement import REPORT_LINES, Placement, device_list, placement_of, set_parameters
@@ -211,7 +212,7 @@ def _llama_class() -> type:
     return type("LlamaCpp", (_PlacedLlama, _base()), {"__doc__": _PlacedLlama.__doc__, "__module__": __name__})
 
 
-def _base() -> type:
+def _base() -> Any:
     """``llama_cpp.Llama``. Raises EngineMissingError."""
     native.library()
     from llama_cpp import Llama as Base
@@ -221,7 +222,7 @@ def _base() -> type:
 
 def _check_arguments(arguments: Mapping[str, Any], offload: OffloadOptions | None) -> None:
     """Raises OptionError for what ``Llama`` would swallow, and for what ``offload`` says already."""
-    known = set(inspect.signature(_base().__init__).parameters)
+    known = set(inspect.signature(_base()).parameters)
     for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
@@ -233,7 +234,7 @@ def _check_arguments(arguments: Mapping[str, Any], offload: OffloadOptions | Non
         raise OptionError(f"{', '.join(double)}: offload says where the model goes; leave out one of the two")
     if arguments.get("vocab_only"):
         raise OptionError("vocab_only loads no weights: leave out offload")
-    if getattr(offload, "rpc", None):
+    if offload.rpc:
         raise OptionError("a worker that is lost ends the process of a Llama: with offload.rpc, use ggufmoe.Engine")
 
 
