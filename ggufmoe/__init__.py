@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from ggufmoe.runtime.chat import Chat
     from ggufmoe.runtime.divergence import Distribution, Divergence, kl_divergence
     from ggufmoe.runtime.engine import Engine
+    from ggufmoe.runtime.llamacpp import LlamaCpp as LlamaCpp
     from ggufmoe.runtime.perplexity import Estimate, Perplexity, perplexity
     from ggufmoe.runtime.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
 
@@ -87,6 +88,7 @@ __all__ = [
     "ImatrixResult",
     "InputError",
     "LayerCoverage",
+    "LlamaCpp",
     "MergeOptions",
     "ModelLoadError",
     "NoSpaceError",
@@ -132,6 +134,7 @@ _HOMES = {
     "ImatrixOptions": "ggufmoe.options",
     "ImatrixResult": "ggufmoe.imatrix",
     "LayerCoverage": "ggufmoe.imatrix",
+    "LlamaCpp": "ggufmoe.runtime.llamacpp",
     "MergeOptions": "ggufmoe.options",
     "OffloadOptions": "ggufmoe.options",
     "Perplexity": "ggufmoe.runtime.perplexity",

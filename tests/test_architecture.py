@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": set(),
     "imatrix": FLOOR | {"quant", "runtime"},
     "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor", "imatrix", "demo"},
+    "packaging": set(),
     "__main__": {"cli"},
     "__init__": {"errors", "options", "convert", "quantize", "imatrix", "runtime"},
 }

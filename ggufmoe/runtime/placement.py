@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,11 @@ class _TensorOverride(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
 
 
+def device_list(handles: Collection[int]) -> ctypes.Array[ctypes.c_void_p]:
+    """The ``devices`` of ``llama_model_params``: handles of devices, ended by NULL."""
+    return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+
+
 def set_parameters(
     api: Any, parameters: Any, machine: Machine, plan: OffloadPlan, offload: OffloadOptions, n_expert_used_key: str
 ) -> tuple[Any, ...]:
@@ -66,7 +71,7 @@ def set_parameters(
     process, remote ones included.
     """
     places = chosen_devices(offload, machine.places)
-    devices = (ctypes.c_void_p * (len(places) + 1))(*(machine.device_handles[place.name] for place in places), None)
+    devices = device_list([machine.device_handles[place.name] for place in places])
     split = (ctypes.c_float * _MAX_DEVICES)(*plan.tensor_split)
     pairs = [_TensorOverride(item.pattern.encode(), machine.buffer_handles[item.buffer]) for item in plan.overrides]
     overrides = (_TensorOverride * (len(pairs) + 1))(*pairs, _TensorOverride())

@@ -1,0 +1,15 @@
+"""PyInstaller's hook for ggufmoe: what is loaded lazily or natively, and so is not seen by reading imports.
+
+The command line is left out: an app that runs it imports ``ggufmoe.cli.app``, which has a hook of its own.
+"""
+
+from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs, collect_submodules, copy_metadata
+
+
+def _is_for_apps(module: str) -> bool:
+    return module.split(".")[1:2] not in (["cli"], ["packaging"], ["__main__"])
+
+
+hiddenimports = [*collect_submodules("ggufmoe", filter=_is_for_apps), "llama_cpp"]
+datas = collect_data_files("ggufmoe", excludes=["packaging/*"]) + copy_metadata("llama-cpp-python")
+binaries = collect_dynamic_libs("llama_cpp") + collect_dynamic_libs("llvmlite")

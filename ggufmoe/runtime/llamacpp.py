@@ -1,0 +1,253 @@
+"""``LlamaCpp``: llama-cpp-python's ``Llama``, placed as our offload options say, for programs that take a ``Llama``.
+
+Owns putting a plan into the parameters that ``Llama`` hands to libllama, and stopping a call. All else is
+llama-cpp-python's own; new programs are better served by ``Engine``. The class is made when it is first asked for,
+because its base may not be imported before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import inspect
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ggufmoe import native
+from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
+from ggufmoe.ggufheader import GGMLType, read_model_header
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.engine import _checked_model, _llama, _log
+from ggufmoe.runtime.loading import _loading
+from ggufmoe.runtime.nativelog import no_wait_callback
+from ggufmoe.runtime.offload import OffloadPlan, plan_offload
+from ggufmoe.runtime.placement import REPORT_LINES, Placement, device_list, placement_of, set_parameters
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+else:
+    Llama = object
+
+_REPLACED = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "use_mlock", "offload_kqv")
+"""Arguments of ``Llama`` whose place ``offload`` takes."""
+
+_logger = logging.getLogger("ggufmoe")
+
+
+class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
+    """``llama_cpp.Llama`` whose weights go where ``offload`` says, and whose calls can be stopped.
+
+    It takes the arguments of ``Llama`` and its defaults; one that ``Llama`` does not know is an OptionError. With
+    ``offload``, those that it replaces (n_gpu_layers, split_mode, main_gpu, tensor_split, use_mmap, use_mlock,
+    offload_kqv) are errors as well; without it they do what they do in ``Llama``.
+
+    Raises GGUFError for a file that is corrupt or of an old layout, OptionError for options that do not fit the model
+    or the machine, ModelLoadError when llama.cpp refuses it, EngineMissingError without llama-cpp-python.
+    """
+
+    placement: Placement | None = None
+    """Where everything went: the plan, and what libllama reported; None without ``offload``."""
+    _stack: Any = None
+
+    def __init__(
+        self, model_path: str | os.PathLike[str], *, offload: OffloadOptions | None = None, **arguments: Any
+    ) -> None:
+        _check_arguments(arguments, offload)
+        self._offload = offload
+        self._api = _llama()
+        self._abort_callback, self._abort_flag = no_wait_callback(self._api)
+        self._model_params: Any = None
+        self._context_params: Any = None
+        self._plan: OffloadPlan | None = None
+        path = Path(model_path)
+        self._header = read_model_header(path) if arguments.get("vocab_only") else _checked_model(path)
+        self._machine = find_machine(offload.device if offload else None)
+        try:
+            self._load(path, arguments)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, path: Path, arguments: Mapping[str, Any]) -> None:
+        mark = _log().mark()
+        with _loading, _log().collecting(REPORT_LINES) as lines:
+            try:
+                super().__init__(os.fspath(path), **{**arguments, **self._replacing(arguments)})
+            except ValueError as error:
+                if not str(error).startswith("Failed to "):
+                    raise
+                cause = _log().cause_since(mark)
+                hint = "; OffloadOptions(no_host=True) does without pinned memory" if "_Host buffer" in cause else ""
+                raise ModelLoadError(f"{path}: llama.cpp cannot load it: {cause}{hint}") from error
+        self.kv_overrides = arguments.get("kv_overrides")
+        if self._plan is not None:
+            self.placement = placement_of(self._plan, lines, self._machine)
+            for difference in self.placement.differences:
+                _logger.warning("%s: not placed as planned: %s", path, difference)
+
+    def _replacing(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``offload`` says in the words of ``Llama``; the rest goes into the parameters that it makes."""
+        if self._offload is None:
+            return {}
+        replacing: dict[str, Any] = {"offload_kqv": self._offload.kv_offload}
+        if self._offload.n_expert_used is not None:
+            key = f"{self._header.shards[0].header.get('general.architecture')}.expert_used_count"
+            given = arguments.get("kv_overrides") or {}
+            if key in given:
+                raise OptionError(f"kv_overrides: {key} is what offload.n_expert_used says: leave one of the two out")
+            replacing["kv_overrides"] = {**given, key: self._offload.n_expert_used}
+        return replacing
+
+    # ---- what Llama.__init__ makes and hands to libllama
+
+    @property
+    def model_params(self) -> Any:
+        """``llama_model_params``; ``Llama`` reads it once more after the context's, to load the model with it."""
+        if self._context_params is not None and self._plan is None:
+            self._place()
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, parameters: Any) -> None:
+        self._devices = device_list(self._machine.device_handles.values())
+        parameters.devices = ctypes.addressof(self._devices)
+        self._model_params = parameters
+
+    @property
+    def context_params(self) -> Any:
+        """``llama_context_params``, with the flag that ``cancel`` sets."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, parameters: Any) -> None:
+        parameters.abort_callback = self._abort_callback
+        parameters.abort_callback_data = ctypes.addressof(self._abort_flag)
+        self._context_params = parameters
+
+    def _place(self) -> None:
+        if self._offload is None:
+            return
+        context = _context_options(self._context_params)
+        self._plan = plan_offload(self._header, context, self._offload, self._machine.places, self._machine.host)
+        for warning in self._plan.warnings:
+            _logger.warning("%s: %s", self._header.paths[0], warning)
+        # the number of experts is among the kv_overrides of Llama, whose array this would replace
+        offload = replace(self._offload, n_expert_used=None)
+        self._alive = set_parameters(self._api, self._model_params, self._machine, self._plan, offload, "")
+
+    # ---- stopping
+
+    def cancel(self) -> None:
+        """Stop the call that computes now, from another thread: there it raises Cancelled, and the model can go on.
+
+        On the CPU and Metal it stops within a fraction of a second, elsewhere after the batch that is being computed.
+        """
+        self._abort_flag[0] = b"\x01"
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As in ``Llama``; raises Cancelled after ``cancel``."""
+        for begin in range(0, max(len(tokens), 1), self.n_batch):
+            with self._stoppable():
+                super().eval(tokens[begin : begin + self.n_batch])
+
+    def generate(self, *arguments: Any, **named: Any) -> Iterator[int]:
+        """As in ``Llama``; raises Cancelled after ``cancel``."""
+        self._abort_flag[0] = b"\x00"
+        tokens: Iterator[int] = super().generate(*arguments, **named)
+        return tokens
+
+    def embed(self, *arguments: Any, **named: Any) -> Any:
+        """As in ``Llama``; raises Cancelled after ``cancel``."""
+        self._abort_flag[0] = b"\x00"
+        with self._stoppable():
+            return super().embed(*arguments, **named)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        if self._abort_flag[0] == b"\x00":
+            try:
+                yield
+                return
+            except RuntimeError:
+                if self._abort_flag[0] == b"\x00":
+                    raise
+        self._abort_flag[0] = b"\x00"
+        # there are no logits to draw the next token from
+        self._requires_eval = True
+        raise Cancelled("the call was cancelled from another thread")
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Give back all memory; may be called again."""
+        if self._stack is not None:
+            super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._offload is None:
+            return state
+        return {name: value for name, value in state.items() if name not in _REPLACED} | {"offload": self._offload}
+
+
+if TYPE_CHECKING:
+    LlamaCpp = _PlacedLlama
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name != "LlamaCpp":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _llama_class()
+
+
+@cache
+def _llama_class() -> type:
+    return type("LlamaCpp", (_PlacedLlama, _base()), {"__doc__": _PlacedLlama.__doc__, "__module__": __name__})
+
+
+def _base() -> Any:
+    """``llama_cpp.Llama``. Raises EngineMissingError."""
+    native.library()
+    from llama_cpp import Llama as Base
+
+    return Base
+
+
+def _check_arguments(arguments: Mapping[str, Any], offload: OffloadOptions | None) -> None:
+    """Raises OptionError for what ``Llama`` would swallow, and for what ``offload`` says already."""
+    known = set(inspect.signature(_base()).parameters)
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise OptionError(f"Llama has no argument {name}{hint}")
+    if offload is None:
+        return
+    if double := [name for name in _REPLACED if name in arguments]:
+        raise OptionError(f"{', '.join(double)}: offload says where the model goes; leave out one of the two")
+    if arguments.get("vocab_only"):
+        raise OptionError("vocab_only loads no weights: leave out offload")
+    if offload.rpc:
+        raise OptionError("a worker that is lost ends the process of a Llama: with offload.rpc, use ggufmoe.Engine")
+
+
+def _context_options(parameters: Any) -> ContextOptions:
+    """``llama_context_params`` as the planner takes them."""
+    types: dict[int, Any] = {kind.id: kind.name.lower() for kind in GGMLType}
+    # with n_ctx=0 Llama knows its batch only once the model is loaded
+    n_batch = parameters.n_batch or ContextOptions.n_batch
+    return ContextOptions(
+        n_ctx=parameters.n_ctx,
+        n_batch=n_batch,
+        n_ubatch=parameters.n_ubatch or min(n_batch, ContextOptions.n_ubatch),
+        flash_attn="on" if parameters.flash_attn_type == 1 else "off",
+        cache_type_k=types[parameters.type_k],
+        cache_type_v=types[parameters.type_v],
+    )
