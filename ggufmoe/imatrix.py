@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +135,44 @@ def imatrix_steps(
     path = Path(output).expanduser()
     _check_output(path, replace=options.force)
     content = read_text(text)
-    started, result = time.monotonic(), None
+    started, result, entries = time.monotonic(), None, None
     with Engine(model, options.context, offload) as engine:
-        chunks = cut_chunks(engine, content, options)
-        sums = ActivationSums(engine.cancel, process_output=options.process_output)
-        for done in collect(engine, chunks, sums, cancel):
-            coverage, n_entries = _coverage(sums.entries), len(sums.entries)
+        for step in engine.iterate(_gathered, content, options, cancel=cancel):
             seconds = time.monotonic() - started
-            result = ImatrixResult(path, options.n_ctx, done, len(chunks), n_entries, coverage, seconds)
-            yield result
-    if result is not None:
-        _write(path, sums.entries, () if isinstance(text, str) else (os.fspath(text),), options.n_ctx)
+            result = ImatrixResult(
+                path, options.n_ctx, step.n_chunks, step.total_chunks, step.n_entries, step.coverage, seconds
+            )
+            entries = step.entries
+            if entries is None:
+                yield result
+    if result is not None and entries is not None:
+        _write(path, entries, () if isinstance(text, str) else (os.fspath(text),), options.n_ctx)
         yield result
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What is there after some chunks; the sums themselves come once, at the end."""
+
+    n_chunks: int
+    total_chunks: int
+    n_entries: int
+    coverage: tuple[LayerCoverage, ...]
+    entries: Mapping[str, tuple[Any, Any]] | None = None
+
+
+def _gathered(
+    engine: Engine, content: str, options: ImatrixOptions, *, cancel: CancelFlag | None
+) -> Iterator[_Gathered]:
+    """Where the model is computed, since graphs can be watched only there."""
+    chunks = cut_chunks(engine, content, options)
+    sums = ActivationSums(engine.cancel, process_output=options.process_output)
+    step = None
+    for done in collect(engine, chunks, sums, cancel):
+        step = _Gathered(done, len(chunks), len(sums.entries), _coverage(sums.entries))
+        yield step
+    if step is not None:
+        yield replace(step, entries=dict(sums.entries))
 
 
 def _check_output(path: Path, *, replace: bool) -> None:

@@ -73,6 +73,7 @@ class BenchOptions:
     no_host: _Lists = option((), "--no-host", help="0 or 1. [0]", metavar="0,1")
     repack: _Lists = option((), "--repack", help="0 or 1. [1]", metavar="0,1")
     fit: Literal["on", "off"] = option("on", "-fit", "--fit", help="Choose what was not given so that it fits.")
+    rpc: str | None = option(None, "--rpc", help="Workers, which become RPC0, RPC1, ...", metavar="HOST:PORT,...")
     repetitions: int = option(5, "-r", "--repetitions", help="How often each test is timed.", metavar="N")
     no_warmup: bool = option(False, "--no-warmup", help="No run before those that are timed.")
     output: Literal["md", "csv", "json", "jsonl"] = option("md", "-o", "--output", help="What stdout gets.")
@@ -133,6 +134,7 @@ class BenchOptions:
             repack=_flags(self.repack, True),
             n_expert_used=_numbers(self.n_expert_used, None),
             fit=[self.fit],
+            rpc=[self.rpc],
         )
 
 

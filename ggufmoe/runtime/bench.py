@@ -25,7 +25,7 @@ from ggufmoe.errors import Cancelled, OptionError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.cpu import default_threads, memory_bytes
-from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.devices import find_places
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import CancelFlag
 from ggufmoe.runtime.inspect import ModelReport, inspect_model
@@ -175,10 +175,10 @@ def plan_bench(
     for model in models:
         header, report = read_model_header(model), inspect_model(model)
         for offload in offloads:
-            machine = find_machine(offload.device)
+            places, host = find_places(offload)
             for context, workload in product(contexts, workloads):
                 case = Case(model, report, workload, context, offload)
-                plan_offload(header, _context(case), offload, machine.places, machine.host)
+                plan_offload(header, _context(case), offload, places, host)
                 cases.append(case)
     return tuple(cases)
 
@@ -313,7 +313,7 @@ def as_record(result: Result, machine: Machine) -> dict[str, Any]:
         "llama_cpp_python": machine.package,
         "cpu_info": machine.cpu,
         "gpu_info": ", ".join(machine.gpus),
-        "backends": ",".join(machine.backends),
+        "backends": ",".join(("RPC", *machine.backends) if offload.workers else machine.backends),
         "model_filename": str(case.model),
         "model_type": model_type(report),
         "model_size": sum(part.n_bytes for part in report.parts),

@@ -56,7 +56,7 @@ _CALLS = (
     "load_session",
 )
 """Methods of Engine that the child answers."""
-_STREAMS = ("generate", "logits_by_batch")
+_STREAMS = ("generate", "logits_by_batch", "iterate")
 """Those that give an iterator, which the child reads ahead."""
 _VALUES = ("bos_token", "eos_token", "adds_bos", "overflow", "cached_tokens")
 """Properties that the child is asked for each time."""
@@ -121,7 +121,7 @@ class ChildEngine(Engine):
 
     def compute_chunks(self, *_: Any, **__: Any) -> Any:
         """Not here: raises EngineError, because logits of every row would have to cross to this process."""
-        raise EngineError(f"{self.path}: perplexity and importances are not computed with workers; leave out --rpc")
+        raise EngineError(f"{self.path}: logits of a whole text are not compared with workers; leave out --rpc")
 
     def close(self) -> None:
         """End the process; further calls raise EngineError. May be called again, and takes 5 s if a worker hangs."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ggufmoe.errors import InputError
+from ggufmoe.errors import InputError, OptionError
 from ggufmoe.ggufheader import Header, read_model_header
 from ggufmoe.options import EvaluationOptions, OffloadOptions
 from ggufmoe.runtime.chunkbatch import ComputedPart
@@ -141,6 +141,8 @@ def divergence_steps(
     round_reference: bool = False,
 ) -> Iterator[Divergence]:
     """``kl_divergence`` as it grows: the result so far after each chunk. Ends early when ``cancel`` is set."""
+    if offload is not None and offload.workers:
+        raise OptionError("two models are compared, and a worker serves one at a time: leave out --rpc")
     content = read_text(text)
     _check_vocabularies(Path(model), Path(reference))
     first, started = options.n_ctx // 2, time.monotonic()

@@ -76,7 +76,7 @@ class Engine:
     ) -> None:
         self._context_options = context or ContextOptions()
         self._offload_options = offload or OffloadOptions()
-        self._model = model = _checked_model(Path(path))
+        self._model = model = checked_model(Path(path))
         self.path = model.paths[0]
         self.header: Header = model.shards[0].header
         self._turns: weakref.WeakSet[Turn] = weakref.WeakSet()
@@ -90,8 +90,8 @@ class Engine:
             on_progress,
             lambda: stopped.is_set() or (cancel is not None and cancel.is_set()),
         )
-        self._api = _llama()
-        self._loaded = LoadedModel(self._api, _log(), request)
+        self._api = native_api()
+        self._loaded = LoadedModel(self._api, native_log(), request)
         self._native = NativeThread(str(self.path), self._loaded.abort_flag, self._loaded.free)
         try:
             self._native.call(self._loaded.load)
@@ -467,6 +467,15 @@ class Engine:
         """
         return function(self, *arguments, **keywords)
 
+    def iterate(
+        self,
+        function: Callable[..., Iterator[_Result]],
+        *arguments: Any,
+        cancel: CancelFlag | None = None,
+    ) -> Iterator[_Result]:
+        """What ``function(engine, ..., cancel=cancel)`` yields, computed where ``apply`` computes."""
+        return function(self, *arguments, cancel=cancel)
+
     # ---- the end
 
     def close(self) -> None:
@@ -491,22 +500,24 @@ class Engine:
 
 
 @cache
-def _log() -> NativeLog:
+def native_log() -> NativeLog:
+    """llama.cpp's log, of which there is one in a process."""
     return NativeLog()
 
 
 @cache
-def _llama() -> Any:
+def native_api() -> Any:
     """llama-cpp-python's low-level bindings, with their log captured. Raises EngineMissingError."""
     native.library()
     from llama_cpp import llama_cpp
 
-    _log().attach(llama_cpp)
+    native_log().attach(llama_cpp)
     llama_cpp.llama_backend_init()
     return llama_cpp
 
 
-def _checked_model(path: Path) -> ModelHeader:
+def checked_model(path: Path) -> ModelHeader:
+    """The header of a model that llama.cpp can load. Raises GGUFError."""
     model = read_model_header(path)
     old = legacy_expert_tensors(model.tensors)
     if old:

@@ -24,8 +24,8 @@ from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
 from ggufmoe.ggufheader import GGMLType, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.devices import find_machine
-from ggufmoe.runtime.engine import _checked_model, _llama, _log
-from ggufmoe.runtime.loading import _loading
+from ggufmoe.runtime.engine import checked_model, native_api, native_log
+from ggufmoe.runtime.loading import loading_lock
 from ggufmoe.runtime.nativelog import no_wait_callback
 from ggufmoe.runtime.offload import OffloadPlan, plan_offload
 from ggufmoe.runtime.placement import REPORT_LINES, Placement, device_list, placement_of, set_parameters
@@ -61,13 +61,13 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     ) -> None:
         _check_arguments(arguments, offload)
         self._offload = offload
-        self._api = _llama()
+        self._api = native_api()
         self._abort_callback, self._abort_flag = no_wait_callback(self._api)
         self._model_params: Any = None
         self._context_params: Any = None
         self._plan: OffloadPlan | None = None
         path = Path(model_path)
-        self._header = read_model_header(path) if arguments.get("vocab_only") else _checked_model(path)
+        self._header = read_model_header(path) if arguments.get("vocab_only") else checked_model(path)
         self._machine = find_machine(offload.device if offload else None)
         try:
             self._load(path, arguments)
@@ -76,14 +76,14 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
             raise
 
     def _load(self, path: Path, arguments: Mapping[str, Any]) -> None:
-        mark = _log().mark()
-        with _loading, _log().collecting(REPORT_LINES) as lines:
+        mark = native_log().mark()
+        with loading_lock, native_log().collecting(REPORT_LINES) as lines:
             try:
                 super().__init__(os.fspath(path), **{**arguments, **self._replacing(arguments)})
             except ValueError as error:
                 if not str(error).startswith("Failed to "):
                     raise
-                cause = _log().cause_since(mark)
+                cause = native_log().cause_since(mark)
                 hint = "; OffloadOptions(no_host=True) does without pinned memory" if "_Host buffer" in cause else ""
                 raise ModelLoadError(f"{path}: llama.cpp cannot load it: {cause}{hint}") from error
         self.kv_overrides = arguments.get("kv_overrides")

@@ -30,7 +30,8 @@ from ggufmoe.runtime.vocabulary import Vocabulary
 
 _FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 
-_loading = threading.Lock()
+loading_lock = threading.Lock()
+"""Held while a model is loaded: llama.cpp's log, which is read for a report, is one for the whole process."""
 _logger = logging.getLogger("ggufmoe")
 
 
@@ -85,7 +86,7 @@ class LoadedModel:
         plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
         for warning in plan.warnings:
             _logger.warning("%s: %s", self.path, warning)
-        with _loading, self.log.collecting(REPORT_LINES) as lines:
+        with loading_lock, self.log.collecting(REPORT_LINES) as lines:
             self._check_wanted()
             self._model = self._load_model(machine, plan)
             self._check_wanted()

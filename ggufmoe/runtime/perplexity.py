@@ -136,19 +136,23 @@ def perplexity_steps(
 ) -> Iterator[Perplexity]:
     """``perplexity`` as it grows: the result so far after each chunk. Ends early when ``cancel`` is set."""
     content = read_text(text)
-    started = time.monotonic()
     with Engine(model, options.context, offload) as engine:
-        chunks = cut_chunks(engine, content, options)
-        sums = Sums()
-        for part in engine.compute_chunks(chunks, options.n_ctx // 2, cancel=cancel):
-            for number in part.group:
-                for rows, targets in scored_blocks(part, number, chunks[number]):
-                    sums.add(Normalized.of(rows).nll(targets))
-                if part.end == options.n_ctx:
-                    seconds = time.monotonic() - started
-                    yield Perplexity(
-                        engine.path, options.n_ctx, number + 1, len(chunks), sums.count, sums.mean(), seconds
-                    )
+        yield from engine.iterate(_scored, content, options, cancel=cancel)
+
+
+def _scored(
+    engine: Engine, content: str, options: EvaluationOptions, *, cancel: CancelFlag | None
+) -> Iterator[Perplexity]:
+    """Where the model is computed, so that logits do not cross to another process."""
+    started, sums = time.monotonic(), Sums()
+    chunks = cut_chunks(engine, content, options)
+    for part in engine.compute_chunks(chunks, options.n_ctx // 2, cancel=cancel):
+        for number in part.group:
+            for rows, targets in scored_blocks(part, number, chunks[number]):
+                sums.add(Normalized.of(rows).nll(targets))
+            if part.end == options.n_ctx:
+                seconds = time.monotonic() - started
+                yield Perplexity(engine.path, options.n_ctx, number + 1, len(chunks), sums.count, sums.mean(), seconds)
 
 
 @dataclass(frozen=True)

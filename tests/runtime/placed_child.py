@@ -15,6 +15,7 @@ from typing import Any
 
 from ggufmoe import ContextOptions, Engine, OffloadOptions, SamplingOptions, native
 from ggufmoe.runtime.devices import find_machine
+from ggufmoe.runtime.events import Token
 
 TEXT = "the model reads a number and writes"
 GREEDY = SamplingOptions(temperature=0, n_predict=12)
@@ -33,7 +34,7 @@ def register(endpoint: str) -> None:
 def outcome(model: Path, context: ContextOptions, offload: OffloadOptions) -> dict[str, Any]:
     with Engine(model, context, offload) as engine:
         prompt = engine.tokenize(TEXT)
-        tokens = [event.id for event in engine.generate(prompt, GREEDY) if hasattr(event, "id")]
+        tokens = [event.token_id for event in engine.generate(prompt, GREEDY) if isinstance(event, Token)]
         return {"tokens": tokens, "logits": engine.logits(prompt)[-1].tolist(), **asdict(engine.placement)}
 
 

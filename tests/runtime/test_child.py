@@ -36,6 +36,7 @@ from ggufmoe import (
     WorkerLostError,
     trace_routing,
 )
+from ggufmoe.ggufheader import read_header
 from ggufmoe.runtime import child
 from ggufmoe.runtime.devices import find_places
 from ggufmoe.runtime.events import Event, Finished, Token
@@ -201,6 +202,21 @@ def test_another_context_and_what_is_not_computed_there(model: Path, workers: tu
         assert engine.cached_tokens == (1, 2, 3)
         with pytest.raises(EngineError, match="leave out --rpc"):
             engine.compute_chunks([[1, 2]], 0)
+
+
+def test_evaluations_are_those_of_this_machine(model: Path, workers: tuple[Worker, Worker], tmp_path: Path) -> None:
+    text, options = "the model reads a number and writes " * 40, dict[str, Any](n_ctx=32, chunks=3, n_threads=1)
+    offload = OffloadOptions(rpc=workers[0].endpoint)
+    here, there = (ggufmoe.perplexity(model, text, offload=placed, **options) for placed in (None, offload))
+    assert there.n_chunks == here.n_chunks == 3
+    assert there.value == pytest.approx(here.value, rel=5e-3)  # other kernels compute there
+    local, remote = tmp_path / "local.gguf", tmp_path / "remote.gguf"
+    for path, placed in ((local, None), (remote, offload)):
+        assert ggufmoe.imatrix(model, text, path, offload=placed, **options).n_chunks == 3
+    sums = [read_header(path) for path in (local, remote)]
+    assert [tensor.name for tensor in sums[0].tensors] == [tensor.name for tensor in sums[1].tensors]
+    with pytest.raises(OptionError, match="leave out --rpc"):
+        ggufmoe.kl_divergence(model, model, text, offload=offload, **options)
 
 
 def test_text_and_tokens(model: Path, workers: tuple[Worker, Worker]) -> None:
