@@ -79,6 +79,11 @@ class LoadedModel:
             raise EngineError(f"{self.path}: no context any more, for want of memory; close the engine and load again")
         return self._cache
 
+    @property
+    def handle(self) -> Any:
+        """The ``llama_model *``, until ``free``."""
+        return self._model
+
     def load(self) -> None:
         """Raises ModelLoadError, Cancelled, and what ``on_progress`` raises; ``free`` gives back what was loaded."""
         request = self._request
