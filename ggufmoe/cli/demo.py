@@ -79,10 +79,9 @@ def _ask(console: Console, path: Path, chat_after: bool) -> None:
     from ggufmoe.runtime.engine import Engine
     from ggufmoe.runtime.routing import RoutingTracer
 
-    console.print("\n[bold]2. Ask it[/bold] what neither model was trained on. Below each answer: how much of it")
-    console.print(
-        f"{_INDENT}is the math expert's: [cyan]{_BARS[0]}[/cyan] nothing, [yellow]{_BARS[-1]}[/yellow] all.\n"
-    )
+    legend = f"[cyan]{_BARS[0]}[/cyan] none to [yellow]{_BARS[-1]}[/yellow] all"
+    console.print("\n[bold]2. Ask it[/bold] what neither model was trained on. Below each answer:")
+    console.print(f"{_INDENT}how much of it is the math expert's, {legend}.\n")
     asked, right = questions(), 0
     with Engine(path) as engine:
         chat = Chat(engine, sampling=SamplingOptions(temperature=0, n_predict=64))
