@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ggufmoe.errors import OptionError, OutputError, OutputExistsError
+from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ImatrixOptions, OffloadOptions
 from ggufmoe.quant.imatrix import save
 from ggufmoe.runtime.activations import ActivationSums, collect
@@ -133,7 +134,7 @@ def imatrix_steps(
 ) -> Iterator[ImatrixResult]:
     """``imatrix`` as it grows: what is there so far, and at the end, when it is written, the same once more."""
     path = Path(output).expanduser()
-    _check_output(path, replace=options.force)
+    _check_output(path, [*read_model_header(Path(model)).paths, *_files(text)], replace=options.force)
     content = read_text(text)
     started, result, entries = time.monotonic(), None, None
     with Engine(model, options.context, offload) as engine:
@@ -175,7 +176,13 @@ def _gathered(
         yield replace(step, entries=dict(sums.entries))
 
 
-def _check_output(path: Path, *, replace: bool) -> None:
+def _files(text: str | os.PathLike[str]) -> list[Path]:
+    return [] if isinstance(text, str) else [Path(text).expanduser()]
+
+
+def _check_output(path: Path, read: Sequence[Path], *, replace: bool) -> None:
+    if any(path.exists() and source.exists() and path.samefile(source) for source in read):
+        raise OutputExistsError(f"{path}: is one of the inputs; name another file")
     if path.exists() and not replace:
         raise OutputExistsError(f"{path}: is there already; name another file, or replace it with --force")
     if not path.parent.is_dir():

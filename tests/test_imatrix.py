@@ -144,6 +144,13 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(mixtral: tuple[Pat
     there.write_bytes(b"mine")
     with pytest.raises(OutputExistsError, match="is there already"):
         ggufmoe.imatrix(path, TEXT, there)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    for source in (path, text):
+        before = source.read_bytes()
+        with pytest.raises(OutputExistsError, match="is one of the inputs"):
+            ggufmoe.imatrix(path, text, source, force=True)
+        assert source.read_bytes() == before
     with pytest.raises(OutputError, match="no such directory"):
         ggufmoe.imatrix(path, TEXT, tmp_path / "nowhere" / "x.gguf")
     with pytest.raises(InputError, match="two chunks of 512 need 1024"):
@@ -151,7 +158,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(mixtral: tuple[Pat
     with pytest.raises(OptionError, match="imatrix has no such option"):
         ggufmoe.imatrix(path, TEXT, tmp_path / "x.gguf", dataset="x")
     assert there.read_bytes() == b"mine"
-    assert list(tmp_path.iterdir()) == [there]
+    assert set(tmp_path.iterdir()) == {text, there}
 
 
 def test_thin_coverage_is_told() -> None:

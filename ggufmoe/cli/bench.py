@@ -176,6 +176,8 @@ def _range(word: str) -> Iterator[int]:
     multiplies, step = found[3] == "*", int(found[4] or 1)
     if (number * step if multiplies else number + step) <= number or (last - number) // step > _MAX_RANGE:
         raise OptionError(f"{word!r} is no range that comes to an end soon")
+    if number > last:
+        raise OptionError(f"{word!r} is an empty range: the smaller number comes first")
     while number <= last:
         yield number
         number = number * step if multiplies else number + step

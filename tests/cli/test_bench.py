@@ -113,6 +113,7 @@ def test_a_narrow_terminal_gets_fewer_columns(
     [
         (("-p", "many"), "expected numbers such as 512"),
         (("-t", "4-1*0"), "no range that comes to an end"),
+        (("-p", "8-4"), "is an empty range"),
         (("-p", "0", "-n", "0"), "nothing to measure"),
         (("-pg", "1"), "-pg takes two numbers"),
         (("-ctk", "q9"), "cache_type_k must be one of"),
