@@ -193,7 +193,10 @@ class Generation:
         """Have the cache hold all tokens but those to be computed next; False if cancelled."""
         if self._clock.generated_tokens:
             n = cache.reuse(self._tokens)
-            return cache.feed(self._tokens[n:-1])
+            missing = self._tokens[n:-1]
+            # a thread to watch only where there is something to stop
+            with self._native.watching(self._request.cancel if missing else None, self.turn):
+                return cache.feed(missing)
         with self._clock.prompt(), self._native.watching(self._request.cancel, self.turn):
             self._clock.cached_tokens = n = cache.reuse(self._tokens)
             return cache.feed(self._tokens[n:])

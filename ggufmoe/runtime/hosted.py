@@ -245,7 +245,10 @@ class _Host:
             value = None
         else:
             self._forget(call.id)
-        self._send(Reply(call.id, value))
+        try:
+            self._send(Reply(call.id, value))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:  # before anything was written
+            self._send(Failure(call.id, EngineError(f"{call.name}: what it gives cannot leave its process: {error}")))
 
     def _step(self, iterator: Iterator[Any], n_done: int) -> Any:
         """The next item, or the iterator itself at its end."""

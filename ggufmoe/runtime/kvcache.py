@@ -82,6 +82,8 @@ class KVCache:
         self.n_batch: int = api.llama_n_batch(context)
         self.n_ctx_seq: int = api.llama_n_ctx_seq(context)
         """Tokens that each of several texts side by side may have."""
+        self._shift_pending = False
+        """Whether tokens have moved up whose keys llama.cpp will only turn when it computes the next ones."""
         self._chunks_of: object = None
         """Whose chunks it holds, if it does not hold ``tokens``."""
         self._one = (ctypes.c_int32 * 1)()
@@ -96,6 +98,7 @@ class KVCache:
         self._api.llama_memory_clear(self._memory, False)
         self.tokens = []
         self._chunks_of = None
+        self._shift_pending = False
 
     # ---- reuse
 
@@ -121,7 +124,11 @@ class KVCache:
 
     def set_aside(self) -> None:
         """Keep a copy of what is in the cache, if it is not larger than all that may be kept."""
-        if self.tokens and self._api.llama_state_seq_get_size(self.context, _SEQUENCE) <= self.saved.max_bytes:
+        if (
+            self.tokens
+            and not self._shift_pending
+            and self._api.llama_state_seq_get_size(self.context, _SEQUENCE) <= self.saved.max_bytes
+        ):
             self.saved.add(self.state())
 
     def _bring_back(self, state: SavedState, wanted: Sequence[int]) -> int:
@@ -139,6 +146,10 @@ class KVCache:
 
     def state(self) -> SavedState:
         """A copy of what llama.cpp keeps of the tokens."""
+        if self._shift_pending:
+            raise EngineError(
+                f"{self._path}: the context has just been shifted and cannot be kept before the next token"
+            )
         size = self._api.llama_state_seq_get_size(self.context, _SEQUENCE)
         data = np.empty(size, np.uint8)
         n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, _SEQUENCE)
@@ -227,7 +238,10 @@ class KVCache:
         status = self._api.llama_decode(self.context, batch)
         if status == 0:
             self.tokens += tokens
+            self._shift_pending = False
             return True
+        if self._shift_pending:  # broken off part-way, it would be done twice to some keys
+            self._empty()
         n_kept = self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
         self.tokens = [*self.tokens, *tokens][:n_kept]
         if status == _ABORTED:
@@ -248,6 +262,7 @@ class KVCache:
             return False
         self._api.llama_memory_seq_add(self._memory, _SEQUENCE, end, -1, -n)
         self.tokens = self.tokens[:begin] + self.tokens[end:]
+        self._shift_pending = True
         return True
 
 

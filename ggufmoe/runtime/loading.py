@@ -201,7 +201,7 @@ class LoadedModel:
         self._context = None
         self._options, self.observer = options, observer
         self._context = self._make_context(self.placement.plan)
-        self._saved.clear()
+        self._saved = SavedStates(options.cache_ram * 2**20)
         self._cache = self._new_cache()
 
     # ---- the end

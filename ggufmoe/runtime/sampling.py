@@ -131,6 +131,8 @@ class Sampler:
         self._chain = api.llama_sampler_chain_init(parameters)
         self.close = weakref.finalize(self, _free, api, self._chain, self._grammar)
         """Gives back its memory; may be called again."""
+        # when the interpreter ends, the native thread may still draw from it
+        self.close.atexit = False
         for link in links:
             api.llama_sampler_chain_add(self._chain, link)
         n_seen = max(sampling.repeat_last_n, sampling.options.dry_penalty_last_n)

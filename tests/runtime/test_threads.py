@@ -305,3 +305,17 @@ def test_the_reader_is_not_far_behind(story: Engine) -> None:
     start = time.perf_counter()
     events = list(story.generate(story.tokenize(" on"), GREEDY))
     assert all(event.elapsed_s <= time.perf_counter() - start for event in events if isinstance(event, Token))
+
+
+def test_an_interpreter_that_ends_while_tokens_are_drawn(story_path: Path) -> None:
+    program = (
+        "import sys, threading, time\n"
+        "from ggufmoe import Engine, SamplingOptions\n"
+        "engine = Engine(sys.argv[1])\n"
+        "events = engine.generate(engine.tokenize(' once'), SamplingOptions(n_predict=-1, grammar='root ::= [^x]*'))\n"
+        "threading.Thread(target=lambda: [None for _ in events], daemon=True).start()\n"
+        "time.sleep(0.05)\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program, str(story_path)], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
