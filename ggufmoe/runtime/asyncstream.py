@@ -30,7 +30,7 @@ async def read_async(
             for event in events:
                 yield event
     finally:
-        pump.stop()
+        await pump.stop()
 
 
 class _Pump:
@@ -73,10 +73,15 @@ class _Pump:
                 return taken
             await self._arrived.wait()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        """Have the iterator closed, and wait for that; a task that is cancelled once more does not wait."""
         with self._lock:
             self._stopped = True
             self._lock.notify()
+        while not self._ended:
+            self._arrived.clear()
+            if not self._ended:  # it may have come to its end in between
+                await self._arrived.wait()
 
     def _work(self) -> None:
         try:

@@ -38,7 +38,7 @@ from ggufmoe.runtime.hosted import (
     Start,
     Stop,
 )
-from ggufmoe.runtime.process import ChildProcess
+from ggufmoe.runtime.process import ChildProcess, Packed
 from ggufmoe.runtime.rpc import find_workers, lost_workers
 
 _CALLS = (
@@ -192,7 +192,7 @@ class _Link:
             if isinstance(message, Reply):
                 self.forget(LOADING)
                 self._is_loaded = True
-                return dict(message.value)
+                return dict(message.value.unpacked())
             if isinstance(message, Progress) and on_progress is not None:
                 on_progress(message.part)
 
@@ -217,16 +217,12 @@ class _Link:
         cancel: CancelFlag | None = keywords.get("cancel")
         others = {key: value for key, value in keywords.items() if key != "cancel"}
         is_set = cancel is not None and cancel.is_set()
-        call = Call(next(self._ids), name, arguments, others, "cancel" in keywords, is_set)
-        return cancel, call
+        given = Packed.of((arguments, others))
+        return cancel, Call(next(self._ids), name, given, "cancel" in keywords, is_set)
 
     def _ask(self, call: Call, cancel: CancelFlag | None) -> Any:
         inbox = self._awaiting(call.id)
-        try:
-            self._process.send(call)
-        except BaseException:  # what cannot be pickled has no answer
-            self.forget(call.id)
-            raise
+        self._process.send(call)
         return self._answer(call.id, inbox, cancel)
 
     def _awaiting(self, id: int) -> queue.SimpleQueue[Any]:
@@ -243,7 +239,7 @@ class _Link:
                 message = self._next(inbox, None)
             if isinstance(message, Failure):
                 raise message.error
-            return message.value
+            return message.value.unpacked()
         finally:
             self.forget(id)
 
@@ -270,13 +266,21 @@ class _Link:
     # ---- what comes back
 
     def _receive(self) -> None:
-        for message in self._process.messages():
-            if isinstance(message, Logged):
-                logging.getLogger(message.logger).log(message.level, "%s", message.text)
-            elif isinstance(message, Silence):
-                self._silence_s = message.seconds
-            elif (inbox := self._inboxes.get(message.id)) is not None:
-                inbox.put(message)
+        try:
+            for message in self._process.messages():
+                self._sort(message)
+        finally:  # whoever waits must hear of it
+            self._finish()
+
+    def _sort(self, message: Any) -> None:
+        if isinstance(message, Logged):
+            logging.getLogger(message.logger).log(message.level, "%s", message.text)
+        elif isinstance(message, Silence):
+            self._silence_s = message.seconds
+        elif (inbox := self._inboxes.get(message.id)) is not None:
+            inbox.put(message)
+
+    def _finish(self) -> None:
         if not self._process.wait(_DIAGNOSIS_S):
             self._process.end()
         end = self._end or self._diagnosis()
@@ -320,7 +324,7 @@ class _Stream(Iterator[Any]):
         message = self._take()
         if isinstance(message, Item):
             self._n_read += 1
-            return message.value
+            return message.value.unpacked()
         self._is_over = True
         self._link.forget(self._id)
         if isinstance(message, Failure):

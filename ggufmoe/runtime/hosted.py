@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from ggufmoe import native
 from ggufmoe.errors import EngineError
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.runtime.process import leave_with_parent, read_messages
+from ggufmoe.runtime.process import Packed, leave_with_parent, read_messages
 from ggufmoe.runtime.rpc import ANSWER_S, guard_connections, register_workers
 
 FACTS = ("placement", "n_ctx", "n_vocab", "n_ctx_train")
@@ -52,13 +52,12 @@ class Start:
 class Call:
     """Get an attribute of the engine, or call a method; a method that gives an iterator makes a stream of it.
 
-    With ``is_cancellable`` the method is given a ``cancel`` flag, which ``Cancel`` sets.
+    ``given`` are positional arguments and keywords: (tuple, dict). With ``is_cancellable`` the method is given a ``cancel`` flag, which ``Cancel`` sets.
     """
 
     id: int
     name: str
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
+    given: Packed
     is_cancellable: bool
     is_cancelled: bool
 
@@ -87,10 +86,10 @@ class Stop:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a call gave; nothing for one that made a stream."""
+    """What a call gave; None for one that made a stream."""
 
     id: int
-    value: Any
+    value: Packed
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Item:
     """The next of a stream."""
 
     id: int
-    value: Any
+    value: Packed
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ class _Host:
             self._send(Failure(LOADING, _portable(error)))
             return
         self._engine = engine
-        self._send(Reply(LOADING, {name: getattr(engine, name) for name in FACTS}))
+        self._send(Reply(LOADING, Packed.of({name: getattr(engine, name) for name in FACTS})))
 
     def _report(self, part: float) -> None:
         self._watch.sign()
@@ -230,25 +229,27 @@ class _Host:
         for stream in list(self._stopping.values()):
             stream.ended.wait()
             self._stopping.pop(stream.id, None)
-        keywords = {**call.keywords, "cancel": cancelled} if call.is_cancellable else call.keywords
         try:
-            with self._watch.over(_SLOW * self._timeout_s):
-                value = getattr(self._engine, call.name)
-                if callable(value):
-                    value = value(*call.arguments, **keywords)
+            value = self._value(call, cancelled)
+            is_stream = isinstance(value, Iterator)
+            reply = Reply(call.id, Packed.of(None if is_stream else value))
         except Exception as error:  # for the process that waits
             self._forget(call.id)
             self._send(Failure(call.id, _portable(error)))
             return
-        if isinstance(value, Iterator):
+        if is_stream:
             self._streams[call.id] = _Stream(call.id, value, cancelled, self._step, self._send, self._forget)
-            value = None
         else:
             self._forget(call.id)
-        try:
-            self._send(Reply(call.id, value))
-        except (TypeError, AttributeError, pickle.PicklingError) as error:  # before anything was written
-            self._send(Failure(call.id, EngineError(f"{call.name}: what it gives cannot leave its process: {error}")))
+        self._send(reply)
+
+    def _value(self, call: Call, cancelled: threading.Event) -> Any:
+        arguments, keywords = call.given.unpacked()
+        if call.is_cancellable:
+            keywords["cancel"] = cancelled
+        with self._watch.over(_SLOW * self._timeout_s):
+            value = getattr(self._engine, call.name)
+            return value(*arguments, **keywords) if callable(value) else value
 
     def _step(self, iterator: Iterator[Any], n_done: int) -> Any:
         """The next item, or the iterator itself at its end."""
@@ -302,7 +303,7 @@ class _Stream:
                 if item is self.iterator:
                     self.send(End(self.id))
                     return
-                self.send(Item(self.id, item))
+                self.send(Item(self.id, Packed.of(item)))
                 n_done += 1
             close = getattr(self.iterator, "close", None)
             if close is not None:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 from ggufmoe.errors import EngineError
@@ -174,6 +175,29 @@ class ChildProcess:
             while (data := self._outbox.get()) is not None:
                 stdin.write(data)
                 stdin.flush()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A value on its way to the other process. It is pickled by itself, so that one which cannot be made again there
+    spoils nothing but its own message."""
+
+    data: bytes
+
+    @classmethod
+    def of(cls, value: Any) -> Packed:
+        """Raises EngineError for what cannot be pickled."""
+        try:
+            return cls(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+        except Exception as error:  # what classes raise here is up to them
+            raise EngineError(f"it cannot be sent to another process: {error}") from error
+
+    def unpacked(self) -> Any:
+        """The value. Raises EngineError where it cannot be made, for example for a function of ``__main__``."""
+        try:
+            return pickle.loads(self.data)
+        except Exception as error:  # as above
+            raise EngineError(f"it cannot be made in another process: {error}") from error
 
 
 def read_messages(stream: IO[bytes]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import operator
 import os
 import signal
 import subprocess
@@ -262,6 +263,28 @@ def test_errors_come_as_they_are(remote_story: Engine) -> None:
     with pytest.raises(TypeError):
         remote_story.tokenize()  # type: ignore[call-arg]
     assert remote_story.tokenize(" once")
+
+
+def test_what_cannot_go_to_the_other_process_is_an_error(remote_story: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lonely(_: Engine) -> int:
+        return 1
+
+    with pytest.raises(EngineError, match="cannot be sent to another process"):
+        remote_story.apply(lambda _: 1)
+    lonely.__module__, lonely.__qualname__ = "__main__", "lonely"
+    monkeypatch.setattr(sys.modules["__main__"], "lonely", lonely, raising=False)
+    with pytest.raises(EngineError, match="cannot be made in another process: .*lonely"):
+        remote_story.apply(lonely)
+    with pytest.raises(EngineError, match="cannot be sent to another process"):
+        remote_story.apply(operator.attrgetter("_native"))
+    assert remote_story.apply(operator.attrgetter("n_ctx")) == remote_story.n_ctx
+
+
+def test_a_message_that_cannot_be_read_ends_the_engine(remote_story: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child._Link, "_sort", lambda *_: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with pytest.raises(EngineError, match="has ended"):
+        remote_story.tokenize(" once")
 
 
 def test_cancelling_with_a_flag_or_from_another_thread(remote_story: Engine) -> None:

@@ -1,0 +1,72 @@
+"""Iterators that block, read with ``async for``: what is closed when, and by whom."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ggufmoe.runtime.asyncstream import read_async
+from ggufmoe.runtime.events import CancelFlag, Event, Token
+
+
+class Slow:
+    """Gives tokens for ever; takes its time to be closed."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def start(self, flag: CancelFlag) -> Iterator[Event]:
+        try:
+            while not flag.is_set():
+                yield Token("a", 1)
+        finally:
+            time.sleep(0.1)
+            self.is_closed = True
+
+
+@pytest.mark.parametrize("n_read", [1, 3])
+def test_aclose_returns_when_the_iterator_is_closed(n_read: int) -> None:
+    slow = Slow()
+
+    async def leave() -> None:
+        events = read_async(slow.start)
+        for _ in range(n_read):
+            await anext(events)
+        await events.aclose()  # type: ignore[attr-defined]
+        assert slow.is_closed
+
+    asyncio.run(leave())
+
+
+def test_a_cancelled_task_has_closed_the_iterator() -> None:
+    slow = Slow()
+
+    async def read() -> None:
+        async for _ in read_async(slow.start):
+            pass
+
+    async def leave() -> None:
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert slow.is_closed
+
+    asyncio.run(leave())
+
+
+def test_an_error_at_the_end_is_raised() -> None:
+    def start(_: CancelFlag) -> Iterator[Event]:
+        yield Token("a", 1)
+        raise ValueError("at the end")
+
+    async def read() -> None:
+        async for _ in read_async(start):
+            pass
+
+    with pytest.raises(ValueError, match="at the end"):
+        asyncio.run(read())
