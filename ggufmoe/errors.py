@@ -15,7 +15,7 @@ Each message is one line: what was expected, what was found, in which file or te
     │   ├── GGUFError                a GGUF file is corrupt, or of a kind we cannot read
     │   ├── ImatrixError             an importance matrix is unreadable, missing or does not fit
     │   └── TemplateError            a chat template fails, loops or attacks
-    ├── OptionError                  options that contradict each other or the model
+    ├── OptionError                  exit code 2: options that contradict each other or the model
     ├── OutputError
     │   ├── OutputExistsError        the output is there already, or is one of the inputs
     │   ├── NoSpaceError             the disk cannot hold the output
@@ -87,6 +87,8 @@ class TemplateError(InputError):
 
 class OptionError(GgufmoeError):
     """Options contradict each other or do not fit the model."""
+
+    exit_code = 2
 
 
 class OutputError(GgufmoeError):

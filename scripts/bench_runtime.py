@@ -1,9 +1,10 @@
 """Engine against a loop of plain ctypes calls on the same library: prompts, generation, the second turn.
 
 The loop does what llama-bench does: decode a prompt of fixed tokens, then one token after another, without sampling;
-and once more with llama.cpp's greedy sampler, which the engine uses too. Both sides run in turn, in one process, with
-the same threads and context. Of each the best and the middle round are compared: another program's load only ever adds.
-Processor time (with -t 1, where nobody spins) is compared as well, for machines that are never idle.
+and once more with llama.cpp's greedy sampler. Both sides run in turn, in one process, on the same weights and in the
+same thread, so that they share OpenMP's pool too. The rounds are short and many, because a shared machine is faster in
+one second than in the next: the times of all rounds are added up, and the ratio is given with what half of the pairs of
+neighbours showed. Processor time (with -t 1, where nobody spins) is compared as well.
 
 usage: bench_runtime.py [MODEL.gguf] [-p N] [-n N] [-t N] [--rounds N]     (without a model: a random one of 1 MB)
 """
@@ -50,13 +51,14 @@ def since(start: Times, n: int = 1) -> Times:
 
 
 class NativeLoop:
-    """A context of its own for the engine's weights, made with the same numbers.
+    """A context of its own for the engine's weights, made with the same numbers, used in the engine's thread.
 
     A second copy of the weights lies elsewhere in memory, which alone makes one side 5 % faster in one process and the
     other in the next.
     """
 
     def __init__(self, engine: Engine, n_ctx: int, n_threads: int) -> None:
+        self._call = engine._native.call
         self.model = engine._loaded.handle
         context = api.llama_context_default_params()
         context.n_ctx, context.n_threads, context.n_threads_batch, context.no_perf = n_ctx, n_threads, n_threads, True
@@ -70,6 +72,13 @@ class NativeLoop:
 
     def prompt(self, tokens: list[int]) -> Times:
         """Seconds to compute a prompt in an empty cache."""
+        return self._call(lambda: self._prompt(tokens))
+
+    def generation(self, tokens: list[int], n: int, *, sampled: bool) -> Times:
+        """Seconds for each of ``n`` tokens after a prompt."""
+        return self._call(lambda: self._generation(tokens, n, sampled))
+
+    def _prompt(self, tokens: list[int]) -> Times:
         api.llama_memory_clear(self.memory, False)
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         start = now()
@@ -77,9 +86,8 @@ class NativeLoop:
         api.llama_synchronize(self.context)
         return since(start)
 
-    def generation(self, tokens: list[int], n: int, *, sampled: bool) -> Times:
-        """Seconds for each of ``n`` tokens after a prompt."""
-        self.prompt(tokens)
+    def _generation(self, tokens: list[int], n: int, sampled: bool) -> Times:
+        self._prompt(tokens)
         ids = (ctypes.c_int32 * 1)(tokens[-1])
         n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
         following = [random.randrange(n_vocab) for _ in range(n)]
@@ -130,12 +138,12 @@ def compare(name: str, unit_tokens: int, native: list[Times], ours: list[Times])
     """Print speeds, their ratio with its spread over the rounds, and what a token costs the engine's processor more."""
     ratios = sorted(n.wall_s / e.wall_s for n, e in zip(native, ours, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-    fastest = [min(side.wall_s for side in sides) for sides in (native, ours)]
-    cpu = [statistics.median(side.cpu_s for side in sides) for sides in (native, ours)]
-    speeds = f"{unit_tokens / fastest[0]:9.1f} tok/s native, {unit_tokens / fastest[1]:9.1f} engine"
-    middle = f"in the middle {statistics.median(ratios):.3f} (half of the rounds {low:.3f} to {high:.3f})"
-    extra = f"processor time {cpu[0] / cpu[1]:.3f}, {1e6 * (cpu[1] - cpu[0]) / unit_tokens:+.1f} us a token"
-    print(f"{name:26} {speeds}; ratio of the best {fastest[0] / fastest[1]:.3f}, {middle}; {extra}")
+    wall = [statistics.fmean(side.wall_s for side in sides) / unit_tokens for sides in (native, ours)]
+    cpu = [statistics.fmean(side.cpu_s for side in sides) / unit_tokens for sides in (native, ours)]
+    speeds = f"{1 / wall[0]:8.1f} tok/s native, {1 / wall[1]:8.1f} engine; ratio {wall[0] / wall[1]:.3f}"
+    spread = f"median {statistics.median(ratios):.3f}, half of the rounds {low:.3f} to {high:.3f}"
+    extra = f"{1e6 * (wall[1] - wall[0]):+.0f} us a token, of processor time {1e6 * (cpu[1] - cpu[0]):+.0f} us"
+    print(f"{name:26} {speeds} ({spread}); {extra}", flush=True)
 
 
 def in_turn(rounds: int, *sides: Callable[[], Times]) -> list[list[Times]]:
@@ -153,9 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("-p", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("-n", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("-n", type=int, default=32, help="tokens of an answer")
     parser.add_argument("-t", type=int, default=default_threads(), help="threads")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=40, help="of generation; a quarter of it for prompts")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or write_probe_model(Path(folder) / "random.gguf")
@@ -168,7 +176,7 @@ def measure(path: Path, args: Any) -> None:
     with Engine(path, ContextOptions(n_ctx=n_ctx, n_threads=args.t)) as engine:
         native = NativeLoop(engine, n_ctx, args.t)
         tokens = [3 + 7 * i % (engine.n_vocab - 3) for i in range(args.p)]
-        sides = in_turn(args.rounds, lambda: native.prompt(tokens), lambda: engine_prompt(engine, tokens))
+        sides = in_turn(-(-args.rounds // 4), lambda: native.prompt(tokens), lambda: engine_prompt(engine, tokens))
         compare(f"prompt of {args.p}", args.p, *sides)
         start = tokens[:16]
         plain, sampled, ours = in_turn(

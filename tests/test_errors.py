@@ -48,4 +48,5 @@ def test_every_class_is_explained_in_a_sentence() -> None:
 def test_exit_codes() -> None:
     codes = {name: member.exit_code for name, member in classes().items()}
     assert codes.pop("Cancelled") == 130
+    assert codes.pop("OptionError") == 2
     assert set(codes.values()) == {1}

@@ -77,7 +77,7 @@ def exit_code(arguments: Sequence[str]) -> int:
     try:
         result = root_command().main(args=list(arguments), prog_name="ggufmoe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        return _say("error: stopped", INTERRUPTED)
     except _USAGE_ERROR as error:
         return _wrong_usage(error)
     except GgufmoeError as error:

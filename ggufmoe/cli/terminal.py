@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import typer
 
@@ -20,49 +19,13 @@ ItemT = TypeVar("ItemT")
 
 
 def interruptible(start: Callable[[CancelFlag], Iterator[ItemT]]) -> Iterator[ItemT]:
-    """The events of ``start(cancel)``, or what else comes step by step, computed in another thread.
+    """The events of ``start(cancel)``, or what else comes step by step.
 
-    So Ctrl-C is noticed while llama.cpp computes. The first one sets ``cancel``, after which the events end by
-    themselves; another one raises KeyboardInterrupt. What ``start`` raises is raised here.
+    The first Ctrl-C sets ``cancel``, after which the events end by themselves; another one raises KeyboardInterrupt.
     """
     cancel = threading.Event()
-    # short, so that the answer does not run far ahead of what is shown
-    inbox: queue.Queue[ItemT | Exception | None] = queue.Queue(maxsize=4)
-
-    def work() -> None:
-        try:
-            for event in start(cancel):
-                inbox.put(event)
-            inbox.put(None)
-        except Exception as error:  # for the thread that waits
-            inbox.put(error)
-
-    worker = threading.Thread(target=work, name="ggufmoe-generate", daemon=True)
     with _interrupt_sets(cancel):
-        worker.start()
-        try:
-            while (item := _take(inbox)) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            cancel.set()
-            while worker.is_alive():
-                _discard(inbox)
-                worker.join(0.01)
-
-
-def _discard(inbox: queue.Queue[Any]) -> None:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            inbox.get_nowait()
-
-
-def _take(inbox: queue.Queue[Any]) -> Any:
-    while True:
-        # with a time limit, because Windows notices Ctrl-C only between waits
-        with contextlib.suppress(queue.Empty):
-            return inbox.get(timeout=0.2)
+        yield from start(cancel)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,8 @@ begins with an empty cache, or with ``n_depth`` tokens in it, which are not time
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import groupby, product
@@ -32,7 +30,6 @@ from ggufmoe.runtime.inspect import ModelReport, inspect_model
 from ggufmoe.runtime.offload import OffloadPlan, plan_offload
 
 _SEED = 1
-_WATCH_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -204,35 +201,13 @@ def run_bench(
         # weights are placed once, so there must be room for the longest context
         widest = max(listed, key=lambda case: case.workload.n_ctx)
         bench.announce(listed[0], "load")
-        with Engine(model, _context(widest), offload) as engine, _passed_on(cancel, engine):
+        with Engine(model, _context(widest), offload, cancel=cancel) as engine:
             for case in listed:
                 yield from bench.results(engine, case, cancel)
 
 
 def _context(case: Case) -> ContextOptions:
     return replace(case.context, n_ctx=case.workload.n_ctx)
-
-
-@contextmanager
-def _passed_on(cancel: CancelFlag | None, engine: Engine) -> Iterator[None]:
-    """While the block runs, ``cancel`` stops the engine, from a thread of its own so that nothing timed asks for it."""
-    if cancel is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_WATCH_INTERVAL_S):
-            if cancel.is_set():
-                engine.cancel()
-
-    watcher = threading.Thread(target=watch, name="ggufmoe-bench-cancel", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 class _Bench:
@@ -284,11 +259,12 @@ class _Bench:
         before, prompt, answer = (
             self._tokens(engine, n) for n in (workload.n_depth, workload.n_prompt, workload.n_gen)
         )
-        done = engine.evaluate(before)
+        done = engine.evaluate(before, cancel=cancel)
         start = time.perf_counter()
-        done = done and engine.evaluate(prompt) and engine.evaluate(answer, one_by_one=True)
+        done = done and engine.evaluate(prompt, cancel=cancel)
+        done = done and engine.evaluate(answer, one_by_one=True, cancel=cancel)
         seconds = time.perf_counter() - start
-        if not done or (cancel is not None and cancel.is_set()):
+        if not done:
             raise Cancelled("the bench was stopped")
         return seconds
 

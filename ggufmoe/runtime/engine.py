@@ -29,7 +29,7 @@ from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
 from ggufmoe.runtime.events import CancelFlag, Event, Token
 from ggufmoe.runtime.generation import Generation, Request
 from ggufmoe.runtime.kvcache import SavedState
-from ggufmoe.runtime.loading import LoadedModel, LoadRequest
+from ggufmoe.runtime.loading import LoadedModel, LoadRequest, LoadWatcher
 from ggufmoe.runtime.nativelog import NativeLog
 from ggufmoe.runtime.nativethread import NativeThread, Turn
 from ggufmoe.runtime.overflow import Overflow
@@ -83,18 +83,13 @@ class Engine:
         self._turns_lock = threading.Lock()
         # the functions see the thread through this, so that they do not keep it alive
         stopped = threading.Event()
-        request = LoadRequest(
-            model,
-            self._context_options,
-            self._offload_options,
-            on_progress,
-            lambda: stopped.is_set() or (cancel is not None and cancel.is_set()),
-        )
+        watcher = LoadWatcher(on_progress, lambda: stopped.is_set() or (cancel is not None and cancel.is_set()))
+        request = LoadRequest(model, self._context_options, self._offload_options)
         self._api = native_api()
         self._loaded = LoadedModel(self._api, native_log(), request)
         self._native = NativeThread(str(self.path), self._loaded.abort_flag, self._loaded.free)
         try:
-            self._native.call(self._loaded.load)
+            self._native.call(partial(self._loaded.load, watcher))
         except BaseException:
             stopped.set()
             self.close()
@@ -103,7 +98,10 @@ class Engine:
         self.placement: Placement = self._loaded.placement
         """Where everything went: the plan, and what libllama reported."""
         self.n_ctx: int = self._loaded.cache.n_ctx
-        """Tokens that prompt and answer may have together; llama.cpp rounds what was asked for up to 256."""
+        """Tokens that prompt and answer may have together; llama.cpp rounds what was asked for up to 256.
+
+        With ``ContextOptions.n_seq_max`` above 1 it is the share of one text of those side by side.
+        """
         self.n_vocab: int = self._vocabulary.n_tokens
         self.n_ctx_train: int = self._loaded.n_ctx_train
         """Tokens of context that the model was trained for."""
@@ -326,10 +324,8 @@ class Engine:
         ``generate`` does, ContextFullError if a chunk does not fit, EngineError if another caller comes in between.
         """
         n_tokens = max(map(len, chunks), default=0)
-        if n_tokens > self._loaded.cache.n_ctx_seq:
-            raise ContextFullError(
-                f"a chunk has {n_tokens} tokens and the context holds {self._loaded.cache.n_ctx_seq}"
-            )
+        if n_tokens > self.n_ctx:
+            raise ContextFullError(f"a chunk has {n_tokens} tokens and the context holds {self.n_ctx}")
         for chunk in chunks:
             self._vocabulary.check_tokens(chunk)
         return self._chunk_parts(chunks, n_tokens, first, cancel)
@@ -363,8 +359,8 @@ class Engine:
         kv.check_chunks(turn)
         return np.array(kv.logits(at + n, self.n_vocab)[at:]) if n else np.empty((0, self.n_vocab), np.float32)
 
-    def evaluate(self, tokens: Sequence[int], *, one_by_one: bool = False) -> bool:
-        """Compute ``tokens`` after what the cache holds, drawing none; False if ``cancel`` stopped it.
+    def evaluate(self, tokens: Sequence[int], *, one_by_one: bool = False, cancel: CancelFlag | None = None) -> bool:
+        """Compute ``tokens`` after what the cache holds, drawing none; False if ``cancel`` or ``cancel()`` stopped it.
 
         In batches, or ``one_by_one`` as answers are computed. Returns when the devices have done their work, so that it
         can be timed. Raises as ``generate`` does.
@@ -372,18 +368,20 @@ class Engine:
         ids = list(tokens)
         self._vocabulary.check_tokens(ids)
         turn = self._remember(Turn())
-        return self._native.call(lambda: self._evaluate([[i] for i in ids] if one_by_one else [ids], turn), turn)
+        parts = [[i] for i in ids] if one_by_one else [ids]
+        return self._native.call(partial(self._evaluate, parts, turn, cancel), turn)
 
-    def _evaluate(self, parts: list[list[int]], turn: Turn) -> bool:
+    def _evaluate(self, parts: list[list[int]], turn: Turn, cancel: CancelFlag | None) -> bool:
         kv = self._loaded.cache
-        done = all(not turn.cancelled and kv.feed(part) for part in parts)
-        self._api.llama_synchronize(kv.context)
+        with self._native.watching(cancel, turn):
+            done = all(not turn.cancelled and kv.feed(part) for part in parts)
+            self._api.llama_synchronize(kv.context)
         return done
 
     def set_context(self, options: ContextOptions) -> None:
         """Go on with another context for the same weights, which stay where they are; the cache is lost.
 
-        Raises ModelLoadError as the constructor does; then only ``close`` is left to call.
+        Raises ModelLoadError as the constructor does; then there is no context, until one can be set or ``close``.
         """
         self._native.call(lambda: self._loaded.set_context(options))
         self._context_options = options
@@ -413,8 +411,9 @@ class Engine:
     def _observe(self, observer: Callable[[int, bool], bool] | None, on_token: Callable[[Token], Token] | None) -> None:
         if observer is not None and self._loaded.observer is not None:
             raise EngineError("the graph of this engine is being observed already")
-        self._loaded.on_token = on_token
+        self._loaded.on_token = None
         self._loaded.observe(observer)
+        self._loaded.on_token = on_token
 
     # ---- sessions
 
@@ -443,7 +442,8 @@ class Engine:
         """Fill the KV cache from a file of ``save_session``; its tokens and its note.
 
         A prompt that begins with those tokens is then answered without computing them. Raises InputError for a file
-        that is damaged, or of another model, engine or cache type, ContextFullError if the context is too small.
+        that is damaged, or of another model, engine or cache type, ContextFullError if the context is too small. Do
+        not load what others made: of models that are not ``llama``, llama.cpp itself reads the state unchecked.
         """
         state, note = read_session(Path(path), self._session_facts(), self.n_ctx)
         self._vocabulary.check_tokens(state.tokens)

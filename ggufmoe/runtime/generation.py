@@ -219,7 +219,9 @@ class Generation:
         del self._tokens[begin : begin + n]
         if cache.drop(begin, n):
             return None
-        return None if cache.feed(self._tokens[cache.reuse(self._tokens) : -1]) else "cancelled"
+        n = cache.reuse(self._tokens)
+        with self._native.watching(self._request.cancel, self.turn):
+            return None if cache.feed(self._tokens[n:-1]) else "cancelled"
 
     def _next(self) -> FinishReason | None:
         """Compute the newest token and draw the one after it."""

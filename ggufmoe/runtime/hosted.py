@@ -52,7 +52,8 @@ class Start:
 class Call:
     """Get an attribute of the engine, or call a method; a method that gives an iterator makes a stream of it.
 
-    ``given`` are positional arguments and keywords: (tuple, dict). With ``is_cancellable`` the method is given a ``cancel`` flag, which ``Cancel`` sets.
+    ``given`` are positional arguments and keywords: (tuple, dict). With ``is_cancellable`` the method is given a
+    ``cancel`` flag, which ``Cancel`` sets.
     """
 
     id: int

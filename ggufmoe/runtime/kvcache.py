@@ -78,10 +78,9 @@ class KVCache:
         self.saved = saved
         self.tokens: list[int] = []
         """The tokens whose keys and values are there."""
-        self.n_ctx: int = api.llama_n_ctx(context)
+        self.n_ctx: int = api.llama_n_ctx_seq(context)
+        """Tokens that a text may have, each of several side by side."""
         self.n_batch: int = api.llama_n_batch(context)
-        self.n_ctx_seq: int = api.llama_n_ctx_seq(context)
-        """Tokens that each of several texts side by side may have."""
         self._shift_pending = False
         """Whether tokens have moved up whose keys llama.cpp will only turn when it computes the next ones."""
         self._chunks_of: object = None

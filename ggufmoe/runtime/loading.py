@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,11 @@ _logger = logging.getLogger("ggufmoe")
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What to load, how, and who watches: ``on_progress`` is told the part that is done, 0 to 1."""
+    """What to load, and how."""
 
     model: ModelHeader
     context: ContextOptions
     offload: OffloadOptions
-    on_progress: Callable[[float], None] | None
-    cancelled: Callable[[], bool]
 
     @property
     def path(self) -> Path:
@@ -66,7 +64,6 @@ class LoadedModel:
         self.observer: Any = None
         self._header: Header = request.model.shards[0].header
         self._request = request
-        self._options = request.context
         self._saved = SavedStates(request.context.cache_ram * 2**20)
         self._model: Any = None
         self._context: Any = None
@@ -74,7 +71,9 @@ class LoadedModel:
 
     @property
     def cache(self) -> KVCache:
-        """What the context keeps. Raises EngineError where a new one could not be made (``observe``)."""
+        """What the context keeps. Raises EngineError once freed, and where a new one could not be made."""
+        if not self._model:
+            raise EngineError(f"the engine of {self.path} has been closed")
         if not self._context:
             raise EngineError(f"{self.path}: no context any more, for want of memory; close the engine and load again")
         return self._cache
@@ -84,23 +83,23 @@ class LoadedModel:
         """The ``llama_model *``, until ``free``."""
         return self._model
 
-    def load(self) -> None:
-        """Raises ModelLoadError, Cancelled, and what ``on_progress`` raises; ``free`` gives back what was loaded."""
+    def load(self, watcher: LoadWatcher) -> None:
+        """Raises ModelLoadError, Cancelled, and what ``watcher`` does; ``free`` gives back what was loaded."""
         request = self._request
         machine = find_machine(request.offload.device, remote=bool(request.offload.workers))
         plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
         for warning in plan.warnings:
             _logger.warning("%s: %s", self.path, warning)
         with loading_lock, self.log.collecting(REPORT_LINES) as lines:
-            self._check_wanted()
-            self._model = self._load_model(machine, plan)
-            self._check_wanted()
+            self._check_wanted(watcher)
+            self._model = self._load_model(machine, plan, watcher)
+            self._check_wanted(watcher)
             self.n_ctx_train = int(self.api.llama_model_n_ctx_train(self._model))
-            self._context = self._make_context(plan)
+            self._context = self._make_context(request.context, plan)
         self.placement = placement_of(plan, lines, machine)
         for difference in self.placement.differences:
             _logger.warning("%s: not placed as planned: %s", self.path, difference)
-        self._check_wanted()
+        self._check_wanted(watcher)
         if not self.api.llama_get_memory(self._context) or self.api.llama_model_has_encoder(self._model):
             raise ModelLoadError(
                 f"{self.path}: not a model that continues text: it has an encoder, or keeps no context"
@@ -108,8 +107,8 @@ class LoadedModel:
         self.vocabulary = Vocabulary(self.api, self._model, self.path)
         self._cache = self._new_cache()
 
-    def _check_wanted(self) -> None:
-        if self._request.cancelled():
+    def _check_wanted(self, watcher: LoadWatcher) -> None:
+        if watcher.cancelled():
             raise Cancelled(f"{self.path}: loading was stopped")
 
     def _new_cache(self) -> KVCache:
@@ -117,12 +116,11 @@ class LoadedModel:
 
     # ---- the model
 
-    def _load_model(self, machine: Machine, plan: OffloadPlan) -> Any:
+    def _load_model(self, machine: Machine, plan: OffloadPlan, watcher: LoadWatcher) -> Any:
         mark = self.log.mark()
         parameters = self.api.llama_model_default_params()
         key = f"{self._header.get('general.architecture')}.expert_used_count"
         _alive = set_parameters(self.api, parameters, machine, plan, self._request.offload, key)
-        watcher = _Watcher(self._request)
         parameters.progress_callback = self.api.llama_progress_callback(watcher)
         model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not model and not watcher.stopped:
@@ -133,16 +131,16 @@ class LoadedModel:
                 model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not model:
             watcher.check()
-            self._check_wanted()
+            self._check_wanted(watcher)
             raise ModelLoadError(f"{self.path}: llama.cpp cannot load it: {self.log.cause_since(mark)}")
         return model
 
     # ---- the context
 
-    def _make_context(self, plan: OffloadPlan) -> Any:
+    def _make_context(self, options: ContextOptions, plan: OffloadPlan) -> Any:
         mark = self.log.mark()
-        parameters = self._context_parameters(self._options)
-        self._check_cache_size(parameters.n_ctx, plan)
+        parameters = self._context_parameters(options)
+        self._check_cache_size(options, parameters.n_ctx, plan)
         context = self.api.llama_init_from_model(self._model, parameters)
         if not context:
             raise ModelLoadError(
@@ -151,9 +149,9 @@ class LoadedModel:
             )
         return context
 
-    def _check_cache_size(self, n_ctx: int, plan: OffloadPlan) -> None:
+    def _check_cache_size(self, options: ContextOptions, n_ctx: int, plan: OffloadPlan) -> None:
         # systems that promise more memory than they have end the process once llama.cpp fills its cache
-        needed, there = n_ctx * _cache_bytes_per_token(self._header, self._options), memory_bytes()
+        needed, there = n_ctx * _cache_bytes_per_token(self._header, options), memory_bytes()
         if there and min(needed, plan.host.kv_bytes) > there:
             raise ModelLoadError(
                 f"{self.path}: a context of {n_ctx} tokens takes {needed / 1e9:.1f} GB, and this machine has "
@@ -189,7 +187,7 @@ class LoadedModel:
         """A new context, whose graphs ``observer`` sees; what was in the cache is lost."""
         callback = self.api.ggml_backend_sched_eval_callback
         made = None if observer is None else callback(lambda tensor, ask, _: observer(tensor, ask))
-        self._renew_context(self._options, made)
+        self._renew_context(self._request.context, made)
 
     def set_context(self, options: ContextOptions) -> None:
         """A new context with other options; what was in the cache is lost."""
@@ -197,10 +195,16 @@ class LoadedModel:
 
     def _renew_context(self, options: ContextOptions, observer: Any) -> None:
         # the old one may call its observer until it is gone
-        self.api.llama_free(self._context)
-        self._context = None
-        self._options, self.observer = options, observer
-        self._context = self._make_context(self.placement.plan)
+        context, self._context = self._context, None
+        if context:
+            self.api.llama_free(context)
+        self.observer = observer
+        try:
+            self._context = self._make_context(options, self.placement.plan)
+        except BaseException:
+            self.observer = None
+            raise
+        self._request = replace(self._request, context=options)
         self._saved = SavedStates(options.cache_ram * 2**20)
         self._cache = self._new_cache()
 
@@ -219,24 +223,29 @@ class LoadedModel:
             self.api.llama_model_free(model)
 
 
-class _Watcher:
-    """What llama.cpp asks while it loads whether to go on. Nothing can be raised through C: ``check`` raises it."""
+class LoadWatcher:
+    """Whom llama.cpp asks while it loads whether to go on: tells ``on_progress`` the part that is done, 0 to 1.
 
-    def __init__(self, request: LoadRequest) -> None:
-        self._request = request
+    Nothing can be raised through C, so what ``on_progress`` raises is kept for ``check``.
+    """
+
+    def __init__(self, on_progress: Callable[[float], None] | None, cancelled: Callable[[], bool]) -> None:
+        self.cancelled = cancelled
+        self._on_progress = on_progress
         self._failure: BaseException | None = None
         self.stopped = False
 
     def __call__(self, part: float, _: Any) -> bool:
         try:
-            if self._request.on_progress is not None:
-                self._request.on_progress(part)
-            self.stopped = self._request.cancelled()
+            if self._on_progress is not None:
+                self._on_progress(part)
+            self.stopped = self.cancelled()
         except BaseException as failure:
             self._failure, self.stopped = failure, True
         return not self.stopped
 
     def check(self) -> None:
+        """Raise what ``on_progress`` has raised."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

@@ -76,8 +76,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["-q", "Q4_X"], 1, "unknown file type"),
-        (["--split-max-size", "0"], 1, "not a size"),
+        (["-q", "Q4_X"], 2, "unknown file type"),
+        (["--split-max-size", "0"], 2, "not a size"),
         (["-q", "IQ2_XXS"], 1, "--imatrix"),
         (["-o", "/none/a.gguf"], 1, "/none is not a directory"),
         (["--threads", "many"], 2, "threads"),

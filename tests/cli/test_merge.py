@@ -62,7 +62,7 @@ def test_json_is_one_object_on_stdout_and_quiet_says_nothing(recipe: Path, capsy
     ("change", "arguments", "code", "message"),
     [
         ("", ["--layout", "new"], 2, "'new' is not one of"),
-        ("", ["--max-shard-size", "big"], 1, "'big' is not a size"),
+        ("", ["--max-shard-size", "big"], 2, "'big' is not a size"),
         ("", ["--router-report", "nowhere/report.json"], 1, "nowhere is not a directory; make it first"),
         ("zzz: 1", [], 1, "mixture.yaml:9: zzz: unknown key"),
         ("dtype: int8", [], 1, "unknown dtype 'int8'"),

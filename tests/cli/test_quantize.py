@@ -51,9 +51,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["-q", "Q4_X"], 1, "unknown file type"),
+        (["-q", "Q4_X"], 2, "unknown file type"),
         (["--quantizer", "quick"], 2, "quick"),
-        (["-q", "COPY", "--pure"], 1, "leave out --pure"),
+        (["-q", "COPY", "--pure"], 2, "leave out --pure"),
         (["--imatrix", "nowhere.gguf"], 1, "cannot read the importance matrix"),
         (["--router-report", "x"], 2, "No such option"),
     ],

@@ -55,7 +55,7 @@ def test_the_text_with_marks_and_all_the_tables(run: Run) -> None:
 def test_one_layer(run: Run) -> None:
     assert "Text, layer 1" in run("the model", "--layer", 1)[1]
     code, out, err = run("the model", "--layer", 2)
-    assert (code, out, err) == (1, "", "error: layer 2 has no experts: there are layers 0 to 1\n")
+    assert (code, out, err) == (2, "", "error: layer 2 has no experts: there are layers 0 to 1\n")
 
 
 def test_the_prompt_from_stdin_and_the_template(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,9 +118,14 @@ def test_what_was_measured_before_a_stop_is_given(mixing_path: Path) -> None:
         next(results)
 
 
-def test_a_stop_before_the_first_repetition_gives_nothing(mixing_path: Path) -> None:
+@pytest.mark.parametrize(("phase", "what"), [("load", "loading"), ("warm-up", "the bench"), ("run", "the bench")])
+def test_a_stop_before_the_first_repetition_gives_nothing(mixing_path: Path, phase: str, what: str) -> None:
     cancel = threading.Event()
-    cancel.set()
-    results = run_bench(plan_bench([mixing_path], [Workload(8, 0)], ONE), cancel=cancel)
-    with pytest.raises(Cancelled, match="the bench was stopped"):
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == phase:
+            cancel.set()
+
+    results = run_bench(plan_bench([mixing_path], [Workload(8, 0)], ONE), on_progress=stop, cancel=cancel)
+    with pytest.raises(Cancelled, match=f"{what} was stopped"):
         next(results)

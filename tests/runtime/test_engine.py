@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -300,6 +302,45 @@ def test_another_context_for_the_same_weights(mixing_path: Path) -> None:
         engine.set_context(ContextOptions(n_ctx=256, n_threads=2, n_batch=3, flash_attn="off"))
         assert (engine.n_ctx, engine.cached_tokens) == (256, ())
         assert list(engine.generate(prompt, short))[:-1] == answer[:-1]
+        engine.set_context(ContextOptions(n_threads=1, cache_ram=0))
+        talks = [engine.tokenize(f" w{i}" * 40) for i in (1, 2)]
+        cached = [last_of(engine.generate(talk, short)).timing.cached_tokens for talk in (*talks, talks[0])]
+        assert cached == [0, 1, 1]
+
+
+def test_a_context_that_cannot_be_made_leaves_an_engine_without_one(mixing_path: Path) -> None:
+    with Engine(mixing_path, ONE_THREAD) as engine:
+        prompt = engine.tokenize(" w1 w9 w3 w4")
+        answer = text_of(engine.generate(prompt, GREEDY))
+        with pytest.raises(ModelLoadError):
+            engine.set_context(ContextOptions(n_ctx=2**30, n_threads=1))
+        with pytest.raises(EngineError, match="no context any more"):
+            list(engine.generate(prompt, GREEDY))
+        engine.set_context(ONE_THREAD)
+        assert text_of(engine.generate(prompt, GREEDY)) == answer
+        with engine.observed(lambda *_: False):
+            assert text_of(engine.generate(prompt, GREEDY)) == answer
+
+
+def test_several_texts_share_the_context(mixing_path: Path) -> None:
+    with Engine(mixing_path, ContextOptions(n_ctx=1024, n_seq_max=2, n_threads=1)) as engine:
+        assert engine.n_ctx == 512
+        with pytest.raises(ContextFullError, match="the context holds 512"):
+            engine.generate([5] * 600)
+        last = last_of(engine.generate([5] * 500, GREEDY))
+        assert (last.reason, last.timing.generated_tokens) == ("context", 13)
+
+
+def test_who_was_told_of_the_loading_may_go(mixing_path: Path) -> None:
+    class Window:
+        def show(self, _: float) -> None: ...
+
+    window = Window()
+    gone = weakref.ref(window)
+    with Engine(mixing_path, ONE_THREAD, on_progress=window.show):
+        del window
+        gc.collect()
+        assert gone() is None
 
 
 # ---- cancelling
@@ -474,8 +515,16 @@ def test_closing_twice_and_using_a_closed_engine(story_path: Path) -> None:
     next(events)
     engine.close()
     engine.close()
-    for use in (lambda: engine.tokenize("x"), lambda: engine.generate([1]), lambda: next(events), engine.forget):
-        with pytest.raises(EngineError, match="closed"):
+    uses: list[Callable[[], object]] = [
+        lambda: engine.tokenize("x"),
+        lambda: engine.generate([1]),
+        lambda: next(events),
+        lambda: engine.cached_tokens,
+        lambda: next(engine.compute_chunks([[1]], 0)),
+        engine.forget,
+    ]
+    for use in uses:
+        with pytest.raises(EngineError, match="has been closed"):
             use()
 
 

@@ -1,0 +1,104 @@
+"""What the cache holds after it was shifted, broken off or computed again, and when that can be stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ggufmoe import ContextOptions, Engine, EngineError
+from ggufmoe.runtime.kvcache import KVCache
+from tests.runtime.conftest import GREEDY, ONE_THREAD
+from tests.runtime.remote import wait_until
+from tests.runtime.test_engine import last_of
+
+SMALL = ContextOptions(n_ctx=256, n_threads=1, cache_ram=0)
+LONG = replace(GREEDY, n_predict=-1)
+
+
+@pytest.fixture
+def engine(mixing_path: Path) -> Iterator[Engine]:
+    with Engine(mixing_path, ONE_THREAD) as engine:
+        yield engine
+
+
+def in_cache(engine: Engine, work: Callable[[KVCache], object]) -> object:
+    return engine._native.call(lambda: work(engine._loaded.cache))
+
+
+def shifted(engine: Engine) -> list[int]:
+    """Twelve tokens in the cache, without the second to the fifth; their keys have not been turned yet."""
+    tokens = engine.tokenize(" w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11")
+    engine.prefill(tokens)
+    assert in_cache(engine, lambda kv: kv.drop(1, 4))
+    return [tokens[0], *tokens[5:]]
+
+
+def test_a_shift_that_is_not_done_yet_is_not_kept(engine: Engine, tmp_path: Path) -> None:
+    rest = shifted(engine)
+    with pytest.raises(EngineError, match="cannot be kept before the next token"):
+        engine.save_session(tmp_path / "x")
+    in_cache(engine, KVCache.set_aside)
+    assert not engine._loaded.cache.saved.n_bytes
+    assert engine.evaluate([rest[-1]])
+    assert engine.save_session(tmp_path / "x") == len(rest) + 1
+
+
+def test_a_shift_that_is_broken_off_leaves_nothing(engine: Engine) -> None:
+    rest = shifted(engine)
+
+    def broken_off(kv: KVCache) -> bool:
+        engine._loaded.abort_flag[0] = b"\x01"
+        return kv.feed(rest[-1:])
+
+    assert not in_cache(engine, broken_off)
+    assert engine.cached_tokens == ()
+    expected = engine.logits(rest)[-1]
+    engine.forget()
+    assert np.array_equal(engine.logits(rest)[-1], expected)
+
+
+class Stalled:
+    """The next computing of several tokens waits, once ``is_armed``, until its engine has heard of the flag."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flag = threading.Event()
+        self.is_armed = False
+        self._engine = engine
+        self._feed = engine._loaded.cache.feed
+        monkeypatch.setattr(engine._loaded.cache, "feed", self.feed)
+
+    def feed(self, tokens: Sequence[int]) -> bool:
+        if not self.is_armed or len(tokens) < 2:
+            return self._feed(tokens)
+        time.sleep(0.2)  # a reader that still has tokens to read would see the flag by itself
+        self.flag.set()
+        wait_until(lambda: self._engine._loaded.abort_flag[0] == b"\x01")
+        return False
+
+
+def test_cancelling_while_an_answer_is_computed_again(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
+        stalled = Stalled(engine, monkeypatch)
+        events = engine.generate(engine.tokenize(" w1" * 30), LONG, cancel=stalled.flag)
+        next(events)
+        list(engine.generate(engine.tokenize(" w2" * 30), replace(GREEDY, n_predict=1)))
+        stalled.is_armed = True
+        assert last_of(events).reason == "cancelled"
+
+
+def test_cancelling_while_room_is_made(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(mixing_path, replace(SMALL, overflow="shift")) as engine:
+        stalled = Stalled(engine, monkeypatch)
+
+        def cannot_shift(*_: int) -> bool:
+            stalled.is_armed = True
+            return False
+
+        monkeypatch.setattr(engine._loaded.cache, "drop", cannot_shift)
+        assert last_of(engine.generate(engine.tokenize(" w1"), LONG, cancel=stalled.flag)).reason == "cancelled"
