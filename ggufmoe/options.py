@@ -141,7 +141,8 @@ class ContextOptions:
         None,
         "-c",
         "--ctx-size",
-        help="Context in tokens; 0: all that the model was trained for. Left out: that, but at most 4096.",
+        help="Context in tokens, rounded up to a multiple of 256; 0: all that the model was trained for. "
+        "Left out: that, but at most 4096.",
         metavar="N",
     )
     n_batch: int = option(2048, "-b", "--batch-size", help="Tokens given to llama.cpp at once.", metavar="N")

@@ -19,6 +19,7 @@ import typer
 import typer.core
 import typer.main
 
+from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand
 from ggufmoe.errors import GgufmoeError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def exit_code(arguments: Sequence[str]) -> int:
     _accept_all_characters(sys.stdin, sys.stdout, sys.stderr)
     _show_warnings(debug)
     try:
-        result = root_command().main(args=list(arguments), prog_name="ggufmoe", standalone_mode=False)
+        result = root_command().main(args=list(arguments) or ["--help"], prog_name="ggufmoe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _say("error: stopped", INTERRUPTED)
     except _USAGE_ERROR as error:
@@ -88,6 +89,8 @@ def exit_code(arguments: Sequence[str]) -> int:
         return _refused_by_the_system(error, debug)
     except Exception as error:
         return _defect(error, debug)
+    if not arguments:
+        return 2
     return result if isinstance(result, int) else 0
 
 
@@ -95,9 +98,9 @@ def root_command() -> Any:
     """The group of all verbs, none of which is imported yet."""
     app = typer.Typer(
         cls=_LazyGroup,
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode=None,
+        context_settings=CONTEXT_SETTINGS,
         help="Merge, quantize and run Mixture-of-Experts models.",
     )
     app.callback()(_root)
@@ -147,8 +150,8 @@ class _LazyGroup(typer.core.TyperGroup):
 def _load(name: str) -> Any:
     verb = next(verb for verb in VERBS if verb.name == name)
     module, function = verb.target.split(":")
-    app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-    app.command(verb.name)(getattr(importlib.import_module(module), function))
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=CONTEXT_SETTINGS)
+    app.command(verb.name, cls=PlainCommand)(getattr(importlib.import_module(module), function))
     return typer.main.get_command(app)
 
 
@@ -159,8 +162,6 @@ def _root_options(arguments: Sequence[str]) -> list[str]:
 
 def _wrong_usage(error: Any) -> int:
     message = _one_line(error.format_message()).replace("Value error, ", "")
-    if not message:  # no arguments: the help has been printed in its place
-        return 2
     context = getattr(error, "ctx", None)
     path = "ggufmoe" if context is None else context.command_path
     return _say(f"error: {message} (see '{path} --help')", 2)

@@ -64,6 +64,30 @@ def test_every_verb_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"ggufmoe {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("name", [verb.name for verb in app.VERBS])
+def test_help_has_every_flag_whole(
+    name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert app.exit_code([name, "--help"]) == 0
+    words = capsys.readouterr().out.replace(",", " ").split()
+    command = app._load(name)
+    for parameter in command.params:
+        for flag in (*parameter.opts, *parameter.secondary_opts) if parameter.param_type_name == "option" else ():
+            assert flag in words
+
+
+def test_help_is_in_parts_and_names_arguments_in_capitals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.exit_code(["route", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Usage: ggufmoe route [OPTIONS] MODEL [PROMPT]"
+    parts = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert parts == ["Arguments:", "Route options:", "Context options:", "Offload options:", "Options:"]
+    app.exit_code(["bench", "--help"])
+    assert capsys.readouterr().out.startswith("Usage: ggufmoe bench [OPTIONS] MODEL...\n")
+
+
 def test_every_verb_says_in_the_list_what_it_says_itself() -> None:
     for verb in app.VERBS:
         module, function = verb.target.split(":")

@@ -1,0 +1,49 @@
+"""What ``ggufmoe VERB --help`` looks like: plain text in parts, whole words at any width.
+
+Rich's tables, which typer draws by default, cut the names of flags on narrow terminals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+import typer.core
+
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_ARGUMENTS = "Arguments"
+_OTHERS = "Options"
+
+
+class PlainCommand(typer.core.TyperCommand):
+    """A command whose help has one part for each panel that its options name (``rich_help_panel``)."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """``[OPTIONS] MODEL [PROMPT]``."""
+        arguments = (p for p in self.get_params(ctx) if p.param_type_name == "argument")
+        return [self.options_metavar or "", *map(_placeholder, arguments)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, then options panel by panel; those without one come last."""
+        panels: dict[str, list[tuple[str, str]]] = {_ARGUMENTS: []}
+        others = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if parameter.param_type_name == "argument":
+                panels[_ARGUMENTS].append((_placeholder(parameter), record[1].removesuffix("[required]").rstrip()))
+            elif panel := getattr(parameter, "rich_help_panel", None):
+                panels.setdefault(panel, []).append(record)
+            else:
+                others.append(record)
+        for name, records in (*panels.items(), (_OTHERS, others)):
+            if records:
+                with formatter.section(typer.style(name, bold=True)):
+                    formatter.write_dl(records)
+
+
+def _placeholder(argument: Any) -> str:
+    given = argument.metavar and argument.metavar.removesuffix("...")
+    name = (given or argument.name.upper()) + "..." * (argument.nargs < 0)
+    return name if argument.required else f"[{name}]"
