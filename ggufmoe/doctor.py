@@ -27,6 +27,7 @@ from ggufmoe import __version__
 from ggufmoe.errors import GgufmoeError
 from ggufmoe.ggufheader import GGMLType
 from ggufmoe.options import ALL_LAYERS, OffloadOptions
+from ggufmoe.sizes import counted, file_size, memory_size
 
 if TYPE_CHECKING:
     from ggufmoe import native
@@ -127,7 +128,7 @@ def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
         data = {"path": str(folder), "exists": folder.exists()}
         if there.is_dir() and os.access(there, os.W_OK):
             free_bytes = shutil.disk_usage(there).free
-            text = f"{folder}{'' if data['exists'] else ' (not there yet)'}, {free_bytes / 1e9:.1f} GB free"
+            text = f"{folder}{'' if data['exists'] else ' (not there yet)'}, {file_size(free_bytes)} free"
             yield Finding("folders", use, "ok", text, data=data | {"free_bytes": free_bytes})
         else:
             status: Status = "wrong" if use == _TEMPORARY else "note"
@@ -190,9 +191,9 @@ def _about_device(device: native.Device) -> Finding:
     facts = native.device_facts(device)
     data: dict[str, Any] = {"type": device.type.name, "backend": device.backend, "description": facts.description}
     data |= {"free_bytes": facts.free_bytes, "total_bytes": facts.total_bytes}
-    memory = f"{facts.total_bytes / 1e9:.1f} GB"
+    memory = memory_size(facts.total_bytes)
     if device.type is not native.DeviceType.CPU:  # of which ggml calls everything free
-        memory += f", {facts.free_bytes / 1e9:.1f} GB free"
+        memory += f", {memory_size(facts.free_bytes)} free"
     text = f"{facts.description or device.backend} ({device.type.name}), {memory}"
     return Finding("engine", f"device {device.name}", "ok", text, data=data)
 
@@ -254,9 +255,9 @@ def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
             way_out = "start it with 'ggufmoe worker', and look at firewalls"
             yield Finding("workers", name, "wrong", one_line(str(error)), way_out)
             continue
-        memory = ", ".join(f"{d.total_bytes / 1e9:.1f} GB, {d.free_bytes / 1e9:.1f} GB free" for d in devices)
+        memory = ", ".join(f"{memory_size(d.total_bytes)}, {memory_size(d.free_bytes)} free" for d in devices)
         data = {"devices": [asdict(device) for device in devices]}
-        yield Finding("workers", name, "ok", f"answers: {len(devices)} device(s) with {memory}", data=data)
+        yield Finding("workers", name, "ok", f"answers: {counted(len(devices), 'device')} with {memory}", data=data)
 
 
 # ---- the kernels

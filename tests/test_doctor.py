@@ -245,6 +245,6 @@ def test_workers_are_looked_at_one_by_one() -> None:
         workers = OffloadOptions(rpc=f"{good},{bad}").workers
         fine, wrong = doctor.check_workers(workers)
     assert (fine.status, fine.name) == ("ok", good)
-    assert fine.text == "answers: 1 device(s) with 3.2 GB, 2.1 GB free"
+    assert fine.text == "answers: 1 device with 3.00 GiB, 2.00 GiB free"
     assert (wrong.status, wrong.name) == ("wrong", bad)
     assert "no worker of llama.cpp" in wrong.text

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from ggufmoe.cli.inspect import active_parameters, printable
 from ggufmoe.runtime.bench import Case, Machine, Result, as_record, model_type
+from ggufmoe.sizes import counted, file_size, memory_size, short_count
 
 _SPEED_WIDTH = 20
 
@@ -172,12 +173,12 @@ class MarkdownPrinter:
             self._print(note)
         for case in {case.model: case for case in self._cases}.values():
             report, name = case.report, printable(case.model.name)
-            size = f"{_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"
+            size = f"{file_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"
             self._print(f"{name}: {active_parameters(report)}, {size}")
         machine = self._machine
-        memory = f", {machine.memory_bytes / 2**30:.1f} GiB" if machine.memory_bytes else ""
+        memory = f", {memory_size(machine.memory_bytes)}" if machine.memory_bytes else ""
         devices = ", ".join((machine.cpu, *machine.gpus))
-        self._print(f"machine: {devices}, {machine.n_cores} cores{memory}")
+        self._print(f"machine: {devices}, {counted(machine.n_cores, 'core')}{memory}")
         self._print(f"build: llama.cpp {machine.llama_cpp_commit.split('-')[0]} (llama-cpp-python {machine.package})")
 
     def add(self, result: Result) -> None:
@@ -189,8 +190,8 @@ class MarkdownPrinter:
             self._short.append(f"*: {n_samples} of {result.repetitions} repetitions, then it was stopped")
         cells = {
             "model": record["model_type"],
-            "size": _size(record["model_size"]),
-            "params": _count(record["model_n_params"]),
+            "size": memory_size(record["model_size"]),
+            "params": short_count(record["model_n_params"]),
             "backend": record["backends"],
             "threads": str(record["n_threads"]),
             "test": result.case.workload.name,
@@ -222,11 +223,3 @@ def _heading(option: str) -> str:
 
 def _cell(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else printable(str(value))
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.2f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:.2f} M" if number < 10**9 else f"{number / 1e9:.2f} B"

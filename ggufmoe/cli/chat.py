@@ -18,6 +18,7 @@ from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, Sampl
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import CancelFlag, Event, Timing
+from ggufmoe.sizes import counted
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -107,11 +108,12 @@ class _Conversation:
 
     def load(self, path: str) -> None:
         self.chat.load(_given(path))
-        note(f"{len(self.chat.messages)} messages from {path}")
+        note(f"{counted(len(self.chat.messages), 'message')} from {path}")
 
     def stats(self, _: str) -> None:
         engine = self.chat.engine
-        note(f"context: {len(engine.cached_tokens)} of {engine.n_ctx} tokens; {len(self.chat.messages)} messages")
+        messages = counted(len(self.chat.messages), "message")
+        note(f"context: {len(engine.cached_tokens)} of {engine.n_ctx} tokens; {messages}")
         note(speeds(self.last) if self.last else "no answer yet")
 
     def leave(self, _: str) -> None:

@@ -21,6 +21,7 @@ from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.cli.router import print_router
 from ggufmoe.options import ConvertOptions
+from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult
@@ -111,7 +112,7 @@ def summary(result: ConvertResult) -> str:
     first, count = result.paths[0], len(result.paths)
     where = str(first) if count == 1 else f"{first} and {count - 1} more"
     cost = f"{result.seconds:.1f} s, {speed:.0f} MB/s"
-    return f"{where}: {shown_size(result.n_bytes)}, {result.plan.bits_per_weight:.2f} bits per weight, {cost}"
+    return f"{where}: {file_size(result.n_bytes)}, {result.plan.bits_per_weight:.2f} bits per weight, {cost}"
 
 
 def _show_plan(source: str, output: Path, options: ConvertOptions, as_json: bool) -> None:
@@ -126,26 +127,18 @@ def plan_table(plan: ExportPlan) -> str:
     lines: list[str] = []
     width = max(len(tensor.name) for tensor in plan.tensors)
     for file in plan.files:
-        lines.append(f"{file.path}: {shown_size(file.n_bytes)}, {len(file.tensors)} tensors")
+        lines.append(f"{file.path}: {file_size(file.n_bytes)}, {len(file.tensors)} tensors")
         for tensor in file.tensors:
             shape = " x ".join(map(str, tensor.shape))
-            lines.append(f"  {tensor.name:{width}}  {tensor.type.name:8} {shape:>20}  {shown_size(tensor.n_bytes):>10}")
+            lines.append(f"  {tensor.name:{width}}  {tensor.type.name:8} {shape:>20}  {file_size(tensor.n_bytes):>10}")
     for name, total in plan.types.items():
         lines.append(
-            f"{name:8} {total.n_tensors:5} tensors  {total.n_weights:>14,} weights  {shown_size(total.n_bytes):>10}"
+            f"{name:8} {total.n_tensors:5} tensors  {total.n_weights:>14,} weights  {file_size(total.n_bytes):>10}"
         )
     lines.append(
-        f"in all {shown_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
+        f"in all {file_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
     )
     return "\n".join(lines)
-
-
-def shown_size(n_bytes: int) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}"
-    return f"{n_bytes / 1e3:.1f} kB"
 
 
 def peak_memory_bytes() -> int | None:

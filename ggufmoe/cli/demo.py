@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ggufmoe.cli.convert import run_conversion, shown_size
+from ggufmoe.cli.console import make_console
+from ggufmoe.cli.convert import run_conversion
 from ggufmoe.errors import GGUFError, OutputExistsError
 from ggufmoe.options import ConvertOptions, SamplingOptions
+from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,9 +39,7 @@ def demo_command(
     chat: Annotated[bool, typer.Option("--chat", help="Go on with a conversation.")] = False,
 ) -> None:
     """Make a mixture of experts of two tiny models that come with ggufmoe, quantize it and ask it; offline."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = make_console(markup=True)
     _make(console, output, quant)
     _ask(console, output, chat)
 
@@ -53,7 +53,7 @@ def _make(console: Console, output: Path, quant: str) -> None:
     result = run_conversion(str(RECIPE), output, ConvertOptions(quant=quant, force=True), quiet=False)
     weights = f"{result.plan.n_weights / 1e6:.1f} M parameters"
     bits = f"{result.plan.bits_per_weight:.2f} bits each"
-    size = f"{shown_size(result.n_bytes)}, {result.seconds:.1f} s"
+    size = f"{file_size(result.n_bytes)}, {result.seconds:.1f} s"
     console.print(f"{_INDENT}{output}: {weights}, {bits}, {size}", markup=False)
 
 

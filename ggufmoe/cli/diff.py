@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ggufmoe.cli.console import make_console
 from ggufmoe.cli.inspect import printable, work_progress
 from ggufmoe.runtime.diff import KeyDifference, ModelDifference, PartDifference, TensorDifference, diff_models
+from ggufmoe.sizes import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,9 +67,7 @@ def _compare(before: Path, after: Path, headers_only: bool, threads: int | None)
 
 
 def _show(found: ModelDifference, *, headers_only: bool, show_all: bool) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = make_console()
     console.print(_summary(found, headers_only), style="bold")
     console.print(f"A: {_files(found.before)}\nB: {_files(found.after)}", style="dim")
     if found.keys:
@@ -87,7 +87,7 @@ def _summary(found: ModelDifference, headers_only: bool) -> str:
     if found.is_same:
         return f"the same: metadata and {scope}"
     n_keys, error = len(found.keys), found.relative_error
-    keys = f"{n_keys} metadata key{'s' * (n_keys != 1)}" if n_keys else "no metadata key"
+    keys = f"{counted(n_keys, 'metadata key')}" if n_keys else "no metadata key"
     tensors = f"{len(found.different)} of {n_tensors} tensors" if found.different else "no tensor"
     return f"differ: {keys}, {tensors}" + ("" if error is None else f", relative error {_error(error)}")
 

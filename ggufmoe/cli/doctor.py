@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ggufmoe.cli.console import make_console
 from ggufmoe.cli.terminal import state_directory
 from ggufmoe.doctor import Finding, check_workers, examine
 from ggufmoe.errors import GgufmoeError, OptionError
@@ -53,9 +54,7 @@ def doctor_command(
 
 def _shown(findings: Iterable[Finding]) -> Iterable[Finding]:
     """The same findings, each topic printed when it is complete."""
-    from rich.console import Console
-
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = make_console()
     for topic, group in groupby(findings, lambda finding: finding.topic):
         members = list(group)
         _print_topic(console, topic, members)

@@ -32,7 +32,7 @@ class PlainCommand(typer.core.TyperCommand):
             if record is None:
                 continue
             if parameter.param_type_name == "argument":
-                panels[_ARGUMENTS].append((_placeholder(parameter), parameter.help or ""))
+                panels[_ARGUMENTS].append((_placeholder(parameter), getattr(parameter, "help", None) or ""))
             elif panel := getattr(parameter, "rich_help_panel", None):
                 panels.setdefault(panel, []).append(record)
             else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ggufmoe import manifest as manifests
+from ggufmoe.cli.console import make_console
 from ggufmoe.cli.convert import Interrupt
 from ggufmoe.cli.params import with_options
 from ggufmoe.errors import GGUFError, InputError
@@ -23,6 +24,7 @@ from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions
 from ggufmoe.runtime.devices import this_host
 from ggufmoe.runtime.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_model
+from ggufmoe.sizes import counted, file_size, memory_size, short_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,9 +146,8 @@ class _WorkStep:
 
 
 def _show(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> None:
-    from rich.console import Console
 
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = make_console()
     narrow = console.width < _NARROW_COLUMNS
     _print_facts(console, "", _overview(report))
     _print_shares(console, "part", report.parts, narrow)
@@ -197,7 +198,7 @@ def _print_shares(console: Console, title: str, shares: Sequence[Share], narrow:
     table = _share_table(title, narrow)
     total = sum(share.n_bytes for share in shares)
     for share in shares:
-        cells = [share.name, str(share.n_tensors), _count(share.n_parameters), _size(share.n_bytes)]
+        cells = [share.name, str(share.n_tensors), short_count(share.n_parameters), file_size(share.n_bytes)]
         cells += [f"{100 * share.n_bytes / total:.1f} %", f"{share.bits_per_weight:.2f}"]
         table.add_row(*(cell for index, cell in enumerate(cells) if not narrow or index != 1))
     console.print(table)
@@ -229,7 +230,7 @@ def _print_memory(console: Console, needs: Sequence[MemoryNeed]) -> None:
     ]
     for label, sizes in rows:
         if any(sizes):
-            table.add_row(label, *map(_size, sizes))
+            table.add_row(label, *map(memory_size, sizes))
     console.print(table)
     console.print()
 
@@ -244,7 +245,8 @@ def _print_recipe(console: Console, merge: MergeReport) -> None:
     for line in lines[:_SHOWN_RECIPE_LINES]:
         console.print("  " + printable(line), soft_wrap=False)
     if len(lines) > _SHOWN_RECIPE_LINES:
-        console.print(f"  and {len(lines) - _SHOWN_RECIPE_LINES} more lines; --recipe prints all of it", style="dim")
+        rest = counted(len(lines) - _SHOWN_RECIPE_LINES, "more line")
+        console.print(f"  and {rest}; --recipe prints all of it", style="dim")
     console.print()
 
 
@@ -312,7 +314,7 @@ def _overview(report: ModelReport) -> list[tuple[str, str | None]]:
         ("architecture", report.architecture),
         ("experts", experts),
         ("parameters", active_parameters(report, noun="")),
-        ("size", f"{_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"),
+        ("size", f"{file_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"),
         ("file type", report.file_type),
         ("format", f"GGUF version {report.gguf_version}, {report.n_tensors} tensors"),
     ]
@@ -320,8 +322,8 @@ def _overview(report: ModelReport) -> list[tuple[str, str | None]]:
 
 def active_parameters(report: ModelReport, noun: str = " parameters") -> str:
     """``12.9 B parameters, 12.9 B of them for each token``; of a dense model the first half."""
-    active = f", {_count(report.n_active_parameters)} of them for each token" if report.hyper.n_expert else ""
-    return f"{_count(report.n_parameters)}{noun}{active}"
+    active = f", {short_count(report.n_active_parameters)} of them for each token" if report.hyper.n_expert else ""
+    return f"{short_count(report.n_parameters)}{noun}{active}"
 
 
 def _network(report: ModelReport) -> list[tuple[str, str | None]]:
@@ -399,23 +401,6 @@ def printable(text: str, limit: int = _MAX_TEXT) -> str:
     """One line without anything that a terminal would obey or cannot encode, cut to ``limit`` characters."""
     plain = "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text[: limit + 1])
     return plain if len(plain) <= limit else plain[: limit - 1] + "…"
-
-
-def _size(n_bytes: int) -> str:
-    """Bytes in decimal units, as model pages state them: 7.78 GB."""
-    return _scaled(n_bytes, ("B", "kB", "MB", "GB", "TB"))
-
-
-def _count(number: int) -> str:
-    return _scaled(number, ("", "K", "M", "B", "T"))
-
-
-def _scaled(number: int, units: Sequence[str]) -> str:
-    scaled, step = float(number), 0
-    while scaled >= 999.5 and step < len(units) - 1:
-        scaled, step = scaled / 1000, step + 1
-    digits = 0 if step == 0 or scaled >= 99.95 else 1 if scaled >= 9.995 else 2
-    return f"{scaled:.{digits}f} {units[step]}".rstrip()
 
 
 def _number(value: int | tuple[int, ...] | None) -> str | None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ggufmoe.cli.convert import Interrupt, peak_memory_bytes, shown_size
+from ggufmoe.cli.convert import Interrupt, peak_memory_bytes
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.cli.router import print_router
 from ggufmoe.options import MergeOptions
+from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
     from ggufmoe.convert import MergeResult
@@ -37,7 +38,7 @@ def merge_command(
     if not quiet:
         print_router(result.router_report)
         speed = result.bytes_written / 1e6 / max(result.seconds, 1e-9)
-        size = shown_size(result.n_bytes)
+        size = file_size(result.n_bytes)
         print(f"{result.directory}: {size}, {result.seconds:.1f} s, {speed:.0f} MB/s", file=sys.stderr)
     if as_json:
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": peak_memory_bytes()}))

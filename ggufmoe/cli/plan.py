@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ggufmoe.cli.console import make_console
 from ggufmoe.cli.params import with_options
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
@@ -83,10 +84,9 @@ def _memory(size: str, flag: str) -> int:
 
 def _show(plan: OffloadPlan) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = make_console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
     table.add_column("device", overflow="fold")
     for heading in ("free", "weights", "KV", "compute", "in all"):
@@ -94,12 +94,14 @@ def _show(plan: OffloadPlan) -> None:
     narrow = console.width < _NARROW_COLUMNS
     for heading in () if narrow else ("layers", "experts of"):
         table.add_column(heading, overflow="fold")
+    unit, n_unit_bytes = ("GiB", 2**30) if max(share.n_bytes for share in plan.shares) >= 2**30 else ("MiB", 2**20)
     for share in plan.shares:
-        table.add_row(*_sizes(share), *(() if narrow else _layers(share, plan.n_layer)))
+        table.add_row(*_sizes(share, n_unit_bytes), *(() if narrow else _layers(share, plan.n_layer)))
     console.print(table)
     console.print()
     for share in plan.shares if narrow else ():
         console.print(f"{share.device}: layers {', experts of '.join(_layers(share, plan.n_layer))}")
+    console.print(f"{unit}, for a context of {plan.n_ctx} tokens; compute is an estimate")
     for line in _lines(plan):
         console.print(line)
     for warning in plan.warnings:
@@ -108,11 +110,12 @@ def _show(plan: OffloadPlan) -> None:
         console.print(f"note: {note}")
 
 
-def _sizes(share: DeviceShare) -> list[str]:
-    sizes = [share.weight_bytes, share.kv_bytes, share.compute_bytes, share.n_bytes]
-    free = _gib(share.free_bytes) if share.total_bytes else "?"
-    weights, kv, compute, total = map(_gib, sizes)
-    return [share.device, free, weights, kv, f"~{compute}", total]
+def _sizes(share: DeviceShare, n_unit_bytes: int) -> list[str]:
+    free, weights, kv, compute, total = (
+        f"{n_bytes / n_unit_bytes:.2f}"
+        for n_bytes in (share.free_bytes, share.weight_bytes, share.kv_bytes, share.compute_bytes, share.n_bytes)
+    )
+    return [share.device, free if share.total_bytes else "?", weights, kv, f"~{compute}", total]
 
 
 def _layers(share: DeviceShare, n_layer: int) -> list[str]:
@@ -120,7 +123,6 @@ def _layers(share: DeviceShare, n_layer: int) -> list[str]:
 
 
 def _lines(plan: OffloadPlan) -> Iterator[str]:
-    yield f"GiB, for a context of {plan.n_ctx} tokens; compute is an estimate"
     for share in plan.shares:
         for buffer in share.buffers:
             kind = "a range of the file, mapped" if buffer.is_mapped else "in memory"
@@ -155,7 +157,3 @@ def _ranges(layers: Sequence[int], n_layer: int) -> str:
             runs.append([layer, layer])
     shown = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
     return ", ".join(shown + ["output"] * (n_layer in layers)) or "-"
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f}" if n_bytes >= 2**30 / 100 or not n_bytes else f"{n_bytes / 2**30:.4f}"

@@ -17,6 +17,7 @@ from ggufmoe.runtime.routing.palette import expert_colour, lead
 from ggufmoe.runtime.routing.report import summary_lines
 from ggufmoe.runtime.routing.statistics import LabelledShares, Numbers, Summary, favourites
 from ggufmoe.runtime.routing.trace import RoutingTrace, visible
+from ggufmoe.sizes import counted
 
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SHADES = " ░▒▓█"
@@ -38,8 +39,8 @@ class RouteView:
             if trace.every_expert_runs
             else f"{trace.n_expert_used} of them run on each token"
         )
-        layers = "layer" if trace.n_layer == 1 else "layers"
-        self._print(f"{visible(name)}: {trace.n_expert} experts in {trace.n_layer} {layers}; {runs}")
+        size = f"{counted(trace.n_expert, 'expert')} in {counted(trace.n_layer, 'layer')}"
+        self._print(f"{visible(name)}: {size}; {runs}")
         legend = Text("after each token stands the expert that counted most: ")
         for expert in range(trace.n_expert):
             legend.append(f" {expert} {self._mark(expert)} ", _tint(expert, 1.0))
@@ -64,7 +65,7 @@ class RouteView:
         self._console.print(line, soft_wrap=True)
         if trace.n_prompt < trace.n_token:
             self._print(
-                f"({trace.n_token - trace.n_prompt} tokens after {'>>' if self._ascii else '»'} were generated)"
+                f"({counted(trace.n_token - trace.n_prompt, 'token')} after {'>>' if self._ascii else '»'} generated)"
             )
 
     def _units(self, trace: RoutingTrace, layer: int | None) -> Iterator[tuple[Text, bool]]:

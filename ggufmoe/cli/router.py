@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from ggufmoe.cli.console import make_console
+
 if TYPE_CHECKING:
     from ggufmoe.merge.router import PromptPreference, RouterReport
 
@@ -17,9 +19,7 @@ _FRAME = 3
 
 def print_router(report: RouterReport, stream: TextIO | None = None) -> None:
     """Two small tables on ``stream`` (stderr by default), as wide as it is."""
-    from rich.console import Console
-
-    console = Console(file=sys.stderr if stream is None else stream, highlight=False)
+    console = make_console(sys.stderr if stream is None else stream)
     console.print(f"Router rows ({report.gate_mode})")
     console.print(_layers(report))
     if report.preferences:

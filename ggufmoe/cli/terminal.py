@@ -14,6 +14,7 @@ from typing import TypeVar
 import typer
 
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing
+from ggufmoe.sizes import counted
 
 ItemT = TypeVar("ItemT")
 
@@ -63,8 +64,8 @@ def speeds(timing: Timing) -> str:
     computed = timing.prompt_tokens - timing.cached_tokens
     reused = f" ({timing.cached_tokens} reused)" if timing.cached_tokens else ""
     return (
-        f"prompt: {computed} tokens{reused}, {timing.prompt_tokens_per_s:.1f} tok/s; "
-        f"answer: {timing.generated_tokens} tokens, {timing.generated_tokens_per_s:.1f} tok/s"
+        f"prompt: {counted(computed, 'token')}{reused}, {timing.prompt_tokens_per_s:.1f} tok/s; "
+        f"answer: {counted(timing.generated_tokens, 'token')}, {timing.generated_tokens_per_s:.1f} tok/s"
     )
 
 

@@ -7,6 +7,7 @@ from ggufmoe.cli.terminal import note, rpc_cache_directory
 from ggufmoe.errors import OutputError
 from ggufmoe.options import WorkerOptions
 from ggufmoe.runtime.worker import ServedDevice, Worker, is_local_only
+from ggufmoe.sizes import counted, memory_size
 
 
 @with_options(WorkerOptions)
@@ -29,13 +30,14 @@ def worker_command(worker: WorkerOptions) -> None:
     with Worker(worker, cache_dir=cache_dir) as served:
         for device in served.devices:
             note(f"serving {_line(device)}")
-        note(f"at {served.endpoint}, {served.n_threads} threads{f', tensors kept in {cache_dir}' if cache_dir else ''}")
+        kept = f", tensors kept in {cache_dir}" if cache_dir else ""
+        note(f"at {served.endpoint}, {counted(served.n_threads, 'thread')}{kept}")
         note(f"use it with --rpc {_typed(served.endpoint)}; Ctrl-C ends it")
         served.wait()
 
 
 def _line(device: ServedDevice) -> str:
-    memory = f"{device.total_bytes / 2**30:.1f} GiB, {device.free_bytes / 2**30:.1f} GiB free"
+    memory = f"{memory_size(device.total_bytes)}, {memory_size(device.free_bytes)} free"
     return f"{device.name}: {device.description or 'no description'} ({memory})"
 
 

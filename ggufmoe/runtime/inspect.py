@@ -18,6 +18,7 @@ from ggufmoe.errors import GGUFError
 from ggufmoe.ggufheader import ModelHeader, TensorInfo, legacy_expert_tensors, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.offload import Host, plan_offload
+from ggufmoe.sizes import all_experts_run
 
 _FILE_TYPE_NAMES = (
     "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
@@ -450,7 +451,7 @@ def _expert_warnings(model: ModelHeader, hyper: HyperParameters) -> Iterable[str
         yield f"the file has experts, but says that {hyper.n_expert_used} of {hyper.n_expert} are used"
     elif has_experts and hyper.n_expert == hyper.n_expert_used:
         yield (
-            f"all {hyper.n_expert} experts run for every token: it computes as much as a dense model of its size; "
+            f"{all_experts_run(hyper.n_expert)} for every token: it computes as much as a dense model of its size; "
             "offloading experts saves memory, not time"
         )
 

@@ -27,6 +27,7 @@ from ggufmoe.runtime.nativelog import NativeLog, no_wait_callback
 from ggufmoe.runtime.offload import OffloadPlan, plan_offload
 from ggufmoe.runtime.placement import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.vocabulary import Vocabulary
+from ggufmoe.sizes import memory_size
 
 _FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 
@@ -154,8 +155,8 @@ class LoadedModel:
         needed, there = n_ctx * _cache_bytes_per_token(self._header, options), memory_bytes()
         if there and min(needed, plan.host.kv_bytes) > there:
             raise ModelLoadError(
-                f"{self.path}: a context of {n_ctx} tokens takes {needed / 1e9:.1f} GB, and this machine has "
-                f"{there / 1e9:.1f} GB of memory; ask for less with --ctx-size"
+                f"{self.path}: a context of {n_ctx} tokens takes {memory_size(needed)}, and this machine has "
+                f"{memory_size(there)}; ask for less with --ctx-size"
             )
 
     def _context_parameters(self, options: ContextOptions) -> Any:

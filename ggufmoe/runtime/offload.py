@@ -19,6 +19,7 @@ from ggufmoe.errors import OptionError
 from ggufmoe.ggufheader import GGMLType, ModelHeader, padded
 from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
 from ggufmoe.runtime.footprint import EXPERTS, Footprint, WeightTensor
+from ggufmoe.sizes import all_experts_run, counted, memory_size
 
 _MIB = 2**20
 _ROWS_ON_GPU = {"F32", "F16", "BF16", "I32", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
@@ -526,17 +527,16 @@ def _expert_layers(placing: _Placing, buffers: set[str]) -> tuple[int, ...]:
 
 def _warnings(plan: OffloadPlan, facts: Footprint, choice: _Choice) -> Iterator[str]:
     made_for = facts.number("expert_used_count")
-    if plan.n_expert_used < made_for:
-        yield f"{plan.n_expert_used} experts for each token instead of {made_for}: faster, and the answers are worse"
-    elif plan.n_expert_used > made_for:
-        yield f"{plan.n_expert_used} experts for each token instead of {made_for}: slower, and not as it was trained"
+    if plan.n_expert_used != made_for:
+        effect = "faster, and the answers are worse" if plan.n_expert_used < made_for else "slower, and not as trained"
+        yield f"{counted(plan.n_expert_used, 'expert')} for each token instead of {made_for}: {effect}"
     if choice.failed:
         yield "it does not fit with the options given: try fewer layers on the GPU, or a smaller context"
     for share in plan.shares[:-1]:
         if not share.layers and not share.total_bytes and choice.fitted:
             yield f"{share.device} does not say how much memory it has: give it layers with -ngl"
         if share.n_bytes > share.free_bytes > 0:
-            yield f"{share.device} has {_gib(share.free_bytes)} free and would need {_gib(share.n_bytes)}"
+            yield f"{share.device} has {memory_size(share.free_bytes)} free and would need {memory_size(share.n_bytes)}"
 
 
 def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
@@ -548,10 +548,11 @@ def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
     repacked = sum(buffer.n_bytes for buffer in host.buffers if buffer.name.endswith("_REPACK"))
     is_short = 0 < host.total_bytes < host.n_bytes
     if is_short:
-        yield f"the CPU's memory is {_gib(host.total_bytes)}, and {_gib(host.n_bytes)} are wanted of it"
+        yield f"the CPU's memory is {memory_size(host.total_bytes)}, and {memory_size(host.n_bytes)} are wanted of it"
     if repacked and plan.uses_mmap:
         way_out = "leave it out with --no-repack" if is_short else "--no-repack leaves it out"
-        yield f"{_gib(repacked)} are a copy of weights, rearranged for this CPU beside the mapped file: {way_out}"
+        copy = f"{memory_size(repacked)} are a copy of weights, rearranged for this CPU"
+        yield f"{copy} beside the mapped file: {way_out}"
     if not facts.kv_is_plain:
         yield f"the KV cache of {facts.arch} is not that of a plain transformer: its size is an upper estimate"
     if not plan.is_exact:
@@ -561,17 +562,13 @@ def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
 def _expert_note(plan: OffloadPlan) -> str:
     if plan.n_expert_used == plan.n_expert:
         return (
-            f"all {plan.n_expert} of {plan.n_expert} experts run for every token: keeping them in the CPU's memory "
+            f"{all_experts_run(plan.n_expert)} for every token: keeping them in the CPU's memory "
             "saves memory of the GPU, but no arithmetic"
         )
     return (
         f"{plan.n_expert_used} of {plan.n_expert} experts run for every token: in the CPU's memory only "
         f"{plan.n_expert_used / plan.n_expert:.0%} of their bytes are read for it"
     )
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def as_dict(plan: OffloadPlan) -> dict[str, Any]:

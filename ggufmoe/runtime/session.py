@@ -27,6 +27,7 @@ from ggufmoe.ggufheader import ModelHeader, TensorInfo
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.cpu import memory_bytes
 from ggufmoe.runtime.kvcache import SavedState
+from ggufmoe.sizes import memory_size
 
 _MAGIC = b"GGMOESES"
 _VERSION = 1
@@ -175,7 +176,7 @@ def _read_state(path: Path, file: BinaryIO, header: dict[str, Any], file_bytes: 
             f"{path}: the session has {n_tokens} tokens and the context holds {n_ctx}; ask for more with --ctx-size"
         )
     if memory_bytes() and n_bytes > memory_bytes():
-        raise _damaged(path, f"its {n_bytes / 1e9:.1f} GB are more than this machine's memory")
+        raise _damaged(path, f"its {memory_size(n_bytes)} are more than this machine's memory")
     digest = hashlib.sha256()
     raw = file.read(4 * n_tokens)
     digest.update(raw)

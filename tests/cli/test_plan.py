@@ -42,10 +42,10 @@ def test_a_table_for_imagined_devices(model: Path, capsys: Capture, monkeypatch:
     )
     assert (code, err) == (0, "")
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("GPU", "CPU "))}
-    assert rows["GPU0"][1] == "1.17"
-    assert "for a context of 512 tokens" in out
+    assert rows["GPU0"][1] == "1200.00"
+    assert "MiB, for a context of 512 tokens" in out
     assert "9 of 9 layers on the GPU (as given, or all): -ngl 9 -ts 1,2 -ncmoe 2" in out
-    assert "all 2 of 2 experts run for every token: keeping them in the CPU's memory saves memory" in out
+    assert "both experts run for every token: keeping them in the CPU's memory saves memory" in out
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
@@ -82,8 +82,8 @@ def test_without_a_gpu_everything_stays_with_the_cpu(model: Path, capsys: Captur
 
 def test_warnings_are_shown(model: Path, capsys: Capture) -> None:
     _, out, _ = plan(capsys, model, "--vram", "16M", "--fit", "off", "--n-expert-used", "1")
-    assert "warning: GPU0 has 0.02 GiB free and would need" in " ".join(out.split())
-    assert "warning: 1 experts for each token instead of 2" in out
+    assert "warning: GPU0 has 16.0 MiB free and would need" in " ".join(out.split())
+    assert "warning: 1 expert for each token instead of 2" in out
 
 
 def test_imagined_devices_need_no_engine(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

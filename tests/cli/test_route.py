@@ -45,7 +45,7 @@ def test_the_text_with_marks_and_all_the_tables(run: Run) -> None:
     assert "m.gguf: 4 experts in 2 layers; 2 of them run on each token" in out
     assert "<s>" in out
     assert any(mark in out for mark in "⁰¹²³")
-    assert "(5 tokens after » were generated)" in out
+    assert "(5 tokens after » generated)" in out
     for title in ("Share of choices by layer and expert", "Summary", "Tokens that each expert likes most"):
         assert f"\n{title}" in out
     assert "load-balancing loss:" in out

@@ -47,7 +47,7 @@ def test_an_answer_and_its_speeds(run: Callable[..., tuple[int, str, str]]) -> N
     code, out, err = run("hi")
     assert (code, out) == (0, "héllo\n")
     assert err.startswith("prompt: 5 tokens, ")
-    assert "answer: 1 tokens, " in err
+    assert "answer: 1 token, " in err
     assert err.count("\n") == 1
 
 

@@ -59,7 +59,7 @@ def test_it_says_what_it_serves_until_ctrl_c(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert out == rest == ""
     assert said[0].startswith("serving CPU: ")
-    assert said[1] == f"at 127.0.0.1:{port}, 1 threads\n"
+    assert said[1] == f"at 127.0.0.1:{port}, 1 thread\n"
     assert said[2] == f"use it with --rpc 127.0.0.1:{port}; Ctrl-C ends it\n"
     with pytest.raises(WorkerError, match="cannot be reached"):
         find_workers([("127.0.0.1", port)])

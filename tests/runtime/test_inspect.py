@@ -178,7 +178,7 @@ def test_long_contexts_may_be_meant(tmp_path: Path, changes: dict[str, Value | N
 
 
 def test_two_of_two_experts_is_pointed_out(tmp_path: Path) -> None:
-    assert "all 2 experts run for every token" in _warnings(tmp_path, {}, n_expert=2, n_used=2)
+    assert "both experts run for every token" in _warnings(tmp_path, {}, n_expert=2, n_used=2)
     assert "all" not in _warnings(tmp_path, {}, n_expert=3, n_used=2)
 
 

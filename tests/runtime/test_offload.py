@@ -232,7 +232,7 @@ def test_explicit_flags_win(model: ModelHeader, layers: int) -> None:
     plan = plan_of(model, [gpu(30)], n_gpu_layers=layers, n_cpu_moe=1)
     assert plan.n_gpu_layers == 9
     assert plan.shares[0].expert_layers == (1, 2, 3, 4, 5, 6, 7)
-    assert any(warning.startswith("GPU0 has 0.03 GiB free and would need") for warning in plan.warnings)
+    assert any(warning.startswith("GPU0 has 30.0 MiB free and would need") for warning in plan.warnings)
     moved = plan_of(model, [gpu(30)], n_gpu_layers=layers)
     assert moved.n_gpu_layers == 9
     assert moved.shares[0].expert_layers == ()

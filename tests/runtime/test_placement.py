@@ -152,7 +152,7 @@ def test_experts_are_fitted_to_the_memory(outcomes: Outcomes) -> None:
 
 def test_fewer_experts_give_another_answer(outcomes: Outcomes) -> None:
     assert outcomes["one_expert"]["logits"] != pytest.approx(outcomes["cpu"]["logits"], abs=1e-3)
-    assert "1 experts for each token instead of 2" in outcomes["one_expert"]["plan"]["warnings"][0]
+    assert "1 expert for each token instead of 2" in outcomes["one_expert"]["plan"]["warnings"][0]
 
 
 # ---- the engine, without a GPU
@@ -183,7 +183,7 @@ def test_what_was_chosen_with_a_cost_is_a_warning(model: Path, caplog: pytest.Lo
     ):
         assert engine.placement.plan.n_expert_used == 1
         assert engine.placement.differences == ()
-    assert any("1 experts for each token instead of 2" in record.message for record in caplog.records)
+    assert any("1 expert for each token instead of 2" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize(

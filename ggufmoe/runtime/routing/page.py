@@ -18,6 +18,7 @@ from ggufmoe.runtime.routing.palette import expert_colour, lead
 from ggufmoe.runtime.routing.report import summary_lines
 from ggufmoe.runtime.routing.statistics import LabelledShares, Numbers, Summary, favourites, summarize
 from ggufmoe.runtime.routing.trace import Floats, RoutingTrace, visible
+from ggufmoe.sizes import counted
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -74,7 +75,8 @@ def _intro(trace: RoutingTrace) -> str:
         else f"{trace.n_expert_used} of them run on each token."
     )
     reading = "The small number is the expert that counted most for a token; generated text is underlined with dots."
-    return f'<p class="note">{trace.n_expert} experts in {trace.n_layer} layers. {runs} {reading}</p>'
+    size = f"{counted(trace.n_expert, 'expert')} in {counted(trace.n_layer, 'layer')}"
+    return f'<p class="note">{size}. {runs} {reading}</p>'
 
 
 def _legend(n_expert: int) -> str:
@@ -137,7 +139,7 @@ def _heat_map(trace: RoutingTrace, summary: Summary) -> str:
 
 def _comparison(shares: LabelledShares) -> str:
     what = "weight" if shares.by_weight else "choices"
-    names = [f"{label} ({n} tokens)" for label, n in zip(shares.labels, shares.n_tokens, strict=True)]
+    names = [f"{label} ({counted(n, 'token')})" for label, n in zip(shares.labels, shares.n_tokens, strict=True)]
     layer = shares.most_telling_layer
     there = shares.by_layer[:, shares.layers.index(layer)]
     return (

@@ -1,0 +1,39 @@
+"""The console that verbs print tables and notes on: as wide as the terminal, and plain where there is none."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNLIMITED = 10_000
+_PADDING = re.compile(r"[ \t]+(?=\n)")
+
+
+def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Console:
+    """For ``stream``, or stdout. What goes to a file or a pipe is not wrapped, unless COLUMNS says how wide it may be,
+    and its lines do not end with spaces."""
+    from rich.console import Console
+
+    stream = sys.stdout if stream is None else stream
+    if stream.isatty():
+        return Console(file=stream, highlight=False, emoji=False, markup=markup)
+    width = None if os.environ.get("COLUMNS") else _UNLIMITED
+    return Console(file=cast(TextIO, _Trimmed(stream)), highlight=False, emoji=False, markup=markup, width=width)
+
+
+class _Trimmed:
+    """A stream without the spaces that fill up the cells of a table."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(_PADDING.sub("", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

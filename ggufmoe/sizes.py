@@ -1,0 +1,38 @@
+"""How amounts are written for people: files and disks in powers of 1000, memory in powers of 1024, as both are sold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def file_size(n_bytes: float) -> str:
+    """Three digits: ``7.78 GB``."""
+    return _scaled(n_bytes, 1000, ("B", "kB", "MB", "GB", "TB"))
+
+
+def memory_size(n_bytes: float) -> str:
+    """Three digits: ``7.25 GiB``."""
+    return _scaled(n_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def short_count(number: float) -> str:
+    """Three digits: ``12.9 B``."""
+    return _scaled(number, 1000, ("", "K", "M", "B", "T"))
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 token``, ``2 tokens``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def all_experts_run(number: int) -> str:
+    """``both experts run``, ``all 8 experts run``."""
+    return {1: "the one expert runs", 2: "both experts run"}.get(number, f"all {number} experts run")
+
+
+def _scaled(number: float, base: int, units: Sequence[str]) -> str:
+    scaled, step = float(number), 0
+    while scaled >= 999.5 and step < len(units) - 1:
+        scaled, step = scaled / base, step + 1
+    digits = 0 if step == 0 or scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+    return f"{scaled:.{digits}f} {units[step]}".rstrip()
