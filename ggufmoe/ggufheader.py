@@ -615,6 +615,14 @@ def _check_shard_tensors(model: ModelHeader) -> None:
             home[tensor.name] = shard.path
 
 
+NO_MODELS = {
+    "imatrix": "an importance matrix, not a model; convert and quantize take it with --imatrix",
+    "adapter": "an adapter (LoRA), not a model; it has to be merged into its model first",
+    "mmproj": "the projector of a model for pictures or sound, not a model by itself",
+}
+"""What is in a file whose ``general.type`` is not ``model`` (gguf-py's GGUFType), and what it is for."""
+
+
 def legacy_expert_tensors(tensors: Iterable[TensorInfo]) -> tuple[str, ...]:
     """Names of tensors that hold one expert each, as Mixtral files had them before April 2024.
 

@@ -92,6 +92,7 @@ class _Conversation:
 
     def reset(self, _: str) -> None:
         self.chat.reset()
+        self.last = None
         note("the conversation begins anew")
 
     def system(self, text: str) -> None:
@@ -113,7 +114,8 @@ class _Conversation:
     def stats(self, _: str) -> None:
         engine = self.chat.engine
         messages = counted(len(self.chat.messages), "message")
-        note(f"context: {len(engine.cached_tokens)} of {engine.n_ctx} tokens; {messages}")
+        n_tokens = len(engine.cached_tokens) if self.chat.messages else 0
+        note(f"context: {n_tokens} of {engine.n_ctx} tokens; {messages}")
         note(speeds(self.last) if self.last else "no answer yet")
 
     def leave(self, _: str) -> None:

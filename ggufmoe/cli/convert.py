@@ -108,10 +108,10 @@ class Interrupt:
 
 def summary(result: ConvertResult) -> str:
     """One line: what was written, and what it cost."""
-    speed = result.bytes_written / 1e6 / max(result.seconds, 1e-9)
+    speed = file_size(result.bytes_written / max(result.seconds, 1e-9))
     first, count = result.paths[0], len(result.paths)
     where = str(first) if count == 1 else f"{first} and {count - 1} more"
-    cost = f"{result.seconds:.1f} s, {speed:.0f} MB/s"
+    cost = f"{result.seconds:.1f} s, {speed}/s"
     return f"{where}: {file_size(result.n_bytes)}, {result.plan.bits_per_weight:.2f} bits per weight, {cost}"
 
 

@@ -6,6 +6,8 @@ Owns how the story is told; every step is one that a user can take alone, and th
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,7 @@ import typer
 
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.convert import run_conversion
-from ggufmoe.errors import GGUFError, OutputExistsError
+from ggufmoe.errors import GGUFError, ImatrixError, OptionError, OutputExistsError
 from ggufmoe.options import ConvertOptions, SamplingOptions
 from ggufmoe.sizes import file_size
 
@@ -48,9 +50,11 @@ def _make(console: Console, output: Path, quant: str) -> None:
     from ggufmoe.demo import RECIPE
 
     _check_output(output)
+    options = ConvertOptions(quant=quant, force=True)
+    _check_quant(output, options)
     console.print("[bold]1. Merge and quantize[/bold] two dense models of 3.4 M parameters, by a recipe:")
     _say_command(console, f"ggufmoe convert {_quoted(RECIPE)} -o {_quoted(output)} -q {quant}")
-    result = run_conversion(str(RECIPE), output, ConvertOptions(quant=quant, force=True), quiet=False)
+    result = run_conversion(str(RECIPE), output, options, quiet=False)
     weights = f"{result.plan.n_weights / 1e6:.1f} M parameters"
     bits = f"{result.plan.bits_per_weight:.2f} bits each"
     size = f"{file_size(result.n_bytes)}, {result.seconds:.1f} s"
@@ -70,6 +74,16 @@ def _check_output(output: Path) -> None:
         ours = False
     if not ours:
         raise OutputExistsError(f"{output} exists and is not an earlier demo; choose another name with -o")
+
+
+def _check_quant(output: Path, options: ConvertOptions) -> None:
+    from ggufmoe.convert import plan_with
+    from ggufmoe.demo import RECIPE
+
+    try:
+        plan_with(RECIPE, output, options)
+    except ImatrixError as error:
+        raise OptionError(f"{options.quant} needs an importance matrix, which the demo does not make") from error
 
 
 def _ask(console: Console, path: Path, chat_after: bool) -> None:
@@ -152,6 +166,9 @@ def _go_on(console: Console, path: Path) -> None:
 
 
 def _say_command(console: Console, command: str) -> None:
+    """``command`` as it can be typed here, where the program may lie in an environment that is not active."""
+    if shutil.which("ggufmoe") is None:
+        command = command.replace("ggufmoe", f"{_quoted(Path(sys.executable))} -m ggufmoe", 1)
     console.print(f"{_INDENT}{command}", markup=False, soft_wrap=True)
 
 

@@ -37,9 +37,9 @@ def merge_command(
     result = _merge(recipe, out_dir, options, quiet)
     if not quiet:
         print_router(result.router_report)
-        speed = result.bytes_written / 1e6 / max(result.seconds, 1e-9)
+        speed = file_size(result.bytes_written / max(result.seconds, 1e-9))
         size = file_size(result.n_bytes)
-        print(f"{result.directory}: {size}, {result.seconds:.1f} s, {speed:.0f} MB/s", file=sys.stderr)
+        print(f"{result.directory}: {size}, {result.seconds:.1f} s, {speed}/s", file=sys.stderr)
     if as_json:
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": peak_memory_bytes()}))
 

@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ggufmoe.sizes import file_size
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -88,7 +90,7 @@ class LineProgress:
         left = f"{(step.total_bytes - step.done_bytes) / speed:.0f} s left" if speed > 0 else "time left unknown"
         share = step.done_bytes / max(step.total_bytes, 1)
         print(
-            f"{_title(self._what, step.phase)}: {share:.0%}, {speed / 1e6:.0f} MB/s, {left}, {step.tensor}",
+            f"{_title(self._what, step.phase)}: {share:.0%}, {file_size(speed)}/s, {left}, {step.tensor}",
             file=self._stream,
             flush=True,
         )

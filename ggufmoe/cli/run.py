@@ -14,7 +14,7 @@ import typer
 
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import interruptible, note, speeds, write_answer
-from ggufmoe.errors import Cancelled
+from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.engine import Engine
@@ -44,6 +44,8 @@ def run_command(
     if run.raw and asking != PromptOptions():
         raise typer.BadParameter("--raw takes the text as it is: leave out --system-prompt and --chat-template")
     text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
+    if not (text.strip() or run.raw):
+        raise InputError("the prompt is empty: there is nothing to answer")
     with Engine(model, context, offload) as engine:
         events = interruptible(lambda cancel: _answer(engine, text, run, asking, sampling, cancel))
         shown = _write_json(events, model, text) if run.json else _write_text(events, text if run.raw else "")

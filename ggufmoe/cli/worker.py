@@ -22,12 +22,12 @@ def worker_command(worker: WorkerOptions) -> None:
             cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{cache_dir}: the folder of --cache cannot be made: {error.strerror}") from error
-    if not is_local_only(worker.host):
-        note(
-            f"warning: {worker.host} can be reached from other machines. llama.cpp's RPC is experimental and not "
-            "secure: it asks for no password and trusts what it is sent. Never expose it to an open network."
-        )
     with Worker(worker, cache_dir=cache_dir) as served:
+        if not is_local_only(worker.host):
+            note(
+                f"warning: {worker.host} can be reached from other machines. llama.cpp's RPC is experimental and not "
+                "secure: it asks for no password and trusts what it is sent. Never expose it to an open network."
+            )
         for device in served.devices:
             note(f"serving {_line(device)}")
         kept = f", tensors kept in {cache_dir}" if cache_dir else ""

@@ -277,7 +277,7 @@ class _LegacyReader:
     def int32(self, what: str) -> int:
         data = self._file.read(4)
         if len(data) < 4:
-            raise ImatrixError(f"{self._path}: ends before {what}; the file is cut, or no importance matrix")
+            raise ImatrixError(f"{self._path}: no importance matrix, or a cut one: it ends before {what}")
         return int(struct.unpack("<i", data)[0])
 
     @property
@@ -287,8 +287,8 @@ class _LegacyReader:
     def _text(self, length: int, what: str) -> str:
         if not 0 < length <= min(self._left, _MAX_NAME_BYTES):
             raise ImatrixError(
-                f"{self._path}: {what} claims {length} bytes, {self._left} are left in the file; "
-                "it is cut, or no importance matrix"
+                f"{self._path}: no importance matrix, or a cut one: {what} claims {length} bytes, "
+                f"{self._left} are left in the file"
             )
         try:
             return self._file.read(length).decode("utf-8").split("\0")[0]

@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ggufmoe import native
-from ggufmoe.errors import Cancelled, OptionError
+from ggufmoe.errors import Cancelled, GgufmoeError, OptionError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.cpu import default_threads, memory_bytes
@@ -191,7 +191,8 @@ def run_bench(
     """Measure ``cases`` in turn; a result as soon as it is there. Neighbours with one model and place share a load.
 
     When ``cancel`` is set, what the case at work has given so far comes as a last result with fewer samples, if there
-    are any, and then Cancelled is raised. Raises as Engine does, OptionError for no repetition.
+    are any, and then Cancelled is raised; likewise when a worker is lost. Raises as Engine does, OptionError for no
+    repetition.
     """
     if repetitions < 1:
         raise OptionError(f"repetitions must be at least 1, not {repetitions}")
@@ -226,13 +227,13 @@ class _Bench:
             self._report(Progress(self._n_done, self._n_all, case, phase))
 
     def results(self, engine: Engine, case: Case, cancel: CancelFlag | None) -> Iterator[Result]:
-        """One result; fewer samples in it and Cancelled behind it when it was stopped."""
+        """One result; fewer samples in it, and the error behind it, when it was stopped or broken off."""
         begun = datetime.now(timezone.utc)
         samples: list[float] = []
         try:
             for seconds in self._samples(engine, case, cancel):
                 samples.append(seconds)
-        except Cancelled:
+        except GgufmoeError:
             if samples:
                 yield self._result(engine, case, samples, begun)
             raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.ggufheader import ModelHeader, TensorInfo, legacy_expert_tensors, read_model_header
+from ggufmoe.ggufheader import NO_MODELS, ModelHeader, TensorInfo, legacy_expert_tensors, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.offload import Host, plan_offload
 from ggufmoe.sizes import all_experts_run
@@ -403,7 +403,9 @@ def _warnings(
     model: ModelHeader, keys: _Keys, hyper: HyperParameters, tokenizer: TokenizerReport, template: TemplateReport
 ) -> Iterable[str]:
     kind = keys.text("general.type")
-    if keys.arch is None:
+    if kind in NO_MODELS:
+        yield NO_MODELS[kind]
+    elif keys.arch is None:
         yield "no general.architecture: this is not a model that llama.cpp can run"
     elif not model.tensors:
         yield "no tensors: only a vocabulary or metadata, which cannot be run"

@@ -530,6 +530,9 @@ def _warnings(plan: OffloadPlan, facts: Footprint, choice: _Choice) -> Iterator[
     if plan.n_expert_used != made_for:
         effect = "faster, and the answers are worse" if plan.n_expert_used < made_for else "slower, and not as trained"
         yield f"{counted(plan.n_expert_used, 'expert')} for each token instead of {made_for}: {effect}"
+    n_trained, n_asked = facts.number("context_length"), facts.context.n_ctx or 0
+    if n_asked > n_trained * facts.context.n_seq_max:
+        yield f"a context of {n_asked} tokens is longer than the {n_trained} that the model was trained for"
     if choice.failed:
         yield "it does not fit with the options given: try fewer layers on the GPU, or a smaller context"
     for share in plan.shares[:-1]:

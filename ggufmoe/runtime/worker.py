@@ -137,7 +137,7 @@ def _check_port(address: str, port: int) -> None:
         socket.create_server((address, port)).close()
     except OSError as error:
         raise WorkerError(
-            f"the worker cannot listen at {address}:{port}: {error.strerror}; choose another --port, "
+            f"the worker cannot listen at {address}:{port}: {os.strerror(error.errno or 0)}; choose another --port, "
             "or an address of this machine as --host"
         ) from error
 

@@ -73,7 +73,8 @@ def test_exit_leaves_at_once(talk: Talk) -> None:
 def test_reset(talk: Talk) -> None:
     _, out, err = talk("hello", "/reset", "/stats")
     assert out == "hi there\n"
-    assert "context: 6 of 512 tokens; 0 messages" in err
+    assert "context: 0 of 512 tokens; 0 messages" in err
+    assert err[-1] == "no answer yet"
 
 
 def test_stats(talk: Talk) -> None:

@@ -209,6 +209,6 @@ def test_lines_come_now_and_then_with_speed_and_time_left(monkeypatch: pytest.Mo
         now = 120.0
         lines.update(Progress(10**9, 10**9, "blk.9.attn_k.weight"))
     assert stream.getvalue().splitlines() == [
-        "convert: 50%, 50 MB/s, 10 s left, blk.3.attn_k.weight",
-        "convert: 100%, 50 MB/s, 0 s left, blk.9.attn_k.weight",
+        "convert: 50%, 50.0 MB/s, 10 s left, blk.3.attn_k.weight",
+        "convert: 100%, 50.0 MB/s, 0 s left, blk.9.attn_k.weight",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ggufmoe.ggufheader import read_header
 @pytest.fixture
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     return tmp_path
 
 
@@ -41,6 +43,31 @@ def test_the_commands_that_it_names_work(in_tmp_path: Path, capsys: pytest.Captu
     for arguments in commands:
         if arguments[0] in ("route", "inspect"):
             assert exit_code(arguments) == 0
+
+
+def test_the_program_may_not_be_on_the_path(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert exit_code(["demo"]) == 0
+    assert f"   {sys.executable} -m ggufmoe chat ggufmoe-demo.gguf --temp 0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("quant", "code", "message"),
+    [
+        ("IQ2_XS", 2, "IQ2_XS needs an importance matrix, which the demo does not make"),
+        ("nope", 2, "unknown file type"),
+    ],
+)
+def test_a_type_that_it_cannot_make(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str], quant: str, code: int, message: str
+) -> None:
+    assert exit_code(["demo", "-q", quant]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {message}")
+    assert list(in_tmp_path.iterdir()) == []
 
 
 def test_an_earlier_demo_is_replaced_and_nothing_else(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,12 @@ def test_a_prompt_from_stdin(
     assert (code, json.loads(out)["prompt"]) == (0, prompt)
 
 
+def test_nothing_to_answer(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    for prompt in ("", " ", "-"):
+        assert run(prompt) == (1, "", "error: the prompt is empty: there is nothing to answer\n")
+
+
 def test_json(run: Callable[..., tuple[int, str, str]], model: str) -> None:
     code, out, _ = run("hi", "--json", "--seed", "3")
     assert code == 0

@@ -93,17 +93,26 @@ def test_an_address_of_another_machine() -> None:
         Worker(WorkerOptions(host="192.0.2.1", port=free_port()))
 
 
-def test_only_loopback_comes_without_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_loopback_comes_without_a_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert is_local_only("127.0.0.1")
     assert is_local_only("localhost")
     assert not is_local_only("0.0.0.0")
-    with socket.create_server(("0.0.0.0", 0)) as taken:
-        assert exit_code(["worker", "--host", "0.0.0.0", "-p", str(taken.getsockname()[1])]) == 1
-        warned = capsys.readouterr().err
-        assert exit_code(["worker", "-p", str(taken.getsockname()[1])]) == 1
+    monkeypatch.setattr(Worker, "wait", lambda _: None)
+    assert exit_code(["worker", "--host", "0.0.0.0", "-p", str(free_port())]) == 0
+    warned = capsys.readouterr().err
     assert "warning: 0.0.0.0 can be reached from other machines" in warned
     assert "Never expose it to an open network" in warned
+    assert "use it with --rpc ADDRESS-OF-THIS-MACHINE:" in warned
+    assert exit_code(["worker", "-p", str(free_port())]) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["BAD", "192.0.2.1"])
+def test_nothing_is_warned_of_that_does_not_serve(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["worker", "--host", host, "-p", str(free_port())]) in (1, 2)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_wrong_numbers_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

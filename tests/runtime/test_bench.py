@@ -6,10 +6,11 @@ import json
 import statistics
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ggufmoe.errors import Cancelled, GGUFError, OptionError
+from ggufmoe.errors import Cancelled, GGUFError, OptionError, WorkerLostError
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.bench import (
     Progress,
@@ -21,6 +22,7 @@ from ggufmoe.runtime.bench import (
     plan_bench,
     run_bench,
 )
+from ggufmoe.runtime.engine import Engine
 
 ONE = (ContextOptions(n_threads=1),)
 LLAMA_BENCH_FIELDS = """
@@ -115,6 +117,23 @@ def test_what_was_measured_before_a_stop_is_given(mixing_path: Path) -> None:
     found = [next(results), next(results)]
     assert [(result.case.workload.name, len(result.samples_s)) for result in found] == [("pp8", 3), ("tg4", 1)]
     with pytest.raises(Cancelled):
+        next(results)
+
+
+def test_what_was_measured_before_an_error_is_given(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, n_left = Engine.evaluate, 4  # two calls to warm up, two of the first repetition's
+
+    def lose_the_worker(engine: Engine, *arguments: Any, **keywords: Any) -> bool:
+        nonlocal n_left
+        n_left -= bool(arguments[0])
+        if n_left < 0:
+            raise WorkerLostError("gone")
+        return evaluate(engine, *arguments, **keywords)
+
+    monkeypatch.setattr(Engine, "evaluate", lose_the_worker)
+    results = run_bench(plan_bench([mixing_path], [Workload(8, 4)], ONE), repetitions=3)
+    assert len(next(results).samples_s) == 1
+    with pytest.raises(WorkerLostError):
         next(results)
 
 

@@ -491,6 +491,14 @@ def test_a_file_without_weights(tmp_path: Path) -> None:
         Engine(path)
 
 
+@pytest.mark.parametrize(("kind", "what"), [("imatrix", "an importance matrix"), ("adapter", "LoRA")])
+def test_a_file_of_another_kind(tmp_path: Path, kind: str, what: str) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(encode_header({"general.type": Value(ValueType.STRING, kind)}, ()))
+    with pytest.raises(GGUFError, match=f"other.gguf: .*{what}.*, not a model"):
+        Engine(path)
+
+
 def test_any_shard_of_a_split_model(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     convert(tiny_checkpoint(), tmp_path / "split.gguf", "Q8_0", split_max_size="1M")
     first, *_, last = sorted(tmp_path.glob("split-*.gguf"))

@@ -143,7 +143,7 @@ def _warnings(tmp_path: Path, changes: dict[str, Value | None], n_expert: int = 
     [
         ({"tokenizer.chat_template": None}, "no chat template: chat needs --chat-template"),
         ({"general.architecture": None}, "no general.architecture"),
-        ({"general.type": text("adapter")}, "general.type is 'adapter'"),
+        ({"general.type": text("adapter")}, "an adapter (LoRA), not a model"),
         ({"llama.expert_used_count": u32(5)}, "says that 5 of 4 are used"),
         ({"llama.expert_count": None}, "says that 2 of 0 are used"),
         ({"tokenizer.ggml.eos_token_id": u32(99)}, "the eos token is beyond the vocabulary of 40"),

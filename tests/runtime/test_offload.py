@@ -252,6 +252,12 @@ def test_what_offloading_gains_is_said(model: ModelHeader, tmp_path: Path) -> No
     assert "instead of 2: faster" in plan_of(sparse, n_expert_used=1).warnings[0]
 
 
+def test_a_context_beyond_what_was_trained_is_told(model: ModelHeader) -> None:
+    trained = model.get("llama.context_length")
+    assert not any("was trained for" in warning for warning in plan_of(model, n_ctx=trained).warnings)
+    assert any(f"longer than the {trained} that" in warning for warning in plan_of(model, n_ctx=trained + 1).warnings)
+
+
 def test_a_small_memory_is_told(model: ModelHeader) -> None:
     notes = plan_of(model, host=Host(MIB, MIB, CPU.repacked)).notes
     assert any("are wanted of it" in note for note in notes)
