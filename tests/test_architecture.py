@@ -15,13 +15,14 @@ import ggufmoe
 
 PACKAGE = Path(ggufmoe.__file__).parent
 
-GROUND = {"errors", "options"}
+GROUND = {"errors", "options", "sizes"}
 FLOOR = GROUND | {"native", "ggufheader", "manifest", "positional"}
 CONVERT_HALF = FLOOR | {"checkpoint", "merge", "quant", "export"}
 RUN_HALF = FLOOR | {"runtime", "server"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "options": {"errors"},
+    "sizes": set(),
     "ggufheader": FLOOR,
     "native": FLOOR,
     "manifest": FLOOR,

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parent / "frozen_program.py"
 sys.path.insert(0, str(ROOT))
 
 from tests import tiny  # noqa: E402
+from tests.runtime.remote import start_worker  # noqa: E402
 
 
 def run(*command: object, cwd: Path, env: dict[str, str] | None = None) -> str:
@@ -22,13 +26,43 @@ def run(*command: object, cwd: Path, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-def test_a_frozen_program_says_what_the_unfrozen_one_says(tmp_path: Path) -> None:
-    model = tiny.make_checkpoint(tmp_path / "checkpoint")
-    plain = run(sys.executable, PROGRAM, model, tmp_path / "plain.gguf", cwd=tmp_path)
-    places = ("--distpath", tmp_path, "--workpath", tmp_path / "work", "--specpath", tmp_path)
-    run(sys.executable, "-m", "PyInstaller", "--onedir", "--log-level", "WARN", *places, PROGRAM, cwd=tmp_path)
-    app, empty = tmp_path / PROGRAM.stem / PROGRAM.stem, tmp_path / "empty"
+KEPT = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+"""All that the frozen program sees of the environment."""
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frozen")
+    places = ("--distpath", folder, "--workpath", folder / "work", "--specpath", folder)
+    run(sys.executable, "-m", "PyInstaller", "--onedir", "--log-level", "WARN", *places, PROGRAM, cwd=folder)
+    return folder / PROGRAM.stem / PROGRAM.stem
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+@pytest.fixture
+def plain(checkpoint: Path, tmp_path: Path) -> str:
+    """What the program says unfrozen."""
+    return run(sys.executable, PROGRAM, checkpoint, tmp_path / "plain.gguf", cwd=tmp_path)
+
+
+def test_a_frozen_program_says_what_the_unfrozen_one_says(
+    app: Path, checkpoint: Path, plain: str, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
     empty.mkdir()
-    keep = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
-    assert run(app, model, tmp_path / "frozen.gguf", cwd=empty, env=keep) == plain != ""
+    assert run(app, checkpoint, tmp_path / "frozen.gguf", cwd=empty, env=KEPT) == plain != ""
     assert (tmp_path / "frozen.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+def test_a_frozen_program_is_its_own_child_where_workers_compute(
+    app: Path, checkpoint: Path, plain: str, tmp_path: Path
+) -> None:
+    with start_worker() as worker:
+        busy = psutil.Process(worker.pid).cpu_times().user
+        said = run(app, checkpoint, tmp_path / "frozen.gguf", worker.endpoint, cwd=tmp_path, env=KEPT)
+        assert said == plain
+        assert psutil.Process(worker.pid).cpu_times().user > busy
