@@ -15,3 +15,5 @@ if __name__ == "__main__":
     with Engine(sys.argv[2], ContextOptions(n_ctx=256, n_threads=1), offload) as engine:
         events = engine.generate(engine.tokenize("the model reads"), SamplingOptions(temperature=0, n_predict=16))
         sys.stdout.buffer.write("".join(event.text for event in events).encode())
+        if offload:
+            print(f"\n{engine.placement.plan.shares[0].device}")
