@@ -252,8 +252,9 @@ def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
         try:
             devices = find_workers([(host, port)])
         except WorkerError as error:
-            what, _, way_out = one_line(str(error)).rpartition("; ")
-            yield Finding("workers", name, "wrong", what or way_out, way_out)
+            text, _, way_out = one_line(str(error)).partition("; ")
+            way_out = way_out or "see whether 'ggufmoe worker' runs there, and look at firewalls"
+            yield Finding("workers", name, "wrong", text, way_out)
             continue
         memory = ", ".join(f"{memory_size(d.total_bytes)}, {memory_size(d.free_bytes)} free" for d in devices)
         data = {"devices": [asdict(device) for device in devices]}

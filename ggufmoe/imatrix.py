@@ -137,7 +137,7 @@ def imatrix_steps(
     _check_output(path, [*read_model_header(Path(model)).paths, *_files(text)], replace=options.force)
     content = read_text(text)
     started, result, entries = time.monotonic(), None, None
-    with Engine(model, options.context, offload) as engine:
+    with Engine(model, options.context, offload, cancel=cancel) as engine:
         for step in engine.iterate(_gathered, content, options, cancel=cancel):
             seconds = time.monotonic() - started
             result = ImatrixResult(

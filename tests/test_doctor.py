@@ -248,3 +248,5 @@ def test_workers_are_looked_at_one_by_one() -> None:
     assert fine.text == "answers: 1 device with 3.00 GiB, 2.00 GiB free"
     assert (wrong.status, wrong.name) == ("wrong", bad)
     assert "no worker of llama.cpp" in wrong.text
+    assert wrong.way_out is not None
+    assert wrong.way_out not in wrong.text

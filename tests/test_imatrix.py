@@ -133,7 +133,7 @@ def test_who_cancels_gets_whole_chunks(mixtral: tuple[Path, Path], tmp_path: Pat
     written = Imatrix.load(output)
     assert written.chunk_count == 2
     assert {float(entry.counts.max()) for name, entry in written.entries.items() if "attn" in name} == {64.0}
-    with pytest.raises(Cancelled, match="before the first chunk"):
+    with pytest.raises(Cancelled, match="loading was stopped"):
         ggufmoe.imatrix(path, TEXT, tmp_path / "none.gguf", n_ctx=N_CTX, cancel=cancel, **EXACT)
     assert not (tmp_path / "none.gguf").exists()
 

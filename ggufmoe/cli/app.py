@@ -89,6 +89,8 @@ def exit_code(arguments: Sequence[str]) -> int:
         return _refused_by_the_system(error, debug)
     except Exception as error:
         return _defect(error, debug)
+    if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        return _say("error: stopped", INTERRUPTED)
     if not arguments:
         return 2
     return result if isinstance(result, int) else 0

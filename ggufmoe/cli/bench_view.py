@@ -187,7 +187,7 @@ class MarkdownPrinter:
         n_samples = len(result.samples_s)
         mark = "" if n_samples == result.repetitions else "*"
         if mark:
-            self._short.append(f"*: {n_samples} of {result.repetitions} repetitions, then it was stopped")
+            self._short.append(f"*: {n_samples} of {result.repetitions} repetitions, then it ended early")
         cells = {
             "model": record["model_type"],
             "size": memory_size(record["model_size"]),

@@ -64,6 +64,8 @@ class _Conversation:
                 return
             except GgufmoeError as error:
                 note(f"error: {error}")
+            except KeyboardInterrupt:  # pressed twice while an answer was on its way
+                note("\n(stopped)")
 
     def _take(self, line: str) -> None:
         if not line:

@@ -21,7 +21,7 @@ class PlainCommand(typer.core.TyperCommand):
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """``[OPTIONS] MODEL [PROMPT]``."""
         arguments = (p for p in self.get_params(ctx) if p.param_type_name == "argument")
-        return [self.options_metavar or "", *map(_placeholder, arguments)]
+        return [self.options_metavar or "", *map(_shown_argument, arguments)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then options panel by panel; those without one come last."""
@@ -32,7 +32,7 @@ class PlainCommand(typer.core.TyperCommand):
             if record is None:
                 continue
             if parameter.param_type_name == "argument":
-                panels[_ARGUMENTS].append((_placeholder(parameter), getattr(parameter, "help", None) or ""))
+                panels[_ARGUMENTS].append((_shown_argument(parameter), getattr(parameter, "help", None) or ""))
             elif panel := getattr(parameter, "rich_help_panel", None):
                 panels.setdefault(panel, []).append(record)
             else:
@@ -43,7 +43,7 @@ class PlainCommand(typer.core.TyperCommand):
                     formatter.write_dl(records)
 
 
-def _placeholder(argument: Any) -> str:
+def _shown_argument(argument: Any) -> str:
     given = argument.metavar and argument.metavar.removesuffix("...")
     name = (given or argument.name.upper()) + "..." * (argument.nargs < 0)
     return name if argument.required else f"[{name}]"

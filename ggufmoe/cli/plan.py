@@ -26,6 +26,7 @@ from ggufmoe.runtime.offload import (
     experts_of,
     plan_offload,
 )
+from ggufmoe.sizes import memory_size
 
 _UNITS = " KMGT"
 _NARROW_COLUMNS = 76
@@ -111,11 +112,12 @@ def _show(plan: OffloadPlan) -> None:
 
 
 def _sizes(share: DeviceShare, n_unit_bytes: int) -> list[str]:
-    free, weights, kv, compute, total = (
+    weights, kv, compute, total = (
         f"{n_bytes / n_unit_bytes:.2f}"
-        for n_bytes in (share.free_bytes, share.weight_bytes, share.kv_bytes, share.compute_bytes, share.n_bytes)
+        for n_bytes in (share.weight_bytes, share.kv_bytes, share.compute_bytes, share.n_bytes)
     )
-    return [share.device, free if share.total_bytes else "?", weights, kv, f"~{compute}", total]
+    free = memory_size(share.free_bytes) if share.total_bytes else "?"
+    return [share.device, free, weights, kv, f"~{compute}", total]
 
 
 def _layers(share: DeviceShare, n_layer: int) -> list[str]:

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from ggufmoe.cli.console import make_console
 from ggufmoe.runtime.routing.palette import expert_colour, lead
 from ggufmoe.runtime.routing.report import summary_lines
 from ggufmoe.runtime.routing.statistics import LabelledShares, Numbers, Summary, favourites
@@ -29,7 +29,7 @@ class RouteView:
     """Writes to a stream, in colour if it is a terminal that shows them, as wide as the terminal."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._console = Console(file=stream, highlight=False, markup=False, emoji=False)
+        self._console = make_console(stream)
         self._ascii = self._console.options.ascii_only
 
     def model(self, name: str, trace: RoutingTrace) -> None:

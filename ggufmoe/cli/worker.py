@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import note, rpc_cache_directory
 from ggufmoe.errors import OutputError
@@ -33,7 +35,8 @@ def worker_command(worker: WorkerOptions) -> None:
         kept = f", tensors kept in {cache_dir}" if cache_dir else ""
         note(f"at {served.endpoint}, {counted(served.n_threads, 'thread')}{kept}")
         note(f"use it with --rpc {_typed(served.endpoint)}; Ctrl-C ends it")
-        served.wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            served.wait()
 
 
 def _line(device: ServedDevice) -> str:

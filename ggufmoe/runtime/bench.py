@@ -9,7 +9,6 @@ begins with an empty cache, or with ``n_depth`` tokens in it, which are not time
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -260,14 +259,13 @@ class _Bench:
         before, prompt, answer = (
             self._tokens(engine, n) for n in (workload.n_depth, workload.n_prompt, workload.n_gen)
         )
-        done = engine.evaluate(before, cancel=cancel)
-        start = time.perf_counter()
-        done = done and engine.evaluate(prompt, cancel=cancel)
-        done = done and engine.evaluate(answer, one_by_one=True, cancel=cancel)
-        seconds = time.perf_counter() - start
-        if not done:
-            raise Cancelled("the bench was stopped")
-        return seconds
+        timed_s = 0.0
+        for tokens, one_by_one in ((before, False), (prompt, False), (answer, True)):
+            seconds = engine.evaluate(tokens, one_by_one=one_by_one, cancel=cancel)
+            if seconds is None:
+                raise Cancelled("the bench was stopped")
+            timed_s += seconds if tokens is not before else 0.0
+        return timed_s
 
     def _tokens(self, engine: Engine, n: int) -> list[int]:
         """Random ones; the first is BOS where the model wants it."""

@@ -192,7 +192,7 @@ class _Link:
             if isinstance(message, Reply):
                 self.forget(LOADING)
                 self._is_loaded = True
-                return dict(message.value.unpacked())
+                return dict(message.value.unpacked("what is known of the engine"))
             if isinstance(message, Progress) and on_progress is not None:
                 on_progress(message.part)
 
@@ -217,7 +217,7 @@ class _Link:
         cancel: CancelFlag | None = keywords.get("cancel")
         others = {key: value for key, value in keywords.items() if key != "cancel"}
         is_set = cancel is not None and cancel.is_set()
-        given = Packed.of((arguments, others))
+        given = Packed.of((arguments, others), f"an argument of {name}")
         return cancel, Call(next(self._ids), name, given, "cancel" in keywords, is_set)
 
     def _ask(self, call: Call, cancel: CancelFlag | None) -> Any:
@@ -239,7 +239,7 @@ class _Link:
                 message = self._next(inbox, None)
             if isinstance(message, Failure):
                 raise message.error
-            return message.value.unpacked()
+            return message.value.unpacked("the result")
         finally:
             self.forget(id)
 
@@ -324,7 +324,7 @@ class _Stream(Iterator[Any]):
         message = self._take()
         if isinstance(message, Item):
             self._n_read += 1
-            return message.value.unpacked()
+            return message.value.unpacked("an item of a stream")
         self._is_over = True
         self._link.forget(self._id)
         if isinstance(message, Failure):

@@ -146,7 +146,10 @@ def divergence_steps(
     content = read_text(text)
     _check_vocabularies(Path(model), Path(reference))
     first, started = options.n_ctx // 2, time.monotonic()
-    with Engine(reference, options.context, offload) as base, Engine(model, options.context, offload) as engine:
+    with (
+        Engine(reference, options.context, offload, cancel=cancel) as base,
+        Engine(model, options.context, offload, cancel=cancel) as engine,
+    ):
         chunks = cut_chunks(engine, content, options)
         scores = _Scores(len(chunks) * (options.n_ctx - 1 - first))
         parts = (each.compute_chunks(chunks, first, cancel=cancel) for each in (base, engine))

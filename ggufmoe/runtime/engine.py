@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -359,11 +360,13 @@ class Engine:
         kv.check_chunks(turn)
         return np.array(kv.logits(at + n, self.n_vocab)[at:]) if n else np.empty((0, self.n_vocab), np.float32)
 
-    def evaluate(self, tokens: Sequence[int], *, one_by_one: bool = False, cancel: CancelFlag | None = None) -> bool:
-        """Compute ``tokens`` after what the cache holds, drawing none; False if ``cancel`` or ``cancel()`` stopped it.
+    def evaluate(
+        self, tokens: Sequence[int], *, one_by_one: bool = False, cancel: CancelFlag | None = None
+    ) -> float | None:
+        """Compute ``tokens`` after what the cache holds, drawing none, in batches or ``one_by_one`` as answers are.
 
-        In batches, or ``one_by_one`` as answers are computed. Returns when the devices have done their work, so that it
-        can be timed. Raises as ``generate`` does.
+        Gives the seconds that it took, until the devices had done their work; None if ``cancel`` or ``cancel()``
+        stopped it. Raises as ``generate`` does.
         """
         ids = list(tokens)
         self._vocabulary.check_tokens(ids)
@@ -371,12 +374,14 @@ class Engine:
         parts = [[i] for i in ids] if one_by_one else [ids]
         return self._native.call(partial(self._evaluate, parts, turn, cancel), turn)
 
-    def _evaluate(self, parts: list[list[int]], turn: Turn, cancel: CancelFlag | None) -> bool:
+    def _evaluate(self, parts: list[list[int]], turn: Turn, cancel: CancelFlag | None) -> float | None:
         kv = self._loaded.cache
         with self._native.watching(cancel, turn):
+            start = time.perf_counter()
             done = all(not turn.cancelled and kv.feed(part) for part in parts)
             self._api.llama_synchronize(kv.context)
-        return done
+            seconds = time.perf_counter() - start
+        return seconds if done else None
 
     def set_context(self, options: ContextOptions) -> None:
         """Go on with another context for the same weights, which stay where they are; the cache is lost.

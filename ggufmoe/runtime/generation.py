@@ -199,7 +199,10 @@ class Generation:
                 return cache.feed(missing)
         with self._clock.prompt(), self._native.watching(self._request.cancel, self.turn):
             self._clock.cached_tokens = n = cache.reuse(self._tokens)
-            return cache.feed(self._tokens[n:])
+            done = cache.feed(self._tokens[n:])
+        if not done:
+            self._clock.prompt_tokens = max(n, len(cache.tokens))
+        return done
 
     def _limit(self) -> FinishReason | None:
         if self._clock.generated_tokens == self._request.settings.n_predict:

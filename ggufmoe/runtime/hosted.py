@@ -192,7 +192,8 @@ class _Host:
             self._send(Failure(LOADING, _portable(error)))
             return
         self._engine = engine
-        self._send(Reply(LOADING, Packed.of({name: getattr(engine, name) for name in FACTS})))
+        facts = {name: getattr(engine, name) for name in FACTS}
+        self._send(Reply(LOADING, Packed.of(facts, "what is known of the engine")))
 
     def _report(self, part: float) -> None:
         self._watch.sign()
@@ -233,7 +234,7 @@ class _Host:
         try:
             value = self._value(call, cancelled)
             is_stream = isinstance(value, Iterator)
-            reply = Reply(call.id, Packed.of(None if is_stream else value))
+            reply = Reply(call.id, Packed.of(None if is_stream else value, f"what {call.name} gives"))
         except Exception as error:  # for the process that waits
             self._forget(call.id)
             self._send(Failure(call.id, _portable(error)))
@@ -245,7 +246,7 @@ class _Host:
         self._send(reply)
 
     def _value(self, call: Call, cancelled: threading.Event) -> Any:
-        arguments, keywords = call.given.unpacked()
+        arguments, keywords = call.given.unpacked(f"an argument of {call.name}")
         if call.is_cancellable:
             keywords["cancel"] = cancelled
         with self._watch.over(_SLOW * self._timeout_s):
@@ -304,7 +305,7 @@ class _Stream:
                 if item is self.iterator:
                     self.send(End(self.id))
                     return
-                self.send(Item(self.id, Packed.of(item)))
+                self.send(Item(self.id, Packed.of(item, "an item of a stream")))
                 n_done += 1
             close = getattr(self.iterator, "close", None)
             if close is not None:

@@ -68,6 +68,8 @@ class LoadedModel:
         self._saved = SavedStates(request.context.cache_ram * 2**20)
         self._model: Any = None
         self._context: Any = None
+        self._lost = ""
+        """Why there is no context any more, if there is none."""
         self._cache: KVCache
 
     @property
@@ -76,7 +78,10 @@ class LoadedModel:
         if not self._model:
             raise EngineError(f"the engine of {self.path} has been closed")
         if not self._context:
-            raise EngineError(f"{self.path}: no context any more, for want of memory; close the engine and load again")
+            raise EngineError(
+                f"{self.path}: there is no context since another one could not be made ({self._lost}); "
+                "make one with set_context, or load again"
+            )
         return self._cache
 
     @property
@@ -202,8 +207,9 @@ class LoadedModel:
         self.observer = observer
         try:
             self._context = self._make_context(options, self.placement.plan)
-        except BaseException:
-            self.observer = None
+        except BaseException as error:
+            self.observer = self.on_token = None
+            self._lost = str(error)
             raise
         self._request = replace(self._request, context=options)
         self._saved = SavedStates(options.cache_ram * 2**20)

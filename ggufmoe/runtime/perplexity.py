@@ -136,7 +136,7 @@ def perplexity_steps(
 ) -> Iterator[Perplexity]:
     """``perplexity`` as it grows: the result so far after each chunk. Ends early when ``cancel`` is set."""
     content = read_text(text)
-    with Engine(model, options.context, offload) as engine:
+    with Engine(model, options.context, offload, cancel=cancel) as engine:
         yield from engine.iterate(_scored, content, options, cancel=cancel)
 
 

@@ -185,19 +185,22 @@ class Packed:
     data: bytes
 
     @classmethod
-    def of(cls, value: Any) -> Packed:
-        """Raises EngineError for what cannot be pickled."""
+    def of(cls, value: Any, what: str) -> Packed:
+        """Raises EngineError for what cannot be pickled; ``what`` names it there."""
         try:
             return cls(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
         except Exception as error:  # what classes raise here is up to them
-            raise EngineError(f"it cannot be sent to another process: {error}") from error
+            raise EngineError(f"{what} cannot be sent to another process: {error}") from error
 
-    def unpacked(self) -> Any:
-        """The value. Raises EngineError where it cannot be made, for example for a function of ``__main__``."""
+    def unpacked(self, what: str) -> Any:
+        """The value, which errors call ``what``.
+
+        Raises EngineError where it cannot be made, for example for a function of ``__main__``.
+        """
         try:
             return pickle.loads(self.data)
         except Exception as error:  # as above
-            raise EngineError(f"it cannot be made in another process: {error}") from error
+            raise EngineError(f"{what} cannot be made in another process: {error}") from error
 
 
 def read_messages(stream: IO[bytes]) -> Iterator[Any]:

@@ -136,8 +136,9 @@ def _check_port(address: str, port: int) -> None:
     try:
         socket.create_server((address, port)).close()
     except OSError as error:
+        why, _, _ = str(error.strerror).partition(" (")  # Python repeats the address there
         raise WorkerError(
-            f"the worker cannot listen at {address}:{port}: {os.strerror(error.errno or 0)}; choose another --port, "
+            f"the worker cannot listen at {address}:{port}: {why}; choose another --port, "
             "or an address of this machine as --host"
         ) from error
 

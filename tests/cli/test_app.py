@@ -156,7 +156,7 @@ def test_interrupted(
 
     verb(command)
     assert app.exit_code(["try"]) == code
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: stopped\n"
 
 
 def test_a_defect_is_one_line_with_the_way_to_more(

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prompt_toolkit.application import create_app_session
@@ -16,6 +17,8 @@ from prompt_toolkit.output import DummyOutput
 
 from ggufmoe.cli import chat as chat_module
 from ggufmoe.cli.app import exit_code
+from ggufmoe.runtime.chat import Chat
+from ggufmoe.runtime.events import Event
 from tests.runtime.scripted import Scripted
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ ' ' + m.content }}{% endfor %}[assistant]"
@@ -68,6 +71,22 @@ def test_help_lists_every_command(talk: Talk) -> None:
 
 def test_exit_leaves_at_once(talk: Talk) -> None:
     assert talk("/exit", "hello")[:2] == (0, "")
+
+
+def test_an_impatient_ctrl_c_does_not_cost_the_conversation(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    send, calls = Chat.send, []
+
+    def press(chat: Chat, text: str, **keywords: Any) -> Iterator[Event]:
+        calls.append(text)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return send(chat, text, **keywords)
+
+    monkeypatch.setattr(Chat, "send", press)
+    code, out, err = talk("hello", "hello", "hello", "/stats")
+    assert (code, out) == (0, "hi there\n" * 2)
+    assert "(stopped)" in err
+    assert any(line.endswith("4 messages") for line in err)
 
 
 def test_reset(talk: Talk) -> None:

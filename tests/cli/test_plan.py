@@ -42,7 +42,7 @@ def test_a_table_for_imagined_devices(model: Path, capsys: Capture, monkeypatch:
     )
     assert (code, err) == (0, "")
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("GPU", "CPU "))}
-    assert rows["GPU0"][1] == "1200.00"
+    assert rows["GPU0"][1:3] == ["1.17", "GiB"]
     assert "MiB, for a context of 512 tokens" in out
     assert "9 of 9 layers on the GPU (as given, or all): -ngl 9 -ts 1,2 -ncmoe 2" in out
     assert "both experts run for every token: keeping them in the CPU's memory saves memory" in out

@@ -123,7 +123,7 @@ def test_what_was_measured_before_a_stop_is_given(mixing_path: Path) -> None:
 def test_what_was_measured_before_an_error_is_given(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate, n_left = Engine.evaluate, 4  # two calls to warm up, two of the first repetition's
 
-    def lose_the_worker(engine: Engine, *arguments: Any, **keywords: Any) -> bool:
+    def lose_the_worker(engine: Engine, *arguments: Any, **keywords: Any) -> float | None:
         nonlocal n_left
         n_left -= bool(arguments[0])
         if n_left < 0:
