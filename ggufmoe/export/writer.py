@@ -28,6 +28,7 @@ from ggufmoe.export.rows import stored_type
 from ggufmoe.export.tiles import ImportanceCache, Tile, TileMaker, tiles
 from ggufmoe.ggufheader import read_header
 from ggufmoe.quant.kernels import QuantizerName
+from ggufmoe.sizes import file_size
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -177,7 +178,7 @@ def check_space(plan: ExportPlan, *, resume: bool) -> None:
     needed, free = plan.n_bytes, shutil.disk_usage(parent).free + held
     if needed > free:
         raise NoSpaceError(
-            f"{plan.output} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; make room, or choose "
+            f"{plan.output} needs {file_size(needed)}, {parent} has {file_size(free)} free; make room, or choose "
             "another place"
         )
 
@@ -215,8 +216,8 @@ def _output_errors(plan: ExportPlan) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             free = shutil.disk_usage(plan.output.parent).free
             raise NoSpaceError(
-                f"the disk became full while writing {plan.output}: {plan.n_bytes / 1e9:.2f} GB are needed in all, "
-                f"{free / 1e9:.2f} GB are free; make room and go on with --resume"
+                f"the disk became full while writing {plan.output}: {file_size(plan.n_bytes)} are needed in all, "
+                f"{file_size(free)} are free; make room and go on with --resume"
             ) from error
         if error.errno == errno.EFBIG:
             raise OutputError(
