@@ -525,7 +525,7 @@ def checked_model(path: Path) -> ModelHeader:
     """The header of a model that llama.cpp can load. Raises GGUFError."""
     model = read_model_header(path)
     kind = model.get("general.type")
-    if kind in NO_MODELS:
+    if isinstance(kind, str) and kind in NO_MODELS:
         raise GGUFError(f"{path}: {NO_MODELS[kind]}")
     old = legacy_expert_tensors(model.tensors)
     if old:

@@ -25,10 +25,9 @@ class Timing:
     """How long one answer took.
 
     ``cached_tokens`` of the ``prompt_tokens`` were in the KV cache already; of a prompt that was stopped, only what was
-    computed counts. The first of the ``generated_tokens`` falls
-    out of computing the prompt, so ``evaluated_tokens``, those computed one by one within ``generation_s``, may be one
-    fewer. Time spent waiting for the reader or for other callers of the engine is not counted, nor what it took to come
-    back to this answer after another one.
+    computed counts. The first of the ``generated_tokens`` falls out of computing the prompt, so ``evaluated_tokens``,
+    those computed one by one within ``generation_s``, may be one fewer. Time spent waiting for the reader or for other
+    callers of the engine is not counted, nor what it took to come back to this answer after another one.
     """
 
     prompt_tokens: int
