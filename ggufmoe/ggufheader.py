@@ -230,9 +230,13 @@ def read_header(path: Path) -> Header:
 def _regular_file_bytes(path: Path) -> int:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
-        raise GGUFError(f"{path}: is a directory; give a .gguf file")
+        is_checkpoint = (path / "config.json").is_file()
+        way_out = "make a .gguf file of it with `ggufmoe convert`" if is_checkpoint else "give a .gguf file"
+        raise GGUFError(f"{path}: is a directory; {way_out}")
     if not stat.S_ISREG(status.st_mode):
         raise GGUFError(f"{path}: is not a regular file; give a .gguf file")
+    if not status.st_size:
+        raise GGUFError(f"{path}: is empty; give a .gguf file")
     return status.st_size
 
 
@@ -621,6 +625,13 @@ NO_MODELS = {
     "mmproj": "the projector of a model for pictures or sound, not a model by itself",
 }
 """What is in a file whose ``general.type`` is not ``model`` (gguf-py's GGUFType), and what it is for."""
+
+
+def check_kind(model: ModelHeader) -> None:
+    """Raise GGUFError if the file says that it is something else than a model."""
+    kind = model.get("general.type")
+    if isinstance(kind, str) and kind in NO_MODELS:
+        raise GGUFError(f"{model.paths[0]}: {NO_MODELS[kind]}")
 
 
 def legacy_expert_tensors(tensors: Iterable[TensorInfo]) -> tuple[str, ...]:

@@ -402,7 +402,9 @@ class WorkerOptions:
     Raises OptionError for impossible numbers.
     """
 
-    host: str = option("127.0.0.1", "-H", "--host", help="Address to listen at; other machines need another one.")
+    host: str = option(
+        "127.0.0.1", "-H", "--host", help="Address to listen at; other machines need another one.", metavar="HOST"
+    )
     port: int = option(50052, "-p", "--port", help="Port to listen at.", metavar="PORT")
     n_threads: int | None = option(
         None, "-t", "--threads", help="Threads of the CPU; one for each physical core by default.", metavar="N"
@@ -604,7 +606,8 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
 
 def _check_choices(options: Any) -> None:
     """Every Literal field holds one of its words."""
+    flags = {field.name: max(field.metadata.get("flags", ()), key=len, default=field.name) for field in fields(options)}
     for name, hint in get_type_hints(type(options)).items():
         if get_origin(hint) is Literal:
             words, value = get_args(hint), getattr(options, name)
-            _check(value in words, f"{name} must be one of {', '.join(words)}, not {value}")
+            _check(value in words, f"{flags[name]} must be one of {', '.join(words)}, not {value}")

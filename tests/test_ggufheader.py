@@ -195,7 +195,7 @@ BIG = 2**63 - 1
 HUGE = struct.pack("<Q", 2**63)
 
 WRONG = {
-    "empty file": (b"", "the magic number needs 4 bytes"),
+    "empty file": (b"", "is empty"),
     "magic": (gguf_bytes(magic=b"FUGG"), "starts with b'FUGG'.*not a GGUF"),
     "safetensors": (b'\x50\0\0\0\0\0\0\0{"a":1}', "not a GGUF"),
     "version 0": (gguf_bytes(version=0), "version 0"),

@@ -104,7 +104,10 @@ def _check_directory(directory: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
     if is_file and directory.suffix == ".gguf":
-        raise CheckpointError(f"{directory} is a GGUF file, not a checkpoint directory; it can be run as it is")
+        raise CheckpointError(
+            f"{directory} is a GGUF file, not a checkpoint directory; `ggufmoe run` takes it as it is, "
+            "`ggufmoe quantize` makes another type of it"
+        )
     if is_file:
         raise CheckpointError(
             f"{directory} is a file; give the checkpoint's directory, or a recipe, whose name ends in .yaml"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -64,6 +65,9 @@ VERBS = (
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line with ``args`` (those of the process when None) and leave with its exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115 (for as long as the process)
     sys.exit(exit_code(arguments))
 
 
@@ -133,6 +137,12 @@ def _placeholder() -> None:
 
 class _LazyGroup(typer.core.TyperGroup):
     """A group that shows its verbs without importing them."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The verbs with their whole line."""
+        del ctx
+        with formatter.section(typer.style("Commands", bold=True)):
+            formatter.write_dl([(verb.name, verb.summary) for verb in VERBS])
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # `--version` must do without a verb

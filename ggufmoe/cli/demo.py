@@ -15,7 +15,7 @@ import typer
 
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.convert import run_conversion
-from ggufmoe.errors import GGUFError, ImatrixError, OptionError, OutputExistsError
+from ggufmoe.errors import Cancelled, GGUFError, ImatrixError, OptionError, OutputExistsError
 from ggufmoe.options import ConvertOptions, SamplingOptions
 from ggufmoe.sizes import file_size
 
@@ -48,13 +48,19 @@ def demo_command(
 
 def _make(console: Console, output: Path, quant: str) -> None:
     from ggufmoe.demo import RECIPE
+    from ggufmoe.export.writer import journal_path, partial_path
 
     _check_output(output)
     options = ConvertOptions(quant=quant, force=True)
     _check_quant(output, options)
     console.print("[bold]1. Merge and quantize[/bold] two dense models of 3.4 M parameters, by a recipe:")
     _say_command(console, f"ggufmoe convert {_quoted(RECIPE)} -o {_quoted(output)} -q {quant}")
-    result = run_conversion(str(RECIPE), output, options, quiet=False)
+    try:
+        result = run_conversion(str(RECIPE), output, options, quiet=False)
+    except Cancelled:
+        for left in (partial_path(output), journal_path(output)):
+            left.unlink(missing_ok=True)
+        raise Cancelled("stopped; nothing is left behind") from None
     weights = f"{result.plan.n_weights / 1e6:.1f} M parameters"
     bits = f"{result.plan.bits_per_weight:.2f} bits each"
     size = f"{file_size(result.n_bytes)}, {result.seconds:.1f} s"

@@ -144,7 +144,7 @@ def _text_change(before: str, after: str) -> str:
 def _value(value: Value) -> str:
     if isinstance(value.value, list):
         few = ", ".join(_shown(item, 20) for item in value.value[:4])
-        return f"{len(value.value)} items: {few}{', …' if len(value.value) > 4 else ''}"
+        return f"{counted(len(value.value), 'item')}: {few}{', …' if len(value.value) > 4 else ''}"
     return _shown(value.value)
 
 
@@ -181,7 +181,8 @@ def _print_tensors(console: Console, found: ModelDifference, show_all: bool) -> 
     console.print()
     console.print(table)
     if len(listed) < len(found.different):
-        console.print(f"and {len(found.different) - len(listed)} more, with smaller errors; --all names them")
+        smaller = ", with smaller errors" if listed and listed[0].relative_error is not None else ""
+        console.print(f"and {len(found.different) - len(listed)} more{smaller}; --all names them")
 
 
 def _gravity(tensor: TensorDifference) -> tuple[bool, float]:

@@ -12,7 +12,7 @@ import typer.core
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _ARGUMENTS = "Arguments"
-_OTHERS = "Options"
+_OWN = "Options"
 
 
 class PlainCommand(typer.core.TyperCommand):
@@ -24,20 +24,17 @@ class PlainCommand(typer.core.TyperCommand):
         return [self.options_metavar or "", *map(_shown_argument, arguments)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, then options panel by panel; those without one come last."""
-        panels: dict[str, list[tuple[str, str]]] = {_ARGUMENTS: []}
-        others = []
+        """Write arguments, then the verb's own options, then the others panel by panel."""
+        panels: dict[str, list[tuple[str, str]]] = {_ARGUMENTS: [], _OWN: []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is None:
                 continue
             if parameter.param_type_name == "argument":
                 panels[_ARGUMENTS].append((_shown_argument(parameter), getattr(parameter, "help", None) or ""))
-            elif panel := getattr(parameter, "rich_help_panel", None):
-                panels.setdefault(panel, []).append(record)
             else:
-                others.append(record)
-        for name, records in (*panels.items(), (_OTHERS, others)):
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or _OWN, []).append(record)
+        for name, records in panels.items():
             if records:
                 with formatter.section(typer.style(name, bold=True)):
                     formatter.write_dl(records)

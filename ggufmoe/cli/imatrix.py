@@ -16,6 +16,7 @@ from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import note
 from ggufmoe.imatrix import ImatrixResult, imatrix_steps
 from ggufmoe.options import ImatrixOptions, OffloadOptions
+from ggufmoe.sizes import counted
 
 _SHOWN_EXPERTS = 16
 
@@ -23,7 +24,7 @@ _SHOWN_EXPERTS = 16
 @with_options(ImatrixOptions, OffloadOptions)
 def imatrix_command(
     model: Annotated[Path, typer.Argument(help="GGUF file, best in F32, F16 or BF16.")],
-    file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="TEXT")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="FILE")],
     output: Annotated[
         Path, typer.Option("-o", "--output", "--output-file", help="The file to write.", metavar="imatrix.gguf")
     ],
@@ -56,7 +57,7 @@ def imatrix_command(
 
 def _summary(result: ImatrixResult) -> list[str]:
     lines = [
-        f"{result.path}: {result.n_entries} matrices, {result.n_chunks} chunks of {result.n_ctx} tokens, "
+        f"{result.path}: {result.n_entries} matrices, {counted(result.n_chunks, 'chunk')} of {result.n_ctx} tokens, "
         f"{result.seconds:.1f} s"
     ]
     if result.coverage:

@@ -17,12 +17,13 @@ from ggufmoe.cli.params import with_options
 from ggufmoe.options import EvaluationOptions, OffloadOptions
 from ggufmoe.runtime.divergence import SHARES, Distribution, Divergence, divergence_steps
 from ggufmoe.runtime.perplexity import Estimate, Perplexity, perplexity_steps
+from ggufmoe.sizes import counted
 
 
 @with_options(EvaluationOptions, OffloadOptions)
 def perplexity_command(
     model: Annotated[Path, typer.Argument(help="GGUF file.")],
-    file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="TEXT")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="FILE")],
     *,
     against: Annotated[
         Path | None,
@@ -71,7 +72,9 @@ def _perplexity_lines(result: Perplexity) -> Iterator[str]:
 
 
 def _extent(result: Perplexity | Divergence) -> str:
-    return f"{result.n_scored:,} tokens in {result.n_chunks} chunks of {result.n_ctx}, {result.seconds:.1f} s"
+    return (
+        f"{result.n_scored:,} tokens in {counted(result.n_chunks, 'chunk')} of {result.n_ctx}, {result.seconds:.1f} s"
+    )
 
 
 def _divergence_lines(result: Divergence) -> Iterator[str]:

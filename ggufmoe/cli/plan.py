@@ -80,6 +80,8 @@ def _memory(size: str, flag: str) -> int:
     n_bytes = int(float(found[1]) * 1024 ** _UNITS.index(found[2].upper() or " ")) if found else 0
     if n_bytes <= 0:
         raise typer.BadParameter(f"{flag}: {size!r} is not a size; give for example 8G or 512M")
+    if n_bytes < 2**20:
+        raise typer.BadParameter(f"{flag}: {size} is less than one MiB; give for example 8G or 512M")
     return n_bytes
 
 
@@ -137,7 +139,7 @@ def _lines(plan: OffloadPlan) -> Iterator[str]:
 
 def _flags(plan: OffloadPlan, split: str) -> str:
     flags = [f"-ngl {plan.n_gpu_layers}"]
-    if len(plan.tensor_split) > 1:
+    if len(plan.tensor_split) > 1 and plan.n_gpu_layers:
         flags.append(f"-ts {split}")
     return " ".join(flags + [_override_flag(item, plan.n_layer) for item in plan.overrides])
 

@@ -37,7 +37,9 @@ class RouteOptions:
     generate: int = option(0, "--generate", help="Go on with so many of the likeliest tokens.", metavar="N")
     chat: bool = option(False, "--chat", help="Put each prompt into the model's chat template.")
     layer: int | None = option(None, "--layer", help="Colour by one layer, not by the mean of all.", metavar="L")
-    capacity_factor: float = option(1.0, "--capacity-factor", help="Room in each expert, 1: its even part.")
+    capacity_factor: float = option(
+        1.0, "--capacity-factor", help="Room in each expert, 1: its even part.", metavar="X"
+    )
     html: Path | None = option(None, "--html", help="Write a page that explains itself.", metavar="FILE")
     png: Path | None = option(None, "--png", help="Write a picture (needs matplotlib).", metavar="FILE")
     json: Path | None = option(None, "--json", help="Write all numbers; - for stdout, alone.", metavar="FILE")
@@ -95,6 +97,8 @@ def _prompts(prompt: str | None, compare: tuple[str, str] | None, route: RouteOp
             raise typer.BadParameter("--png draws one prompt: use --html to compare")
         return [("A", compare[0]), ("B", compare[1])]
     text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt or ""
+    if not text.strip():
+        raise InputError("the prompt is empty: there is nothing to route")
     return [("prompt", text)]
 
 
@@ -105,7 +109,7 @@ def _read_prompts(path: Path) -> Labelled:
             raise InputError(f"{path}: more than {_MAX_PROMPTS_BYTES >> 20} MiB of prompts; take a part of them")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     found = [_labelled(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise InputError(f"{path}: there is no prompt in it")

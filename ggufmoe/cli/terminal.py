@@ -63,10 +63,13 @@ def speeds(timing: Timing) -> str:
     """One line: how many tokens, and how many a second, of the prompt and of the answer."""
     computed = timing.prompt_tokens - timing.cached_tokens
     reused = f" ({timing.cached_tokens} reused)" if timing.cached_tokens else ""
-    return (
-        f"prompt: {counted(computed, 'token')}{reused}, {timing.prompt_tokens_per_s:.1f} tok/s; "
-        f"answer: {counted(timing.generated_tokens, 'token')}, {timing.generated_tokens_per_s:.1f} tok/s"
-    )
+    prompt = f"prompt: {counted(computed, 'token')}{reused}{_speed(timing.prompt_tokens_per_s)}"
+    return f"{prompt}; answer: {counted(timing.generated_tokens, 'token')}{_speed(timing.generated_tokens_per_s)}"
+
+
+def _speed(tokens_per_s: float) -> str:
+    """Nothing where nothing was computed."""
+    return f", {tokens_per_s:.1f} tok/s" if tokens_per_s else ""
 
 
 def note(line: str) -> None:

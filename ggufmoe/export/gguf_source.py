@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import GGUFError, TensorMismatchError
-from ggufmoe.ggufheader import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, read_model_header
+from ggufmoe.ggufheader import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, check_kind, read_model_header
 from ggufmoe.positional import PositionalFile
 from ggufmoe.quant.policy import ModelShape
 
@@ -110,6 +110,7 @@ class GGUFSource:
     @property
     def model_shape(self) -> ModelShape:
         """What the mixes look at, read as libllama's ``load_hparams`` reads it."""
+        check_kind(self._header)
         where, metadata = self._header.paths[0], self._header.metadata
         architecture = metadata.get("general.architecture")
         if architecture is None or architecture.type is not ValueType.STRING:

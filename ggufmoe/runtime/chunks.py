@@ -17,6 +17,7 @@ from ggufmoe.errors import InputError
 from ggufmoe.options import EvaluationOptions
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.runtime.engine import Engine
+from ggufmoe.sizes import counted
 
 Chunks = list[list[int]]
 _BLOCK_ROWS = 64
@@ -48,7 +49,7 @@ def cut_chunks(engine: Engine, text: str, options: EvaluationOptions) -> Chunks:
     tokens = engine.tokenize(text)
     if len(tokens) < 2 * size:
         raise InputError(
-            f"the text has {len(tokens)} tokens, and two chunks of {size} need {2 * size}: "
+            f"the text has {counted(len(tokens), 'token')}, and two chunks of {size} need {2 * size}: "
             "take a longer text, or shorter chunks with --ctx-size"
         )
     n_chunks = len(tokens) // size

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ggufmoe import native
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, GGUFError, InputError
-from ggufmoe.ggufheader import NO_MODELS, Header, ModelHeader, legacy_expert_tensors, read_model_header
+from ggufmoe.ggufheader import Header, ModelHeader, check_kind, legacy_expert_tensors, read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
@@ -524,9 +524,7 @@ def native_api() -> Any:
 def checked_model(path: Path) -> ModelHeader:
     """The header of a model that llama.cpp can load. Raises GGUFError."""
     model = read_model_header(path)
-    kind = model.get("general.type")
-    if isinstance(kind, str) and kind in NO_MODELS:
-        raise GGUFError(f"{path}: {NO_MODELS[kind]}")
+    check_kind(model)
     old = legacy_expert_tensors(model.tensors)
     if old:
         raise GGUFError(

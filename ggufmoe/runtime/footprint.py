@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ggufmoe.errors import GGUFError, OptionError
-from ggufmoe.ggufheader import GGMLType, ModelHeader, TensorInfo, padded
+from ggufmoe.ggufheader import GGMLType, ModelHeader, TensorInfo, check_kind, padded
 from ggufmoe.options import ContextOptions, OffloadOptions
 
 DEFAULT_MAX_CTX = 4096
@@ -47,9 +47,13 @@ class WeightTensor:
 
 
 class Footprint:
-    """What header and options say about the model. Raises OptionError for experts that it does not have."""
+    """What header and options say about the model.
+
+    Raises GGUFError for a file that is none, OptionError for experts that it does not have.
+    """
 
     def __init__(self, model: ModelHeader, context: ContextOptions, offload: OffloadOptions) -> None:
+        check_kind(model)
         self.model = model
         self.context = context
         self.arch = model.get("general.architecture")

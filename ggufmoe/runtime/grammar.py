@@ -76,7 +76,8 @@ def gbnf_of_schema(schema: str) -> str:
     try:
         return native.gbnf_of_schema(schema)
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
-        raise InputError(f"the JSON schema cannot be followed: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        raise InputError(f"the JSON schema cannot be followed: {kind}{error}") from error
 
 
 def _pairs(content: Any) -> Iterator[tuple[str, Any]]:

@@ -546,6 +546,9 @@ def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
     facts, host = setting.facts, plan.host
     if plan.n_expert:
         yield _expert_note(plan)
+    if plan.fitted and setting.offload.fit_target:
+        left = memory_size(setting.offload.fit_target * _MIB)
+        yield f"{left} of each GPU are left free: --fit-target takes another number"
     if plan.uses_mmap and any(override.buffer == host.device for override in plan.overrides):
         yield "what is kept with the CPU lies in the mapped file: with memory to spare, -lm none makes it faster"
     repacked = sum(buffer.n_bytes for buffer in host.buffers if buffer.name.endswith("_REPACK"))

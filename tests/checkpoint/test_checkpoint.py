@@ -56,7 +56,7 @@ def test_things_that_are_not_a_checkpoint_directory(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     expected = {
         "absent/below/here": "does not exist; give a checkpoint directory or a hub id such as org/name",
-        "model.gguf": "is a GGUF file, not a checkpoint directory; it can be run as it is",
+        "model.gguf": "is a GGUF file, not a checkpoint directory; `ggufmoe run` takes it as it is",
         "model.safetensors": "is a file; give the checkpoint's directory",
         "empty": "has no config.json",
     }

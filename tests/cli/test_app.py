@@ -6,6 +6,7 @@ import errno
 import importlib
 import inspect
 import logging
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,12 +79,19 @@ def test_help_has_every_flag_whole(
             assert flag in words
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes the stream")
+def test_a_closed_stdout_is_no_defect() -> None:
+    command = shlex.join([sys.executable, "-m", "ggufmoe", "--version"])
+    done = subprocess.run(["sh", "-c", f"{command} >&- <&-"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_help_is_in_parts_and_names_arguments_in_capitals(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.exit_code(["route", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Usage: ggufmoe route [OPTIONS] MODEL [PROMPT]"
     parts = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert parts == ["Arguments:", "Route options:", "Context options:", "Offload options:", "Options:"]
+    assert parts == ["Arguments:", "Options:", "Route options:", "Context options:", "Offload options:"]
     app.exit_code(["bench", "--help"])
     assert capsys.readouterr().out.startswith("Usage: ggufmoe bench [OPTIONS] MODEL...\n")
 

@@ -12,6 +12,7 @@ import pytest
 
 from ggufmoe.cli.app import exit_code
 from ggufmoe.demo import questions
+from ggufmoe.errors import Cancelled
 from ggufmoe.ggufheader import read_header
 
 
@@ -67,6 +68,20 @@ def test_a_type_that_it_cannot_make(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: {message}")
+    assert list(in_tmp_path.iterdir()) == []
+
+
+def test_a_demo_that_was_stopped_leaves_nothing(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(source: str, output: Path, *_: object, **__: object) -> None:
+        Path(f"{output}.partial").write_bytes(b"half")
+        Path(f"{output}.partial.journal").write_bytes(b"")
+        raise Cancelled("go on with --resume")
+
+    monkeypatch.setattr("ggufmoe.cli.demo.run_conversion", stop)
+    assert exit_code(["demo"]) == 130
+    assert capsys.readouterr().err == "error: stopped; nothing is left behind\n"
     assert list(in_tmp_path.iterdir()) == []
 
 

@@ -102,6 +102,7 @@ def test_imagined_devices_need_no_engine(model: Path, capsys: Capture, monkeypat
     [
         (("--vram", "much"), 2, "--vram: 'much' is not a size"),
         (("--vram", "0"), 2, "is not a size"),
+        (("--vram", "6"), 2, "--vram: 6 is less than one MiB"),
         (("-ngl", "some"), 2, "expected a number, auto or all"),
         (("--vram", "8G", "-dev", "GPU3"), 2, "--device GPU3: there is no such device; there is GPU0"),
         (("-ot", "nothing=CPU"), 2, "-ot nothing=CPU: matches no tensor"),

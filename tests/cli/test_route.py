@@ -52,6 +52,10 @@ def test_the_text_with_marks_and_all_the_tables(run: Run) -> None:
     assert "\x1b" not in out
 
 
+def test_nothing_to_route(run: Run) -> None:
+    assert run("") == (1, "", "error: the prompt is empty: there is nothing to route\n")
+
+
 def test_one_layer(run: Run) -> None:
     assert "Text, layer 1" in run("the model", "--layer", 1)[1]
     code, out, err = run("the model", "--layer", 2)

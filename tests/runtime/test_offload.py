@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,19 @@ def test_what_offloading_gains_is_said(model: ModelHeader, tmp_path: Path) -> No
     assert "only 25% of their bytes are read" in plan_of(sparse).notes[0]
     assert "8 experts for each token instead of 2" in plan_of(sparse, n_expert_used=8).warnings[0]
     assert "instead of 2: faster" in plan_of(sparse, n_expert_used=1).warnings[0]
+
+
+def test_what_is_left_free_is_told(model: ModelHeader) -> None:
+    assert "10.0 MiB of each GPU are left free" in " ".join(plan_of(model, [gpu(40)], fit_target=10).notes)
+    assert "left free" not in " ".join(plan_of(model, [gpu(4000)], fit_target=10).notes)
+
+
+def test_a_file_of_another_kind_has_no_plan(model: ModelHeader) -> None:
+    shard = model.shards[0]
+    metadata = {**shard.header.metadata, "general.type": Value(ValueType.STRING, "imatrix")}
+    other = replace(model, shards=(replace(shard, header=replace(shard.header, metadata=metadata)),))
+    with pytest.raises(GGUFError, match="an importance matrix, not a model"):
+        plan_of(other)
 
 
 def test_a_context_beyond_what_was_trained_is_told(model: ModelHeader) -> None:

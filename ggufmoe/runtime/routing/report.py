@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.runtime.routing.statistics import LabelledShares, Summary, favourites
 from ggufmoe.runtime.routing.trace import RoutingTrace
+from ggufmoe.sizes import counted
 
 
 def trace_report(trace: RoutingTrace, summary: Summary) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def summary_lines(trace: RoutingTrace, summary: Summary) -> list[tuple[str, str]
         ("load-balancing loss", f"{summary.load_balancing_loss:.4f} (even routing: {trace.n_expert_used})"),
         (
             "over capacity",
-            f"{over} of {trace.chosen.size} places, with room for {summary.capacity} tokens in each expert "
+            f"{over} of {trace.chosen.size} places, with room for {counted(summary.capacity, 'token')} in each expert "
             f"(capacity factor {summary.capacity_factor:g})",
         ),
         ("dead experts", dead + more if dead else "none"),
