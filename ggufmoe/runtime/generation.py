@@ -6,6 +6,7 @@ not hold the engine: the answer is put aside, others are served, and it goes on 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -31,6 +32,9 @@ _RESUME_TOKENS = 16
 _WAKE_S = 0.004
 """A waiting reader is woken at most so often: being woken for each token of a tiny model, it would take its core."""
 _POLL_S = 0.05
+_LEAVE_S = 0.25
+"""So long a reader who stops waits for llama.cpp to leave its computation, which it does between two operations; one of
+a large prompt takes a second on few cores."""
 
 _State = Literal["idle", "queued", "running", "ended"]
 
@@ -92,7 +96,7 @@ class Generation:
         """Stop computing, if that has not ended, and let go of what it needs."""
         self._native.abort(self.turn)
         with self._changed:
-            if self._state in ("idle", "queued"):
+            if self._state != "running":
                 self._end()
 
     def _is_cancelled(self) -> bool:
@@ -102,15 +106,18 @@ class Generation:
     def _take(self) -> list[Event]:
         """All events that are there, at least one."""
         self._native.check_outside()
+        leave_at = math.inf
         with self._changed:
             if self._state == "idle" and len(self._events) < _RESUME_TOKENS:
                 self._submit()
             while not self._events:
                 if self._error is not None:
                     raise self._error
-                if self._state != "running" and self._is_cancelled():
-                    self._end()
-                    return [self._finished("cancelled")]
+                if self._is_cancelled():
+                    leave_at = min(leave_at, time.monotonic() + _LEAVE_S)
+                    if self._state != "running" or time.monotonic() >= leave_at:
+                        self.close()
+                        return [self._cancelled()]
                 self._reader_waits = True
                 self._changed.wait(_POLL_S)
                 self._reader_waits = False
@@ -126,10 +133,11 @@ class Generation:
 
     def _cut_short(self, n_given: int) -> Finished:
         self.close()
+        leave_at = time.monotonic() + _LEAVE_S
         with self._changed:
-            while self._state == "running":
+            while self._state == "running" and time.monotonic() < leave_at:
                 self._changed.wait(_POLL_S)
-        last = self._finished("cancelled")
+            last = self._cancelled()
         return replace(last, text="", timing=replace(last.timing, generated_tokens=n_given))
 
     # ---- in the native thread
@@ -264,6 +272,15 @@ class Generation:
             if self._reader_waits and (now - self._woken_at >= _WAKE_S or isinstance(event, Finished)):
                 self._woken_at = now
                 self._changed.notify()
+
+    def _cancelled(self) -> Finished:
+        """The end for a reader who has stopped, holding ``_changed``."""
+        if self._state != "running":
+            return self._finished("cancelled")
+        timing = self._clock.timing()
+        if not timing.generated_tokens:  # how far the prompt has come is not known before it is left
+            timing = replace(timing, prompt_tokens=timing.cached_tokens)
+        return Finished("", "cancelled", timing, self._request.settings.seed)
 
     def _finished(self, reason: FinishReason) -> Finished:
         return Finished(self._text.flush(), reason, self._clock.timing(), self._request.settings.seed)

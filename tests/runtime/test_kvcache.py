@@ -14,7 +14,7 @@ import pytest
 from ggufmoe import ContextOptions, Engine, EngineError
 from ggufmoe.runtime.kvcache import KVCache
 from tests.runtime.conftest import GREEDY, ONE_THREAD
-from tests.runtime.remote import wait_until
+from tests.runtime.remote import PATIENT_S, wait_until
 from tests.runtime.test_engine import last_of
 
 SMALL = ContextOptions(n_ctx=256, n_threads=1, cache_ram=0)
@@ -90,6 +90,32 @@ def test_cancelling_while_an_answer_is_computed_again(mixing_path: Path, monkeyp
         list(engine.generate(engine.tokenize(" w2" * 30), replace(GREEDY, n_predict=1)))
         stalled.is_armed = True
         assert last_of(events).reason == "cancelled"
+
+
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_who_stops_does_not_wait_for_a_long_operation(
+    mixing_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int
+) -> None:
+    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
+        feed, flag, left = engine._loaded.cache.feed, threading.Event(), threading.Event()
+        calls = 0
+
+        def take_long(tokens: Sequence[int]) -> bool:
+            nonlocal calls
+            calls += 1
+            if calls != 1 + n_before:
+                return feed(tokens)
+            flag.set()
+            assert left.wait(PATIENT_S)
+            return feed(tokens)
+
+        monkeypatch.setattr(engine._loaded.cache, "feed", take_long)
+        prompt = engine.tokenize(" w1" * 30)
+        last = last_of(engine.generate(prompt, LONG, cancel=flag))
+        assert (last.reason, left.is_set()) == ("cancelled", False)
+        assert last.timing.prompt_tokens == (len(prompt) if n_before else 0)
+        left.set()
+        assert last_of(engine.generate(prompt, replace(GREEDY, n_predict=4))).reason == "length"
 
 
 def test_cancelling_while_room_is_made(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
