@@ -301,7 +301,7 @@ def test_planning_reads_headers_only_and_a_full_disk_is_told_before_anything_is_
     source = hollow_checkpoint(tmp_path / "hollow", tiny_checkpoint, n_ff)
     plan = plan_convert(source, tmp_path / "a.gguf", "F32")
     assert plan.n_bytes > 6 * 10**12
-    with pytest.raises(NoSpaceError, match=r"needs 65\d\d\.\d\d GB"):
+    with pytest.raises(NoSpaceError, match=r"needs 6\.[56]\d TB"):
         ggufmoe.convert(source, tmp_path / "a.gguf", "F32")
     assert [path.name for path in tmp_path.iterdir()] == ["hollow"]
 

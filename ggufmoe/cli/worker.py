@@ -24,7 +24,7 @@ def worker_command(worker: WorkerOptions) -> None:
             cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{cache_dir}: the folder of --cache cannot be made: {error.strerror}") from error
-    with Worker(worker, cache_dir=cache_dir) as served:
+    with contextlib.suppress(KeyboardInterrupt), Worker(worker, cache_dir=cache_dir) as served:
         if not is_local_only(worker.host):
             note(
                 f"warning: {worker.host} can be reached from other machines. llama.cpp's RPC is experimental and not "
@@ -35,8 +35,7 @@ def worker_command(worker: WorkerOptions) -> None:
         kept = f", tensors kept in {cache_dir}" if cache_dir else ""
         note(f"at {served.endpoint}, {counted(served.n_threads, 'thread')}{kept}")
         note(f"use it with --rpc {_typed(served.endpoint)}; Ctrl-C ends it")
-        with contextlib.suppress(KeyboardInterrupt):
-            served.wait()
+        served.wait()
 
 
 def _line(device: ServedDevice) -> str:
