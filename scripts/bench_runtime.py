@@ -1,10 +1,15 @@
 """Engine against a loop of plain ctypes calls on the same library: prompts, generation, the second turn.
 
 The loop does what llama-bench does: decode a prompt of fixed tokens, then one token after another, without sampling;
-and once more with llama.cpp's greedy sampler. Both sides run in turn, in one process, on the same weights and in the
-same thread, so that they share OpenMP's pool too. The rounds are short and many, because a shared machine is faster in
-one second than in the next: the times of all rounds are added up, and the ratio is given with what half of the pairs of
-neighbours showed. Processor time (with -t 1, where nobody spins) is compared as well.
+and once more with llama.cpp's greedy sampler. Against them stand ``Engine.evaluate``, which draws nothing either, and
+an answer read from ``Engine.generate``, with its text.
+
+Both sides run in turn, in one process, on the same weights and in the same thread, so that they share OpenMP's pool.
+The rounds are short and many, because a shared machine is faster in one second than in the next: the times of all
+rounds are added up, and the ratio is given with what half of the pairs of neighbours showed. Processor time (with -t 1,
+where nobody spins) is compared as well. What passes between two of llama.cpp's computations does not depend on how fast
+the machine is in that second: its medians say what a token costs beside them, and what the ratio is if llama.cpp itself
+takes the same time on both sides (on a CPU; a GPU computes in that time).
 
 usage: bench_runtime.py [MODEL.gguf] [-p N] [-n N] [-t N] [--rounds N]     (without a model: a random one of 1 MB)
 """
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import random
 import statistics
 import sys
@@ -103,6 +109,35 @@ class NativeLoop:
         return since(start, n)
 
 
+class Watched:
+    """A side of generation, with the seconds that each of llama.cpp's computations takes, and between two of them."""
+
+    def __init__(self, side: Callable[[], Times]) -> None:
+        self._side = side
+        self.inside: list[float] = []
+        self.between: list[float] = []
+
+    def __call__(self) -> Times:
+        marks: list[tuple[float, float]] = []
+        decode = api.llama_decode
+
+        def watched(context: Any, batch: Any) -> int:
+            begin = time.perf_counter()
+            status: int = decode(context, batch)
+            marks.append((begin, time.perf_counter()))
+            return status
+
+        api.llama_decode = watched
+        try:
+            times = self._side()
+        finally:
+            api.llama_decode = decode
+        tokens = marks[1:]  # after the prompt
+        self.inside += [end - begin for begin, end in tokens]
+        self.between += [after - before for (_, before), (after, _) in itertools.pairwise(tokens)]
+        return times
+
+
 def engine_prompt(engine: Engine, tokens: list[int]) -> Times:
     """Seconds to compute the same prompt in an empty cache."""
     engine.forget()
@@ -121,6 +156,16 @@ def engine_generation(engine: Engine, tokens: list[int], n: int) -> Times:
     if n_tokens < 2 or arrived is None:
         sys.exit("the model ends its answer at once; take another model")
     return since(arrived, n_tokens - 1)
+
+
+def engine_evaluation(engine: Engine, tokens: list[int], n: int) -> Times:
+    """Seconds for each of ``n`` tokens after the prompt, none of them drawn."""
+    engine.forget()
+    engine.prefill(tokens)
+    following = [random.randrange(engine.n_vocab) for _ in range(n)]
+    start = now()
+    engine.evaluate(following, one_by_one=True)
+    return since(start, n)
 
 
 def first_token(engine: Engine, tokens: list[int]) -> float:
@@ -144,6 +189,18 @@ def compare(name: str, unit_tokens: int, native: list[Times], ours: list[Times])
     spread = f"median {statistics.median(ratios):.3f}, half of the rounds {low:.3f} to {high:.3f}"
     extra = f"{1e6 * (wall[1] - wall[0]):+.0f} us a token, of processor time {1e6 * (cpu[1] - cpu[0]):+.0f} us"
     print(f"{name:26} {speeds} ({spread}); {extra}", flush=True)
+
+
+def compare_between(plain: Watched, sampled: Watched, ours: Watched) -> None:
+    """Print what passes between two computations on each side, and the ratios that follow from it."""
+    inside = statistics.median([*plain.inside, *sampled.inside, *ours.inside])
+    gaps = [statistics.median(side.between) for side in (plain, sampled, ours)]
+    us = ", ".join(
+        f"{1e6 * gap:.0f} us {name}" for gap, name in zip(gaps, ("llama-bench", "greedy", "engine"), strict=True)
+    )
+    ratios = [(inside + gap) / (inside + gaps[-1]) for gap in gaps[:2]]
+    print(f"between two computations   {us} (medians); computing a token {1e3 * inside:.2f} ms: ", end="")
+    print("ratios {:.3f} and {:.3f}".format(*ratios), flush=True)
 
 
 def in_turn(rounds: int, *sides: Callable[[], Times]) -> list[list[Times]]:
@@ -179,14 +236,18 @@ def measure(path: Path, args: Any) -> None:
         sides = in_turn(-(-args.rounds // 4), lambda: native.prompt(tokens), lambda: engine_prompt(engine, tokens))
         compare(f"prompt of {args.p}", args.p, *sides)
         start = tokens[:16]
-        plain, sampled, ours = in_turn(
-            args.rounds,
-            lambda: native.generation(start, args.n, sampled=False),
-            lambda: native.generation(start, args.n, sampled=True),
-            lambda: engine_generation(engine, start, args.n),
+        watched = [
+            Watched(lambda: native.generation(start, args.n, sampled=False)),
+            Watched(lambda: native.generation(start, args.n, sampled=True)),
+            Watched(lambda: engine_generation(engine, start, args.n)),
+        ]
+        plain, sampled, ours, evaluated = in_turn(
+            args.rounds, *watched, lambda: engine_evaluation(engine, start, args.n)
         )
-        compare(f"{args.n} tokens, llama-bench", 1, plain, ours)
+        compare(f"{args.n} tokens, none drawn", 1, plain, evaluated)
         compare(f"{args.n} tokens, greedy", 1, sampled, ours)
+        compare(f"{args.n} tokens, none and greedy", 1, plain, ours)
+        compare_between(*watched)
         engine.forget()
         once = first_token(engine, tokens)
         again = first_token(engine, [*tokens, *tokens[:16]])

@@ -254,22 +254,21 @@ class Engine:
         tokens = self._checked_prompt(prompt)
         self._check_fits(tokens)
         turn = self._remember(Turn())
-        n = self._native.call(partial(self._prefill, tokens, turn, cancel, every_row), turn)
+        n = self._native.call_until_stopped(partial(self._prefill, tokens, every_row), turn, cancel)
         if n is None:
             raise Cancelled("computing the prompt was stopped")
         return n
 
-    def _prefill(self, tokens: list[int], turn: Turn, cancel: CancelFlag | None, every_row: bool) -> int | None:
+    def _prefill(self, tokens: list[int], every_row: bool) -> int | None:
         kv = self._loaded.cache
         if every_row:
             kv.clear()
         n = kv.reuse(tokens)
-        with self._native.watching(cancel, turn):
-            if not every_row:
-                return len(tokens) - n if kv.feed(tokens[n:]) else None
-            size = min(_LOGITS_BATCH, kv.n_batch)
-            parts = (tokens[begin : begin + size] for begin in range(0, len(tokens), size))
-            return len(tokens) if all(kv.rows(part) for part in parts) else None
+        if not every_row:
+            return len(tokens) - n if kv.feed(tokens[n:]) else None
+        size = min(_LOGITS_BATCH, kv.n_batch)
+        parts = (tokens[begin : begin + size] for begin in range(0, len(tokens), size))
+        return len(tokens) if all(kv.rows(part) for part in parts) else None
 
     def _check_fits(self, tokens: Sequence[int]) -> None:
         if len(tokens) >= self.n_ctx:
@@ -302,9 +301,12 @@ class Engine:
         turn = self._remember(Turn())
         size = min(_LOGITS_BATCH, self._context_options.n_batch, self.n_ctx)
         for begin in range(0, len(ids), size):
-            yield self._native.call(partial(self._rows, ids, begin, size, turn), turn)
+            rows = self._native.call_until_stopped(partial(self._rows, ids, begin, size, turn), turn)
+            if rows is None:
+                raise DecodeError("computing logits was cancelled from another thread")
+            yield rows
 
-    def _rows(self, ids: list[int], begin: int, size: int, turn: Turn) -> NDArray[np.float32]:
+    def _rows(self, ids: list[int], begin: int, size: int, turn: Turn) -> NDArray[np.float32] | None:
         kv = self._loaded.cache
         chunk = ids[begin : begin + size]
         if begin == 0:
@@ -312,7 +314,7 @@ class Engine:
         elif kv.tokens != ids[:begin]:  # another caller has had a turn
             kv.feed(ids[kv.reuse(ids[: begin + 1]) : begin])
         if turn.cancelled or not kv.rows(chunk):
-            raise DecodeError("computing logits was cancelled from another thread")
+            return None
         return np.array(kv.logits(len(chunk), self.n_vocab))
 
     def compute_chunks(
@@ -341,16 +343,16 @@ class Engine:
             for group, begin, end in batches(len(chunks), n_tokens, n_seq, n_batch):
                 pieces = [chunks[i][begin:end] for i in group]
                 batch = SideBySide(self._api, pieces, begin, first)
-                if not self._native.call(partial(self._compute_part, batch, turn, cancel), turn):
+                if not self._native.call_until_stopped(partial(self._compute_part, batch, turn), turn, cancel):
                     return
                 yield ComputedPart(group, begin, end, first, rows)
         finally:
-            if not self._native.closed:
+            # who has stopped does not wait; the cache empties itself for whoever comes next
+            if not self._native.closed and not turn.cancelled:
                 self.forget()
 
-    def _compute_part(self, batch: SideBySide, turn: Turn, cancel: CancelFlag | None) -> bool:
-        with self._native.watching(cancel, turn):
-            return not turn.cancelled and self._loaded.cache.compute_chunks(batch, turn)
+    def _compute_part(self, batch: SideBySide, turn: Turn) -> bool:
+        return not turn.cancelled and self._loaded.cache.compute_chunks(batch, turn)
 
     def _chunk_rows(self, turn: Turn, at: int, n: int) -> NDArray[np.float32]:
         return self._native.call(lambda: self._copied_rows(turn, at, n))
@@ -372,15 +374,14 @@ class Engine:
         self._vocabulary.check_tokens(ids)
         turn = self._remember(Turn())
         parts = [[i] for i in ids] if one_by_one else [ids]
-        return self._native.call(partial(self._evaluate, parts, turn, cancel), turn)
+        return self._native.call_until_stopped(partial(self._evaluate, parts, turn), turn, cancel)
 
-    def _evaluate(self, parts: list[list[int]], turn: Turn, cancel: CancelFlag | None) -> float | None:
+    def _evaluate(self, parts: list[list[int]], turn: Turn) -> float | None:
         kv = self._loaded.cache
-        with self._native.watching(cancel, turn):
-            start = time.perf_counter()
-            done = all(not turn.cancelled and kv.feed(part) for part in parts)
-            self._api.llama_synchronize(kv.context)
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        done = all(not turn.cancelled and kv.feed(part) for part in parts)
+        self._api.llama_synchronize(kv.context)
+        seconds = time.perf_counter() - start
         return seconds if done else None
 
     def set_context(self, options: ContextOptions) -> None:

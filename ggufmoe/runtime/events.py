@@ -52,7 +52,7 @@ def _rate(n_tokens: int, seconds: float) -> float:
     return n_tokens / seconds if seconds > 0 else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Token:
     """One new token. ``text`` may be empty: a character's bytes may be spread over tokens, and what could become a stop
     string is held back."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +18,10 @@ import numpy as np
 
 from ggufmoe.errors import EngineError
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, FinishReason, Timing, Token
+from ggufmoe.runtime.inbox import Inbox
 from ggufmoe.runtime.kvcache import KVCache
 from ggufmoe.runtime.loading import LoadedModel
-from ggufmoe.runtime.nativethread import NativeThread, Turn
+from ggufmoe.runtime.nativethread import LEAVE_S, WATCH_S, NativeThread, Turn
 from ggufmoe.runtime.overflow import Overflow
 from ggufmoe.runtime.sampling import Sampler, Sampling
 from ggufmoe.runtime.textstream import TextStream
@@ -29,12 +29,6 @@ from ggufmoe.runtime.textstream import TextStream
 MAX_AHEAD_TOKENS = 32
 """An answer that is so far ahead of its reader is put aside."""
 _RESUME_TOKENS = 16
-_WAKE_S = 0.004
-"""A waiting reader is woken at most so often: being woken for each token of a tiny model, it would take its core."""
-_POLL_S = 0.05
-_LEAVE_S = 0.25
-"""So long a reader who stops waits for llama.cpp to leave its computation, which it does between two operations; one of
-a large prompt takes a second on few cores."""
 
 _State = Literal["idle", "queued", "running", "ended"]
 
@@ -59,15 +53,14 @@ class Generation:
         self._loaded = loaded
         self._request = request
         self._sampler = sampler
+        self._n_logprobs = request.settings.logprobs
         self._text = TextStream(request.stop)
         self._tokens = list(request.prompt)
         self._clock = _Clock(prompt_tokens=len(self._tokens))
-        self._changed = threading.Condition()
+        self._inbox = Inbox()
+        self._lock = threading.Lock()
         self._state: _State = "idle"
-        self._events: deque[Event] = deque()
         self._error: BaseException | None = None
-        self._reader_waits = False
-        self._woken_at = 0.0
 
     # ---- for the reader
 
@@ -95,7 +88,7 @@ class Generation:
     def close(self) -> None:
         """Stop computing, if that has not ended, and let go of what it needs."""
         self._native.abort(self.turn)
-        with self._changed:
+        with self._lock:
             if self._state != "running":
                 self._end()
 
@@ -107,25 +100,22 @@ class Generation:
         """All events that are there, at least one."""
         self._native.check_outside()
         leave_at = math.inf
-        with self._changed:
-            if self._state == "idle" and len(self._events) < _RESUME_TOKENS:
-                self._submit()
-            while not self._events:
-                if self._error is not None:
-                    raise self._error
-                if self._is_cancelled():
-                    leave_at = min(leave_at, time.monotonic() + _LEAVE_S)
-                    if self._state != "running" or time.monotonic() >= leave_at:
-                        self.close()
-                        return [self._cancelled()]
-                self._reader_waits = True
-                self._changed.wait(_POLL_S)
-                self._reader_waits = False
-            taken = list(self._events)
-            self._events.clear()
-            if self._state == "idle":
-                self._submit()
-            return taken
+        while True:
+            events = self._inbox.take()
+            with self._lock:
+                if self._state == "idle":
+                    self._submit()
+            if events:
+                return events
+            if self._error is not None:
+                raise self._error
+            if self._is_cancelled():
+                self._native.abort(self.turn)
+                leave_at = min(leave_at, time.monotonic() + LEAVE_S)
+                if self._state != "running" or time.monotonic() >= leave_at:
+                    self.close()
+                    return [self._cancelled()]
+            self._inbox.wait(WATCH_S)
 
     def _submit(self) -> None:
         self._native.submit(self)
@@ -133,18 +123,18 @@ class Generation:
 
     def _cut_short(self, n_given: int) -> Finished:
         self.close()
-        leave_at = time.monotonic() + _LEAVE_S
-        with self._changed:
-            while self._state == "running" and time.monotonic() < leave_at:
-                self._changed.wait(_POLL_S)
-            last = self._cancelled()
+        leave_at = time.monotonic() + LEAVE_S
+        while self._state == "running" and time.monotonic() < leave_at:
+            self._inbox.take()
+            self._inbox.wait(WATCH_S)
+        last = self._cancelled()
         return replace(last, text="", timing=replace(last.timing, generated_tokens=n_given))
 
     # ---- in the native thread
 
     def run(self) -> None:
         """Go on with the answer until it ends or is far ahead of its reader."""
-        with self._changed:
+        with self._lock:
             if self._state == "ended":
                 return
             self._state = "running"
@@ -156,7 +146,7 @@ class Generation:
         if reason is None:
             self._pause()
         else:
-            self._put(self._finished(reason))
+            self._inbox.put(self._finished(reason))
             self._stop(None)
 
     def fail(self, error: EngineError) -> None:
@@ -164,13 +154,13 @@ class Generation:
         self._stop(error)
 
     def _pause(self) -> None:
-        with self._changed:
+        with self._lock:
             if self.turn.cancelled:
                 self._end()
             else:  # the reader may have come by in the meantime
-                self._state = "queued" if len(self._events) < _RESUME_TOKENS else "idle"
+                self._state = "queued" if len(self._inbox) < _RESUME_TOKENS else "idle"
             goes_on = self._state == "queued"
-            self._changed.notify()
+        self._inbox.wake()
         if goes_on:
             try:
                 self._native.submit(self)
@@ -178,10 +168,10 @@ class Generation:
                 self._stop(error)
 
     def _stop(self, error: BaseException | None) -> None:
-        with self._changed:
+        with self._lock:
             self._error = error
             self._end()
-            self._changed.notify()
+        self._inbox.wake()
 
     def _end(self) -> None:
         self._state = "ended"
@@ -191,7 +181,7 @@ class Generation:
         """Compute tokens; the reason if the answer ends, None if it is far ahead."""
         if not self._prepare(self._loaded.cache):
             return "cancelled"
-        while len(self._events) < MAX_AHEAD_TOKENS:
+        while len(self._inbox) < MAX_AHEAD_TOKENS:
             reason = self._limit() or self._next()
             if reason is not None:
                 return reason
@@ -201,11 +191,8 @@ class Generation:
         """Have the cache hold all tokens but those to be computed next; False if cancelled."""
         if self._clock.generated_tokens:
             n = cache.reuse(self._tokens)
-            missing = self._tokens[n:-1]
-            # a thread to watch only where there is something to stop
-            with self._native.watching(self._request.cancel if missing else None, self.turn):
-                return cache.feed(missing)
-        with self._clock.prompt(), self._native.watching(self._request.cancel, self.turn):
+            return cache.feed(self._tokens[n:-1])
+        with self._clock.prompt():
             self._clock.cached_tokens = n = cache.reuse(self._tokens)
             done = cache.feed(self._tokens[n:])
         if not done:
@@ -231,8 +218,7 @@ class Generation:
         if cache.drop(begin, n):
             return None
         n = cache.reuse(self._tokens)
-        with self._native.watching(self._request.cancel, self.turn):
-            return None if cache.feed(self._tokens[n:-1]) else "cancelled"
+        return None if cache.feed(self._tokens[n:-1]) else "cancelled"
 
     def _next(self) -> FinishReason | None:
         """Compute the newest token and draw the one after it."""
@@ -250,14 +236,13 @@ class Generation:
             return "stop"
         clock.generated_tokens += 1
         self._tokens.append(token)
-        event = Token(self._text.push(piece), token, *self._logprobs(token), elapsed_s=now - clock.began_at)
-        self._put(event if loaded.on_token is None else loaded.on_token(event))
+        logprob, alternatives = (None, ()) if self._n_logprobs is None else self._logprobs(token, self._n_logprobs)
+        event = Token(self._text.push(piece), token, logprob, alternatives, now - clock.began_at)
+        self._inbox.put(event if loaded.on_token is None else loaded.on_token(event))
         return "stop" if self._text.stopped else None
 
-    def _logprobs(self, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-        n = self._request.settings.logprobs
-        if n is None:
-            return None, ()
+    def _logprobs(self, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """The token's, and the ``n`` likeliest ones with theirs."""
         vocabulary = self._loaded.vocabulary
         logits = self._loaded.cache.last_logits(vocabulary.n_tokens).astype(np.float64)
         logits -= logits.max()
@@ -265,16 +250,8 @@ class Generation:
         best = np.argsort(-logits, kind="stable")[:n] if n else ()
         return float(logits[token]), tuple((int(i), float(logits[i])) for i in best)
 
-    def _put(self, event: Event) -> None:
-        now = time.perf_counter()
-        with self._changed:
-            self._events.append(event)
-            if self._reader_waits and (now - self._woken_at >= _WAKE_S or isinstance(event, Finished)):
-                self._woken_at = now
-                self._changed.notify()
-
     def _cancelled(self) -> Finished:
-        """The end for a reader who has stopped, holding ``_changed``."""
+        """The end for a reader who has stopped, and closed it."""
         if self._state != "running":
             return self._finished("cancelled")
         timing = self._clock.timing()

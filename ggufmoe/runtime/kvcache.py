@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe import native
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError
 from ggufmoe.runtime.chunkbatch import SideBySide
 from ggufmoe.runtime.nativelog import NativeLog
@@ -85,6 +86,11 @@ class KVCache:
         """Whether tokens have moved up whose keys llama.cpp will only turn when it computes the next ones."""
         self._chunks_of: object = None
         """Whose chunks it holds, if it does not hold ``tokens``."""
+        # as a number: a pointer object, and what it points to, would be made anew for each token
+        prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+        self._row_at = prototype(("llama_get_logits_ith", native.library()))
+        self._row: NDArray[np.float32] = np.empty(0, np.float32)
+        self._row_address = 0
         self._one = (ctypes.c_int32 * 1)()
         self._one_batch = api.llama_batch_get_one(self._one, 1)
 
@@ -227,10 +233,12 @@ class KVCache:
 
     def last_logits(self, n_vocab: int) -> NDArray[np.float32]:
         """The logits after the newest token, (n_vocab,): a view, gone with the next call."""
-        pointer = self._api.llama_get_logits_ith(self.context, -1)
-        array: Any = (ctypes.c_float * n_vocab).from_address(ctypes.addressof(pointer.contents))
-        view: NDArray[np.float32] = np.frombuffer(array, np.float32)
-        return view
+        address = self._row_at(self.context, -1)
+        if address != self._row_address:  # it is made once, as long as llama.cpp's buffer stays where it is
+            array: Any = (ctypes.c_float * n_vocab).from_address(address)
+            self._row = np.frombuffer(array, np.float32)
+            self._row_address = address
+        return self._row
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
         mark = self._log.mark()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import math
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,7 +26,11 @@ from ggufmoe.runtime.events import CancelFlag
 T = TypeVar("T")
 _POLL_S = 0.2
 """Windows notices Ctrl-C only between waits."""
-_WATCH_S = 0.02
+WATCH_S = 0.05
+"""So often who waits for something that can be stopped looks whether it is to be."""
+LEAVE_S = 0.25
+"""So long who has stopped something waits for llama.cpp to leave it, which it does between two operations; one of a
+large prompt takes a second on few cores. It is left to itself then."""
 
 
 class Turn:
@@ -70,21 +76,48 @@ class NativeThread:
             self._jobs.append(job)
             self._lock.notify()
 
-    def call(self, function: Callable[[], T], turn: Turn | None = None) -> T:
+    def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` in the native thread when its turn comes, and give what it gives or raise what it raises.
 
         Raises EngineError in the native thread itself, where it could only wait for itself.
         """
-        self.check_outside()
-        call = _Call(function, turn or Turn())
-        self.submit(call)
-        try:
+        call = self._submitted(function, Turn())
+        with self._aborting(call):
             while not call.done.wait(_POLL_S):
                 pass
+        return call.result()
+
+    def call_until_stopped(self, function: Callable[[], T], turn: Turn, cancel: CancelFlag | None = None) -> T | None:
+        """The same for what may be stopped: None soon after ``turn`` is aborted or ``cancel`` is set.
+
+        ``function`` may still be in llama.cpp then, or waiting for its turn; whoever comes next waits for it.
+        """
+        call = self._submitted(function, turn)
+        leave_at = math.inf
+        with self._aborting(call):
+            while True:
+                if cancel is not None and cancel.is_set():
+                    self.abort(turn)
+                if turn.cancelled:
+                    leave_at = min(leave_at, time.monotonic() + LEAVE_S)
+                if call.done.wait(WATCH_S):
+                    return call.result()
+                if time.monotonic() >= leave_at:
+                    return None
+
+    def _submitted(self, function: Callable[[], T], turn: Turn) -> _Call[T]:
+        self.check_outside()
+        call = _Call(function, turn)
+        self.submit(call)
+        return call
+
+    @contextmanager
+    def _aborting(self, call: _Call[T]) -> Iterator[None]:
+        try:
+            yield
         except BaseException:  # Ctrl-C: nobody will want the result
             self.abort(call.turn)
             raise
-        return call.result()
 
     def check_outside(self) -> None:
         """Raise EngineError in the native thread, which would wait for itself."""
@@ -97,29 +130,6 @@ class NativeThread:
             turn.cancelled = True
             if self._running is turn:
                 self._abort_flag[0] = b"\x01"
-
-    @contextmanager
-    def watching(self, cancel: CancelFlag | None, turn: Turn) -> Iterator[None]:
-        """While the block runs in native code, abort ``turn`` once ``cancel`` is set."""
-        if cancel is None:
-            yield
-            return
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(_WATCH_S):
-                if cancel.is_set():
-                    self.abort(turn)
-
-        if cancel.is_set():
-            self.abort(turn)
-        watcher = threading.Thread(target=watch, name="ggufmoe-cancel", daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()
 
     def close(self) -> None:
         """Stop what runs, fail what waits, and wait until all has ended. May be called again, and in any thread."""

@@ -10,7 +10,7 @@ class TextStream:
     """Decodes UTF-8 as it comes in and watches for stop strings, which may span tokens."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes = b""
         self._stop = tuple(word for word in stop if word)
         self._held = ""
         self.stopped = False
@@ -18,13 +18,21 @@ class TextStream:
 
     def push(self, piece: bytes) -> str:
         """Take a token's bytes, give the text that is certain by now (often that token's, sometimes none)."""
-        return self._release(self._decoder.decode(piece))
+        text = self._decoded(piece)
+        return self._release(text) if self._stop else text
 
     def flush(self) -> str:
         """What is held back at the end; bytes that never became a character give U+FFFD."""
-        text = self._release(self._decoder.decode(b"", final=True))
+        text = self._release(self._decoded(b"", final=True))
         held, self._held = self._held, ""
         return text + ("" if self.stopped else held)
+
+    def _decoded(self, piece: bytes, *, final: bool = False) -> str:
+        # what codecs.getincrementaldecoder does in several calls of Python
+        data = self._bytes + piece
+        text, n_used = codecs.utf_8_decode(data, "replace", final)
+        self._bytes = data[n_used:]
+        return text
 
     def _release(self, new: str) -> str:
         if self.stopped:
