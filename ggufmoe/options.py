@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,13 +24,22 @@ def option(
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
     panel: str | None = None,
+    between: tuple[float, float] | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option; without flags it exists only in the API.
 
     ``parse`` makes the field's value of what was typed, where its type alone does not say how; it raises OptionError.
-    ``panel`` is the part of the help that it stands in, if not that of its class.
+    ``panel`` is the part of the help that it stands in, if not that of its class. ``between`` has the least and the
+    largest number that ``_check_values`` lets pass.
     """
-    metadata: Mapping[str, Any] = {"flags": flags, "help": help, "metavar": metavar, "parse": parse, "panel": panel}
+    metadata: Mapping[str, Any] = {
+        "flags": flags,
+        "help": help,
+        "metavar": metavar,
+        "parse": parse,
+        "panel": panel,
+        "between": between,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -73,7 +83,7 @@ class ExportOptions:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class MergeOptions:
     router_report: Path | None = _router_report()
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
 
 
 _MAX_INT32 = 2**31 - 1
@@ -144,11 +154,21 @@ class ContextOptions:
         help="Context in tokens, rounded up to a multiple of 256; 0: all that the model was trained for. "
         "Left out: that, but at most 4096.",
         metavar="N",
+        between=(0, _MAX_INT32),
     )
-    n_batch: int = option(2048, "-b", "--batch-size", help="Tokens given to llama.cpp at once.", metavar="N")
-    n_ubatch: int = option(512, "-ub", "--ubatch-size", help="Tokens computed at once.", metavar="N")
+    n_batch: int = option(
+        2048, "-b", "--batch-size", help="Tokens given to llama.cpp at once.", metavar="N", between=(1, _MAX_INT32)
+    )
+    n_ubatch: int = option(
+        512, "-ub", "--ubatch-size", help="Tokens computed at once.", metavar="N", between=(1, _MAX_INT32)
+    )
     n_threads: int | None = option(
-        None, "-t", "--threads", help="Threads; one for each physical core by default.", metavar="N"
+        None,
+        "-t",
+        "--threads",
+        help="Threads; one for each physical core by default.",
+        metavar="N",
+        between=(1, _MAX_THREADS),
     )
     flash_attn: Literal["on", "off", "auto"] = option("auto", "-fa", "--flash-attn", help="Use flash attention.")
     cache_type_k: CacheType = option("f16", "-ctk", "--cache-type-k", help="Type of the keys in the KV cache.")
@@ -160,7 +180,11 @@ class ContextOptions:
     )
     context_shift: bool = option(False, "--context-shift/--no-context-shift", help="The same as --overflow shift.")
     n_keep: int = option(
-        0, "--keep", help="Tokens at the beginning that are never dropped; BOS never is. -1: the prompt.", metavar="N"
+        0,
+        "--keep",
+        help="Tokens at the beginning that are never dropped; BOS never is. -1: the prompt.",
+        metavar="N",
+        between=(-1, _MAX_INT32),
     )
     cache_ram: int = option(
         1024,
@@ -168,20 +192,16 @@ class ContextOptions:
         "--cache-ram",
         help="Main memory for the caches of conversations that others took turns with, in MiB; 0: none.",
         metavar="MiB",
+        between=(0, _MAX_INT32),
     )
-    n_seq_max: int = option(1, help="Texts that share the context, each with an equal part of it.")
+    n_seq_max: int = option(
+        1, help="Texts that share the context, each with an equal part of it.", between=(1, MAX_SEQUENCES)
+    )
 
     def __post_init__(self) -> None:
         if self.context_shift and self.overflow == "truncate-middle":
             raise OptionError("--context-shift and --overflow truncate-middle contradict each other")
-        _check_range("tokens to keep", self.n_keep, -1, _MAX_INT32)
-        _check_range("memory for caches, in MiB,", self.cache_ram, 0, _MAX_INT32)
-        _check_range("number of texts that share the context", self.n_seq_max, 1, MAX_SEQUENCES)
-        _check_range("tokens of context", self.n_ctx, 0, _MAX_INT32)
-        _check_range("tokens of a batch", self.n_batch, 1, _MAX_INT32)
-        _check_range("tokens of a micro-batch", self.n_ubatch, 1, _MAX_INT32)
-        _check_range("number of threads", self.n_threads, 1, _MAX_THREADS)
-        _check_choices(self)
+        _check_values(self)
 
     @property
     def overflow_policy(self) -> OverflowPolicy:
@@ -196,7 +216,9 @@ class EvaluationOptions(ContextOptions):
     Raises OptionError for impossible numbers.
     """
 
-    n_ctx: int = option(512, "-c", "--ctx-size", help="Tokens of a chunk.", metavar="N")
+    n_ctx: int = option(
+        512, "-c", "--ctx-size", help="Tokens of a chunk.", metavar="N", between=(MIN_CHUNK_TOKENS, _MAX_INT32)
+    )
     # what conversations need has no flags here
     overflow: OverflowPolicy = option("error", help="A chunk never overflows.")
     context_shift: bool = option(False, help="A chunk never overflows.")
@@ -205,7 +227,6 @@ class EvaluationOptions(ContextOptions):
     chunks: int = option(-1, "--chunks", help="At most so many chunks; -1: all that the text fills.", metavar="N")
 
     def __post_init__(self) -> None:
-        _check_range("tokens of a chunk", self.n_ctx, MIN_CHUNK_TOKENS, _MAX_INT32)
         _check(self.chunks == -1 or self.chunks > 0, f"--chunks takes -1 or at least 1, not {self.chunks}")
         super().__post_init__()
 
@@ -254,6 +275,7 @@ class OffloadOptions:
         help="The last N layers go to the GPU, the output being one; all; or auto (default): as many as fit.",
         metavar="N",
         parse=_layers,
+        between=(ALL_LAYERS, _MAX_INT32),
     )
     load_mode: LoadMode = option("auto", "-lm", "--load-mode", help="How the file comes into memory.")
     repack: bool = option(
@@ -269,6 +291,7 @@ class OffloadOptions:
         "--n-cpu-moe",
         help="Keep the experts of the first N layers in the CPU's memory.",
         metavar="N",
+        between=(0, _MAX_INT32),
     )
     override_tensor: tuple[str, ...] = option(
         (),
@@ -280,7 +303,9 @@ class OffloadOptions:
     tensor_split: str | None = option(
         None, "-ts", "--tensor-split", help="Shares of the layers for each GPU, for example 3,1.", metavar="N0,N1,..."
     )
-    main_gpu: int = option(0, "-mg", "--main-gpu", help="The GPU that --split-mode none uses.", metavar="INDEX")
+    main_gpu: int = option(
+        0, "-mg", "--main-gpu", help="The GPU that --split-mode none uses.", metavar="INDEX", between=(0, _MAX_INT32)
+    )
     split_mode: Literal["none", "layer", "row", "tensor"] = option(
         "layer", "-sm", "--split-mode", help="How several GPUs share a model: one alone, by layers, rows or tensors."
     )
@@ -297,13 +322,19 @@ class OffloadOptions:
         "on", "-fit", "--fit", help="Choose what was not given so that the model fits the memory of the GPUs."
     )
     fit_target: int = option(
-        1024, "-fitt", "--fit-target", help="Memory that --fit leaves free on each GPU, in MiB.", metavar="MiB"
+        1024,
+        "-fitt",
+        "--fit-target",
+        help="Memory that --fit leaves free on each GPU, in MiB.",
+        metavar="MiB",
+        between=(0, _MAX_INT32),
     )
     n_expert_used: int | None = option(
         None,
         "--n-expert-used",
         help="Experts for each token; fewer than the model was made for are faster and worse.",
         metavar="N",
+        between=(1, _MAX_INT32),
     )
 
     rpc: str | None = option(
@@ -317,16 +348,11 @@ class OffloadOptions:
         "--rpc-timeout",
         help="Seconds without a sign of life after which a worker is given up; ten times that while a prompt is read.",
         metavar="S",
+        between=(1, _MAX_INT32),
     )
 
     def __post_init__(self) -> None:
-        _check_range("layers on the GPU", self.n_gpu_layers, ALL_LAYERS, _MAX_INT32)
-        _check_range("layers whose experts stay in the CPU's memory", self.n_cpu_moe, 0, _MAX_INT32)
-        _check_range("main GPU", self.main_gpu, 0, _MAX_INT32)
-        _check_range("memory to leave free, in MiB,", self.fit_target, 0, _MAX_INT32)
-        _check_range("number of experts used", self.n_expert_used, 1, _MAX_INT32)
-        _check_range("seconds of silence of a worker", self.rpc_timeout, 1, _MAX_INT32)
-        _check_choices(self)
+        _check_values(self)
         if self.cpu_moe and self.n_cpu_moe is not None:
             raise OptionError("--cpu-moe keeps all experts in the CPU's memory: leave out --n-cpu-moe")
         _ = (self.overrides, self.split_shares, self.workers)
@@ -405,9 +431,14 @@ class WorkerOptions:
     host: str = option(
         "127.0.0.1", "-H", "--host", help="Address to listen at; other machines need another one.", metavar="HOST"
     )
-    port: int = option(50052, "-p", "--port", help="Port to listen at.", metavar="PORT")
+    port: int = option(50052, "-p", "--port", help="Port to listen at.", metavar="PORT", between=(1, _MAX_PORT))
     n_threads: int | None = option(
-        None, "-t", "--threads", help="Threads of the CPU; one for each physical core by default.", metavar="N"
+        None,
+        "-t",
+        "--threads",
+        help="Threads of the CPU; one for each physical core by default.",
+        metavar="N",
+        between=(1, _MAX_THREADS),
     )
     device: str | None = option(
         None,
@@ -420,8 +451,7 @@ class WorkerOptions:
 
     def __post_init__(self) -> None:
         _check(bool(self.host), "the address to listen at is empty")
-        _check_range("port", self.port, 1, _MAX_PORT)
-        _check_range("number of threads", self.n_threads, 1, _MAX_THREADS)
+        _check_values(self)
 
 
 @dataclass(frozen=True)
@@ -437,26 +467,39 @@ class SamplingOptions:
         "--temperature",
         help="0: always the likeliest token. (default: the model's, else 0.7)",
         metavar="T",
+        between=(0, 100),
     )
     top_k: int | None = option(
-        None, "--top-k", help="Only the K likeliest tokens; 0: all. (default: the model's, else 50)", metavar="K"
+        None,
+        "--top-k",
+        help="Only the K likeliest tokens; 0: all. (default: the model's, else 50)",
+        metavar="K",
+        between=(0, _MAX_INT32),
     )
     top_p: float | None = option(
-        None, "--top-p", help="Only the likeliest that sum to P; 1: all. (default: the model's, else 0.95)", metavar="P"
+        None,
+        "--top-p",
+        help="Only the likeliest that sum to P; 1: all. (default: the model's, else 0.95)",
+        metavar="P",
+        between=(0, 1),
     )
     min_p: float | None = option(
         None,
         "--min-p",
         help="Only those of P times the likeliest's probability. (default: the model's, else 0)",
         metavar="P",
+        between=(0, 1),
     )
     repeat_penalty: float | None = option(
         None,
         "--repeat-penalty",
         help="Against the last tokens; 1: none. (default: the model's, else 1)",
         metavar="X",
+        between=(0.01, 100),
     )
-    seed: int | None = option(None, "--seed", help="Same seed, same answer; -1: by chance (default).", metavar="N")
+    seed: int | None = option(
+        None, "--seed", help="Same seed, same answer; -1: by chance (default).", metavar="N", between=(-1, MAX_SEED)
+    )
     n_predict: int = option(
         256,
         "-n",
@@ -464,9 +507,16 @@ class SamplingOptions:
         "--predict",
         help="At most so many new tokens; -1: until the context is full.",
         metavar="N",
+        between=(-1, _MAX_INT32),
     )
     typical_p: float | None = option(
-        None, "--typical", "--typical-p", help="Locally typical sampling; 1: off (default).", metavar="P", panel=_MORE
+        None,
+        "--typical",
+        "--typical-p",
+        help="Locally typical sampling; 1: off (default).",
+        metavar="P",
+        panel=_MORE,
+        between=(0, 1),
     )
     repeat_last_n: int | None = option(
         None,
@@ -474,22 +524,50 @@ class SamplingOptions:
         help="So many last tokens count for the penalties. (default: the model's, else 64)",
         metavar="N",
         panel=_MORE,
+        between=(0, _MAX_LAST_N),
     )
     presence_penalty: float = option(
-        0.0, "--presence-penalty", help="Against tokens that came before.", metavar="X", panel=_MORE
+        0.0,
+        "--presence-penalty",
+        help="Against tokens that came before.",
+        metavar="X",
+        panel=_MORE,
+        between=(-100, 100),
     )
     frequency_penalty: float = option(
-        0.0, "--frequency-penalty", help="Against tokens, as often as they came.", metavar="X", panel=_MORE
+        0.0,
+        "--frequency-penalty",
+        help="Against tokens, as often as they came.",
+        metavar="X",
+        panel=_MORE,
+        between=(-100, 100),
     )
     dry_multiplier: float = option(
-        0.0, "--dry-multiplier", help="Against repeating sequences (DRY); 0: off.", metavar="X", panel=_MORE
+        0.0,
+        "--dry-multiplier",
+        help="Against repeating sequences (DRY); 0: off.",
+        metavar="X",
+        panel=_MORE,
+        between=(0, 100),
     )
-    dry_base: float = option(1.75, "--dry-base", help="How fast DRY grows with their length.", metavar="X", panel=_MORE)
+    dry_base: float = option(
+        1.75, "--dry-base", help="How fast DRY grows with their length.", metavar="X", panel=_MORE, between=(1, 100)
+    )
     dry_allowed_length: int = option(
-        2, "--dry-allowed-length", help="Sequences so long may be repeated.", metavar="N", panel=_MORE
+        2,
+        "--dry-allowed-length",
+        help="Sequences so long may be repeated.",
+        metavar="N",
+        panel=_MORE,
+        between=(0, _MAX_INT32),
     )
     dry_penalty_last_n: int = option(
-        64, "--dry-penalty-last-n", help="Tokens that DRY looks back.", metavar="N", panel=_MORE
+        64,
+        "--dry-penalty-last-n",
+        help="Tokens that DRY looks back.",
+        metavar="N",
+        panel=_MORE,
+        between=(0, _MAX_LAST_N),
     )
     dry_sequence_breakers: tuple[str, ...] = option(
         (),
@@ -504,9 +582,10 @@ class SamplingOptions:
         help="How often all but the last of the likely tokens are left out (XTC); 0: never (default).",
         metavar="P",
         panel=_MORE,
+        between=(0, 1),
     )
     xtc_threshold: float | None = option(
-        None, "--xtc-threshold", help="What is likely for XTC. (default: 0.1)", metavar="P", panel=_MORE
+        None, "--xtc-threshold", help="What is likely for XTC. (default: 0.1)", metavar="P", panel=_MORE, between=(0, 1)
     )
     mirostat: int | None = option(
         None,
@@ -514,12 +593,18 @@ class SamplingOptions:
         help="1 or 2: hold the surprise constant; of the others only temperature, grammar and biases count then.",
         metavar="N",
         panel=_MORE,
+        between=(0, 2),
     )
     mirostat_lr: float | None = option(
-        None, "--mirostat-lr", help="Mirostat's learning rate. (default: 0.1)", metavar="X", panel=_MORE
+        None,
+        "--mirostat-lr",
+        help="Mirostat's learning rate. (default: 0.1)",
+        metavar="X",
+        panel=_MORE,
+        between=(0, 100),
     )
     mirostat_ent: float | None = option(
-        None, "--mirostat-ent", help="Mirostat's surprise. (default: 5)", metavar="X", panel=_MORE
+        None, "--mirostat-ent", help="Mirostat's surprise. (default: 5)", metavar="X", panel=_MORE, between=(0, 100)
     )
     logit_bias: tuple[str, ...] = option(
         (),
@@ -542,31 +627,13 @@ class SamplingOptions:
         None, "-jf", "--json-schema-file", help="A file with such a schema.", metavar="FILE", panel=_MORE
     )
     logprobs: int | None = option(
-        None, help="Give each token's logprob, and those of so many of the likeliest ones; 0: only its own."
+        None,
+        help="Give each token's logprob, and those of so many of the likeliest ones; 0: only its own.",
+        between=(0, _MAX_LOGPROBS),
     )
 
     def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0, 100)
-        _check_range("top-k", self.top_k, 0, _MAX_INT32)
-        _check_range("top-p", self.top_p, 0, 1)
-        _check_range("min-p", self.min_p, 0, 1)
-        _check_range("typical-p", self.typical_p, 0, 1)
-        _check_range("repeat penalty", self.repeat_penalty, 0.01, 100)
-        _check_range("number of tokens for penalties", self.repeat_last_n, 0, _MAX_LAST_N)
-        _check_range("presence penalty", self.presence_penalty, -100, 100)
-        _check_range("frequency penalty", self.frequency_penalty, -100, 100)
-        _check_range("DRY multiplier", self.dry_multiplier, 0, 100)
-        _check_range("DRY base", self.dry_base, 1, 100)
-        _check_range("DRY allowed length", self.dry_allowed_length, 0, _MAX_INT32)
-        _check_range("number of tokens for DRY", self.dry_penalty_last_n, 0, _MAX_LAST_N)
-        _check_range("XTC probability", self.xtc_probability, 0, 1)
-        _check_range("XTC threshold", self.xtc_threshold, 0, 1)
-        _check_range("mirostat", self.mirostat, 0, 2)
-        _check_range("mirostat learning rate", self.mirostat_lr, 0, 100)
-        _check_range("mirostat surprise", self.mirostat_ent, 0, 100)
-        _check_range("seed", self.seed, -1, MAX_SEED)
-        _check_range("number of new tokens", self.n_predict, -1, _MAX_INT32)
-        _check_range("number of logprobs", self.logprobs, 0, _MAX_LOGPROBS)
+        _check_values(self)
         forms = (self.grammar, self.grammar_file, self.json_schema, self.json_schema_file)
         _check(sum(form is not None for form in forms) <= 1, "give one grammar or JSON schema, not several")
         _ = self.biases
@@ -600,14 +667,27 @@ def _check(condition: bool, message: str) -> None:
         raise OptionError(message)
 
 
-def _check_range(name: str, value: float | None, low: float, high: float) -> None:
-    _check(value is None or low <= value <= high, f"{name} must be between {low} and {high}, not {value}")
+def bounds(kind: type, name: str) -> tuple[float, float]:
+    """The least and the largest number that a field of these options may hold."""
+    between: tuple[float, float] = next(spec for spec in fields(kind) if spec.name == name).metadata["between"]
+    return between
 
 
-def _check_choices(options: Any) -> None:
-    """Every Literal field holds one of its words."""
-    flags = {field.name: max(field.metadata.get("flags", ()), key=len, default=field.name) for field in fields(options)}
-    for name, hint in get_type_hints(type(options)).items():
-        if get_origin(hint) is Literal:
-            words, value = get_args(hint), getattr(options, name)
-            _check(value in words, f"{flags[name]} must be one of {', '.join(words)}, not {value}")
+def _check_values(options: Any) -> None:
+    """Every number lies where its option says, and every Literal field holds one of its words."""
+    for spec in fields(options):
+        value, between = getattr(options, spec.name), spec.metadata.get("between")
+        name = max(spec.metadata.get("flags", ()), key=len, default=spec.name)
+        if between is not None and value is not None:
+            low, high = between
+            wanted = f"at least {low}" if high == _MAX_INT32 and value < low else f"between {low} and {high}"
+            _check(low <= value <= high, f"{name} must be {wanted}, not {value}")
+        words = _words(options.__class__).get(spec.name)
+        if words is not None:
+            _check(value in words, f"{name} must be one of {', '.join(words)}, not {value}")
+
+
+@cache
+def _words(kind: type) -> dict[str, tuple[str, ...]]:
+    """The words that each Literal field may hold."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}

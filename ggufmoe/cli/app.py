@@ -76,11 +76,12 @@ def exit_code(arguments: Sequence[str]) -> int:
 
     0 done, 1 a known error or a defect of ours, 2 wrong usage, 130 interrupted.
     """
-    debug = "--debug" in _root_options(arguments)
+    arguments = _debug_first(arguments)
+    debug = arguments[:1] == ["--debug"]
     _accept_all_characters(sys.stdin, sys.stdout, sys.stderr)
     _show_warnings(debug)
     try:
-        result = root_command().main(args=list(arguments) or ["--help"], prog_name="ggufmoe", standalone_mode=False)
+        result = root_command().main(args=arguments or ["--help"], prog_name="ggufmoe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _say("error: stopped", INTERRUPTED)
     except _USAGE_ERROR as error:
@@ -167,9 +168,11 @@ def _load(name: str) -> Any:
     return typer.main.get_command(app)
 
 
-def _root_options(arguments: Sequence[str]) -> list[str]:
-    verb = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
-    return list(arguments[:verb])
+def _debug_first(arguments: Sequence[str]) -> list[str]:
+    """``--debug`` may stand anywhere before ``--``, as it is often added to a command that has just failed."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    rest = [argument for i, argument in enumerate(arguments) if i >= end or argument != "--debug"]
+    return rest if len(rest) == len(arguments) else ["--debug", *rest]
 
 
 def _wrong_usage(error: Any) -> int:

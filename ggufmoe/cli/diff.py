@@ -6,6 +6,7 @@ Owns the tables only; what they say comes from ``runtime.diff``. What files say 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 _SHOWN_TENSORS = 12
 _MAX_VALUE = 60
 _NARROW_COLUMNS = 76
+_KINDS = {
+    "values": "in values",
+    "type": "in type",
+    "shape": "in shape",
+    "added": "only in B",
+    "removed": "only in A",
+}
 
 
 def diff_command(
@@ -88,8 +96,17 @@ def _summary(found: ModelDifference, headers_only: bool) -> str:
         return f"the same: metadata and {scope}"
     n_keys, error = len(found.keys), found.relative_error
     keys = f"{counted(n_keys, 'metadata key')}" if n_keys else "no metadata key"
-    tensors = f"{len(found.different)} of {n_tensors} tensors" if found.different else "no tensor"
+    tensors = f"{len(found.different)} of {n_tensors} tensors{_kinds(found)}" if found.different else "no tensor"
     return f"differ: {keys}, {tensors}" + ("" if error is None else f", relative error {_error(error)}")
+
+
+def _kinds(found: ModelDifference) -> str:
+    """In what the tensors differ, unless it is in their values alone."""
+    counts = Counter(tensor.verdict for tensor in found.different)
+    if len(counts) == 1:
+        (verdict,) = counts
+        return "" if verdict == "values" else f" {_KINDS[verdict]}"
+    return " (" + ", ".join(f"{n} {_KINDS[verdict]}" for verdict, n in counts.most_common()) + ")"
 
 
 # ---- metadata

@@ -90,7 +90,7 @@ class RouteView:
         self._title("Tokens that each expert likes most")
         for expert in range(trace.n_expert):
             liked = favourites(trace, expert, layer=layer)
-            words = ", ".join(f"{visible(one.text).strip() or repr(one.text)} {100 * one.weight:.0f}%" for one in liked)
+            words = ", ".join(f"{_word(one.text)} {100 * one.weight:.0f}%" for one in liked)
             self._print(f"expert {expert}: {words or 'none'}")
 
     def comparison(self, shares: LabelledShares) -> None:
@@ -135,6 +135,12 @@ class RouteView:
 
     def _print(self, text: str) -> None:
         self._console.print(text)
+
+
+def _word(text: str) -> str:
+    """A token in a list of them: quoted where it could be taken for a part of the list."""
+    shown = visible(text).strip()
+    return shown if any(map(str.isalnum, shown)) else f"'{shown or text}'"
 
 
 def _tint(expert: int, strength: float) -> Style:

@@ -288,6 +288,6 @@ def parse_size(given: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d{1,15})\s*([KMGT]?)B?\s*", given, re.IGNORECASE)
     n_bytes = int(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0
-    if n_bytes <= 0:
+    if n_bytes < 1000:  # a few bytes: the letter was forgotten
         raise OptionError(f"{given!r} is not a size; give a number with K, M, G or T, for example 4G")
     return n_bytes

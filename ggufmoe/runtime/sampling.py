@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ggufmoe.errors import EngineError, InputError
-from ggufmoe.options import MAX_SEED, SamplingOptions
+from ggufmoe.options import MAX_SEED, SamplingOptions, bounds
 from ggufmoe.runtime.grammar import grammar_of
 from ggufmoe.runtime.kvcache import KVCache
 from ggufmoe.runtime.vocabulary import Vocabulary
@@ -60,27 +60,25 @@ class Sampling:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one setting comes from when the caller leaves it out."""
+    """Where one setting comes from when the caller leaves it out: a key of the model's file, else a default."""
 
     key: str
     default: float
-    low: float
-    high: float
 
 
 _SOURCES: dict[str, _Source] = {
-    "temperature": _Source("general.sampling.temp", 0.7, 0.0, 100.0),
-    "top_k": _Source("general.sampling.top_k", 50, 0, 2**31 - 1),
-    "top_p": _Source("general.sampling.top_p", 0.95, 0.0, 1.0),
-    "min_p": _Source("general.sampling.min_p", 0.0, 0.0, 1.0),
-    "typical_p": _Source("", 1.0, 0.0, 1.0),
-    "repeat_penalty": _Source("general.sampling.penalty_repeat", 1.0, 0.01, 100.0),
-    "repeat_last_n": _Source("general.sampling.penalty_last_n", 64, 0, 2**20),
-    "xtc_probability": _Source("general.sampling.xtc_probability", 0.0, 0.0, 1.0),
-    "xtc_threshold": _Source("general.sampling.xtc_threshold", 0.1, 0.0, 1.0),
-    "mirostat": _Source("general.sampling.mirostat", 0, 0, 2),
-    "mirostat_lr": _Source("general.sampling.mirostat_eta", 0.1, 0.0, 100.0),
-    "mirostat_ent": _Source("general.sampling.mirostat_tau", 5.0, 0.0, 100.0),
+    "temperature": _Source("general.sampling.temp", 0.7),
+    "top_k": _Source("general.sampling.top_k", 50),
+    "top_p": _Source("general.sampling.top_p", 0.95),
+    "min_p": _Source("general.sampling.min_p", 0.0),
+    "typical_p": _Source("", 1.0),
+    "repeat_penalty": _Source("general.sampling.penalty_repeat", 1.0),
+    "repeat_last_n": _Source("general.sampling.penalty_last_n", 64),
+    "xtc_probability": _Source("general.sampling.xtc_probability", 0.0),
+    "xtc_threshold": _Source("general.sampling.xtc_threshold", 0.1),
+    "mirostat": _Source("general.sampling.mirostat", 0),
+    "mirostat_lr": _Source("general.sampling.mirostat_eta", 0.1),
+    "mirostat_ent": _Source("general.sampling.mirostat_tau", 5.0),
 }
 
 
@@ -93,18 +91,19 @@ def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Samplin
     filled: dict[str, Any] = {}
     for name, source in _SOURCES.items():
         given = getattr(options, name)
-        filled[name] = type(source.default)(_fill(source, metadata) if given is None else given)
+        filled[name] = type(source.default)(_fill(name, source, metadata) if given is None else given)
     seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None or options.seed < 0 else options.seed
     return Sampling(**filled, seed=seed, n_predict=options.n_predict, grammar=grammar_of(options), options=options)
 
 
-def _fill(source: _Source, metadata: Callable[[str], Any]) -> float:
+def _fill(name: str, source: _Source, metadata: Callable[[str], Any]) -> float:
     value = metadata(source.key)
     if value is None:
         return source.default
     kind = type(source.default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and source.low <= value <= source.high and value == kind(value):
+    low, high = bounds(SamplingOptions, name)
+    if is_number and math.isfinite(value) and low <= value <= high and value == kind(value):
         return float(value)
     _log.warning("the model's %s is %r, which makes no sense; using %s", source.key, value, source.default)
     return source.default

@@ -121,7 +121,8 @@ def test_it_runs_as_a_module(module: str) -> None:
         (["zzz"], "error: no such command: zzz; there are convert, "),
         (["run", "m.gguf", "hi", "--tempp", "1"], "--temp"),
         (["run"], "error: Missing argument 'model'. (see 'ggufmoe run --help')\n"),
-        (["run", "m.gguf", "hi", "--temp", "999"], "Invalid value: temperature must be between 0 and 100, not 999"),
+        (["run", "m.gguf", "hi", "--temp", "999"], "--temperature must be between 0 and 100, not 999"),
+        (["run", "m.gguf", "hi", "--keep", "-2"], "--keep must be at least -1, not -2"),
         (["run", "m.gguf", "hi", "-lm", "fast"], "'-lm' / '--load-mode': 'fast' is not one of 'auto', "),
         (["--nonsense"], "error: No such option"),
         (["--debug"], "error: Missing command. (see 'ggufmoe --help')\n"),
@@ -149,7 +150,7 @@ def test_a_known_error_is_one_line(verb: Callable[..., None], capsys: pytest.Cap
     verb(command)
     assert app.exit_code(["try"]) == 1
     assert capsys.readouterr() == ("", "error: model.gguf: cut short\n")
-    assert app.exit_code(["--debug", "try"]) == 1
+    assert app.exit_code(["try", "--debug"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("error: model.gguf: cut short\n")

@@ -55,7 +55,7 @@ def test_the_summary_comes_first_and_tables_follow(tmp_path: Path, capsys: Captu
     code, out, err = run(capsys, a, b)
     lines = [line.rstrip() for line in out.splitlines()]
     assert (code, err) == (0, "")
-    assert lines[0].startswith("differ: 2 metadata keys, 18 of 19 tensors, relative error 0.0")
+    assert lines[0].startswith("differ: 2 metadata keys, 18 of 19 tensors in type, relative error 0.0")
     assert "~ llama.block_count: 9 -> 8" in lines
     assert "+ general.file_type: 15" in lines
     part = next(line.split() for line in lines if line.startswith("experts"))
@@ -98,6 +98,7 @@ def test_missing_tensors_and_shapes_stand_on_top(tmp_path: Path, capsys: Capture
     tensors: Arrays = {"output_norm.weight": (F32, np.ones((1, 128), np.float32)), "new": (F32, np.ones(3, np.float32))}
     b = write_weights(tmp_path / "b.gguf", KEYS, tensors)
     out = run(capsys, a, b, "--all")[1]
+    assert out.startswith("differ: no metadata key, 20 of 20 tensors (18 only in A, 1 in shape, 1 only in B)\n")
     rows = [line.split() for line in out.splitlines()]
     assert ["output_norm.weight", "F32", "256", "F32", "1", "x", "128", "-", "-"] in rows
     assert ["new", "none", "F32", "-", "-"] in rows

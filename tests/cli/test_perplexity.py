@@ -86,7 +86,7 @@ def test_imatrix_writes_what_quantize_reads(model: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["-c", "4"], 2, "tokens of a chunk must be between 8"),
+        (["-c", "4"], 2, "--ctx-size must be at least 8, not 4"),
         (["--chunks", "0"], 2, "--chunks takes -1 or at least 1"),
         (["-c", "2048"], 1, "take a longer text, or shorter chunks"),
         (["--against", "nowhere.gguf"], 1, "nowhere.gguf"),

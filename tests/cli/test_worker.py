@@ -117,7 +117,7 @@ def test_nothing_is_warned_of_that_does_not_serve(host: str, capsys: pytest.Capt
 
 def test_wrong_numbers_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["worker", "-p", "0"]) == 2
-    assert "port must be between 1 and 65535" in capsys.readouterr().err
+    assert "--port must be between 1 and 65535" in capsys.readouterr().err
     assert exit_code(["run", "m.gguf", "hello", "--rpc", "[::1]:50052"]) == 2
     assert "knows only IPv4" in capsys.readouterr().err
 

@@ -98,13 +98,13 @@ def test_a_type_that_needs_an_importance_matrix_is_refused_while_planning(tiny_c
 
 @pytest.mark.parametrize(
     ("given", "n_bytes"),
-    [("4G", 4_000_000_000), ("500M", 500_000_000), ("64k", 64_000), ("7", 7), (" 2GB ", 2 * 10**9)],
+    [("4G", 4_000_000_000), ("500M", 500_000_000), ("64k", 64_000), ("2000", 2000), (" 2GB ", 2 * 10**9)],
 )
 def test_sizes(given: str, n_bytes: int) -> None:
     assert parse_size(given) == n_bytes
 
 
-@pytest.mark.parametrize("given", ["", "0", "0G", "-1G", "4X", "1.5G", "G", "1e9"])
+@pytest.mark.parametrize("given", ["", "0", "4", "0G", "-1G", "4X", "1.5G", "G", "1e9"])
 def test_what_is_no_size(given: str) -> None:
     with pytest.raises(OptionError, match="for example 4G"):
         parse_size(given)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ggufmoe import ContextOptions, Engine, EngineError
+from ggufmoe import Cancelled, ContextOptions, DecodeError, Engine, EngineError
 from ggufmoe.runtime.kvcache import KVCache
 from tests.runtime.conftest import GREEDY, ONE_THREAD
 from tests.runtime.remote import PATIENT_S, wait_until
@@ -116,6 +116,47 @@ def test_who_stops_does_not_wait_for_a_long_operation(
         assert last.timing.prompt_tokens == (len(prompt) if n_before else 0)
         left.set()
         assert last_of(engine.generate(prompt, replace(GREEDY, n_predict=4))).reason == "length"
+
+
+def stopped(call: Callable[[], object]) -> object:
+    """What a call gives that is stopped, or what it raises."""
+    try:
+        return call()
+    except (Cancelled, DecodeError) as error:
+        return type(error)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "outcome"),
+    [
+        ("feed", lambda engine, ids, flag: engine.prefill(ids, cancel=flag), Cancelled),
+        ("rows", lambda engine, ids, flag: engine.prefill(ids, cancel=flag, every_row=True), Cancelled),
+        ("feed", lambda engine, ids, flag: engine.evaluate(ids, cancel=flag), None),
+        ("rows", lambda engine, ids, flag: engine.logits(ids), DecodeError),
+        ("compute_chunks", lambda engine, ids, flag: list(engine.compute_chunks([ids], 0, cancel=flag)), []),
+    ],
+    ids=["prefill", "every row", "evaluate", "logits", "chunks"],
+)
+def test_a_call_that_is_stopped_does_not_wait_for_a_long_operation(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, method: str, call: Callable[..., object], outcome: object
+) -> None:
+    flag, left = threading.Event(), threading.Event()
+    original = getattr(engine._loaded.cache, method)
+
+    def take_long(*arguments: object) -> object:
+        flag.set()
+        engine.cancel()
+        assert left.wait(PATIENT_S)
+        return original(*arguments)
+
+    ids = engine.tokenize(" w1" * 30)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._loaded.cache, method, take_long)
+        assert stopped(lambda: call(engine, ids, flag)) == outcome
+        assert not left.is_set()
+    left.set()
+    assert engine.prefill(ids) == len(ids)
+    assert last_of(engine.generate(ids, GREEDY)).reason == "length"
 
 
 def test_cancelling_while_room_is_made(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import random
+
 import pytest
 
 from ggufmoe.runtime.textstream import TextStream
@@ -23,6 +26,16 @@ def test_a_character_over_three_pieces() -> None:
 
 def test_bytes_that_are_no_character() -> None:
     assert shown([b"a\xffb", b"\xe2\x82"]) == (["a\ufffdb", "", "\ufffd"], False)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_bytes_are_decoded_as_codecs_decodes_them(seed: int) -> None:
+    rng = random.Random(seed)
+    data = bytes(rng.choices(b"a\xff" + "é日😀".encode(), k=60))
+    pieces = [data[begin : begin + 3] for begin in range(0, len(data), 3)]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    expected = [decoder.decode(piece) for piece in pieces]
+    assert shown(pieces) == ([*expected, decoder.decode(b"", final=True)], False)
 
 
 def test_a_stop_string_within_a_piece_and_over_pieces() -> None:
