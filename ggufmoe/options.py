@@ -260,7 +260,7 @@ def _layers(typed: str) -> int:
     try:
         return words[typed] if typed in words else int(typed)
     except ValueError as error:
-        raise OptionError(f"layers on the GPU: expected a number, auto or all, not {typed!r}") from error
+        raise OptionError(f"expected a number, auto or all, not {typed!r}") from error
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class OffloadOptions:
         "-ngl",
         "--gpu-layers",
         "--n-gpu-layers",
-        help="The last N layers go to the GPU, the output being one; all; or auto (default): as many as fit.",
+        help="The last N layers go to the GPU, the output being one; all; or auto: as many as fit. [default: auto]",
         metavar="N",
         parse=_layers,
         between=(ALL_LAYERS, _MAX_INT32),
@@ -367,7 +367,7 @@ class OffloadOptions:
         """``tensor_split`` as numbers, which llama.cpp lets commas or slashes separate."""
         if self.tensor_split is None:
             return None
-        message = f"tensor split must be numbers such as 3,1, not {self.tensor_split!r}"
+        message = f"--tensor-split: expected numbers such as 3,1, not {self.tensor_split!r}"
         try:
             shares = tuple(float(share) for share in self.tensor_split.replace("/", ",").split(","))
         except ValueError as error:
@@ -407,10 +407,10 @@ def _override_pairs(given: str) -> list[tuple[str, str]]:
         if not equals:
             pattern += piece + ","
             continue
-        _check(bool(before) and bool(buffer), f"an override must be PATTERN=BUFFER, not {given!r}")
+        _check(bool(before) and bool(buffer), f"--override-tensor: expected PATTERN=BUFFER, not {given!r}")
         pairs.append((pattern + before, buffer))
         pattern = ""
-    _check(not pattern, f"an override must be PATTERN=BUFFER, not {given!r}")
+    _check(not pattern, f"--override-tensor: expected PATTERN=BUFFER, not {given!r}")
     return pairs
 
 
@@ -465,40 +465,40 @@ class SamplingOptions:
         None,
         "--temp",
         "--temperature",
-        help="0: always the likeliest token. (default: the model's, else 0.7)",
+        help="0: always the likeliest token. [default: the model's, else 0.7]",
         metavar="T",
         between=(0, 100),
     )
     top_k: int | None = option(
         None,
         "--top-k",
-        help="Only the K likeliest tokens; 0: all. (default: the model's, else 50)",
+        help="Only the K likeliest tokens; 0: all. [default: the model's, else 50]",
         metavar="K",
         between=(0, _MAX_INT32),
     )
     top_p: float | None = option(
         None,
         "--top-p",
-        help="Only the likeliest that sum to P; 1: all. (default: the model's, else 0.95)",
+        help="Only the likeliest that sum to P; 1: all. [default: the model's, else 0.95]",
         metavar="P",
         between=(0, 1),
     )
     min_p: float | None = option(
         None,
         "--min-p",
-        help="Only those of P times the likeliest's probability. (default: the model's, else 0)",
+        help="Only those of P times the likeliest's probability. [default: the model's, else 0]",
         metavar="P",
         between=(0, 1),
     )
     repeat_penalty: float | None = option(
         None,
         "--repeat-penalty",
-        help="Against the last tokens; 1: none. (default: the model's, else 1)",
+        help="Against the last tokens; 1: none. [default: the model's, else 1]",
         metavar="X",
         between=(0.01, 100),
     )
     seed: int | None = option(
-        None, "--seed", help="Same seed, same answer; -1: by chance (default).", metavar="N", between=(-1, MAX_SEED)
+        None, "--seed", help="Same seed, same answer; -1: by chance. [default: -1]", metavar="N", between=(-1, MAX_SEED)
     )
     n_predict: int = option(
         256,
@@ -513,7 +513,7 @@ class SamplingOptions:
         None,
         "--typical",
         "--typical-p",
-        help="Locally typical sampling; 1: off (default).",
+        help="Locally typical sampling; 1: off. [default: 1]",
         metavar="P",
         panel=_MORE,
         between=(0, 1),
@@ -521,7 +521,7 @@ class SamplingOptions:
     repeat_last_n: int | None = option(
         None,
         "--repeat-last-n",
-        help="So many last tokens count for the penalties. (default: the model's, else 64)",
+        help="So many last tokens count for the penalties. [default: the model's, else 64]",
         metavar="N",
         panel=_MORE,
         between=(0, _MAX_LAST_N),
@@ -579,13 +579,13 @@ class SamplingOptions:
     xtc_probability: float | None = option(
         None,
         "--xtc-probability",
-        help="How often all but the last of the likely tokens are left out (XTC); 0: never (default).",
+        help="How often all but the last of the likely tokens are left out (XTC); 0: never. [default: 0]",
         metavar="P",
         panel=_MORE,
         between=(0, 1),
     )
     xtc_threshold: float | None = option(
-        None, "--xtc-threshold", help="What is likely for XTC. (default: 0.1)", metavar="P", panel=_MORE, between=(0, 1)
+        None, "--xtc-threshold", help="What is likely for XTC. [default: 0.1]", metavar="P", panel=_MORE, between=(0, 1)
     )
     mirostat: int | None = option(
         None,
@@ -598,13 +598,13 @@ class SamplingOptions:
     mirostat_lr: float | None = option(
         None,
         "--mirostat-lr",
-        help="Mirostat's learning rate. (default: 0.1)",
+        help="Mirostat's learning rate. [default: 0.1]",
         metavar="X",
         panel=_MORE,
         between=(0, 100),
     )
     mirostat_ent: float | None = option(
-        None, "--mirostat-ent", help="Mirostat's surprise. (default: 5)", metavar="X", panel=_MORE, between=(0, 100)
+        None, "--mirostat-ent", help="Mirostat's surprise. [default: 5]", metavar="X", panel=_MORE, between=(0, 100)
     )
     logit_bias: tuple[str, ...] = option(
         (),
@@ -635,7 +635,8 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         _check_values(self)
         forms = (self.grammar, self.grammar_file, self.json_schema, self.json_schema_file)
-        _check(sum(form is not None for form in forms) <= 1, "give one grammar or JSON schema, not several")
+        message = "give one of --grammar, --grammar-file, --json-schema and --json-schema-file, not several"
+        _check(sum(form is not None for form in forms) <= 1, message)
         _ = self.biases
 
     @property
@@ -643,7 +644,9 @@ class SamplingOptions:
         """(token id, what is added to its logit) of each ``logit_bias``."""
         matches = [_BIAS.fullmatch(given) for given in self.logit_bias]
         for given, match in zip(self.logit_bias, matches, strict=True):
-            _check(match is not None, f"a logit bias must be a token id and a signed number, as 15043+1, not {given!r}")
+            _check(
+                match is not None, f"--logit-bias: expected a token id and a signed number, as 15043+1, not {given!r}"
+            )
         return tuple((int(match[1]), float(match[2])) for match in matches if match)
 
 

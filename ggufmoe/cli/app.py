@@ -21,6 +21,7 @@ import typer.core
 import typer.main
 
 from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand
+from ggufmoe.cli.params import SHOWN_ERROR, USAGE_ERROR
 from ggufmoe.errors import GgufmoeError
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ else:  # Python 3.10 knows no type of the stream
     _StreamHandler = logging.StreamHandler
 
 INTERRUPTED = 130
-# newer typers carry a click of their own; the exceptions are reached through what is public in all of them
-_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
-_SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,11 @@ def exit_code(arguments: Sequence[str]) -> int:
         result = root_command().main(args=arguments or ["--help"], prog_name="ggufmoe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _say("error: stopped", INTERRUPTED)
-    except _USAGE_ERROR as error:
+    except USAGE_ERROR as error:
         return _wrong_usage(error)
     except GgufmoeError as error:
         return _known_error(error, debug)
-    except _SHOWN_ERROR as error:
+    except SHOWN_ERROR as error:
         return _say(f"error: {_one_line(error.format_message())}", 1)
     except OSError as error:
         return _refused_by_the_system(error, debug)

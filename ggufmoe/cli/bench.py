@@ -36,32 +36,50 @@ _MAX_RANGE = 1000
 class BenchOptions:
     """The grid. Every value may be a list with commas between, be given again, or be a range of numbers."""
 
-    n_prompt: _Lists = option((), "-p", "--n-prompt", help="Prompts of N tokens; 0: none. [512]", metavar="N,...")
-    n_gen: _Lists = option((), "-n", "--n-gen", help="N tokens one by one; 0: none. [128]", metavar="N,...")
+    n_prompt: _Lists = option(
+        (), "-p", "--n-prompt", help="Prompts of N tokens; 0: none. [default: 512]", metavar="N,..."
+    )
+    n_gen: _Lists = option((), "-n", "--n-gen", help="N tokens one by one; 0: none. [default: 128]", metavar="N,...")
     pg: _Lists = option((), "-pg", help="A prompt of PP tokens, then TG one by one, timed together.", metavar="PP,TG")
     n_depth: _Lists = option(
-        (), "-d", "--n-depth", help="Tokens that are in the cache before, not timed. [0]", metavar="N,..."
+        (), "-d", "--n-depth", help="Tokens that are in the cache before, not timed. [default: 0]", metavar="N,..."
     )
     n_batch: _Lists = option(
-        (), "-b", "--batch-size", help="Tokens given to llama.cpp at once. [2048]", metavar="N,..."
+        (), "-b", "--batch-size", help="Tokens given to llama.cpp at once. [default: 2048]", metavar="N,..."
     )
-    n_ubatch: _Lists = option((), "-ub", "--ubatch-size", help="Tokens computed at once. [512]", metavar="N,...")
-    type_k: _Lists = option((), "-ctk", "--cache-type-k", help="Type of the cache's keys. [f16]", metavar="TYPE,...")
-    type_v: _Lists = option((), "-ctv", "--cache-type-v", help="Type of the cache's values. [f16]", metavar="TYPE,...")
-    threads: _Lists = option((), "-t", "--threads", help="Threads. [one for each physical core]", metavar="N,...")
-    flash_attn: _Lists = option((), "-fa", "--flash-attn", help="on, off or auto. [auto]", metavar="WORD,...")
+    n_ubatch: _Lists = option(
+        (), "-ub", "--ubatch-size", help="Tokens computed at once. [default: 512]", metavar="N,..."
+    )
+    type_k: _Lists = option(
+        (), "-ctk", "--cache-type-k", help="Type of the cache's keys. [default: f16]", metavar="TYPE,..."
+    )
+    type_v: _Lists = option(
+        (), "-ctv", "--cache-type-v", help="Type of the cache's values. [default: f16]", metavar="TYPE,..."
+    )
+    threads: _Lists = option(
+        (), "-t", "--threads", help="Threads. [default: one for each physical core]", metavar="N,..."
+    )
+    flash_attn: _Lists = option((), "-fa", "--flash-attn", help="on, off or auto. [default: auto]", metavar="WORD,...")
     n_gpu_layers: _Lists = option(
-        (), "-ngl", "--n-gpu-layers", help="Layers on the GPU: N, all or auto. [auto]", metavar="N,..."
+        (), "-ngl", "--n-gpu-layers", help="Layers on the GPU: N, all or auto. [default: auto]", metavar="N,..."
     )
     n_cpu_moe: _Lists = option(
-        (), "-ncmoe", "--n-cpu-moe", help="Layers whose experts stay with the CPU. [what fits]", metavar="N,..."
+        (),
+        "-ncmoe",
+        "--n-cpu-moe",
+        help="Layers whose experts stay with the CPU. [default: what fits]",
+        metavar="N,...",
     )
-    n_expert_used: _Lists = option((), "--n-expert-used", help="Experts for each token. [the model's]", metavar="N,...")
+    n_expert_used: _Lists = option(
+        (), "--n-expert-used", help="Experts for each token. [default: the model's]", metavar="N,..."
+    )
     split_mode: _Lists = option(
-        (), "-sm", "--split-mode", help="none, layer, row or tensor. [layer]", metavar="WORD,..."
+        (), "-sm", "--split-mode", help="none, layer, row or tensor. [default: layer]", metavar="WORD,..."
     )
-    main_gpu: _Lists = option((), "-mg", "--main-gpu", help="The GPU of --split-mode none. [0]", metavar="N,...")
-    no_kv_offload: _Lists = option((), "-nkvo", "--no-kv-offload", help="0 or 1. [0]", metavar="0,1")
+    main_gpu: _Lists = option(
+        (), "-mg", "--main-gpu", help="The GPU of --split-mode none. [default: 0]", metavar="N,..."
+    )
+    no_kv_offload: _Lists = option((), "-nkvo", "--no-kv-offload", help="0 or 1. [default: 0]", metavar="0,1")
     device: _Lists = option((), "-dev", "--device", help="Devices, / between those of one run.", metavar="D0/D1,...")
     tensor_split: _Lists = option(
         (), "-ts", "--tensor-split", help="Shares, / between those of one run.", metavar="A/B,..."
@@ -69,9 +87,11 @@ class BenchOptions:
     override_tensor: _Lists = option(
         (), "-ot", "--override-tensor", help="PATTERN=BUFFER, ; between those of one run.", metavar="P=B;...,..."
     )
-    load_mode: _Lists = option((), "-lm", "--load-mode", help="auto, none, mmap, mlock, ... [auto]", metavar="WORD,...")
-    no_host: _Lists = option((), "--no-host", help="0 or 1. [0]", metavar="0,1")
-    repack: _Lists = option((), "--repack", help="0 or 1. [1]", metavar="0,1")
+    load_mode: _Lists = option(
+        (), "-lm", "--load-mode", help="auto, none, mmap, mlock, ... [default: auto]", metavar="WORD,..."
+    )
+    no_host: _Lists = option((), "--no-host", help="0 or 1. [default: 0]", metavar="0,1")
+    repack: _Lists = option((), "--repack", help="0 or 1. [default: 1]", metavar="0,1")
     fit: Literal["on", "off"] = option("on", "-fit", "--fit", help="Choose what was not given so that it fits.")
     rpc: str | None = option(None, "--rpc", help="Workers, which become RPC0, RPC1, ...", metavar="HOST:PORT,...")
     repetitions: int = option(5, "-r", "--repetitions", help="How often each test is timed.", metavar="N")

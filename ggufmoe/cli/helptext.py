@@ -30,6 +30,8 @@ class PlainCommand(typer.core.TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is None:
                 continue
+            name, text = record
+            record = name, text.replace("  [default:", " [default:")
             if parameter.param_type_name == "argument":
                 panels[_ARGUMENTS].append((_shown_argument(parameter), getattr(parameter, "help", None) or ""))
             else:

@@ -20,6 +20,30 @@ import typer
 from ggufmoe.errors import OptionError
 
 Command = Callable[..., None]
+# newer typers carry a click of their own; the exceptions are reached through what is public in all of them
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
+
+
+def _number(kind: type, what: str) -> Callable[[str], Any]:
+    """A parser that says what was typed where it is no number, which typer's own does not."""
+
+    def parse(typed: str) -> Any:
+        try:
+            return kind(typed)
+        except ValueError as error:
+            raise OptionError(f"expected {what}, not {typed!r}") from error
+
+    return parse
+
+
+_INTEGER, _FLOAT = _number(int, "a whole number"), _number(float, "a number")
+_NUMBERS: dict[Any, Callable[[str], Any]] = {
+    int: _INTEGER,
+    int | None: _INTEGER,
+    float: _FLOAT,
+    float | None: _FLOAT,
+}
 
 
 def with_options(*groups: type) -> Callable[[Command], Command]:
@@ -85,7 +109,7 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
         *metadata["flags"],
         help=metadata["help"],
         metavar=metadata["metavar"],
-        parser=_parser(metadata["parse"]),
+        parser=_parser(metadata["parse"] or _NUMBERS.get(hint)),
         show_default=shown,
         rich_help_panel=metadata["panel"] or panel,
     )
@@ -124,5 +148,5 @@ def _build(group: type, values: dict[str, Any]) -> Any:
     given = {name: tuple(value or ()) if _repeated(hints[name]) else value for name, value in given.items()}
     try:
         return group(**given)
-    except OptionError as error:
-        raise typer.BadParameter(str(error)) from error
+    except OptionError as error:  # it names the flag itself
+        raise USAGE_ERROR(str(error)) from error

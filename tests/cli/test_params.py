@@ -65,7 +65,7 @@ def test_every_kind_of_field() -> None:
     ("args", "why"),
     [
         (["--width", "101"], "too wide"),
-        (["--width", "x"], "integer"),
+        (["--width", "x"], "expected a whole number, not 'x'"),
         (["--kind", "c"], "c"),
         (["--hidden", "3"], "hidden"),
     ],

@@ -106,7 +106,7 @@ def test_imagined_devices_need_no_engine(model: Path, capsys: Capture, monkeypat
         (("-ngl", "some"), 2, "expected a number, auto or all"),
         (("--vram", "8G", "-dev", "GPU3"), 2, "--device GPU3: there is no such device; there is GPU0"),
         (("-ot", "nothing=CPU"), 2, "-ot nothing=CPU: matches no tensor"),
-        (("-ot", "nothing"), 2, "an override must be PATTERN=BUFFER"),
+        (("-ot", "nothing"), 2, "--override-tensor: expected PATTERN=BUFFER"),
     ],
 )
 def test_what_cannot_be(arguments: tuple[str, ...], code: int, message: str, model: Path, capsys: Capture) -> None:
