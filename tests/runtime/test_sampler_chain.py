@@ -107,10 +107,10 @@ def test_logprobs_are_of_the_model_and_not_of_the_sampling(dice: Engine) -> None
         ({"logit_bias": ("x+1",)}, "token id and a signed number"),
         ({"grammar": 'root ::= "a"', "json_schema": "{}"}, "not several"),
         ({"mirostat": 3}, "mirostat"),
-        ({"dry_base": 0.5}, "DRY base"),
-        ({"repeat_last_n": 2**30}, "number of tokens for penalties"),
+        ({"dry_base": 0.5}, "--dry-base"),
+        ({"repeat_last_n": 2**30}, "--repeat-last-n"),
         ({"logprobs": -1}, "logprobs"),
-        ({"xtc_probability": 2.0}, "XTC"),
+        ({"xtc_probability": 2.0}, "--xtc-probability"),
     ],
 )
 def test_impossible_options(wrong: dict[str, Any], why: str) -> None:
