@@ -222,8 +222,8 @@ class EvaluationOptions(ContextOptions):
     # what conversations need has no flags here
     overflow: OverflowPolicy = option("error", help="A chunk never overflows.")
     context_shift: bool = option(False, help="A chunk never overflows.")
-    n_keep: int = option(0, help="A chunk never overflows.")
-    cache_ram: int = option(0, help="Nothing is kept of a chunk.")
+    n_keep: int = option(0, help="A chunk never overflows.", between=(-1, _MAX_INT32))
+    cache_ram: int = option(0, help="Nothing is kept of a chunk.", between=(0, _MAX_INT32))
     chunks: int = option(-1, "--chunks", help="At most so many chunks; -1: all that the text fills.", metavar="N")
 
     def __post_init__(self) -> None:

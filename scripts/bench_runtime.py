@@ -241,9 +241,8 @@ def measure(path: Path, args: Any) -> None:
             Watched(lambda: native.generation(start, args.n, sampled=True)),
             Watched(lambda: engine_generation(engine, start, args.n)),
         ]
-        plain, sampled, ours, evaluated = in_turn(
-            args.rounds, *watched, lambda: engine_evaluation(engine, start, args.n)
-        )
+        evaluation = Watched(lambda: engine_evaluation(engine, start, args.n))
+        plain, sampled, ours, evaluated = in_turn(args.rounds, *watched, evaluation)
         compare(f"{args.n} tokens, none drawn", 1, plain, evaluated)
         compare(f"{args.n} tokens, greedy", 1, sampled, ours)
         compare(f"{args.n} tokens, none and greedy", 1, plain, ours)

@@ -95,7 +95,8 @@ def collect(
             if part.end == n_tokens:
                 sums.commit()
                 yield part.group.stop
-        sums.drop()
+    # a part that was stopped may be computed to its end, until there is no observer any more
+    sums.drop()
 
 
 def _weight_name(tensor: int) -> str:

@@ -249,12 +249,13 @@ class Engine:
         """Compute ``prompt`` into the cache, for answers that will begin with it; how many tokens were new.
 
         Nothing else is computed in between. ``every_row`` asks for the logits of every row, as ``observed`` may need
-        them. Raises Cancelled, ContextFullError if it leaves no room for a single token.
+        them. Raises Cancelled, ContextFullError if it leaves no room for a single token. What was stopped may be in
+        llama.cpp for a while longer; the next call waits for that.
         """
         tokens = self._checked_prompt(prompt)
         self._check_fits(tokens)
-        turn = self._remember(Turn())
-        n = self._native.call_until_stopped(partial(self._prefill, tokens, every_row), turn, cancel)
+        turn = self._remember(Turn(cancel))
+        n = self._native.call_until_stopped(partial(self._prefill, tokens, every_row), turn)
         if n is None:
             raise Cancelled("computing the prompt was stopped")
         return n
@@ -301,21 +302,21 @@ class Engine:
         turn = self._remember(Turn())
         size = min(_LOGITS_BATCH, self._context_options.n_batch, self.n_ctx)
         for begin in range(0, len(ids), size):
-            rows = self._native.call_until_stopped(partial(self._rows, ids, begin, size, turn), turn)
+            rows = self._native.call_until_stopped(partial(self._rows, ids, begin, size), turn)
             if rows is None:
                 raise DecodeError("computing logits was cancelled from another thread")
             yield rows
 
-    def _rows(self, ids: list[int], begin: int, size: int, turn: Turn) -> NDArray[np.float32] | None:
+    def _rows(self, ids: list[int], begin: int, size: int) -> NDArray[np.float32] | None:
         kv = self._loaded.cache
         chunk = ids[begin : begin + size]
         if begin == 0:
             kv.clear()
         elif kv.tokens != ids[:begin]:  # another caller has had a turn
             kv.feed(ids[kv.reuse(ids[: begin + 1]) : begin])
-        if turn.cancelled or not kv.rows(chunk):
+        if not kv.rows(chunk):
             return None
-        return np.array(kv.logits(len(chunk), self.n_vocab))
+        return np.array(kv.logits(len(chunk)))
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
@@ -336,14 +337,14 @@ class Engine:
     def _chunk_parts(
         self, chunks: Sequence[Sequence[int]], n_tokens: int, first: int, cancel: CancelFlag | None
     ) -> Generator[ComputedPart, None, None]:
-        turn, n_batch = self._remember(Turn()), self._loaded.cache.n_batch
+        turn, n_batch = self._remember(Turn(cancel)), self._loaded.cache.n_batch
         n_seq = min(self._context_options.n_seq_max, max(1, n_batch // max(n_tokens, 1)))
         rows = partial(self._chunk_rows, turn)
         try:
             for group, begin, end in batches(len(chunks), n_tokens, n_seq, n_batch):
                 pieces = [chunks[i][begin:end] for i in group]
                 batch = SideBySide(self._api, pieces, begin, first)
-                if not self._native.call_until_stopped(partial(self._compute_part, batch, turn), turn, cancel):
+                if not self._native.call_until_stopped(partial(self._loaded.cache.compute_chunks, batch, turn), turn):
                     return
                 yield ComputedPart(group, begin, end, first, rows)
         finally:
@@ -351,16 +352,13 @@ class Engine:
             if not self._native.closed and not turn.cancelled:
                 self.forget()
 
-    def _compute_part(self, batch: SideBySide, turn: Turn) -> bool:
-        return not turn.cancelled and self._loaded.cache.compute_chunks(batch, turn)
-
     def _chunk_rows(self, turn: Turn, at: int, n: int) -> NDArray[np.float32]:
         return self._native.call(lambda: self._copied_rows(turn, at, n))
 
     def _copied_rows(self, turn: Turn, at: int, n: int) -> NDArray[np.float32]:
         kv = self._loaded.cache
         kv.check_chunks(turn)
-        return np.array(kv.logits(at + n, self.n_vocab)[at:]) if n else np.empty((0, self.n_vocab), np.float32)
+        return np.array(kv.logits(at + n)[at:]) if n else np.empty((0, self.n_vocab), np.float32)
 
     def evaluate(
         self, tokens: Sequence[int], *, one_by_one: bool = False, cancel: CancelFlag | None = None
@@ -368,13 +366,13 @@ class Engine:
         """Compute ``tokens`` after what the cache holds, drawing none, in batches or ``one_by_one`` as answers are.
 
         Gives the seconds that it took, until the devices had done their work; None if ``cancel`` or ``cancel()``
-        stopped it. Raises as ``generate`` does.
+        stopped it, soon, as with ``prefill``. Raises as ``generate`` does.
         """
         ids = list(tokens)
         self._vocabulary.check_tokens(ids)
-        turn = self._remember(Turn())
+        turn = self._remember(Turn(cancel))
         parts = [[i] for i in ids] if one_by_one else [ids]
-        return self._native.call_until_stopped(partial(self._evaluate, parts, turn), turn, cancel)
+        return self._native.call_until_stopped(partial(self._evaluate, parts, turn), turn)
 
     def _evaluate(self, parts: list[list[int]], turn: Turn) -> float | None:
         kv = self._loaded.cache

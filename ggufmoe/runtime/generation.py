@@ -48,7 +48,7 @@ class Generation:
     """An answer to ``request``. ``sampler`` becomes its own; ``close`` it, or read it to its end."""
 
     def __init__(self, native: NativeThread, loaded: LoadedModel, request: Request, sampler: Sampler) -> None:
-        self.turn = Turn()
+        self.turn = Turn(request.cancel)
         self._native = native
         self._loaded = loaded
         self._request = request
@@ -58,7 +58,8 @@ class Generation:
         self._tokens = list(request.prompt)
         self._clock = _Clock(prompt_tokens=len(self._tokens))
         self._inbox = Inbox()
-        self._lock = threading.Lock()
+        # reentrant: a collection of garbage while the native thread holds it may close this generation's reader
+        self._lock = threading.RLock()
         self._state: _State = "idle"
         self._error: BaseException | None = None
 
@@ -75,12 +76,13 @@ class Generation:
                 for event in self._take():
                     if self._native.closed:
                         raise EngineError(f"the engine of {self._native.name} has been closed")
-                    if self._is_cancelled() and not (isinstance(event, Finished) and event.reason == "cancelled"):
-                        yield self._cut_short(n_given)
-                        return
-                    n_given += isinstance(event, Token)
-                    yield event
-                    if isinstance(event, Finished):
+                    if self._native.ask(self.turn) and not _is_cancelled(event):
+                        event = self._cut_short()
+                    if isinstance(event, Token):
+                        n_given += 1
+                        yield event
+                    else:
+                        yield _counted(event, n_given)
                         return
         finally:
             self.close()
@@ -92,27 +94,25 @@ class Generation:
             if self._state != "running":
                 self._end()
 
-    def _is_cancelled(self) -> bool:
-        cancel = self._request.cancel
-        return self.turn.cancelled or (cancel is not None and cancel.is_set())
-
     def _take(self) -> list[Event]:
         """All events that are there, at least one."""
         self._native.check_outside()
         leave_at = math.inf
         while True:
+            # before the events: whoever ends an answer has handed them over by then
+            error, state = self._error, self._state
+            is_stopped = self._native.ask(self.turn)
             events = self._inbox.take()
             with self._lock:
-                if self._state == "idle":
+                if self._state == "idle" and not is_stopped:
                     self._submit()
             if events:
                 return events
-            if self._error is not None:
-                raise self._error
-            if self._is_cancelled():
-                self._native.abort(self.turn)
+            if error is not None:
+                raise error
+            if is_stopped:
                 leave_at = min(leave_at, time.monotonic() + LEAVE_S)
-                if self._state != "running" or time.monotonic() >= leave_at:
+                if state != "running" or time.monotonic() >= leave_at:
                     self.close()
                     return [self._cancelled()]
             self._inbox.wait(WATCH_S)
@@ -121,14 +121,14 @@ class Generation:
         self._native.submit(self)
         self._state = "queued"
 
-    def _cut_short(self, n_given: int) -> Finished:
+    def _cut_short(self) -> Finished:
+        """The end for a reader who has stopped and has not been given all that was computed."""
         self.close()
         leave_at = time.monotonic() + LEAVE_S
         while self._state == "running" and time.monotonic() < leave_at:
             self._inbox.take()
             self._inbox.wait(WATCH_S)
-        last = self._cancelled()
-        return replace(last, text="", timing=replace(last.timing, generated_tokens=n_given))
+        return replace(self._cancelled(), text="")
 
     # ---- in the native thread
 
@@ -202,7 +202,7 @@ class Generation:
     def _limit(self) -> FinishReason | None:
         if self._clock.generated_tokens == self._request.settings.n_predict:
             return "length"
-        if self._is_cancelled():
+        if self.turn.is_stopped():
             return "cancelled"
         cache = self._loaded.cache
         # the newest token is not in the cache yet
@@ -243,8 +243,7 @@ class Generation:
 
     def _logprobs(self, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
         """The token's, and the ``n`` likeliest ones with theirs."""
-        vocabulary = self._loaded.vocabulary
-        logits = self._loaded.cache.last_logits(vocabulary.n_tokens).astype(np.float64)
+        logits = self._loaded.cache.last_logits().astype(np.float64)
         logits -= logits.max()
         logits -= np.log(np.exp(logits).sum())
         best = np.argsort(-logits, kind="stable")[:n] if n else ()
@@ -252,15 +251,24 @@ class Generation:
 
     def _cancelled(self) -> Finished:
         """The end for a reader who has stopped, and closed it."""
-        if self._state != "running":
+        if self._state != "running" and self._clock.began_at:
             return self._finished("cancelled")
         timing = self._clock.timing()
-        if not timing.generated_tokens:  # how far the prompt has come is not known before it is left
+        if not timing.generated_tokens:  # it was not begun, or how far it has come is not known before it is left
             timing = replace(timing, prompt_tokens=timing.cached_tokens)
         return Finished("", "cancelled", timing, self._request.settings.seed)
 
     def _finished(self, reason: FinishReason) -> Finished:
         return Finished(self._text.flush(), reason, self._clock.timing(), self._request.settings.seed)
+
+
+def _is_cancelled(event: Event) -> bool:
+    return isinstance(event, Finished) and event.reason == "cancelled"
+
+
+def _counted(last: Finished, n_given: int) -> Finished:
+    """An answer that was stopped has as many tokens as were given out."""
+    return replace(last, timing=replace(last.timing, generated_tokens=n_given)) if _is_cancelled(last) else last
 
 
 @dataclass

@@ -6,6 +6,7 @@ comes from ``child`` alone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -13,7 +14,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -169,13 +169,17 @@ def host_engine(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
 class _Here(Engine):
     """An engine that computes in this process although it uses workers."""
 
+    def wait_until_free(self) -> None:
+        """Until what was asked before has left llama.cpp, what was stopped too."""
+        self._native.call(lambda: None)
+
 
 class _Host:
     def __init__(self, start: Start, send: Send) -> None:
         self._send = send
         self._watch = _Watch(start.endpoints, send)
         self._timeout_s = float(start.offload.rpc_timeout)
-        self._engine: Engine | None = None
+        self._engine: _Here | None = None
         self._flags: dict[int, threading.Event] = {}
         self._streams: dict[int, _Stream] = {}
         self._stopping: dict[int, _Stream] = {}
@@ -214,6 +218,7 @@ class _Host:
             elif isinstance(message, Stop):
                 self._stopping[message.id] = stream
                 stream.stop()
+                _in_thread(self._leave_computation)
                 self._forget(message.id)
 
     def _cancel(self, id: int | None) -> None:
@@ -221,6 +226,13 @@ class _Host:
             flag.set()
         elif id is None and self._engine is not None:
             self._engine.cancel()
+        _in_thread(self._leave_computation)
+
+    def _leave_computation(self) -> None:
+        """Who stops something is answered before workers have left it, which takes as long as a prompt does."""
+        if self._engine is not None:
+            with contextlib.suppress(EngineError), self._watch.over(_SLOW * self._timeout_s):
+                self._engine.wait_until_free()
 
     def _forget(self, id: int) -> None:
         self._flags.pop(id, None)
@@ -331,7 +343,7 @@ class _Watch:
         self._n_completed = 0
         _in_thread(self._run)
 
-    @contextmanager
+    @contextlib.contextmanager
     def over(self, limit_s: float) -> Iterator[None]:
         """Watch while the block runs, which may go so long without a sign of life."""
         key = object()

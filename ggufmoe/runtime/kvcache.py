@@ -70,9 +70,10 @@ class SavedStates:
 class KVCache:
     """The cache of ``context`` (a ``llama_context *``), which must outlive it."""
 
-    def __init__(self, api: Any, context: Any, log: NativeLog, path: Path, saved: SavedStates) -> None:
+    def __init__(self, api: Any, context: Any, n_vocab: int, log: NativeLog, path: Path, saved: SavedStates) -> None:
         self._api = api
         self.context = context
+        self._n_vocab = n_vocab
         self._log = log
         self._path = path
         self._memory = api.llama_get_memory(context)
@@ -225,17 +226,18 @@ class KVCache:
 
     # ---- what came of it
 
-    def logits(self, n_rows: int, n_vocab: int) -> NDArray[np.float32]:
-        """The logits of the ``n_rows`` rows that were computed last and asked for: a view, gone with the next call."""
+    def logits(self, n_rows: int) -> NDArray[np.float32]:
+        """Those of the ``n_rows`` rows that were computed last and asked for, (n_rows, n_vocab): a view, gone with the
+        next call."""
         pointer = self._api.llama_get_logits(self.context)
-        view: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (n_rows, n_vocab))
+        view: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (n_rows, self._n_vocab))
         return view
 
-    def last_logits(self, n_vocab: int) -> NDArray[np.float32]:
-        """The logits after the newest token, (n_vocab,): a view, gone with the next call."""
+    def last_logits(self) -> NDArray[np.float32]:
+        """Those after the newest token, (n_vocab,): a view, gone with the next call."""
         address = self._row_at(self.context, -1)
         if address != self._row_address:  # it is made once, as long as llama.cpp's buffer stays where it is
-            array: Any = (ctypes.c_float * n_vocab).from_address(address)
+            array: Any = (ctypes.c_float * self._n_vocab).from_address(address)
             self._row = np.frombuffer(array, np.float32)
             self._row_address = address
         return self._row

@@ -118,7 +118,7 @@ class LoadedModel:
             raise Cancelled(f"{self.path}: loading was stopped")
 
     def _new_cache(self) -> KVCache:
-        return KVCache(self.api, self._context, self.log, self.path, self._saved)
+        return KVCache(self.api, self._context, self.vocabulary.n_tokens, self.log, self.path, self._saved)
 
     # ---- the model
 

@@ -34,10 +34,15 @@ large prompt takes a second on few cores. It is left to itself then."""
 
 
 class Turn:
-    """What may be stopped: one answer, or one series of computations."""
+    """What may be stopped, by ``NativeThread.abort`` or a caller's flag: one answer, or one series of computations."""
 
-    def __init__(self) -> None:
+    def __init__(self, cancel: CancelFlag | None = None) -> None:
         self.cancelled = False
+        self._cancel = cancel
+
+    def is_stopped(self) -> bool:
+        """Whether it is to end; the flag alone does not reach llama.cpp before somebody asks the native thread."""
+        return self.cancelled or (self._cancel is not None and self._cancel.is_set())
 
 
 class Job(Protocol):
@@ -84,26 +89,32 @@ class NativeThread:
         call = self._submitted(function, Turn())
         with self._aborting(call):
             while not call.done.wait(_POLL_S):
-                pass
+                self.ask(call.turn)
         return call.result()
 
-    def call_until_stopped(self, function: Callable[[], T], turn: Turn, cancel: CancelFlag | None = None) -> T | None:
-        """The same for what may be stopped: None soon after ``turn`` is aborted or ``cancel`` is set.
+    def call_until_stopped(self, function: Callable[[], T | None], turn: Turn) -> T | None:
+        """The same for what may be stopped: None soon after ``turn`` is.
 
-        ``function`` may still be in llama.cpp then, or waiting for its turn; whoever comes next waits for it.
+        ``function`` may still be in llama.cpp then, and whoever comes next waits for it; or it waited for its turn and
+        will not be called.
         """
-        call = self._submitted(function, turn)
+        self.ask(turn)
+        call = self._submitted(lambda: None if turn.cancelled else function(), turn)
         leave_at = math.inf
         with self._aborting(call):
-            while True:
-                if cancel is not None and cancel.is_set():
-                    self.abort(turn)
-                if turn.cancelled:
+            while not call.done.wait(WATCH_S):
+                if self.ask(turn):
                     leave_at = min(leave_at, time.monotonic() + LEAVE_S)
-                if call.done.wait(WATCH_S):
-                    return call.result()
                 if time.monotonic() >= leave_at:
                     return None
+        return call.result()
+
+    def ask(self, turn: Turn) -> bool:
+        """Whether ``turn`` is stopped. Aborts it then, and what runs if that is: its own reader may be elsewhere."""
+        for asked in (turn, self._running):
+            if asked is not None and not asked.cancelled and asked.is_stopped():
+                self.abort(asked)
+        return turn.cancelled
 
     def _submitted(self, function: Callable[[], T], turn: Turn) -> _Call[T]:
         self.check_outside()

@@ -144,7 +144,7 @@ class Sampler:
         Raises EngineError where the grammar allows nothing that the model could say.
         """
         if self._is_argmax:
-            return int(cache.last_logits(self._n_vocab).argmax())
+            return int(cache.last_logits().argmax())
         if self._grammar is None:
             return int(self._api.llama_sampler_sample(self._chain, cache.context, -1))
         token = self._drawn(cache, constrained=False)
@@ -159,7 +159,7 @@ class Sampler:
     def _drawn(self, cache: KVCache, *, constrained: bool) -> int:
         candidates = np.empty(self._n_vocab, _CANDIDATE)
         candidates["id"] = np.arange(self._n_vocab)
-        candidates["logit"] = cache.last_logits(self._n_vocab)
+        candidates["logit"] = cache.last_logits()
         array = self._array(candidates)
         if constrained:
             self._api.llama_sampler_apply(self._grammar, ctypes.byref(array))

@@ -114,6 +114,21 @@ def test_it_runs_as_a_module(module: str) -> None:
     assert result.stdout.startswith("ggufmoe ")
 
 
+def test_ctrl_c_while_modules_are_imported_is_one_line() -> None:
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ggufmoe.cli.app":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from ggufmoe.__main__ import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: stopped\n")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -449,6 +449,21 @@ def test_a_slow_reader_is_no_lost_worker(remote_story: Engine) -> None:
     assert len(tokens(events)) == 59
 
 
+def test_a_prompt_that_was_stopped_may_still_take_its_time(remote_story: Engine, worker: Worker) -> None:
+    events = remote_story.generate(remote_story.tokenize(" on"), replace(GREEDY, n_predict=120))
+    next(events)
+    flag = threading.Event()
+    long = remote_story.tokenize(" once" * 400)
+    stopping = threading.Timer(0.3, flag.set)
+    with paused(worker.pid):  # as one that computes for long
+        stopping.start()
+        with pytest.raises(Cancelled):
+            remote_story.prefill(long, cancel=flag)
+        going_on = threading.Timer(6, os.kill, (worker.pid, signal.SIGCONT))  # three times rpc_timeout
+        going_on.start()
+        assert len(tokens(events)) == 119
+
+
 def test_an_engine_whose_worker_hangs_can_be_closed(remote_story: Engine, worker: Worker) -> None:
     before = children()
     with paused(worker.pid):

@@ -126,37 +126,107 @@ def stopped(call: Callable[[], object]) -> object:
         return type(error)
 
 
-@pytest.mark.parametrize(
+STOPPABLE = pytest.mark.parametrize(
     ("method", "call", "outcome"),
     [
         ("feed", lambda engine, ids, flag: engine.prefill(ids, cancel=flag), Cancelled),
         ("rows", lambda engine, ids, flag: engine.prefill(ids, cancel=flag, every_row=True), Cancelled),
         ("feed", lambda engine, ids, flag: engine.evaluate(ids, cancel=flag), None),
-        ("rows", lambda engine, ids, flag: engine.logits(ids), DecodeError),
         ("compute_chunks", lambda engine, ids, flag: list(engine.compute_chunks([ids], 0, cancel=flag)), []),
+        ("rows", lambda engine, ids, flag: engine.logits(ids), DecodeError),
     ],
-    ids=["prefill", "every row", "evaluate", "logits", "chunks"],
+    ids=["prefill", "every row", "evaluate", "chunks", "logits"],
 )
+
+
+@STOPPABLE
+@pytest.mark.parametrize("by_flag", [True, False])
 def test_a_call_that_is_stopped_does_not_wait_for_a_long_operation(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, method: str, call: Callable[..., object], outcome: object
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    call: Callable[..., object],
+    outcome: object,
+    by_flag: bool,
 ) -> None:
     flag, left = threading.Event(), threading.Event()
     original = getattr(engine._loaded.cache, method)
 
     def take_long(*arguments: object) -> object:
-        flag.set()
-        engine.cancel()
-        assert left.wait(PATIENT_S)
+        if by_flag and outcome is not DecodeError:  # logits takes none
+            flag.set()
+        else:
+            engine.cancel()
+        left.wait(PATIENT_S)
         return original(*arguments)
 
     ids = engine.tokenize(" w1" * 30)
+    began = time.monotonic()
     with monkeypatch.context() as patched:
         patched.setattr(engine._loaded.cache, method, take_long)
         assert stopped(lambda: call(engine, ids, flag)) == outcome
-        assert not left.is_set()
+        assert time.monotonic() - began < PATIENT_S / 2
     left.set()
     assert engine.prefill(ids) == len(ids)
     assert last_of(engine.generate(ids, GREEDY)).reason == "length"
+
+
+@STOPPABLE
+def test_a_call_that_is_stopped_before_its_turn_does_nothing(
+    engine: Engine, method: str, call: Callable[..., object], outcome: object
+) -> None:
+    engine.prefill(kept := engine.tokenize(" w2" * 30))
+    going_on = threading.Event()
+    first = threading.Thread(target=in_cache, args=(engine, lambda _: going_on.wait(PATIENT_S)))
+    first.start()
+    flag, results = threading.Event(), []
+    ids = engine.tokenize(" w1" * 30)
+    second = threading.Thread(target=lambda: results.append(stopped(lambda: call(engine, ids, flag))))
+    second.start()
+    wait_until(lambda: bool(engine._native._jobs))
+    flag.set()
+    engine.cancel()
+    second.join(PATIENT_S)
+    going_on.set()
+    first.join(PATIENT_S)
+    assert results == [outcome]
+    assert engine._native.call(lambda: engine.cached_tokens) == tuple(kept)
+
+
+def test_a_flag_is_noticed_by_whoever_waits(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
+        flag, started, feed = threading.Event(), threading.Event(), engine._loaded.cache.feed
+        events = engine.generate(engine.tokenize(" w1" * 30), LONG, cancel=flag)
+        next(events)
+        list(engine.generate(engine.tokenize(" w2" * 30), replace(GREEDY, n_predict=1)))
+
+        def feed_again(tokens: Sequence[int]) -> bool:
+            if len(tokens) > 1 and not started.is_set():
+                flag.set()
+                started.set()
+                wait_until(lambda: engine._loaded.abort_flag[0] == b"\x01")
+            return feed(tokens)
+
+        monkeypatch.setattr(engine._loaded.cache, "feed", feed_again)
+        while not started.wait(0.1):  # the answer is computed again, and its reader does something else
+            next(events)
+        assert engine.prefill(engine.tokenize(" w3" * 30)) > 0
+        assert last_of(events).reason == "cancelled"
+
+
+def test_garbage_that_is_collected_while_an_answer_ends_closes_its_reader(engine: Engine) -> None:
+    events = engine.generate(engine.tokenize(" w1"), LONG)
+    next(events)
+    generation = events.gi_yieldfrom.gi_frame.f_locals["self"]  # type: ignore[attr-defined]
+    closed = threading.Event()
+
+    def collect() -> None:
+        with generation._lock:  # as the native thread holds it in the end
+            generation.close()
+        closed.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert closed.wait(PATIENT_S)
 
 
 def test_cancelling_while_room_is_made(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
