@@ -6,6 +6,7 @@ The public names are bound when they are first used, so that importing the packa
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,9 @@ __all__ = [
     "quantize",
     "trace_routing",
 ]
+
+# what is logged is for programs that ask for it; without a handler anywhere Python would print warnings
+logging.getLogger("ggufmoe").addHandler(logging.NullHandler())
 
 _HOMES = {
     "Chat": "ggufmoe.runtime.chat",

@@ -184,16 +184,9 @@ def output_path(output: str | Path) -> Path:
 
 
 def _plan(model: ModelSource, output: Path, options: ConvertOptions) -> ExportPlan:
-    check_threads(options.threads)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     split = None if options.split_max_size is None else parse_size(options.split_max_size)
     return plan_export(model, output, type_policy(options), imatrix=imatrix, split_max_bytes=split)
-
-
-def check_threads(threads: int | None) -> None:
-    """Refuse to work with no thread at all."""
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads is {threads}, expected at least 1")
 
 
 def type_policy(options: ExportOptions) -> TypePolicy:
@@ -314,7 +307,6 @@ def merge_with(
     check_directory(target, (), force=options.force)
     max_shard_bytes = parse_size(options.max_shard_size)
     _check_report(options.router_report)
-    check_threads(options.threads)
     model = open_recipe(
         Path(recipe).expanduser(),
         allow_identical_experts=options.allow_identical_experts,

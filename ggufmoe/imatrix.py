@@ -183,6 +183,8 @@ def _files(text: str | os.PathLike[str]) -> list[Path]:
 def _check_output(path: Path, read: Sequence[Path], *, replace: bool) -> None:
     if any(path.exists() and source.exists() and path.samefile(source) for source in read):
         raise OutputExistsError(f"{path}: is one of the inputs; name another file")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; give the name of a file, for example imatrix.gguf")
     if path.exists() and not replace:
         raise OutputExistsError(f"{path}: is there already; name another file, or replace it with --force")
     if not path.parent.is_dir():

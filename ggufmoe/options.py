@@ -16,6 +16,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ggufmoe.errors import OptionError
 
+_MAX_INT32 = 2**31 - 1
+"""llama.cpp counts tokens and layers in 32 bits; a larger number would come out as another one."""
+_MAX_THREADS = 512
+"""GGML_MAX_N_THREADS of ggml.h."""
+
 
 def option(
     default: Any,
@@ -71,7 +76,14 @@ class ExportOptions:
         None, "--token-embedding-type", help="Type of token_embd.weight.", metavar="TYPE"
     )
     pure: bool = option(False, "--pure", help="One type for all tensors, without the mix.")
-    threads: int | None = option(None, "-t", "--threads", help="Worker threads; all cores by default.", metavar="N")
+    threads: int | None = option(
+        None,
+        "-t",
+        "--threads",
+        help="Worker threads; all cores by default.",
+        metavar="N",
+        between=(1, _MAX_THREADS),
+    )
     split_max_size: str | None = option(
         None, "--split-max-size", help="Write shards of at most this size, for example 4G.", metavar="SIZE"
     )
@@ -111,7 +123,14 @@ class MergeOptions:
         "classic", "--layout", help="classic is read by every tool, fused by transformers 5."
     )
     max_shard_size: str = option("5G", "--max-shard-size", help="Largest safetensors file.", metavar="SIZE")
-    threads: int | None = option(None, "-t", "--threads", help="Worker threads; all cores by default.", metavar="N")
+    threads: int | None = option(
+        None,
+        "-t",
+        "--threads",
+        help="Worker threads; all cores by default.",
+        metavar="N",
+        between=(1, _MAX_THREADS),
+    )
     resume: bool = option(False, "--resume", help="Go on with the partial directory of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
     allow_identical_experts: bool = _identical_experts()
@@ -121,10 +140,6 @@ class MergeOptions:
         _check_values(self)
 
 
-_MAX_INT32 = 2**31 - 1
-"""llama.cpp counts tokens and layers in 32 bits; a larger number would come out as another one."""
-_MAX_THREADS = 512
-"""GGML_MAX_N_THREADS of ggml.h."""
 MAX_SEQUENCES = 256
 """LLAMA_MAX_SEQ of llama-cparams.h."""
 MAX_SEED = 2**32 - 2

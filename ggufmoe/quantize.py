@@ -12,7 +12,6 @@ from typing import Any
 
 from ggufmoe.convert import (
     ConvertResult,
-    check_threads,
     convert_result,
     output_path,
     type_policy,
@@ -97,7 +96,6 @@ def _options(quant: str, given: dict[str, Any]) -> QuantizeOptions:
 
 
 def _plan(model: GGUFSource, output: Path, options: QuantizeOptions) -> ExportPlan:
-    check_threads(options.threads)
     policy = _policy(options)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     split = None if options.split_max_size is None else parse_size(options.split_max_size)

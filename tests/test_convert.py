@@ -211,7 +211,7 @@ def test_overrides_of_types(tiny_checkpoint: Make, tmp_path: Path) -> None:
         ({"tensor_types": ("ffn_up",)}, "PATTERN=TYPE"),
         ({"output_tensor_type": "q9"}, "q9"),
         ({"split_max_size": "big"}, "not a size"),
-        ({"threads": 0}, "at least 1"),
+        ({"threads": 0}, "--threads must be between 1 and 512, not 0"),
         ({"thread": 1}, "thread"),
     ],
 )

@@ -144,6 +144,8 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(mixtral: tuple[Pat
     there.write_bytes(b"mine")
     with pytest.raises(OutputExistsError, match="is there already"):
         ggufmoe.imatrix(path, TEXT, there)
+    with pytest.raises(OutputError, match="is a directory"):
+        ggufmoe.imatrix(path, TEXT, tmp_path, force=True)
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     for source in (path, text):

@@ -309,7 +309,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     [
         ({"quant": "COPY", "pure": True, "tensor_types": ("x=q8_0",)}, "leave out --tensor-type, --pure"),
         ({"quant": "Q4_X"}, "unknown file type"),
-        ({"threads": 0}, "at least 1"),
+        ({"threads": 0}, "--threads must be between 1 and 512, not 0"),
         ({"quantizer": "quick"}, "quantizer must be one of auto, fast, ggml"),
         ({"layers": 3}, "quantize has no such option: 'layers'"),
         ({"split_max_size": "0"}, "not a size"),

@@ -46,15 +46,17 @@ def _interrupt_sets(cancel: threading.Event) -> Iterator[None]:
 def write_answer(events: Iterator[Event]) -> Finished:
     """Stream the text of ``events`` to stdout and end the line; gives the last event."""
     text, last = "", None
-    for event in events:
-        if event.text:
-            text = event.text
-            sys.stdout.write(text)
+    try:
+        for event in events:
+            if event.text:
+                text = event.text
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            last = event
+    finally:  # what is said of an error stands on a line of its own
+        if not text.endswith("\n") and (text or last):
+            sys.stdout.write("\n")
             sys.stdout.flush()
-        last = event
-    if not text.endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
     assert isinstance(last, Finished), "events end with Finished"
     return last
 

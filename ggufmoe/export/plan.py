@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class PlannedFile:
     """One file: the bytes before the tensors, and the tensors. The gaps between tensors are zeros."""
 
     path: Path
-    header: bytes
+    header: bytes = field(repr=False)
     tensors: tuple[PlannedTensor, ...]
     n_bytes: int
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ggufmoe.errors import InputError, OutputError, TemplateError
+from ggufmoe.errors import InputError, OutputError, OutputExistsError, TemplateError
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.engine import Engine
@@ -168,8 +168,9 @@ class Chat:
                 self.messages = (*asked, Message("assistant", answer))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the conversation as JSON, over an earlier one. Raises OutputError."""
+        """Write the conversation as JSON, over an earlier one but over nothing else. Raises OutputError."""
         path = Path(path)
+        _check_replaceable(path)
         content = self._content()
         partial = path.with_name(path.name + ".partial")
         try:
@@ -228,6 +229,14 @@ def _template(engine: Engine, choice: str | None) -> ChatTemplate:
             "or continue plain text with 'run --raw'"
         )
     return template
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_file():
+        try:
+            _read_conversation(path)
+        except InputError as error:
+            raise OutputExistsError(f"{path}: holds something else than a conversation; give another name") from error
 
 
 def _read_conversation(path: Path) -> tuple[str | None, tuple[Message, ...]]:

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.cli.terminal import interruptible, state_directory
+from ggufmoe.cli.terminal import interruptible, state_directory, write_answer
+from ggufmoe.errors import EngineError
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing, Token
 from tests.runtime.scripted import Scripted
 
@@ -205,6 +206,16 @@ def test_ctrl_c_cancels_and_a_second_one_interrupts() -> None:
         signal.raise_signal(signal.SIGINT)
     events.close()  # type: ignore[attr-defined]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_stands_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def events() -> Iterator[Event]:
+        yield Token("half an ans", 1)
+        raise EngineError("lost")
+
+    with pytest.raises(EngineError):
+        write_answer(events())
+    assert capsys.readouterr().out == "half an ans\n"
 
 
 def test_leaving_early_closes_the_events() -> None:

@@ -18,6 +18,7 @@ from ggufmoe import (
     Engine,
     InputError,
     OutputError,
+    OutputExistsError,
     SamplingOptions,
     TemplateError,
 )
@@ -182,8 +183,8 @@ def test_a_models_template_that_attacks(write_model: Callable[[Scripted], Path])
 
 def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
-    path.write_text("an earlier file")
     chat = Chat(engine, system="sei lieb", sampling=GREEDY)
+    chat.save(path)
     list(chat.send("hello"))
     chat.save(path)
     other = Chat(engine)
@@ -191,6 +192,14 @@ def test_save_and_load(engine: Engine, tmp_path: Path) -> None:
     assert (other.system, other.messages) == (chat.system, chat.messages)
     assert json.loads(path.read_text(encoding="utf-8"))["model"] == "scripted.gguf"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_spares_what_is_no_conversation(chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\x00 and weights \xff")
+    with pytest.raises(OutputExistsError, match="holds something else than a conversation"):
+        chat.save(path)
+    assert path.read_bytes().startswith(b"GGUF")
 
 
 def test_save_where_it_cannot_be(chat: Chat, tmp_path: Path) -> None:
