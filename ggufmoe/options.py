@@ -54,6 +54,11 @@ def _identical_experts() -> Any:
     )
 
 
+def _worker_threads() -> Any:
+    help = "Worker threads; all cores by default."
+    return option(None, "-t", "--threads", help=help, metavar="N", between=(1, _MAX_THREADS))
+
+
 def _router_report() -> Any:
     return option(
         None, "--router-report", help="Write what the recipe's router will do, layer by layer, as JSON.", metavar="FILE"
@@ -76,14 +81,7 @@ class ExportOptions:
         None, "--token-embedding-type", help="Type of token_embd.weight.", metavar="TYPE"
     )
     pure: bool = option(False, "--pure", help="One type for all tensors, without the mix.")
-    threads: int | None = option(
-        None,
-        "-t",
-        "--threads",
-        help="Worker threads; all cores by default.",
-        metavar="N",
-        between=(1, _MAX_THREADS),
-    )
+    threads: int | None = _worker_threads()
     split_max_size: str | None = option(
         None, "--split-max-size", help="Write shards of at most this size, for example 4G.", metavar="SIZE"
     )
@@ -123,14 +121,7 @@ class MergeOptions:
         "classic", "--layout", help="classic is read by every tool, fused by transformers 5."
     )
     max_shard_size: str = option("5G", "--max-shard-size", help="Largest safetensors file.", metavar="SIZE")
-    threads: int | None = option(
-        None,
-        "-t",
-        "--threads",
-        help="Worker threads; all cores by default.",
-        metavar="N",
-        between=(1, _MAX_THREADS),
-    )
+    threads: int | None = _worker_threads()
     resume: bool = option(False, "--resume", help="Go on with the partial directory of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
     allow_identical_experts: bool = _identical_experts()
