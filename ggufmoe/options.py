@@ -55,8 +55,9 @@ def _identical_experts() -> Any:
 
 
 def _worker_threads() -> Any:
-    help = "Worker threads; all cores by default."
-    return option(None, "-t", "--threads", help=help, metavar="N", between=(1, _MAX_THREADS))
+    return option(
+        None, "-t", "--threads", help="Worker threads; all cores by default.", metavar="N", between=(1, _MAX_THREADS)
+    )
 
 
 def _router_report() -> Any:

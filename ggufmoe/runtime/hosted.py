@@ -7,6 +7,7 @@ comes from ``child`` alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -32,9 +33,9 @@ LOADING = 0
 _SLOW = 10
 """A prompt is computed, and a model loaded, in steps that may take so many times as long as a token's."""
 _TICK_S = 1.0
-_BUSY = 0.005
-"""The part of a processor's time from which on this process counts as computing: it may get little on a busy machine,
-and watching takes a tenth of that."""
+_WAITING = 0.05
+"""The part of a core's time that a thread may take which only waits: it looks around 20 times a second, for a tenth of
+that. llama.cpp's own thread takes nothing at all while it waits for a worker."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class _Host:
         self._send(Reply(LOADING, Packed.of(facts, "what is known of the engine")))
 
     def _report(self, part: float) -> None:
+        self._watch.follow_this_thread()  # llama.cpp reports where it computes
         self._watch.sign()
         self._send(Progress(LOADING, part))
 
@@ -332,14 +334,15 @@ class _Stream:
 class _Watch:
     """Ends this process when workers give no sign of life although something waits for them.
 
-    Signs of life are bytes on the connections to them (Linux), processor time of this process, which tells that it
-    computes by itself, and everything that is completed.
+    Signs of life are bytes on the connections to them (Linux), processor time of the threads that compute here, and
+    everything that is completed.
     """
 
     def __init__(self, endpoints: tuple[str, ...], send: Send) -> None:
         self._endpoints = endpoints
         self._send = send
         self._limits: dict[object, float] = {}
+        self._clocks: dict[object, _Clock] = {}
         self._n_completed = 0
         _in_thread(self._run)
 
@@ -347,34 +350,67 @@ class _Watch:
     def over(self, limit_s: float) -> Iterator[None]:
         """Watch while the block runs, which may go so long without a sign of life."""
         key = object()
+        self._clocks[key] = _Clock.of_this_thread(_WAITING)
         self._limits[key] = limit_s
         try:
             yield
         finally:
-            del self._limits[key]
+            del self._limits[key], self._clocks[key]
             self.sign()
+
+    def follow_this_thread(self) -> None:
+        """From now on the least that this thread computes is a sign of life."""
+        key = threading.get_ident()
+        if key not in self._clocks:
+            self._clocks[key] = _Clock.of_this_thread(0.0)
 
     def sign(self) -> None:
         """Something has been completed."""
         self._n_completed += 1
 
     def _run(self) -> None:
-        silent_s, before = 0.0, self._signs()
+        silent_s, before = 0.0, self._events()
         while True:
             began = time.monotonic()
             time.sleep(_TICK_S)
-            took_s, signs = time.monotonic() - began, self._signs()
+            took_s, events = time.monotonic() - began, self._events()
             limits = list(self._limits.values())
-            is_alive = signs[1:] != before[1:] or signs[0] - before[0] > _BUSY * took_s
+            n_computing = sum(clock.has_worked(took_s) for clock in list(self._clocks.values()))
             # a machine that was asleep, or too busy to come here, tells nothing of the workers
-            silent_s = 0.0 if is_alive or not limits else silent_s + min(took_s, 2 * _TICK_S)
-            before = signs
+            is_alive = n_computing or events != before or not limits
+            silent_s = 0.0 if is_alive else silent_s + min(took_s, 2 * _TICK_S)
+            before = events
             if limits and silent_s > max(limits):
                 self._send(Silence(silent_s))
                 os._exit(1)
 
-    def _signs(self) -> tuple[float, int, int]:
-        return time.process_time(), guard_connections(self._endpoints), self._n_completed
+    def _events(self) -> tuple[int, int]:
+        return guard_connections(self._endpoints), self._n_completed
+
+
+class _Clock:
+    """The processor time of one thread, or of the process where the system does not tell that (macOS, Windows)."""
+
+    def __init__(self, seconds: Callable[[], float], waiting: float) -> None:
+        self._seconds = seconds
+        self._waiting = waiting
+        self._before = seconds()
+
+    @classmethod
+    def of_this_thread(cls, waiting: float) -> _Clock:
+        """``waiting`` is the part of the time that it takes though it does not compute."""
+        clock_of = getattr(time, "pthread_getcpuclockid", None)
+        if clock_of is None:
+            return cls(time.process_time, _WAITING)
+        return cls(functools.partial(time.clock_gettime, clock_of(threading.get_ident())), waiting)
+
+    def has_worked(self, took_s: float) -> bool:
+        """Whether it has computed since this was last asked, ``took_s`` ago."""
+        try:
+            before, self._before = self._before, self._seconds()
+        except OSError:  # the thread has just ended
+            return False
+        return self._before - before > self._waiting * took_s
 
 
 class _Forwarder(logging.Handler):

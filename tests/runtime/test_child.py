@@ -442,6 +442,30 @@ def test_a_worker_that_hangs_in_the_middle_of_an_answer(remote_story: Engine, wo
     assert time.monotonic() - started < PATIENT_S
 
 
+def test_many_who_wait_do_not_keep_a_worker_that_hangs(remote_story: Engine, worker: Worker) -> None:
+    prompt = remote_story.tokenize(" on")
+    streams = [remote_story.generate(prompt, FOR_EVER) for _ in range(24)]
+    for stream in streams:
+        next(stream)
+    lost = list[str]()
+
+    def read(stream: Iterator[Event]) -> None:
+        try:
+            list(stream)
+        except WorkerLostError as error:
+            lost.append(str(error))
+
+    readers = [threading.Thread(target=read, args=(stream,)) for stream in streams]
+    started = time.monotonic()
+    with paused(worker.pid):
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(3 * PATIENT_S)
+    assert time.monotonic() - started < PATIENT_S
+    assert len(lost) == 24
+
+
 def test_a_slow_reader_is_no_lost_worker(remote_story: Engine) -> None:
     events = remote_story.generate(remote_story.tokenize(" on"), replace(GREEDY, n_predict=60))
     next(events)
