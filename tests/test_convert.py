@@ -146,6 +146,22 @@ def test_experts_that_the_importance_matrix_never_saw_are_told(
     assert "never saw some experts" in caplog.text
 
 
+def test_an_importance_matrix_of_a_smaller_model_is_told(
+    tiny_checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    matrix = importance(tmp_path, tiny_checkpoint, n_layer=1)
+    ggufmoe.convert(tiny_checkpoint(n_layer=1), tmp_path / "a.gguf", "Q4_0", imatrix=matrix)
+    assert not caplog.records
+    ggufmoe.convert(tiny_checkpoint(n_layer=2), tmp_path / "b.gguf", "Q4_0", imatrix=matrix)
+    (record,) = caplog.records
+    assert "has nothing for 7 quantized tensors (for example blk.1.attn_k.weight)" in record.getMessage()
+    caplog.clear()
+    ggufmoe.quantize(tmp_path / "b.gguf", tmp_path / "c.gguf", "Q4_0", imatrix=matrix)
+    assert not caplog.records  # nothing changes
+    ggufmoe.quantize(tmp_path / "b.gguf", tmp_path / "d.gguf", "Q4_1", imatrix=matrix, allow_requantize=True)
+    assert "has nothing for 7 quantized tensors" in caplog.text
+
+
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("file_type", ["BF16", "Q4_K_M"])
 def test_fused_and_classic_give_the_same_file(tiny_checkpoint: Make, tmp_path: Path, file_type: str, tie: bool) -> None:

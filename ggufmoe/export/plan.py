@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from ggufmoe.export.rows import Part
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.ggufheader import GGMLType, TensorInfo, Value, ValueType, encode_header
 from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.quant.mixes import OUTPUT, TOKEN_EMBEDDINGS
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
+from ggufmoe.sizes import counted
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -164,6 +166,7 @@ def plan_export(
     tensors = sorted(family.tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))
     weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
     types = choose_types(_type_shapes(tensors), _model_shape(source, family.NAME), policy, weighted)
+    warn_of_missing_importances(imatrix, types, weighted)
     tokenizer = tokenizer_metadata(source.tokenizer_dir, source.config, source.chat_template)
     metadata = model_metadata(source, tensors, policy.file_type, tokenizer)
     if imatrix:
@@ -204,6 +207,24 @@ def fit_imatrix(imatrix: Imatrix | None, shapes: Mapping[str, Sequence[int]]) ->
             imatrix.path, len(coverage), experts[0], name,
         )  # fmt: skip
     return weighted
+
+
+def warn_of_missing_importances(
+    imatrix: Imatrix | None, types: Mapping[str, GGMLType], weighted: Collection[str] | None
+) -> None:
+    """Log quantized matrices for which the importance matrix has nothing, as one of a smaller model.
+
+    Embeddings and output are left out of most: llama-imatrix does not measure them unless it is asked to.
+    """
+    if imatrix is None or weighted is None:
+        return
+    unmeasured = {*TOKEN_EMBEDDINGS, OUTPUT, *weighted}
+    missing = [name for name in types if types[name].is_quantized and name not in unmeasured]
+    if missing:
+        _LOG.warning(
+            "%s has nothing for %s (for example %s), which are quantized as without it; is it of this very model?",
+            imatrix.path, counted(len(missing), "quantized tensor"), missing[0],
+        )  # fmt: skip
 
 
 def place(

@@ -12,7 +12,14 @@ from ggufmoe import native
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
 from ggufmoe.export.metadata import QUANTIZATION_VERSION, imatrix_metadata, u32
-from ggufmoe.export.plan import ExportPlan, fit_imatrix, lay_out_files, llama_quantize_order, place
+from ggufmoe.export.plan import (
+    ExportPlan,
+    fit_imatrix,
+    lay_out_files,
+    llama_quantize_order,
+    place,
+    warn_of_missing_importances,
+)
 from ggufmoe.export.rows import PLAIN_DTYPES
 from ggufmoe.ggufheader import GGMLType, Value
 from ggufmoe.quant.imatrix import Imatrix
@@ -45,6 +52,8 @@ def plan_requantize(
         types = {tensor.name: tensor.type for tensor in tensors}
     else:
         types = choose_types(shapes, source.model_shape, policy, weighted)
+        changed = {tensor.name: types[tensor.name] for tensor in tensors if types[tensor.name] is not tensor.type}
+        warn_of_missing_importances(imatrix, changed, weighted)
     for tensor in tensors:
         _check_change(tensor, types[tensor.name], allow_requantize)
     placed = [place(t.name, t.shape, types[t.name], t.parts, weighted=t.name in (weighted or ())) for t in tensors]

@@ -320,7 +320,9 @@ class _Run:
             if self._resumed and not partial.exists():
                 continue  # complete, and renamed, before the earlier run ended
             if not self._resumed and partial.exists():
-                _LOG.info("starting %s afresh, over the partial file of an earlier run", file.path)
+                _LOG.warning(
+                    "starting %s afresh, over the partial file of an earlier run; --resume goes on with one", file.path
+                )
             self._files[number] = open_output(partial, file.n_bytes, self._resumed)
         self._done.n_bytes = sum(tile.n_bytes for tile in tiles(self._plan) if tile.number in self._finished)
 
