@@ -17,7 +17,7 @@ from typing import Any
 
 from ggufmoe.errors import OptionError
 from ggufmoe.ggufheader import GGMLType, ModelHeader, padded
-from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
+from ggufmoe.options import ALL_LAYERS, AUTO_LAYERS, ContextOptions, OffloadOptions
 from ggufmoe.runtime.footprint import EXPERTS, Footprint, WeightTensor
 from ggufmoe.sizes import all_experts_run, counted, memory_size
 
@@ -465,7 +465,7 @@ def _plan(setting: _Setting, choice: _Choice) -> OffloadPlan:
         fitted=choice.fitted,
         is_exact=offload.split_mode in ("none", "layer"),
     )
-    return replace(plan, warnings=tuple(_warnings(plan, facts, choice)), notes=tuple(_notes(plan, setting)))
+    return replace(plan, warnings=tuple(_warnings(plan, setting, choice)), notes=tuple(_notes(plan, setting)))
 
 
 def _gpu_share(placing: _Placing, index: int) -> DeviceShare:
@@ -525,7 +525,8 @@ def _expert_layers(placing: _Placing, buffers: set[str]) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in found if layer is not None))
 
 
-def _warnings(plan: OffloadPlan, facts: Footprint, choice: _Choice) -> Iterator[str]:
+def _warnings(plan: OffloadPlan, setting: _Setting, choice: _Choice) -> Iterator[str]:
+    facts, offload = setting.facts, setting.offload
     made_for = facts.number("expert_used_count")
     if plan.n_expert_used != made_for:
         effect = "faster, and the answers are worse" if plan.n_expert_used < made_for else "slower, and not as trained"
@@ -533,6 +534,14 @@ def _warnings(plan: OffloadPlan, facts: Footprint, choice: _Choice) -> Iterator[
     n_trained, n_asked = facts.number("context_length"), facts.context.n_ctx or 0
     if n_asked > n_trained * facts.context.n_seq_max:
         yield f"a context of {n_asked} tokens is longer than the {n_trained} that the model was trained for"
+    about_gpus = {
+        "-ngl": offload.n_gpu_layers not in (AUTO_LAYERS, 0),
+        "-ts": offload.tensor_split is not None,
+        "-mg": offload.main_gpu != 0,
+    }
+    if not setting.devices and any(about_gpus.values()):
+        given = " and ".join(flag for flag, is_given in about_gpus.items() if is_given)
+        yield f"{given} without effect: no GPU and no worker is used, the CPU computes all layers (see ggufmoe doctor)"
     if choice.failed:
         yield "it does not fit with the options given: try fewer layers on the GPU, or a smaller context"
     for share in plan.shares[:-1]:

@@ -253,6 +253,13 @@ def test_what_offloading_gains_is_said(model: ModelHeader, tmp_path: Path) -> No
     assert "instead of 2: faster" in plan_of(sparse, n_expert_used=1).warnings[0]
 
 
+def test_options_for_gpus_without_one_are_told(model: ModelHeader) -> None:
+    assert plan_of(model, n_gpu_layers=0).warnings == ()
+    (warning,) = plan_of(model, n_gpu_layers=99, tensor_split="1,1").warnings
+    assert warning.startswith("-ngl and -ts without effect: no GPU and no worker is used")
+    assert plan_of(model, [gpu(4096)], n_gpu_layers=99).warnings == ()
+
+
 def test_what_is_left_free_is_told(model: ModelHeader) -> None:
     assert "10.0 MiB of each GPU are left free" in " ".join(plan_of(model, [gpu(40)], fit_target=10).notes)
     assert "left free" not in " ".join(plan_of(model, [gpu(4000)], fit_target=10).notes)
