@@ -7,12 +7,15 @@ from the environment.
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 from __future__ import annotations
 
+import numbers
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ggufmoe.errors import OptionError
 
@@ -671,6 +674,9 @@ class PromptOptions:
         metavar="NAME|FILE",
     )
 
+    def __post_init__(self) -> None:
+        _check_values(self)
+
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
@@ -683,18 +689,48 @@ def bounds(kind: type, name: str) -> tuple[float, float]:
     return between
 
 
+_HELD: Mapping[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+    Path: ((str, os.PathLike), "a path"),
+    tuple: ((tuple, list), "a tuple of texts"),
+}
+"""What a field with each annotation may hold, numbers of numpy too, and what that is called."""
+
+
 def _check_values(options: Any) -> None:
-    """Every number lies where its option says, and every Literal field holds one of its words."""
+    """Every field holds what its annotation says, and every number lies where its option says."""
+    kinds, words = _kinds(options.__class__), _words(options.__class__)
     for spec in fields(options):
         value, between = getattr(options, spec.name), spec.metadata.get("between")
+        if spec.name in kinds:
+            annotation, may_be_none = kinds[spec.name]
+            held, called = _HELD[annotation]
+            # a bool is an int, but no number that anybody means
+            fits = isinstance(value, held) and (annotation is bool or not isinstance(value, bool))
+            _check(fits or (value is None and may_be_none), f"{spec.name} must be {called}, not {value!r}")
         name = max(spec.metadata.get("flags", ()), key=len, default=spec.name)
         if between is not None and value is not None:
             low, high = between
             wanted = f"at least {low}" if high == _MAX_INT32 and value < low else f"between {low} and {high}"
             _check(low <= value <= high, f"{name} must be {wanted}, not {value}")
-        words = _words(options.__class__).get(spec.name)
-        if words is not None:
-            _check(value in words, f"{name} must be one of {', '.join(words)}, not {value}")
+        if spec.name in words:
+            _check(value in words[spec.name], f"{name} must be one of {', '.join(words[spec.name])}, not {value}")
+
+
+@cache
+def _kinds(kind: type) -> dict[str, tuple[Any, bool]]:
+    """The annotation of each field but those of words, and whether None will do as well."""
+    parts = {name: _parts(hint) for name, hint in get_type_hints(kind).items()}
+    return {name: (part[0], type(None) in part) for name, part in parts.items() if part[0] in _HELD}
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """``(int, NoneType)`` of ``int | None``, ``(tuple,)`` of ``tuple[str, ...]``."""
+    origin = get_origin(hint)
+    return get_args(hint) if origin in (Union, UnionType) else (origin or hint,)
 
 
 @cache

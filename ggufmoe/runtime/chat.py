@@ -21,6 +21,7 @@ from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import CancelFlag, Event
 from ggufmoe.runtime.template import ChatTemplate, find_template
+from ggufmoe.runtime.textstream import stop_strings
 
 _FORMAT = "ggufmoe-chat"
 _MAX_FILE_BYTES = 64 << 20
@@ -63,7 +64,7 @@ class Chat:
         self._n_again = 0
         self._n_left_out = 0
 
-    def send(self, text: str, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()) -> Iterator[Event]:
+    def send(self, text: str, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[Event]:
         """Say ``text`` and stream the answer: Token events, then one Finished, as ``Engine.generate`` gives them.
 
         The turn becomes part of the history when the iterator ends or is closed, also with an answer cut short; a turn
@@ -73,12 +74,12 @@ class Chat:
         return self._answer(Message("user", text), self.messages, self.sampling, cancel=cancel, stop=stop)
 
     def send_async(
-        self, text: str, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()
+        self, text: str, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()
     ) -> AsyncIterator[Event]:
         """``send`` for ``async for``."""
         return read_async(lambda flag: self.send(text, cancel=flag, stop=stop), cancel)
 
-    def regenerate(self, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()) -> Iterator[Event]:
+    def regenerate(self, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[Event]:
         """Answer the last message once more. A given seed is counted up, so that the answer can be another one.
 
         Raises InputError when there is nothing to answer.
@@ -95,7 +96,9 @@ class Chat:
         )
         return self._answer(self.messages[asked], self.messages[:asked], fresh, cancel=cancel, stop=stop)
 
-    def regenerate_async(self, *, cancel: CancelFlag | None = None, stop: Sequence[str] = ()) -> AsyncIterator[Event]:
+    def regenerate_async(
+        self, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()
+    ) -> AsyncIterator[Event]:
         """``regenerate`` for ``async for``."""
         return read_async(lambda flag: self.regenerate(cancel=flag, stop=stop), cancel)
 
@@ -120,13 +123,13 @@ class Chat:
         sampling: SamplingOptions,
         *,
         cancel: CancelFlag | None,
-        stop: Sequence[str],
+        stop: str | Sequence[str],
     ) -> Iterator[Event]:
         asked = (*history, question)
         prompt, n_keep = self.prompt(asked), None
         if self.engine.overflow != "error":
             prompt, n_keep = self._shortened(asked, prompt, sampling), self._n_opening()
-        stops = (*self.template.stop, *stop)
+        stops = (*self.template.stop, *stop_strings(stop))
         events = self.engine.generate(prompt, sampling, stop=stops, cancel=cancel, n_keep=n_keep)
         return self._record(asked, events)
 

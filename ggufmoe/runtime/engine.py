@@ -14,6 +14,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -37,10 +38,12 @@ from ggufmoe.runtime.overflow import Overflow
 from ggufmoe.runtime.placement import Placement
 from ggufmoe.runtime.sampling import Sampler, resolve
 from ggufmoe.runtime.session import SessionFacts, read_session, write_session
+from ggufmoe.runtime.textstream import stop_strings
 
 _LOGITS_BATCH = 512
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
+_Options = TypeVar("_Options", ContextOptions, OffloadOptions, SamplingOptions)
 
 
 class Engine:
@@ -60,7 +63,7 @@ class Engine:
 
     def __new__(cls, _path: object = None, _context: object = None, offload: Any = None, **_: object) -> Engine:
         """A plain Engine, or one in a process of its own where workers of other machines have a part in it."""
-        if cls is Engine and offload is not None and offload.workers:
+        if cls is Engine and _given(offload, OffloadOptions).workers:
             from ggufmoe.runtime.child import ChildEngine
 
             return object.__new__(ChildEngine)
@@ -75,8 +78,8 @@ class Engine:
         on_progress: Callable[[float], None] | None = None,
         cancel: CancelFlag | None = None,
     ) -> None:
-        self._context_options = context or ContextOptions()
-        self._offload_options = offload or OffloadOptions()
+        self._context_options = _given(context, ContextOptions)
+        self._offload_options = _given(offload, OffloadOptions)
         self._model = model = checked_model(Path(path))
         self.path = model.paths[0]
         self.header: Header = model.shards[0].header
@@ -171,14 +174,14 @@ class Engine:
         prompt: Sequence[int],
         sampling: SamplingOptions | None = None,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
     ) -> Iterator[Event]:
         """Continue ``prompt``: an iterator of a ``Token`` for each new token, then one ``Finished``.
 
         What the cache, or a conversation that was set aside, holds already of the prompt is not computed again.
-        Generation ends when the model says so, at ``n_predict`` tokens, at one of the ``stop`` strings (which is not
+        Generation ends when the model says so, at ``n_predict`` tokens, at a ``stop`` string (which is not
         given out), when the context is full and ``overflow`` is ``error``, or when ``cancel`` is set or ``cancel()``
         called, while the prompt is computed as well. Closing the iterator ends it too.
 
@@ -193,10 +196,10 @@ class Engine:
         tokens = self._checked_prompt(prompt)
         overflow = Overflow(self._context_options.overflow_policy, self._n_keep(tokens, n_keep))
         tokens = overflow.fitted(tokens, self.n_ctx)
-        settings = resolve(sampling or SamplingOptions(), self.metadata)
+        settings = resolve(_given(sampling, SamplingOptions), self.metadata)
         # made now, so that what is wrong with a grammar is told before the first token is asked for
         sampler = Sampler(self._api, self._vocabulary, settings, tokens)
-        return self._read(Request(tuple(tokens), settings, tuple(stop), cancel, overflow), sampler)
+        return self._read(Request(tuple(tokens), settings, stop_strings(stop), cancel, overflow), sampler)
 
     def _read(self, request: Request, sampler: Sampler) -> Iterator[Event]:
         generation = Generation(self._native, self._loaded, request, sampler)
@@ -208,7 +211,7 @@ class Engine:
         prompt: Sequence[int],
         sampling: SamplingOptions | None = None,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
     ) -> AsyncIterator[Event]:
@@ -216,7 +219,9 @@ class Engine:
         return read_async(lambda flag: self.generate(prompt, sampling, stop=stop, cancel=flag, n_keep=n_keep), cancel)
 
     def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
-        tokens = list(prompt)
+        if isinstance(prompt, (str, bytes)):
+            raise TypeError("a prompt is a sequence of token ids: engine.tokenize(text) gives those of a text")
+        tokens = [index(token) for token in prompt]
         self._vocabulary.check_tokens(tokens)
         if not tokens:
             raise InputError("the prompt is empty: there is nothing to continue")
@@ -501,6 +506,13 @@ class Engine:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _given(options: _Options | None, kind: type[_Options]) -> _Options:
+    """The options, or their defaults. Raises TypeError for what are no such options."""
+    if options is not None and not isinstance(options, kind):
+        raise TypeError(f"expected {kind.__name__}(...), not {options!r}")
+    return options or kind()
 
 
 @cache

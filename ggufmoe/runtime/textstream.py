@@ -6,6 +6,11 @@ import codecs
 from collections.abc import Sequence
 
 
+def stop_strings(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One text is one stop string, not its letters."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 class TextStream:
     """Decodes UTF-8 as it comes in and watches for stop strings, which may span tokens."""
 

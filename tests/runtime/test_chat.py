@@ -125,6 +125,8 @@ def test_stop_strings_of_the_caller_and_of_the_template(engine: Engine) -> None:
     chat = Chat(engine, template=ChatTemplate(TEMPLATE, stop=["ere"]), sampling=GREEDY)
     assert said(chat.send("hello")) == "hi th"
     assert said(chat.send("hello", stop=["i"])) == "h"
+    chat.reset()
+    assert said(chat.send("hello", stop="i")) == "h"
 
 
 def test_regenerate_answers_the_same_question_with_another_seed(engine: Engine) -> None:

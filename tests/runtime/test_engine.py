@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +149,22 @@ def test_a_stop_string_over_two_tokens_is_not_given_out(story: Engine) -> None:
     events = list(story.generate(story.tokenize(" once"), GREEDY, stop=["on a"]))
     assert "".join(event.text for event in events) == " up"
     assert events[-1].reason == "stop"  # type: ignore[union-attr]
+
+
+def test_one_text_is_one_stop_string(story: Engine) -> None:
+    assert text_of(story.generate(story.tokenize(" once"), GREEDY, stop="on a")) == " up"
+
+
+@pytest.mark.parametrize("prompt", ["once", b"once", ["once"], [1.5]])
+def test_a_prompt_of_something_else_than_tokens(story: Engine, prompt: Any) -> None:
+    with pytest.raises(TypeError, match=r"engine\.tokenize\(text\)|interpreted as an integer"):
+        story.generate(prompt)
+
+
+@pytest.mark.parametrize("given", [{"context": {"n_ctx": 512}}, {"offload": {"cpu_moe": True}}, {"offload": "cpu"}])
+def test_options_that_are_none(story_path: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"expected (Context|Offload)Options\(\.\.\.\), not"):
+        Engine(story_path, **given)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
