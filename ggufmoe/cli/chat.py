@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import interruptible, note, speeds, state_directory, write_answer
-from ggufmoe.errors import GgufmoeError, InputError
+from ggufmoe.cli.terminal import interruptible, note, speeds, state_directory, why_ended, write_answer
+from ggufmoe.errors import GgufmoeError, InputError, WorkerLostError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.engine import Engine
@@ -34,16 +34,25 @@ def chat_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
 ) -> None:
     """Talk with a model in the terminal."""
-    with Engine(model, context, offload) as engine:
+    engine = Engine(model, context, offload)
+    try:
         chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
         if not quiet:
             note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
-        converse(chat, quiet=quiet)
+        try:
+            converse(chat, lambda: Engine(model, context, offload), quiet=quiet)
+        finally:
+            engine = chat.engine
+    finally:
+        engine.close()
 
 
-def converse(chat: Chat, *, quiet: bool) -> None:
-    """Hold a conversation until the person leaves; without a terminal each line of stdin is a message."""
-    _Conversation(chat, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
+def converse(chat: Chat, make_engine: Callable[[], Engine] | None = None, *, quiet: bool) -> None:
+    """Hold a conversation until the person leaves; without a terminal each line of stdin is a message.
+
+    ``make_engine`` gives another engine after a worker was lost; ``chat`` has the new one then.
+    """
+    _Conversation(chat, make_engine, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
 
 
 class _Left(Exception):
@@ -53,8 +62,11 @@ class _Left(Exception):
 @dataclass
 class _Conversation:
     chat: Chat
+    make_engine: Callable[[], Engine] | None
     quiet: bool
     last: Timing | None = None
+    is_lost: bool = False
+    """A worker was, and the engine with it."""
 
     def hold(self, lines: Iterator[str]) -> None:
         for line in lines:
@@ -62,6 +74,11 @@ class _Conversation:
                 self._take(line.strip())
             except _Left:
                 return
+            except WorkerLostError as error:
+                note(f"error: {error}")
+                if self.make_engine is not None:
+                    self.is_lost = True
+                    note("what was said before it is kept; the next message loads the model again")
             except GgufmoeError as error:
                 note(f"error: {error}")
             except KeyboardInterrupt:  # pressed twice while an answer was on its way
@@ -81,10 +98,15 @@ class _Conversation:
         command.act(self, argument.strip())
 
     def _show(self, start: Callable[[CancelFlag], Iterator[Event]]) -> None:
+        if self.is_lost and self.make_engine is not None:
+            self.chat.engine.close()
+            self.chat.engine = self.make_engine()
+            self.is_lost = False
+            note("the model is loaded again")
         finished = write_answer(interruptible(start))
         self.last = finished.timing
-        if finished.reason in _WHY:
-            note(_WHY[finished.reason])
+        if why := why_ended(finished, full="/reset begins anew, --ctx-size gives more room"):
+            note(why)
         if not self.quiet:
             note(speeds(finished.timing))
 
@@ -140,11 +162,6 @@ _COMMANDS = {
     "load": _Command(_Conversation.load, "FILE", "go on with a saved conversation"),
     "stats": _Command(_Conversation.stats, "", "speeds, and how full the context is"),
     "exit": _Command(_Conversation.leave, "", "leave (Ctrl-D does too)"),
-}
-_WHY = {
-    "length": "(stopped at the limit of new tokens: --n-predict)",
-    "context": "(the context is full: /reset begins anew, --ctx-size gives more room)",
-    "cancelled": "(stopped)",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import interruptible, note, speeds, write_answer
+from ggufmoe.cli.terminal import interruptible, note, speeds, why_ended, write_answer
 from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
 from ggufmoe.runtime.chat import Chat
@@ -27,7 +27,7 @@ class RunOptions:
 
     raw: bool = option(False, "--raw", help="Continue the text as it is, without a template; it is printed first.")
     json: bool = option(False, "--json", help="Print one JSON object at the end instead of the text.")
-    quiet: bool = option(False, "--quiet", help="Leave out the line with the speeds.")
+    quiet: bool = option(False, "--quiet", help="Leave out why the answer ended, and the speeds.")
 
 
 @with_options(RunOptions, PromptOptions, SamplingOptions, ContextOptions, OffloadOptions)
@@ -50,6 +50,8 @@ def run_command(
         events = interruptible(lambda cancel: _answer(engine, text, run, asking, sampling, cancel))
         shown = _write_json(events, model, text) if run.json else _write_text(events, text if run.raw else "")
     if not run.quiet:
+        if shown.reason != "cancelled" and (why := why_ended(shown, full="--ctx-size gives more room")):
+            note(why)
         note(speeds(shown.timing))
     if shown.reason == "cancelled":
         raise Cancelled("stopped")

@@ -61,6 +61,15 @@ def write_answer(events: Iterator[Event]) -> Finished:
     return last
 
 
+def why_ended(last: Finished, full: str) -> str | None:
+    """What is said of an answer that does not end by itself; ``full`` tells what to do about a full context."""
+    if last.reason == "length":
+        return "(stopped at the limit of new tokens: --n-predict)"
+    if last.reason == "context":
+        return f"(the context is full: {full})"
+    return "(stopped)" if last.reason == "cancelled" else None
+
+
 def speeds(timing: Timing) -> str:
     """One line: how many tokens, and how many a second, of the prompt and of the answer."""
     computed = timing.prompt_tokens - timing.cached_tokens

@@ -15,10 +15,13 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from ggufmoe import WorkerOptions
 from ggufmoe.cli import chat as chat_module
 from ggufmoe.cli.app import exit_code
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.events import Event
+from ggufmoe.runtime.worker import Worker
+from tests.runtime.remote import start_worker
 from tests.runtime.scripted import Scripted
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ ' ' + m.content }}{% endfor %}[assistant]"
@@ -200,3 +203,32 @@ def test_a_conversation_in_a_terminal(
     keys.send_text("hello\n/exit\n")
     assert exit_code(["chat", model, "--temp", "0", "--quiet", "-t", "1"]) == 0
     assert capsys.readouterr().out == "hi there\n"
+
+
+def test_a_conversation_outlives_its_worker(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = start_worker()
+    host, _, port = worker.endpoint.rpartition(":")
+
+    def lines() -> Iterator[str]:
+        nonlocal worker
+        yield "hello\n"
+        worker.close()
+        yield "hello\n"  # lost
+        yield "hello\n"  # cannot be loaded
+        worker = Worker(WorkerOptions(host=host, port=int(port), n_threads=1))
+        yield "hello\n"
+        yield "/stats\n"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_module, "_is_terminal", lambda: False)
+        patch.setattr(sys, "stdin", lines())
+        code = exit_code(["chat", model, "--temp", "0", "--rpc", worker.endpoint])
+    worker.close()
+    out, err = capsys.readouterr()
+    assert (code, out) == (0, "hi there\n" * 2)
+    said = [line for line in err.splitlines() if not line.startswith(("warning", "prompt: "))]
+    assert "a worker was lost while it was in use" in said[1]
+    assert said[2] == "what was said before it is kept; the next message loads the model again"
+    assert "cannot be reached" in said[3]
+    assert said[4] == "the model is loaded again"
+    assert said[5].endswith("4 messages")

@@ -62,7 +62,14 @@ def test_raw_text_is_continued(run: Callable[..., tuple[int, str, str]]) -> None
 
 
 def test_the_number_of_new_tokens(run: Callable[..., tuple[int, str, str]]) -> None:
-    assert run(" on", "--raw", "-n", "3")[1] == " on" * 4 + "\n"
+    _, out, err = run(" on", "--raw", "-n", "3")
+    assert out == " on" * 4 + "\n"
+    assert err.startswith("(stopped at the limit of new tokens: --n-predict)\nprompt: ")
+
+
+def test_a_full_context_is_told(run: Callable[..., tuple[int, str, str]]) -> None:
+    _, _, err = run(" on", "--raw", "-n", "-1", "-c", "256")
+    assert err.startswith("(the context is full: --ctx-size gives more room)\nprompt: ")
 
 
 @pytest.mark.parametrize(("text", "prompt"), [(" once\n", " once"), ("two\nlines\r\n", "two\nlines")])
