@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import interruptible, note, speeds, state_directory, why_ended, write_answer
+from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, state_directory, why_ended, write_answer
 from ggufmoe.errors import GgufmoeError, InputError, WorkerLostError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 from ggufmoe.runtime.chat import Chat
@@ -34,13 +34,13 @@ def chat_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
 ) -> None:
     """Talk with a model in the terminal."""
-    engine = Engine(model, context, offload)
+    engine = load_engine(model, context, offload)
     try:
         chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
         if not quiet:
             note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
         try:
-            converse(chat, lambda: Engine(model, context, offload), quiet=quiet)
+            converse(chat, lambda: load_engine(model, context, offload), quiet=quiet)
         finally:
             engine = chat.engine
     finally:

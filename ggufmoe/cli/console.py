@@ -1,9 +1,11 @@
-"""The console that verbs print tables and notes on: as wide as the terminal, and plain where there is none."""
+"""What verbs print on: a console for tables and notes, as wide as the terminal and plain where there is none, and a
+line that tells how far something is."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -24,6 +26,32 @@ def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Conso
         return Console(file=stream, highlight=False, emoji=False, markup=markup)
     width = None if os.environ.get("COLUMNS") else _UNLIMITED
     return Console(file=cast(TextIO, _Trimmed(stream)), highlight=False, emoji=False, markup=markup, width=width)
+
+
+class StatusLine:
+    """One line of a terminal that is written over again and again; nothing is shown anywhere else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._on_terminal = stream.isatty()
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Put ``text`` in the place of what stands there, as far as it fits."""
+        if self._on_terminal:
+            text = text[: shutil.get_terminal_size().columns - 1]
+            self._write("\r" + text.ljust(self._width))
+            self._width = len(text)
+
+    def clear(self) -> None:
+        """Leave the line empty, and the cursor at its beginning."""
+        if self._width:
+            self._write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
 
 
 class _Trimmed:

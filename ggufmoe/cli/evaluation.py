@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TextIO, TypeVar
 
+from ggufmoe.cli.console import StatusLine
 from ggufmoe.cli.terminal import interruptible
 from ggufmoe.errors import Cancelled
 from ggufmoe.runtime.events import CancelFlag
@@ -60,9 +60,9 @@ class _Display:
     def __init__(self, what: str, stream: TextIO, *, quiet: bool) -> None:
         self._what, self._stream, self._quiet = what, stream, quiet
         self._on_terminal = stream.isatty()
+        self._line = StatusLine(stream)
         self._started = time.monotonic()
         self._shown = -_LINE_INTERVAL_S  # the first step is shown at once: it tells how long the rest will take
-        self._width = 0
 
     def update(self, step: ChunkStep, words: str) -> None:
         """Show how far it is."""
@@ -73,15 +73,11 @@ class _Display:
         left = (step.total_chunks - step.n_chunks) * (now - self._started) / step.n_chunks
         line = f"{self._what}: chunk {step.n_chunks} of {step.total_chunks}, {words}, {left:.0f} s left"
         if self._on_terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
+            self._line.show(line)
         else:
             self._stream.write(line + "\n")
-        self._stream.flush()
+            self._stream.flush()
 
     def close(self) -> None:
         """Leave the terminal's line empty."""
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
+        self._line.clear()

@@ -13,7 +13,7 @@ import typer
 
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.route_view import RouteView
-from ggufmoe.cli.terminal import note
+from ggufmoe.cli.terminal import load_engine, note
 from ggufmoe.errors import InputError, OptionError, OutputError, OutputExistsError
 from ggufmoe.options import ContextOptions, OffloadOptions, option
 from ggufmoe.runtime.chat import Chat, Message
@@ -69,7 +69,7 @@ def route_command(
     """Show which experts every token went to."""
     prompts = _prompts(prompt, compare, route)
     _check_outputs(model, route)
-    with Engine(model, context, offload) as engine:
+    with load_engine(model, context, offload) as engine:
         traced = _traced(engine, model, prompts, route, compared=prompt is None)
     if str(route.json) != "-":
         _show(traced, route)
@@ -127,9 +127,18 @@ def _labelled(path: Path, number: int, line: str) -> tuple[str, str]:
 
 
 def _check_outputs(model: Path, route: RouteOptions) -> None:
+    """Refuse before anything is computed what could not be written afterwards."""
+    if route.png is not None and route.png.suffix.lower() != ".png":
+        raise OptionError(f"--png writes a PNG: give {route.png} the ending .png")
     for path in (route.html, route.png, route.json):
-        if path is not None and path.exists() and any(path.samefile(read) for read in _inputs(model, route)):
+        if path is None or str(path) == "-":
+            continue
+        if path.exists() and any(path.samefile(read) for read in _inputs(model, route)):
             raise OutputExistsError(f"{path}: is one of the inputs; name another file")
+        if path.is_dir():
+            raise OutputError(f"{path}: is a directory; give the name of a file")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path.parent}: there is no such directory; make it first")
 
 
 def _inputs(model: Path, route: RouteOptions) -> list[Path]:

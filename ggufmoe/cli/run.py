@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import interruptible, note, speeds, why_ended, write_answer
+from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, why_ended, write_answer
 from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
 from ggufmoe.runtime.chat import Chat
@@ -46,7 +46,7 @@ def run_command(
     text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
     if not (text.strip() or run.raw):
         raise InputError("the prompt is empty: there is nothing to answer")
-    with Engine(model, context, offload) as engine:
+    with load_engine(model, context, offload) as engine:
         events = interruptible(lambda cancel: _answer(engine, text, run, asking, sampling, cancel))
         shown = _write_json(events, model, text) if run.json else _write_text(events, text if run.raw else "")
     if not run.quiet:

@@ -1,4 +1,5 @@
-"""What the verbs that talk to a person share: streaming that Ctrl-C can stop, the line of speeds, the state folder."""
+"""What the verbs that talk to a person share: loading, streaming that Ctrl-C can stop, the line of speeds, the state
+folder."""
 
 from __future__ import annotations
 
@@ -7,16 +8,38 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import typer
 
+from ggufmoe.cli.console import StatusLine
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing
 from ggufmoe.sizes import counted
 
 ItemT = TypeVar("ItemT")
+_UNSEEN_S = 0.5
+"""Nobody needs to be told of what takes less."""
+
+
+def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -> Engine:
+    """The engine of a model; a terminal shows how far it is where that takes a while."""
+    line, began = StatusLine(sys.stderr), time.monotonic()
+
+    def show(part: float) -> None:
+        if part < 1 and time.monotonic() - began > _UNSEEN_S:
+            line.show(f"loading {model.name}: {part:.0%}")
+        elif part == 1:  # what is said of it afterwards stands on a line of its own
+            line.clear()
+
+    try:
+        return Engine(model, context, offload, on_progress=show)
+    finally:
+        line.clear()
 
 
 def interruptible(start: Callable[[CancelFlag], Iterator[ItemT]]) -> Iterator[ItemT]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ggufmoe
+from ggufmoe.cli import route as route_module
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.route_view import RouteView
 from ggufmoe.runtime.routing.statistics import share_by_label, summarize
@@ -155,10 +156,31 @@ def test_an_input_is_never_written_over(run: Run, model: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--html", "--png", "--json"])
 def test_where_nothing_can_be_written(run: Run, tmp_path: Path, flag: str) -> None:
-    path = tmp_path / "missing" / "file"
+    folder = tmp_path / "missing"
+    code, out, err = run("x", flag, folder / "file.png")
+    assert (code, out) == (1, "")
+    assert f"error: {folder}: there is no such directory; make it first" in err
+    folder.mkdir()
+    code, out, err = run("x", flag, folder)
+    assert (code, out) == ((2, "") if flag == "--png" else (1, ""))
+    assert str(folder) in err
+
+
+@pytest.mark.parametrize("flag", ["--html", "--png", "--json"])
+def test_what_turns_out_not_to_be_writable(
+    run: Run, tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route_module, "_check_outputs", lambda *_: None)
+    path = tmp_path / "missing" / "file.png"
     code, _, err = run("x", flag, path)
     assert code == 1
     assert f"error: {path}: cannot be written: " in err
+
+
+def test_a_picture_of_another_kind(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("x", "--png", tmp_path / "a.jpg")
+    assert (code, out) == (2, "")
+    assert "a.jpg the ending .png" in err
 
 
 # ---- the view

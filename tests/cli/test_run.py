@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from ggufmoe import ContextOptions, OffloadOptions
+from ggufmoe.cli import terminal
 from ggufmoe.cli.app import exit_code
-from ggufmoe.cli.terminal import interruptible, state_directory, write_answer
+from ggufmoe.cli.terminal import interruptible, load_engine, state_directory, write_answer
 from ggufmoe.errors import EngineError
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing, Token
 from tests.runtime.scripted import Scripted
@@ -192,6 +194,26 @@ _END = Finished("", "cancelled", Timing(1, 0, 0.0, 0, 0, 0.0), 0)
 def test_events_pass_through() -> None:
     assert list(interruptible(lambda cancel: iter([Token("a", 1), _END]))) == [Token("a", 1), _END]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_how_far_the_loading_is(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "24")
+    monkeypatch.setattr(terminal, "_UNSEEN_S", -1.0)
+    load_engine(Path(model), ContextOptions(n_threads=1), OffloadOptions()).close()
+    shown = screen.getvalue().split("\r")
+    assert shown[0] == ""
+    assert shown[1] == "loading model.gguf: 0%"
+    assert shown[-2:] == [" " * len(shown[-3]), ""]
+    monkeypatch.setattr(terminal, "_UNSEEN_S", 60.0)
+    load_engine(Path(model), ContextOptions(n_threads=1), OffloadOptions()).close()
+    assert screen.getvalue().split("\r") == shown
 
 
 def test_ctrl_c_cancels_and_a_second_one_interrupts() -> None:
