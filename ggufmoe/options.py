@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ggufmoe.errors import OptionError
 
@@ -237,8 +237,8 @@ class EvaluationOptions(ContextOptions):
     chunks: int = option(-1, "--chunks", help="At most so many chunks; -1: all that the text fills.", metavar="N")
 
     def __post_init__(self) -> None:
-        _check(self.chunks == -1 or self.chunks > 0, f"--chunks takes -1 or at least 1, not {self.chunks}")
         super().__post_init__()
+        _check(self.chunks == -1 or self.chunks > 0, f"--chunks takes -1 or at least 1, not {self.chunks}")
 
     @property
     def context(self) -> ContextOptions:
@@ -460,8 +460,8 @@ class WorkerOptions:
     cache: bool = option(False, "-c", "--cache", help="Keep large tensors on disk, so that loading again is faster.")
 
     def __post_init__(self) -> None:
-        _check(bool(self.host), "the address to listen at is empty")
         _check_values(self)
+        _check(bool(self.host), "the address to listen at is empty")
 
 
 @dataclass(frozen=True)
@@ -678,6 +678,16 @@ class PromptOptions:
         _check_values(self)
 
 
+_Options = TypeVar("_Options")
+
+
+def given_or_default(options: _Options | None, kind: type[_Options]) -> _Options:
+    """The options, or their defaults. Raises TypeError for what are no such options, for example a dict."""
+    if options is not None and not isinstance(options, kind):
+        raise TypeError(f"expected {kind.__name__}(...), not {options!r}")
+    return kind() if options is None else options
+
+
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise OptionError(message)
@@ -710,6 +720,8 @@ def _check_values(options: Any) -> None:
             held, called = _HELD[annotation]
             # a bool is an int, but no number that anybody means
             fits = isinstance(value, held) and (annotation is bool or not isinstance(value, bool))
+            if annotation is tuple:
+                fits = fits and all(isinstance(text, str) for text in value)
             _check(fits or (value is None and may_be_none), f"{spec.name} must be {called}, not {value!r}")
         name = max(spec.metadata.get("flags", ()), key=len, default=spec.name)
         if between is not None and value is not None:

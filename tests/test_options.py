@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ggufmoe import ContextOptions, ConvertOptions, OffloadOptions, OptionError, SamplingOptions
-from ggufmoe.options import PromptOptions
+from ggufmoe.options import EvaluationOptions, PromptOptions, WorkerOptions
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,10 @@ from ggufmoe.options import PromptOptions
         (SamplingOptions, {"temperature": "0.7"}, r"temperature must be a number, not '0\.7'"),
         (SamplingOptions, {"grammar_file": 5}, "grammar_file must be a path, not 5"),
         (PromptOptions, {"system_prompt": 5}, "system_prompt must be a text, not 5"),
+        (OffloadOptions, {"override_tensor": (1,)}, r"override_tensor must be a tuple of texts, not \(1,\)"),
+        (SamplingOptions, {"logit_bias": [5]}, r"logit_bias must be a tuple of texts, not \[5\]"),
+        (EvaluationOptions, {"chunks": "3"}, "chunks must be a whole number, not '3'"),
+        (WorkerOptions, {"host": None}, "host must be a text, not None"),
         (ConvertOptions, {"pure": "yes"}, "pure must be True or False, not 'yes'"),
     ],
 )

@@ -13,7 +13,7 @@ import typer
 
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, state_directory, why_ended, write_answer
-from ggufmoe.errors import GgufmoeError, InputError, WorkerLostError
+from ggufmoe.errors import GgufmoeError, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.engine import Engine
@@ -50,7 +50,7 @@ def chat_command(
 def converse(chat: Chat, make_engine: Callable[[], Engine] | None = None, *, quiet: bool) -> None:
     """Hold a conversation until the person leaves; without a terminal each line of stdin is a message.
 
-    ``make_engine`` gives another engine after a worker was lost; ``chat`` has the new one then.
+    ``make_engine`` gives another engine where one has ended with its worker or its process; ``chat`` has it then.
     """
     _Conversation(chat, make_engine, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
 
@@ -66,7 +66,7 @@ class _Conversation:
     quiet: bool
     last: Timing | None = None
     is_lost: bool = False
-    """A worker was, and the engine with it."""
+    """The engine was, with a worker or the process that computes."""
 
     def hold(self, lines: Iterator[str]) -> None:
         for line in lines:
@@ -74,13 +74,11 @@ class _Conversation:
                 self._take(line.strip())
             except _Left:
                 return
-            except WorkerLostError as error:
-                note(f"error: {error}")
-                if self.make_engine is not None:
-                    self.is_lost = True
-                    note("what was said before it is kept; the next message loads the model again")
             except GgufmoeError as error:
                 note(f"error: {error}")
+                if self.chat.engine.closed and not self.is_lost and self.make_engine is not None:
+                    self.is_lost = True
+                    note("of this turn nothing is kept; the next message loads the model again")
             except KeyboardInterrupt:  # pressed twice while an answer was on its way
                 note("\n(stopped)")
 

@@ -25,6 +25,7 @@ from ggufmoe.ggufheader import GGMLType, TensorInfo, Value, ValueType, encode_he
 from ggufmoe.quant.imatrix import Imatrix
 from ggufmoe.quant.mixes import OUTPUT, TOKEN_EMBEDDINGS
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
+from ggufmoe.quant.types import IGNORES_IMATRIX
 from ggufmoe.sizes import counted
 
 _LOG = logging.getLogger("ggufmoe")
@@ -219,10 +220,14 @@ def warn_of_missing_importances(
     if imatrix is None or weighted is None:
         return
     unmeasured = {*TOKEN_EMBEDDINGS, OUTPUT, *weighted}
-    missing = [name for name in types if types[name].is_quantized and name not in unmeasured]
+    missing = [
+        name
+        for name, kind in types.items()
+        if kind.is_quantized and kind not in IGNORES_IMATRIX and name not in unmeasured
+    ]
     if missing:
         _LOG.warning(
-            "%s has nothing for %s (for example %s), which are quantized as without it; is it of this very model?",
+            "%s has nothing for %s (for example %s), quantized as without it",
             imatrix.path, counted(len(missing), "quantized tensor"), missing[0],
         )  # fmt: skip
 

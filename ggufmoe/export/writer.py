@@ -108,6 +108,8 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     finished = _finished_tiles(plan, journal) if options.resume else None
     check_output(plan, force=options.force, resume=finished is not None)
     check_space(plan, resume=finished is not None)
+    if finished is None and any(partial_path(file.path).exists() for file in plan.files):
+        _LOG.warning("starting %s afresh, over what an interrupted run left; --resume goes on with that", plan.output)
     prepare_kernels(plan, options.quantizer)
     if options.prepare is not None:
         options.prepare()
@@ -319,10 +321,6 @@ class _Run:
             partial = partial_path(file.path)
             if self._resumed and not partial.exists():
                 continue  # complete, and renamed, before the earlier run ended
-            if not self._resumed and partial.exists():
-                _LOG.warning(
-                    "starting %s afresh, over the partial file of an earlier run; --resume goes on with one", file.path
-                )
             self._files[number] = open_output(partial, file.n_bytes, self._resumed)
         self._done.n_bytes = sum(tile.n_bytes for tile in tiles(self._plan) if tile.number in self._finished)
 

@@ -86,6 +86,9 @@ _UNWRITABLE = {GGMLType.Q8_1, GGMLType.Q8_K, GGMLType.I8, GGMLType.I16, GGMLType
 WRITABLE_TYPES = frozenset(GGMLType) - _UNWRITABLE
 """Tensor types that ``ggml_quantize_chunk`` can make; it aborts the process on the others."""
 
+IGNORES_IMATRIX = frozenset(GGMLType[name] for name in ("Q8_0", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"))
+"""Types whose ``ggml_quantize_chunk`` gives the same bytes with importances and without."""
+
 ABORTS_WITHOUT_IMATRIX = frozenset({GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S})
 """Types for which ``ggml_quantize_requires_imatrix`` holds: ggml aborts the process when it is given none."""
 

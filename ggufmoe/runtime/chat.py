@@ -165,10 +165,15 @@ class Chat:
                 shown = event if any(parts) else replace(event, text=event.text.lstrip())
                 parts.append(shown.text)
                 yield shown
-        finally:
-            answer = "".join(parts).rstrip()
-            if answer:
-                self.messages = (*asked, Message("assistant", answer))
+        except GeneratorExit:  # the reader has had enough
+            self._keep(asked, parts)
+            raise
+        self._keep(asked, parts)
+
+    def _keep(self, asked: tuple[Message, ...], parts: Sequence[str]) -> None:
+        answer = "".join(parts).rstrip()
+        if answer:
+            self.messages = (*asked, Message("assistant", answer))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation as JSON, over an earlier one but over nothing else. Raises OutputError."""

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -123,6 +124,11 @@ class ChildEngine(Engine):
         """Not here: raises EngineError, because logits of every row would have to cross to this process."""
         raise EngineError(f"{self.path}: logits of a whole text are not compared with workers; leave out --rpc")
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed, or its process has ended."""
+        return self._link.has_ended
+
     def close(self) -> None:
         """End the process; further calls raise EngineError. May be called again, and takes 5 s if a worker hangs."""
         link = getattr(self, "_link", None)
@@ -196,6 +202,11 @@ class _Link:
             if isinstance(message, Progress) and on_progress is not None:
                 on_progress(message.part)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing can be asked any more."""
+        return self._end is not None
+
     def send(self, message: Any) -> None:
         self._process.send(message)
 
@@ -226,6 +237,8 @@ class _Link:
         return self._answer(call.id, inbox, cancel)
 
     def _awaiting(self, id: int) -> queue.SimpleQueue[Any]:
+        if not self._process.is_ours:
+            raise EngineError(f"{self._path}: loaded before this process was forked; load it again in here")
         with self._lock:
             if self._end is not None:
                 raise type(self._end)(str(self._end))
@@ -256,6 +269,8 @@ class _Link:
 
     def close(self, grace_s: float) -> None:
         """End the child; whoever waits for it gets EngineError."""
+        if not self._process.is_ours:
+            return
         with self._lock:
             if self._end is None:
                 self._end = EngineError(f"the engine of {self._path} has been closed")
@@ -353,4 +368,5 @@ class _Stream(Iterator[Any]):
             self._link.send(Stop(self._id))
 
     def __del__(self) -> None:
-        self.close()
+        if not sys.is_finalizing():  # what sending needs has gone by then, and the child goes anyway
+            self.close()

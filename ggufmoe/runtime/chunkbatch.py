@@ -39,6 +39,7 @@ class SideBySide:
         pointers = np.arange(n_tokens, dtype=np.uintp) * np.uintp(sequences.itemsize) + np.uintp(sequences.ctypes.data)
         self._api = api
         self.begin = begin
+        self.n_tokens = n_tokens
         self._alive = (tokens, positions, sequences, wanted, n_ids, pointers)
         self._batch = api.llama_batch(
             n_tokens=n_tokens,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ggufmoe import native
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, GGUFError, InputError
 from ggufmoe.ggufheader import Header, ModelHeader, check_kind, legacy_expert_tensors, read_model_header
-from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
+from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions, given_or_default
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
 from ggufmoe.runtime.events import CancelFlag, Event, Token
@@ -43,7 +43,6 @@ from ggufmoe.runtime.textstream import stop_strings
 _LOGITS_BATCH = 512
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
-_Options = TypeVar("_Options", ContextOptions, OffloadOptions, SamplingOptions)
 
 
 class Engine:
@@ -63,7 +62,7 @@ class Engine:
 
     def __new__(cls, _path: object = None, _context: object = None, offload: Any = None, **_: object) -> Engine:
         """A plain Engine, or one in a process of its own where workers of other machines have a part in it."""
-        if cls is Engine and _given(offload, OffloadOptions).workers:
+        if cls is Engine and given_or_default(offload, OffloadOptions).workers:
             from ggufmoe.runtime.child import ChildEngine
 
             return object.__new__(ChildEngine)
@@ -78,8 +77,8 @@ class Engine:
         on_progress: Callable[[float], None] | None = None,
         cancel: CancelFlag | None = None,
     ) -> None:
-        self._context_options = _given(context, ContextOptions)
-        self._offload_options = _given(offload, OffloadOptions)
+        self._context_options = given_or_default(context, ContextOptions)
+        self._offload_options = given_or_default(offload, OffloadOptions)
         self._model = model = checked_model(Path(path))
         self.path = model.paths[0]
         self.header: Header = model.shards[0].header
@@ -93,7 +92,7 @@ class Engine:
         self._loaded = LoadedModel(self._api, native_log(), request)
         self._native = NativeThread(str(self.path), self._loaded.abort_flag, self._loaded.free)
         try:
-            self._native.call(partial(self._loaded.load, watcher))
+            self._load(watcher)
         except BaseException:
             stopped.set()
             self.close()
@@ -109,6 +108,9 @@ class Engine:
         self.n_vocab: int = self._vocabulary.n_tokens
         self.n_ctx_train: int = self._loaded.n_ctx_train
         """Tokens of context that the model was trained for."""
+
+    def _load(self, watcher: LoadWatcher) -> None:
+        self._native.call(partial(self._loaded.load, watcher))
 
     # ---- what the model is
 
@@ -196,7 +198,7 @@ class Engine:
         tokens = self._checked_prompt(prompt)
         overflow = Overflow(self._context_options.overflow_policy, self._n_keep(tokens, n_keep))
         tokens = overflow.fitted(tokens, self.n_ctx)
-        settings = resolve(_given(sampling, SamplingOptions), self.metadata)
+        settings = resolve(given_or_default(sampling, SamplingOptions), self.metadata)
         # made now, so that what is wrong with a grammar is told before the first token is asked for
         sampler = Sampler(self._api, self._vocabulary, settings, tokens)
         return self._read(Request(tuple(tokens), settings, stop_strings(stop), cancel, overflow), sampler)
@@ -487,6 +489,11 @@ class Engine:
 
     # ---- the end
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be asked of it any more."""
+        return self._native.closed
+
     def close(self) -> None:
         """Give back all memory; further calls raise EngineError, and so do streams that are open. May be called again.
 
@@ -506,13 +513,6 @@ class Engine:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _given(options: _Options | None, kind: type[_Options]) -> _Options:
-    """The options, or their defaults. Raises TypeError for what are no such options."""
-    if options is not None and not isinstance(options, kind):
-        raise TypeError(f"expected {kind.__name__}(...), not {options!r}")
-    return options or kind()
 
 
 @cache

@@ -23,6 +23,7 @@ from ggufmoe import native
 from ggufmoe.errors import EngineError
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.loading import LoadWatcher
 from ggufmoe.runtime.process import Packed, leave_with_parent, read_messages
 from ggufmoe.runtime.rpc import ANSWER_S, guard_connections, register_workers
 
@@ -33,9 +34,10 @@ LOADING = 0
 _SLOW = 10
 """A prompt is computed, and a model loaded, in steps that may take so many times as long as a token's."""
 _TICK_S = 1.0
-_WAITING = 0.05
-"""The part of a core's time that a thread may take which only waits: it looks around 20 times a second, for a tenth of
-that. llama.cpp's own thread takes nothing at all while it waits for a worker."""
+_WAITING = 0.02
+"""The part of a core's time that a thread may take which only waits: it looks around 20 times a second, for a quarter
+of that at most."""
+_LEAVE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -168,31 +170,62 @@ def host_engine(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
 
 
 class _Here(Engine):
-    """An engine that computes in this process although it uses workers."""
+    """An engine that computes in this process although it uses workers, and tells how it gets on.
+
+    ``follow`` is called in the thread that computes, before anything is loaded.
+    """
+
+    def __init__(self, start: Start, on_progress: Callable[[float], None], follow: Callable[[], None]) -> None:
+        self._follow = follow
+        super().__init__(start.path, start.context, start.offload, on_progress=on_progress)
+
+    def _load(self, watcher: LoadWatcher) -> None:
+        self._native.call(self._follow)
+        super()._load(watcher)
 
     def wait_until_free(self) -> None:
         """Until what was asked before has left llama.cpp, what was stopped too."""
         self._native.call(lambda: None)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether llama.cpp, or what surrounds it, does anything now."""
+        return self._native.is_busy
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tokens that llama.cpp was given last, 0 if there is no context; how often it has come back."""
+        with contextlib.suppress(EngineError):
+            cache = self._loaded.cache
+            return cache.given_tokens, cache.n_returned
+        return 0, 0
+
 
 class _Host:
     def __init__(self, start: Start, send: Send) -> None:
         self._send = send
-        self._watch = _Watch(start.endpoints, send)
+        self._watch = _Watch(start.endpoints, self._patience_s, self._progress)
         self._timeout_s = float(start.offload.rpc_timeout)
+        self._loading_s = 2 * ANSWER_S
+        self._n_reports = 0
         self._engine: _Here | None = None
         self._flags: dict[int, threading.Event] = {}
         self._streams: dict[int, _Stream] = {}
         self._stopping: dict[int, _Stream] = {}
+        _in_thread(self._give_up)
         _in_thread(self._load, start)
+
+    def _give_up(self) -> None:
+        self._send(Silence(self._watch.silence_s()))
+        os._exit(1)
 
     def _load(self, start: Start) -> None:
         try:
             native.library()  # takes as long as the disk does; the next step waits for workers alone
-            with self._watch.over(2 * ANSWER_S):
+            with self._watch.waiting():
                 register_workers(start.endpoints)
-            with self._watch.over(_SLOW * self._timeout_s):
-                engine = _Here(start.path, start.context, start.offload, on_progress=self._report)
+                self._loading_s = _SLOW * self._timeout_s
+                engine = _Here(start, self._report, self._watch.follow_this_thread)
         except Exception as error:  # for the process that waits
             self._send(Failure(LOADING, _portable(error)))
             return
@@ -201,9 +234,21 @@ class _Host:
         self._send(Reply(LOADING, Packed.of(facts, "what is known of the engine")))
 
     def _report(self, part: float) -> None:
-        self._watch.follow_this_thread()  # llama.cpp reports where it computes
-        self._watch.sign()
+        self._n_reports += 1
         self._send(Progress(LOADING, part))
+
+    def _patience_s(self) -> float | None:
+        """The longest silence that what llama.cpp does now explains; None while it does nothing."""
+        if self._engine is None:
+            return self._loading_s
+        if not self._engine.is_busy:
+            return None
+        given_tokens, _ = self._engine.progress
+        return self._timeout_s * (1 if given_tokens == 1 else _SLOW)
+
+    def _progress(self) -> tuple[int, int]:
+        """Grows when something has been done that workers have a part in."""
+        return self._n_reports, 0 if self._engine is None else self._engine.progress[1]
 
     def take(self, message: Any) -> None:
         """Do what a message asks; nothing here waits for the engine."""
@@ -233,7 +278,7 @@ class _Host:
     def _leave_computation(self) -> None:
         """Who stops something is answered before workers have left it, which takes as long as a prompt does."""
         if self._engine is not None:
-            with contextlib.suppress(EngineError), self._watch.over(_SLOW * self._timeout_s):
+            with contextlib.suppress(EngineError), self._watch.waiting():
                 self._engine.wait_until_free()
 
     def _forget(self, id: int) -> None:
@@ -243,7 +288,8 @@ class _Host:
     def _call(self, call: Call, cancelled: threading.Event) -> None:
         # a stream that nobody reads may still be computing a token
         for stream in list(self._stopping.values()):
-            stream.ended.wait()
+            with self._watch.waiting():
+                stream.ended.wait()
             self._stopping.pop(stream.id, None)
         try:
             value = self._value(call, cancelled)
@@ -254,7 +300,7 @@ class _Host:
             self._send(Failure(call.id, _portable(error)))
             return
         if is_stream:
-            self._streams[call.id] = _Stream(call.id, value, cancelled, self._step, self._send, self._forget)
+            self._streams[call.id] = _Stream(call.id, value, cancelled, self._watch.waiting, self._send, self._forget)
         else:
             self._forget(call.id)
         self._send(reply)
@@ -263,19 +309,15 @@ class _Host:
         arguments, keywords = call.given.unpacked(f"an argument of {call.name}")
         if call.is_cancellable:
             keywords["cancel"] = cancelled
-        with self._watch.over(_SLOW * self._timeout_s):
+        with self._watch.waiting():
             value = getattr(self._engine, call.name)
             return value(*arguments, **keywords) if callable(value) else value
 
-    def _step(self, iterator: Iterator[Any], n_done: int) -> Any:
-        """The next item, or the iterator itself at its end."""
-        with self._watch.over(self._timeout_s * (1 if n_done else _SLOW)):
-            return next(iterator, iterator)
-
     def leave(self) -> None:
-        """Give everything back; workers that hang are left to the parent, who kills this process."""
+        """Give everything back, as far as workers that hang let it."""
         if self._engine is None:
             os._exit(0)  # while it is loading
+        _in_thread(_leave_in_the_end)
         for stream in list(self._streams.values()):
             stream.stop()
         self._engine.cancel()
@@ -289,7 +331,7 @@ class _Stream:
     id: int
     iterator: Iterator[Any]
     cancelled: threading.Event
-    step: Callable[[Iterator[Any], int], Any]
+    waiting: Callable[[], contextlib.AbstractContextManager[None]]
     send: Send
     forget: Callable[[int], None]
     ended: threading.Event = field(default_factory=threading.Event)
@@ -313,17 +355,17 @@ class _Stream:
 
     def _run(self) -> None:
         try:
-            n_done = 0
             while self._allowed.acquire() and not self._is_stopped:
-                item = self.step(self.iterator, n_done)
+                with self.waiting():
+                    item = next(self.iterator, self.iterator)
                 if item is self.iterator:
                     self.send(End(self.id))
                     return
                 self.send(Item(self.id, Packed.of(item, "an item of a stream")))
-                n_done += 1
             close = getattr(self.iterator, "close", None)
             if close is not None:
-                close()
+                with self.waiting():
+                    close()
         except Exception as error:  # for the process that waits
             self.send(Failure(self.id, _portable(error)))
         finally:
@@ -331,86 +373,90 @@ class _Stream:
             self.forget(self.id)
 
 
-class _Watch:
-    """Ends this process when workers give no sign of life although something waits for them.
+def _leave_in_the_end() -> None:
+    """The parent kills a child that does not leave, unless it has gone itself."""
+    time.sleep(_LEAVE_S)
+    os._exit(1)
 
-    Signs of life are bytes on the connections to them (Linux), processor time of the threads that compute here, and
-    everything that is completed.
+
+class _Watch:
+    """Tells when workers give no sign of life although something waits for llama.cpp.
+
+    Signs of life are bytes on the connections to them (Linux), processor time of the thread that computes here, and
+    whatever makes ``progress`` another. ``patience_s`` tells how long a silence may be, None if nothing is computed.
     """
 
-    def __init__(self, endpoints: tuple[str, ...], send: Send) -> None:
+    def __init__(
+        self,
+        endpoints: tuple[str, ...],
+        patience_s: Callable[[], float | None],
+        progress: Callable[[], tuple[int, ...]],
+    ) -> None:
         self._endpoints = endpoints
-        self._send = send
-        self._limits: dict[object, float] = {}
-        self._clocks: dict[object, _Clock] = {}
-        self._n_completed = 0
-        _in_thread(self._run)
+        self._patience_s = patience_s
+        self._progress = progress
+        self._clock: _Clock | None = None
+        self._waiting: set[object] = set()
 
     @contextlib.contextmanager
-    def over(self, limit_s: float) -> Iterator[None]:
-        """Watch while the block runs, which may go so long without a sign of life."""
+    def waiting(self) -> Iterator[None]:
+        """Somebody waits for llama.cpp while the block runs."""
         key = object()
-        self._clocks[key] = _Clock.of_this_thread(_WAITING)
-        self._limits[key] = limit_s
+        self._waiting.add(key)
         try:
             yield
         finally:
-            del self._limits[key], self._clocks[key]
-            self.sign()
+            self._waiting.remove(key)
 
     def follow_this_thread(self) -> None:
-        """From now on the least that this thread computes is a sign of life."""
-        key = threading.get_ident()
-        if key not in self._clocks:
-            self._clocks[key] = _Clock.of_this_thread(0.0)
+        """From now on what this thread computes is a sign of life."""
+        self._clock = _Clock()
 
-    def sign(self) -> None:
-        """Something has been completed."""
-        self._n_completed += 1
-
-    def _run(self) -> None:
-        silent_s, before = 0.0, self._events()
+    def silence_s(self) -> float:
+        """Wait for a silence that is too long; its seconds."""
+        silent_s, before = 0.0, self._signs()
         while True:
             began = time.monotonic()
             time.sleep(_TICK_S)
-            took_s, events = time.monotonic() - began, self._events()
-            limits = list(self._limits.values())
-            n_computing = sum(clock.has_worked(took_s) for clock in list(self._clocks.values()))
-            # a machine that was asleep, or too busy to come here, tells nothing of the workers
-            is_alive = n_computing or events != before or not limits
-            silent_s = 0.0 if is_alive else silent_s + min(took_s, 2 * _TICK_S)
-            before = events
-            if limits and silent_s > max(limits):
-                self._send(Silence(silent_s))
-                os._exit(1)
+            took_s, signs = time.monotonic() - began, self._signs()
+            patience_s, n_waiting = self._patience_s(), len(self._waiting)
+            is_computing = self._clock is not None and self._clock.has_worked(took_s, n_waiting)
+            if is_computing or signs != before or not n_waiting or patience_s is None:
+                silent_s = 0.0
+            else:
+                # a machine that was asleep, or too busy to come here, tells nothing of the workers
+                silent_s += min(took_s, 2 * _TICK_S)
+                if silent_s > patience_s:
+                    return silent_s
+            before = signs
 
-    def _events(self) -> tuple[int, int]:
-        return guard_connections(self._endpoints), self._n_completed
+    def _signs(self) -> tuple[int, ...]:
+        return guard_connections(self._endpoints), *self._progress()
 
 
 class _Clock:
-    """The processor time of one thread, or of the process where the system does not tell that (macOS, Windows)."""
+    """The processor time of the thread that makes it, or of all where the system does not tell (macOS, Windows)."""
 
-    def __init__(self, seconds: Callable[[], float], waiting: float) -> None:
-        self._seconds = seconds
-        self._waiting = waiting
-        self._before = seconds()
-
-    @classmethod
-    def of_this_thread(cls, waiting: float) -> _Clock:
-        """``waiting`` is the part of the time that it takes though it does not compute."""
+    def __init__(self) -> None:
+        self._seconds: Callable[[], float] = time.process_time
+        self._is_of_all = True
         clock_of = getattr(time, "pthread_getcpuclockid", None)
-        if clock_of is None:
-            return cls(time.process_time, _WAITING)
-        return cls(functools.partial(time.clock_gettime, clock_of(threading.get_ident())), waiting)
+        if clock_of is not None:
+            with contextlib.suppress(OSError):
+                time.clock_gettime(clock := clock_of(threading.get_ident()))
+                self._seconds, self._is_of_all = functools.partial(time.clock_gettime, clock), False
+        self._before = self._seconds()
 
-    def has_worked(self, took_s: float) -> bool:
-        """Whether it has computed since this was last asked, ``took_s`` ago."""
+    def has_worked(self, took_s: float, n_waiting: int) -> bool:
+        """Whether anything has been computed since this was last asked, ``took_s`` ago, while so many threads wait.
+
+        The thread alone uses nothing while it waits for a worker.
+        """
         try:
             before, self._before = self._before, self._seconds()
-        except OSError:  # the thread has just ended
+        except OSError:  # the thread has ended
             return False
-        return self._before - before > self._waiting * took_s
+        return self._before - before > (_WAITING * (1 + n_waiting) * took_s if self._is_of_all else 0)
 
 
 class _Forwarder(logging.Handler):

@@ -83,6 +83,10 @@ class KVCache:
         self.n_ctx: int = api.llama_n_ctx_seq(context)
         """Tokens that a text may have, each of several side by side."""
         self.n_batch: int = api.llama_n_batch(context)
+        self.given_tokens = 0
+        """Tokens of the batch that llama.cpp was given, and may still be computing; 0 once it does something else."""
+        self.n_returned = 0
+        """How often llama.cpp has come back from a batch."""
         self._shift_pending = False
         """Whether tokens have moved up whose keys llama.cpp will only turn when it computes the next ones."""
         self._chunks_of: object = None
@@ -113,6 +117,7 @@ class KVCache:
 
         The last token of the prompt is left out: its logits are not kept, so it is always computed.
         """
+        self.given_tokens = 0
         self._leave_chunks()
         wanted = prompt[:-1]
         n = common_prefix(self.tokens, wanted)
@@ -152,6 +157,7 @@ class KVCache:
 
     def state(self) -> SavedState:
         """A copy of what llama.cpp keeps of the tokens."""
+        self.given_tokens = 0
         if self._shift_pending:
             raise EngineError(
                 f"{self._path}: the context has just been shifted and cannot be kept before the next token"
@@ -165,6 +171,7 @@ class KVCache:
 
     def restore(self, state: SavedState) -> None:
         """Put a copy in the place of what is there. Raises EngineError, with the cache empty, if it does not fit."""
+        self.given_tokens = 0
         self._empty()
         mark = self._log.mark()
         n = self._api.llama_state_seq_set_data(self.context, _bytes_at(state.data), state.data.nbytes, _SEQUENCE)
@@ -210,7 +217,9 @@ class KVCache:
             self._chunks_of = owner
         self.check_chunks(owner)
         mark = self._log.mark()
+        self.given_tokens = batch.n_tokens
         status = batch.decode(self.context)
+        self.n_returned += 1
         if status not in (0, _ABORTED):
             raise self._failed(status, mark)
         return status == 0
@@ -244,7 +253,9 @@ class KVCache:
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
         mark = self._log.mark()
+        self.given_tokens = len(tokens)
         status = self._api.llama_decode(self.context, batch)
+        self.n_returned += 1
         if status == 0:
             self.tokens += tokens
             self._shift_pending = False
@@ -264,6 +275,7 @@ class KVCache:
 
     def drop(self, begin: int, n: int) -> bool:
         """Take ``n`` tokens out of the middle; those after them move up. False where the model's cache cannot."""
+        self.given_tokens = 0
         if not self._api.llama_memory_can_shift(self._memory):
             return False
         end = begin + n

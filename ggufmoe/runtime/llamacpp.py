@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ggufmoe import native
 from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
 from ggufmoe.ggufheader import GGMLType, read_model_header
-from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.options import ContextOptions, OffloadOptions, given_or_default
 from ggufmoe.runtime.devices import find_machine
 from ggufmoe.runtime.engine import checked_model, native_api, native_log
 from ggufmoe.runtime.loading import loading_lock
@@ -221,7 +221,9 @@ def _base() -> Any:
 
 
 def _check_arguments(arguments: Mapping[str, Any], offload: OffloadOptions | None) -> None:
-    """Raises OptionError for what ``Llama`` would swallow, and for what ``offload`` says already."""
+    """Raises OptionError for what ``Llama`` would swallow and for what ``offload`` says already, TypeError if that is
+    something else."""
+    given_or_default(offload, OffloadOptions)
     known = set(inspect.signature(_base()).parameters)
     for name in arguments:
         if name not in known:

@@ -74,6 +74,11 @@ class NativeThread:
         self._thread.start()
         _living().add(self)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job runs now."""
+        return self._running is not None
+
     def submit(self, job: Job) -> None:
         """Queue a job. Raises EngineError once closed."""
         with self._lock:

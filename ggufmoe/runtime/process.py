@@ -38,6 +38,8 @@ _MAX_LINES = 100
 _MAX_LINE_CHARS = 2000
 _NATIVE_ABORT = re.compile(r"\.(?:c|cc|cpp|cu|h|hpp|m|mm):\d+: (.+)$")
 _GRACE_S = 2.0
+_KILLED_S = 10.0
+"""A killed process that waits for a disk or a network drive is still there after so long, and is left."""
 _logger = logging.getLogger("ggufmoe.process")
 
 
@@ -104,6 +106,7 @@ class ChildProcess:
             _command(task), stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ | _ENVIRONMENT, creationflags=flags
         )
         self._is_read = False
+        self._parent = os.getpid()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._lines: deque[str] = deque(maxlen=_MAX_LINES)
         self._threads = [
@@ -117,8 +120,15 @@ class ChildProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def is_ours(self) -> bool:
+        """False in a process that was forked afterwards: it has no threads here, and the child is its parent's."""
+        return os.getpid() == self._parent
+
     def send(self, message: Any) -> None:
         """Pass a message on, without waiting; to a child that has ended it is lost. May be called by finalizers."""
+        if not self.is_ours:
+            return
         self._outbox.put(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     def messages(self) -> Iterator[Any]:
@@ -138,10 +148,12 @@ class ChildProcess:
 
     def end(self, grace_s: float = 0.0) -> None:
         """Close its stdin, which is its sign to leave, and kill it if it has not left in time. May be called again."""
+        if not self.is_ours:
+            return
         self._outbox.put(None)
         if not self.wait(grace_s):
             self._process.kill()
-        self._process.wait()
+        self.wait(_KILLED_S)
         for thread in self._threads:
             if thread is not threading.current_thread():  # a finalizer may run in any of them
                 thread.join(_GRACE_S)

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ggufmoe import native
 from ggufmoe.errors import WorkerError
@@ -256,14 +257,27 @@ class _Conversation:
 
 # ---- the connections that llama.cpp has made
 
-_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 14_000}
-"""Seconds (the last one: milliseconds): a machine that does not confirm anything for 14 s is gone. Names by system."""
-_TCP_INFO_BYTES = struct.Struct("=120xQQ")
-"""Where Linux tells in ``struct tcp_info`` how many bytes were confirmed and received."""
+_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
+"""Seconds: a machine that does not confirm anything for 14 s is gone. Names by system."""
+_GONE_MS = 14_000
+"""The same for one that bytes are on their way to, which keep-alive does not look after. TCP_USER_TIMEOUT would also
+end a connection to a worker that confirms everything and has no room for more while it computes."""
+_TCP_INFO = struct.Struct("=2xB21xI28xI60xQQ")
+"""Where Linux's ``struct tcp_info`` has what ``_TcpInfo`` holds."""
+
+
+class _TcpInfo(NamedTuple):
+    n_retries: int
+    """Of the bytes that are to be confirmed next."""
+    n_unconfirmed: int
+    """Segments on their way."""
+    since_confirmed_ms: int
+    bytes_confirmed: int
+    bytes_received: int
 
 
 def guard_connections(endpoints: Sequence[str]) -> int:
-    """Have the system watch this process's connections to workers; gives the bytes that they have carried (Linux).
+    """Have this process's connections to workers end when a machine is gone; gives the bytes they have carried (Linux).
 
     llama.cpp opens them without any time limit. A machine that vanishes then ends them in some 14 s, which llama.cpp
     takes for a lost worker. Where sockets are no file descriptors (Windows) nothing is done.
@@ -274,7 +288,10 @@ def guard_connections(endpoints: Sequence[str]) -> int:
             host, port = connection.getpeername()[:2]
             if f"{host}:{port}" in endpoints:
                 _keep_alive(connection)
-                total += _carried_bytes(connection)
+                info = _tcp_info(connection)
+                if _is_gone(info):
+                    connection.shutdown(socket.SHUT_RDWR)
+                total += info.bytes_confirmed + info.bytes_received
     return total
 
 
@@ -301,8 +318,14 @@ def _keep_alive(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _carried_bytes(connection: socket.socket) -> int:
-    if not sys.platform.startswith("linux"):
-        return 0
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES.size)
-    return sum(_TCP_INFO_BYTES.unpack(info)) if len(info) == _TCP_INFO_BYTES.size else 0
+def _tcp_info(connection: socket.socket) -> _TcpInfo:
+    """Zeros where the system does not tell."""
+    if sys.platform.startswith("linux"):
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(info) == _TCP_INFO.size:
+            return _TcpInfo(*_TCP_INFO.unpack(info))
+    return _TcpInfo(0, 0, 0, 0, 0)
+
+
+def _is_gone(info: _TcpInfo) -> bool:
+    return info.n_unconfirmed > 0 and info.n_retries > 0 and info.since_confirmed_ms > _GONE_MS

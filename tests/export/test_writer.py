@@ -237,7 +237,7 @@ def test_a_partial_file_is_written_over_without_resume(
     interrupt(directory, output)
     with caplog.at_level(logging.WARNING, "ggufmoe"):
         write(directory, output)
-    assert "afresh, over the partial file of an earlier run; --resume goes on" in caplog.text
+    assert "afresh, over what an interrupted run left; --resume goes on" in caplog.text
     assert output.read_bytes() == write(directory, tmp_path / "whole.gguf").read_bytes()
 
 

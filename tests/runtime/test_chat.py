@@ -16,6 +16,7 @@ from ggufmoe import (
     ContextFullError,
     ContextOptions,
     Engine,
+    EngineError,
     InputError,
     OutputError,
     OutputExistsError,
@@ -112,6 +113,22 @@ def test_an_answer_cut_short_is_kept(chat: Chat) -> None:
     events.close()  # type: ignore[attr-defined]
     assert chat.messages == (Message("user", "hello"), Message("assistant", "hi"))
     assert said(chat.send("again")) == "hi there"
+
+
+def test_a_turn_that_failed_is_left_out(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(chat.send("hello"))
+    before = chat.messages
+    generate = Engine.generate
+
+    def fail_after_one(*arguments: Any, **keywords: Any) -> Iterator[Event]:
+        yield next(generate(*arguments, **keywords))
+        raise EngineError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "generate", fail_after_one)
+        with pytest.raises(EngineError, match="lost"):
+            list(chat.send("again"))
+    assert chat.messages == before
 
 
 def test_a_turn_without_an_answer_is_left_out(chat: Chat) -> None:

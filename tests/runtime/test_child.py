@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import operator
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -189,7 +191,7 @@ def public(of: type) -> set[str]:
 
 
 def test_every_method_of_an_engine_is_forwarded_or_done_here() -> None:
-    here = {"cancel", "observed", "close", "metadata", "generate_async", "set_context", "compute_chunks"}
+    here = {"cancel", "observed", "close", "metadata", "generate_async", "set_context", "compute_chunks", "closed"}
     forwarded = {*child._CALLS, *child._STREAMS, *child._VALUES}
     assert forwarded | here == public(Engine)
     assert not forwarded & here
@@ -466,6 +468,68 @@ def test_many_who_wait_do_not_keep_a_worker_that_hangs(remote_story: Engine, wor
     assert len(lost) == 24
 
 
+def test_asking_for_something_else_does_not_keep_a_worker_that_hangs(remote_story: Engine, worker: Worker) -> None:
+    events = remote_story.generate(remote_story.tokenize(" on"), FOR_EVER)
+    next(events)
+    ended = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(WorkerLostError):
+            while not ended.wait(0.3):
+                remote_story.tokenize(" once")
+
+    asking = threading.Thread(target=ask)
+    started = time.monotonic()
+    with paused(worker.pid):
+        asking.start()
+        with pytest.raises(WorkerLostError):
+            list(events)
+    assert time.monotonic() - started < PATIENT_S
+    ended.set()
+    asking.join()
+
+
+def test_stopping_again_and_again_does_not_keep_a_worker_that_hangs(remote_story: Engine, worker: Worker) -> None:
+    prompt = remote_story.tokenize(" on")
+    next(remote_story.generate(prompt, FOR_EVER))
+    started = time.monotonic()
+
+    def ask_and_stop() -> None:
+        while time.monotonic() - started < PATIENT_S:
+            flag = threading.Event()
+            threading.Timer(0.5, flag.set).start()
+            list(remote_story.generate(prompt, FOR_EVER, cancel=flag))
+
+    with paused(worker.pid), pytest.raises(WorkerLostError):
+        ask_and_stop()
+
+
+def test_a_prompt_has_ten_times_as_long_as_a_token(remote_story: Engine, worker: Worker) -> None:
+    prompt = remote_story.tokenize(" once" * 400)
+    going_on = threading.Timer(5, os.kill, (worker.pid, signal.SIGCONT))
+    os.kill(worker.pid, signal.SIGSTOP)  # as one that computes for long
+    going_on.start()
+    assert remote_story.prefill(prompt) == len(prompt)
+    going_on.join()
+
+
+def watched_steps(engine: Engine, *, cancel: object) -> Iterator[int]:
+    with engine.observed(lambda *_: False):
+        yield from (1, 2)
+
+
+def test_a_worker_that_hangs_while_a_stream_is_closed(story_path: Path, worker: Worker) -> None:
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint, rpc_timeout=1)) as engine:
+        steps = engine.iterate(watched_steps)
+        assert next(steps) == 1
+        started = time.monotonic()
+        with paused(worker.pid):
+            steps.close()  # type: ignore[attr-defined]
+            with pytest.raises(WorkerLostError):
+                engine.logits(engine.tokenize(" once"))
+        assert time.monotonic() - started < PATIENT_S
+
+
 def test_a_slow_reader_is_no_lost_worker(remote_story: Engine) -> None:
     events = remote_story.generate(remote_story.tokenize(" on"), replace(GREEDY, n_predict=60))
     next(events)
@@ -478,6 +542,7 @@ def test_a_prompt_that_was_stopped_may_still_take_its_time(remote_story: Engine,
     next(events)
     flag = threading.Event()
     long = remote_story.tokenize(" once" * 400)
+    time.sleep(1)  # until the answer is as far ahead as it may be
     stopping = threading.Timer(0.3, flag.set)
     with paused(worker.pid):  # as one that computes for long
         stopping.start()
@@ -514,6 +579,24 @@ def test_closing_ends_the_process_and_frees_the_worker(story_path: Path, worker:
             engine.tokenize("a")
         with pytest.raises(EngineError, match="has been closed"):
             list(events)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_leaves_the_engine_to_its_parent(remote_story: Engine) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, from Python 3.12 on
+        pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            remote_story.tokenize(" once")
+        except EngineError as error:
+            remote_story.close()
+            code = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert remote_story.tokenize(" once")
 
 
 def test_an_engine_that_is_forgotten_leaves_no_process(story_path: Path, worker: Worker) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from ggufmoe import EngineError, OffloadOptions, OptionError, WorkerError, native
+from ggufmoe.runtime import rpc
 from ggufmoe.runtime.devices import find_machine, find_places
 from ggufmoe.runtime.rpc import find_workers, guard_connections, lost_workers
 from ggufmoe.runtime.worker import Worker
@@ -172,10 +174,35 @@ def test_connections_to_workers_are_watched_by_the_system() -> None:
             assert not theirs.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             ours.sendall(b"\x0e" + (24).to_bytes(8, "little") + bytes(24))
             assert ours.recv(36, socket.MSG_WAITALL)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):
+            if sys.platform == "linux":
                 assert guard_connections([endpoint]) >= before + 36
+                # a worker that computes takes nothing and is alive
+                assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
         with contextlib.suppress(OSError):
             assert guard_connections([endpoint]) == 0
+
+
+@pytest.mark.parametrize(
+    ("info", "ends"),
+    [
+        (rpc._TcpInfo(4, 2, 14_500, 10, 10), True),
+        (rpc._TcpInfo(4, 2, 13_500, 10, 10), False),
+        (rpc._TcpInfo(0, 0, 60_000, 10, 10), False),  # it computes: nothing is on its way
+        (rpc._TcpInfo(0, 2, 60_000, 10, 10), False),  # the first bytes after a long time
+    ],
+)
+def test_a_machine_that_confirms_nothing_any_more(
+    info: rpc._TcpInfo, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "_tcp_info", lambda _: info)
+    with pretender(never_answer) as endpoint, socket.create_connection(workers_of(endpoint)[0]) as ours:
+        assert guard_connections([endpoint]) == 20
+        ours.settimeout(0.2)
+        if ends:
+            assert ours.recv(1) == b""
+        else:
+            with pytest.raises(TimeoutError):
+                ours.recv(1)
 
 
 def test_an_engine_without_rpc_says_how_to_get_it() -> None:
