@@ -272,11 +272,13 @@ class Engine:
         if every_row:
             kv.clear()
         n = kv.reuse(tokens)
-        if not every_row:
-            return len(tokens) - n if kv.feed(tokens[n:]) else None
-        size = min(_LOGITS_BATCH, kv.n_batch)
-        parts = (tokens[begin : begin + size] for begin in range(0, len(tokens), size))
-        return len(tokens) if all(kv.rows(part) for part in parts) else None
+        if every_row:
+            size = min(_LOGITS_BATCH, kv.n_batch)
+            done = all(kv.rows(tokens[begin : begin + size]) for begin in range(0, len(tokens), size))
+        else:
+            done = kv.feed(tokens[n:])
+        kv.synchronize()
+        return len(tokens) - n if done else None
 
     def _check_fits(self, tokens: Sequence[int]) -> None:
         if len(tokens) >= self.n_ctx:
@@ -385,7 +387,7 @@ class Engine:
         kv = self._loaded.cache
         start = time.perf_counter()
         done = all(not turn.cancelled and kv.feed(part) for part in parts)
-        self._api.llama_synchronize(kv.context)
+        kv.synchronize()
         seconds = time.perf_counter() - start
         return seconds if done else None
 

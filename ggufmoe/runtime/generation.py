@@ -195,6 +195,7 @@ class Generation:
         with self._clock.prompt():
             self._clock.cached_tokens = n = cache.reuse(self._tokens)
             done = cache.feed(self._tokens[n:])
+            cache.synchronize()
         if not done:
             self._clock.prompt_tokens = max(n, len(cache.tokens))
         return done

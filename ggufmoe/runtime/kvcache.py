@@ -196,6 +196,10 @@ class KVCache:
                 return False
         return True
 
+    def synchronize(self) -> None:
+        """Wait until what was fed is computed: GPUs and workers are still at it when llama.cpp comes back."""
+        self._api.llama_synchronize(self.context)
+
     def rows(self, tokens: Sequence[int]) -> bool:
         """``feed`` with logits on every row, for at most ``n_batch`` tokens."""
         self._leave_chunks()

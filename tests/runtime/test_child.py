@@ -255,6 +255,20 @@ def test_a_stream_has_all_its_events_and_its_timing(remote_story: Engine, story:
     assert len(long) == 201
 
 
+def test_a_prompt_is_timed_until_the_worker_has_computed_it(remote_story: Engine, worker: Worker) -> None:
+    prompt = remote_story.tokenize(" once" * 100)
+    remote_story.prefill(prompt)  # the second time llama.cpp does not wait for answers before it comes back
+    remote_story.forget()
+    going_on = threading.Timer(1.0, os.kill, (worker.pid, signal.SIGCONT))
+    os.kill(worker.pid, signal.SIGSTOP)
+    going_on.start()
+    *_, last = remote_story.generate(prompt, TWELVE)
+    going_on.join()
+    assert isinstance(last, Finished)
+    assert last.timing.prompt_s > 0.8
+    assert last.timing.generation_s < last.timing.prompt_s
+
+
 def test_errors_come_as_they_are(remote_story: Engine) -> None:
     with pytest.raises(InputError, match="the prompt is empty"):
         remote_story.generate([])
