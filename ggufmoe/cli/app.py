@@ -177,6 +177,9 @@ def _wrong_usage(error: Any) -> int:
     message = _one_line(error.format_message()).replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     path = "ggufmoe" if context is None else context.command_path
+    is_unknown_option = hasattr(error, "possibilities")
+    if is_unknown_option and context is not None and any(given.name == "prompt" for given in context.command.params):
+        message += "; a PROMPT that begins with - stands after --"
     return _say(f"error: {message} (see '{path} --help')", 2)
 
 

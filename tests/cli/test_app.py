@@ -136,6 +136,7 @@ main()
         (["zzz"], "error: no such command: zzz; there are convert, "),
         (["run", "m.gguf", "hi", "--tempp", "1"], "--temp"),
         (["run"], "error: Missing argument 'model'. (see 'ggufmoe run --help')\n"),
+        (["run", "m.gguf", "-hello"], "No such option: -e; a PROMPT that begins with - stands after --"),
         (["run", "m.gguf", "hi", "--temp", "999"], "--temperature must be between 0 and 100, not 999"),
         (["run", "m.gguf", "hi", "--keep", "-2"], "--keep must be at least -1, not -2"),
         (["run", "m.gguf", "hi", "-lm", "fast"], "'-lm' / '--load-mode': 'fast' is not one of 'auto', "),
