@@ -63,12 +63,15 @@ class Chat:
         """What has been said, without the system message."""
         self._n_again = 0
         self._n_left_out = 0
+        self._n_taken_over = 0
+        """How often the history has been replaced."""
 
     def send(self, text: str, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[Event]:
         """Say ``text`` and stream the answer: Token events, then one Finished, as ``Engine.generate`` gives them.
 
         The turn becomes part of the history when the iterator ends or is closed, also with an answer cut short; a turn
-        that failed or got no answer at all is left out. Raises ContextFullError when the conversation no longer fits.
+        that failed or got no answer at all is left out, and so is one that ends when the history has become another.
+        Raises ContextFullError when the conversation no longer fits.
         """
         self._n_again = 0
         return self._answer(Message("user", text), self.messages, self.sampling, cancel=cancel, stop=stop)
@@ -104,8 +107,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget what has been said; the system message stays."""
-        self.messages = ()
-        self._n_again = self._n_left_out = 0
+        self._replace(self.system, ())
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that the model gets for ``messages``, with exactly one BOS where the model wants one."""
@@ -131,7 +133,7 @@ class Chat:
             prompt, n_keep = self._shortened(asked, prompt, sampling), self._n_opening()
         stops = (*self.template.stop, *stop_strings(stop))
         events = self.engine.generate(prompt, sampling, stop=stops, cancel=cancel, n_keep=n_keep)
-        return self._record(asked, events)
+        return self._record(asked, events, (self.messages, self._n_taken_over))
 
     def _shortened(self, asked: tuple[Message, ...], prompt: list[int], sampling: SamplingOptions) -> list[int]:
         """The prompt without as many old turns as must go; once left out they stay out, so that the rest is reused."""
@@ -157,7 +159,9 @@ class Chat:
         one, other = (self.prompt((Message("user", text),)) for text in ("a", "b"))
         return next(i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y)
 
-    def _record(self, asked: tuple[Message, ...], events: Iterator[Event]) -> Iterator[Event]:
+    def _record(
+        self, asked: tuple[Message, ...], events: Iterator[Event], before: tuple[tuple[Message, ...], int]
+    ) -> Iterator[Event]:
         parts: list[str] = []
         try:
             for event in events:
@@ -165,14 +169,16 @@ class Chat:
                 shown = event if any(parts) else replace(event, text=event.text.lstrip())
                 parts.append(shown.text)
                 yield shown
-        except GeneratorExit:  # the reader has had enough
-            self._keep(asked, parts)
+        except Exception:
             raise
-        self._keep(asked, parts)
+        except BaseException:  # the reader has had enough
+            self._keep(asked, parts, before)
+            raise
+        self._keep(asked, parts, before)
 
-    def _keep(self, asked: tuple[Message, ...], parts: Sequence[str]) -> None:
-        answer = "".join(parts).rstrip()
-        if answer:
+    def _keep(self, asked: tuple[Message, ...], parts: Sequence[str], before: tuple[tuple[Message, ...], int]) -> None:
+        answer, (messages, n_taken_over) = "".join(parts).rstrip(), before
+        if answer and self.messages is messages and self._n_taken_over == n_taken_over:
             self.messages = (*asked, Message("assistant", answer))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -204,8 +210,12 @@ class Chat:
         self._take_over(_read_conversation(Path(path)))
 
     def _take_over(self, conversation: tuple[str | None, tuple[Message, ...]]) -> None:
-        self.system, self.messages = conversation
+        self._replace(*conversation)
+
+    def _replace(self, system: str | None, messages: tuple[Message, ...]) -> None:
+        self.system, self.messages = system, messages
         self._n_again = self._n_left_out = 0
+        self._n_taken_over += 1
 
     def save_session(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation together with its KV cache, so that going on with it later computes nothing again.

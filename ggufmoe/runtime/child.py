@@ -67,6 +67,8 @@ _AHEAD = 32
 _CLOSE_S = 5.0
 """So long the child has to give memory back before it is killed; workers give theirs back when it is gone."""
 _DIAGNOSIS_S = 2.0
+_LAST_WORDS_S = 10.0
+"""What a process that cannot be killed, as it waits for a disk, has sent is not waited for any longer."""
 _WAIT_S = 0.2
 """Windows notices Ctrl-C only between waits."""
 _CANCEL_S = 0.02
@@ -237,12 +239,16 @@ class _Link:
         return self._answer(call.id, inbox, cancel)
 
     def _awaiting(self, id: int) -> queue.SimpleQueue[Any]:
-        if not self._process.is_ours:
-            raise EngineError(f"{self._path}: loaded before this process was forked; load it again in here")
+        self.check_ours()
         with self._lock:
             if self._end is not None:
                 raise type(self._end)(str(self._end))
             return self._inboxes.setdefault(id, queue.SimpleQueue())
+
+    def check_ours(self) -> None:
+        """Raise EngineError in a process that was forked afterwards, where no answer arrives."""
+        if not self._process.is_ours:
+            raise EngineError(f"{self._path}: loaded before this process was forked; load it again in here")
 
     def _answer(self, id: int, inbox: queue.SimpleQueue[Any], cancel: CancelFlag | None) -> Any:
         try:
@@ -276,7 +282,7 @@ class _Link:
                 self._end = EngineError(f"the engine of {self._path} has been closed")
         self._process.end(grace_s)
         if threading.current_thread() is not self._receiver:
-            self._receiver.join()
+            self._receiver.join(_LAST_WORDS_S)
 
     # ---- what comes back
 
@@ -333,6 +339,7 @@ class _Stream(Iterator[Any]):
     def __next__(self) -> Any:
         if self._is_over:
             raise StopIteration
+        self._link.check_ours()
         self._pass_cancel_on()
         if self._n_read % (_AHEAD // 2) == 0:
             self._link.send(Credit(self._id, _AHEAD if self._n_read == 0 else _AHEAD // 2))

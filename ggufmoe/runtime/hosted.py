@@ -172,16 +172,17 @@ def host_engine(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
 class _Here(Engine):
     """An engine that computes in this process although it uses workers, and tells how it gets on.
 
-    ``follow`` is called in the thread that computes, before anything is loaded.
+    ``watch`` follows the thread that computes, and the loading.
     """
 
-    def __init__(self, start: Start, on_progress: Callable[[float], None], follow: Callable[[], None]) -> None:
-        self._follow = follow
+    def __init__(self, start: Start, on_progress: Callable[[float], None], watch: _Watch) -> None:
+        self._watch = watch
         super().__init__(start.path, start.context, start.offload, on_progress=on_progress)
 
     def _load(self, watcher: LoadWatcher) -> None:
-        self._native.call(self._follow)
-        super()._load(watcher)
+        with self._watch.waiting():
+            self._native.call(self._watch.follow_this_thread)
+            super()._load(watcher)
 
     def wait_until_free(self) -> None:
         """Until what was asked before has left llama.cpp, what was stopped too."""
@@ -216,22 +217,24 @@ class _Host:
         _in_thread(self._load, start)
 
     def _give_up(self) -> None:
-        self._send(Silence(self._watch.silence_s()))
-        os._exit(1)
+        try:
+            self._send(Silence(self._watch.silence_s()))
+        finally:  # nobody may wait for ever, whatever went wrong
+            os._exit(1)
 
     def _load(self, start: Start) -> None:
         try:
             native.library()  # takes as long as the disk does; the next step waits for workers alone
             with self._watch.waiting():
                 register_workers(start.endpoints)
-                self._loading_s = _SLOW * self._timeout_s
-                engine = _Here(start, self._report, self._watch.follow_this_thread)
+            self._loading_s = _SLOW * self._timeout_s
+            engine = _Here(start, self._report, self._watch)
+            facts = Packed.of({name: getattr(engine, name) for name in FACTS}, "what is known of the engine")
         except Exception as error:  # for the process that waits
             self._send(Failure(LOADING, _portable(error)))
             return
         self._engine = engine
-        facts = {name: getattr(engine, name) for name in FACTS}
-        self._send(Reply(LOADING, Packed.of(facts, "what is known of the engine")))
+        self._send(Reply(LOADING, facts))
 
     def _report(self, part: float) -> None:
         self._n_reports += 1
@@ -295,7 +298,7 @@ class _Host:
             value = self._value(call, cancelled)
             is_stream = isinstance(value, Iterator)
             reply = Reply(call.id, Packed.of(None if is_stream else value, f"what {call.name} gives"))
-        except Exception as error:  # for the process that waits
+        except BaseException as error:  # for the process that waits
             self._forget(call.id)
             self._send(Failure(call.id, _portable(error)))
             return
@@ -366,7 +369,7 @@ class _Stream:
             if close is not None:
                 with self.waiting():
                     close()
-        except Exception as error:  # for the process that waits
+        except BaseException as error:  # for the process that waits
             self.send(Failure(self.id, _portable(error)))
         finally:
             self.ended.set()
@@ -418,8 +421,9 @@ class _Watch:
         while True:
             began = time.monotonic()
             time.sleep(_TICK_S)
-            took_s, signs = time.monotonic() - began, self._signs()
+            # before the signs: a batch that ends now must not leave its silence to a short one
             patience_s, n_waiting = self._patience_s(), len(self._waiting)
+            took_s, signs = time.monotonic() - began, self._signs()
             is_computing = self._clock is not None and self._clock.has_worked(took_s, n_waiting)
             if is_computing or signs != before or not n_waiting or patience_s is None:
                 silent_s = 0.0
@@ -475,10 +479,10 @@ def _forward_log(send: Send, level: int) -> None:
     logger.propagate = False
 
 
-def _portable(error: Exception) -> Exception:
-    """The error itself if it survives the way to the parent."""
+def _portable(error: BaseException) -> Exception:
+    """The error itself if it survives the way to the parent, and is none that would end a thread there."""
     try:
-        if str(pickle.loads(pickle.dumps(error))) == str(error):
+        if isinstance(error, Exception) and str(pickle.loads(pickle.dumps(error))) == str(error):
             return error
     except Exception:  # whatever its class does when it is made again
         logging.getLogger("ggufmoe").debug("%s cannot be sent as it is", type(error))

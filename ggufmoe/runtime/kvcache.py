@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from ggufmoe import native
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError
 from ggufmoe.runtime.chunkbatch import SideBySide
 from ggufmoe.runtime.nativelog import NativeLog
+
+ComputedBy = Literal["cpu", "gpu", "worker"]
+"""Where a model's layers are: with the CPU alone, on GPUs of this machine, or on a worker too."""
 
 _SEQUENCE = 0
 _ABORTED = 2
@@ -68,10 +71,26 @@ class SavedStates:
 
 
 class KVCache:
-    """The cache of ``context`` (a ``llama_context *``), which must outlive it."""
+    """The cache of ``context`` (a ``llama_context *``), which must outlive it, and computing with it.
 
-    def __init__(self, api: Any, context: Any, n_vocab: int, log: NativeLog, path: Path, saved: SavedStates) -> None:
+    llama.cpp looks at the ``abort_flag`` only where the CPU computes, and comes back from a batch before a worker has
+    computed it, so prompts are given to GPUs and workers in smaller parts.
+    """
+
+    def __init__(
+        self,
+        api: Any,
+        context: Any,
+        n_vocab: int,
+        log: NativeLog,
+        path: Path,
+        saved: SavedStates,
+        abort_flag: ctypes.Array[ctypes.c_char],
+        computed_by: ComputedBy,
+    ) -> None:
         self._api = api
+        self._abort_flag = abort_flag
+        self._computed_by = computed_by
         self.context = context
         self._n_vocab = n_vocab
         self._log = log
@@ -83,6 +102,8 @@ class KVCache:
         self.n_ctx: int = api.llama_n_ctx_seq(context)
         """Tokens that a text may have, each of several side by side."""
         self.n_batch: int = api.llama_n_batch(context)
+        self._step: int = self.n_batch if computed_by == "cpu" else min(self.n_batch, api.llama_n_ubatch(context))
+        """Tokens of a prompt that llama.cpp is given at once."""
         self.given_tokens = 0
         """Tokens of the batch that llama.cpp was given, and may still be computing; 0 once it does something else."""
         self.n_returned = 0
@@ -117,7 +138,7 @@ class KVCache:
 
         The last token of the prompt is left out: its logits are not kept, so it is always computed.
         """
-        self.given_tokens = 0
+        self._leave_token()
         self._leave_chunks()
         wanted = prompt[:-1]
         n = common_prefix(self.tokens, wanted)
@@ -157,7 +178,7 @@ class KVCache:
 
     def state(self) -> SavedState:
         """A copy of what llama.cpp keeps of the tokens."""
-        self.given_tokens = 0
+        self._leave_token()
         if self._shift_pending:
             raise EngineError(
                 f"{self._path}: the context has just been shifted and cannot be kept before the next token"
@@ -171,7 +192,7 @@ class KVCache:
 
     def restore(self, state: SavedState) -> None:
         """Put a copy in the place of what is there. Raises EngineError, with the cache empty, if it does not fit."""
-        self.given_tokens = 0
+        self._leave_token()
         self._empty()
         mark = self._log.mark()
         n = self._api.llama_state_seq_set_data(self.context, _bytes_at(state.data), state.data.nbytes, _SEQUENCE)
@@ -189,11 +210,14 @@ class KVCache:
         if len(tokens) == 1:
             self._one[0] = tokens[0]
             return self._decode(self._one_batch, tokens)
-        for begin in range(0, len(tokens), self.n_batch):
-            part = tokens[begin : begin + self.n_batch]
+        for begin in range(0, len(tokens), self._step):
+            part = tokens[begin : begin + self._step]
             ids = (ctypes.c_int32 * len(part))(*part)
-            if not self._decode(self._api.llama_batch_get_one(ids, len(part)), part):
+            is_stopped = self._computed_by != "cpu" and self._abort_flag[0] != b"\x00"
+            if is_stopped or not self._decode(self._api.llama_batch_get_one(ids, len(part)), part):
                 return False
+            if self._computed_by == "worker":
+                self.synchronize()
         return True
 
     def synchronize(self) -> None:
@@ -221,7 +245,7 @@ class KVCache:
             self._chunks_of = owner
         self.check_chunks(owner)
         mark = self._log.mark()
-        self.given_tokens = batch.n_tokens
+        self._give(batch.n_tokens)
         status = batch.decode(self.context)
         self.n_returned += 1
         if status not in (0, _ABORTED):
@@ -257,7 +281,7 @@ class KVCache:
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
         mark = self._log.mark()
-        self.given_tokens = len(tokens)
+        self._give(len(tokens))
         status = self._api.llama_decode(self.context, batch)
         self.n_returned += 1
         if status == 0:
@@ -274,12 +298,22 @@ class KVCache:
             raise ContextFullError(f"the context of {self.n_ctx} tokens is full; ask for more with --ctx-size")
         raise self._failed(status, mark)
 
+    def _give(self, n_tokens: int) -> None:
+        if self.given_tokens > n_tokens:  # else waiting for those would be taken for waiting for these
+            self.synchronize()
+        self.given_tokens = 0 if self._shift_pending else n_tokens
+
+    def _leave_token(self) -> None:
+        """Something else begins; a prompt may still be computed meanwhile."""
+        if self.given_tokens == 1:
+            self.given_tokens = 0
+
     def _failed(self, status: int, mark: int) -> DecodeError:
         return DecodeError(f"{self._path}: llama.cpp failed to compute ({status}): {self._log.cause_since(mark)}")
 
     def drop(self, begin: int, n: int) -> bool:
         """Take ``n`` tokens out of the middle; those after them move up. False where the model's cache cannot."""
-        self.given_tokens = 0
+        self._leave_token()
         if not self._api.llama_memory_can_shift(self._memory):
             return False
         end = begin + n

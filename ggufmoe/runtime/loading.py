@@ -22,7 +22,7 @@ from ggufmoe.runtime.cpu import default_threads, memory_bytes
 from ggufmoe.runtime.devices import Machine, find_machine
 from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.footprint import DEFAULT_MAX_CTX
-from ggufmoe.runtime.kvcache import KVCache, SavedStates
+from ggufmoe.runtime.kvcache import ComputedBy, KVCache, SavedStates
 from ggufmoe.runtime.nativelog import NativeLog, no_wait_callback
 from ggufmoe.runtime.offload import OffloadPlan, plan_offload
 from ggufmoe.runtime.placement import REPORT_LINES, Placement, placement_of, set_parameters
@@ -118,7 +118,14 @@ class LoadedModel:
             raise Cancelled(f"{self.path}: loading was stopped")
 
     def _new_cache(self) -> KVCache:
-        return KVCache(self.api, self._context, self.vocabulary.n_tokens, self.log, self.path, self._saved)
+        n_vocab = self.vocabulary.n_tokens
+        flag, computed_by = self.abort_flag, self._computed_by()
+        return KVCache(self.api, self._context, n_vocab, self.log, self.path, self._saved, flag, computed_by)
+
+    def _computed_by(self) -> ComputedBy:
+        if not any(share.layers or share.buffers for share in self.placement.plan.shares[:-1]):
+            return "cpu"
+        return "worker" if self._request.offload.workers else "gpu"
 
     # ---- the model
 

@@ -80,7 +80,16 @@ def child_pipes() -> tuple[IO[bytes], IO[bytes]]:
     incoming = os.fdopen(os.dup(0), "rb")
     outgoing = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: _let_go(incoming, outgoing))
     return incoming, outgoing
+
+
+def _let_go(*pipes: IO[bytes]) -> None:
+    """In a process that the child has forked: it must not hold the pipes of the parent open."""
+    for pipe in pipes:
+        with contextlib.suppress(OSError, ValueError):
+            os.close(pipe.fileno())
 
 
 def _command(task: Task) -> list[str]:

@@ -262,13 +262,15 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 3, "TCP_KE
 _GONE_MS = 14_000
 """The same for one that bytes are on their way to, which keep-alive does not look after. TCP_USER_TIMEOUT would also
 end a connection to a worker that confirms everything and has no room for more while it computes."""
-_TCP_INFO = struct.Struct("=2xB21xI28xI60xQQ")
+_TCP_INFO = struct.Struct("=2xBB20xI28xI60xQQ")
 """Where Linux's ``struct tcp_info`` has what ``_TcpInfo`` holds."""
 
 
 class _TcpInfo(NamedTuple):
     n_retries: int
     """Of the bytes that are to be confirmed next."""
+    n_probes: int
+    """Unanswered questions whether there is room for bytes again."""
     n_unconfirmed: int
     """Segments on their way."""
     since_confirmed_ms: int
@@ -324,8 +326,9 @@ def _tcp_info(connection: socket.socket) -> _TcpInfo:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) == _TCP_INFO.size:
             return _TcpInfo(*_TCP_INFO.unpack(info))
-    return _TcpInfo(0, 0, 0, 0, 0)
+    return _TcpInfo(0, 0, 0, 0, 0, 0)
 
 
 def _is_gone(info: _TcpInfo) -> bool:
-    return info.n_unconfirmed > 0 and info.n_retries > 0 and info.since_confirmed_ms > _GONE_MS
+    is_asked = (info.n_unconfirmed > 0 and info.n_retries > 0) or info.n_probes > 1
+    return is_asked and info.since_confirmed_ms > _GONE_MS

@@ -131,6 +131,29 @@ def test_a_turn_that_failed_is_left_out(chat: Chat, monkeypatch: pytest.MonkeyPa
     assert chat.messages == before
 
 
+def test_an_answer_that_ctrl_c_interrupts_is_kept(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Engine.generate
+
+    def press_after_one(*arguments: Any, **keywords: Any) -> Iterator[Event]:
+        yield next(generate(*arguments, **keywords))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "generate", press_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.send("hello"))
+    assert chat.messages == (Message("user", "hello"), Message("assistant", "hi"))
+
+
+@pytest.mark.parametrize("change", ["another turn", "reset"])
+def test_a_turn_that_ends_late_changes_nothing(chat: Chat, change: str) -> None:
+    late = chat.send("hello")
+    next(late)
+    list(chat.send("again")) if change == "another turn" else chat.reset()
+    now = chat.messages
+    late.close()  # type: ignore[attr-defined]
+    assert chat.messages is now
+
+
 def test_a_turn_without_an_answer_is_left_out(chat: Chat) -> None:
     flag = threading.Event()
     flag.set()

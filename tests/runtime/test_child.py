@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import itertools
 import logging
 import operator
 import os
@@ -296,6 +297,23 @@ def test_what_cannot_go_to_the_other_process_is_an_error(remote_story: Engine, m
     assert remote_story.apply(operator.attrgetter("n_ctx")) == remote_story.n_ctx
 
 
+def leave(_: Engine) -> int:
+    sys.exit(3)
+
+
+def leave_after_one(_: Engine, *, cancel: object) -> Iterator[int]:
+    yield 1
+    raise KeyboardInterrupt
+
+
+def test_functions_that_want_to_leave_the_other_process(remote_story: Engine) -> None:
+    with pytest.raises(EngineError, match="SystemExit: 3"):
+        remote_story.apply(leave)
+    with pytest.raises(EngineError, match="KeyboardInterrupt"):
+        list(remote_story.iterate(leave_after_one))
+    assert remote_story.tokenize(" once")
+
+
 def test_a_message_that_cannot_be_read_ends_the_engine(remote_story: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child._Link, "_sort", lambda *_: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
@@ -527,15 +545,28 @@ def test_a_prompt_has_ten_times_as_long_as_a_token(remote_story: Engine, worker:
     going_on.join()
 
 
+def test_the_last_token_of_a_prompt_does_not_shorten_its_time(story_path: Path, worker: Worker) -> None:
+    context = ContextOptions(n_ctx=512, n_batch=128, n_ubatch=128, n_threads=1)
+    with Engine(story_path, context, OffloadOptions(rpc=worker.endpoint, rpc_timeout=1)) as engine:
+        prompt = engine.tokenize(" on" * 400)[:129]
+        engine.prefill(prompt)
+        engine.forget()
+        going_on = threading.Timer(4, os.kill, (worker.pid, signal.SIGCONT))
+        os.kill(worker.pid, signal.SIGSTOP)
+        going_on.start()
+        assert engine.prefill(prompt) == 129
+        going_on.join()
+
+
 def watched_steps(engine: Engine, *, cancel: object) -> Iterator[int]:
     with engine.observed(lambda *_: False):
-        yield from (1, 2)
+        yield from itertools.count()
 
 
 def test_a_worker_that_hangs_while_a_stream_is_closed(story_path: Path, worker: Worker) -> None:
     with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint, rpc_timeout=1)) as engine:
         steps = engine.iterate(watched_steps)
-        assert next(steps) == 1
+        assert next(steps) == 0
         started = time.monotonic()
         with paused(worker.pid):
             steps.close()  # type: ignore[attr-defined]
@@ -597,19 +628,27 @@ def test_closing_ends_the_process_and_frees_the_worker(story_path: Path, worker:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_leaves_the_engine_to_its_parent(remote_story: Engine) -> None:
+    events = remote_story.generate(remote_story.tokenize(" on"), FOR_EVER)
+    next(events)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, from Python 3.12 on
         pid = os.fork()
     if not pid:
-        code = 1
+        said = []
         try:
-            remote_story.tokenize(" once")
-        except EngineError as error:
+            for ask in (lambda: remote_story.tokenize(" once"), lambda: next(events)):
+                with contextlib.suppress(EngineError):
+                    try:
+                        ask()
+                    except EngineError as error:
+                        said.append(str(error))
+            events.close()  # type: ignore[attr-defined]
             remote_story.close()
-            code = 0 if "forked" in str(error) else 2
         finally:
-            os._exit(code)
+            os._exit(0 if ["forked" in words for words in said] == [True, True] else 1)
     assert os.waitpid(pid, 0)[1] == 0
+    assert isinstance(next(events), Token)
+    events.close()  # type: ignore[attr-defined]
     assert remote_story.tokenize(" once")
 
 

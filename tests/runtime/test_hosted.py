@@ -23,7 +23,7 @@ class Watched:
         self.n_done = 0
         self.silences: list[float] = []
         self.watch = _Watch((), lambda: self.limit_s, lambda: (self.n_done,))
-        self.thread = threading.Thread(target=lambda: self.silences.append(self.watch.silence_s()))
+        self.thread = threading.Thread(target=lambda: self.silences.append(self.watch.silence_s()), daemon=True)
         self.thread.start()
 
     def is_given_up(self, within_s: float = 4 * LIMIT_S) -> bool:
@@ -56,7 +56,7 @@ def in_background() -> Iterator[Callable[..., None]]:
             while not ended.is_set():
                 again()
 
-        threads.append(threading.Thread(target=run))
+        threads.append(threading.Thread(target=run, daemon=True))
         threads[-1].start()
         begun.wait()
 
@@ -113,11 +113,12 @@ def test_the_thread_that_computes_is_followed(watched: Watched, in_background: C
 
 
 def test_other_threads_are_not(watched: Watched, in_background: Callable[..., None]) -> None:
-    followed = threading.Event()
-    in_background(followed.wait, watched.watch.follow_this_thread)
+    goes_on = threading.Event()
+    in_background(goes_on.wait, watched.watch.follow_this_thread)
     in_background(work)
-    assert watched.is_given_up()
-    followed.set()
+    is_given_up = watched.is_given_up()
+    goes_on.set()
+    assert is_given_up
 
 
 def test_a_followed_thread_that_ends(watched: Watched) -> None:

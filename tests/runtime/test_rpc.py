@@ -185,10 +185,12 @@ def test_connections_to_workers_are_watched_by_the_system() -> None:
 @pytest.mark.parametrize(
     ("info", "ends"),
     [
-        (rpc._TcpInfo(4, 2, 14_500, 10, 10), True),
-        (rpc._TcpInfo(4, 2, 13_500, 10, 10), False),
-        (rpc._TcpInfo(0, 0, 60_000, 10, 10), False),  # it computes: nothing is on its way
-        (rpc._TcpInfo(0, 2, 60_000, 10, 10), False),  # the first bytes after a long time
+        (rpc._TcpInfo(4, 0, 2, 14_500, 10, 10), True),
+        (rpc._TcpInfo(4, 0, 2, 13_500, 10, 10), False),
+        (rpc._TcpInfo(0, 2, 0, 14_500, 10, 10), True),
+        (rpc._TcpInfo(0, 1, 0, 25_000, 10, 10), False),  # it had no room, and has just been asked again
+        (rpc._TcpInfo(0, 0, 0, 60_000, 10, 10), False),  # it computes: nothing is on its way
+        (rpc._TcpInfo(0, 0, 2, 60_000, 10, 10), False),  # the first bytes after a long time
     ],
 )
 def test_a_machine_that_confirms_nothing_any_more(
