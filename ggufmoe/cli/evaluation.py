@@ -30,14 +30,20 @@ StepT = TypeVar("StepT", bound=ChunkStep)
 
 
 def last_shown(
-    what: str, start: Callable[[CancelFlag], Iterator[StepT]], words: Callable[[StepT], str], *, quiet: bool
+    what: str,
+    start: Callable[[CancelFlag], Iterator[StepT]],
+    words: Callable[[StepT], str],
+    *,
+    at_once: int,
+    quiet: bool,
 ) -> StepT:
     """Run ``start(cancel)`` to its end and show each step on stderr; gives the last one.
 
-    Ctrl-C ends it after what is done. Raises Cancelled if nothing is.
+    ``at_once`` chunks are computed together, and come one after another when that is done. Ctrl-C ends it after what is
+    done. Raises Cancelled if nothing is.
     """
     last = None
-    display = _Display(what, sys.stderr, quiet=quiet)
+    display = _Display(what, sys.stderr, at_once=at_once, quiet=quiet)
     try:
         for last in interruptible(start):
             display.update(last, words(last))
@@ -57,8 +63,8 @@ def check_complete(step: ChunkStep) -> None:
 class _Display:
     """One line that is written over on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, what: str, stream: TextIO, *, quiet: bool) -> None:
-        self._what, self._stream, self._quiet = what, stream, quiet
+    def __init__(self, what: str, stream: TextIO, *, at_once: int, quiet: bool) -> None:
+        self._what, self._stream, self._at_once, self._quiet = what, stream, at_once, quiet
         self._on_terminal = stream.isatty()
         self._line = StatusLine(stream)
         self._started = time.monotonic()
@@ -70,7 +76,8 @@ class _Display:
         if self._quiet or not (self._on_terminal or now - self._shown > _LINE_INTERVAL_S):
             return
         self._shown = now
-        left = (step.total_chunks - step.n_chunks) * (now - self._started) / step.n_chunks
+        n_computed = min(-(-step.n_chunks // self._at_once) * self._at_once, step.total_chunks)
+        left = (step.total_chunks - n_computed) * (now - self._started) / n_computed
         line = f"{self._what}: chunk {step.n_chunks} of {step.total_chunks}, {words}, {left:.0f} s left"
         if self._on_terminal:
             self._line.show(line)

@@ -43,6 +43,7 @@ def imatrix_command(
         "imatrix",
         lambda cancel: imatrix_steps(model, file, output, options, offload, cancel),
         lambda step: f"{step.n_entries} matrices",
+        at_once=options.context.n_seq_max,
         quiet=quiet,
     )
     if as_json:

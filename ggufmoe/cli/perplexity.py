@@ -43,7 +43,11 @@ def perplexity_command(
     result: Perplexity | Divergence
     if against is None:
         result = last_shown(
-            "perplexity", lambda cancel: perplexity_steps(model, file, options, offload, cancel), _so_far, quiet=quiet
+            "perplexity",
+            lambda cancel: perplexity_steps(model, file, options, offload, cancel),
+            _so_far,
+            at_once=options.context.n_seq_max,
+            quiet=quiet,
         )
         lines = _perplexity_lines(result)
     else:
@@ -51,6 +55,7 @@ def perplexity_command(
             "divergence",
             lambda cancel: divergence_steps(model, against, file, options, offload, cancel),
             _divergence_so_far,
+            at_once=options.context.n_seq_max,
             quiet=quiet,
         )
         lines = _divergence_lines(result)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import ggufmoe
+from ggufmoe.cli import evaluation
 from ggufmoe.cli.app import exit_code
 from ggufmoe.quant.imatrix import Imatrix
 
@@ -114,3 +117,12 @@ def test_ctrl_c_prints_what_is_done(model: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert out.startswith("perplexity  ")
     assert "the result is of these" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("n_chunks", "left"), [(1, 30), (8, 30), (16, 5), (20, 0)])
+def test_the_time_left_counts_what_is_computed(n_chunks: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, clock = io.StringIO(), iter([100.0, 120.0])
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: next(clock))  # type: ignore[attr-defined]
+    display = evaluation._Display("perplexity", screen, at_once=8, quiet=False)
+    display.update(SimpleNamespace(n_chunks=n_chunks, total_chunks=20, is_complete=False), "7.5")
+    assert screen.getvalue() == f"perplexity: chunk {n_chunks} of 20, 7.5, {left} s left\n"
