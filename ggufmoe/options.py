@@ -356,7 +356,7 @@ class OffloadOptions:
     rpc_timeout: int = option(
         30,
         "--rpc-timeout",
-        help="Seconds without a sign of life after which a worker is given up; ten times that while a prompt is read.",
+        help="Seconds without a sign of life after which a worker is given up; ten times that for loading and prompts.",
         metavar="S",
         between=(1, _MAX_INT32),
     )

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, state_directory, why_ended, write_answer
+from ggufmoe.cli.terminal import (
+    interruptible,
+    load_engine,
+    note,
+    speeds,
+    state_directory,
+    waiting_shown,
+    why_ended,
+    write_answer,
+)
 from ggufmoe.errors import GgufmoeError, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 from ggufmoe.runtime.chat import Chat
@@ -67,6 +76,8 @@ class _Conversation:
     last: Timing | None = None
     is_lost: bool = False
     """The engine was, with a worker or the process that computes."""
+    unanswered: str | None = None
+    """The message that was said when that happened."""
 
     def hold(self, lines: Iterator[str]) -> None:
         for line in lines:
@@ -78,7 +89,7 @@ class _Conversation:
                 note(f"error: {error}")
                 if self.chat.engine.closed and not self.is_lost and self.make_engine is not None:
                     self.is_lost = True
-                    note("of this turn nothing is kept; the next message loads the model again")
+                    note("the next message loads the model again, and /regen asks this one again")
             except KeyboardInterrupt:  # pressed twice while an answer was on its way
                 note("\n(stopped)")
 
@@ -86,7 +97,7 @@ class _Conversation:
         if not line:
             return
         if not line.startswith("/"):
-            self._show(lambda cancel: self.chat.send(line, cancel=cancel))
+            self._say(line)
             return
         word, _, argument = line[1:].partition(" ")
         command = _COMMANDS.get(word)
@@ -95,13 +106,18 @@ class _Conversation:
             raise InputError(f"there is no /{word}; " + (f"did you mean /{near[0]}?" if near else "/help lists them"))
         command.act(self, argument.strip())
 
+    def _say(self, text: str) -> None:
+        self.unanswered = text
+        self._show(lambda cancel: self.chat.send(text, cancel=cancel))
+        self.unanswered = None
+
     def _show(self, start: Callable[[CancelFlag], Iterator[Event]]) -> None:
         if self.is_lost and self.make_engine is not None:
             self.chat.engine.close()
             self.chat.engine = self.make_engine()
             self.is_lost = False
             note("the model is loaded again")
-        finished = write_answer(interruptible(start))
+        finished = write_answer(waiting_shown(interruptible(start)))
         self.last = finished.timing
         if why := why_ended(finished, full="/reset begins anew, --ctx-size gives more room"):
             note(why)
@@ -123,6 +139,9 @@ class _Conversation:
         note(f"system message: {self.chat.system or '(none)'}")
 
     def regen(self, _: str) -> None:
+        if self.is_lost and self.unanswered is not None:
+            self._say(self.unanswered)
+            return
         self._show(lambda cancel: self.chat.regenerate(cancel=cancel))
 
     def save(self, path: str) -> None:

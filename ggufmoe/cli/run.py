@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, why_ended, write_answer
+from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, waiting_shown, why_ended, write_answer
 from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
 from ggufmoe.runtime.chat import Chat
@@ -72,6 +72,7 @@ def _answer(
 
 
 def _write_text(events: Iterator[Event], before: str) -> Finished:
+    events = waiting_shown(events)
     first = next(events)  # raises what is wrong with the prompt, before any of it is printed
     sys.stdout.write(before)
     return write_answer(itertools.chain((first,), events))

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,6 +64,33 @@ def _interrupt_sets(cancel: threading.Event) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:
+    """The events, and closed with them; until the first one comes, a terminal shows for how long that has taken."""
+    line, began, has_come = StatusLine(sys.stderr), time.monotonic(), threading.Event()
+
+    def show() -> None:
+        wait_s = _UNSEEN_S
+        while not has_come.wait(wait_s):
+            line.show(f"reading the prompt, {time.monotonic() - began:.0f} s")
+            wait_s = 1.0
+
+    watcher = threading.Thread(target=show, name="ggufmoe-waiting", daemon=True)
+    watcher.start()
+    try:
+        first = next(events, None)
+    finally:
+        has_come.set()
+        watcher.join()
+        line.clear()
+    try:
+        if first is not None:
+            yield first
+        yield from events
+    finally:
+        if isinstance(events, Generator):
+            events.close()
 
 
 def write_answer(events: Iterator[Event]) -> Finished:

@@ -55,6 +55,8 @@ class Chat:
         template: ChatTemplate | str | None = None,
         sampling: SamplingOptions | None = None,
     ) -> None:
+        if not isinstance(engine, Engine):
+            raise TypeError(f"expected an Engine, not {engine!r}")
         self.engine = engine
         self.system = system or None
         self.template = template if isinstance(template, ChatTemplate) else _template(engine, template)
@@ -73,6 +75,8 @@ class Chat:
         that failed or got no answer at all is left out, and so is one that ends when the history has become another.
         Raises ContextFullError when the conversation no longer fits.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text (str), not {text!r}")
         self._n_again = 0
         return self._answer(Message("user", text), self.messages, self.sampling, cancel=cancel, stop=stop)
 

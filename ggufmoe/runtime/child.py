@@ -23,7 +23,7 @@ from ggufmoe.errors import Cancelled, EngineError, WorkerLostError
 from ggufmoe.ggufheader import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.runtime.events import CancelFlag
+from ggufmoe.runtime.events import CancelFlag, checked_flag
 from ggufmoe.runtime.hosted import (
     LOADING,
     Call,
@@ -180,7 +180,7 @@ class _Link:
         self._lock = threading.Lock()
         self._end: EngineError | None = None
         self._is_loaded = False
-        self._silence_s = 0.0
+        self._silence: Silence | None = None
         self._process = ChildProcess("engine")
         self._receiver = threading.Thread(target=self._receive, name="ggufmoe-child", daemon=True)
         self._receiver.start()
@@ -227,7 +227,7 @@ class _Link:
         self, name: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
     ) -> tuple[CancelFlag | None, Call]:
         """A flag cannot be sent: it is watched here, and has a twin in the child."""
-        cancel: CancelFlag | None = keywords.get("cancel")
+        cancel = checked_flag(keywords.get("cancel"))
         others = {key: value for key, value in keywords.items() if key != "cancel"}
         is_set = cancel is not None and cancel.is_set()
         given = Packed.of((arguments, others), f"an argument of {name}")
@@ -297,7 +297,7 @@ class _Link:
         if isinstance(message, Logged):
             logging.getLogger(message.logger).log(message.level, "%s", message.text)
         elif isinstance(message, Silence):
-            self._silence_s = message.seconds
+            self._silence = message
         elif (inbox := self._inboxes.get(message.id)) is not None:
             inbox.put(message)
 
@@ -315,10 +315,11 @@ class _Link:
     def _diagnosis(self) -> EngineError:
         self._process.end()
         abort = self._process.abort_message()
-        if not self._silence_s and not any(sign in abort for sign in _RPC_ABORTS):
+        silence = self._silence
+        if silence is None and not any(sign in abort for sign in _RPC_ABORTS):
             return EngineError(f"{self._path}: the process that computes has ended: {self._process.how_it_ended()}")
         when = "while it was in use" if self._is_loaded else "while the model was being loaded"
-        cause = f"no sign of life for {self._silence_s:.0f} s (--rpc-timeout)" if self._silence_s else abort
+        cause = abort if silence is None else f"no sign of life for {silence.seconds:.0f} s ({silence.limit})"
         # a worker that is there is free again now that its client has gone
         lost = "; ".join(lost_workers(self._workers, _DIAGNOSIS_S)) or "it is there again"
         return WorkerLostError(f"{self._path}: a worker was lost {when}: {cause}: {lost}")

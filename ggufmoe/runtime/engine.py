@@ -28,7 +28,7 @@ from ggufmoe.ggufheader import Header, ModelHeader, check_kind, legacy_expert_te
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions, given_or_default
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
-from ggufmoe.runtime.events import CancelFlag, Event, Token
+from ggufmoe.runtime.events import CancelFlag, Event, Token, checked_flag
 from ggufmoe.runtime.generation import Generation, Request
 from ggufmoe.runtime.kvcache import SavedState
 from ggufmoe.runtime.loading import LoadedModel, LoadRequest, LoadWatcher
@@ -77,6 +77,7 @@ class Engine:
         on_progress: Callable[[float], None] | None = None,
         cancel: CancelFlag | None = None,
     ) -> None:
+        checked_flag(cancel)
         self._context_options = given_or_default(context, ContextOptions)
         self._offload_options = given_or_default(offload, OffloadOptions)
         self._model = model = checked_model(Path(path))
@@ -221,10 +222,8 @@ class Engine:
         return read_async(lambda flag: self.generate(prompt, sampling, stop=stop, cancel=flag, n_keep=n_keep), cancel)
 
     def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
-        if isinstance(prompt, (str, bytes)):
-            raise TypeError("a prompt is a sequence of token ids: engine.tokenize(text) gives those of a text")
+        self._vocabulary.check_tokens(prompt)
         tokens = [index(token) for token in prompt]
-        self._vocabulary.check_tokens(tokens)
         if not tokens:
             raise InputError("the prompt is empty: there is nothing to continue")
         return tokens
@@ -377,8 +376,8 @@ class Engine:
         Gives the seconds that it took, until the devices had done their work; None if ``cancel`` or ``cancel()``
         stopped it, soon, as with ``prefill``. Raises as ``generate`` does.
         """
-        ids = list(tokens)
-        self._vocabulary.check_tokens(ids)
+        self._vocabulary.check_tokens(tokens)
+        ids = [index(token) for token in tokens]
         turn = self._remember(Turn(cancel))
         parts = [[i] for i in ids] if one_by_one else [ids]
         return self._native.call_until_stopped(partial(self._evaluate, parts, turn), turn)

@@ -20,6 +20,13 @@ class CancelFlag(Protocol):
     def is_set(self) -> bool: ...
 
 
+def checked_flag(flag: CancelFlag | None) -> CancelFlag | None:
+    """The flag itself. Raises TypeError for what is none."""
+    if flag is not None and not callable(getattr(flag, "is_set", None)):
+        raise TypeError(f"cancel must be a flag such as threading.Event(), not {flag!r}")
+    return flag
+
+
 @dataclass(frozen=True)
 class Timing:
     """How long one answer took.

@@ -138,9 +138,11 @@ class Logged:
 
 @dataclass(frozen=True)
 class Silence:
-    """Workers have given no sign of life for so long; the process ends."""
+    """Workers have given no sign of life for so long; the process ends. ``limit`` says in words what that is too long
+    for."""
 
     seconds: float
+    limit: str
 
 
 Send = Callable[[Any], None]
@@ -218,7 +220,8 @@ class _Host:
 
     def _give_up(self) -> None:
         try:
-            self._send(Silence(self._watch.silence_s()))
+            seconds, limit_s = self._watch.silence()
+            self._send(Silence(seconds, self._in_words(limit_s)))
         finally:  # nobody may wait for ever, whatever went wrong
             os._exit(1)
 
@@ -239,6 +242,10 @@ class _Host:
     def _report(self, part: float) -> None:
         self._n_reports += 1
         self._send(Progress(LOADING, part))
+
+    def _in_words(self, limit_s: float) -> str:
+        name = f"--rpc-timeout {self._timeout_s:.0f}"
+        return {self._timeout_s: name, _SLOW * self._timeout_s: f"ten times {name}"}.get(limit_s, "while connecting")
 
     def _patience_s(self) -> float | None:
         """The longest silence that what llama.cpp does now explains; None while it does nothing."""
@@ -415,8 +422,8 @@ class _Watch:
         """From now on what this thread computes is a sign of life."""
         self._clock = _Clock()
 
-    def silence_s(self) -> float:
-        """Wait for a silence that is too long; its seconds."""
+    def silence(self) -> tuple[float, float]:
+        """Wait for a silence that is too long; its seconds, and the limit."""
         silent_s, before = 0.0, self._signs()
         while True:
             began = time.monotonic()
@@ -431,7 +438,7 @@ class _Watch:
                 # a machine that was asleep, or too busy to come here, tells nothing of the workers
                 silent_s += min(took_s, 2 * _TICK_S)
                 if silent_s > patience_s:
-                    return silent_s
+                    return silent_s, patience_s
             before = signs
 
     def _signs(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from functools import cache
 from typing import Generic, Protocol, TypeVar
 
 from ggufmoe.errors import EngineError
-from ggufmoe.runtime.events import CancelFlag
+from ggufmoe.runtime.events import CancelFlag, checked_flag
 
 T = TypeVar("T")
 _POLL_S = 0.2
@@ -38,7 +38,7 @@ class Turn:
 
     def __init__(self, cancel: CancelFlag | None = None) -> None:
         self.cancelled = False
-        self._cancel = cancel
+        self._cancel = checked_flag(cancel)
 
     def is_stopped(self) -> bool:
         """Whether it is to end; the flag alone does not reach llama.cpp before somebody asks the native thread."""

@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -175,8 +176,9 @@ class ChildProcess:
 
     def how_it_ended(self) -> str:
         """In a few words, with what it said last; for a child that has ended."""
-        said = self.abort_message() or (self._lines[-1] if self._lines else "")
         code = self._process.returncode
+        was_killed = code in (-signal.SIGTERM, -getattr(signal, "SIGKILL", 0))  # what it said last is not why
+        said = self.abort_message() or ("" if was_killed or not self._lines else self._lines[-1])
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return f"{said} ({how})" if said else how
 

@@ -248,7 +248,8 @@ class _Conversation:
 
     def _closed(self) -> WorkerError:
         return WorkerError(
-            f"{self._worker}: closes the connection at once: a worker of another version of llama.cpp, or no worker"
+            f"{self._worker}: closes the connection at once: it is ending, or of another version of llama.cpp, or no "
+            "worker"
         )
 
     def _stranger(self) -> WorkerError:

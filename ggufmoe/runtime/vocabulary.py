@@ -9,6 +9,7 @@ import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class Vocabulary:
 
     def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``, as ``Engine.tokenize`` describes them."""
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text (str), not {text!r}")
         # llama.cpp ends the process on text that is not UTF-8
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
@@ -113,10 +116,12 @@ class Vocabulary:
         return known
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raise InputError for a number that is no token of this model."""
+        """Raise InputError for a number that is no token of this model, TypeError for what is no number."""
         self._check_open()
+        if isinstance(tokens, (str, bytes)):
+            raise TypeError("expected token ids, not text: engine.tokenize(text) gives those of a text")
         for token in tokens:
-            if not 0 <= token < self.n_tokens:
+            if not 0 <= index(token) < self.n_tokens:
                 raise InputError(f"{token} is not a token: this model has ids from 0 to {self.n_tokens - 1}")
 
     def _check_tokenizer(self) -> None:

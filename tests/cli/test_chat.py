@@ -214,9 +214,9 @@ def test_a_conversation_outlives_its_worker(model: str, capsys: pytest.CaptureFi
         yield "hello\n"
         worker.close()
         yield "hello\n"  # lost
-        yield "hello\n"  # cannot be loaded
+        yield "/regen\n"  # cannot be loaded
         worker = Worker(WorkerOptions(host=host, port=int(port), n_threads=1))
-        yield "hello\n"
+        yield "/regen\n"
         yield "/stats\n"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -228,7 +228,7 @@ def test_a_conversation_outlives_its_worker(model: str, capsys: pytest.CaptureFi
     assert (code, out) == (0, "hi there\n" * 2)
     said = [line for line in err.splitlines() if not line.startswith(("warning", "prompt: "))]
     assert "a worker was lost while it was in use" in said[1]
-    assert said[2] == "of this turn nothing is kept; the next message loads the model again"
+    assert said[2] == "the next message loads the model again, and /regen asks this one again"
     assert "cannot be reached" in said[3]
     assert said[4] == "the model is loaded again"
     assert said[5].endswith("4 messages")

@@ -18,7 +18,7 @@ import pytest
 from ggufmoe import ContextOptions, OffloadOptions
 from ggufmoe.cli import terminal
 from ggufmoe.cli.app import exit_code
-from ggufmoe.cli.terminal import interruptible, load_engine, state_directory, write_answer
+from ggufmoe.cli.terminal import interruptible, load_engine, state_directory, waiting_shown, write_answer
 from ggufmoe.errors import EngineError
 from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing, Token
 from tests.runtime.scripted import Scripted
@@ -214,6 +214,31 @@ def test_a_terminal_shows_how_far_the_loading_is(model: str, monkeypatch: pytest
     monkeypatch.setattr(terminal, "_UNSEEN_S", 60.0)
     load_engine(Path(model), ContextOptions(n_threads=1), OffloadOptions()).close()
     assert screen.getvalue().split("\r") == shown
+
+
+def test_a_terminal_shows_that_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, read, closed = Screen(), threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(terminal, "_UNSEEN_S", 0.05)
+
+    def events() -> Iterator[Event]:
+        try:
+            assert read.wait(10)
+            while True:
+                yield Token("a", 1)
+        finally:
+            closed.set()
+
+    shown = waiting_shown(events())
+    threading.Timer(0.5, read.set).start()
+    assert next(shown) == Token("a", 1)
+    assert screen.getvalue().startswith("\rreading the prompt, 0 s\r  ")
+    assert screen.getvalue().endswith(" \r")
+    assert next(shown) == Token("a", 1)
+    shown.close()  # type: ignore[attr-defined]
+    assert closed.is_set()
+    list(waiting_shown(iter([_END])))
+    assert screen.getvalue().count("reading") == 1
 
 
 def test_ctrl_c_cancels_and_a_second_one_interrupts() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ggufmoe import (
+    Chat,
     ContextFullError,
     ContextOptions,
     DecodeError,
@@ -157,8 +158,21 @@ def test_one_text_is_one_stop_string(story: Engine) -> None:
 
 @pytest.mark.parametrize("prompt", ["once", b"once", ["once"], [1.5]])
 def test_a_prompt_of_something_else_than_tokens(story: Engine, prompt: Any) -> None:
-    with pytest.raises(TypeError, match=r"engine\.tokenize\(text\)|interpreted as an integer"):
-        story.generate(prompt)
+    for ask in (story.generate, story.prefill, story.evaluate, story.logits):
+        with pytest.raises(TypeError, match=r"engine\.tokenize\(text\)|interpreted as an integer"):
+            ask(prompt)
+
+
+def test_arguments_of_other_kinds(story: Engine) -> None:
+    for text in (b"once", 5, None):
+        with pytest.raises(TypeError, match=r"expected a text \(str\), not"):
+            story.tokenize(text)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"cancel must be a flag such as threading\.Event\(\), not True"):
+        list(story.generate([1], cancel=True))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cancel must be a flag"):
+        Engine(story.path, cancel=lambda: False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected an Engine, not"):
+        Chat(story.path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("given", [{"context": {"n_ctx": 512}}, {"offload": {"cpu_moe": True}}, {"offload": "cpu"}])

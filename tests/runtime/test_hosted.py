@@ -23,7 +23,7 @@ class Watched:
         self.n_done = 0
         self.silences: list[float] = []
         self.watch = _Watch((), lambda: self.limit_s, lambda: (self.n_done,))
-        self.thread = threading.Thread(target=lambda: self.silences.append(self.watch.silence_s()), daemon=True)
+        self.thread = threading.Thread(target=lambda: self.silences.append(self.watch.silence()[0]), daemon=True)
         self.thread.start()
 
     def is_given_up(self, within_s: float = 4 * LIMIT_S) -> bool:
