@@ -508,7 +508,11 @@ class SamplingOptions:
         between=(0.01, 100),
     )
     seed: int | None = option(
-        None, "--seed", help="Same seed, same answer; -1: by chance. [default: -1]", metavar="N", between=(-1, MAX_SEED)
+        None,
+        "--seed",
+        help="Same seed, same answer on the same devices; -1: by chance. [default: -1]",
+        metavar="N",
+        between=(-1, MAX_SEED),
     )
     n_predict: int = option(
         256,
