@@ -43,17 +43,14 @@ def chat_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
 ) -> None:
     """Talk with a model in the terminal."""
-    engine = load_engine(model, context, offload)
-    try:
+    with load_engine(model, context, offload) as engine:
         chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
         if not quiet:
             note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
         try:
             converse(chat, lambda: load_engine(model, context, offload), quiet=quiet)
         finally:
-            engine = chat.engine
-    finally:
-        engine.close()
+            chat.engine.close()  # it may be another one by now
 
 
 def converse(chat: Chat, make_engine: Callable[[], Engine] | None = None, *, quiet: bool) -> None:
@@ -77,7 +74,7 @@ class _Conversation:
     is_lost: bool = False
     """The engine was, with a worker or the process that computes."""
     unanswered: str | None = None
-    """The message that was said when that happened."""
+    """The message that is being answered, or was when that happened."""
 
     def hold(self, lines: Iterator[str]) -> None:
         for line in lines:
@@ -87,11 +84,20 @@ class _Conversation:
                 return
             except GgufmoeError as error:
                 note(f"error: {error}")
-                if self.chat.engine.closed and not self.is_lost and self.make_engine is not None:
-                    self.is_lost = True
-                    note("the next message loads the model again, and /regen asks this one again")
+                self._after_error()
             except KeyboardInterrupt:  # pressed twice while an answer was on its way
                 note("\n(stopped)")
+                self._after_error()
+
+    def _after_error(self) -> None:
+        if self.is_lost:
+            return
+        if self.chat.engine.closed and self.make_engine is not None:
+            self.is_lost = True
+            again = ", and /regen asks this one again" if self.unanswered is not None else ""
+            note(f"the next message loads the model again{again}")
+        else:
+            self.unanswered = None
 
     def _take(self, line: str) -> None:
         if not line:

@@ -232,3 +232,23 @@ def test_a_conversation_outlives_its_worker(model: str, capsys: pytest.CaptureFi
     assert "cannot be reached" in said[3]
     assert said[4] == "the model is loaded again"
     assert said[5].endswith("4 messages")
+
+
+def test_regen_after_a_loss_asks_nothing_older(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A message that was refused before is not what the loss left unanswered."""
+    worker = start_worker()
+
+    def lines() -> Iterator[str]:
+        yield "hello\n"
+        yield "hello" * 600 + "\n"  # does not fit
+        worker.close()
+        yield "/regen\n"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_module, "_is_terminal", lambda: False)
+        patch.setattr(sys, "stdin", lines())
+        code = exit_code(["chat", model, "--temp", "0", "--quiet", "--rpc", worker.endpoint])
+    out, err = capsys.readouterr()
+    assert (code, out) == (0, "hi there\n")
+    assert "the context holds 512" in err
+    assert err.splitlines()[-1] == "the next message loads the model again"
