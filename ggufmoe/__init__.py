@@ -11,6 +11,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ggufmoe.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ggufmoe.convert import convert as convert
     from ggufmoe.convert import merge as merge
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
         WorkerError,
         WorkerLostError,
     )
-    from ggufmoe.imatrix import ImatrixResult, LayerCoverage
-    from ggufmoe.imatrix import imatrix as imatrix
+    from ggufmoe.evaluation.divergence import Distribution, Divergence, kl_divergence
+    from ggufmoe.evaluation.imatrix import ImatrixResult, LayerCoverage
+    from ggufmoe.evaluation.imatrix import imatrix as imatrix
+    from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity
     from ggufmoe.options import (
         ContextOptions,
         ConvertOptions,
@@ -56,14 +60,10 @@ if TYPE_CHECKING:
         WorkerOptions,
     )
     from ggufmoe.quantize import quantize as quantize
+    from ggufmoe.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
     from ggufmoe.runtime.chat import Chat
-    from ggufmoe.runtime.divergence import Distribution, Divergence, kl_divergence
     from ggufmoe.runtime.engine import Engine
     from ggufmoe.runtime.llamacpp import LlamaCpp as LlamaCpp
-    from ggufmoe.runtime.perplexity import Estimate, Perplexity, perplexity
-    from ggufmoe.runtime.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArchitectureError",
@@ -130,31 +130,31 @@ _HOMES = {
     "Chat": "ggufmoe.runtime.chat",
     "ContextOptions": "ggufmoe.options",
     "ConvertOptions": "ggufmoe.options",
-    "Distribution": "ggufmoe.runtime.divergence",
-    "Divergence": "ggufmoe.runtime.divergence",
+    "Distribution": "ggufmoe.evaluation.divergence",
+    "Divergence": "ggufmoe.evaluation.divergence",
     "Engine": "ggufmoe.runtime.engine",
-    "Estimate": "ggufmoe.runtime.perplexity",
+    "Estimate": "ggufmoe.evaluation.perplexity",
     "EvaluationOptions": "ggufmoe.options",
     "ImatrixOptions": "ggufmoe.options",
-    "ImatrixResult": "ggufmoe.imatrix",
-    "LayerCoverage": "ggufmoe.imatrix",
+    "ImatrixResult": "ggufmoe.evaluation.imatrix",
+    "LayerCoverage": "ggufmoe.evaluation.imatrix",
     "LlamaCpp": "ggufmoe.runtime.llamacpp",
     "MergeOptions": "ggufmoe.options",
     "OffloadOptions": "ggufmoe.options",
-    "Perplexity": "ggufmoe.runtime.perplexity",
+    "Perplexity": "ggufmoe.evaluation.perplexity",
     "QuantizeOptions": "ggufmoe.options",
-    "RoutedToken": "ggufmoe.runtime.routing",
-    "RoutingTrace": "ggufmoe.runtime.routing",
-    "RoutingTracer": "ggufmoe.runtime.routing",
+    "RoutedToken": "ggufmoe.routing",
+    "RoutingTrace": "ggufmoe.routing",
+    "RoutingTracer": "ggufmoe.routing",
     "SamplingOptions": "ggufmoe.options",
     "WorkerOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
-    "imatrix": "ggufmoe.imatrix",
-    "kl_divergence": "ggufmoe.runtime.divergence",
+    "imatrix": "ggufmoe.evaluation.imatrix",
+    "kl_divergence": "ggufmoe.evaluation.divergence",
     "merge": "ggufmoe.convert",
-    "perplexity": "ggufmoe.runtime.perplexity",
+    "perplexity": "ggufmoe.evaluation.perplexity",
     "quantize": "ggufmoe.quantize",
-    "trace_routing": "ggufmoe.runtime.routing",
+    "trace_routing": "ggufmoe.routing",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""
 

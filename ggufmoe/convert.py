@@ -19,20 +19,20 @@ from ggufmoe.checkpoint.save import CheckpointLayout, plan_checkpoint
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError, OutputError, SafetensorsError
 from ggufmoe.export.arch import ggml_type
-from ggufmoe.export.directory import check_directory, open_partial_directory, place_directory
-from ggufmoe.export.formats import routines
 from ggufmoe.export.plan import ExportPlan, PlannedFile, PlannedTensor, parse_size, plan_export
-from ggufmoe.export.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
-from ggufmoe.manifest import default_path as manifest_path
-from ggufmoe.manifest import write_manifest
+from ggufmoe.gguf.manifest import default_path as manifest_path
+from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.merge.merged import MergedModel, open_recipe
 from ggufmoe.merge.router import RouterReport
 from ggufmoe.merge.sidecars import sidecar_files
 from ggufmoe.options import ConvertOptions, ExportOptions, MergeOptions
-from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
 from ggufmoe.quant.types import FileType, parse_tensor_type
+from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
+from ggufmoe.writing.formats import routines
+from ggufmoe.writing.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
 
 
 @dataclass(frozen=True)

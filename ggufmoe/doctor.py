@@ -23,14 +23,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ggufmoe import __version__
 from ggufmoe.errors import GgufmoeError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
 from ggufmoe.options import ALL_LAYERS, OffloadOptions
 from ggufmoe.sizes import counted, file_size, memory_size
+from ggufmoe.version import __version__
 
 if TYPE_CHECKING:
-    from ggufmoe import native
+    from ggufmoe.native import library as native
     from ggufmoe.quant.kernels import KernelReport
 
 Status = Literal["ok", "note", "wrong"]
@@ -141,7 +141,7 @@ def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
 
 def check_engine() -> Iterator[Finding]:
     """The engine's version, build and devices, and what it computes on them. Raises EngineMissingError without one."""
-    from ggufmoe import native
+    from ggufmoe.native import library as native
 
     yield judge_version(native.engine_version())
     yield Finding("engine", "built for", "ok", flags_text(native.build_flags()), data={"flags": native.build_flags()})
@@ -156,7 +156,7 @@ def check_engine() -> Iterator[Finding]:
 
 def judge_version(found: native.EngineVersion) -> Finding:
     """The finding for an engine: whether it is the pinned one."""
-    from ggufmoe.native import PINNED_ENGINE as pin  # noqa: N811
+    from ggufmoe.native.library import PINNED_ENGINE as pin  # noqa: N811
 
     text = f"llama-cpp-python {found.package}, llama.cpp {found.llama_cpp_commit}, ggml {found.ggml}"
     data = {"found": asdict(found), "pinned": asdict(pin)}
@@ -186,7 +186,7 @@ def judge_rpc(has_rpc: bool) -> Finding:
 
 
 def _about_device(device: native.Device) -> Finding:
-    from ggufmoe import native
+    from ggufmoe.native import library as native
 
     facts = native.device_facts(device)
     data: dict[str, Any] = {"type": device.type.name, "backend": device.backend, "description": facts.description}
@@ -200,7 +200,7 @@ def _about_device(device: native.Device) -> Finding:
 
 def check_answer(name: str, n_gpu_layers: int) -> Finding:
     """Whether a fixed tiny model gives the tokens that it gives elsewhere; ``name`` is the finding's."""
-    from ggufmoe.runtime.probe import probe_answer
+    from ggufmoe.evaluation.probe import probe_answer
 
     start = time.perf_counter()
     try:
@@ -213,7 +213,7 @@ def check_answer(name: str, n_gpu_layers: int) -> Finding:
 
 def judge_answer(name: str, n_gpu_layers: int, found: tuple[int, ...], elapsed_s: float) -> Finding:
     """The finding for the tokens ``found`` of the tiny model."""
-    from ggufmoe.runtime.probe import PROBE_ANSWER
+    from ggufmoe.evaluation.probe import PROBE_ANSWER
 
     n_expected = len(PROBE_ANSWER)
     data = {"tokens": list(found), "expected": list(PROBE_ANSWER), "seconds": round(elapsed_s, 3)}
@@ -233,7 +233,7 @@ def _way_to_answers(n_gpu_layers: int) -> str:
 
 def reinstall() -> str:
     """How the pinned engine is installed again."""
-    from ggufmoe.native import PINNED_ENGINE
+    from ggufmoe.native.library import PINNED_ENGINE
 
     pip = "pip install --no-cache-dir --force-reinstall --no-deps --no-binary llama-cpp-python"
     return f"{pip} llama-cpp-python=={PINNED_ENGINE.package}, with the CMAKE_ARGS of vendor/README.md"
@@ -245,7 +245,7 @@ def reinstall() -> str:
 def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
     """Whether workers, given as host and port, answer, and what they offer. Takes seconds at most."""
     from ggufmoe.errors import WorkerError
-    from ggufmoe.runtime.rpc import find_workers
+    from ggufmoe.remote.rpc import find_workers
 
     for host, port in workers:
         name = f"{host}:{port}"

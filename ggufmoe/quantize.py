@@ -21,10 +21,10 @@ from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.plan import ExportPlan, parse_size
 from ggufmoe.export.requantize import COPY, plan_requantize
-from ggufmoe.export.writer import CancelEvent, Progress, WriteOptions, check_place, write_plan
 from ggufmoe.options import QuantizeOptions
-from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
+from ggufmoe.writing.writer import CancelEvent, Progress, WriteOptions, check_place, write_plan
 
 
 def quantize(

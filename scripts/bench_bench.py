@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ggufmoe import ContextOptions, native
-from ggufmoe.runtime.bench import Workload, plan_bench, run_bench
-from ggufmoe.runtime.cpu import default_threads
+from ggufmoe import ContextOptions
+from ggufmoe.evaluation.bench import Workload, plan_bench, run_bench
+from ggufmoe.native import library as native
+from ggufmoe.placement.cpu import default_threads
 
 _MAX_THREADS = 512
 

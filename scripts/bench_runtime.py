@@ -32,9 +32,9 @@ from typing import Any
 from llama_cpp import llama_cpp as api
 
 from ggufmoe import ContextOptions, Engine, SamplingOptions
-from ggufmoe.runtime.cpu import default_threads
+from ggufmoe.evaluation.probe import write_probe_model
+from ggufmoe.placement.cpu import default_threads
 from ggufmoe.runtime.events import Finished, Token
-from ggufmoe.runtime.probe import write_probe_model
 
 
 @dataclass(frozen=True)

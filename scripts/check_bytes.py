@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe.convert import convert, plan_convert
 from ggufmoe.errors import GgufmoeError, ImatrixError, OptionError
-from ggufmoe.ggufheader import read_header
-from ggufmoe.quant import imatrix
+from ggufmoe.gguf.header import read_header
+from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
 from tests.quant.llama_quantize import quantize, read_tensors

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import WRITABLE_TYPES, FileType
 from tests.quant.llama_quantize import Specimen, compare_types, write_model

@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.ggufheader import GGMLType, Header, TensorInfo, Value, ValueType, encode_header, padded, read_header
-from ggufmoe.runtime.inspect import inspect_model
+from ggufmoe.gguf.header import GGMLType, Header, TensorInfo, Value, ValueType, encode_header, padded, read_header
+from ggufmoe.inspection.inspect import inspect_model
 
 MAX_SECONDS = 0.5
 MAX_MEMORY_BYTES = 64 * 2**20

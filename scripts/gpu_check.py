@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ggufmoe import Cancelled, ContextOptions, Engine, GgufmoeError, OffloadOptions, SamplingOptions
-from ggufmoe.ggufheader import read_model_header
-from ggufmoe.runtime.bench import Workload, plan_bench, run_bench
-from ggufmoe.runtime.devices import find_machine, find_places
+from ggufmoe.evaluation.bench import Workload, plan_bench, run_bench
+from ggufmoe.gguf.header import read_model_header
+from ggufmoe.placement.devices import find_machine
+from ggufmoe.placement.footprint import Footprint
+from ggufmoe.placement.offload import OffloadPlan
+from ggufmoe.remote.places import find_places
 from ggufmoe.runtime.events import Token
-from ggufmoe.runtime.footprint import Footprint
-from ggufmoe.runtime.offload import OffloadPlan
 
 _MIB = 2**20
 _PROMPT = "The quick brown fox jumps over"

@@ -24,8 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe.convert import convert
-from ggufmoe.export import tiles, writer
 from ggufmoe.quantize import quantize
+from ggufmoe.writing import tiles, writer
 
 
 class Stages:

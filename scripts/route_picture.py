@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from ggufmoe import ContextOptions, Engine, RoutingTrace, trace_routing
-from ggufmoe.runtime.routing.palette import expert_colour, lead
-from ggufmoe.runtime.routing.trace import Floats, visible
+from ggufmoe.routing.palette import expert_colour, lead
+from ggufmoe.routing.trace import Floats, visible
 
 WIDTH, MARGIN = 860, 28
 FONT, ADVANCE = 17, 10.2

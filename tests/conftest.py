@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from ggufmoe import Engine
 from tests import tiny
+from tests.scripted import Scripted
+from tests.stories import ONE_THREAD, STORY
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +28,34 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scripted], Path]:
+    """Writes a scripted model into a folder of its own."""
+    return lambda spec: spec.write(tmp_path_factory.mktemp("model") / "scripted.gguf")
+
+
+@pytest.fixture(scope="session")
+def story_path(write_model: Callable[[Scripted], Path]) -> Path:
+    return write_model(STORY)
+
+
+@pytest.fixture(scope="module")
+def story(story_path: Path) -> Iterator[Engine]:
+    """An engine with ``STORY``, shared by the tests of a module."""
+    with Engine(story_path, ONE_THREAD) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def mixing_path(write_model: Callable[[Scripted], Path]) -> Path:
+    """A model with random layers: what it says depends on all of the text before."""
+    words = [f" w{i}" for i in range(30)]
+    random = np.random.default_rng(5)
+    everything = Scripted(pieces=words).vocab
+    follows = {piece: dict(zip(words, random.normal(0, 9, len(words)).tolist(), strict=True)) for piece in everything}
+    return write_model(Scripted(follows, random_layers=True))
 
 
 def pytest_sessionstart() -> None:

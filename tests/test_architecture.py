@@ -1,11 +1,14 @@
-"""The rooms of the package: who may import whom, which libraries where, and what importing the package loads."""
+"""The rooms of the package: who may import whom, no circles, which libraries where, what importing the package loads.
+
+``docs/ARCHITECTURE.md`` shows the same table to people; a test below compares the two.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,86 +18,99 @@ import ggufmoe
 
 PACKAGE = Path(ggufmoe.__file__).parent
 
-GROUND = {"errors", "options", "sizes"}
-FLOOR = GROUND | {"native", "ggufheader", "manifest", "positional"}
-CONVERT_HALF = FLOOR | {"checkpoint", "merge", "quant", "export"}
-RUN_HALF = FLOOR | {"runtime", "server"}
-ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "options": {"errors"},
-    "sizes": set(),
-    "ggufheader": FLOOR,
-    "native": FLOOR,
-    "manifest": FLOOR,
-    "positional": FLOOR,
-    "checkpoint": FLOOR,
-    "quant": FLOOR,
-    "merge": FLOOR | {"checkpoint"},
-    "export": FLOOR | {"checkpoint", "quant"},
-    "convert": CONVERT_HALF,
-    "quantize": CONVERT_HALF | {"convert"},
-    "runtime": FLOOR,
-    "server": FLOOR | {"runtime"},
-    "doctor": FLOOR | {"quant", "runtime"},
-    "demo": set(),
-    "imatrix": FLOOR | {"quant", "runtime"},
-    "cli": CONVERT_HALF | RUN_HALF | {"convert", "quantize", "doctor", "imatrix", "demo"},
-    "packaging": set(),
-    "__main__": {"cli"},
-    "__init__": {"errors", "options", "convert", "quantize", "imatrix", "runtime"},
+# Each room may import itself, and the rooms of its line.
+_GROUND = frozenset({"version", "errors", "sizes", "files"})
+_BASE = _GROUND | {"work", "options", "gguf", "native"}
+_CONVERT = _BASE | {"checkpoint", "quant", "writing", "merge", "export"}
+_RUN = _BASE | {"placement", "runtime", "remote", "engine"}
+ALLOWED: Mapping[str, frozenset[str]] = {
+    "version": frozenset(),
+    "errors": frozenset(),
+    "sizes": frozenset(),
+    "files": frozenset({"errors"}),
+    "work": _GROUND,
+    "options": _GROUND | {"work"},
+    "gguf": _GROUND | {"work"},
+    "native": _GROUND | {"work", "gguf"},
+    "checkpoint": _BASE,
+    "quant": _BASE,
+    "writing": _BASE | {"quant"},
+    "merge": _BASE | {"checkpoint", "quant", "writing"},
+    "export": _BASE | {"checkpoint", "quant", "writing"},
+    "convert": _CONVERT,
+    "quantize": _CONVERT | {"convert"},
+    "placement": _BASE,
+    "runtime": _BASE | {"placement"},
+    "remote": _BASE | {"placement", "runtime"},
+    "engine": _BASE | {"placement", "runtime", "remote"},
+    "routing": _RUN,
+    "inspection": _BASE | {"placement"},
+    "evaluation": _RUN | {"inspection", "quant"},
+    "demo": frozenset(),
+    "doctor": _RUN | {"evaluation", "quant"},
+    "cli": _CONVERT | _RUN | {"convert", "quantize", "routing", "inspection", "evaluation", "demo", "doctor"},
+    "packaging": frozenset(),
+    "__main__": frozenset({"cli"}),
+    "__init__": _BASE | {"convert", "quantize", "runtime", "engine", "routing", "evaluation"},
 }
-"""Room to the rooms that it may import besides itself; the package itself gives only its version."""
 
-LLAMA_CPP = {"native.py", "runtime/engine.py", "runtime/llamacpp.py"}
+LLAMA_CPP_ROOMS = {"native", "runtime"}
 NOWHERE = {"torch", "transformers", "mergekit"}
 HEAVY = {"numpy", "numba", "llvmlite", "llama_cpp", "gguf", "safetensors"}
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement: where it stands, and the modules that it may load."""
+    """One import statement: the module it stands in, and the modules that it may load."""
 
-    file: str
+    importer: str
     line: int
     modules: tuple[str, ...]
     in_function: bool
     for_types: bool
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} imports {', '.join(self.modules)}"
+        return f"{self.importer}:{self.line} imports {', '.join(self.modules)}"
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+def all_modules(package: Path) -> dict[str, Path]:
+    """Dotted name and file of every module below ``package``; a package stands for its ``__init__``."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = list(path.relative_to(package.parent).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(name: str, path: Path, modules: Mapping[str, Path]) -> Iterator[Import]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    file = path.relative_to(PACKAGE).as_posix()
-    functions = nodes_inside(tree, lambda node: isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    types = nodes_inside(tree, is_type_checking)
+    functions = _inside(tree, (ast.FunctionDef, ast.AsyncFunctionDef))
+    types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            modules = tuple(alias.name for alias in node.names)
+            loaded = tuple(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
-            modules = tuple(full_names(node))
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            # `from ggufmoe.native import library` loads ggufmoe.native.library
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            loaded = tuple(full if full in modules else f"{node.module}" for full in names)
         else:
             continue
-        yield Import(file, node.lineno, modules, node in functions, node in types)
+        yield Import(name, node.lineno, loaded, node in functions, node in types)
 
 
-def full_names(node: ast.ImportFrom) -> Iterator[str]:
-    """``from ggufmoe import native`` is an import of ``ggufmoe.native``."""
-    for alias in node.names:
-        submodule = PACKAGE.parent / f"{node.module}".replace(".", "/") / alias.name
-        is_module = submodule.is_dir() or submodule.with_suffix(".py").is_file()
-        yield f"{node.module}.{alias.name}" if is_module else f"{node.module}"
+def _inside(tree: ast.AST, kinds: tuple[type[ast.AST], ...]) -> set[ast.AST]:
+    return {inner for node in ast.walk(tree) if isinstance(node, kinds) for inner in ast.walk(node)}
 
 
-def nodes_inside(tree: ast.AST, is_holder: object) -> set[ast.AST]:
-    assert callable(is_holder)
-    return {inner for node in ast.walk(tree) if is_holder(node) for inner in ast.walk(node)}
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def all_imports(package: Path) -> list[Import]:
+    modules = all_modules(package)
+    return [found for name, path in modules.items() for found in imports_of(name, path, modules)]
 
 
 def room_of(module: str) -> str:
@@ -103,61 +119,112 @@ def room_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def all_imports() -> list[Import]:
-    return [found for path in sorted(PACKAGE.rglob("*.py")) for found in imports_of(path)]
+def wrong_arrows(imports: list[Import]) -> list[str]:
+    """The imports between rooms that ALLOWED does not name."""
+    return [
+        str(found)
+        for found in imports
+        for module in found.modules
+        if module.split(".")[0] == PACKAGE.name
+        and room_of(module) not in ALLOWED.get(room_of(found.importer), frozenset()) | {room_of(found.importer)}
+    ]
 
 
-def home(found: Import) -> str:
-    return found.file.split("/")[0].removesuffix(".py")
+def circles(imports: list[Import]) -> list[list[str]]:
+    """Groups of modules that import each other, function-level and TYPE_CHECKING imports included (Tarjan 1972)."""
+    graph: dict[str, set[str]] = {}
+    for found in imports:
+        targets = {module for module in found.modules if module.split(".")[0] == PACKAGE.name}
+        graph.setdefault(found.importer, set()).update(targets - {found.importer})
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = lowest[module] = len(order)
+        stack.append(module)
+        for target in sorted(graph.get(module, ())):
+            if target not in order:
+                visit(target)
+                lowest[module] = min(lowest[module], lowest[target])
+            elif target in stack:
+                lowest[module] = min(lowest[module], order[target])
+        if lowest[module] == order[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for module in sorted(graph):
+        if module not in order:
+            visit(module)
+    return groups
 
 
 def test_arrows_point_one_way() -> None:
-    wrong = [
-        str(found)
-        for found in all_imports()
-        for module in found.modules
-        if module.split(".")[0] == "ggufmoe"
-        and module != "ggufmoe"
-        and room_of(module) not in ALLOWED[home(found)] | {home(found)}
-    ]
-    assert wrong == []
+    assert wrong_arrows(all_imports(PACKAGE)) == []
 
 
-def test_every_room_is_in_the_table() -> None:
-    rooms = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms <= set(ALLOWED)
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles(all_imports(PACKAGE)) == []
 
 
-def test_the_package_itself_gives_only_its_version() -> None:
-    attributes = {
-        (path.relative_to(PACKAGE).as_posix(), node.attr)
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ggufmoe"
-    }
-    assert {attribute for _, attribute in attributes} <= {"__version__"}, attributes
+def test_the_two_tests_above_can_fail(tmp_path: Path) -> None:
+    house = tmp_path / PACKAGE.name
+    for room in ("gguf", "runtime"):
+        (house / room).mkdir(parents=True)
+        (house / room / "__init__.py").touch()
+    (house / "gguf" / "header.py").write_text("def read() -> None:\n    from ggufmoe.runtime import chat\n")
+    (house / "runtime" / "chat.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ggufmoe.gguf.header\n"
+    )
+    imports = all_imports(house)
+    assert wrong_arrows(imports) == ["ggufmoe.gguf.header:2 imports ggufmoe.runtime.chat"]
+    assert circles(imports) == [["ggufmoe.gguf.header", "ggufmoe.runtime.chat"]]
 
 
-def test_llama_cpp_is_imported_in_three_files_inside_functions() -> None:
-    found = [one for one in all_imports() if any(module.split(".")[0] == "llama_cpp" for module in one.modules)]
+def test_the_table_names_every_room() -> None:
+    rooms = {room_of(module) for module in all_modules(PACKAGE)}
+    assert rooms == set(ALLOWED)
+
+
+def test_llama_cpp_is_imported_in_two_rooms_inside_functions() -> None:
+    found = [one for one in all_imports(PACKAGE) if any(name.split(".")[0] == "llama_cpp" for name in one.modules)]
     assert found
-    assert [str(one) for one in found if one.file not in LLAMA_CPP] == []
+    assert [str(one) for one in found if room_of(one.importer) not in LLAMA_CPP_ROOMS] == []
     assert [str(one) for one in found if not one.in_function and not one.for_types] == []
 
 
 def test_torch_and_transformers_are_nowhere() -> None:
-    assert [str(one) for one in all_imports() if {module.split(".")[0] for module in one.modules} & NOWHERE] == []
+    wrong = [str(one) for one in all_imports(PACKAGE) if {name.split(".")[0] for name in one.modules} & NOWHERE]
+    assert wrong == []
 
 
 def test_there_is_no_lumber_room() -> None:
     assert {path.stem for path in PACKAGE.rglob("*.py")} & {"utils", "common", "helpers", "util", "misc"} == set()
 
 
+def test_no_two_modules_have_one_name() -> None:
+    """But for verbs: ``cli/convert.py`` is the command line's side of ``convert.py``."""
+    stems = [name.rpartition(".")[2] for name in all_modules(PACKAGE) if room_of(name) not in ("cli", "packaging")]
+    assert {stem for stem in stems if stems.count(stem) > 1} == set()
+
+
+def test_no_two_classes_have_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for name, path in all_modules(PACKAGE).items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(name)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
 def test_every_module_says_what_it_owns() -> None:
     silent = [
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        name
+        for name, path in all_modules(PACKAGE).items()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert silent == []
 

@@ -25,12 +25,12 @@ from ggufmoe.errors import (
     RecipeError,
     TensorMismatchError,
 )
-from ggufmoe.export.writer import Progress
-from ggufmoe.ggufheader import GGMLType, read_header
-from ggufmoe.manifest import read_manifest, verify
-from ggufmoe.quant import imatrix
+from ggufmoe.gguf.header import GGMLType, read_header
+from ggufmoe.gguf.manifest import read_manifest, verify
+from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
+from ggufmoe.writing.writer import Progress
 from tests.quant.llama_quantize import quantize, read_tensors
 
 Make = Callable[..., Path]

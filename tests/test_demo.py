@@ -19,7 +19,7 @@ import ggufmoe
 from ggufmoe.demo import DIRECTORY, NAME, RECIPE, questions
 from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.events import Token
-from tests.runtime.remote import start_worker
+from tests.remote.workers import start_worker
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = ggufmoe.SamplingOptions(temperature=0, n_predict=64)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from ggufmoe import doctor, native
+from ggufmoe import doctor
 from ggufmoe.doctor import Finding
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.evaluation.probe import PROBE_ANSWER
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
 from ggufmoe.options import OffloadOptions
 from ggufmoe.quant.kernels import KernelReport
-from ggufmoe.runtime.probe import PROBE_ANSWER
-from tests.runtime.remote import pretender, speak_version, talk_garbage
+from tests.remote.workers import pretender, speak_version, talk_garbage
 
 ROOT = Path(__file__).resolve().parents[1]
 

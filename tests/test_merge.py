@@ -20,8 +20,8 @@ import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.errors import Cancelled, NonFiniteError, NoSpaceError, OptionError, OutputError, OutputExistsError
-from ggufmoe.export.writer import Progress
-from ggufmoe.ggufheader import read_header
+from ggufmoe.gguf.header import read_header
+from ggufmoe.writing.writer import Progress
 from tests.merge.test_merged import TEMPLATE, write_recipe
 from tests.tiny import make_checkpoint
 
@@ -213,7 +213,7 @@ def test_a_killed_merge_is_resumed_to_the_same_checkpoint(recipe: Path, tmp_path
     make_checkpoint(tmp_path / "math", arch="mistral", seed=2, n_ff=4096, n_layer=4)
     ggufmoe.merge(recipe, tmp_path / "whole", max_shard_size="20M")
     script = (
-        "import sys, ggufmoe, ggufmoe.export.writer as writer\n"
+        "import sys, ggufmoe, ggufmoe.writing.writer as writer\n"
         "writer.FLUSH_INTERVAL_S = 0.0\n"
         "ggufmoe.merge(sys.argv[1], sys.argv[2], max_shard_size='20M', threads=1)\n"
     )

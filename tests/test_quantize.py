@@ -22,13 +22,13 @@ from ggufmoe.errors import (
     OutputExistsError,
     TensorMismatchError,
 )
-from ggufmoe.export.writer import Progress, journal_path, partial_path
-from ggufmoe.ggufheader import GGMLType, Value, ValueType, read_header, read_model_header
-from ggufmoe.manifest import read_manifest, verify
-from ggufmoe.quant import imatrix
+from ggufmoe.gguf.header import GGMLType, Value, ValueType, read_header, read_model_header
+from ggufmoe.gguf.manifest import read_manifest, verify
+from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
 from ggufmoe.quantize import plan_quantize
+from ggufmoe.writing.writer import Progress, journal_path, partial_path
 from tests.export.gguf_models import Stored, load, store, unstacked
 from tests.quant.llama_quantize import Specimen, quantize, write_model
 
@@ -375,7 +375,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import plan_requantize
-from ggufmoe.export.writer import PartialFile, WriteOptions, write_plan
+from ggufmoe.writing.writer import PartialFile, WriteOptions, write_plan
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ggufmoe.errors import SafetensorsError
-from ggufmoe.positional import PositionalFile
+from ggufmoe.files import PositionalFile
 
 MAX_HEADER_BYTES = 100_000_000
 """The cap of the reference implementation."""

@@ -124,7 +124,7 @@ def _root(
 
 
 def _print_version() -> None:
-    from ggufmoe import __version__
+    from ggufmoe.version import __version__
 
     typer.echo(f"ggufmoe {__version__}")
     raise typer.Exit

@@ -22,9 +22,9 @@ from ggufmoe.cli.bench_view import make_printer
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import interruptible
 from ggufmoe.errors import OptionError
+from ggufmoe.evaluation.bench import Case, OnProgress, Progress, Workload, describe_machine, plan_bench, run_bench
 from ggufmoe.options import AUTO_LAYERS, ContextOptions, OffloadOptions, option
-from ggufmoe.runtime.bench import Case, OnProgress, Progress, Workload, describe_machine, plan_bench, run_bench
-from ggufmoe.runtime.events import CancelFlag
+from ggufmoe.work import CancelFlag
 
 _Lists = tuple[str, ...]
 _T = TypeVar("_T")

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from ggufmoe.cli.inspect import active_parameters, printable
-from ggufmoe.runtime.bench import Case, Machine, Result, as_record, model_type
+from ggufmoe.evaluation.bench import Case, Machine, Result, as_record, model_type
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
 
 _SPEED_WIDTH = 20

@@ -26,8 +26,9 @@ from ggufmoe.errors import GgufmoeError, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.runtime.events import CancelFlag, Event, Timing
+from ggufmoe.runtime.events import Event, Timing
 from ggufmoe.sizes import counted
+from ggufmoe.work import CancelFlag
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History

@@ -26,7 +26,7 @@ from ggufmoe.sizes import file_size
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult
     from ggufmoe.export.plan import ExportPlan
-    from ggufmoe.export.writer import Progress
+    from ggufmoe.writing.writer import Progress
 
 
 @with_options(ConvertOptions)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from ggufmoe.routing import RoutingTracer
     from ggufmoe.runtime.chat import Chat
-    from ggufmoe.runtime.routing import RoutingTracer
 
 _BARS = "▁▂▃▄▅▆▇█"
 _INDENT = "   "
@@ -48,7 +48,7 @@ def demo_command(
 
 def _make(console: Console, output: Path, quant: str) -> None:
     from ggufmoe.demo import RECIPE
-    from ggufmoe.export.writer import journal_path, partial_path
+    from ggufmoe.writing.writer import journal_path, partial_path
 
     _check_output(output)
     options = ConvertOptions(quant=quant, force=True)
@@ -70,7 +70,7 @@ def _make(console: Console, output: Path, quant: str) -> None:
 def _check_output(output: Path) -> None:
     """Replace an earlier demo only."""
     from ggufmoe.demo import NAME
-    from ggufmoe.ggufheader import read_header
+    from ggufmoe.gguf.header import read_header
 
     if not output.exists():
         return
@@ -95,9 +95,9 @@ def _check_quant(output: Path, options: ConvertOptions) -> None:
 def _ask(console: Console, path: Path, chat_after: bool) -> None:
     """Ask every question; then talk, or say how to go on."""
     from ggufmoe.demo import questions
+    from ggufmoe.routing import RoutingTracer
     from ggufmoe.runtime.chat import Chat
     from ggufmoe.runtime.engine import Engine
-    from ggufmoe.runtime.routing import RoutingTracer
 
     legend = f"[cyan]{_BARS[0]}[/cyan] none to [yellow]{_BARS[-1]}[/yellow] all"
     console.print("\n[bold]2. Ask it[/bold] what neither model was trained on. Below each answer:")
@@ -118,7 +118,7 @@ def _ask(console: Console, path: Path, chat_after: bool) -> None:
 
 def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> str:
     """Stream one answer, then the strip of its tokens; gives the answer."""
-    from ggufmoe.runtime.routing import RoutedToken
+    from ggufmoe.routing import RoutedToken
 
     console.print(f"{_INDENT}{text}", style="bold", markup=False)
     console.file.write(_INDENT)

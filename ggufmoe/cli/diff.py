@@ -15,14 +15,14 @@ import typer
 
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.inspect import printable, work_progress
-from ggufmoe.runtime.diff import KeyDifference, ModelDifference, PartDifference, TensorDifference, diff_models
+from ggufmoe.inspection.diff import KeyDifference, ModelDifference, PartDifference, TensorDifference, diff_models
 from ggufmoe.sizes import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ggufmoe.ggufheader import TensorInfo, Value
+    from ggufmoe.gguf.header import TensorInfo, Value
 
 _SHOWN_TENSORS = 12
 _MAX_VALUE = 60

@@ -10,7 +10,7 @@ from typing import Protocol, TextIO, TypeVar
 from ggufmoe.cli.console import StatusLine
 from ggufmoe.cli.terminal import interruptible
 from ggufmoe.errors import Cancelled
-from ggufmoe.runtime.events import CancelFlag
+from ggufmoe.work import CancelFlag
 
 _LINE_INTERVAL_S = 5.0
 

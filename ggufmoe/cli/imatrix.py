@@ -14,7 +14,7 @@ import typer
 from ggufmoe.cli.evaluation import check_complete, last_shown
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import note
-from ggufmoe.imatrix import ImatrixResult, imatrix_steps
+from ggufmoe.evaluation.imatrix import ImatrixResult, imatrix_steps
 from ggufmoe.options import ImatrixOptions, OffloadOptions
 from ggufmoe.sizes import counted
 

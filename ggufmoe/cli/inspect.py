@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ggufmoe import manifest as manifests
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.convert import Interrupt
 from ggufmoe.cli.params import with_options
 from ggufmoe.errors import GGUFError, InputError
-from ggufmoe.ggufheader import read_model_header
+from ggufmoe.gguf import manifest as manifests
+from ggufmoe.gguf.header import read_model_header
+from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_model
 from ggufmoe.options import ContextOptions
-from ggufmoe.runtime.devices import this_host
-from ggufmoe.runtime.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_model
+from ggufmoe.placement.devices import this_host
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ggufmoe.runtime.experts import ExpertSimilarity
+    from ggufmoe.inspection.experts import ExpertSimilarity
 
 _NARROW_COLUMNS = 64
 _MAX_TEXT = 200
@@ -95,7 +95,7 @@ def _print_recipe_alone(model: Path, merge: MergeReport | None) -> None:
 
 
 def _compare_experts(model: Path) -> ExpertSimilarity:
-    from ggufmoe.runtime.experts import compare_experts
+    from ggufmoe.inspection.experts import compare_experts
 
     with work_progress("compare experts") as (show, interrupt):
         return compare_experts(model, on_progress=show, cancel=interrupt)

@@ -18,7 +18,7 @@ from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
     from ggufmoe.convert import MergeResult
-    from ggufmoe.export.writer import Progress
+    from ggufmoe.writing.writer import Progress
 
 
 @with_options(MergeOptions)

@@ -14,9 +14,9 @@ import typer
 
 from ggufmoe.cli.evaluation import check_complete, last_shown
 from ggufmoe.cli.params import with_options
+from ggufmoe.evaluation.divergence import SHARES, Distribution, Divergence, divergence_steps
+from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity_steps
 from ggufmoe.options import EvaluationOptions, OffloadOptions
-from ggufmoe.runtime.divergence import SHARES, Distribution, Divergence, divergence_steps
-from ggufmoe.runtime.perplexity import Estimate, Perplexity, perplexity_steps
 from ggufmoe.sizes import counted
 
 

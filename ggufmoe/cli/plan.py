@@ -12,11 +12,11 @@ import typer
 
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.params import with_options
-from ggufmoe.ggufheader import read_model_header
+from ggufmoe.gguf.header import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.devices import find_places, this_host
-from ggufmoe.runtime.footprint import EXPERTS
-from ggufmoe.runtime.offload import (
+from ggufmoe.placement.devices import this_host
+from ggufmoe.placement.footprint import EXPERTS
+from ggufmoe.placement.offload import (
     DeviceShare,
     Host,
     OffloadPlan,
@@ -26,6 +26,7 @@ from ggufmoe.runtime.offload import (
     experts_of,
     plan_offload,
 )
+from ggufmoe.remote.places import find_places
 from ggufmoe.sizes import memory_size
 
 _UNITS = " KMGT"

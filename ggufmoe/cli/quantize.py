@@ -19,7 +19,7 @@ from ggufmoe.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult
-    from ggufmoe.export.writer import Progress
+    from ggufmoe.writing.writer import Progress
 
 
 @with_options(QuantizeOptions)

@@ -16,13 +16,13 @@ from ggufmoe.cli.route_view import RouteView
 from ggufmoe.cli.terminal import load_engine, note
 from ggufmoe.errors import InputError, OptionError, OutputError, OutputExistsError
 from ggufmoe.options import ContextOptions, OffloadOptions, option
+from ggufmoe.routing import RoutingTrace, trace_routing
+from ggufmoe.routing.page import routing_page
+from ggufmoe.routing.plot import write_picture
+from ggufmoe.routing.report import shares_report, trace_report
+from ggufmoe.routing.statistics import LabelledShares, share_by_label, summarize
 from ggufmoe.runtime.chat import Chat, Message
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.runtime.routing import RoutingTrace, trace_routing
-from ggufmoe.runtime.routing.page import routing_page
-from ggufmoe.runtime.routing.plot import write_picture
-from ggufmoe.runtime.routing.report import shares_report, trace_report
-from ggufmoe.runtime.routing.statistics import LabelledShares, share_by_label, summarize
 
 _MAX_PROMPTS_BYTES = 64 << 20
 

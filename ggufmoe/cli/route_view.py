@@ -13,10 +13,10 @@ from rich.style import Style
 from rich.text import Text
 
 from ggufmoe.cli.console import make_console
-from ggufmoe.runtime.routing.palette import expert_colour, lead
-from ggufmoe.runtime.routing.report import summary_lines
-from ggufmoe.runtime.routing.statistics import LabelledShares, Numbers, Summary, favourites
-from ggufmoe.runtime.routing.trace import RoutingTrace, visible
+from ggufmoe.routing.palette import expert_colour, lead
+from ggufmoe.routing.report import summary_lines
+from ggufmoe.routing.statistics import LabelledShares, Numbers, Summary, favourites
+from ggufmoe.routing.trace import RoutingTrace, visible
 from ggufmoe.sizes import counted
 
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -18,7 +18,8 @@ from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.runtime.events import CancelFlag, Event, Finished
+from ggufmoe.runtime.events import Event, Finished
+from ggufmoe.work import CancelFlag
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import typer
 from ggufmoe.cli.console import StatusLine
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing
+from ggufmoe.runtime.events import Event, Finished, Timing
 from ggufmoe.sizes import counted
+from ggufmoe.work import CancelFlag
 
 ItemT = TypeVar("ItemT")
 _UNSEEN_S = 0.5

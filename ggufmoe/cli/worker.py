@@ -8,7 +8,7 @@ from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import note, rpc_cache_directory
 from ggufmoe.errors import OutputError
 from ggufmoe.options import WorkerOptions
-from ggufmoe.runtime.worker import ServedDevice, Worker, is_local_only
+from ggufmoe.remote.worker import ServedDevice, Worker, is_local_only
 from ggufmoe.sizes import counted, memory_size
 
 

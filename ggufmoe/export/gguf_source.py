@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import GGUFError, TensorMismatchError
-from ggufmoe.ggufheader import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, check_kind, read_model_header
-from ggufmoe.positional import PositionalFile
+from ggufmoe.files import PositionalFile
+from ggufmoe.gguf.header import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, check_kind, read_model_header
 from ggufmoe.quant.policy import ModelShape
 
 _LOG = logging.getLogger("ggufmoe")

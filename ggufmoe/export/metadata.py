@@ -16,8 +16,8 @@ from typing import Any
 
 from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.export.arch import ModelTensor, family_of
-from ggufmoe.ggufheader import Value, ValueType
-from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.gguf.header import Value, ValueType
+from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.types import FileType
 
 _LOG = logging.getLogger("ggufmoe")

@@ -21,8 +21,8 @@ from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.export.metadata import imatrix_metadata, model_metadata
 from ggufmoe.export.rows import Part
 from ggufmoe.export.vocab import tokenizer_metadata
-from ggufmoe.ggufheader import GGMLType, TensorInfo, Value, ValueType, encode_header
-from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.gguf.header import GGMLType, TensorInfo, Value, ValueType, encode_header
+from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.mixes import OUTPUT, TOKEN_EMBEDDINGS
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
 from ggufmoe.quant.types import IGNORES_IMATRIX

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ggufmoe import native
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
 from ggufmoe.export.metadata import QUANTIZATION_VERSION, imatrix_metadata, u32
@@ -21,8 +20,9 @@ from ggufmoe.export.plan import (
     warn_of_missing_importances,
 )
 from ggufmoe.export.rows import PLAIN_DTYPES
-from ggufmoe.ggufheader import GGMLType, Value
-from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.gguf.header import GGMLType, Value
+from ggufmoe.native import library as native
+from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
 
 COPY = "COPY"

@@ -1,0 +1,1 @@
+"""Recipes become merged models: recipe, router, forward pass."""

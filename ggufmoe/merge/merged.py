@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import ggufmoe
 from ggufmoe.checkpoint.chat_template import default_chat_template
 from ggufmoe.checkpoint.checkpoint import open_directory
 from ggufmoe.checkpoint.dtypes import narrow, widen
@@ -28,6 +27,7 @@ from ggufmoe.merge.compare import compare_sources
 from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import RouterReport, check_prompts, make_router
+from ggufmoe.version import __version__
 
 log = logging.getLogger("ggufmoe")
 
@@ -333,7 +333,7 @@ def _provenance(recipe: Recipe, text: str, path: Path, opened: Mapping[str, Mode
         base_models=tuple(_base_model(key, source) for key, source in opened.items()),
         extra=MappingProxyType(
             {
-                "ggufmoe.version": ggufmoe.__version__,
+                "ggufmoe.version": __version__,
                 "ggufmoe.gate_mode": recipe.gate_mode.value,
                 "ggufmoe.recipe": text,
             }

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ggufmoe.ggufheader import GGMLType
-from ggufmoe.ggufheader import GGMLType as T
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.header import GGMLType as T
 from ggufmoe.quant.types import FileType
 
 

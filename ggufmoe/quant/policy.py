@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ggufmoe.errors import ArchitectureError, ImatrixError, OptionError, TensorMismatchError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
 from ggufmoe.quant import mixes
 from ggufmoe.quant.mixes import Role, Rule
 from ggufmoe.quant.types import ABORTS_WITHOUT_IMATRIX, FileType, parse_tensor_type, suggest

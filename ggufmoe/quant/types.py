@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from enum import Enum
 
 from ggufmoe.errors import OptionError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
 
 
 class FileType(Enum):

@@ -1,0 +1,1 @@
+"""One loaded model in this process: loading, generation, chat."""

@@ -11,7 +11,8 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from ggufmoe.runtime.events import CancelFlag, Event
+from ggufmoe.runtime.events import Event
+from ggufmoe.work import CancelFlag
 
 _MAX_WAITING_EVENTS = 32
 

@@ -19,9 +19,10 @@ from ggufmoe.errors import InputError, OutputError, OutputExistsError, TemplateE
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.runtime.events import CancelFlag, Event
+from ggufmoe.runtime.events import Event
 from ggufmoe.runtime.template import ChatTemplate, find_template
 from ggufmoe.runtime.textstream import stop_strings
+from ggufmoe.work import CancelFlag
 
 _FORMAT = "ggufmoe-chat"
 _MAX_FILE_BYTES = 64 << 20

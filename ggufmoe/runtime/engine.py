@@ -22,23 +22,24 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe import native
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, GGUFError, InputError
-from ggufmoe.ggufheader import Header, ModelHeader, check_kind, legacy_expert_tensors, read_model_header
+from ggufmoe.gguf.header import Header, ModelHeader, check_kind, legacy_expert_tensors, read_model_header
+from ggufmoe.native import library as native
+from ggufmoe.native.log import NativeLog
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions, given_or_default
+from ggufmoe.placement.report import Placement
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
-from ggufmoe.runtime.events import CancelFlag, Event, Token, checked_flag
+from ggufmoe.runtime.events import Event, Token
 from ggufmoe.runtime.generation import Generation, Request
 from ggufmoe.runtime.kvcache import SavedState
 from ggufmoe.runtime.loading import LoadedModel, LoadRequest, LoadWatcher
-from ggufmoe.runtime.nativelog import NativeLog
 from ggufmoe.runtime.nativethread import NativeThread, Turn
 from ggufmoe.runtime.overflow import Overflow
-from ggufmoe.runtime.placement import Placement
 from ggufmoe.runtime.sampling import Sampler, resolve
 from ggufmoe.runtime.session import SessionFacts, read_session, write_session
 from ggufmoe.runtime.textstream import stop_strings
+from ggufmoe.work import CancelFlag, checked_flag
 
 _LOGITS_BATCH = 512
 _P = ParamSpec("_P")
@@ -63,7 +64,7 @@ class Engine:
     def __new__(cls, _path: object = None, _context: object = None, offload: Any = None, **_: object) -> Engine:
         """A plain Engine, or one in a process of its own where workers of other machines have a part in it."""
         if cls is Engine and given_or_default(offload, OffloadOptions).workers:
-            from ggufmoe.runtime.child import ChildEngine
+            from ggufmoe.remote.child import ChildEngine
 
             return object.__new__(ChildEngine)
         return object.__new__(cls)

@@ -7,24 +7,11 @@ for other processes: they can be pickled.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 """stop: the model ended its answer, or a stop string came; length: ``n_predict`` tokens; context: no room is left;
 cancelled: the caller asked to stop."""
-
-
-class CancelFlag(Protocol):
-    """What can ask a long call to stop, for example a ``threading.Event``."""
-
-    def is_set(self) -> bool: ...
-
-
-def checked_flag(flag: CancelFlag | None) -> CancelFlag | None:
-    """The flag itself. Raises TypeError for what is none."""
-    if flag is not None and not callable(getattr(flag, "is_set", None)):
-        raise TypeError(f"cancel must be a flag such as threading.Event(), not {flag!r}")
-    return flag
 
 
 @dataclass(frozen=True)

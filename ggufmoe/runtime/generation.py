@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ggufmoe.errors import EngineError
-from ggufmoe.runtime.events import CancelFlag, Event, Finished, FinishReason, Timing, Token
+from ggufmoe.runtime.events import Event, Finished, FinishReason, Timing, Token
 from ggufmoe.runtime.inbox import Inbox
 from ggufmoe.runtime.kvcache import KVCache
 from ggufmoe.runtime.loading import LoadedModel
@@ -25,6 +25,7 @@ from ggufmoe.runtime.nativethread import LEAVE_S, WATCH_S, NativeThread, Turn
 from ggufmoe.runtime.overflow import Overflow
 from ggufmoe.runtime.sampling import Sampler, Sampling
 from ggufmoe.runtime.textstream import TextStream
+from ggufmoe.work import CancelFlag
 
 MAX_AHEAD_TOKENS = 32
 """An answer that is so far ahead of its reader is put aside."""

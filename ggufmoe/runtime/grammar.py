@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ggufmoe import native
 from ggufmoe.errors import InputError
+from ggufmoe.native import library as native
 from ggufmoe.options import SamplingOptions
 
 MAX_GRAMMAR_CHARS = 256 * 1024

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe import native
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError
+from ggufmoe.native import library as native
+from ggufmoe.native.log import NativeLog
 from ggufmoe.runtime.chunkbatch import SideBySide
-from ggufmoe.runtime.nativelog import NativeLog
 
 ComputedBy = Literal["cpu", "gpu", "worker"]
 """Where a model's layers are: with the CPU alone, on GPUs of this machine, or on a worker too."""

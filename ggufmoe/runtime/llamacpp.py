@@ -19,16 +19,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggufmoe import native
 from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
-from ggufmoe.ggufheader import GGMLType, read_model_header
+from ggufmoe.gguf.header import GGMLType, read_model_header
+from ggufmoe.native import library as native
+from ggufmoe.native.log import no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions, given_or_default
-from ggufmoe.runtime.devices import find_machine
+from ggufmoe.placement.devices import find_machine
+from ggufmoe.placement.offload import OffloadPlan, plan_offload
+from ggufmoe.placement.report import REPORT_LINES, Placement, device_list, placement_of, set_parameters
 from ggufmoe.runtime.engine import checked_model, native_api, native_log
 from ggufmoe.runtime.loading import loading_lock
-from ggufmoe.runtime.nativelog import no_wait_callback
-from ggufmoe.runtime.offload import OffloadPlan, plan_offload
-from ggufmoe.runtime.placement import REPORT_LINES, Placement, device_list, placement_of, set_parameters
 
 if TYPE_CHECKING:
     from llama_cpp import Llama

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import Cancelled, EngineError, ModelLoadError
-from ggufmoe.ggufheader import GGMLType, Header, ModelHeader
+from ggufmoe.gguf.header import GGMLType, Header, ModelHeader
+from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.cpu import default_threads, memory_bytes
-from ggufmoe.runtime.devices import Machine, find_machine
+from ggufmoe.placement.cpu import default_threads, memory_bytes
+from ggufmoe.placement.devices import Machine, find_machine
+from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
+from ggufmoe.placement.offload import OffloadPlan, plan_offload
+from ggufmoe.placement.report import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.events import Token
-from ggufmoe.runtime.footprint import DEFAULT_MAX_CTX
 from ggufmoe.runtime.kvcache import ComputedBy, KVCache, SavedStates
-from ggufmoe.runtime.nativelog import NativeLog, no_wait_callback
-from ggufmoe.runtime.offload import OffloadPlan, plan_offload
-from ggufmoe.runtime.placement import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.vocabulary import Vocabulary
 from ggufmoe.sizes import memory_size
 

@@ -21,7 +21,7 @@ from functools import cache
 from typing import Generic, Protocol, TypeVar
 
 from ggufmoe.errors import EngineError
-from ggufmoe.runtime.events import CancelFlag, checked_flag
+from ggufmoe.work import CancelFlag, checked_flag
 
 T = TypeVar("T")
 _POLL_S = 0.2

@@ -21,11 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe import native
 from ggufmoe.errors import ContextFullError, InputError, OutputError
-from ggufmoe.ggufheader import ModelHeader, TensorInfo
+from ggufmoe.gguf.header import ModelHeader, TensorInfo
+from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.cpu import memory_bytes
+from ggufmoe.placement.cpu import memory_bytes
 from ggufmoe.runtime.kvcache import SavedState
 from ggufmoe.sizes import memory_size
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import OptionError, TemplateError
-from ggufmoe.ggufheader import Header
+from ggufmoe.gguf.header import Header
 from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Limits, Program
 
 Message = Mapping[str, Any]

@@ -13,8 +13,8 @@ from chromium import Chromium, Page
 
 import ggufmoe
 from ggufmoe.cli.app import exit_code
-from ggufmoe.runtime.routing.page import routing_page
-from tests.runtime.traces import trace_of
+from ggufmoe.routing.page import routing_page
+from tests.routing.traces import trace_of
 from tests.tiny import make_checkpoint
 
 PROMPT = 'Once upon a time <script>alert("no")</script> there were "2 + 2"'

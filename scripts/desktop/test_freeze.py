@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).parent / "frozen_program.py"
 sys.path.insert(0, str(ROOT))
 
 from tests import tiny  # noqa: E402
-from tests.runtime.remote import start_worker  # noqa: E402
+from tests.remote.workers import start_worker  # noqa: E402
 
 
 def run(*command: object, cwd: Path, env: dict[str, str] | None = None) -> str:

@@ -29,8 +29,8 @@ from environment import llama_cpp_sources
 from setup_environment import Pin, SetupError, say
 
 import ggufmoe
-from ggufmoe.ggufheader import read_header
-from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.gguf.header import read_header
+from ggufmoe.quant.importances import Imatrix
 from tests import tiny_tokenizers
 from tests.tiny import make_checkpoint
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, RoutingTrace, trace_routing
-from ggufmoe.runtime.routing.statistics import load_balancing_loss
+from ggufmoe.routing.statistics import load_balancing_loss
 from tests.tiny import make_checkpoint
 
 HERE = Path(__file__).parent

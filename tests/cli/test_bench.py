@@ -19,8 +19,8 @@ from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.bench import BenchOptions
 from ggufmoe.cli.bench_view import make_printer
 from ggufmoe.errors import OptionError
+from ggufmoe.evaluation.bench import Workload, describe_machine, plan_bench, run_bench
 from ggufmoe.options import ContextOptions
-from ggufmoe.runtime.bench import Workload, describe_machine, plan_bench, run_bench
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ("-p", "8", "-n", "4", "-r", "2", "-t", "1")

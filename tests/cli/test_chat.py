@@ -18,11 +18,11 @@ from prompt_toolkit.output import DummyOutput
 from ggufmoe import WorkerOptions
 from ggufmoe.cli import chat as chat_module
 from ggufmoe.cli.app import exit_code
+from ggufmoe.remote.worker import Worker
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.events import Event
-from ggufmoe.runtime.worker import Worker
-from tests.runtime.remote import start_worker
-from tests.runtime.scripted import Scripted
+from tests.remote.workers import start_worker
+from tests.scripted import Scripted
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ ' ' + m.content }}{% endfor %}[assistant]"
 MODEL = Scripted(

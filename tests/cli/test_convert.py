@@ -18,8 +18,8 @@ import pytest
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.convert import Interrupt
 from ggufmoe.cli.progress import BarProgress, LineProgress, NoProgress, progress_display
-from ggufmoe.export.writer import Progress, partial_path
-from ggufmoe.ggufheader import read_header
+from ggufmoe.gguf.header import read_header
+from ggufmoe.writing.writer import Progress, partial_path
 
 Make = Callable[..., Path]
 
@@ -106,7 +106,7 @@ SLOWED = """
 import sys, time
 sys.path.insert(0, {root!r})
 from ggufmoe.cli.app import main
-from ggufmoe.export import writer
+from ggufmoe.writing import writer
 
 class Slow(writer.PartialFile):
     def write_at(self, offset, data):

@@ -13,7 +13,7 @@ import pytest
 from ggufmoe.cli.app import exit_code
 from ggufmoe.demo import questions
 from ggufmoe.errors import Cancelled
-from ggufmoe.ggufheader import read_header
+from ggufmoe.gguf.header import read_header
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.ggufheader import GGMLType, Value, ValueType
-from tests.runtime.gguf_files import Arrays, text, u32, write_weights
+from ggufmoe.gguf.header import GGMLType, Value, ValueType
+from tests.gguf_files import Arrays, text, u32, write_weights
 
 Capture = pytest.CaptureFixture[str]
 F32, Q8_0, Q4_K = GGMLType.F32, GGMLType.Q8_0, GGMLType.Q4_K

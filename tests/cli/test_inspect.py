@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.ggufheader import GGMLType, Value, ValueType, read_header
-from ggufmoe.manifest import write_manifest
-from tests.runtime.gguf_files import text, write_gguf, write_mixtral, write_weights
+from ggufmoe.gguf.header import GGMLType, Value, ValueType, read_header
+from ggufmoe.gguf.manifest import write_manifest
+from tests.gguf_files import text, write_gguf, write_mixtral, write_weights
 
 Capture = pytest.CaptureFixture[str]
 

@@ -130,7 +130,7 @@ SLOWED = """
 import sys, time
 sys.path.insert(0, {root!r})
 from ggufmoe.cli.app import main
-from ggufmoe.export import writer
+from ggufmoe.writing import writer
 from ggufmoe.merge import router
 
 class Slow(writer.PartialFile):

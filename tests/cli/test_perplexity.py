@@ -16,7 +16,7 @@ import pytest
 import ggufmoe
 from ggufmoe.cli import evaluation
 from ggufmoe.cli.app import exit_code
-from ggufmoe.quant.imatrix import Imatrix
+from ggufmoe.quant.importances import Imatrix
 
 TEXT = "the model reads a number and writes the sum of two numbers " * 6
 FLAGS = ["-c", "32", "-t", "1", "-b", "64"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from ggufmoe import native
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.plan import _memory, _ranges
 from ggufmoe.errors import EngineMissingError
-from tests.runtime.shapes import model_of
+from ggufmoe.native import library as native
+from tests.placement.shapes import model_of
 
 Capture = pytest.CaptureFixture[str]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.ggufheader import read_header
+from ggufmoe.gguf.header import read_header
 from tests.quant.llama_quantize import Specimen, write_model
 
 

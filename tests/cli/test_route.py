@@ -13,8 +13,8 @@ import ggufmoe
 from ggufmoe.cli import route as route_module
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.route_view import RouteView
-from ggufmoe.runtime.routing.statistics import share_by_label, summarize
-from tests.runtime.traces import random_trace, trace_of
+from ggufmoe.routing.statistics import share_by_label, summarize
+from tests.routing.traces import random_trace, trace_of
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 Make = Callable[..., Path]

@@ -20,8 +20,9 @@ from ggufmoe.cli import terminal
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.terminal import interruptible, load_engine, state_directory, waiting_shown, write_answer
 from ggufmoe.errors import EngineError
-from ggufmoe.runtime.events import CancelFlag, Event, Finished, Timing, Token
-from tests.runtime.scripted import Scripted
+from ggufmoe.runtime.events import Event, Finished, Timing, Token
+from ggufmoe.work import CancelFlag
+from tests.scripted import Scripted
 
 GREEDY = ("--temp", "0", "-t", "1")
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"

@@ -15,10 +15,10 @@ import pytest
 
 from ggufmoe import OptionError, WorkerError, WorkerOptions
 from ggufmoe.cli.app import exit_code
-from ggufmoe.runtime.rpc import find_workers
-from ggufmoe.runtime.worker import Worker, is_local_only
-from tests.runtime.remote import PATIENT_S, free_port, pretender, speak_version, start_worker, wait_until
-from tests.runtime.scripted import Scripted
+from ggufmoe.remote.rpc import find_workers
+from ggufmoe.remote.worker import Worker, is_local_only
+from tests.remote.workers import PATIENT_S, free_port, pretender, speak_version, start_worker, wait_until
+from tests.scripted import Scripted
 
 COMMAND = [sys.executable, "-m", "ggufmoe"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggufmoe.ggufheader import GGMLType, TensorInfo, Value, encode_header, padded, read_header
+from ggufmoe.gguf.header import GGMLType, TensorInfo, Value, encode_header, padded, read_header
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.errors import ImatrixError, OptionError
 from ggufmoe.export.plan import ExportPlan, PlannedTensor, lay_out_files, parse_size, plan_export
-from ggufmoe.ggufheader import GGMLType, Value, ValueType
+from ggufmoe.gguf.header import GGMLType, Value, ValueType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
-from ggufmoe.ggufheader import Value
+from ggufmoe.gguf.header import Value
 from tests.llama_log import llama_log_to
 from tests.tiny_tokenizers import tokenizer_config, tokenizer_files
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ggufmoe.ggufheader import read_header
+from ggufmoe.gguf.header import read_header
 from tests.checkpoint import fake_hub
 from tests.tiny import make_checkpoint
 

@@ -17,9 +17,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from llama_cpp import llama_cpp
 from numpy.typing import NDArray
 
-from ggufmoe import native
 from ggufmoe.errors import ImatrixError, OptionError
-from ggufmoe.ggufheader import GGMLType, read_header
+from ggufmoe.gguf.header import GGMLType, read_header
+from ggufmoe.native import library as native
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
 from ggufmoe.quant.types import ABORTS_WITHOUT_IMATRIX
 from tests.llama_log import llama_log_to

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
 from ggufmoe.quant.kernels import quantize_rows
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
 from ggufmoe.quant.types import WRITABLE_TYPES, FileType

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ggufmoe.errors import ArchitectureError, ImatrixError, OptionError, TensorMismatchError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
 from ggufmoe.quant.mixes import FALLBACK, RULES, Layers, Role
 from ggufmoe.quant.policy import (
     ModelShape,

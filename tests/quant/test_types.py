@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ggufmoe import native
 from ggufmoe.errors import OptionError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
 from ggufmoe.quant.types import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES, FileType, parse_tensor_type
 
 NAMES = (

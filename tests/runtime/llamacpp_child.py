@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe import Engine, LlamaCpp, OffloadOptions
-from tests.runtime.placed_child import GREEDY, ON_RPC, SMALL, TEXT, register
+from tests.placement.placed_child import GREEDY, ON_RPC, SMALL, TEXT, register
 
 ARGUMENTS: dict[str, Any] = {"n_ctx": 300, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ggufmoe.runtime.asyncstream import read_async
-from ggufmoe.runtime.events import CancelFlag, Event, Token
+from ggufmoe.runtime.events import Event, Token
+from ggufmoe.work import CancelFlag
 
 
 class Slow:

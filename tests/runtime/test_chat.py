@@ -26,8 +26,8 @@ from ggufmoe import (
 from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.events import Event, Finished
 from ggufmoe.runtime.template import ChatTemplate
-from tests.runtime.conftest import GREEDY, ONE_THREAD
-from tests.runtime.scripted import BOS, Scripted
+from tests.scripted import BOS, Scripted
+from tests.stories import GREEDY, ONE_THREAD
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ ' ' + m.content }}{% endfor %}"

@@ -28,13 +28,13 @@ from ggufmoe import (
     OffloadOptions,
     SamplingOptions,
     convert,
-    native,
 )
-from ggufmoe.ggufheader import Value, ValueType, encode_header
+from ggufmoe.gguf.header import Value, ValueType, encode_header
+from ggufmoe.native import library as native
+from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
 from ggufmoe.runtime.events import Event, Finished, Token
-from ggufmoe.runtime.footprint import DEFAULT_MAX_CTX
-from tests.runtime.conftest import GREEDY, ONE_THREAD, STORY
-from tests.runtime.scripted import BOS, EOS, Scripted
+from tests.scripted import BOS, EOS, Scripted
+from tests.stories import GREEDY, ONE_THREAD, STORY
 
 
 def text_of(events: Iterator[Event]) -> str:

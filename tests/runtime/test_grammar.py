@@ -10,9 +10,9 @@ import pytest
 
 from ggufmoe import Engine, EngineError, InputError, SamplingOptions
 from ggufmoe.runtime.grammar import check_grammar, gbnf_of_schema, grammar_of
-from tests.runtime.conftest import ONE_THREAD
-from tests.runtime.scripted import Scripted
 from tests.runtime.test_engine import text_of
+from tests.scripted import Scripted
+from tests.stories import ONE_THREAD
 
 GOOD = [
     'root ::= "a"',

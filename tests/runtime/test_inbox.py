@@ -10,7 +10,7 @@ import pytest
 from ggufmoe.runtime import inbox
 from ggufmoe.runtime.events import Event, Token
 from ggufmoe.runtime.inbox import Inbox
-from tests.runtime.remote import PATIENT_S, wait_until
+from tests.remote.workers import PATIENT_S, wait_until
 
 
 def event(number: int) -> Token:

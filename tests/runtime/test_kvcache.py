@@ -13,9 +13,9 @@ import pytest
 
 from ggufmoe import Cancelled, ContextOptions, DecodeError, Engine, EngineError
 from ggufmoe.runtime.kvcache import KVCache
-from tests.runtime.conftest import GREEDY, ONE_THREAD
-from tests.runtime.remote import PATIENT_S, wait_until
+from tests.remote.workers import PATIENT_S, wait_until
 from tests.runtime.test_engine import last_of
+from tests.stories import GREEDY, ONE_THREAD
 
 SMALL = ContextOptions(n_ctx=256, n_threads=1, cache_ram=0)
 LONG = replace(GREEDY, n_predict=-1)

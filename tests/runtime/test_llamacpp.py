@@ -28,8 +28,8 @@ from ggufmoe import (
     OptionError,
     SamplingOptions,
 )
-from tests.runtime.scripted import Scripted
-from tests.runtime.test_placement import ROOT, Outcomes, wait_for, worker
+from tests.placement.test_report import ROOT, Outcomes, wait_for, worker
+from tests.scripted import Scripted
 
 SMALL: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 CPU = OffloadOptions(device="none")

@@ -12,10 +12,10 @@ import pytest
 from ggufmoe import Chat, ContextFullError, ContextOptions, Engine, OptionError
 from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.overflow import Overflow
-from tests.runtime.conftest import GREEDY
-from tests.runtime.scripted import BOS, Scripted
 from tests.runtime.test_chat import GREETER
 from tests.runtime.test_engine import last_of, text_of
+from tests.scripted import BOS, Scripted
+from tests.stories import GREEDY
 
 SMALL = ContextOptions(n_ctx=256, n_threads=1)
 

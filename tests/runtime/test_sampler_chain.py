@@ -12,9 +12,9 @@ import pytest
 
 from ggufmoe import Engine, InputError, OptionError, SamplingOptions
 from ggufmoe.runtime.events import Token
-from tests.runtime.conftest import ONE_THREAD
-from tests.runtime.scripted import Scripted
 from tests.runtime.test_engine import text_of
+from tests.scripted import Scripted
+from tests.stories import ONE_THREAD
 
 FACES = {" a": 20.0, " b": 19.5, " c": 19.0, " d": 17.0}
 DICE = Scripted(

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from ggufmoe import ContextFullError, ContextOptions, Engine, EngineError, InputError, OutputError
-from tests.runtime.conftest import GREEDY, ONE_THREAD, STORY
-from tests.runtime.scripted import Scripted
 from tests.runtime.test_engine import last_of, text_of
+from tests.scripted import Scripted
+from tests.stories import GREEDY, ONE_THREAD, STORY
 
 SHORT = replace(GREEDY, n_predict=6)
 

@@ -20,8 +20,8 @@ import pytest
 
 from ggufmoe import Cancelled, ContextOptions, Engine, EngineError, SamplingOptions
 from ggufmoe.runtime.events import Event, Finished, Token
-from tests.runtime.conftest import GREEDY, ONE_THREAD
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
+from tests.stories import GREEDY, ONE_THREAD
 
 SHORT = replace(GREEDY, n_predict=6)
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.runtime.traces import random_trace, trace_of
+from tests.routing.traces import random_trace, trace_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "route_picture.py"
 SVG = "{http://www.w3.org/2000/svg}"

@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from ggufmoe.checkpoint.source import Dtype, ModelConfig, ModelSource, SourceTensor
 from ggufmoe.errors import ArchitectureError
-from ggufmoe.ggufheader import GGMLType, Value
+from ggufmoe.gguf.header import GGMLType, Value
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ggufmoe.checkpoint.source import ModelConfig, ModelSource, RopeScaling
 from ggufmoe.export.arch import ModelTensor
 from ggufmoe.export.metadata import f32, text, u32
 from ggufmoe.export.rows import Computed, RopeOrdered
-from ggufmoe.ggufheader import Value
+from ggufmoe.gguf.header import Value
 
 NAME = "llama"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")

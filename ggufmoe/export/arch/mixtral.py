@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ggufmoe.checkpoint.source import ModelConfig, ModelSource
 from ggufmoe.export.arch import ModelTensor
 from ggufmoe.export.arch.dense import attention_tensors, llama_parameters, outer_tensors
-from ggufmoe.ggufheader import Value
+from ggufmoe.gguf.header import Value
 
 NAME = "llama"
 ARCHITECTURES = ("MixtralForCausalLM",)

@@ -15,7 +15,7 @@ from ggufmoe.export.vocab.files import TokenizerFiles
 from ggufmoe.export.vocab.metadata import metadata
 from ggufmoe.export.vocab.rows import Vocabulary
 from ggufmoe.export.vocab.special import special_tokens
-from ggufmoe.ggufheader import Value
+from ggufmoe.gguf.header import Value
 
 __all__ = ["tokenizer_metadata"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.rows import Vocabulary
 from ggufmoe.export.vocab.special import SpecialTokens
-from ggufmoe.ggufheader import Value, ValueType
+from ggufmoe.gguf.header import Value, ValueType
 
 _ID_KEYS = {
     "bos": "bos_token_id",

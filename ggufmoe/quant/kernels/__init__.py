@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe import native
 from ggufmoe.errors import OptionError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
 from ggufmoe.quant.kernels.trust import KernelReport, Kernels, has_kernel, run, widened
 
 QuantizerName = Literal["auto", "fast", "ggml"]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe import native
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
 
 if TYPE_CHECKING:
     from ggufmoe.quant.kernels.machine import Host, Native

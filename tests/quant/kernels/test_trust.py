@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ggufmoe import native
 from ggufmoe.errors import OptionError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
 from ggufmoe.quant import kernels
 from ggufmoe.quant.kernels import kernel_report, prepare, q4_0, quantize_rows, trust
 from ggufmoe.quant.kernels.lanes import Rows
@@ -30,9 +30,9 @@ import sys
 sys.modules["llvmlite"] = None
 import logging, numpy as np
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
-from ggufmoe import native
+from ggufmoe.native import library as native
 from ggufmoe.errors import OptionError
-from ggufmoe.ggufheader import GGMLType
+from ggufmoe.gguf.header import GGMLType
 from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows
 src = np.random.default_rng(0).normal(0, 1, (4, 512)).astype(np.float32)
 ours, theirs = (np.zeros((4, GGMLType.Q6_K.row_bytes(512)), np.uint8) for _ in range(2))

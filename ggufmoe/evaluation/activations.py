@@ -1,0 +1,138 @@
+"""Sums of squared inputs of every weight matrix, expert by expert, gathered while llama.cpp computes a text.
+
+The inputs are looked at where they lie and squared in single precision; over a text they are summed in double.
+Source: ``tools/imatrix/imatrix.cpp`` of llama.cpp at the pinned commit, which sums in single precision throughout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.errors import EngineError
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
+from ggufmoe.native.library import Operation
+from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.observer import Observer
+from ggufmoe.work import CancelFlag
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+_MIN_ROWS = 16
+"""llama-imatrix passes over smaller products; experts are counted whatever their size."""
+_BACKEND = re.compile(r"[^#]*#([^#]*)(?:#.*)?")
+"""Copies of a weight on a device are called ``CUDA0#blk.0.attn_k.weight#0``."""
+
+
+class ActivationSums(Observer):
+    """Watches the products of a graph; ``commit`` counts what was seen since the last one, ``drop`` forgets it."""
+
+    def __init__(self, stop: Callable[[], None], *, process_output: bool = False) -> None:
+        super().__init__(stop)
+        self._process_output = process_output
+        self._pending: dict[str, tuple[Doubles, Doubles]] = {}
+        self._sums: dict[str, tuple[Doubles, Doubles]] = {}
+
+    @property
+    def entries(self) -> Mapping[str, tuple[Doubles, Doubles]]:
+        """By name of the weight: sums (n, columns of each), and tokens counted (n,); n is 1, or the experts."""
+        return self._sums
+
+    def wants(self, tensor: int) -> bool:
+        operation = native.tensor_operation(tensor)
+        if operation == Operation.MUL_MAT_ID:
+            return True
+        if operation != Operation.MUL_MAT:
+            return False
+        weights, inputs = native.tensor_sources(tensor)[:2]
+        if native.tensor_shape(inputs)[2] < _MIN_ROWS or not native.tensor_type_is(inputs, GGMLType.F32):
+            return False
+        name = _weight_name(weights)
+        return name.startswith("blk.") or (self._process_output and name == "output.weight")
+
+    def take(self, tensor: int) -> None:
+        weights, inputs, *chosen = native.tensor_sources(tensor)
+        shape = native.tensor_shape(weights)
+        values = native.tensor_values(inputs, copy=False)
+        if native.tensor_operation(tensor) == Operation.MUL_MAT_ID:
+            experts = native.tensor_values(chosen[0])[0, 0]
+            seen = _by_expert(values[0], experts, shape[1])
+        else:
+            seen = _by_matrix(values, shape[:2])
+        _add(self._pending, _weight_name(weights), seen)
+
+    def commit(self) -> None:
+        """Count what was seen. Raises EngineError if any of it is NaN or infinite."""
+        for name, seen in self._pending.items():
+            if not np.isfinite(seen[0]).all():
+                raise EngineError(f"the inputs of {name} are NaN or infinite: the model cannot compute this text")
+            _add(self._sums, name, seen)
+        self._pending.clear()
+
+    def drop(self) -> None:
+        """Forget what was not counted yet."""
+        self._pending.clear()
+
+
+def collect(
+    engine: Engine, chunks: Sequence[Sequence[int]], sums: ActivationSums, cancel: CancelFlag | None = None
+) -> Iterator[int]:
+    """Compute ``chunks`` and gather what they give; yields how many are done, whenever some are.
+
+    A chunk that was not completed is not counted. Ends early when ``cancel`` is set. The engine's KV cache is lost.
+    """
+    n_tokens = max(map(len, chunks), default=0)
+    with engine.observed(sums), sums.checked():
+        # with logits on all rows, the last layer computes all rows as well
+        for part in engine.compute_chunks(chunks, 0, cancel=cancel):
+            sums.check()
+            if part.end == n_tokens:
+                sums.commit()
+                yield part.group.stop
+    # a part that was stopped may be computed to its end, until there is no observer any more
+    sums.drop()
+
+
+def _weight_name(tensor: int) -> str:
+    name = native.tensor_name(tensor).decode("utf-8", "replace")
+    found = _BACKEND.fullmatch(name)
+    return found[1] if found else name
+
+
+def _by_expert(inputs: Floats, experts: NDArray[np.int32], n_expert: int) -> tuple[Doubles, Doubles]:
+    """``inputs`` is (tokens, 1 or n_used, columns), ``experts`` (tokens, n_used)."""
+    n_inputs, n_columns = inputs.shape[1:]
+    rows = inputs.reshape(-1, n_columns)
+    at = np.arange(len(experts))[:, None] * n_inputs + np.arange(experts.shape[1]) % n_inputs
+    sums, counts = np.zeros((n_expert, n_columns)), np.zeros(n_expert)
+    for expert in np.unique(experts):
+        given = rows[at[experts == expert]]
+        # not by BLAS, whose threads wait for those of llama.cpp
+        sums[expert] = np.einsum("rc,rc->c", given, given)
+        counts[expert] = len(given)
+    return sums, counts
+
+
+def _by_matrix(inputs: Floats, n_matrices: tuple[int, ...]) -> tuple[Doubles, Doubles]:
+    """``inputs`` is (n3, n2, rows, columns); matrices repeat over the first two, and are counted as one."""
+    squares = np.einsum("abrc,abrc->abc", inputs, inputs)
+    outer, inner = n_matrices
+    sums = np.zeros((outer, inner, inputs.shape[3]))
+    for i, j in np.ndindex(squares.shape[:2]):
+        sums[i % outer, j % inner] += squares[i, j]
+    count = np.array([inputs[..., 0].size // (outer * inner)], np.float64)
+    return sums.reshape(1, -1), count
+
+
+def _add(sums: dict[str, Any], name: str, seen: tuple[Doubles, Doubles]) -> None:
+    if name in sums:
+        for total, part in zip(sums[name], seen, strict=True):
+            total += part
+    else:
+        sums[name] = seen

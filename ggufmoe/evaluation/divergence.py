@@ -1,0 +1,269 @@
+"""How far a model has moved from another one, token by token: what a quantization costs.
+
+Both compute the same chunks in turn in one process, so nothing is stored but a number or two for each scored token.
+Source of the definitions: ``tools/perplexity/perplexity.cpp`` (``--kl-divergence``) of llama.cpp at the pinned commit,
+which rounds the reference to 16 bits on its way through a file; here it keeps its precision unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ggufmoe.errors import InputError, OptionError
+from ggufmoe.evaluation.chunks import cut_chunks, read_text, scored_blocks
+from ggufmoe.evaluation.perplexity import (
+    Doubles,
+    Estimate,
+    Floats,
+    Normalized,
+    evaluation_options,
+    last_step,
+)
+from ggufmoe.gguf.header import Header, read_model_header
+from ggufmoe.options import EvaluationOptions, OffloadOptions
+from ggufmoe.runtime.chunkbatch import ComputedPart
+from ggufmoe.runtime.engine import Engine
+from ggufmoe.work import CancelFlag
+
+SHARES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+"""Which quantiles a Distribution tells; 0 is the minimum, 0.5 the median, 1 the maximum."""
+_MAX_RANGE = np.float32(16)
+"""What lies further below the likeliest token is one value in llama.cpp's 16 bits, and below exp(-16) nothing."""
+_STEPS = np.float32(65535)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A number that every scored token has: its mean, and quantiles by share (``SHARES``)."""
+
+    mean: Estimate
+    quantiles: Mapping[float, float]
+
+    @property
+    def median(self) -> float:
+        return self.quantiles[0.5]
+
+    @property
+    def maximum(self) -> float:
+        return self.quantiles[1.0]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A model beside its reference, over the chunks that are done."""
+
+    model: Path
+    reference: Path
+    n_ctx: int
+    n_chunks: int
+    """Chunks that are done."""
+    total_chunks: int
+    n_scored: int
+    """Tokens that were scored."""
+    perplexity: Estimate
+    reference_perplexity: Estimate
+    correlation: float
+    """Of the two models' log-likelihoods, token by token; NaN where one of them does not vary."""
+    log_ratio: Estimate
+    """Logarithm of ``ratio``."""
+    ratio: Estimate
+    """Perplexity by that of the reference; its error is small because the same tokens are hard for both."""
+    difference: Estimate
+    """Perplexity minus that of the reference."""
+    kl: Distribution
+    """Kullback-Leibler divergence of the model's next-token distribution from the reference's, in nats."""
+    delta_p: Distribution
+    """How much more probable the token that follows is for the model than for the reference, between -1 and 1."""
+    rms_delta_p: Estimate
+    same_top: Estimate
+    """Share of tokens for which both name the same likeliest one."""
+    seconds: float
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks are done: a run that was stopped gives what it has."""
+        return self.n_chunks == self.total_chunks
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as what JSON can hold."""
+        out: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Estimate):
+                out[name] = vars(value)
+            elif isinstance(value, Distribution):
+                quantiles = {f"{share:g}": quantile for share, quantile in value.quantiles.items()}
+                out[name] = {"mean": vars(value.mean), "quantiles": quantiles}
+            else:
+                out[name] = str(value) if isinstance(value, Path) else value
+        return out | {"correlation": None if math.isnan(self.correlation) else self.correlation}
+
+
+def kl_divergence(
+    model: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    *,
+    on_progress: Callable[[Divergence], None] | None = None,
+    cancel: CancelFlag | None = None,
+    offload: OffloadOptions | None = None,
+    round_reference: bool = False,
+    **options: Any,
+) -> Divergence:
+    """How far ``model`` is from ``reference`` (another GGUF, usually before quantization) on a text.
+
+    ``text``, ``options``, ``on_progress`` and ``cancel`` are those of ``perplexity``; ``offload`` holds for both, which
+    are loaded at once. Memory: both models, the logits of one batch of each, and 32 bytes for each scored token.
+    ``round_reference`` rounds the reference to 16 bits as llama.cpp does, for comparing with its numbers.
+
+    Raises InputError also if the two have different vocabularies, before they are loaded.
+    """
+    given = evaluation_options("kl_divergence", options)
+    steps = divergence_steps(model, reference, text, given, offload, cancel, round_reference=round_reference)
+    return last_step(steps, on_progress)
+
+
+def divergence_steps(
+    model: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    options: EvaluationOptions,
+    offload: OffloadOptions | None = None,
+    cancel: CancelFlag | None = None,
+    *,
+    round_reference: bool = False,
+) -> Iterator[Divergence]:
+    """``kl_divergence`` as it grows: the result so far after each chunk. Ends early when ``cancel`` is set."""
+    if offload is not None and offload.workers:
+        raise OptionError("two models are compared, and a worker serves one at a time: leave out --rpc")
+    content = read_text(text)
+    _check_vocabularies(Path(model), Path(reference))
+    first, started = options.n_ctx // 2, time.monotonic()
+    with (
+        Engine(reference, options.context, offload, cancel=cancel) as base,
+        Engine(model, options.context, offload, cancel=cancel) as engine,
+    ):
+        chunks = cut_chunks(engine, content, options)
+        scores = _Scores(len(chunks) * (options.n_ctx - 1 - first))
+        parts = (each.compute_chunks(chunks, first, cancel=cancel) for each in (base, engine))
+        for theirs, ours in zip(*parts, strict=False):  # either of them ends early when cancelled
+            for number in ours.group:
+                scores.add(theirs, ours, number, chunks[number], round_reference)
+                if ours.end == options.n_ctx:
+                    yield Divergence(
+                        model=engine.path,
+                        reference=base.path,
+                        n_ctx=options.n_ctx,
+                        n_chunks=number + 1,
+                        total_chunks=len(chunks),
+                        seconds=time.monotonic() - started,
+                        **scores.statistics(),
+                    )
+
+
+def _check_vocabularies(model: Path, reference: Path) -> None:
+    ours, theirs = (read_model_header(path).shards[0].header for path in (model, reference))
+    for key in ("model", "tokens", "bos_token_id", "add_bos_token"):
+        a, b = (header.get(f"tokenizer.ggml.{key}") for header in (ours, theirs))
+        if a != b:
+            raise InputError(
+                f"{model} and {reference} have different vocabularies ({_in_words(key, ours, theirs)}): "
+                "only models of one vocabulary can be compared token by token"
+            )
+
+
+def _in_words(key: str, ours: Header, theirs: Header) -> str:
+    a, b = (header.get(f"tokenizer.ggml.{key}") for header in (ours, theirs))
+    if not (isinstance(a, list) and isinstance(b, list)):
+        return f"tokenizer.ggml.{key} is {str(a)[:40]} and {str(b)[:40]}"
+    if len(a) != len(b):
+        return f"{len(a)} and {len(b)} tokens"
+    i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    return f"token {i} is {a[i]!r:.40} and {b[i]!r:.40}"
+
+
+class _Scores:
+    """Four numbers for every scored token, and how often both models named the same likeliest one."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self._nll, self._nll_base, self._kl, self._delta_p = (np.empty(n_tokens, np.float64) for _ in range(4))
+        self._n = self._n_same_top = 0
+
+    def add(self, theirs: ComputedPart, ours: ComputedPart, number: int, chunk: list[int], rounded: bool) -> None:
+        """Score what was computed of one chunk."""
+        blocks = zip(scored_blocks(theirs, number, chunk), scored_blocks(ours, number, chunk), strict=True)
+        for (their_rows, targets), (our_rows, _) in blocks:
+            base = _rounded(their_rows) if rounded else Normalized.of(their_rows)
+            model = Normalized.of(our_rows)
+            span = slice(self._n, self._n + len(targets))
+            self._nll[span], self._nll_base[span] = model.nll(targets), base.nll(targets)
+            self._delta_p[span] = np.exp(-self._nll[span]) - np.exp(-self._nll_base[span])
+            self._kl[span] = _kl(base, model)
+            self._n_same_top += int((base.logits.argmax(axis=1) == model.logits.argmax(axis=1)).sum())
+            self._n = span.stop
+
+    def statistics(self) -> dict[str, Any]:
+        """All numbers of a Divergence that come from scores."""
+        nll, base, kl, delta_p = (x[: self._n] for x in (self._nll, self._nll_base, self._kl, self._delta_p))
+        log_ppl, log_base = _mean(nll), _mean(base)
+        covariance = float((nll * base).mean() - nll.mean() * base.mean()) / (self._n - 1)
+        spread = log_ppl.uncertainty * log_base.uncertainty
+        log_ratio = Estimate(log_ppl.value - log_base.value, _of_difference(log_ppl, log_base, covariance))
+        ppl, ppl_base = log_ppl.exp, log_base.exp
+        of_difference = _of_difference(ppl, ppl_base, ppl.value * ppl_base.value * covariance)
+        square = _mean(delta_p * delta_p)
+        rms, same = math.sqrt(square.value), self._n_same_top / self._n
+        return {
+            "n_scored": self._n,
+            "perplexity": ppl,
+            "reference_perplexity": ppl_base,
+            "correlation": covariance / spread if spread else math.nan,
+            "log_ratio": log_ratio,
+            "ratio": log_ratio.exp,
+            "difference": Estimate(ppl.value - ppl_base.value, of_difference),
+            "kl": _distribution(kl),
+            "delta_p": _distribution(delta_p),
+            "rms_delta_p": Estimate(rms, 0.5 / rms * square.uncertainty if rms else 0.0),
+            "same_top": Estimate(same, math.sqrt(same * (1 - same) / (self._n - 1))),
+        }
+
+
+def _kl(base: Normalized, model: Normalized) -> Doubles:
+    """Sum of p (log p - log q); differences of logits come first, which are exact where the models are close."""
+    apart = base.probabilities * (base.logits - model.logits)
+    share = base.probabilities.sum(axis=1, dtype=np.float64)
+    kl: Doubles = apart.sum(axis=1, dtype=np.float64) - (base.log_sum - model.log_sum) * share
+    return kl
+
+
+def _rounded(logits: Floats) -> Normalized:
+    """The reference as llama.cpp reads it back from its file: 65536 levels of log p between the ends of each row."""
+    highest = logits.max(axis=1, keepdims=True)
+    lowest = np.maximum(logits.min(axis=1, keepdims=True), highest - _MAX_RANGE)
+    total = np.exp(logits - highest).sum(axis=1, keepdims=True, dtype=np.float64)
+    low_log_p = lowest - highest - np.log(total).astype(np.float32)
+    step = (highest - lowest) / _STEPS
+    scale = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
+    log_p = np.rint(np.maximum(logits - lowest, 0) * scale) * step + low_log_p
+    probabilities = np.where(log_p > -_MAX_RANGE, np.exp(log_p), np.float32(0))
+    return Normalized(log_p, np.zeros(len(logits)), probabilities)
+
+
+def _mean(values: Doubles) -> Estimate:
+    return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values) - 1)))
+
+
+def _of_difference(a: Estimate, b: Estimate, covariance: float) -> float:
+    return math.sqrt(max(a.uncertainty**2 + b.uncertainty**2 - 2 * covariance, 0.0))
+
+
+def _distribution(values: Doubles) -> Distribution:
+    quantiles = np.quantile(values, SHARES).tolist()
+    return Distribution(_mean(values), dict(zip(SHARES, quantiles, strict=True)))

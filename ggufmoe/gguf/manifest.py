@@ -1,0 +1,288 @@
+"""Manifests: a hash of each tensor of a GGUF, because the format itself has no checksum.
+
+Owns ``OUT.manifest.json``: making it, reading it (as untrusted input) and comparing files with it. Hashes are SHA-256,
+which ``hashlib`` computes with the processor's own instructions and outside the GIL; memory is one chunk for each
+thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ggufmoe.errors import Cancelled, GGUFError, InputError, OutputError
+from ggufmoe.gguf.header import Header, TensorInfo, read_header
+
+FORMAT = "ggufmoe-manifest"
+VERSION = 1
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""A tensor takes about 150 bytes, and the largest models have fewer than 100,000."""
+CHUNK_BYTES = 4 * 2**20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
+
+
+class CancelFlag(Protocol):
+    """What ``cancel`` arguments are: a ``threading.Event``, or anything that can be asked like one."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class FileManifest:
+    """One GGUF file: its name without directory, its size, and SHA-256 digests (hexadecimal).
+
+    ``header_sha256`` covers the bytes before the first tensor, so names, types and shapes as well; ``tensors`` maps a
+    tensor's name to the digest of its bytes.
+    """
+
+    name: str
+    n_bytes: int
+    header_sha256: str
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of one model, in the order of its shards, and the version of ggufmoe that hashed them."""
+
+    ggufmoe_version: str
+    files: tuple[FileManifest, ...]
+
+
+def default_path(gguf_path: Path) -> Path:
+    """Where the manifest of a GGUF stands: ``OUT.manifest.json`` beside ``OUT.gguf`` or ``OUT-00001-of-0000N.gguf``."""
+    gguf_path = Path(gguf_path)
+    stem = gguf_path.name.removesuffix(".gguf")
+    return gguf_path.with_name(re.sub(r"-\d{5}-of-\d{5}$", "", stem) + ".manifest.json")
+
+
+def write_manifest(
+    paths: Sequence[Path],
+    manifest_path: Path | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+) -> Path:
+    """Hash finished GGUF files (the shards of one model, in order) and write their manifest; returns its path.
+
+    It appears whole or not at all. Raises GGUFError if a file cannot be read, OutputError if the manifest cannot be
+    written, Cancelled when ``cancel`` is set meanwhile.
+    """
+    target = default_path(paths[0]) if manifest_path is None else Path(manifest_path)
+    manifest = make_manifest(paths, on_progress, cancel)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(encode_manifest(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{target}: the manifest cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def make_manifest(
+    paths: Sequence[Path], on_progress: OnProgress | None = None, cancel: CancelFlag | None = None
+) -> Manifest:
+    """The manifest of these GGUF files as they are now; raises GGUFError and Cancelled."""
+    from ggufmoe.version import __version__
+
+    headers = [read_header(path) for path in paths]
+    progress = _Progress(sum(header.data_offset + _hashed_bytes(header) for header in headers), on_progress)
+    files = []
+    for path, header in zip(paths, headers, strict=True):
+        hashes = _hash_tensors(path, header, progress, cancel)
+        digest = _hash_header(path, header, progress, cancel)
+        files.append(FileManifest(Path(path).name, header.file_bytes, digest, hashes))
+    return Manifest(__version__, tuple(files))
+
+
+def hash_tensors(
+    path: Path, header: Header, on_progress: OnProgress | None = None, cancel: CancelFlag | None = None
+) -> dict[str, str]:
+    """SHA-256 of every tensor of one file, by name, on all cores; reads CHUNK_BYTES at a time in each thread.
+
+    Raises GGUFError if the file is shorter than ``header`` says or cannot be read, Cancelled when ``cancel`` is set.
+    """
+    return _hash_tensors(path, header, _Progress(_hashed_bytes(header), on_progress), cancel)
+
+
+class _Progress:
+    """Sums the bytes that several threads have read."""
+
+    def __init__(self, total: int, report: OnProgress | None) -> None:
+        self._total = total
+        self._report = report
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, n_bytes: int, what: str) -> None:
+        with self._lock:
+            self._done += n_bytes
+            if self._report is not None:
+                self._report(self._done, self._total, what)
+
+
+def _hashed_bytes(header: Header) -> int:
+    return sum(tensor.n_bytes for tensor in header.tensors)
+
+
+def _hash_tensors(path: Path, header: Header, progress: _Progress, cancel: CancelFlag | None) -> dict[str, str]:
+    stop = threading.Event()
+
+    def hash_one(tensor: TensorInfo) -> str:
+        start = header.data_offset + tensor.offset
+        return _hash_range(path, (start, tensor.n_bytes, tensor.name), progress, (stop, cancel))
+
+    # the largest first, so that no thread is left alone with one at the end
+    by_size = sorted(header.tensors, key=lambda tensor: tensor.n_bytes, reverse=True)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        try:
+            digests = dict(zip((tensor.name for tensor in by_size), pool.map(hash_one, by_size), strict=True))
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {tensor.name: digests[tensor.name] for tensor in header.tensors}
+
+
+def _hash_header(path: Path, header: Header, progress: _Progress, cancel: CancelFlag | None) -> str:
+    return _hash_range(path, (0, header.data_offset, "header"), progress, (cancel,))
+
+
+def _hash_range(path: Path, part: tuple[int, int, str], progress: _Progress, flags: Sequence[CancelFlag | None]) -> str:
+    start, n_bytes, name = part
+    digest = hashlib.sha256()
+    for chunk in _chunks(path, start, n_bytes, name):
+        if any(flag is not None and flag.is_set() for flag in flags):
+            raise Cancelled(f"{path}: hashing was stopped")
+        digest.update(chunk)
+        progress.add(len(chunk), name)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path, start: int, n_bytes: int, name: str) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(n_bytes, CHUNK_BYTES)))
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(start)
+            left = n_bytes
+            while left:
+                count = file.readinto(buffer[: min(left, CHUNK_BYTES)])
+                if not count:
+                    raise GGUFError(f"{path}: ends {left} bytes before the end of {name!r}; is it being written?")
+                left -= count
+                yield buffer[:count]
+    except OSError as error:
+        raise GGUFError(f"{path}: {name!r} cannot be read: {error.strerror or error}") from error
+
+
+def encode_manifest(manifest: Manifest) -> str:
+    """The manifest as JSON text, one line for each tensor."""
+    files = [
+        {"name": file.name, "bytes": file.n_bytes, "header_sha256": file.header_sha256, "tensors": dict(file.tensors)}
+        for file in manifest.files
+    ]
+    document = {"format": FORMAT, "version": VERSION, "ggufmoe": manifest.ggufmoe_version, "files": files}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest, trusting nothing; raises InputError if it is not one."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such manifest; make one with 'ggufmoe convert --manifest'")
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise InputError(f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        return _parse(document)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not a manifest of ggufmoe: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name appears twice in one object")
+    return found
+
+
+def _parse(document: Any) -> Manifest:
+    fields = _object(document, {"format": str, "version": int, "ggufmoe": str, "files": list}, "the manifest")
+    if fields["format"] != FORMAT or fields["version"] != VERSION:
+        raise ValueError(
+            f"it is {fields['format']!r} version {fields['version']}, expected {FORMAT!r} version {VERSION}"
+        )
+    files = tuple(_parse_file(entry) for entry in fields["files"])
+    if not files or len({file.name for file in files}) < len(files):
+        raise ValueError("it must list at least one file, and none twice")
+    return Manifest(fields["ggufmoe"], files)
+
+
+def _parse_file(entry: Any) -> FileManifest:
+    fields = _object(entry, {"name": str, "bytes": int, "header_sha256": str, "tensors": dict}, "a file")
+    name = fields["name"]
+    # a manifest may not point at files outside its directory, on any system
+    if not name or name in (".", "..") or set(name) & set("/\\:\0"):
+        raise ValueError(f"{name!r} is not the name of a file")
+    for owner, digest in (("header", fields["header_sha256"]), *fields["tensors"].items()):
+        if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            raise ValueError(f"{name}: the hash of {owner!r} is not 64 hexadecimal digits")
+    return FileManifest(name, fields["bytes"], fields["header_sha256"], fields["tensors"])
+
+
+def _object(value: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != types.keys():
+        raise ValueError(f"{what} must be an object with {', '.join(types)} and nothing else")
+    for key, expected in types.items():
+        if type(value[key]) is not expected:
+            raise ValueError(f"{key!r} of {what} must be of type {expected.__name__}")
+    return value
+
+
+def verify(
+    paths: Path | Sequence[Path],
+    manifest: Manifest,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+) -> list[str]:
+    """What differs between GGUF files (or one) and their manifest, a sentence each; an empty list means nothing.
+
+    Files are told apart by their order and not by name, so a renamed copy verifies. Padding between tensors is not
+    compared. Raises GGUFError if a header cannot even be read.
+    """
+    files = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+    if len(files) != len(manifest.files):
+        return [f"the model has {len(files)} files, the manifest {len(manifest.files)}"]
+    found = make_manifest(files, on_progress, cancel)
+    pairs = zip(found.files, manifest.files, strict=True)
+    return [difference for ours, theirs in pairs for difference in _differences(ours, theirs)]
+
+
+def _differences(found: FileManifest, expected: FileManifest) -> Iterator[str]:
+    if found.n_bytes != expected.n_bytes:
+        yield f"{found.name}: has {found.n_bytes} bytes, the manifest says {expected.n_bytes}"
+    if found.header_sha256 != expected.header_sha256:
+        yield f"{found.name}: the header (metadata, names, shapes) differs"
+    for name in {**expected.tensors, **found.tensors}:
+        if name not in found.tensors:
+            yield f"{found.name}: tensor {name!r} is missing"
+        elif name not in expected.tensors:
+            yield f"{found.name}: tensor {name!r} is not in the manifest"
+        elif found.tensors[name] != expected.tensors[name]:
+            yield f"{found.name}: tensor {name!r} differs"

@@ -1,0 +1,1 @@
+"""What is in model files: inspect, diff, experts. Needs no engine."""

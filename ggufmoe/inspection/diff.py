@@ -1,0 +1,357 @@
+"""How two model files differ: metadata, tensors, types, shapes, and how far the values of each tensor are apart.
+
+Files are compared by names, so shards and the order of tensors do not matter. Bytes are compared first; only where they
+differ are values computed, tile by tile, so memory is a few MB for each thread. Nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ggufmoe.errors import Cancelled
+from ggufmoe.gguf.header import ModelHeader, TensorInfo, Value
+from ggufmoe.inspection.inspect import part_of
+from ggufmoe.inspection.weights import Floats, WeightFiles, Weights
+from ggufmoe.work import CancelFlag
+
+_TILE_WEIGHTS = 2**18
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
+
+Verdict = Literal["same", "values", "type", "shape", "added", "removed", "unread"]
+"""same: type, shape and bytes; values: only the bytes differ; type, shape: these do; added: only the second file has
+it; removed: only the first; unread: of one type and shape, its bytes were not looked at."""
+
+
+@dataclass(frozen=True)
+class KeyDifference:
+    """A metadata key that is not the same in both; None where a file has none.
+
+    ``n_items`` and ``first_item``: of arrays of one length, how many items differ and which is the first of them.
+    """
+
+    key: str
+    before: Value | None
+    after: Value | None
+    n_items: int | None = None
+    first_item: int | None = None
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor in both files; what only one of them has is None for the other.
+
+    ``relative_error`` is the root mean square of the differences over that of the first file's values, and
+    ``max_difference`` the largest of them; None where values were not, or cannot be, compared. Where the first file's
+    values are all zero the error is infinite; NaN in either file makes both NaN.
+    """
+
+    name: str
+    verdict: Verdict
+    before: TensorInfo | None
+    after: TensorInfo | None
+    relative_error: float | None = None
+    max_difference: float | None = None
+    error_square: float = 0.0
+    """Sum of the squares of the differences."""
+    square: float = 0.0
+    """Sum of the squares of the first file's values, where values were compared."""
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights in the file that has it."""
+        info = self.before or self.after
+        assert info is not None, "one of the files has it"
+        return info.n_elements
+
+
+@dataclass(frozen=True)
+class PartDifference:
+    """All tensors of a part (experts, attention, ...) that both files have: bits for each weight, relative error."""
+
+    name: str
+    n_tensors: int
+    n_different: int
+    bits_before: float
+    bits_after: float
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class ModelDifference:
+    """What ``diff_models`` found. Tensors stand in the first file's order, those of the second alone behind them."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    keys: tuple[KeyDifference, ...]
+    tensors: tuple[TensorDifference, ...]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether nothing was found that differs."""
+        return not self.keys and not self.different
+
+    @property
+    def different(self) -> tuple[TensorDifference, ...]:
+        """The tensors that differ."""
+        return tuple(tensor for tensor in self.tensors if tensor.verdict not in ("same", "unread"))
+
+    @property
+    def relative_error(self) -> float | None:
+        """Of all values that were compared together; None if there were none."""
+        return _together(self.tensors)
+
+    @property
+    def parts(self) -> tuple[PartDifference, ...]:
+        """Sums by part, the largest first."""
+        groups: dict[str, list[TensorDifference]] = {}
+        for tensor in self.tensors:
+            if tensor.before is not None and tensor.after is not None:
+                groups.setdefault(part_of(tensor.name), []).append(tensor)
+        by_size = sorted(groups.items(), key=lambda item: -sum(tensor.n_weights for tensor in item[1]))
+        return tuple(_part(name, group) for name, group in by_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; numbers that are not finite as strings."""
+        return {
+            "same": self.is_same,
+            "before": list(self.before),
+            "after": list(self.after),
+            "relative_error": _finite(self.relative_error),
+            "metadata": [_key_as_dict(key) for key in self.keys],
+            "parts": [{name: _finite(value) for name, value in asdict(part).items()} for part in self.parts],
+            "tensors": [_tensor_as_dict(tensor) for tensor in self.tensors],
+        }
+
+
+def diff_models(
+    before: Path,
+    after: Path,
+    *,
+    headers_only: bool = False,
+    n_threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+) -> ModelDifference:
+    """Compare two GGUF files, or split models given any of their files.
+
+    With ``headers_only`` no tensor byte is read. Raises GGUFError where a file cannot be read, Cancelled when
+    ``cancel`` is set meanwhile, EngineMissingError where ggml is needed to compare values and is not there.
+    """
+    with WeightFiles(before) as first, WeightFiles(after) as second:
+        pairs = {
+            name: (first.tensors.get(name), second.tensors.get(name)) for name in (*first.tensors, *second.tensors)
+        }
+        found = {name: _by_header(name, *pair) for name, pair in pairs.items()}
+        if not headers_only:
+            comparable = {name: (a, b) for name, (a, b) in pairs.items() if a and b and _can_compare(found[name])}
+            found |= _Comparison(comparable, on_progress, cancel).run(n_threads or os.cpu_count() or 1)
+        names = [tuple(path.name for path in files.model.paths) for files in (first, second)]
+        keys = _key_differences(first.model, second.model)
+        return ModelDifference(names[0], names[1], keys, tuple(found.values()))
+
+
+# ---- metadata
+
+
+def _key_differences(first: ModelHeader, second: ModelHeader) -> tuple[KeyDifference, ...]:
+    found = []
+    for key in dict.fromkeys((*first.metadata, *second.metadata)):
+        before, after = first.metadata.get(key), second.metadata.get(key)
+        if key not in _SPLIT_KEYS and not _same_value(before, after):
+            found.append(_key_difference(key, before, after))
+    return tuple(found)
+
+
+def _same_value(before: Value | None, after: Value | None) -> bool:
+    # NaN is the same as NaN here
+    return before == after or (before is not None and after is not None and repr(before) == repr(after))
+
+
+def _key_difference(key: str, before: Value | None, after: Value | None) -> KeyDifference:
+    if before is None or after is None or not (isinstance(before.value, list) and isinstance(after.value, list)):
+        return KeyDifference(key, before, after)
+    if len(before.value) != len(after.value):
+        return KeyDifference(key, before, after)
+    places = [i for i, (a, b) in enumerate(zip(before.value, after.value, strict=True)) if a != b]
+    return KeyDifference(key, before, after, len(places), places[0] if places else None)
+
+
+# ---- tensors
+
+
+def _by_header(name: str, first: Weights | None, second: Weights | None) -> TensorDifference:
+    before, after = (None if weights is None else weights.info for weights in (first, second))
+    return TensorDifference(name, _verdict(before, after), before, after)
+
+
+def _verdict(before: TensorInfo | None, after: TensorInfo | None) -> Verdict:
+    if before is None:
+        return "added"
+    if after is None:
+        return "removed"
+    if _shape(before) != _shape(after):
+        return "shape"
+    return "unread" if before.type is after.type else "type"
+
+
+def _shape(info: TensorInfo) -> tuple[int, ...]:
+    """Without leading ones, which ggml does not count."""
+    shape = info.shape
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _can_compare(found: TensorDifference) -> bool:
+    return found.verdict in ("unread", "type")
+
+
+class _Comparison:
+    """The values of pairs of tensors, compared on several threads."""
+
+    def __init__(
+        self, pairs: Mapping[str, tuple[Weights, Weights]], on_progress: OnProgress | None, cancel: CancelFlag | None
+    ) -> None:
+        self._pairs = pairs
+        self._report = on_progress
+        self._failed = threading.Event()
+        self._flags: tuple[CancelFlag | None, ...] = (self._failed, cancel)
+        self._lock = threading.Lock()
+        self._done = 0
+        self._total = sum(a.info.n_bytes + b.info.n_bytes for a, b in pairs.values())
+
+    def run(self, n_threads: int) -> dict[str, TensorDifference]:
+        # the largest first, so that no thread is left alone with one at the end
+        names = sorted(self._pairs, key=lambda name: -self._pairs[name][0].info.n_elements)
+        with ThreadPoolExecutor(n_threads) as pool:
+            try:
+                found = dict(zip(names, pool.map(self._compare, names), strict=True))
+            except BaseException:
+                self._failed.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return found
+
+    def _compare(self, name: str) -> TensorDifference:
+        first, second = self._pairs[name]
+        verdict: Verdict = "values" if first.info.type is second.info.type else "type"
+        if verdict == "values" and self._has_equal_bytes(first, second):
+            return TensorDifference(name, "same", first.info, second.info)
+        if not (first.can_widen and second.can_widen):
+            return TensorDifference(name, verdict, first.info, second.info)
+        return self._measured(verdict, first, second)
+
+    def _has_equal_bytes(self, first: Weights, second: Weights) -> bool:
+        n_read = 0
+        for start, stop in first.tiles(_TILE_WEIGHTS):
+            self._check()
+            if not np.array_equal(first.stored(start, stop), second.stored(start, stop)):
+                # its values are read from the beginning
+                self._advance(-n_read, first.info.name)
+                return False
+            n_read += 2 * (stop - start) * first.row_bytes
+            self._advance(2 * (stop - start) * first.row_bytes, first.info.name)
+        return True
+
+    def _measured(self, verdict: Verdict, first: Weights, second: Weights) -> TensorDifference:
+        square = error_square = largest = 0.0
+        for start, stop in first.tiles(_TILE_WEIGHTS):
+            self._check()
+            a = first.widened(first.stored(start, stop))
+            b = second.widened(second.stored(start, stop))
+            with np.errstate(over="ignore", invalid="ignore"):
+                b -= a
+                square += _sum_of_squares(a)
+                error_square += _sum_of_squares(b)
+                largest = _larger(largest, float(np.abs(b, out=b).max()))
+            self._advance((stop - start) * (first.row_bytes + second.row_bytes), first.info.name)
+        error = _ratio(error_square, square)
+        return TensorDifference(first.info.name, verdict, first.info, second.info, error, largest, error_square, square)
+
+    def _check(self) -> None:
+        if any(flag is not None and flag.is_set() for flag in self._flags):
+            raise Cancelled("comparing was stopped")
+
+    def _advance(self, n_bytes: int, what: str) -> None:
+        with self._lock:
+            self._done += n_bytes
+            if self._report is not None:
+                self._report(self._done, self._total, what)
+
+
+def _sum_of_squares(values: Floats) -> float:
+    """Summed in double precision, on this thread alone (a BLAS would start its own)."""
+    return float(np.square(values).sum(dtype=np.float64))
+
+
+def _larger(a: float, b: float) -> float:
+    return b if math.isnan(b) or b > a else a
+
+
+def _ratio(error_square: float, square: float) -> float:
+    if math.isnan(error_square) or math.isnan(square):
+        return math.nan
+    if not error_square:
+        return 0.0
+    return math.sqrt(error_square / square) if square else math.inf
+
+
+# ---- sums and JSON
+
+
+def _together(tensors: Iterable[TensorDifference]) -> float | None:
+    measured = [tensor for tensor in tensors if tensor.relative_error is not None]
+    if not measured:
+        return None
+    return _ratio(sum(tensor.error_square for tensor in measured), sum(tensor.square for tensor in measured))
+
+
+def _part(name: str, group: list[TensorDifference]) -> PartDifference:
+    n_different = sum(tensor.verdict not in ("same", "unread") for tensor in group)
+    before = [tensor.before for tensor in group if tensor.before]
+    after = [tensor.after for tensor in group if tensor.after]
+    return PartDifference(name, len(group), n_different, _bits(before), _bits(after), _together(group))
+
+
+def _bits(infos: list[TensorInfo]) -> float:
+    return 8 * sum(info.n_bytes for info in infos) / sum(info.n_elements for info in infos)
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _key_as_dict(found: KeyDifference) -> dict[str, Any]:
+    entry: dict[str, Any] = {"key": found.key}
+    for side, value in (("before", found.before), ("after", found.after)):
+        if value is not None:
+            entry[side] = {"type": value.type.name, "value": _plain(value.value)}
+    if found.n_items is not None:
+        entry |= {"n_items": found.n_items, "first_item": found.first_item}
+    return entry
+
+
+def _plain(value: Any) -> Any:
+    return [_finite(item) for item in value] if isinstance(value, list) else _finite(value)
+
+
+def _tensor_as_dict(found: TensorDifference) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": found.name, "verdict": found.verdict, "part": part_of(found.name)}
+    for side, info in (("before", found.before), ("after", found.after)):
+        if info is not None:
+            entry[side] = {"type": info.type.name, "shape": list(info.shape), "bytes": info.n_bytes}
+    if found.relative_error is not None:
+        entry |= {"relative_error": _finite(found.relative_error), "max_difference": _finite(found.max_difference)}
+    return entry

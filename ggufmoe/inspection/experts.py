@@ -1,0 +1,213 @@
+"""How alike the experts of a model are: cosines between their weights, layer by layer, from a sample of rows.
+
+Experts of a merge that come from one base are nearly the same; experts that were trained together are not. Rows are
+read and widened a few at a time, the same ones of every expert, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.errors import Cancelled, InputError
+from ggufmoe.gguf.header import legacy_expert_tensors
+from ggufmoe.inspection.weights import WeightFiles, Weights
+from ggufmoe.work import CancelFlag
+
+SAMPLED_ROWS = 256
+"""Of each expert's matrix, spread evenly over it."""
+_BLOCK_ROWS = 8
+_TILE_WEIGHTS = 2**21
+_KIND = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight|blk\.(\d+)\.ffn_gate_inp\.weight")
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
+Cosines = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixSimilarity:
+    """One kind of matrix in one layer. ``kind``: gate, up, down, gate_up, or router, whose row is an expert's.
+
+    ``cosines``: (n_expert, n_expert), symmetric with a diagonal of ones; NaN where an expert's weights are all zero.
+    ``n_rows`` of ``of_rows`` rows of each expert were looked at.
+    """
+
+    layer: int
+    kind: str
+    cosines: Cosines
+    n_rows: int
+    of_rows: int
+
+    @property
+    def pairs(self) -> Cosines:
+        """Of each two experts once."""
+        pairs: Cosines = self.cosines[np.triu_indices(len(self.cosines), 1)]
+        return pairs
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSimilarity:
+    """All matrices of a model, by layer and kind; ``mean`` leaves the routers out, which are no experts."""
+
+    n_expert: int
+    matrices: tuple[MatrixSimilarity, ...]
+
+    @property
+    def mean(self) -> Cosines:
+        """Mean over layers and kinds: (n_expert, n_expert)."""
+        own = [matrix.cosines for matrix in self.matrices if matrix.kind != "router"]
+        mean: Cosines = np.mean(own, axis=0)
+        return mean
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that there are, the router's last."""
+        return tuple(dict.fromkeys(matrix.kind for matrix in sorted(self.matrices, key=_place)))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts."""
+        return tuple(sorted({matrix.layer for matrix in self.matrices}))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: every cosine, rounded to eight digits."""
+        return {
+            "n_expert": self.n_expert,
+            "mean": _rounded(self.mean),
+            "matrices": [
+                {
+                    "layer": matrix.layer,
+                    "kind": matrix.kind,
+                    "rows": matrix.n_rows,
+                    "of_rows": matrix.of_rows,
+                    "cosines": _rounded(matrix.cosines),
+                }
+                for matrix in self.matrices
+            ],
+        }
+
+
+def compare_experts(
+    path: Path,
+    *,
+    n_rows: int = SAMPLED_ROWS,
+    n_threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+) -> ExpertSimilarity:
+    """Cosines between the experts of a GGUF file, from ``n_rows`` rows of each matrix (all of them where it has fewer).
+
+    Raises InputError for a model without stacked experts, GGUFError where the file cannot be read, Cancelled when
+    ``cancel`` is set meanwhile.
+    """
+    with WeightFiles(path) as files:
+        stacks = [weights for weights in files.tensors.values() if _is_stack(weights)]
+        if not any("_exps" in weights.info.name for weights in stacks):
+            old = legacy_expert_tensors(files.model.tensors)
+            hint = "its experts stand in tensors of their own; stack them with `ggufmoe quantize -q COPY`"
+            raise InputError(f"{path}: {hint if old else 'a dense model: it has no experts to compare'}")
+        work = _Work(stacks, n_rows, on_progress, cancel)
+        matrices = work.run(n_threads or os.cpu_count() or 1)
+    return ExpertSimilarity(len(matrices[0].cosines), tuple(sorted(matrices, key=_place)))
+
+
+def _is_stack(weights: Weights) -> bool:
+    name, shape = weights.info.name, weights.info.shape
+    return _KIND.fullmatch(name) is not None and len(shape) == (3 if "_exps" in name else 2) and weights.can_widen
+
+
+def _place(matrix: MatrixSimilarity) -> tuple[int, int]:
+    return matrix.layer, ("gate", "gate_up", "up", "down", "router").index(matrix.kind)
+
+
+class _Work:
+    """All stacks, on several threads."""
+
+    def __init__(
+        self, stacks: Iterable[Weights], n_rows: int, on_progress: OnProgress | None, cancel: CancelFlag | None
+    ) -> None:
+        self._stacks = tuple(stacks)
+        self._n_rows = n_rows
+        self._report = on_progress
+        self._failed = threading.Event()
+        self._flags: tuple[CancelFlag | None, ...] = (self._failed, cancel)
+        self._lock = threading.Lock()
+        self._done = 0
+        self._total = sum(len(self._rows(stack)) * _n_expert(stack) * stack.row_bytes for stack in self._stacks)
+
+    def run(self, n_threads: int) -> list[MatrixSimilarity]:
+        with ThreadPoolExecutor(n_threads) as pool:
+            try:
+                return list(pool.map(self._similarity, self._stacks))
+            except BaseException:
+                self._failed.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _rows(self, stack: Weights) -> list[int]:
+        """Rows of one expert that are looked at: blocks of neighbours, spread evenly."""
+        n_all = stack.n_rows // _n_expert(stack)
+        if n_all <= self._n_rows:
+            return list(range(n_all))
+        n_blocks = max(1, self._n_rows // _BLOCK_ROWS)
+        size = min(_BLOCK_ROWS, self._n_rows)
+        starts = (i * (n_all - size) // max(1, n_blocks - 1) for i in range(n_blocks))
+        return sorted({row for start in starts for row in range(start, start + size)})
+
+    def _similarity(self, stack: Weights) -> MatrixSimilarity:
+        n_expert, rows = _n_expert(stack), self._rows(stack)
+        n_all = stack.n_rows // n_expert
+        gram = np.zeros((n_expert, n_expert))
+        for start, stop in _runs(rows, max(1, _TILE_WEIGHTS // (n_expert * stack.n_cols))):
+            if any(flag is not None and flag.is_set() for flag in self._flags):
+                raise Cancelled("comparing experts was stopped")
+            raw = [stack.stored(expert * n_all + start, expert * n_all + stop) for expert in range(n_expert)]
+            values = np.stack([stack.widened(part).reshape(-1) for part in raw])
+            gram += values @ values.T
+            self._advance(sum(part.nbytes for part in raw), stack.info.name)
+        found = _KIND.fullmatch(stack.info.name)
+        assert found is not None, "only such names are taken"
+        layer, kind = (found[1], found[2]) if found[2] else (found[3], "router")
+        return MatrixSimilarity(int(layer), kind, _cosines(gram), len(rows), n_all)
+
+    def _advance(self, n_bytes: int, what: str) -> None:
+        with self._lock:
+            self._done += n_bytes
+            if self._report is not None:
+                self._report(self._done, self._total, what)
+
+
+def _n_expert(stack: Weights) -> int:
+    return stack.info.shape[0]
+
+
+def _runs(rows: list[int], longest: int) -> Iterable[tuple[int, int]]:
+    """Ranges of consecutive numbers."""
+    start = previous = rows[0]
+    for row in rows[1:]:
+        if row != previous + 1 or row - start >= longest:
+            yield start, previous + 1
+            start = row
+        previous = row
+    yield start, previous + 1
+
+
+def _cosines(gram: Cosines) -> Cosines:
+    lengths = np.sqrt(np.diag(gram))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines: Cosines = np.clip(gram / np.outer(lengths, lengths), -1, 1)
+    return cosines
+
+
+def _rounded(values: Cosines) -> list[list[float | None]]:
+    return [[None if value != value else round(float(value), 8) for value in row] for row in values]

@@ -1,0 +1,477 @@
+"""What is in a GGUF file, from its header alone: sizes, parts, hyper-parameters, tokenizer, template, provenance.
+
+Owns counting and naming; works on any architecture and on files that others made. Metadata is believed only where it
+has the type that it should have. How much memory it takes is ``offload``'s answer. Nothing is printed here, and no
+tensor byte is read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import GGUFError
+from ggufmoe.gguf.header import NO_MODELS, ModelHeader, TensorInfo, legacy_expert_tensors, read_model_header
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.placement.offload import Host, plan_offload
+from ggufmoe.sizes import all_experts_run
+
+_FILE_TYPE_NAMES = (
+    "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
+    "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4_MOE NVFP4 "
+    "Q1_0 Q2_0"
+)
+FILE_TYPES = {number: name for number, name in enumerate(_FILE_TYPE_NAMES.split()) if name != "-"}
+"""``general.file_type`` as ``enum llama_ftype`` of llama.h numbers it (commit 0c1e57098)."""
+
+_PARTS = (
+    ("norms", re.compile(r"norm")),
+    ("router", re.compile(r"ffn_gate_(tid2eid|inp\b)|exp_probs_b")),
+    ("experts", re.compile(r"_exps\b|ffn_(gate|up|down)\.\d+\.")),
+    ("shared experts", re.compile(r"_shexp\b|_chexps\b|ffn_gate_inp_shexp")),
+    ("attention", re.compile(r"\battn_|\bindexer")),
+    ("feed-forward", re.compile(r"\bffn_")),
+    ("embedding", re.compile(r"^(token_embd|token_types|position_embd|per_layer_token_embd)\b")),
+    ("output", re.compile(r"^output\b")),
+)
+_SPECIAL_TOKENS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask")
+"""As the keys spell them: ``tokenizer.ggml.NAME_token_id``."""
+
+_TOKEN_ROWS = {"token_embd.weight": "embedding", "output.weight": "output"}
+_SMALLEST_CONTEXT, _LARGEST_CONTEXT = 32, 2**24
+"""The longest contexts that models are trained for have ten million tokens."""
+_OLD_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one part of the model, or one tensor type, takes."""
+
+    name: str
+    n_tensors: int
+    n_parameters: int
+    n_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of file for each weight."""
+        return 8 * self.n_bytes / self.n_parameters if self.n_parameters else 0.0
+
+
+@dataclass(frozen=True)
+class HyperParameters:
+    """The numbers of the network; None where the file does not say, a tuple where layers differ."""
+
+    n_layer: int | None
+    n_ctx_train: int | None
+    n_embd: int | None
+    n_ff: int | tuple[int, ...] | None
+    n_head: int | tuple[int, ...] | None
+    n_head_kv: int | tuple[int, ...] | None
+    key_length: int | None
+    value_length: int | None
+    sliding_window: int | None
+    rope_theta: float | None
+    rope_dimensions: int | None
+    rope_scaling: str | None
+    rope_scaling_factor: float | None
+    n_expert: int
+    n_expert_used: int
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """The tokenizer: kind, pre-tokenizer, size, special tokens (name to id) and the flags, None where left unsaid."""
+
+    model: str | None
+    pre: str | None
+    n_vocab: int | None
+    special: Mapping[str, int]
+    special_text: Mapping[str, str]
+    add_bos: bool | None
+    add_eos: bool | None
+    add_space_prefix: bool | None
+
+
+@dataclass(frozen=True)
+class TemplateReport:
+    """The chat template: its first line and length in characters (None without one), and the names of further ones."""
+
+    first_line: str | None
+    n_chars: int | None
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The recipe that the model was merged by, as its author wrote it (YAML), and how its router was made."""
+
+    recipe: str
+    gate_mode: str | None
+    ggufmoe_version: str | None
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes to run the model on the CPU with a context of ``n_ctx`` tokens.
+
+    ``repacked_bytes`` are weights that the CPU's backend rearranges in a second buffer; ``compute_bytes`` is an
+    estimate, the others are exact for plain transformers.
+    """
+
+    n_ctx: int
+    weight_bytes: int
+    repacked_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        """All of it."""
+        return self.weight_bytes + self.repacked_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """All that the header of a model says; ``as_dict`` gives it for JSON.
+
+    ``n_active_parameters`` is what one token passes through: everything but the experts that are not chosen for it.
+    ``memory`` is for the context that was asked for and, last, for all that the model was trained for; empty for files
+    that cannot be run.
+    """
+
+    files: tuple[str, ...]
+    n_bytes: int
+    gguf_version: int
+    architecture: str | None
+    name: str | None
+    file_type: str | None
+    n_parameters: int
+    n_active_parameters: int
+    n_tensors: int
+    hyper: HyperParameters
+    parts: tuple[Share, ...]
+    types: tuple[Share, ...]
+    tokenizer: TokenizerReport
+    template: TemplateReport
+    sampling: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    base_models: tuple[Mapping[str, Any], ...]
+    merge: MergeReport | None
+    memory: tuple[MemoryNeed, ...]
+    other: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of tensor data for each weight."""
+        return Share("", 0, self.n_parameters, sum(part.n_bytes for part in self.parts)).bits_per_weight
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists, strings and finite numbers (NaN and infinity as strings)."""
+        report: dict[str, Any] = _finite(asdict(self))
+        report["bits_per_weight"] = round(self.bits_per_weight, 4)
+        for key, shares in (("parts", self.parts), ("types", self.types)):
+            for entry, share in zip(report[key], shares, strict=True):
+                entry["bits_per_weight"] = round(share.bits_per_weight, 4)
+        for entry, need in zip(report["memory"], self.memory, strict=True):
+            entry["n_bytes"] = need.n_bytes
+        return report
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def inspect_model(path: Path, context: ContextOptions | None = None, host: Host | None = None) -> ModelReport:
+    """Describe a GGUF file, or a split model given any of its shards, and what running it with ``context`` takes.
+
+    ``host`` tells which weights this CPU's backend rearranges (``devices.this_host``). Raises GGUFError as
+    ``read_model_header`` does.
+    """
+    model = read_model_header(path)
+    keys = _Keys(model)
+    hyper = _hyper_parameters(keys)
+    parts = _shares(model.tensors, lambda tensor: part_of(tensor.name))
+    tokenizer, template = _tokenizer(keys), _template(keys)
+    return ModelReport(
+        files=tuple(file.name for file in model.paths),
+        n_bytes=model.file_bytes,
+        gguf_version=model.shards[0].header.version,
+        architecture=keys.text("general.architecture"),
+        name=keys.text("general.name"),
+        file_type=_file_type(keys),
+        n_parameters=sum(part.n_parameters for part in parts),
+        n_active_parameters=_active_parameters(parts, hyper),
+        n_tensors=len(model.tensors),
+        hyper=hyper,
+        parts=parts,
+        types=_shares(model.tensors, lambda tensor: tensor.type.name),
+        tokenizer=tokenizer,
+        template=template,
+        sampling=_below(model, "general.sampling."),
+        provenance={key: value for key, value in _below(model, "general.").items() if not _ELSEWHERE.fullmatch(key)},
+        base_models=_base_models(keys),
+        merge=_merge(keys),
+        memory=_memory(model, context or ContextOptions(), host or Host()),
+        other=_other(model, keys),
+        warnings=tuple(_warnings(model, keys, hyper, tokenizer, template)),
+    )
+
+
+def part_of(tensor_name: str) -> str:
+    """The part of a model that a tensor belongs to: experts, attention, router, norms, embedding, output, ..."""
+    return next((part for part, pattern in _PARTS if pattern.search(tensor_name)), "other")
+
+
+class _Keys:
+    """Metadata by key and expected type; what has another type counts as absent."""
+
+    def __init__(self, model: ModelHeader) -> None:
+        self.model = model
+        self.arch = self.text("general.architecture")
+
+    def text(self, key: str) -> str | None:
+        value = self.model.get(key)
+        return value if isinstance(value, str) else None
+
+    def flag(self, key: str) -> bool | None:
+        value = self.model.get(key)
+        return value if isinstance(value, bool) else None
+
+    def whole(self, key: str) -> int | None:
+        value = self.model.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def number(self, key: str) -> float | None:
+        value = self.model.get(key)
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def items(self, key: str, kind: type) -> list[Any] | None:
+        value = self.model.get(key)
+        fits = isinstance(value, list) and all(type(item) is kind for item in value)
+        return value if fits else None
+
+    def per_layer(self, key: str) -> int | tuple[int, ...] | None:
+        """One number, or one for each layer; layers that are all alike count as one number."""
+        layers = self.items(key, int)
+        if layers is None:
+            return self.whole(key)
+        return layers[0] if layers and len(set(layers)) == 1 else tuple(layers)
+
+    def of_arch(self, name: str) -> str:
+        return f"{self.arch}.{name}"
+
+
+def _hyper_parameters(keys: _Keys) -> HyperParameters:
+    of = keys.of_arch
+    return HyperParameters(
+        n_layer=keys.whole(of("block_count")),
+        n_ctx_train=keys.whole(of("context_length")),
+        n_embd=keys.whole(of("embedding_length")),
+        n_ff=keys.per_layer(of("expert_feed_forward_length")) or keys.per_layer(of("feed_forward_length")),
+        n_head=keys.per_layer(of("attention.head_count")),
+        n_head_kv=keys.per_layer(of("attention.head_count_kv")),
+        key_length=keys.whole(of("attention.key_length")),
+        value_length=keys.whole(of("attention.value_length")),
+        sliding_window=keys.whole(of("attention.sliding_window")),
+        rope_theta=keys.number(of("rope.freq_base")),
+        rope_dimensions=keys.whole(of("rope.dimension_count")),
+        rope_scaling=keys.text(of("rope.scaling.type")),
+        rope_scaling_factor=keys.number(of("rope.scaling.factor")),
+        n_expert=max(keys.whole(of("expert_count")) or 0, 0),
+        n_expert_used=max(keys.whole(of("expert_used_count")) or 0, 0),
+    )
+
+
+def _file_type(keys: _Keys) -> str | None:
+    number = keys.whole("general.file_type")
+    if number is None:
+        return None
+    return FILE_TYPES.get(number, f"file type {number}")
+
+
+def _shares(tensors: Iterable[TensorInfo], key: Callable[[TensorInfo], str]) -> tuple[Share, ...]:
+    """Sums by ``key``, the largest first."""
+    groups: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    shares = (
+        Share(name, len(group), sum(t.n_elements for t in group), sum(t.n_bytes for t in group))
+        for name, group in groups.items()
+    )
+    return tuple(sorted(shares, key=lambda share: share.n_bytes, reverse=True))
+
+
+def _active_parameters(parts: Iterable[Share], hyper: HyperParameters) -> int:
+    total = sum(part.n_parameters for part in parts)
+    experts = sum(part.n_parameters for part in parts if part.name == "experts")
+    if not 0 < hyper.n_expert_used <= hyper.n_expert:
+        return total
+    return total - experts + experts * hyper.n_expert_used // hyper.n_expert
+
+
+def _tokenizer(keys: _Keys) -> TokenizerReport:
+    tokens = keys.items("tokenizer.ggml.tokens", str)
+    ids = {name: keys.whole(f"tokenizer.ggml.{name}_token_id") for name in _SPECIAL_TOKENS}
+    special = {name: number for name, number in ids.items() if number is not None}
+    known = {name: number for name, number in special.items() if tokens and 0 <= number < len(tokens)}
+    return TokenizerReport(
+        model=keys.text("tokenizer.ggml.model"),
+        pre=keys.text("tokenizer.ggml.pre"),
+        n_vocab=keys.whole(keys.of_arch("vocab_size")) if tokens is None else len(tokens),
+        special=special,
+        special_text={name: tokens[number] for name, number in known.items()} if tokens else {},
+        add_bos=keys.flag("tokenizer.ggml.add_bos_token"),
+        add_eos=keys.flag("tokenizer.ggml.add_eos_token"),
+        add_space_prefix=keys.flag("tokenizer.ggml.add_space_prefix"),
+    )
+
+
+def _template(keys: _Keys) -> TemplateReport:
+    prefix = "tokenizer.chat_template."
+    names = tuple(key.removeprefix(prefix) for key in keys.model.metadata if key.startswith(prefix))
+    template = keys.text("tokenizer.chat_template")
+    if template is None:
+        return TemplateReport(None, None, names)
+    lines = (line.strip() for line in template.splitlines())
+    return TemplateReport(next((line for line in lines if line), ""), len(template), names)
+
+
+_ELSEWHERE = re.compile(r"architecture|name|file_type|quantization_version|alignment|type|(sampling|base_model)\..*")
+"""``general.*`` keys that are no provenance, or have a field of their own in the report."""
+
+
+def _below(model: ModelHeader, prefix: str) -> dict[str, Any]:
+    """Metadata whose key begins with ``prefix``, which is taken off."""
+    return {key.removeprefix(prefix): value.value for key, value in model.metadata.items() if key.startswith(prefix)}
+
+
+def _base_models(keys: _Keys) -> tuple[dict[str, Any], ...]:
+    """``general.base_model.N.*``, gathered by N."""
+    found: dict[int, dict[str, Any]] = {}
+    for key, value in keys.model.metadata.items():
+        match = re.fullmatch(r"general\.base_model\.(\d{1,4})\.(\w+)", key)
+        if match:
+            found.setdefault(int(match[1]), {})[match[2]] = value.value
+    return tuple(found[number] for number in sorted(found))
+
+
+def _merge(keys: _Keys) -> MergeReport | None:
+    recipe = keys.text("ggufmoe.recipe")
+    if recipe is None:
+        return None
+    return MergeReport(recipe, keys.text("ggufmoe.gate_mode"), keys.text("ggufmoe.version"))
+
+
+def _memory(model: ModelHeader, context: ContextOptions, host: Host) -> tuple[MemoryNeed, ...]:
+    if not model.tensors or model.get("general.type", "model") != "model" or not model.get("general.architecture"):
+        return ()
+    try:
+        needs = [_memory_need(model, options, host) for options in (context, replace(context, n_ctx=0))]
+    except GGUFError:  # what it says of itself cannot be
+        return ()
+    return tuple(need for i, need in enumerate(needs) if need.n_ctx and need not in needs[:i])
+
+
+def _memory_need(model: ModelHeader, context: ContextOptions, host: Host) -> MemoryNeed:
+    plan = plan_offload(model, context, OffloadOptions(device="none"), (), host)
+    repacked = sum(buffer.n_bytes for buffer in plan.host.buffers if buffer.name.endswith("_REPACK"))
+    weights = plan.host.weight_bytes - repacked
+    return MemoryNeed(plan.n_ctx, weights, repacked, plan.host.kv_bytes, plan.host.compute_bytes)
+
+
+def _other(model: ModelHeader, keys: _Keys) -> dict[str, Any]:
+    """Plain values that no standard section holds: how a merge was made, what imatrix was used, and so on."""
+    standard = ("general.", "tokenizer.", "split.", f"{keys.arch}.", *(["ggufmoe."] if _merge(keys) else []))
+    return {
+        key: value.value
+        for key, value in model.metadata.items()
+        if not key.startswith(standard) and value.item_type is None
+    }
+
+
+def _warnings(
+    model: ModelHeader, keys: _Keys, hyper: HyperParameters, tokenizer: TokenizerReport, template: TemplateReport
+) -> Iterable[str]:
+    kind = keys.text("general.type")
+    if kind in NO_MODELS:
+        yield NO_MODELS[kind]
+    elif keys.arch is None:
+        yield "no general.architecture: this is not a model that llama.cpp can run"
+    elif not model.tensors:
+        yield "no tensors: only a vocabulary or metadata, which cannot be run"
+    elif kind not in (None, "model"):
+        yield f"general.type is {kind!r}: this is not a model to run by itself"
+    elif template.first_line is None:
+        yield "no chat template: chat needs --chat-template, run needs --raw"
+    if keys.arch is not None and model.tensors:
+        yield from _context_warnings(hyper)
+    yield from _expert_warnings(model, hyper)
+    yield from _token_warnings(model, tokenizer)
+    trailing = sum(shard.header.trailing_bytes for shard in model.shards)
+    if trailing and model.tensors:
+        yield f"{trailing} bytes behind the last tensor belong to nothing"
+
+
+def _context_warnings(hyper: HyperParameters) -> Iterable[str]:
+    n_ctx = hyper.n_ctx_train
+    if n_ctx is None:
+        yield "says no context length: llama.cpp does not load such a file"
+    elif not _SMALLEST_CONTEXT <= n_ctx <= _LARGEST_CONTEXT:
+        yield f"a context of {n_ctx} tokens cannot be meant: give the one that it was trained for with --ctx-size"
+    elif _is_without_its_window(hyper):
+        yield (
+            f"a context of {n_ctx} tokens with rope theta {_OLD_THETA:g} and no sliding window: Mistral 7B v0.1 has "
+            "these numbers and a window of 4096; beyond that the answers may fall apart, so keep --ctx-size below"
+        )
+
+
+def _is_without_its_window(hyper: HyperParameters) -> bool:
+    is_long = hyper.n_ctx_train is not None and hyper.n_ctx_train >= 32768
+    scaled = hyper.rope_scaling not in (None, "none")
+    return is_long and hyper.rope_theta == _OLD_THETA and not scaled and not hyper.sliding_window
+
+
+def _expert_warnings(model: ModelHeader, hyper: HyperParameters) -> Iterable[str]:
+    legacy = legacy_expert_tensors(model.tensors)
+    if legacy:
+        yield (
+            f"legacy layout: {len(legacy)} tensors hold one expert each ({legacy[0]}), which llama.cpp no longer "
+            "loads; `ggufmoe quantize OLD.gguf -o NEW.gguf -q COPY` stacks them"
+        )
+    has_experts = any(part_of(tensor.name) == "experts" for tensor in model.tensors)
+    if has_experts and not 0 < hyper.n_expert_used <= hyper.n_expert:
+        yield f"the file has experts, but says that {hyper.n_expert_used} of {hyper.n_expert} are used"
+    elif has_experts and hyper.n_expert == hyper.n_expert_used:
+        yield (
+            f"{all_experts_run(hyper.n_expert)} for every token: it computes as much as a dense model of its size; "
+            "offloading experts saves memory, not time"
+        )
+
+
+def _token_warnings(model: ModelHeader, tokenizer: TokenizerReport) -> Iterable[str]:
+    n_vocab = tokenizer.n_vocab
+    if n_vocab is None:
+        return
+    beyond = [name for name, number in tokenizer.special.items() if not 0 <= number < n_vocab]
+    if beyond:
+        yield f"the {', '.join(beyond)} token is beyond the vocabulary of {n_vocab}"
+    for tensor in model.tensors:
+        if tensor.name in _TOKEN_ROWS and len(tensor.shape) == 2 and tensor.shape[0] != n_vocab:
+            yield _rows_warning(_TOKEN_ROWS[tensor.name], tensor.shape[0], n_vocab)
+
+
+def _rows_warning(what: str, n_rows: int, n_vocab: int) -> str:
+    refused = "llama.cpp does not load such a file; convert it again"
+    if n_rows < n_vocab:
+        return f"{n_vocab - n_rows} added tokens (from {n_rows} on) have no row in the {what}: {refused}"
+    return f"the {what} has {n_rows} rows for {n_vocab} tokens: {refused}"

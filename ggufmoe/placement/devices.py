@@ -1,0 +1,116 @@
+"""The devices of this machine as the planner sees them, and the handles by which libllama knows them.
+
+Owns asking ggml; what goes where is said in ``offload``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ggufmoe.errors import EngineError, EngineMissingError, OptionError
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
+from ggufmoe.placement.offload import Host, Place
+
+_GPU_TYPES = (native.DeviceType.GPU, native.DeviceType.IGPU)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices that layers can go to, the CPU's memory, and ggml's handles: of devices and of buffers, by name."""
+
+    places: tuple[Place, ...]
+    host: Host
+    descriptions: Mapping[str, str]
+    device_handles: Mapping[str, int]
+    buffer_handles: Mapping[str, int]
+
+
+def find_machine(named: str | None = None, *, remote: bool = False) -> Machine:
+    """The GPUs of this machine, or the devices that are ``named`` (with commas between them, as for ``--device``).
+
+    Workers' devices that were registered in this process are used only with ``remote``, or when they are named: asking
+    one that has gone would never return. Raises OptionError for names of no device, EngineMissingError without
+    llama-cpp-python.
+    """
+    registered = native.devices()
+    cpu = next((device for device in registered if device.type is native.DeviceType.CPU), None)
+    if cpu is None:
+        raise EngineError("llama.cpp has no CPU backend here; install llama-cpp-python as vendor/README.md describes")
+    used = [device for device in registered if device.type in _GPU_TYPES]
+    used = _default(used, remote=remote) if named is None else _named(named, used)
+    facts = {device.name: native.device_facts(device) for device in (cpu, *used)}
+    return Machine(
+        places=tuple(_place(device.name, facts[device.name]) for device in used),
+        host=_host(facts[cpu.name]),
+        descriptions={name: fact.description for name, fact in facts.items()},
+        device_handles={device.name: device.handle for device in used},
+        buffer_handles={b.name: b.handle for fact in facts.values() for b in (fact.buffer, fact.host_buffer) if b},
+    )
+
+
+def this_host() -> Host:
+    """The CPU's memory of this machine, and what its backend rearranges; nothing is known of it without an engine."""
+    try:
+        return find_machine("none").host
+    except EngineMissingError:
+        return Host()
+
+
+def _named(named: str, gpus: list[native.Device]) -> list[native.Device]:
+    wanted = [] if named == "none" else named.split(",")
+    there = [device.name for device in gpus]
+    for name in wanted:
+        if name not in there:
+            raise OptionError(
+                f"--device {name}: there is no such device; there is {', '.join(there) or 'only the CPU'}"
+            )
+    return [device for device in gpus if device.name in wanted]
+
+
+def _default(gpus: list[native.Device], *, remote: bool) -> list[native.Device]:
+    """As llama.cpp chooses: workers first, and an integrated GPU only if there is no other here."""
+    workers = [device for device in gpus if device.backend == "RPC" and remote]
+    local = [device for device in gpus if device.backend != "RPC"]
+    discrete = [device for device in local if device.type is native.DeviceType.GPU]
+    return workers + (discrete or local[:1])
+
+
+def _place(name: str, facts: native.DeviceFacts) -> Place:
+    return Place(
+        name=name,
+        buffer=facts.buffer.name,
+        free_bytes=facts.free_bytes,
+        total_bytes=facts.total_bytes,
+        host_buffer=facts.host_buffer.name if facts.host_buffer else None,
+        maps_files=facts.maps_files,
+        supports_mmap=facts.supports_mmap,
+        alignment=facts.buffer.alignment,
+    )
+
+
+def _host(facts: native.DeviceFacts) -> Host:
+    return Host(
+        free_bytes=facts.free_bytes,
+        total_bytes=facts.total_bytes,
+        repacked=repacked_types(),
+        name=facts.buffer.name,
+        alignment=facts.buffer.alignment,
+    )
+
+
+def repacked_types() -> dict[GGMLType, int]:
+    """Types that ggml's CPU backend rearranges on this CPU, each with the number of rows that it takes together.
+
+    Follows ``ggml_repack_get_optimal_repack_type`` in ggml-cpu/repack.cpp (commit 0c1e57098).
+    """
+    found: dict[GGMLType, int] = {}
+    if native.cpu_has("neon") and native.cpu_has("dotprod"):
+        fours = (GGMLType.Q4_0, GGMLType.IQ4_NL, GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.Q1_0)
+        found |= dict.fromkeys(fours, 4) | dict.fromkeys((GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K), 8)
+    if native.cpu_has("avx2"):
+        found |= dict.fromkeys((GGMLType.Q4_0, GGMLType.Q4_K, GGMLType.IQ4_NL, GGMLType.MXFP4), 8)
+    if native.cpu_has("avx512"):
+        found |= {GGMLType.Q2_K: 8}
+    return found

@@ -1,0 +1,316 @@
+"""Importance matrices: how much each input column of each matrix matters, measured on text by llama-imatrix.
+
+Reads both of its file kinds, GGUF and the older ``.dat``, trusting neither, and gives the weights just as
+llama-quantize would. Which tensors need one is ``policy``'s business.
+
+An expert that the text never reached has a count of zero. llama-quantize then gives all its columns the importance 1,
+and so does ``weights``; ``coverage`` names those experts, so that a caller can warn.
+
+Source: ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp`` of llama.cpp at the pinned commit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.errors import GGUFError, ImatrixError
+from ggufmoe.gguf.header import (
+    DEFAULT_ALIGNMENT,
+    GGMLType,
+    Header,
+    TensorInfo,
+    Value,
+    ValueType,
+    encode_header,
+    padded,
+    read_header,
+)
+from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
+
+_F32 = np.dtype("<f4")
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+_CHECK_FLOATS = 1 << 20
+_MAX_NAME_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the sums of one tensor lie in the file, and how often each of its experts was reached."""
+
+    offset: int
+    """Bytes from the start of the file to the sums."""
+    n_values: int
+    counts: NDArray[np.float32]
+    """(experts,) tokens, or a single one for all; in a ``.dat`` a single number of chunks."""
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """An importance matrix on disk. Loading checks every value; ``weights`` then reads one tensor at a time."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    datasets: tuple[str, ...]
+    chunk_count: int
+    chunk_size: int
+    """Tokens in a chunk, 0 where the file does not tell (``.dat``)."""
+    is_legacy: bool
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Imatrix:
+        """The importance matrix in this file, GGUF or ``.dat``.
+
+        Raises ImatrixError if it cannot be read, is cut or inconsistent, or holds values that are no importances.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                is_gguf = file.read(4) == b"GGUF"
+                imatrix = _load_gguf(path) if is_gguf else _load_legacy(path, file)
+                for name, entry in imatrix.entries.items():
+                    _check_values(file, entry, f"{path}: {name}")
+        except OSError as error:
+            raise ImatrixError(f"{path}: cannot read the importance matrix: {error.strerror or error}") from error
+        return imatrix
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors for which the file has an entry."""
+        return frozenset(self.entries)
+
+    @property
+    def coverage(self) -> dict[str, tuple[int, ...]]:
+        """The experts that the text never reached, for each tensor that has such; their importance is 1 everywhere."""
+        unreached = {name: np.flatnonzero(entry.counts == 0).tolist() for name, entry in self.entries.items()}
+        return {name: tuple(experts) for name, experts in unreached.items() if experts and not self.is_legacy}
+
+    def fit(self, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
+        """The tensors of a model, given as name to numpy shape, for which ``weights`` will give importances.
+
+        Reads no values. Raises ImatrixError if an entry is of another size than its tensor, or if no name at all is
+        the model's. An embedding of another size is left out instead, as llama.cpp does.
+        """
+        known = {name: shape for name, shape in shapes.items() if name in self.entries}
+        if not known:
+            raise ImatrixError(f"{self.path}: has no entry for any tensor of this model; make one from this model")
+        return frozenset(
+            name for name, shape in known.items() if self._fits(name, math.prod(shape[:-2]), int(shape[-1]))
+        )
+
+    def weights(self, tensor_name: str, n_expert: int, n_cols: int) -> NDArray[np.float32] | None:
+        """The importance of each column, (n_expert, n_cols) float32; ``n_expert`` is 1 for a plain matrix.
+
+        None if the file has no entry for the tensor, or if it is an embedding of another size. Raises ImatrixError if
+        the entry of any other tensor has another size. Single precision throughout, as in llama-quantize.
+        """
+        if tensor_name not in self.entries or not self._fits(tensor_name, n_expert, n_cols):
+            return None
+        entry = self.entries[tensor_name]
+        try:
+            with self.path.open("rb") as file:
+                sums = _read_floats(file, entry.offset, entry.n_values)
+        except OSError as error:
+            raise ImatrixError(f"{self.path}: {tensor_name}: cannot read the sums: {error}") from error
+        values = sums.astype(np.float32).reshape(len(entry.counts), -1)
+        reached = entry.counts > 0
+        values[reached] /= entry.counts[reached, None]
+        if not self.is_legacy:
+            values[~reached] = 1
+        return values.reshape(n_expert, n_cols)
+
+    def _fits(self, name: str, n_expert: int, n_cols: int) -> bool:
+        n_values = self.entries[name].n_values
+        if n_values == n_expert * n_cols:
+            return True
+        if name in TOKEN_EMBEDDINGS:
+            return False
+        raise ImatrixError(
+            f"{self.path}: {name} has {n_values} importances, expected {n_expert} x {n_cols} for this model; "
+            "make the importance matrix from a GGUF of this very model"
+        )
+
+
+def save(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
+    datasets: Sequence[str] = (),
+    chunk_count: int = 0,
+    chunk_size: int = 512,
+) -> None:
+    """Write an importance matrix as GGUF, laid out as llama-imatrix does.
+
+    ``entries`` gives for each tensor the sums of squares, (experts, cols), and the tokens that each expert saw,
+    (experts,), both float32. The file appears under its name only when it is complete.
+    """
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name, (sums, counts) in sorted(entries.items()):
+        # ggml leaves out the outer dimension where it is 1
+        arrays[name + _SUMS] = sums.reshape(counts.size, -1) if counts.size > 1 else sums.reshape(-1)
+        arrays[name + _COUNTS] = counts.reshape(-1, 1) if counts.size > 1 else counts.reshape(1)
+    metadata = {
+        "general.type": Value(ValueType.STRING, "imatrix"),
+        _DATASETS: Value(ValueType.ARRAY, list(datasets), ValueType.STRING),
+        _CHUNK_COUNT: Value(ValueType.UINT32, chunk_count),
+        _CHUNK_SIZE: Value(ValueType.UINT32, chunk_size),
+    }
+    partial = Path(f"{os.fspath(path)}.partial")
+    with partial.open("wb") as file:
+        file.write(encode_header(metadata, _layout(arrays)))
+        for array in arrays.values():
+            data = array.astype(_F32).tobytes()
+            file.write(data.ljust(padded(len(data), DEFAULT_ALIGNMENT), b"\0"))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _layout(arrays: Mapping[str, NDArray[np.float32]]) -> tuple[TensorInfo, ...]:
+    infos, offset = [], 0
+    for name, array in arrays.items():
+        infos.append(TensorInfo(name, GGMLType.F32, array.shape, offset, array.size * _F32.itemsize))
+        offset += padded(infos[-1].n_bytes, DEFAULT_ALIGNMENT)
+    return tuple(infos)
+
+
+def _load_gguf(path: Path) -> Imatrix:
+    try:
+        header = read_header(path)
+    except GGUFError as error:
+        raise ImatrixError(f"{error} (read as an importance matrix)") from error
+    absent = [key for key in (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE) if key not in header.metadata]
+    if absent:
+        raise ImatrixError(f"{path}: is a GGUF but no importance matrix: it lacks {', '.join(absent)}")
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    names = {name.removesuffix(_SUMS).removesuffix(_COUNTS) for name in tensors if name.endswith((_SUMS, _COUNTS))}
+    if not names:
+        raise ImatrixError(f"{path}: is an importance matrix without entries")
+    with path.open("rb") as file:
+        entries = {name: _gguf_entry(file, header.data_offset, tensors, name, path) for name in sorted(names)}
+    datasets = header.metadata[_DATASETS].value
+    return Imatrix(
+        path,
+        entries,
+        tuple(str(dataset) for dataset in datasets) if isinstance(datasets, list) else (),
+        _count_of(header, _CHUNK_COUNT, path),
+        _count_of(header, _CHUNK_SIZE, path),
+        is_legacy=False,
+    )
+
+
+def _count_of(header: Header, key: str, path: Path) -> int:
+    value = header.metadata[key].value
+    if not isinstance(value, int):
+        raise ImatrixError(f"{path}: {key} is not a number")
+    return int(value)
+
+
+def _gguf_entry(file: BinaryIO, data_offset: int, tensors: Mapping[str, TensorInfo], name: str, path: Path) -> Entry:
+    sums, counts = tensors.get(name + _SUMS), tensors.get(name + _COUNTS)
+    if sums is None or counts is None:
+        raise ImatrixError(f"{path}: {name} has {'counts but no sums' if sums is None else 'sums but no counts'}")
+    if sums.type is not GGMLType.F32 or counts.type is not GGMLType.F32:
+        raise ImatrixError(f"{path}: {name}: expected F32 sums and counts, found {sums.type.name}, {counts.type.name}")
+    n_values, n_counts = math.prod(sums.shape), math.prod(counts.shape)
+    if n_values % n_counts:
+        raise ImatrixError(f"{path}: {name}: {n_values} sums cannot be shared among {n_counts} counts")
+    raw = _read_floats(file, data_offset + counts.offset, n_counts).astype(np.float64)
+    if not np.all(np.isfinite(raw) & (raw >= 0)):
+        raise ImatrixError(f"{path}: {name}: a count is negative or not finite")
+    # rounds halves up, as lround does for what is not negative
+    return Entry(data_offset + sums.offset, n_values, np.floor(raw + 0.5).astype(np.float32))
+
+
+def _load_legacy(path: Path, file: BinaryIO) -> Imatrix:
+    reader = _LegacyReader(path, file)
+    n_entries = reader.int32("the number of entries")
+    if n_entries < 1:
+        raise ImatrixError(f"{path}: is no importance matrix: neither a GGUF nor a .dat with entries")
+    entries: dict[str, Entry] = {}
+    for index in range(n_entries):
+        name, entry = reader.entry(index)
+        if name in entries:
+            raise ImatrixError(f"{path}: has two entries for {name}")
+        entries[name] = entry
+    chunk_count, datasets = reader.trailer()
+    return Imatrix(path, entries, datasets, chunk_count, chunk_size=0, is_legacy=True)
+
+
+class _LegacyReader:
+    """Walks a ``.dat``: int32 lengths, names, floats. Nothing is read before its size is known to be there."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._end = os.fstat(file.fileno()).st_size
+        file.seek(0)
+
+    def entry(self, index: int) -> tuple[str, Entry]:
+        where = f"entry {index + 1}"
+        name = self._text(self.int32(f"the name of {where}"), f"the name of {where}")
+        calls = self.int32(f"the calls of {name}")
+        n_values = self.int32(f"the size of {name}")
+        if n_values < 1 or n_values * _F32.itemsize > self._left:
+            raise ImatrixError(f"{self._path}: {name} claims {n_values} values, {self._left} bytes are left")
+        entry = Entry(self._file.tell(), n_values, np.array([max(calls, 0)], np.float32))
+        self._file.seek(n_values * _F32.itemsize, os.SEEK_CUR)
+        return name, entry
+
+    def trailer(self) -> tuple[int, tuple[str, ...]]:
+        """The optional end of the file: the number of chunks, and the text that was used."""
+        if self._left < 4:
+            return 0, ()
+        chunk_count = self.int32("the number of chunks")
+        if self._left < 4:
+            return chunk_count, ()
+        length = self.int32("the name of the text")
+        return chunk_count, (self._text(length, "the name of the text"),) if length else ()
+
+    def int32(self, what: str) -> int:
+        data = self._file.read(4)
+        if len(data) < 4:
+            raise ImatrixError(f"{self._path}: no importance matrix, or a cut one: it ends before {what}")
+        return int(struct.unpack("<i", data)[0])
+
+    @property
+    def _left(self) -> int:
+        return self._end - self._file.tell()
+
+    def _text(self, length: int, what: str) -> str:
+        if not 0 < length <= min(self._left, _MAX_NAME_BYTES):
+            raise ImatrixError(
+                f"{self._path}: no importance matrix, or a cut one: {what} claims {length} bytes, "
+                f"{self._left} are left in the file"
+            )
+        try:
+            return self._file.read(length).decode("utf-8").split("\0")[0]
+        except UnicodeDecodeError as error:
+            raise ImatrixError(f"{self._path}: {what} is not text; is this an importance matrix?") from error
+
+
+def _check_values(file: BinaryIO, entry: Entry, where: str) -> None:
+    for chunk in _chunks(file, entry):
+        if not np.all(np.isfinite(chunk) & (chunk >= 0)):
+            raise ImatrixError(f"{where}: an importance is negative, NaN or infinite; make the importance matrix anew")
+
+
+def _chunks(file: BinaryIO, entry: Entry) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, entry.n_values, _CHECK_FLOATS):
+        count = min(_CHECK_FLOATS, entry.n_values - start)
+        yield _read_floats(file, entry.offset + start * _F32.itemsize, count)
+
+
+def _read_floats(file: BinaryIO, offset: int, count: int) -> NDArray[np.float32]:
+    file.seek(offset)
+    data = file.read(count * _F32.itemsize)
+    if len(data) < count * _F32.itemsize:
+        raise OSError(f"the file has shrunk below {offset + count * _F32.itemsize} bytes")
+    return np.frombuffer(data, _F32)

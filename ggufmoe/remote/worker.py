@@ -1,0 +1,186 @@
+"""A worker: this machine's devices, served to other machines by llama.cpp's RPC, in a process of its own.
+
+llama.cpp's server prints to stdout, knows no end, and ends its process when a client sends it what it cannot compute.
+Owns starting it, knowing that it serves, and ending it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from ggufmoe.errors import EngineError, OptionError, WorkerError
+from ggufmoe.native import library as native
+from ggufmoe.options import WorkerOptions
+from ggufmoe.placement.cpu import default_threads
+from ggufmoe.remote.process import ChildProcess, leave_with_parent, read_messages
+from ggufmoe.remote.rpc import find_workers
+
+_START_S = 60.0
+_POLL_S = 0.2
+_ANYWHERE = "0.0.0.0"
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServedDevice:
+    """A device that a worker serves, with its memory when it began."""
+
+    name: str
+    description: str
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the child is to serve."""
+
+    endpoint: str
+    cache_dir: str | None
+    n_threads: int
+    device_names: tuple[str, ...]
+
+
+class Worker:
+    """Serves from the moment it is made until ``close``, one client after the other.
+
+    With ``cache_dir``, tensors of more than 10 MiB are kept there. Raises OptionError for devices and addresses that
+    are not there, WorkerError when the port cannot be had, EngineError without an engine that was built with RPC.
+    """
+
+    def __init__(self, options: WorkerOptions | None = None, *, cache_dir: Path | None = None) -> None:
+        options = options or WorkerOptions()
+        native.rpc_function("ggml_backend_rpc_start_server")
+        devices = _served(options.device)
+        address = _address(options.host)
+        _check_port(address, options.port)
+        self.endpoint = f"{address}:{options.port}"
+        """Where it listens, as IPv4:PORT."""
+        self.n_threads = options.n_threads or default_threads()
+        self.devices = tuple(_described(device) for device in devices)
+        self._client_host = _LOOPBACK if address == _ANYWHERE else address
+        self._port = options.port
+        names = tuple(device.name for device in devices)
+        self._process = ChildProcess("worker")
+        try:
+            self._process.send(_Order(self.endpoint, str(cache_dir) if cache_dir else None, self.n_threads, names))
+            self._await_service()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process that serves."""
+        return self._process.pid
+
+    def wait(self) -> None:
+        """Stay until it ends by itself, which is an EngineError that says why."""
+        while not self._process.wait(_POLL_S):
+            pass
+        self._process.end()
+        raise EngineError(f"the worker at {self.endpoint} has ended: {self._process.how_it_ended()}")
+
+    def close(self) -> None:
+        """End it at once; its clients lose it. May be called again."""
+        self._process.end()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _await_service(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(WorkerError):
+                find_workers([(self._client_host, self._port)], answer_s=1.0)
+                return
+            if self._process.wait(_POLL_S):
+                self.wait()
+        raise WorkerError(f"the worker at {self.endpoint} does not serve after {_START_S:.0f} s")
+
+
+def is_local_only(host: str) -> bool:
+    """Whether only this machine can reach what listens at ``host``."""
+    with contextlib.suppress(OptionError):
+        return ipaddress.ip_address(_address(host)).is_loopback
+    return False
+
+
+def _address(host: str) -> str:
+    try:
+        found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise OptionError(
+            f"--host {host}: not an IPv4 address of this machine, nor a name of one (llama.cpp's RPC knows only IPv4)"
+        ) from error
+    return str(found[0][4][0])
+
+
+def _check_port(address: str, port: int) -> None:
+    try:
+        socket.create_server((address, port)).close()
+    except OSError as error:
+        why, _, _ = str(error.strerror).partition(" (")  # Python repeats the address there
+        raise WorkerError(
+            f"the worker cannot listen at {address}:{port}: {why}; choose another --port, "
+            "or an address of this machine as --host"
+        ) from error
+
+
+def _served(named: str | None) -> list[native.Device]:
+    """As llama.cpp's server chooses: those named, else all GPUs, else the CPU."""
+    there = native.devices()
+    if named is not None:
+        by_name = {device.name: device for device in there}
+        names = [name for name in named.replace("/", ",").split(",") if name]
+        for name in names:
+            if name not in by_name:
+                raise OptionError(f"--device {name}: there is no such device; there is {', '.join(by_name)}")
+        if not names:
+            raise OptionError(f"--device {named!r} names no device")
+        return [by_name[name] for name in names]
+    plain = (native.DeviceType.CPU, native.DeviceType.ACCEL)
+    gpus = [device for device in there if device.type not in plain]
+    return gpus or [device for device in there if device.type is native.DeviceType.CPU]
+
+
+def _described(device: native.Device) -> ServedDevice:
+    facts = native.device_facts(device)
+    return ServedDevice(device.name, facts.description, facts.free_bytes, facts.total_bytes)
+
+
+def serve_here(incoming: IO[bytes], _outgoing: IO[bytes]) -> None:
+    """In the child: serve what the parent's first message says, until ``incoming`` is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    leave_with_parent()
+    messages = read_messages(incoming)
+    order = next(messages, None)
+    if isinstance(order, _Order):
+        threading.Thread(target=_serve, args=(order,), name="ggufmoe-serve", daemon=True).start()
+        for _ in messages:
+            pass
+    os._exit(0)  # native code serves for ever
+
+
+def _serve(order: _Order) -> None:
+    devices = {device.name: device for device in native.devices()}
+    served = [devices[name] for name in order.device_names]
+    native.start_rpc_server(order.endpoint, order.cache_dir, order.n_threads, served)
+    sys.stderr.flush()
+    os._exit(1)  # it has said why

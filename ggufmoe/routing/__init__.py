@@ -1,0 +1,10 @@
+"""Which experts every token went to, and with what weight: recorded, counted, drawn.
+
+``record`` watches the graph while llama.cpp computes it, ``trace`` is what comes out, ``statistics`` are pure functions
+of it, ``page`` and ``plot`` draw it. Nothing here changes what is computed.
+"""
+
+from ggufmoe.routing.record import RoutedToken, RoutingTracer, trace_routing
+from ggufmoe.routing.trace import RoutingTrace
+
+__all__ = ["RoutedToken", "RoutingTrace", "RoutingTracer", "trace_routing"]

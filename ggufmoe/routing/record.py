@@ -1,0 +1,221 @@
+"""Recording: the routers' tensors are copied out of the graph while llama.cpp computes it.
+
+In the graph of any model with experts llama.cpp names, for layer N, ``ffn_moe_probs-N`` (the router's scores of all
+experts), ``ffn_moe_topk-N`` (the chosen ones) and ``ffn_moe_weights...-N`` (what their outputs are multiplied by, under
+the name of the last step that it takes).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.errors import EngineError, InputError
+from ggufmoe.native import library as native
+from ggufmoe.options import SamplingOptions
+from ggufmoe.routing.trace import Floats, RoutingTrace
+from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.events import Event, Token
+from ggufmoe.runtime.observer import Observer
+
+_PREFIX = b"ffn_moe_"
+_WANTED = re.compile(rb"ffn_moe_(probs|topk|weights|weights_softmax|weights_norm|weights_scaled)-(\d+)")
+_LAST_STEP_FIRST = ("weights_scaled", "weights_norm", "weights_softmax", "weights")
+
+
+def trace_routing(
+    engine: Engine, text: str | Sequence[int], *, generate: int = 0, sampling: SamplingOptions | None = None
+) -> RoutingTrace:
+    """Which experts each token of ``text`` went to, and of up to ``generate`` tokens that continue it.
+
+    ``text`` may be token ids; in a string special tokens are read as such, and BOS is added where the model wants it.
+    Tokens are generated at full speed, the likeliest ones unless ``sampling`` says otherwise; then the whole text is
+    computed once more and watched, which costs nothing that can be measured in batches. The engine's KV cache is lost.
+
+    Raises InputError for a model without experts and for a text of no token, ContextFullError if it does not fit.
+    """
+    _check_has_experts(engine)
+    return engine.apply(_trace, text if isinstance(text, str) else list(text), generate, sampling)
+
+
+def _trace(engine: Engine, text: str | list[int], generate: int, sampling: SamplingOptions | None) -> RoutingTrace:
+    prompt = engine.tokenize(text, parse_special=True) if isinstance(text, str) else text
+    ids = prompt + _continued(engine, prompt, generate, sampling)
+    recorder = _Recorder(keep_all=True, stop=engine.cancel)
+    with engine.observed(recorder), recorder.checked():
+        engine.prefill(ids, every_row=True)  # with logits on all rows, the last layer computes all rows as well
+    return _assemble(engine, recorder, ids, len(prompt))
+
+
+def _continued(engine: Engine, prompt: list[int], n: int, sampling: SamplingOptions | None) -> list[int]:
+    if n < 0:
+        raise InputError(f"the number of tokens to generate must be 0 or more, not {n}")
+    # one place of the context stays free, which computing logits wants
+    n = min(n, engine.n_ctx - 1 - len(prompt))
+    if n <= 0:
+        return []
+    events = engine.generate(prompt, replace(sampling or SamplingOptions(temperature=0.0), n_predict=n))
+    return [event.token_id for event in events if isinstance(event, Token)]
+
+
+def _check_has_experts(engine: Engine) -> None:
+    architecture = engine.metadata("general.architecture")
+    if not engine.metadata(f"{architecture}.expert_count"):
+        raise InputError(f"{engine.path}: a dense model: it has no experts to route between")
+
+
+def _assemble(engine: Engine, recorder: _Recorder, ids: list[int], n_prompt: int) -> RoutingTrace:
+    layers = recorder.layers()
+    if not layers:
+        raise EngineError(f"{engine.path}: llama.cpp's graph of this architecture names no expert choices")
+    parts = [recorder.routing(layer) for layer in layers]
+    if any(len(rows) != len(ids) for part in parts for rows in part):
+        raise EngineError(f"{engine.path}: this architecture does not route every token in every layer")
+    probabilities, chosen, weights = (np.stack(rows, axis=1) for rows in zip(*parts, strict=True))
+    return RoutingTrace(
+        token_ids=tuple(ids),
+        texts=tuple(_text(engine, token) for token in ids),
+        n_prompt=n_prompt,
+        layers=layers,
+        probabilities=probabilities,
+        chosen=chosen,
+        weights=weights,
+    )
+
+
+def _text(engine: Engine, token: int) -> str:
+    piece = engine.piece(token, special=True)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in piece)
+
+
+@dataclass(frozen=True)
+class RoutedToken(Token):
+    """A new token, and which experts were at work when it was drawn."""
+
+    expert_weights: tuple[float, ...] = ()
+    """Weight of each expert in the step whose logits the token was drawn from, mean over the layers; sums to one."""
+
+
+class RoutingTracer:
+    """Watches the routers of an engine while it generates, for a display that grows with the answer.
+
+    ::
+
+        with RoutingTracer(engine) as tracer:
+            for event in tracer.follow(chat.send("What is 2 + 2?")):
+                if isinstance(event, RoutedToken):
+                    draw(event.text, event.expert_weights)
+
+    Inside the block each token takes about 0.12 ms longer for each layer with experts: twice as long in a model of 15
+    million parameters, 3 % in one of 300 million (``scripts/bench_routing.py``). The engine's KV cache is lost at both
+    ends, so it is best kept open for a whole conversation. Raises InputError for a model without experts, EngineError
+    if the engine is observed already.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        _check_has_experts(engine)
+        self._recorder = _Recorder(keep_all=False, stop=engine.cancel)
+        self._attached = ExitStack()
+        self._attached.enter_context(engine.observed(self._recorder, on_token=self._routed))
+
+    def follow(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The same events, each Token as a RoutedToken.
+
+        The weights are looked at when the token is drawn, however far the answer runs ahead of its reader. Raises what
+        went wrong while looking.
+        """
+        for event in events:
+            self._recorder.check()
+            yield event
+
+    def _routed(self, token: Token) -> Token:
+        weights = self.latest().mean(axis=0)
+        shares = tuple((weights / weights.sum()).tolist())
+        return RoutedToken(token.text, token.token_id, token.logprob, token.alternatives, token.elapsed_s, shares)
+
+    def latest(self) -> Floats:
+        """Weight of each expert in each layer for the row computed last: (n_layer, n_expert), zero if it did not run.
+
+        Raises EngineError before anything has been computed.
+        """
+        layers = self._recorder.layers()
+        if not layers:
+            raise EngineError("nothing has been computed yet whose routing could be told")
+        dense = []
+        for layer in layers:
+            probabilities, chosen, weights = self._recorder.routing(layer)
+            row = np.zeros(probabilities.shape[1], np.float32)
+            row[chosen[-1]] = weights[-1]
+            dense.append(row)
+        return np.stack(dense)
+
+    def close(self) -> None:
+        """Let go of the engine, which runs at full speed again."""
+        self._attached.close()
+
+    def __enter__(self) -> RoutingTracer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Recorder(Observer):
+    """An observer of graphs that keeps the rows of the routers' tensors: all, or only the last of each."""
+
+    def __init__(self, *, keep_all: bool, stop: Callable[[], None]) -> None:
+        super().__init__(stop)
+        self._keep_all = keep_all
+        self._rows: dict[tuple[str, int], list[NDArray[Any]]] = {}
+
+    def wants(self, tensor: int) -> bool:
+        name = native.tensor_name(tensor)
+        return name.startswith(_PREFIX) and _WANTED.fullmatch(name) is not None
+
+    def take(self, tensor: int) -> None:
+        found = _WANTED.fullmatch(native.tensor_name(tensor))
+        assert found is not None, "only what was wanted is shown"
+        self._take(found[1].decode(), int(found[2]), native.tensor_values(tensor))
+
+    def _take(self, kind: str, layer: int, values: NDArray[Any]) -> None:
+        if not values.size:
+            return
+        # weights come as (n_token, n_expert_used, 1) or as (n_token, n_expert_used)
+        n_columns = self._rows["topk", layer][0].shape[1] if kind.startswith("weights") else values.shape[-1]
+        rows = values.reshape(-1, n_columns)
+        if self._keep_all:
+            self._rows.setdefault((kind, layer), []).append(rows)
+        else:
+            self._rows[kind, layer] = [rows[-1:]]
+
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers of which everything needed was seen."""
+        return tuple(
+            sorted(layer for kind, layer in self._rows if kind == "weights" and ("probs", layer) in self._rows)
+        )
+
+    def routing(self, layer: int) -> tuple[Floats, NDArray[np.int32], Floats]:
+        """Probabilities (n_token, n_expert), chosen and weights (n_token, n_expert_used) of one layer."""
+        rows = {kind: np.concatenate(parts) for (kind, of), parts in self._rows.items() if of == layer}
+        weights = next(rows[kind] for kind in _LAST_STEP_FIRST if kind in rows)
+        return _probabilities(rows["probs"], are_logits="weights_softmax" in rows), rows["topk"], weights
+
+
+def _probabilities(scores: Floats, *, are_logits: bool) -> Floats:
+    """Scores that sum to one; some architectures apply the softmax only to those that were chosen."""
+    if are_logits:
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out: Floats = scores / scores.sum(axis=-1, keepdims=True)
+    return out

@@ -1,0 +1,1 @@
+"""Plans become files: tiles, writer, journal, the place where output goes."""

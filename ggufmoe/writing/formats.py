@@ -1,0 +1,69 @@
+"""The formats that a plan makes, and whether a kernel of ours or ggml's routine makes each of them here.
+
+Kernels are compiled for what a plan has much of before the work begins: ggml's routines, twenty times as slow, would
+rather delay the compiler than get anything done meanwhile. The rest is left to the kernels' own patience.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ggufmoe.errors import OptionError
+from ggufmoe.export.plan import ExportPlan
+from ggufmoe.export.rows import PLAIN_DTYPES, stored_type
+from ggufmoe.gguf.header import GGMLType
+from ggufmoe.quant.kernels import KernelReport, QuantizerName, has_kernel, kernel_report, prepare
+
+_COMPILE_AT_ONCE_WEIGHTS = 1 << 26
+"""Of one format: then ggml's routine would take seconds, and compiling takes tenths of one."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a kernel is compiled for: the type made, the plain type it is made from, whether importances are given."""
+
+    type: GGMLType
+    source: GGMLType
+    weighted: bool
+
+
+def formats(plan: ExportPlan) -> dict[Format, int]:
+    """The quantized formats that a plan makes, with their weights, the most first; what is copied is none."""
+    found: Counter[Format] = Counter()
+    for tensor in plan.tensors:
+        for part in tensor.parts:
+            stored = stored_type(part)
+            if tensor.type.is_quantized and stored is not tensor.type:
+                source = stored if stored in PLAIN_DTYPES else GGMLType.F32
+                weighted = tensor.weighted and tensor.type is not GGMLType.Q8_0  # which does not look at them
+                found[Format(tensor.type, source, weighted)] += tensor.n_weights // len(tensor.parts)
+    return dict(found.most_common())
+
+
+def prepare_kernels(plan: ExportPlan, quantizer: QuantizerName) -> None:
+    """Compile the kernels of a plan: with ``fast`` all of them, with ``auto`` those for much work.
+
+    Raises OptionError with ``fast`` where there is no kernel, or one that cannot be used on this machine.
+    """
+    for made, n_weights in formats(plan).items():
+        if quantizer == "fast" and not has_kernel(made.type):
+            raise OptionError(f"{made.type.name}: there is no fast quantizer for this type; use --quantizer auto")
+        if quantizer == "fast" or n_weights >= _COMPILE_AT_ONCE_WEIGHTS:
+            prepare(made.type, PLAIN_DTYPES[made.source].name, made.weighted, quantizer)
+
+
+def routines(plan: ExportPlan, quantizer: QuantizerName) -> tuple[KernelReport, ...]:
+    """What has quantized each format of a plan that was written, and why."""
+    judged = {Format(row.type, GGMLType[row.source], row.weighted): row for row in kernel_report()}
+    return tuple(_routine(made, judged.get(made), quantizer) for made in formats(plan))
+
+
+def _routine(made: Format, judged: KernelReport | None, quantizer: QuantizerName) -> KernelReport:
+    if quantizer != "ggml" and judged is not None:
+        return judged
+    if quantizer == "ggml":
+        reason = "asked for"
+    else:
+        reason = "too little work to compile a kernel" if has_kernel(made.type) else "there is no kernel for it"
+    return KernelReport(made.type, made.source.name, made.weighted, "ggml", reason, 0.0)

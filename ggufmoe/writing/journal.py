@@ -1,0 +1,128 @@
+"""The journal of an export: which tiles of the plan are safely on disk, so that an interrupted run can go on.
+
+A small file of JSON lines beside the partial output. Its first line names the plan that it belongs to, by a fingerprint
+of everything the bytes depend on; each further line lists ranges of finished tiles, and is written only after their
+bytes have been flushed. A line that was cut by a crash is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import OutputError, ResumeError
+from ggufmoe.export.plan import ExportPlan
+from ggufmoe.version import __version__
+from ggufmoe.writing.tiles import TILE_WEIGHTS
+
+_VERSION = 1
+_MAX_BYTES = 1 << 28
+
+
+def fingerprint(plan: ExportPlan) -> str:
+    """A hash of what decides the bytes: headers, inputs (path, size, time of change), tile size, version."""
+    identities = [_identity(path) for path in plan.input_paths]
+    about = [_VERSION, __version__, TILE_WEIGHTS, identities, str(plan.imatrix and plan.imatrix.path)]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for file in plan.files:
+        digest.update(file.header)
+    return digest.hexdigest()
+
+
+def _identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+class Journal:
+    """The journal of one plan at one path. Not for several threads."""
+
+    def __init__(self, path: Path, plan_fingerprint: str) -> None:
+        self.path = path
+        self._fingerprint = plan_fingerprint
+        self._descriptor: int | None = None
+
+    def read(self) -> set[int] | None:
+        """The numbers of the finished tiles; None if there is no journal, or none that got beyond its first line.
+
+        Raises ResumeError if it belongs to another plan.
+        """
+        lines = self._lines()
+        if not lines:
+            return None
+        if lines[0].get("plan") != self._fingerprint:
+            raise ResumeError(
+                f"{self.path} belongs to a conversion with other inputs or options; run it as before, or leave out "
+                "--resume to start over"
+            )
+        return {tile for line in lines[1:] for first, last in line.get("done", ()) for tile in range(first, last + 1)}
+
+    def _lines(self) -> list[dict[str, Any]]:
+        try:
+            if not self.path.is_file() or self.path.stat().st_size > _MAX_BYTES:
+                return []
+            raw = self.path.read_bytes()
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be read: {error.strerror}; delete it to start over") from error
+        lines: list[dict[str, Any]] = []
+        for line in raw.split(b"\n")[:-1]:
+            try:
+                content = json.loads(line or b"{}")
+            except ValueError:
+                continue  # cut by a crash; what it said was done is done again
+            lines.append(content if isinstance(content, dict) else {})
+        return lines
+
+    def begin(self) -> None:
+        """Start a new journal in place of whatever is there."""
+        self.path.unlink(missing_ok=True)
+        self._open(os.O_EXCL)
+        self._append({"plan": self._fingerprint, "ggufmoe": __version__})
+
+    def go_on(self) -> None:
+        """Append to the journal that ``read`` has read."""
+        self._open(0)
+        self._append_raw(b"\n")  # ends a line that a crash may have cut
+
+    def _open(self, flags: int) -> None:
+        flags |= os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        self._descriptor = os.open(self.path, flags, 0o666)
+
+    def add(self, finished: Iterable[int]) -> None:
+        """Record tiles whose bytes are on disk."""
+        ranges = _ranges(sorted(finished))
+        if ranges:
+            self._append({"done": ranges})
+
+    def _append(self, content: dict[str, Any]) -> None:
+        self._append_raw(json.dumps(content).encode() + b"\n")
+
+    def _append_raw(self, line: bytes) -> None:
+        assert self._descriptor is not None, "begin or go_on comes first"
+        os.write(self._descriptor, line)
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def remove(self) -> None:
+        """Delete the journal: the output is complete."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _ranges(numbers: Sequence[int]) -> list[list[int]]:
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ranges

@@ -1,0 +1,219 @@
+"""Perplexity and divergence equal what numpy makes of an engine's logits; texts that cannot be cut are refused."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import ggufmoe
+from ggufmoe import ContextOptions, Engine, EvaluationOptions
+from ggufmoe.errors import Cancelled, ContextFullError, InputError, OptionError
+from ggufmoe.evaluation.divergence import divergence_steps
+from ggufmoe.evaluation.perplexity import perplexity_steps
+from tests.scripted import Scripted
+
+EXACT: dict[str, Any] = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
+TEXT = "".join(f" w{i * i % 29}" for i in range(110))
+Doubles = NDArray[np.float64]
+
+
+def reference(path: Path, n_ctx: int, text: str = TEXT) -> tuple[Doubles, NDArray[np.int64]]:
+    """log p of every token of the vocabulary at each scored place, and the token that follows there."""
+    rows, targets = [], []
+    with Engine(path, ContextOptions(n_ctx=512, **EXACT)) as engine:
+        tokens = engine.tokenize(text)
+        for begin in range(0, len(tokens) - n_ctx + 1, n_ctx):
+            chunk = [engine.bos_token if engine.adds_bos else tokens[begin], *tokens[begin + 1 : begin + n_ctx]]
+            logits = engine.logits([token for token in chunk if token is not None]).astype(np.float64)
+            rows.append(logits[n_ctx // 2 : n_ctx - 1])
+            targets += chunk[n_ctx // 2 + 1 :]
+    logits = np.concatenate(rows)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), np.array(targets)
+
+
+def nll_of(path: Path, n_ctx: int) -> Doubles:
+    log_p, targets = reference(path, n_ctx)
+    nll: Doubles = -np.take_along_axis(log_p, targets[:, None], axis=1)[:, 0]
+    return nll
+
+
+@pytest.fixture(scope="module")
+def noisy_path(write_model: Callable[[Scripted], Path]) -> Path:
+    """The vocabulary of ``mixing_path`` with other logits."""
+    words = [f" w{i}" for i in range(30)]
+    random = np.random.default_rng(6)
+    everything = Scripted(pieces=words).vocab
+    follows = {piece: dict(zip(words, random.normal(0, 3, len(words)).tolist(), strict=True)) for piece in everything}
+    return write_model(Scripted(follows, random_layers=True))
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "n_batch"),
+    [(32, 64), (32, 2048), (32, 32), (33, 80), (32, 10), (32, 20)],
+    ids=["two-at-once", "all-at-once", "one-by-one", "odd", "a-chunk-in-four-batches", "a-chunk-in-two-batches"],
+)
+def test_perplexity_is_what_numpy_makes_of_the_logits(mixing_path: Path, n_ctx: int, n_batch: int) -> None:
+    result = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=16, **EXACT)
+    nll = nll_of(mixing_path, n_ctx)
+    assert (result.n_chunks, result.total_chunks) == (111 // n_ctx, 111 // n_ctx)
+    assert result.n_scored == len(nll) == result.n_chunks * (n_ctx - 1 - n_ctx // 2)
+    assert result.value == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+    error = np.exp(nll.mean()) * nll.std() / math.sqrt(len(nll) - 1)
+    assert result.estimate.uncertainty == pytest.approx(error, rel=1e-4)
+    assert result.is_complete
+
+
+def test_a_model_without_bos_keeps_its_first_token(write_model: Callable[[Scripted], Path]) -> None:
+    words = [f" w{i}" for i in range(30)]
+    path = write_model(Scripted(pieces=words, random_layers=True, add_bos=False))
+    result = ggufmoe.perplexity(path, TEXT, n_ctx=40, **EXACT)
+    assert result.mean_nll.value == pytest.approx(nll_of(path, 40).mean(), rel=1e-5)
+
+
+def test_the_result_so_far_comes_with_each_chunk(mixing_path: Path) -> None:
+    seen: list[ggufmoe.Perplexity] = []
+    result = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=16, n_batch=32, chunks=5, on_progress=seen.append, **EXACT)
+    assert [step.n_chunks for step in seen] == [1, 2, 3, 4, 5]
+    assert seen[-1] == result
+    assert not seen[0].is_complete
+    first = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=16, chunks=1, **EXACT)
+    assert seen[0].value == pytest.approx(first.value, rel=1e-6)
+
+
+def test_a_model_is_no_way_from_itself(mixing_path: Path) -> None:
+    result = ggufmoe.kl_divergence(mixing_path, mixing_path, TEXT, n_ctx=32, **EXACT)
+    assert set(result.kl.quantiles.values()) == set(result.delta_p.quantiles.values()) == {0.0}
+    assert (result.same_top.value, result.rms_delta_p.value, result.ratio.value) == (1.0, 0.0, 1.0)
+    assert result.ratio.uncertainty == pytest.approx(0, abs=1e-6)
+    assert result.correlation == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n_batch", [64, 20])
+def test_divergence_is_what_numpy_makes_of_the_logits(mixing_path: Path, noisy_path: Path, n_batch: int) -> None:
+    result = ggufmoe.kl_divergence(noisy_path, mixing_path, TEXT, n_ctx=32, n_batch=n_batch, **EXACT)
+    (ours, targets), (base, _) = reference(noisy_path, 32), reference(mixing_path, 32)
+    kl = (np.exp(base) * (base - ours)).sum(axis=1)
+    p, p_base = (np.exp(np.take_along_axis(x, targets[:, None], axis=1)[:, 0]) for x in (ours, base))
+    assert result.n_scored == len(kl)
+    assert result.kl.mean.value == pytest.approx(kl.mean(), rel=1e-5)
+    assert result.kl.mean.uncertainty == pytest.approx(kl.std() / math.sqrt(len(kl) - 1), rel=1e-4)
+    assert (result.kl.median, result.kl.maximum) == pytest.approx((np.median(kl), kl.max()), rel=1e-4)
+    assert result.kl.quantiles[0.99] == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
+    assert result.delta_p.mean.value == pytest.approx((p - p_base).mean(), abs=1e-7)
+    assert result.rms_delta_p.value == pytest.approx(np.sqrt(((p - p_base) ** 2).mean()), rel=1e-4)
+    assert result.same_top.value == (ours.argmax(axis=1) == base.argmax(axis=1)).mean()
+    log_ratio = np.log(p_base) - np.log(p)
+    assert result.log_ratio.value == pytest.approx(log_ratio.mean(), rel=1e-4)
+    assert result.log_ratio.uncertainty == pytest.approx(log_ratio.std() / math.sqrt(len(kl) - 1), rel=1e-3)
+    assert result.correlation == pytest.approx(np.corrcoef(np.log(p), np.log(p_base))[0, 1], rel=1e-3)
+    alone = [ggufmoe.perplexity(path, TEXT, n_ctx=32, **EXACT) for path in (noisy_path, mixing_path)]
+    assert result.perplexity.value == pytest.approx(alone[0].value, rel=1e-5)
+    assert result.reference_perplexity.value == pytest.approx(alone[1].value, rel=1e-5)
+
+
+def test_rounding_the_reference_moves_the_divergence_a_little(mixing_path: Path, noisy_path: Path) -> None:
+    exact = ggufmoe.kl_divergence(noisy_path, mixing_path, TEXT, n_ctx=32, **EXACT)
+    rounded = ggufmoe.kl_divergence(noisy_path, mixing_path, TEXT, n_ctx=32, round_reference=True, **EXACT)
+    assert rounded.kl.mean.value != exact.kl.mean.value
+    assert rounded.kl.mean.value == pytest.approx(exact.kl.mean.value, rel=1e-2)
+    with_itself = ggufmoe.kl_divergence(mixing_path, mixing_path, TEXT, n_ctx=32, round_reference=True, **EXACT)
+    assert 0 < abs(with_itself.kl.mean.value) < 1e-3
+
+
+def test_vocabularies_that_differ_are_refused(
+    mixing_path: Path, story_path: Path, write_model: Callable[[Scripted], Path]
+) -> None:
+    with pytest.raises(InputError, match=r"different vocabularies \(\d+ and \d+ tokens\)"):
+        ggufmoe.kl_divergence(mixing_path, story_path, TEXT, n_ctx=32)
+    words = [f" v{i}" for i in range(30)]
+    with pytest.raises(InputError, match=r"token \d+ is ' w0' and ' v0'"):
+        ggufmoe.kl_divergence(mixing_path, write_model(Scripted(pieces=words)), TEXT, n_ctx=32)
+    words = [f" w{i}" for i in range(30)]
+    with pytest.raises(InputError, match="add_bos_token is True and False"):
+        ggufmoe.kl_divergence(mixing_path, write_model(Scripted(pieces=words, add_bos=False)), TEXT, n_ctx=32)
+
+
+def test_a_text_that_does_not_fill_two_chunks_is_refused(mixing_path: Path) -> None:
+    with pytest.raises(InputError, match="the text has 111 tokens, and two chunks of 56 need 112"):
+        ggufmoe.perplexity(mixing_path, TEXT, n_ctx=56)
+    exact = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=55, **EXACT)
+    assert exact.n_chunks == 2
+    with pytest.raises(InputError, match="the text has 1 token,"):
+        ggufmoe.perplexity(mixing_path, "")
+
+
+def test_a_file_is_read_as_the_text_that_it_holds(mixing_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode() + b"\n")
+    from_file = ggufmoe.perplexity(mixing_path, path, n_ctx=55, **EXACT)
+    assert from_file.value == ggufmoe.perplexity(mixing_path, TEXT, n_ctx=55, **EXACT).value
+    path.write_bytes(b"one\ntwo\nthr\xff\xfe\n")
+    with pytest.raises(InputError, match=r"text\.txt:3: byte 11 is not UTF-8"):
+        ggufmoe.perplexity(mixing_path, path)
+    with pytest.raises(InputError, match="cannot read the text"):
+        ggufmoe.perplexity(mixing_path, tmp_path / "nowhere.txt")
+
+
+def test_impossible_options_are_refused(mixing_path: Path) -> None:
+    impossible: list[dict[str, Any]] = [{"n_ctx": 7}, {"chunks": 0}, {"chunks": -2}, {"n_batch": 0}, {"size": 3}]
+    for wrong in impossible:
+        with pytest.raises(OptionError):
+            ggufmoe.perplexity(mixing_path, TEXT, **wrong)
+    assert EvaluationOptions(n_ctx=8, n_batch=4096).context.n_seq_max == 256
+    context = replace(EvaluationOptions(n_ctx=700), n_batch=2048).context
+    assert (context.n_batch, context.n_ctx, context.n_seq_max) == (1400, 1536, 2)
+
+
+def test_a_chunk_that_the_context_cannot_hold_is_refused(mixing_path: Path) -> None:
+    with Engine(mixing_path, ContextOptions(n_ctx=256, **EXACT)) as engine, pytest.raises(ContextFullError):
+        next(engine.compute_chunks([[1] * 257], 0))
+
+
+def test_who_cancels_gets_what_is_done(mixing_path: Path, noisy_path: Path) -> None:
+    cancel = threading.Event()
+
+    def stop(step: ggufmoe.Perplexity) -> None:
+        if step.n_chunks == 2:
+            cancel.set()
+
+    result = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=16, n_batch=16, cancel=cancel, on_progress=stop, **EXACT)
+    assert (result.n_chunks, result.total_chunks, result.is_complete) == (2, 6, False)
+    for run in (ggufmoe.perplexity, lambda *a, **b: ggufmoe.kl_divergence(noisy_path, *a, **b)):
+        with pytest.raises(Cancelled, match="loading was stopped"):
+            run(mixing_path, TEXT, n_ctx=16, cancel=cancel, **EXACT)
+
+
+def test_afterwards_an_engine_generates_as_before(mixing_path: Path) -> None:
+    with Engine(mixing_path, ContextOptions(n_ctx=512, n_seq_max=2, **EXACT)) as engine:
+        prompt = engine.tokenize(" w1 w2 w3")
+        before = engine.logits(prompt)
+        parts = engine.compute_chunks([[1, 5, 7], [1, 8, 9], [1, 6, 6]], 1)
+        part = next(parts)
+        assert (part.group, part.scored) == (range(2), range(1, 3))
+        np.testing.assert_allclose(part.logits(1), engine_logits(mixing_path, [1, 8, 9])[1:], atol=1e-4)
+        parts.close()
+        np.testing.assert_allclose(engine.logits(prompt), before, atol=1e-5)
+
+
+def engine_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
+    with Engine(path, ContextOptions(n_ctx=256, **EXACT)) as engine:
+        return engine.logits(tokens)
+
+
+def test_what_is_known_is_plain_data(mixing_path: Path) -> None:
+    options = EvaluationOptions(n_ctx=32, **EXACT)
+    *_, alone = perplexity_steps(mixing_path, TEXT, options)
+    told = alone.to_dict()
+    assert told["perplexity"] == {"value": alone.value, "uncertainty": alone.estimate.uncertainty}
+    *_, beside = divergence_steps(mixing_path, mixing_path, TEXT, options)
+    told = beside.to_dict()
+    assert told["kl"]["quantiles"]["0.999"] == 0.0
+    assert told["reference"] == str(mixing_path)
