@@ -146,6 +146,7 @@ def check_engine() -> Iterator[Finding]:
     yield judge_version(native.engine_version())
     yield Finding("engine", "built for", "ok", flags_text(native.build_flags()), data={"flags": native.build_flags()})
     yield judge_rpc(native.has_symbol("ggml_backend_rpc_add_server"))
+    yield from judge_amx(native.has_broken_amx())
     devices = native.devices()
     for device in devices:
         yield _about_device(device)
@@ -183,6 +184,13 @@ def judge_rpc(has_rpc: bool) -> Finding:
         return Finding("engine", "workers", "ok", "can use other machines (RPC)", data={"rpc": True})
     text = "cannot use other machines: built without RPC"
     return Finding("engine", "workers", "note", text, reinstall(), {"rpc": False})
+
+
+def judge_amx(is_broken: bool) -> Iterator[Finding]:
+    """A finding for an engine whose AMX code would crash; none for any other."""
+    if is_broken:
+        text = "compiled with AMX, whose code in llama.cpp crashes: weights are not rearranged, which is slower"
+        yield Finding("engine", "AMX", "note", text, reinstall(), {"amx": True})
 
 
 def _about_device(device: native.Device) -> Finding:
@@ -236,7 +244,7 @@ def reinstall() -> str:
     from ggufmoe.native.library import PINNED_ENGINE
 
     pip = "pip install --no-cache-dir --force-reinstall --no-deps --no-binary llama-cpp-python"
-    return f"{pip} llama-cpp-python=={PINNED_ENGINE.package}, with the CMAKE_ARGS of vendor/README.md"
+    return f"{pip} llama-cpp-python=={PINNED_ENGINE.package}, with the variables of vendor/README.md"
 
 
 # ---- workers on other machines

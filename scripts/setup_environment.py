@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PIN_FILE = ROOT / "vendor" / "llama.cpp.toml"
 STAMP = Path(sys.prefix) / "ggufmoe-stamp"
+ENGINE_STAMP = Path(sys.prefix) / "ggufmoe-engine-stamp"
+"""Names the build of the engine that was installed into this environment."""
 
 
 class SetupError(Exception):
@@ -40,6 +42,8 @@ class Pin:
     symbol: str
     """Exported by a build of this flavour only."""
     abi: dict[str, Any]
+    compiler_flags: str = ""
+    """For the C and C++ compilers on this processor, besides what the environment gives."""
 
     @property
     def requirement(self) -> str:
@@ -58,8 +62,15 @@ def read_pin(path: Path, flavour: str | None) -> Pin:
     if name not in table["flavours"]:
         raise SetupError(f"GGUFMOE_ENGINE={name} is no flavour of {path.name}; it has {', '.join(table['flavours'])}")
     chosen = table["flavours"][name]
+    amx = table["amx"]
     return Pin(
-        engine["version"], engine["llama_cpp_commit"], name, chosen["cmake_args"], chosen["symbol"], table["abi"]
+        engine["version"],
+        engine["llama_cpp_commit"],
+        name,
+        chosen["cmake_args"],
+        chosen["symbol"],
+        table["abi"],
+        amx["compiler_flags"] if amx["processor_flag"] in processor().split() else "",
     )
 
 
@@ -94,6 +105,8 @@ def processor() -> str:
 def engine_cache(pin: Pin) -> Path:
     """The directory that holds the wheel of this engine for this machine."""
     told = f"{pin.cmake_args}\n{os.environ.get('CMAKE_ARGS', '')}\n{processor()}"
+    if pin.compiler_flags:
+        told += f"\n{pin.compiler_flags}"
     digest = hashlib.sha256(told.encode()).hexdigest()[:12]
     machine = f"{platform.system()}-{platform.machine()}".lower()
     return cache_directory() / "engine" / f"{pin.version}-{pin.flavour}-{machine}-{digest}"
@@ -134,6 +147,8 @@ def build_wheel(pin: Pin, target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     given = os.environ.get("CMAKE_ARGS", "")
     env = os.environ | {"CMAKE_ARGS": f"{given} {pin.cmake_args}".strip(), "FORCE_CMAKE": "1"}
+    if pin.compiler_flags:  # CMake adds these to its own flags
+        env |= {name: f"{os.environ.get(name, '')} {pin.compiler_flags}".strip() for name in ("CFLAGS", "CXXFLAGS")}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         pip(
@@ -193,6 +208,11 @@ def engine_faults(pin: Pin) -> str:
     return done.stdout.strip()
 
 
+def was_built_here(pin: Pin) -> bool:
+    """Whether the installed engine is the build that this pin makes on this processor, its compiler flags included."""
+    return ENGINE_STAMP.exists() and ENGINE_STAMP.read_text(encoding="utf-8") == engine_cache(pin).name
+
+
 def install_engine(pin: Pin) -> None:
     """Install the pinned engine; a cached wheel that turns out to be another one is built again, once."""
     wheel = cached_wheel(pin)
@@ -220,8 +240,9 @@ def install() -> None:
     STAMP.unlink(missing_ok=True)
     say("installing what the engine needs")
     pip("install", "diskcache", "jinja2", "numpy", "typing-extensions")
-    if engine_faults(pin):
+    if engine_faults(pin) or not was_built_here(pin):
         install_engine(pin)
+        ENGINE_STAMP.write_text(engine_cache(pin).name, encoding="utf-8")
     say(f"engine: llama-cpp-python {pin.version}, flavour {pin.flavour}, checked")
     say("installing ggufmoe and what its tests need")
     pip("install", "-e", f"{ROOT}[dev]")

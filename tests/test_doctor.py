@@ -120,7 +120,14 @@ def test_build_flags_are_shown_by_backend(flags: str, shown: str) -> None:
 def test_an_engine_without_rpc_is_noted() -> None:
     found = doctor.judge_rpc(False)
     assert (found.status, found.data) == ("note", {"rpc": False})
-    assert "CMAKE_ARGS" in found.way_out
+    assert "vendor/README.md" in found.way_out
+
+
+def test_an_engine_with_amx_is_told_apart() -> None:
+    assert list(doctor.judge_amx(False)) == []
+    (found,) = doctor.judge_amx(True)
+    assert found.status == "note"
+    assert "vendor/README.md" in found.way_out
 
 
 @pytest.mark.parametrize(

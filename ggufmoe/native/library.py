@@ -288,6 +288,14 @@ def cpu_has(feature: str) -> bool:
     return has_symbol(name) and bool(getattr(library(), name)())
 
 
+def has_broken_amx() -> bool:
+    """Whether this engine was compiled with AMX, whose matrix code ends the process when GCC compiled it.
+
+    llama.cpp#20824 and #26954; open at commit 0c1e57098. The code runs only for weights in the CPU's extra buffers.
+    """
+    return cpu_has("amx_int8")
+
+
 def gbnf_of_schema(schema: str) -> str:
     """llama-cpp-python's grammar for a JSON schema. Raises what it happens to raise for one that it cannot follow."""
     library()

@@ -106,6 +106,8 @@ def repacked_types() -> dict[GGMLType, int]:
     Follows ``ggml_repack_get_optimal_repack_type`` in ggml-cpu/repack.cpp (commit 0c1e57098).
     """
     found: dict[GGMLType, int] = {}
+    if native.has_broken_amx():
+        return found
     if native.cpu_has("neon") and native.cpu_has("dotprod"):
         fours = (GGMLType.Q4_0, GGMLType.IQ4_NL, GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.Q1_0)
         found |= dict.fromkeys(fours, 4) | dict.fromkeys((GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K), 8)

@@ -6,11 +6,13 @@ Owns the arrays that libllama is pointed at and the reading of its log. Planning
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ggufmoe.native import library as native
 from ggufmoe.options import OffloadOptions
 from ggufmoe.placement.devices import Machine
 from ggufmoe.placement.offload import DeviceShare, OffloadPlan, chosen_devices
@@ -18,6 +20,7 @@ from ggufmoe.placement.offload import DeviceShare, OffloadPlan, chosen_devices
 REPORT_LINES = re.compile(r"buffer size = |buffer type overridden to |: offloaded \d+/\d+ layers")
 """The lines of libllama's log that tell where things went."""
 
+_logger = logging.getLogger("ggufmoe")
 _LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
 _SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 _MAX_DEVICES = 16
@@ -79,7 +82,7 @@ def set_parameters(
     parameters.n_gpu_layers = plan.n_gpu_layers
     parameters.split_mode = _SPLIT_MODES[offload.split_mode]
     parameters.load_mode = _LOAD_MODES[offload.load_mode]
-    parameters.use_extra_bufts = offload.repack
+    parameters.use_extra_bufts = offload.repack and not _avoids_amx()
     parameters.no_host = offload.no_host
     parameters.main_gpu = offload.main_gpu if offload.split_mode == "row" else 0
     if plan.tensor_split:
@@ -94,6 +97,17 @@ def set_parameters(
         parameters.kv_overrides = values
         alive += (values,)
     return alive
+
+
+def _avoids_amx() -> bool:
+    """Whether extra buffers stay unused because their AMX code would crash; which is logged."""
+    if not native.has_broken_amx():
+        return False
+    _logger.warning(
+        "this engine was compiled with AMX, whose code in llama.cpp crashes (llama.cpp#20824): weights are used as "
+        "with --no-repack, which is slower; compile the engine again as vendor/README.md says"
+    )
+    return True
 
 
 def placement_of(plan: OffloadPlan, lines: Iterable[str], machine: Machine) -> Placement:

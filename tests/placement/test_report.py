@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -18,9 +19,10 @@ import pytest
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, OffloadOptions, OptionError
 from ggufmoe.gguf.header import GGMLType
+from ggufmoe.native import library as native
 from ggufmoe.placement.devices import Machine, find_machine, repacked_types
 from ggufmoe.placement.offload import Host, OffloadPlan, Place, plan_offload
-from ggufmoe.placement.report import placement_of, read_report
+from ggufmoe.placement.report import placement_of, read_report, set_parameters
 from tests.placement.shapes import model_of
 
 TIED: dict[str, Any] = {
@@ -207,6 +209,19 @@ def test_this_machine_is_found() -> None:
     assert machine.host.name == "CPU"
     assert "CPU" in machine.buffer_handles
     assert set(repacked_types().values()) <= {4, 8}
+
+
+def test_an_engine_whose_amx_code_crashes_uses_no_extra_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "has_broken_amx", lambda: True)
+    assert repacked_types() == {}
+    parameters = SimpleNamespace()
+    machine = Machine((), Host(), {}, {}, {})
+    plan = plan_offload(model_of(tmp_path / "m.gguf"), ContextOptions(), OffloadOptions(), (), Host(name="CPU"))
+    set_parameters(None, parameters, machine, plan, OffloadOptions(), "llama.expert_used_count")
+    assert parameters.use_extra_bufts is False
+    assert "llama.cpp#20824" in caplog.text
 
 
 # ---- the comparison
