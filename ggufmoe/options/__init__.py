@@ -1,0 +1,46 @@
+"""Option objects: one frozen definition gives the API's argument, the command line's flag and the server's field.
+
+One module a subject; all public names can be imported from here. Nothing is read from the environment.
+"""
+
+from ggufmoe.options.context_options import (
+    MIN_CHUNK_TOKENS,
+    CacheType,
+    ComputeOptions,
+    ContextOptions,
+    EvaluationOptions,
+    ImatrixOptions,
+    OverflowPolicy,
+)
+from ggufmoe.options.convert_options import ConvertOptions, ExportOptions, MergeOptions, QuantizeOptions
+from ggufmoe.options.fields import bounds, given_or_default, option
+from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
+from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
+from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions
+from ggufmoe.options.worker_options import WorkerOptions
+
+__all__ = [
+    "ALL_LAYERS",
+    "AUTO_LAYERS",
+    "MAX_SEED",
+    "MAX_SEQUENCES",
+    "MIN_CHUNK_TOKENS",
+    "CacheType",
+    "ComputeOptions",
+    "ContextOptions",
+    "ConvertOptions",
+    "EvaluationOptions",
+    "ExportOptions",
+    "ImatrixOptions",
+    "LoadMode",
+    "MergeOptions",
+    "OffloadOptions",
+    "OverflowPolicy",
+    "PromptOptions",
+    "QuantizeOptions",
+    "SamplingOptions",
+    "WorkerOptions",
+    "bounds",
+    "given_or_default",
+    "option",
+]

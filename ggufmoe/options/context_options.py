@@ -1,0 +1,134 @@
+"""Options of computing: the context of a conversation, and the chunks of an evaluation or an importance matrix."""
+
+# ruff: noqa: RUF009 (option() makes a dataclass field)
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ggufmoe.errors import OptionError
+from ggufmoe.options.fields import check, check_values, option
+from ggufmoe.options.limits import CONTEXT_STEP_TOKENS, MAX_INT32, MAX_SEQUENCES, MAX_THREADS
+
+MIN_CHUNK_TOKENS = 8
+"""A shorter chunk has no token to score in its second half."""
+
+
+OverflowPolicy = Literal["error", "shift", "truncate-middle"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How llama.cpp computes a text: the part that conversations and evaluations share. Raises OptionError."""
+
+    n_ctx: int | None = option(
+        None,
+        "-c",
+        "--ctx-size",
+        help="Context in tokens, rounded up to a multiple of 256; 0: all that the model was trained for. "
+        "Left out: that, but at most 4096.",
+        metavar="N",
+        between=(0, MAX_INT32),
+    )
+    n_batch: int = option(
+        2048, "-b", "--batch-size", help="Tokens given to llama.cpp at once.", metavar="N", between=(1, MAX_INT32)
+    )
+    n_ubatch: int = option(
+        512, "-ub", "--ubatch-size", help="Tokens computed at once.", metavar="N", between=(1, MAX_INT32)
+    )
+    n_threads: int | None = option(
+        None,
+        "-t",
+        "--threads",
+        help="Threads; one for each physical core by default.",
+        metavar="N",
+        between=(1, MAX_THREADS),
+    )
+    flash_attn: Literal["on", "off", "auto"] = option("auto", "-fa", "--flash-attn", help="Use flash attention.")
+    cache_type_k: CacheType = option("f16", "-ctk", "--cache-type-k", help="Type of the keys in the KV cache.")
+    cache_type_v: CacheType = option("f16", "-ctv", "--cache-type-v", help="Type of the values in the KV cache.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class ContextOptions(ComputeOptions):
+    """The context of a model: how many tokens it holds, how they are computed, what happens when it is full.
+
+    Raises OptionError for values out of range.
+    """
+
+    overflow: OverflowPolicy = option(
+        "error",
+        "--overflow",
+        help="When the context is full: end; drop the oldest tokens (shift); or those in the middle.",
+    )
+    context_shift: bool = option(False, "--context-shift/--no-context-shift", help="The same as --overflow shift.")
+    n_keep: int = option(
+        0,
+        "--keep",
+        help="Tokens at the beginning that are never dropped; BOS never is. -1: the prompt.",
+        metavar="N",
+        between=(-1, MAX_INT32),
+    )
+    cache_ram: int = option(
+        1024,
+        "-cram",
+        "--cache-ram",
+        help="Main memory for the caches of conversations that others took turns with, in MiB; 0: none.",
+        metavar="MiB",
+        between=(0, MAX_INT32),
+    )
+    n_seq_max: int = option(
+        1, help="Texts that share the context, each with an equal part of it.", between=(1, MAX_SEQUENCES)
+    )
+
+    def __post_init__(self) -> None:
+        if self.context_shift and self.overflow == "truncate-middle":
+            raise OptionError("--context-shift and --overflow truncate-middle contradict each other")
+        super().__post_init__()
+
+    @property
+    def overflow_policy(self) -> OverflowPolicy:
+        """What happens to a text that is longer than the context."""
+        return "shift" if self.context_shift else self.overflow
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(ComputeOptions):
+    """How a text is cut into chunks and computed, as llama.cpp's perplexity and imatrix tools do it.
+
+    Raises OptionError for values out of range.
+    """
+
+    n_ctx: int = option(
+        512, "-c", "--ctx-size", help="Tokens of a chunk.", metavar="N", between=(MIN_CHUNK_TOKENS, MAX_INT32)
+    )
+    chunks: int = option(-1, "--chunks", help="At most so many chunks; -1: all that the text fills.", metavar="N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.chunks == -1 or self.chunks > 0, f"--chunks takes -1 or at least 1, not {self.chunks}")
+
+    @property
+    def context(self) -> ContextOptions:
+        """The context to compute in: as many chunks side by side as fit into a batch. No chunk is kept."""
+        n_seq = min(max(1, self.n_batch // self.n_ctx), MAX_SEQUENCES)
+        shared = {field.name: getattr(self, field.name) for field in fields(ComputeOptions)}
+        chunks_side_by_side = {
+            "n_ctx": n_seq * -(-self.n_ctx // CONTEXT_STEP_TOKENS) * CONTEXT_STEP_TOKENS,
+            "n_batch": min(self.n_batch, n_seq * self.n_ctx),
+            "n_seq_max": n_seq,
+            "cache_ram": 0,
+        }
+        return ContextOptions(**shared | chunks_side_by_side)
+
+
+@dataclass(frozen=True)
+class ImatrixOptions(EvaluationOptions):
+    """How an importance matrix is made."""
+
+    process_output: bool = option(False, "--process-output", help="Measure output.weight as well.")
+    force: bool = option(False, "--force", help="Replace an existing output.")

@@ -1,0 +1,95 @@
+"""Options of the convert half: making GGUF files from checkpoints, recipes and other GGUF files, and merging."""
+
+# ruff: noqa: RUF009 (option() makes a dataclass field)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ggufmoe.options.fields import check_values, option
+from ggufmoe.options.limits import MAX_THREADS
+
+
+def _identical_experts() -> Any:
+    return option(
+        False, "--allow-identical-experts", help="Take a recipe whose experts or prompts are all the same, to train it."
+    )
+
+
+def _worker_threads() -> Any:
+    return option(
+        None, "-t", "--threads", help="Worker threads; all cores by default.", metavar="N", between=(1, MAX_THREADS)
+    )
+
+
+def _router_report() -> Any:
+    return option(
+        None, "--router-report", help="Write what the recipe's router will do, layer by layer, as JSON.", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a GGUF file is made, whatever it is made from. Raises OptionError for unknown words."""
+
+    quant: str = option("Q4_K_M", "-q", "--quant", help="File type, as llama-quantize names it.", metavar="TYPE")
+    imatrix: Path | None = option(
+        None, "--imatrix", help="Importance matrix (GGUF, or the older .dat).", metavar="FILE"
+    )
+    tensor_types: tuple[str, ...] = option(
+        (), "--tensor-type", help="Type of the tensors whose name matches a regular expression.", metavar="PATTERN=TYPE"
+    )
+    output_tensor_type: str | None = option(None, "--output-tensor-type", help="Type of output.weight.", metavar="TYPE")
+    token_embedding_type: str | None = option(
+        None, "--token-embedding-type", help="Type of token_embd.weight.", metavar="TYPE"
+    )
+    pure: bool = option(False, "--pure", help="One type for all tensors, without the mix.")
+    threads: int | None = _worker_threads()
+    split_max_size: str | None = option(
+        None, "--split-max-size", help="Write shards of at most this size, for example 4G.", metavar="SIZE"
+    )
+    resume: bool = option(False, "--resume", help="Go on with the partial file of an interrupted run.")
+    force: bool = option(False, "--force", help="Replace an existing output.")
+    manifest: bool = option(False, "--manifest", help="Write OUT.manifest.json beside it, with a hash of each tensor.")
+    quantizer: Literal["auto", "fast", "ggml"] = option(
+        "auto", "--quantizer", help="ggml: only llama.cpp's routines; fast: only ours, or none at all. Same bytes."
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class ConvertOptions(ExportOptions):
+    """How a checkpoint becomes a GGUF file."""
+
+    allow_identical_experts: bool = _identical_experts()
+    router_report: Path | None = _router_report()
+
+
+@dataclass(frozen=True)
+class QuantizeOptions(ExportOptions):
+    """How a GGUF file becomes another one."""
+
+    allow_requantize: bool = option(
+        False, "--allow-requantize", help="Quantize what is quantized already; it loses more than from the original."
+    )
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a recipe becomes a merged checkpoint."""
+
+    layout: Literal["classic", "fused"] = option(
+        "classic", "--layout", help="classic is read by every tool, fused by transformers 5."
+    )
+    max_shard_size: str = option("5G", "--max-shard-size", help="Largest safetensors file.", metavar="SIZE")
+    threads: int | None = _worker_threads()
+    resume: bool = option(False, "--resume", help="Go on with the partial directory of an interrupted run.")
+    force: bool = option(False, "--force", help="Replace an existing checkpoint.")
+    allow_identical_experts: bool = _identical_experts()
+    router_report: Path | None = _router_report()
+
+    def __post_init__(self) -> None:
+        check_values(self)

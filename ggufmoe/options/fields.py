@@ -1,0 +1,117 @@
+"""Option fields: the dataclass field that is also a command-line option, and the checks of every option's value.
+
+Each field carries its flags, help and bounds in its metadata; ``cli/params.py`` builds parameters from them."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ggufmoe.errors import OptionError
+from ggufmoe.options.limits import MAX_INT32
+
+
+def option(
+    default: Any,
+    *flags: str,
+    help: str,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    panel: str | None = None,
+    between: tuple[float, float] | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option; without flags it exists only in the API.
+
+    ``parse`` turns what was typed into the field's value where the annotation alone does not say how; it raises
+    OptionError. ``panel`` is the section of the help that lists the flag, by default that of its class. ``between`` is
+    the least and the largest number that ``check_values`` accepts.
+    """
+    metadata: Mapping[str, Any] = {
+        "flags": flags,
+        "help": help,
+        "metavar": metavar,
+        "parse": parse,
+        "panel": panel,
+        "between": between,
+    }
+    return field(default=default, metadata=metadata)
+
+
+_Options = TypeVar("_Options")
+
+
+def given_or_default(options: _Options | None, kind: type[_Options]) -> _Options:
+    """``options``, or the defaults of ``kind`` for None. Raises TypeError for anything else, for example a dict."""
+    if options is not None and not isinstance(options, kind):
+        raise TypeError(f"expected {kind.__name__}(...), not {options!r}")
+    return kind() if options is None else options
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise OptionError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise OptionError(message)
+
+
+def bounds(kind: type, name: str) -> tuple[float, float]:
+    """The least and the largest number that the field ``name`` of the dataclass ``kind`` may hold."""
+    between: tuple[float, float] = next(spec for spec in fields(kind) if spec.name == name).metadata["between"]
+    return between
+
+
+_HELD: Mapping[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+    Path: ((str, os.PathLike), "a path"),
+    tuple: ((tuple, list), "a tuple of texts"),
+}
+"""By annotation: the Python types that a field accepts (numpy's numbers too), and what a message calls them."""
+
+
+def check_values(options: Any) -> None:
+    """Raise OptionError unless every field holds what its annotation says and every number lies within its bounds."""
+    kinds, words = _kinds(options.__class__), _words(options.__class__)
+    for spec in fields(options):
+        value, between = getattr(options, spec.name), spec.metadata.get("between")
+        if spec.name in kinds:
+            annotation, may_be_none = kinds[spec.name]
+            held, called = _HELD[annotation]
+            # a bool is an int, but no number that anybody means
+            fits = isinstance(value, held) and (annotation is bool or not isinstance(value, bool))
+            if annotation is tuple:
+                fits = fits and all(isinstance(text, str) for text in value)
+            check(fits or (value is None and may_be_none), f"{spec.name} must be {called}, not {value!r}")
+        name = max(spec.metadata.get("flags", ()), key=len, default=spec.name)
+        if between is not None and value is not None:
+            low, high = between
+            wanted = f"at least {low}" if high == MAX_INT32 and value < low else f"between {low} and {high}"
+            check(low <= value <= high, f"{name} must be {wanted}, not {value}")
+        if spec.name in words:
+            check(value in words[spec.name], f"{name} must be one of {', '.join(words[spec.name])}, not {value}")
+
+
+@cache
+def _kinds(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Per field that is no Literal: the type in its annotation, and whether the annotation allows None."""
+    parts = {name: _parts(hint) for name, hint in get_type_hints(kind).items()}
+    return {name: (part[0], type(None) in part) for name, part in parts.items() if part[0] in _HELD}
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """``(int, NoneType)`` of ``int | None``, ``(tuple,)`` of ``tuple[str, ...]``."""
+    origin = get_origin(hint)
+    return get_args(hint) if origin in (Union, UnionType) else (origin or hint,)
+
+
+@cache
+def _words(kind: type) -> dict[str, tuple[str, ...]]:
+    """Per Literal field: the words that it accepts."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}

@@ -1,0 +1,23 @@
+"""Limits and steps that llama.cpp has compiled in, at the pinned commit. Every other module takes them from here."""
+
+from __future__ import annotations
+
+MAX_INT32 = 2**31 - 1
+"""llama.cpp counts tokens, layers and milliseconds in 32 bits; a larger number would wrap around."""
+MAX_THREADS = 512
+"""GGML_MAX_N_THREADS of ggml.h."""
+MAX_SEQUENCES = 256
+"""LLAMA_MAX_SEQ of llama-cparams.h: sequences that one context can hold."""
+CONTEXT_STEP_TOKENS = 256
+"""llama.cpp rounds the part of the context that each sequence has up to a multiple of this."""
+RANDOM_SEED = 2**32 - 1
+"""LLAMA_DEFAULT_SEED of llama.h: llama.cpp draws a seed itself where it is given this one."""
+MAX_SEED = RANDOM_SEED - 1
+"""The largest seed that gives the same answer again."""
+MAX_PENALTY_TOKENS = 2**20
+"""Our own limit: llama.cpp allocates memory for so many tokens at once, and ends the process where there is not
+enough."""
+MAX_RPC_WORKERS = 16
+"""GGML_RPC_MAX_SERVERS of ggml-rpc.h."""
+MAX_PORT = 65535
+"""The largest TCP port."""

@@ -1,0 +1,235 @@
+"""Options of generation: how the next token is drawn, and how a question becomes a prompt."""
+
+# ruff: noqa: RUF009 (option() makes a dataclass field)
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ggufmoe.options.fields import check, check_values, option
+from ggufmoe.options.limits import MAX_INT32, MAX_PENALTY_TOKENS, MAX_SEED
+
+_MORE = "Sampling options, more"
+
+
+_MAX_LOGPROBS = 1000
+_BIAS = re.compile(r"(\d{1,9})([+-](?:inf|\d+\.?\d*|\.\d+))")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is drawn; None stands for the model's own value, else the default named in the help.
+
+    Raises OptionError for numbers that are no probabilities, counts or penalties.
+    """
+
+    temperature: float | None = option(
+        None,
+        "--temp",
+        "--temperature",
+        help="0: always the likeliest token. [default: the model's, else 0.7]",
+        metavar="T",
+        between=(0, 100),
+    )
+    top_k: int | None = option(
+        None,
+        "--top-k",
+        help="Only the K likeliest tokens; 0: all. [default: the model's, else 50]",
+        metavar="K",
+        between=(0, MAX_INT32),
+    )
+    top_p: float | None = option(
+        None,
+        "--top-p",
+        help="Only the likeliest that sum to P; 1: all. [default: the model's, else 0.95]",
+        metavar="P",
+        between=(0, 1),
+    )
+    min_p: float | None = option(
+        None,
+        "--min-p",
+        help="Only those of P times the likeliest's probability. [default: the model's, else 0]",
+        metavar="P",
+        between=(0, 1),
+    )
+    repeat_penalty: float | None = option(
+        None,
+        "--repeat-penalty",
+        help="Against the last tokens; 1: none. [default: the model's, else 1]",
+        metavar="X",
+        between=(0.01, 100),
+    )
+    seed: int | None = option(
+        None,
+        "--seed",
+        help="Same seed, same answer on the same devices; -1: by chance. [default: -1]",
+        metavar="N",
+        between=(-1, MAX_SEED),
+    )
+    n_predict: int = option(
+        256,
+        "-n",
+        "--n-predict",
+        "--predict",
+        help="At most so many new tokens; -1: until the context is full.",
+        metavar="N",
+        between=(-1, MAX_INT32),
+    )
+    typical_p: float | None = option(
+        None,
+        "--typical",
+        "--typical-p",
+        help="Locally typical sampling; 1: off. [default: 1]",
+        metavar="P",
+        panel=_MORE,
+        between=(0, 1),
+    )
+    repeat_last_n: int | None = option(
+        None,
+        "--repeat-last-n",
+        help="So many last tokens count for the penalties. [default: the model's, else 64]",
+        metavar="N",
+        panel=_MORE,
+        between=(0, MAX_PENALTY_TOKENS),
+    )
+    presence_penalty: float = option(
+        0.0,
+        "--presence-penalty",
+        help="Against tokens that came before.",
+        metavar="X",
+        panel=_MORE,
+        between=(-100, 100),
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "--frequency-penalty",
+        help="Against tokens, as often as they came.",
+        metavar="X",
+        panel=_MORE,
+        between=(-100, 100),
+    )
+    dry_multiplier: float = option(
+        0.0,
+        "--dry-multiplier",
+        help="Against repeating sequences (DRY); 0: off.",
+        metavar="X",
+        panel=_MORE,
+        between=(0, 100),
+    )
+    dry_base: float = option(
+        1.75, "--dry-base", help="How fast DRY grows with their length.", metavar="X", panel=_MORE, between=(1, 100)
+    )
+    dry_allowed_length: int = option(
+        2,
+        "--dry-allowed-length",
+        help="Sequences so long may be repeated.",
+        metavar="N",
+        panel=_MORE,
+        between=(0, MAX_INT32),
+    )
+    dry_penalty_last_n: int = option(
+        64,
+        "--dry-penalty-last-n",
+        help="Tokens that DRY looks back.",
+        metavar="N",
+        panel=_MORE,
+        between=(0, MAX_PENALTY_TOKENS),
+    )
+    dry_sequence_breakers: tuple[str, ...] = option(
+        (),
+        "--dry-sequence-breaker",
+        help="Where DRY's sequences end, in place of newline, colon, quote and star; none: nowhere.",
+        metavar="STRING",
+        panel=_MORE,
+    )
+    xtc_probability: float | None = option(
+        None,
+        "--xtc-probability",
+        help="How often all but the last of the likely tokens are left out (XTC); 0: never. [default: 0]",
+        metavar="P",
+        panel=_MORE,
+        between=(0, 1),
+    )
+    xtc_threshold: float | None = option(
+        None, "--xtc-threshold", help="What is likely for XTC. [default: 0.1]", metavar="P", panel=_MORE, between=(0, 1)
+    )
+    mirostat: int | None = option(
+        None,
+        "--mirostat",
+        help="1 or 2: hold the surprise constant; of the others only temperature, grammar and biases count then.",
+        metavar="N",
+        panel=_MORE,
+        between=(0, 2),
+    )
+    mirostat_lr: float | None = option(
+        None,
+        "--mirostat-lr",
+        help="Mirostat's learning rate. [default: 0.1]",
+        metavar="X",
+        panel=_MORE,
+        between=(0, 100),
+    )
+    mirostat_ent: float | None = option(
+        None, "--mirostat-ent", help="Mirostat's surprise. [default: 5]", metavar="X", panel=_MORE, between=(0, 100)
+    )
+    logit_bias: tuple[str, ...] = option(
+        (),
+        "-l",
+        "--logit-bias",
+        help="Add to a token's logit, for example 15043+1 or 15043-inf.",
+        metavar="ID(+/-)BIAS",
+        panel=_MORE,
+    )
+    grammar: str | None = option(
+        None, "--grammar", help="Only text that this grammar (GBNF) allows.", metavar="GBNF", panel=_MORE
+    )
+    grammar_file: Path | None = option(
+        None, "--grammar-file", help="A file with such a grammar.", metavar="FILE", panel=_MORE
+    )
+    json_schema: str | None = option(
+        None, "-j", "--json-schema", help="Only JSON that follows this schema.", metavar="SCHEMA", panel=_MORE
+    )
+    json_schema_file: Path | None = option(
+        None, "-jf", "--json-schema-file", help="A file with such a schema.", metavar="FILE", panel=_MORE
+    )
+    logprobs: int | None = option(
+        None,
+        help="Give each token's logprob, and those of so many of the likeliest ones; 0: only its own.",
+        between=(0, _MAX_LOGPROBS),
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        forms = (self.grammar, self.grammar_file, self.json_schema, self.json_schema_file)
+        message = "give one of --grammar, --grammar-file, --json-schema and --json-schema-file, not several"
+        check(sum(form is not None for form in forms) <= 1, message)
+        _ = self.biases
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """(token id, what is added to its logit) of each ``logit_bias``."""
+        matches = [_BIAS.fullmatch(given) for given in self.logit_bias]
+        for given, match in zip(self.logit_bias, matches, strict=True):
+            check(
+                match is not None, f"--logit-bias: expected a token id and a signed number, as 15043+1, not {given!r}"
+            )
+        return tuple((int(match[1]), float(match[2])) for match in matches if match)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a question becomes a prompt."""
+
+    system_prompt: str | None = option(
+        None, "-sys", "--system-prompt", help="What the model is told before the conversation.", metavar="TEXT"
+    )
+    chat_template: str | None = option(
+        None,
+        "--chat-template",
+        help="A template of the file by name, chatml, llama3, mistral, or a file with one; else the model's own.",
+        metavar="NAME|FILE",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
