@@ -8,6 +8,7 @@ is said by whoever opened the file.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -40,15 +41,11 @@ class PositionalFile:
             done += count
 
     def _read_at(self, position: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [buffer], position)
-        return self._seek_and_read(position, buffer)
-
-    def _seek_and_read(self, position: int, buffer: memoryview) -> int:
-        """The road of systems without preadv (Windows): one reader at a time."""
-        with self._lock:
-            self._file.seek(position)
-            return self._file.readinto(buffer) or 0
+        if sys.platform == "win32":  # it has no preadv: one reader at a time
+            with self._lock:
+                self._file.seek(position)
+                return self._file.readinto(buffer) or 0
+        return os.preadv(self._file.fileno(), [buffer], position)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

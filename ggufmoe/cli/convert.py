@@ -142,10 +142,10 @@ def plan_table(plan: ExportPlan) -> str:
 
 
 def peak_memory_bytes() -> int | None:
-    """The largest resident memory that this process has had; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
+    """The largest resident memory that this process has had; None on Windows."""
+    if sys.platform == "win32":
         return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

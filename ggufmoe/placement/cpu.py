@@ -39,9 +39,11 @@ def physical_cores(allowed: Iterable[int], topology: Path) -> int:
 
 def memory_bytes() -> int:
     """Physical memory of this machine; 0 on Windows, which promises no more than it has."""
+    if sys.platform == "win32":
+        return 0
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
+    except (OSError, ValueError):
         return 0
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -451,10 +452,9 @@ class _Clock:
     def __init__(self) -> None:
         self._seconds: Callable[[], float] = time.process_time
         self._is_of_all = True
-        clock_of = getattr(time, "pthread_getcpuclockid", None)
-        if clock_of is not None:
+        if sys.platform != "win32" and hasattr(time, "pthread_getcpuclockid"):
             with contextlib.suppress(OSError):
-                time.clock_gettime(clock := clock_of(threading.get_ident()))
+                time.clock_gettime(clock := time.pthread_getcpuclockid(threading.get_ident()))
                 self._seconds, self._is_of_all = functools.partial(time.clock_gettime, clock), False
         self._before = self._seconds()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +25,8 @@ class PassingFiles:
         self._paths = tuple(paths) if memory is not None and n_bytes > _SHARE * memory else ()
 
     def release(self) -> None:
-        """Give back what has been read so far; nothing happens where the system has no such call."""
-        if not hasattr(os, "posix_fadvise"):
+        """Take what has been read so far out of the page cache (on Linux; elsewhere nothing happens)."""
+        if sys.platform != "linux":
             return
         for path in self._paths:
             with contextlib.suppress(OSError), path.open("rb") as file:
@@ -33,8 +34,10 @@ class PassingFiles:
 
 
 def memory_bytes() -> int | None:
-    """Memory of the machine; None where the system does not tell (Windows)."""
+    """Physical memory of this machine; None on Windows and where the system does not tell."""
+    if sys.platform == "win32":
+        return None
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+    except (ValueError, OSError):
         return None

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -246,15 +247,11 @@ class PartialFile:
             offset, data = offset + count, data[count:]
 
     def _write_some(self, offset: int, data: memoryview) -> int:
-        if hasattr(os, "pwrite"):
-            return os.pwrite(self._descriptor, data, offset)
-        return self._seek_and_write(offset, data)
-
-    def _seek_and_write(self, offset: int, data: memoryview) -> int:
-        """The road of systems without pwrite (Windows): one writer at a time."""
-        with self._lock:
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            return os.write(self._descriptor, data)
+        if sys.platform == "win32":  # it has no pwrite: one writer at a time
+            with self._lock:
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+                return os.write(self._descriptor, data)
+        return os.pwrite(self._descriptor, data, offset)
 
     def sync(self) -> None:
         """Return when everything written so far is on disk."""

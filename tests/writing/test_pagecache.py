@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +22,7 @@ def released(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         assert (offset, length) == (0, 0)
         told.append((os.fstat(descriptor).st_ino, advice))
 
+    monkeypatch.setattr(pagecache, "sys", SimpleNamespace(platform="linux"))
     monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
     monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
     monkeypatch.setattr(pagecache, "memory_bytes", lambda: 1000)
@@ -36,13 +39,20 @@ def test_what_fits_stays_and_what_does_not_is_given_back(tmp_path: Path, release
     assert released == [(path.stat().st_ino, 4) for path in paths]
 
 
-def test_a_system_that_cannot_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    PassingFiles([tmp_path / "gone"], 1 << 60).release()
-    monkeypatch.delattr(os, "sysconf", raising=False)
-    assert memory_bytes() is None
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_nothing_is_given_back_on_a_system_without_the_call(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: list[tuple[int, int]]
+) -> None:
+    (tmp_path / "a").touch()
+    files = PassingFiles([tmp_path / "a"], 501)
+    monkeypatch.setattr(pagecache, "sys", SimpleNamespace(platform=system))
+    files.release()
+    assert released == []
 
 
-def test_this_machine_has_memory() -> None:
+def test_memory_is_unknown_on_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = memory_bytes()
+    assert (memory is None) == (sys.platform == "win32")
     assert memory is None or memory > 1 << 28
+    monkeypatch.setattr(pagecache, "sys", SimpleNamespace(platform="win32"))
+    assert memory_bytes() is None

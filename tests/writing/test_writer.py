@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -37,7 +38,7 @@ from ggufmoe.gguf.header import GGMLType, read_header
 from ggufmoe.native import library as native
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
-from ggufmoe.writing import tiles
+from ggufmoe.writing import tiles, writer
 from ggufmoe.writing.journal import Journal, fingerprint
 from ggufmoe.writing.writer import PartialFile, Progress, WriteOptions, journal_path, partial_path, write_plan
 from tests import tiny
@@ -511,6 +512,7 @@ def test_without_pwrite_the_file_is_the_same(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write(tiny_checkpoint(), tmp_path / "whole.gguf").read_bytes()
+    monkeypatch.setattr(writer, "sys", SimpleNamespace(platform="win32"))
     monkeypatch.delattr(os, "pwrite", raising=False)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert write(tiny_checkpoint(), tmp_path / "a.gguf").read_bytes() == whole
