@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from PySide6.QtCore import QObject, Qt, QThread, Signal, Slot
 from PySide6.QtGui import QCloseEvent, QKeyEvent
@@ -70,6 +71,8 @@ QScrollBar::add-line, QScrollBar::sub-line { height: 0; }
 QProgressBar { background: #e3e6eb; border: none; max-height: 3px; }
 QProgressBar::chunk { background: #2f5bd7; }
 """
+
+Widget = TypeVar("Widget", bound=QWidget)
 
 STOPS = "background: #ffffff; color: #b42318; border-color: #e5a9a3;"
 
@@ -172,21 +175,27 @@ def _summary(event: Finished) -> str:
     return f"{facts} · {notes[event.reason]}" if event.reason in notes else facts
 
 
+def named(name: str, widget: Widget) -> Widget:
+    """Give ``widget`` the name by which ``STYLE`` knows it."""
+    widget.setObjectName(name)
+    return widget
+
+
 class Transcript(QScrollArea):
     """The conversation as bubbles; follows its end while the reader is there."""
 
     def __init__(self) -> None:
         super().__init__()
-        page = QWidget(objectName="transcript")
-        self._rows = QVBoxLayout(page)
+        self._page = named("transcript", QWidget())
+        self._rows = QVBoxLayout(self._page)
         self._rows.setContentsMargins(24, 20, 24, 20)
         self._rows.setSpacing(12)
-        self._welcome = QLabel(objectName="welcome", alignment=Qt.AlignmentFlag.AlignCenter)
+        self._welcome = named("welcome", QLabel(alignment=Qt.AlignmentFlag.AlignCenter))
         self._rows.addWidget(self._welcome, 1)
         self._rows.addStretch()
         self._answer: QLabel | None = None
         self._follows = True
-        self.setWidget(page)
+        self.setWidget(self._page)
         self.setWidgetResizable(True)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         bar = self.verticalScrollBar()
@@ -210,10 +219,10 @@ class Transcript(QScrollArea):
         self._answer = None
 
     def divide(self, text: str) -> None:
-        self._rows.addWidget(QLabel(text, objectName="divider"), alignment=Qt.AlignmentFlag.AlignHCenter)
+        self._rows.addWidget(named("divider", QLabel(text)), alignment=Qt.AlignmentFlag.AlignHCenter)
 
     def clear(self) -> None:
-        for child in self.widget().findChildren(QWidget, options=Qt.FindChildOption.FindDirectChildrenOnly):
+        for child in self._page.findChildren(QWidget, options=Qt.FindChildOption.FindDirectChildrenOnly):
             if child is not self._welcome:
                 self._rows.removeWidget(child)
                 child.deleteLater()
@@ -224,11 +233,11 @@ class Transcript(QScrollArea):
         self._welcome.setVisible(text is not None)
 
     def _add_bubble(self, kind: str, text: str) -> QLabel:
-        bubble = QLabel(text, objectName=kind)
+        bubble = named(kind, QLabel(text))
         bubble.setTextFormat(Qt.TextFormat.PlainText)
         bubble.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         bubble.setSizePolicy(QSizePolicy.Policy.Preferred, QSizePolicy.Policy.Minimum)
-        row = QWidget(self.widget())
+        row = QWidget(self._page)
         line = QHBoxLayout(row)
         line.setContentsMargins(0, 0, 0, 0)
         line.addWidget(bubble)
@@ -308,7 +317,8 @@ class ChatWindow(QMainWindow):
         self.busy: Task | None = None
         self._is_ready = False
         self._build()
-        self._thread = QThread(objectName="talker")
+        self._thread = QThread()
+        self._thread.setObjectName("talker")
         self._talker = Talker()
         self._talker.moveToThread(self._thread)
         self._connect(self._talker)
@@ -417,10 +427,10 @@ class ChatWindow(QMainWindow):
         self.setWindowTitle("ggufmoe")
         self.resize(820, 680)
         self.progress = QProgressBar(maximum=1000, textVisible=False)
-        self.error = QLabel(objectName="error", wordWrap=True)
+        self.error = named("error", QLabel(wordWrap=True))
         self.error.hide()
         self.transcript = Transcript()
-        page = QWidget(objectName="page")
+        page = named("page", QWidget())
         column = QVBoxLayout(page)
         column.setContentsMargins(0, 0, 0, 0)
         column.setSpacing(0)
@@ -429,16 +439,17 @@ class ChatWindow(QMainWindow):
         self.setCentralWidget(page)
 
     def _header(self) -> QFrame:
-        header = QFrame(objectName="header")
-        self.name = QLabel(objectName="model")
-        self.facts = QLabel(objectName="facts")
+        header = named("header", QFrame())
+        self.name = named("model", QLabel())
+        self.facts = named("facts", QLabel())
         titles = QVBoxLayout()
         titles.setSpacing(2)
         titles.addWidget(self.name)
         titles.addWidget(self.facts)
-        self.restart = QPushButton("New chat", clicked=self.start_over)
-        settings = QPushButton("Settings", clicked=self.choose_settings)
-        opening = QPushButton("Open model", clicked=self.choose_model)
+        self.restart, settings, opening = QPushButton("New chat"), QPushButton("Settings"), QPushButton("Open model")
+        self.restart.clicked.connect(self.start_over)
+        settings.clicked.connect(self.choose_settings)
+        opening.clicked.connect(self.choose_model)
         line = QHBoxLayout(header)
         line.setContentsMargins(24, 12, 20, 12)
         line.addLayout(titles, 1)
@@ -447,11 +458,12 @@ class ChatWindow(QMainWindow):
         return header
 
     def _footer(self) -> QFrame:
-        footer = QFrame(objectName="footer")
+        footer = named("footer", QFrame())
         self.prompt = Prompt()
         self.prompt.sent.connect(self.send)
-        self.button = QPushButton(objectName="send", clicked=lambda: self.stop() if self.busy else self.send())
-        self.status = QLabel(objectName="status")
+        self.button = named("send", QPushButton())
+        self.button.clicked.connect(lambda: self.stop() if self.busy else self.send())
+        self.status = named("status", QLabel())
         line = QHBoxLayout()
         line.setSpacing(12)
         line.addWidget(self.prompt, 1)

@@ -119,6 +119,7 @@ def test_another_model_is_opened_in_the_middle_of_an_answer(window: ChatWindow, 
     ask(window, "hi")
     wait(lambda: len(texts(window, "answer")[0]) > 5)
     first = window._talker._engine
+    assert first is not None
     load(window, brief)
     assert first is not window._talker._engine
     with pytest.raises(Exception, match="closed"):
