@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.safetensors import read_header as read_safetensors_header
@@ -25,7 +25,7 @@ from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.merge.merged import MergedModel, open_recipe
 from ggufmoe.merge.router import RouterReport
 from ggufmoe.merge.sidecars import sidecar_files
-from ggufmoe.options import ConvertOptions, ExportOptions, MergeOptions
+from ggufmoe.options import ConvertKeywords, ConvertOptions, ExportOptions, MergeKeywords, MergeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
@@ -33,6 +33,9 @@ from ggufmoe.quant.types import FileType, parse_tensor_type
 from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
 from ggufmoe.writing.formats import routines
 from ggufmoe.writing.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -86,35 +89,26 @@ def _quantizer_dict(report: KernelReport) -> dict[str, Any]:
 def convert(
     source: str | Path,
     output: str | Path,
-    quant: str = "Q4_K_M",
+    quant: str | None = None,
     *,
+    options: ConvertOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     cancel: CancelEvent | None = None,
-    **options: Any,
+    **keywords: Unpack[ConvertKeywords],
 ) -> ConvertResult:
     """Turn a checkpoint or a merge recipe into a GGUF file.
 
-    ``source`` is a Hugging Face directory, a hub id (``org/name`` or ``org/name@revision``) or a recipe (``.yaml``),
-    which gives the very file that ``merge`` and then ``convert`` give. ``options`` are the fields of
-    ``ConvertOptions``. ``on_progress`` is called a few times a second, never by two threads at once, first
-    for the router of a recipe, then for what is written and, if a manifest is made, for what is hashed; ``cancel`` is
-    looked at before each tile. One pass; memory does not grow with the model.
+    ``source`` is a Hugging Face directory, a hub id (``org/name`` or ``org/name@revision``) or a recipe (``.yaml``);
+    converting a recipe writes the same bytes as ``merge`` followed by ``convert``. The options are given as one object
+    (``options=ConvertOptions(threads=4)``) or by name (``threads=4``), where ``quant`` may be the third argument; its
+    default is Q4_K_M. ``on_progress`` is called a few times a second, never by two threads at once: for the router of a
+    recipe, then for the bytes written and, if a manifest is made, for the bytes hashed. ``cancel`` is checked before
+    each tile. The source is read once; memory does not grow with the model.
 
     Raises a class of ``ggufmoe.errors``: CheckpointError, RecipeError, TokenizerError, OptionError, ImatrixError and
     OutputError before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when asked to stop.
     """
-    return convert_with(source, output, _options(quant, options), on_progress=on_progress, cancel=cancel)
-
-
-def convert_with(
-    source: str | Path,
-    output: str | Path,
-    options: ConvertOptions,
-    *,
-    on_progress: Callable[[Progress], None] | None = None,
-    cancel: CancelEvent | None = None,
-) -> ConvertResult:
-    """``convert`` with its options as an object."""
+    options = options_of(ConvertOptions, options, with_quant(quant, keywords))
     path = output_path(output)
     check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
     _check_report(options.router_report)
@@ -135,25 +129,26 @@ def convert_with(
     return convert_result(plan, report, options, manifest, router)
 
 
-def plan_convert(source: str | Path, output: str | Path, quant: str = "Q4_K_M", **options: Any) -> ExportPlan:
-    """What ``convert`` with the same arguments would write, to the byte. Reads headers only.
+def plan_convert(
+    source: str | Path,
+    output: str | Path,
+    quant: str | None = None,
+    *,
+    options: ConvertOptions | None = None,
+    **keywords: Unpack[ConvertKeywords],
+) -> ExportPlan:
+    """What ``convert`` with the same arguments would write: every file, tensor, type and offset. Reads headers only.
 
     The plan can be printed; its source is closed again, so it cannot be written.
     """
-    return plan_with(source, output, _options(quant, options))
-
-
-def plan_with(source: str | Path, output: str | Path, options: ConvertOptions) -> ExportPlan:
-    """``plan_convert`` with its options as an object."""
+    options = options_of(ConvertOptions, options, with_quant(quant, keywords))
     with _open_source(source, options) as model:
         return _plan(model, output_path(output), options)
 
 
-def _options(quant: str, given: dict[str, Any]) -> ConvertOptions:
-    try:
-        return ConvertOptions(quant=quant, **given)
-    except TypeError as error:
-        raise OptionError(f"convert has no such option: {str(error).rpartition(' ')[2]}") from error
+def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, object]:
+    """The keywords and, unless it is None, the file type, which may be given by position."""
+    return {**keywords} if quant is None else {**keywords, "quant": quant}
 
 
 @contextlib.contextmanager
@@ -277,32 +272,19 @@ def merge(
     recipe: str | Path,
     out_dir: str | Path,
     *,
+    options: MergeOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     cancel: CancelEvent | None = None,
-    **options: Any,
+    **keywords: Unpack[MergeKeywords],
 ) -> MergeResult:
-    """Follow a recipe to a Mixtral checkpoint, as mergekit-moe does; ``options`` are the fields of ``MergeOptions``.
+    """Merge the models of a recipe into a Mixtral checkpoint, as mergekit-moe does.
 
-    The directory appears under its name when it is complete: safetensors, config, tokenizer and model card, readable
-    by transformers 4 and 5. Until then all is in ``OUT_DIR.partial``. Converting it gives the file that converting the
-    recipe gives. Raises what ``convert`` raises.
+    The options are given as one object (``options=MergeOptions(threads=4)``) or by name (``threads=4``). The directory
+    appears under its name when it is complete: safetensors, config, tokenizer and model card, readable by transformers
+    4 and 5; until then its files are in ``OUT_DIR.partial``. Converting it writes the same bytes as converting the
+    recipe. ``on_progress``, ``cancel`` and what is raised are those of ``convert``.
     """
-    try:
-        chosen = MergeOptions(**options)
-    except TypeError as error:
-        raise OptionError(f"merge has no such option: {str(error).rpartition(' ')[2]}") from error
-    return merge_with(recipe, out_dir, chosen, on_progress=on_progress, cancel=cancel)
-
-
-def merge_with(
-    recipe: str | Path,
-    out_dir: str | Path,
-    options: MergeOptions,
-    *,
-    on_progress: Callable[[Progress], None] | None = None,
-    cancel: CancelEvent | None = None,
-) -> MergeResult:
-    """``merge`` with its options as an object."""
+    options = options_of(MergeOptions, options, keywords)
     target = Path(out_dir).expanduser()
     check_directory(target, (), force=options.force)
     max_shard_bytes = parse_size(options.max_shard_size)

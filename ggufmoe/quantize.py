@@ -8,56 +8,52 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ggufmoe.convert import (
     ConvertResult,
     convert_result,
     output_path,
     type_policy,
+    with_quant,
     write_plan_manifest,
 )
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.plan import ExportPlan, parse_size
 from ggufmoe.export.requantize import COPY, plan_requantize
-from ggufmoe.options import QuantizeOptions
+from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.writing.writer import CancelEvent, Progress, WriteOptions, check_place, write_plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def quantize(
     source: str | Path,
     output: str | Path,
-    quant: str = "Q4_K_M",
+    quant: str | None = None,
     *,
+    options: QuantizeOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     cancel: CancelEvent | None = None,
-    **options: Any,
+    **keywords: Unpack[QuantizeKeywords],
 ) -> ConvertResult:
-    """Turn a GGUF model into one of another type: the very file that ``llama_model_quantize`` writes.
+    """Turn a GGUF model into one of another type: the same bytes that ``llama_model_quantize`` writes.
 
     ``source`` is a file, or any file of a split model; ``quant`` may also be ``COPY``, which changes no type. Mixtral
-    files with one tensor for each expert get their experts stacked. ``options`` are the fields of ``QuantizeOptions``;
-    ``on_progress`` and ``cancel`` are those of ``convert``. One pass; memory does not grow with the model.
+    files with one tensor for each expert get their experts stacked. The options are given as one object
+    (``options=QuantizeOptions(threads=4)``) or by name (``threads=4``), where ``quant`` may be the third argument; its
+    default is Q4_K_M. ``on_progress`` and ``cancel`` are those of ``convert``. The source is read once; memory does not
+    grow with the model.
 
     Raises a class of ``ggufmoe.errors``: GGUFError, OptionError (also for what is quantized already, unless
     ``allow_requantize``), ArchitectureError, ImatrixError and OutputError before anything is written, NonFiniteError
     and NoSpaceError on the way, Cancelled when asked to stop.
     """
-    return quantize_with(source, output, _options(quant, options), on_progress=on_progress, cancel=cancel)
-
-
-def quantize_with(
-    source: str | Path,
-    output: str | Path,
-    options: QuantizeOptions,
-    *,
-    on_progress: Callable[[Progress], None] | None = None,
-    cancel: CancelEvent | None = None,
-) -> ConvertResult:
-    """``quantize`` with its options as an object."""
+    options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     path = output_path(output)
     check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
     with contextlib.closing(GGUFSource(Path(source).expanduser())) as model:
@@ -74,25 +70,21 @@ def quantize_with(
     return convert_result(plan, report, options, write_plan_manifest(plan, options, on_progress, cancel))
 
 
-def plan_quantize(source: str | Path, output: str | Path, quant: str = "Q4_K_M", **options: Any) -> ExportPlan:
-    """What ``quantize`` with the same arguments would write, to the byte. Reads headers only.
+def plan_quantize(
+    source: str | Path,
+    output: str | Path,
+    quant: str | None = None,
+    *,
+    options: QuantizeOptions | None = None,
+    **keywords: Unpack[QuantizeKeywords],
+) -> ExportPlan:
+    """What ``quantize`` with the same arguments would write: every file, tensor, type and offset. Reads headers only.
 
     The plan can be printed; its source is closed again, so it cannot be written.
     """
-    return plan_quantize_with(source, output, _options(quant, options))
-
-
-def plan_quantize_with(source: str | Path, output: str | Path, options: QuantizeOptions) -> ExportPlan:
-    """``plan_quantize`` with its options as an object."""
+    options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     with contextlib.closing(GGUFSource(Path(source).expanduser())) as model:
         return _plan(model, output_path(output), options)
-
-
-def _options(quant: str, given: dict[str, Any]) -> QuantizeOptions:
-    try:
-        return QuantizeOptions(quant=quant, **given)
-    except TypeError as error:
-        raise OptionError(f"quantize has no such option: {str(error).rpartition(' ')[2]}") from error
 
 
 def _plan(model: GGUFSource, output: Path, options: QuantizeOptions) -> ExportPlan:

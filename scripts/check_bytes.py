@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ggufmoe.convert import convert, plan_convert
 from ggufmoe.errors import GgufmoeError, ImatrixError, OptionError
 from ggufmoe.gguf.header import read_header
+from ggufmoe.options import Quantizer
 from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
@@ -84,7 +85,7 @@ def importance(source: Path, path: Path) -> Importance:
 
 
 def differences(
-    source: Path, file_type: FileType, lossless: Path, matrix: Path | None, weights: Importance, quantizer: str
+    source: Path, file_type: FileType, lossless: Path, matrix: Path | None, weights: Importance, quantizer: Quantizer
 ) -> list[str]:
     """What differs between the two roads to one file type."""
     ours, theirs = lossless.with_name("ours.gguf"), lossless.with_name("theirs.gguf")
@@ -105,7 +106,9 @@ def differences(
     return found + [key for key in wanted_keys if keys.get(key) != wanted_keys[key]]
 
 
-def check_shape(shape: Shape, file_types: Sequence[FileType], directory: Path, quantizer: str) -> tuple[int, list[str]]:
+def check_shape(
+    shape: Shape, file_types: Sequence[FileType], directory: Path, quantizer: Quantizer
+) -> tuple[int, list[str]]:
     """Tensors compared, and what differs, for one checkpoint and all file types."""
     source = shape.make(directory / "tiny-model")
     lossless, matrix = directory / "lossless.gguf", directory / "imatrix.gguf"

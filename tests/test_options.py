@@ -1,15 +1,37 @@
-"""What option objects refuse; how their flags are read is the command line's."""
+"""What option objects refuse, and how a function takes its options; tests/cli/test_params.py tests their flags."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
-from ggufmoe import ContextOptions, ConvertOptions, OffloadOptions, OptionError, SamplingOptions
-from ggufmoe.options import EvaluationOptions, PromptOptions, WorkerOptions
+import ggufmoe
+from ggufmoe import (
+    ContextOptions,
+    ConvertOptions,
+    MergeOptions,
+    OffloadOptions,
+    OptionError,
+    QuantizeOptions,
+    SamplingOptions,
+)
+from ggufmoe.convert import plan_convert
+from ggufmoe.options import (
+    ConvertKeywords,
+    EvaluationOptions,
+    MergeKeywords,
+    PromptOptions,
+    QuantizeKeywords,
+    WorkerOptions,
+    options_of,
+)
+from ggufmoe.quantize import plan_quantize
 
 
 @pytest.mark.parametrize(
@@ -39,7 +61,71 @@ def test_values_of_another_kind_are_refused(kind: Any, given: dict[str, Any], me
         kind(**given)
 
 
-def test_what_will_do() -> None:
-    ContextOptions(n_ctx=np.int64(512), n_threads=None)
-    SamplingOptions(temperature=1, top_p=np.float32(0.5), grammar_file=Path("a.gbnf"))
-    SamplingOptions(grammar_file="a.gbnf", logit_bias=["5+1"])  # type: ignore[arg-type]
+def test_numbers_of_numpy_and_paths_as_text_are_accepted() -> None:
+    assert ContextOptions(n_ctx=np.int64(512), n_threads=None).n_ctx == 512
+    sampling = SamplingOptions(temperature=1, top_p=np.float32(0.5), grammar_file=Path("a.gbnf"))
+    assert sampling == SamplingOptions(temperature=1.0, top_p=0.5, grammar_file="a.gbnf")  # type: ignore[arg-type]
+    assert SamplingOptions(logit_bias=["5+1"]).logit_bias == ("5+1",)  # type: ignore[arg-type]
+
+
+def test_the_home_directory_is_expanded_in_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert ConvertOptions(imatrix=Path("~/m.gguf")).imatrix == tmp_path / "m.gguf"
+    with pytest.raises(OptionError, match="imatrix: ~nobody-of-this-name/m: there is no such home directory"):
+        ConvertOptions(imatrix=Path("~nobody-of-this-name/m"))
+
+
+def test_options_of_an_object_of_keywords_or_of_neither() -> None:
+    given = ConvertOptions(threads=4)
+    assert options_of(ConvertOptions, given, {}) is given
+    assert options_of(ConvertOptions, None, {"threads": 4}) == given
+    assert options_of(ConvertOptions, None, {}) == ConvertOptions()
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords", "message"),
+    [
+        (None, {"thread": 4}, "ConvertOptions has no option 'thread'; did you mean 'threads'?"),
+        (None, {"zzz": 4}, "ConvertOptions has no option 'zzz'; there are quant, imatrix, tensor_types, "),
+        (None, {"threads": "x"}, "threads must be a whole number, not 'x'"),
+        (ConvertOptions(), {"pure": True, "quant": "F16"}, "options=ConvertOptions(...) or single options by name, not "
+         "both: found pure, quant too"),
+    ],
+)  # fmt: skip
+def test_keywords_that_are_refused(options: ConvertOptions | None, keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        options_of(ConvertOptions, options, keywords)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 4}, QuantizeOptions(), ConvertOptions])
+def test_an_object_of_another_class_is_a_type_error(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected ConvertOptions\(\.\.\.\), not"):
+        options_of(ConvertOptions, wrong, {})
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "keywords"),
+    [
+        (ggufmoe.convert, ConvertOptions, ConvertKeywords),
+        (plan_convert, ConvertOptions, ConvertKeywords),
+        (ggufmoe.quantize, QuantizeOptions, QuantizeKeywords),
+        (plan_quantize, QuantizeOptions, QuantizeKeywords),
+        (ggufmoe.merge, MergeOptions, MergeKeywords),
+    ],
+)
+def test_a_function_takes_each_option_once_with_the_type_of_the_field(
+    function: Callable[..., Any], kind: type[Any], keywords: type[Any]
+) -> None:
+    parameters = inspect.signature(function).parameters
+    assert parameters["options"].annotation == f"{kind.__name__} | None"
+    assert parameters["keywords"].annotation == f"Unpack[{keywords.__name__}]"
+    hints = get_type_hints(kind)
+    by_name = get_type_hints(keywords)
+    if "quant" in parameters:  # None stands for the default
+        assert "quant" not in by_name
+        assert parameters["quant"].annotation == "str | None"
+        by_name["quant"] = str
+    assert by_name == {spec.name: hints[spec.name] for spec in fields(kind)}
+    assert by_name.keys() & parameters.keys() <= {"quant"}

@@ -24,6 +24,7 @@ from ggufmoe.errors import (
 )
 from ggufmoe.gguf.header import GGMLType, Value, ValueType, read_header, read_model_header
 from ggufmoe.gguf.manifest import read_manifest, verify
+from ggufmoe.options import Quantizer
 from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.types import FileType
@@ -311,7 +312,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
         ({"quant": "Q4_X"}, "unknown file type"),
         ({"threads": 0}, "--threads must be between 1 and 512, not 0"),
         ({"quantizer": "quick"}, "quantizer must be one of auto, fast, ggml"),
-        ({"layers": 3}, "quantize has no such option: 'layers'"),
+        ({"layers": 3}, "QuantizeOptions has no option 'layers'; there are quant, imatrix, "),
         ({"split_max_size": "0"}, "not a size"),
         ({"quantizer": "fast", "quant": "TQ1_0"}, "TQ1_0: there is no fast quantizer"),
         ({"tensor_types": ("ffn_upp=q8_0",)}, "matches no tensor"),
@@ -358,7 +359,7 @@ def test_the_plan_is_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["auto", "fast", "ggml"])
-def test_the_quantizer_does_not_change_a_byte_and_is_reported(tmp_path: Path, quantizer: str) -> None:
+def test_the_quantizer_does_not_change_a_byte_and_is_reported(tmp_path: Path, quantizer: Quantizer) -> None:
     source = model(tmp_path, Specimen(n_expert=2))
     result = ggufmoe.quantize(source, tmp_path / "out.gguf", "Q4_K_S", quantizer=quantizer)
     assert (tmp_path / "out.gguf").read_bytes() == made_by_llama(source, "Q4_K_S")

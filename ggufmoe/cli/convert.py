@@ -57,7 +57,7 @@ def convert_command(
 
 def run_conversion(source: str, output: Path, options: ConvertOptions, *, quiet: bool) -> ConvertResult:
     """Convert with a progress display and a gentle Ctrl-C."""
-    from ggufmoe.convert import convert_with
+    from ggufmoe.convert import convert
 
     interrupt = Interrupt()
     with interrupt.handled(), progress_display(f"convert {options.quant}", quiet=quiet) as display:
@@ -66,7 +66,7 @@ def run_conversion(source: str, output: Path, options: ConvertOptions, *, quiet:
             interrupt.be_gentle()
             display.update(step)
 
-        return convert_with(source, output, options, on_progress=show, cancel=interrupt)
+        return convert(source, output, options=options, on_progress=show, cancel=interrupt)
 
 
 class Interrupt:
@@ -116,9 +116,9 @@ def summary(result: ConvertResult) -> str:
 
 
 def _show_plan(source: str, output: Path, options: ConvertOptions, as_json: bool) -> None:
-    from ggufmoe.convert import plan_with
+    from ggufmoe.convert import plan_convert
 
-    plan = plan_with(source, output, options)
+    plan = plan_convert(source, output, options=options)
     print(json.dumps(plan.to_dict()) if as_json else plan_table(plan))
 
 

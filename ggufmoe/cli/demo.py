@@ -83,11 +83,11 @@ def _check_output(output: Path) -> None:
 
 
 def _check_quant(output: Path, options: ConvertOptions) -> None:
-    from ggufmoe.convert import plan_with
+    from ggufmoe.convert import plan_convert
     from ggufmoe.demo import RECIPE
 
     try:
-        plan_with(RECIPE, output, options)
+        plan_convert(RECIPE, output, options=options)
     except ImatrixError as error:
         raise OptionError(f"{options.quant} needs an importance matrix, which the demo does not make") from error
 

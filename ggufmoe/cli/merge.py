@@ -45,7 +45,7 @@ def merge_command(
 
 
 def _merge(recipe: Path, out_dir: Path, options: MergeOptions, quiet: bool) -> MergeResult:
-    from ggufmoe.convert import merge_with
+    from ggufmoe.convert import merge
 
     interrupt = Interrupt()
     with interrupt.handled(), progress_display("merge", quiet=quiet) as display:
@@ -54,4 +54,4 @@ def _merge(recipe: Path, out_dir: Path, options: MergeOptions, quiet: bool) -> M
             interrupt.be_gentle()
             display.update(step)
 
-        return merge_with(recipe, out_dir, options, on_progress=show, cancel=interrupt)
+        return merge(recipe, out_dir, options=options, on_progress=show, cancel=interrupt)

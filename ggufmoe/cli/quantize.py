@@ -48,7 +48,7 @@ def quantize_command(
 
 
 def _quantize(source: Path, output: Path, options: QuantizeOptions, quiet: bool) -> ConvertResult:
-    from ggufmoe.quantize import quantize_with
+    from ggufmoe.quantize import quantize
 
     interrupt = Interrupt()
     with interrupt.handled(), progress_display(f"quantize {options.quant}", quiet=quiet) as display:
@@ -57,11 +57,11 @@ def _quantize(source: Path, output: Path, options: QuantizeOptions, quiet: bool)
             interrupt.be_gentle()
             display.update(step)
 
-        return quantize_with(source, output, options, on_progress=show, cancel=interrupt)
+        return quantize(source, output, options=options, on_progress=show, cancel=interrupt)
 
 
 def _show_plan(source: Path, output: Path, options: QuantizeOptions, as_json: bool) -> None:
-    from ggufmoe.quantize import plan_quantize_with
+    from ggufmoe.quantize import plan_quantize
 
-    plan = plan_quantize_with(source, output, options)
+    plan = plan_quantize(source, output, options=options)
     print(json.dumps(plan.to_dict()) if as_json else plan_table(plan))

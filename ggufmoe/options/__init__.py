@@ -8,12 +8,24 @@ from ggufmoe.options.context_options import (
     CacheType,
     ComputeOptions,
     ContextOptions,
+    EvaluationKeywords,
     EvaluationOptions,
+    ImatrixKeywords,
     ImatrixOptions,
     OverflowPolicy,
 )
-from ggufmoe.options.convert_options import ConvertOptions, ExportOptions, MergeOptions, QuantizeOptions
-from ggufmoe.options.fields import bounds, given_or_default, option
+from ggufmoe.options.convert_options import (
+    ConvertKeywords,
+    ConvertOptions,
+    ExportKeywords,
+    ExportOptions,
+    MergeKeywords,
+    MergeOptions,
+    QuantizeKeywords,
+    QuantizeOptions,
+    Quantizer,
+)
+from ggufmoe.options.fields import bounds, given_or_default, option, options_of
 from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
 from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
 from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions
@@ -28,19 +40,27 @@ __all__ = [
     "CacheType",
     "ComputeOptions",
     "ContextOptions",
+    "ConvertKeywords",
     "ConvertOptions",
+    "EvaluationKeywords",
     "EvaluationOptions",
+    "ExportKeywords",
     "ExportOptions",
+    "ImatrixKeywords",
     "ImatrixOptions",
     "LoadMode",
+    "MergeKeywords",
     "MergeOptions",
     "OffloadOptions",
     "OverflowPolicy",
     "PromptOptions",
+    "QuantizeKeywords",
     "QuantizeOptions",
+    "Quantizer",
     "SamplingOptions",
     "WorkerOptions",
     "bounds",
     "given_or_default",
     "option",
+    "options_of",
 ]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, TypedDict
 
 from ggufmoe.errors import OptionError
 from ggufmoe.options.fields import check, check_values, option
@@ -126,9 +126,29 @@ class EvaluationOptions(ComputeOptions):
         return ContextOptions(**shared | chunks_side_by_side)
 
 
+class EvaluationKeywords(TypedDict, total=False):
+    """The fields of ``EvaluationOptions`` as keywords."""
+
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_threads: int | None
+    flash_attn: Literal["on", "off", "auto"]
+    cache_type_k: CacheType
+    cache_type_v: CacheType
+    chunks: int
+
+
 @dataclass(frozen=True)
 class ImatrixOptions(EvaluationOptions):
     """How an importance matrix is made."""
 
     process_output: bool = option(False, "--process-output", help="Measure output.weight as well.")
     force: bool = option(False, "--force", help="Replace an existing output.")
+
+
+class ImatrixKeywords(EvaluationKeywords, total=False):
+    """The fields of ``ImatrixOptions`` as keywords."""
+
+    process_output: bool
+    force: bool

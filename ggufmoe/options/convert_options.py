@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from ggufmoe.options.fields import check_values, option
 from ggufmoe.options.limits import MAX_THREADS
+
+Quantizer = Literal["auto", "fast", "ggml"]
 
 
 def _identical_experts() -> Any:
@@ -52,12 +54,28 @@ class ExportOptions:
     resume: bool = option(False, "--resume", help="Go on with the partial file of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing output.")
     manifest: bool = option(False, "--manifest", help="Write OUT.manifest.json beside it, with a hash of each tensor.")
-    quantizer: Literal["auto", "fast", "ggml"] = option(
+    quantizer: Quantizer = option(
         "auto", "--quantizer", help="ggml: only llama.cpp's routines; fast: only ours, or none at all. Same bytes."
     )
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+class ExportKeywords(TypedDict, total=False):
+    """The fields of ``ExportOptions`` as keywords; ``quant`` is a parameter of each function that takes them."""
+
+    imatrix: Path | None
+    tensor_types: tuple[str, ...]
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+    pure: bool
+    threads: int | None
+    split_max_size: str | None
+    resume: bool
+    force: bool
+    manifest: bool
+    quantizer: Quantizer
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,13 @@ class ConvertOptions(ExportOptions):
     router_report: Path | None = _router_report()
 
 
+class ConvertKeywords(ExportKeywords, total=False):
+    """The fields of ``ConvertOptions`` but ``quant`` as keywords."""
+
+    allow_identical_experts: bool
+    router_report: Path | None
+
+
 @dataclass(frozen=True)
 class QuantizeOptions(ExportOptions):
     """How a GGUF file becomes another one."""
@@ -75,6 +100,12 @@ class QuantizeOptions(ExportOptions):
     allow_requantize: bool = option(
         False, "--allow-requantize", help="Quantize what is quantized already; it loses more than from the original."
     )
+
+
+class QuantizeKeywords(ExportKeywords, total=False):
+    """The fields of ``QuantizeOptions`` but ``quant`` as keywords."""
+
+    allow_requantize: bool
 
 
 @dataclass(frozen=True)
@@ -93,3 +124,15 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+class MergeKeywords(TypedDict, total=False):
+    """The fields of ``MergeOptions`` as keywords."""
+
+    layout: Literal["classic", "fused"]
+    max_shard_size: str
+    threads: int | None
+    resume: bool
+    force: bool
+    allow_identical_experts: bool
+    router_report: Path | None

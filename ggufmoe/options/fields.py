@@ -4,6 +4,7 @@ Each field carries its flags, help and bounds in its metadata; ``cli/params.py``
 
 from __future__ import annotations
 
+import difflib
 import numbers
 import os
 from collections.abc import Callable, Mapping
@@ -43,10 +44,28 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-_Options = TypeVar("_Options")
+OptionsT = TypeVar("OptionsT")
 
 
-def given_or_default(options: _Options | None, kind: type[_Options]) -> _Options:
+def options_of(kind: type[OptionsT], options: OptionsT | None, keywords: Mapping[str, object]) -> OptionsT:
+    """The options of a public function that takes them as one object or as keywords; the defaults where none is given.
+
+    Raises OptionError where both are given and for a keyword that is no field of ``kind``; TypeError where ``options``
+    is an object of another class.
+    """
+    if options is not None and keywords:
+        found = ", ".join(keywords)
+        raise OptionError(f"give options={kind.__name__}(...) or single options by name, not both: found {found} too")
+    names = [spec.name for spec in fields(kind)]  # type: ignore[arg-type]
+    for name in keywords:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise OptionError(f"{kind.__name__} has no option {name!r}; {hint}")
+    return kind(**keywords) if keywords else given_or_default(options, kind)
+
+
+def given_or_default(options: OptionsT | None, kind: type[OptionsT]) -> OptionsT:
     """``options``, or the defaults of ``kind`` for None. Raises TypeError for anything else, for example a dict."""
     if options is not None and not isinstance(options, kind):
         raise TypeError(f"expected {kind.__name__}(...), not {options!r}")
@@ -77,7 +96,10 @@ _HELD: Mapping[Any, tuple[Any, str]] = {
 
 
 def check_values(options: Any) -> None:
-    """Raise OptionError unless every field holds what its annotation says and every number lies within its bounds."""
+    """Raise OptionError unless every field holds what its annotation says and every number lies within its bounds.
+
+    Paths given as text become ``Path``, with ``~`` expanded, and lists become tuples.
+    """
     kinds, words = _kinds(options.__class__), _words(options.__class__)
     for spec in fields(options):
         value, between = getattr(options, spec.name), spec.metadata.get("between")
@@ -89,6 +111,8 @@ def check_values(options: Any) -> None:
             if annotation is tuple:
                 fits = fits and all(isinstance(text, str) for text in value)
             check(fits or (value is None and may_be_none), f"{spec.name} must be {called}, not {value!r}")
+            if value is not None and annotation in (Path, tuple):
+                object.__setattr__(options, spec.name, _plain(annotation, value, spec.name))
         name = max(spec.metadata.get("flags", ()), key=len, default=spec.name)
         if between is not None and value is not None:
             low, high = between
@@ -96,6 +120,13 @@ def check_values(options: Any) -> None:
             check(low <= value <= high, f"{name} must be {wanted}, not {value}")
         if spec.name in words:
             check(value in words[spec.name], f"{name} must be one of {', '.join(words[spec.name])}, not {value}")
+
+
+def _plain(annotation: type, value: Any, name: str) -> Any:
+    try:
+        return Path(value).expanduser() if annotation is Path else tuple(value)
+    except RuntimeError as error:  # of expanduser
+        raise OptionError(f"{name}: {value}: there is no such home directory") from error
 
 
 @cache

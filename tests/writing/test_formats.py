@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ggufmoe.errors import OptionError
 from ggufmoe.export.plan import ExportPlan
 from ggufmoe.gguf.header import GGMLType
+from ggufmoe.options import QuantizeKeywords
 from ggufmoe.quant.kernels import kernel_report
 from ggufmoe.quantize import plan_quantize, quantize
 from ggufmoe.writing import formats as module
 from ggufmoe.writing.formats import Format, formats, prepare_kernels, routines
 from tests.quant.llama_quantize import Specimen, write_model
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def plan(directory: Path, file_type: str, source: GGMLType = GGMLType.F16, **options: object) -> ExportPlan:
+
+def plan(
+    directory: Path, file_type: str, source: GGMLType = GGMLType.F16, **options: Unpack[QuantizeKeywords]
+) -> ExportPlan:
     specimen = Specimen(source=source)
     model = write_model(directory / "in.gguf", specimen, specimen.weights())
     return plan_quantize(model, directory / "out.gguf", file_type, **options)
