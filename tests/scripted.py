@@ -64,7 +64,8 @@ class Scripted:
         else:
             writer.add_tokenizer_model("no_vocab")
         for key, value in self.metadata.items():
-            writer.add_key_value(key, value, _value_type(value))
+            items = _value_type(value[0]) if isinstance(value, list) else None
+            writer.add_key_value(key, value, _value_type(value), items)
         for name, data in {**_tensors(self, n_embd), **self.tensors}.items():
             writer.add_tensor(name, data)
         writer.write_header_to_file()
@@ -104,7 +105,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, spec: Scripted, vocab: list[str]) -
 
 
 def _value_type(value: Any) -> gguf.GGUFValueType:
-    types = {str: "STRING", float: "FLOAT32", int: "INT32", bool: "BOOL"}
+    types = {str: "STRING", float: "FLOAT32", int: "INT32", bool: "BOOL", list: "ARRAY"}
     return gguf.GGUFValueType[types[type(value)]]
 
 

@@ -88,6 +88,18 @@ def test_a_merged_directory_is_a_whole_checkpoint(recipe: Path) -> None:
         np.testing.assert_array_equal(read_f32(merged.tensors[name]), read_f32(base.tensors[name]))
 
 
+def test_both_roads_keep_all_ends_of_the_base(recipe: Path) -> None:
+    folder = recipe.parent
+    config = json.loads((folder / "base" / "config.json").read_text())
+    (folder / "base" / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 300, 301, 302]}))
+    ggufmoe.merge(recipe, folder / "out")
+    assert json.loads((folder / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 300, 301, 302]
+    ggufmoe.convert(folder / "out", folder / "two.gguf", "F32")
+    ggufmoe.convert(recipe, folder / "one.gguf", "F32")
+    assert read_header(folder / "one.gguf").get("ggufmoe.eos_token_ids") == [2, 300, 301, 302]
+    assert (folder / "one.gguf").read_bytes() == (folder / "two.gguf").read_bytes()
+
+
 def test_the_router_report_is_written_on_request(recipe: Path) -> None:
     report = recipe.parent / "router.json"
     ggufmoe.convert(recipe, recipe.parent / "m.gguf", "Q8_0", router_report=report)

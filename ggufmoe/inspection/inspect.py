@@ -16,6 +16,7 @@ from typing import Any
 
 from ggufmoe.errors import GGUFError
 from ggufmoe.gguf.header import NO_MODELS, ModelHeader, TensorInfo, legacy_expert_tensors, read_model_header
+from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.offload import Host, plan_offload
 from ggufmoe.sizes import all_experts_run
@@ -366,10 +367,10 @@ def _base_models(keys: _Keys) -> tuple[dict[str, Any], ...]:
 
 
 def _merge(keys: _Keys) -> MergeReport | None:
-    recipe = keys.text("ggufmoe.recipe")
+    recipe = keys.text(RECIPE)
     if recipe is None:
         return None
-    return MergeReport(recipe, keys.text("ggufmoe.gate_mode"), keys.text("ggufmoe.version"))
+    return MergeReport(recipe, keys.text(GATE_MODE), keys.text(VERSION))
 
 
 def _memory(model: ModelHeader, context: ContextOptions, host: Host) -> tuple[MemoryNeed, ...]:

@@ -23,6 +23,7 @@ from ggufmoe.checkpoint.dtypes import narrow, widen
 from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
 from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, SourceTensor
 from ggufmoe.errors import CheckpointError, RecipeError
+from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.merge.compare import compare_sources
 from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
@@ -333,9 +334,9 @@ def _provenance(recipe: Recipe, text: str, path: Path, opened: Mapping[str, Mode
         base_models=tuple(_base_model(key, source) for key, source in opened.items()),
         extra=MappingProxyType(
             {
-                "ggufmoe.version": __version__,
-                "ggufmoe.gate_mode": recipe.gate_mode.value,
-                "ggufmoe.recipe": text,
+                VERSION: __version__,
+                GATE_MODE: recipe.gate_mode.value,
+                RECIPE: text,
             }
         ),
     )

@@ -16,6 +16,7 @@ import yaml
 from ggufmoe.checkpoint.jsonfile import read_capped, read_object
 from ggufmoe.checkpoint.provenance import RECORD, record_json
 from ggufmoe.checkpoint.source import Provenance
+from ggufmoe.gguf.own_keys import RECIPE
 from ggufmoe.merge.merged import MergedModel
 
 _TOKENIZER_FILES = (
@@ -50,11 +51,13 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def _generation_config(model: MergedModel) -> dict[str, bytes]:
-    """The tokenizer's own where there is one, else the two ids that every generation needs."""
+    """The tokenizer's own where there is one, else the ids that every generation needs, all ends of a text included."""
     path = model.tokenizer_dir / "generation_config.json"
     if path.is_file():
         return {path.name: read_capped(path)}
-    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    ends = model.config.raw.get("eos_token_id")
+    eos = ends if isinstance(ends, list) else model.config.eos_token_id
+    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": eos}
     known = {key: value for key, value in ids.items() if value is not None}
     return {path.name: _json(known)} if known else {}
 
@@ -96,7 +99,7 @@ of which {recipe.experts_per_token} answer each token. The router was not traine
 ## Recipe
 
 ```yaml
-{provenance.extra["ggufmoe.recipe"].strip()}
+{provenance.extra[RECIPE].strip()}
 ```
 
 ## Usage

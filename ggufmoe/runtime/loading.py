@@ -17,6 +17,7 @@ from typing import Any
 
 from ggufmoe.errors import Cancelled, EngineError, ModelLoadError
 from ggufmoe.gguf.header import GGMLType, Header, ModelHeader
+from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads, memory_bytes
@@ -110,7 +111,7 @@ class LoadedModel:
             raise ModelLoadError(
                 f"{self.path}: not a model that continues text: it has an encoder, or keeps no context"
             )
-        self.vocabulary = Vocabulary(self.api, self._model, self.path)
+        self.vocabulary = Vocabulary(self.api, self._model, self.path, self._header.get(EOS_TOKEN_IDS, ()))
         self._cache = self._new_cache()
 
     def _check_wanted(self, watcher: LoadWatcher) -> None:

@@ -20,13 +20,17 @@ _NONE = 0
 
 
 class Vocabulary:
-    """The vocabulary of ``model`` (a ``llama_model *``), loaded from ``path``; of use until ``close``."""
+    """The vocabulary of ``model`` (a ``llama_model *``), loaded from ``path``; of use until ``close``.
 
-    def __init__(self, api: Any, model: Any, path: Path) -> None:
+    ``ends`` is the file's ``EOS_TOKEN_IDS``: tokens that end a text besides those that llama.cpp knows.
+    """
+
+    def __init__(self, api: Any, model: Any, path: Path, ends: object = ()) -> None:
         self._api = api
         self._path = path
         self._lock = threading.RLock()
         self._drawn: dict[int, tuple[bytes, bool]] = {}
+        self._ends = frozenset(end for end in (ends if isinstance(ends, list) else ()) if type(end) is int)
         self.handle: Any = api.llama_model_get_vocab(model)
         """The ``llama_vocab *``; None once closed."""
         self.n_tokens: int = api.llama_vocab_n_tokens(self.handle)
@@ -105,7 +109,7 @@ class Vocabulary:
         """Whether the model ends its text with this token (EOS, or an end of turn)."""
         with self._lock:
             self.check_tokens([token])
-            return bool(self._api.llama_vocab_is_eog(self.handle, token))
+            return token in self._ends or bool(self._api.llama_vocab_is_eog(self.handle, token))
 
     def drawn(self, token: int) -> tuple[bytes, bool]:
         """``piece`` and ``ends_text`` of a token that was generated, remembered for the next time."""

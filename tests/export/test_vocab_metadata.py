@@ -126,8 +126,8 @@ def special(metadata: dict[str, Value]) -> dict[str, Any]:
 def test_special_tokens_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
     directory = write_tokenizer(tmp_path, "bpe")
     metadata = tokenizer_metadata(directory, config(N_BYTE_LEVEL, pad_token_id=7, eos_token_id=[1, 2]))
-    end = {"eos_token_id": 382, "padding_token_id": 7, "add_bos_token": True, "add_sep_token": False}
-    assert special(metadata) == {"bos_token_id": 381} | {k: v for k, v in end.items() if k != "add_sep_token"}
+    end = {"eos_token_id": 382, "eot_token_id": 1, "eom_token_id": 2, "padding_token_id": 7, "add_bos_token": True}
+    assert special(metadata) == {"bos_token_id": 381} | end
 
 
 def begin_and_end(begin: str, end: str) -> dict[str, Any]:
@@ -174,6 +174,42 @@ def test_bos_and_eos_are_found_elsewhere_if_the_usual_places_are_silent(tmp_path
         tmp_path / "generation", "bpe", tokenizer_config_json={}, generation_config_json={"eos_token_id": [383, 382]}
     )
     assert special(tokenizer_metadata(generation, config(N_BYTE_LEVEL, bos_token_id=381)))["eos_token_id"] == 383
+
+
+@pytest.mark.parametrize(
+    ("model", "generation", "named", "further"),
+    [
+        (2, None, {"eos": 2}, None),
+        ([2], None, {"eos": 2}, None),
+        ([2, 300], None, {"eos": 2, "eot": 300}, None),
+        ([300, 2], None, {"eos": 2, "eot": 300}, None),
+        (2, [2, 300, 301], {"eos": 2, "eot": 300, "eom": 301}, None),
+        (2, [2, 300, 301, 302, 303], {"eos": 2, "eot": 300, "eom": 301}, [2, 300, 301, 302, 303]),
+        ([2, 302, 303], [300, 301], {"eos": 2, "eot": 300, "eom": 301}, [300, 301, 2, 302, 303]),
+        (2, 300, {"eos": 2, "eot": 300}, None),
+        (7, 2, {"eos": 2}, None),
+        ([2, 300, 9999, -1, True, "</s>", None, 300], None, {"eos": 2, "eot": 300}, None),
+    ],
+)
+def test_every_end_that_the_files_list_is_told(
+    tmp_path: Path, model: Any, generation: Any, named: dict[str, int], further: list[int] | None
+) -> None:
+    files = {} if generation is None else {"generation_config_json": {"eos_token_id": generation}}
+    directory = write_tokenizer(tmp_path, "json", **files)
+    metadata = tokenizer_metadata(directory, config(N_PIECES, eos_token_id=model))
+    found = special(metadata)
+    assert {role: found[key] for role in ("eos", "eot", "eom") if (key := f"{role}_token_id") in found} == named
+    expected = None if further is None else Value(ValueType.ARRAY, further, ValueType.UINT32)
+    assert metadata.get("ggufmoe.eos_token_ids") == expected
+
+
+def test_ends_that_llama_cpp_knows_by_their_text_need_no_key(tmp_path: Path) -> None:
+    directory = write_tokenizer(tmp_path, "bpe", generation_config_json={"eos_token_id": [382, 383]})
+    metadata = tokenizer_metadata(directory, config(N_BYTE_LEVEL))
+    assert {key: value for key, value in special(metadata).items() if "_id" in key} == {
+        "bos_token_id": 381,
+        "eos_token_id": 382,
+    }
 
 
 def test_cls_and_sep_stand_in_for_bos_and_eos(tmp_path: Path) -> None:

@@ -66,6 +66,20 @@ def test_tokenize_puts_one_bos_first_where_the_model_wants_it(story: Engine) -> 
     assert story.tokenize(" once", add_bos=False) == STORY.ids(" once")
 
 
+def test_every_end_that_the_file_lists_ends_the_text(write_model: Callable[[Scripted], Path]) -> None:
+    spec = replace(STORY, metadata={"ggufmoe.eos_token_ids": [STORY.id(" a"), EOS, -7, 10**9]})
+    with Engine(write_model(spec), ONE_THREAD) as engine:
+        assert [engine.ends_text(token) for token in (EOS, *spec.ids(" a", " upon"))] == [True, True, False]
+        *events, last = engine.generate(engine.tokenize(" once"), GREEDY)
+    assert (text_of(iter(events)), last.reason) == (" upon", "stop")  # type: ignore[union-attr]
+
+
+def test_ends_that_are_no_token_ids_are_passed_over(write_model: Callable[[Scripted], Path]) -> None:
+    for odd in (7, "</s>", ["</s>"], True):
+        with Engine(write_model(replace(STORY, metadata={"ggufmoe.eos_token_ids": odd})), ONE_THREAD) as engine:
+            assert text_of(engine.generate(engine.tokenize(" once"), GREEDY)) == " upon a time"
+
+
 def test_tokenize_without_bos_where_the_model_wants_none(write_model: Callable[[Scripted], Path]) -> None:
     spec = replace(STORY, add_bos=False)
     with Engine(write_model(spec), ONE_THREAD) as engine:

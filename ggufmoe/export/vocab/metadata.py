@@ -10,6 +10,7 @@ from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.rows import Vocabulary
 from ggufmoe.export.vocab.special import SpecialTokens
 from ggufmoe.gguf.header import Value, ValueType
+from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 
 _ID_KEYS = {
     "bos": "bos_token_id",
@@ -26,7 +27,10 @@ _ID_KEYS = {
 def metadata(
     vocabulary: Vocabulary, special: SpecialTokens, templates: Mapping[str, str], directory: Path
 ) -> dict[str, Value]:
-    """All ``tokenizer.*`` keys; TokenizerError if a chat template is not text that UTF-8 can hold."""
+    """All ``tokenizer.*`` keys, and ``EOS_TOKEN_IDS`` where a text has many ends.
+
+    Raises TokenizerError if a chat template is not text that UTF-8 can hold.
+    """
     keys: dict[str, Value] = {}
     if vocabulary.add_space_prefix is not None:
         keys["tokenizer.ggml.add_space_prefix"] = Value(ValueType.BOOL, vocabulary.add_space_prefix)
@@ -37,6 +41,8 @@ def metadata(
     for role, added in special.added.items():
         if role in ("bos", "eos", "sep"):
             keys[f"tokenizer.ggml.add_{role}_token"] = Value(ValueType.BOOL, added)
+    if special.further_ends:
+        keys[EOS_TOKEN_IDS] = _array(ValueType.UINT32, list(special.further_ends))
     return keys | _template_keys(templates, directory)
 
 

@@ -8,7 +8,7 @@ special tokens map and the generation config are asked before llama.cpp's built-
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ _CODELLAMA_ROWS = 32016
 _CODELLAMA_EOT = 32010
 _STARCODER_ROWS = 49152
 
+_ENDS_BY_TEXT = frozenset(
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
+        *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~["),
+    )
+)
+"""Tokens that llama.cpp takes as ends of generation by their text (``special_eog_ids`` of ``src/llama-vocab.cpp``)."""
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -32,6 +41,8 @@ class SpecialTokens:
 
     ids: dict[str, int]
     added: dict[str, bool]
+    further_ends: tuple[int, ...] = ()
+    """Every token that ends a text, where there are more than GGUF's eos, eot and eom keys can name; else empty."""
 
 
 @dataclass
@@ -65,7 +76,7 @@ def special_tokens(files: TokenizerFiles, config: ModelConfig, vocabulary: Vocab
     if vocabulary.adds_bos_by_default and vocabulary.model == "gpt2":
         found.added.setdefault("bos", False)
     _check(ids, found.added, vocabulary, files.directory)
-    return SpecialTokens(ids, found.added)
+    return SpecialTokens(ids, found.added, _name_ends(ids, _stated_ends(files, config), vocabulary))
 
 
 def _content(entry: Any) -> str | None:
@@ -195,6 +206,31 @@ def _first_id(source: Mapping[str, Any], role: str) -> int | None:
     value = source.get(f"{role}_token_id")
     first = value[0] if isinstance(value, list) and value else value
     return first if isinstance(first, int) and not isinstance(first, bool) else None
+
+
+def _stated_ends(files: TokenizerFiles, config: ModelConfig) -> list[int]:
+    """Every id at which transformers ends a text: those of generation_config.json, else those of config.json.
+
+    A list in config.json counts besides: it is there for generation and for nothing else.
+    """
+    generation, model = files.generation.get("eos_token_id"), config.raw.get("eos_token_id")
+    stated = [generation] if generation is not None else [model]
+    stated += [model] if isinstance(model, list) else []
+    flat = [item for value in stated for item in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(item for item in flat if type(item) is int))
+
+
+def _name_ends(ids: dict[str, int], stated: Sequence[int], vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Make the ``stated`` ends known to llama.cpp: by its eot and eom keys as far as these are free.
+
+    Returns every end if some have no key left, which only our runtime can then know.
+    """
+    ends = [token for token in stated if 0 <= token < len(vocabulary.tokens)]
+    known = {ids.get(role) for role in ("eos", "eot", "eom")}
+    unknown = [token for token in ends if token not in known and vocabulary.tokens[token] not in _ENDS_BY_TEXT]
+    free = [role for role in ("eot", "eom") if role not in ids]
+    ids.update(zip(free, unknown, strict=False))
+    return tuple(ends) if len(unknown) > len(free) else ()
 
 
 def _check(ids: Mapping[str, int], added: Mapping[str, bool], vocabulary: Vocabulary, directory: Path) -> None:
