@@ -26,10 +26,10 @@ from ggufmoe.merge.merged import MergedModel, open_recipe
 from ggufmoe.merge.router import RouterReport
 from ggufmoe.merge.sidecars import sidecar_files
 from ggufmoe.options import ConvertKeywords, ConvertOptions, ExportOptions, MergeKeywords, MergeOptions, options_of
+from ggufmoe.quant.filetypes import FileType, parse_tensor_type
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
-from ggufmoe.quant.types import FileType, parse_tensor_type
 from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
 from ggufmoe.writing.formats import routines
 from ggufmoe.writing.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan

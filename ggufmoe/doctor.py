@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ggufmoe.errors import GgufmoeError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ALL_LAYERS, OffloadOptions
 from ggufmoe.sizes import counted, file_size, memory_size
 from ggufmoe.version import __version__
@@ -277,8 +277,8 @@ def check_kernels(part: int) -> Iterator[Finding]:
 
     Raises EngineMissingError without ggml to compare with.
     """
+    from ggufmoe.quant.filetypes import FileType
     from ggufmoe.quant.kernels import has_kernel, prepare
-    from ggufmoe.quant.types import FileType
 
     ours = [kind for kind in GGMLType if has_kernel(kind)]
     for kind in ours[part::_N_PARTS]:

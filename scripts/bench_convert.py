@@ -141,7 +141,7 @@ def convert_theirs(arguments: argparse.Namespace, source: Path, output: Path, fi
 
 def quantize_theirs(source: Path, output: Path, file_type: str, threads: int) -> Cost:
     """llama_model_quantize, from a Python that loads nothing else."""
-    from ggufmoe.quant.types import FileType
+    from ggufmoe.quant.filetypes import FileType
 
     number = str(FileType.from_name(file_type).id)
     return measure([sys.executable, "-c", QUANTIZE, str(source), str(output), number, str(threads)])

@@ -105,7 +105,7 @@ def merge_ours(recipe: Path, output: Path, file_type: str, threads: int) -> Ours
 
 def merge_theirs(arguments: argparse.Namespace, recipe: Path, output: Path) -> dict[str, Cost]:
     """The four steps of the other way, each cleaned up when the next has no need of it."""
-    from ggufmoe.quant.types import FileType
+    from ggufmoe.quant.filetypes import FileType
 
     fused, classic = (recipe.parent / name for name in ("by-mergekit", "classic"))
     lossless = output.with_suffix(".lossless.gguf")

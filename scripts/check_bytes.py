@@ -30,8 +30,8 @@ from ggufmoe.errors import GgufmoeError, ImatrixError, OptionError
 from ggufmoe.gguf.header import read_header
 from ggufmoe.options import Quantizer
 from ggufmoe.quant import importances as imatrix
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import FileType
 from tests.quant.llama_quantize import quantize, read_tensors
 from tests.tiny import make_checkpoint
 

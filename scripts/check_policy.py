@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.filetypes import WRITABLE_TYPES, FileType
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import WRITABLE_TYPES, FileType
 from tests.quant.llama_quantize import Specimen, compare_types, write_model
 
 EXPERTS = (0, 1, 2, 3, 4, 8)

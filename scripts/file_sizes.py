@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ggufmoe.checkpoint.config import parse_config
 from ggufmoe.checkpoint.source import Dtype, ModelConfig, Provenance, SourceTensor
 from ggufmoe.export.arch import family_of
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
-from ggufmoe.quant.types import FileType
 
 SHOWN = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "BF16", "F32")
 

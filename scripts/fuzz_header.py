@@ -20,7 +20,9 @@ from collections import Counter
 from pathlib import Path
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.gguf.header import GGMLType, Header, TensorInfo, Value, ValueType, encode_header, padded, read_header
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import Header, TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.inspection.inspect import inspect_model
 
 MAX_SECONDS = 0.5

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ggufmoe import Cancelled, ContextOptions, Engine, GgufmoeError, OffloadOptions, SamplingOptions
 from ggufmoe.evaluation.bench import Workload, plan_bench, run_bench
-from ggufmoe.gguf.header import read_model_header
+from ggufmoe.gguf.model import read_model_header
 from ggufmoe.placement.devices import find_machine
 from ggufmoe.placement.footprint import Footprint
 from ggufmoe.placement.offload import OffloadPlan

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.gguf.header import GGMLType, TensorInfo, Value, ValueType, encode_header, padded
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import TensorInfo, Value, padded
+from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.native import library as native
 
 U32, F32, BOOL, STRING, ARRAY = (

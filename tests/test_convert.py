@@ -25,11 +25,12 @@ from ggufmoe.errors import (
     RecipeError,
     TensorMismatchError,
 )
-from ggufmoe.gguf.header import GGMLType, read_header
+from ggufmoe.gguf.header import read_header
 from ggufmoe.gguf.manifest import read_manifest, verify
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant import importances as imatrix
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import FileType
 from ggufmoe.writing.writer import Progress
 from tests.quant.llama_quantize import quantize, read_tensors
 

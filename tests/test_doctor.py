@@ -16,7 +16,7 @@ import pytest
 from ggufmoe import doctor
 from ggufmoe.doctor import Finding
 from ggufmoe.evaluation.probe import PROBE_ANSWER
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.options import OffloadOptions
 from ggufmoe.quant.kernels import KernelReport

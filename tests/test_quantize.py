@@ -22,12 +22,14 @@ from ggufmoe.errors import (
     OutputExistsError,
     TensorMismatchError,
 )
-from ggufmoe.gguf.header import GGMLType, Value, ValueType, read_header, read_model_header
+from ggufmoe.gguf.header import Value, read_header
 from ggufmoe.gguf.manifest import read_manifest, verify
+from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.options import Quantizer
 from ggufmoe.quant import importances as imatrix
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import FileType
 from ggufmoe.quantize import plan_quantize
 from ggufmoe.writing.writer import Progress, journal_path, partial_path
 from tests.export.gguf_models import Stored, load, store, unstacked
@@ -378,7 +380,7 @@ from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import plan_requantize
 from ggufmoe.writing.writer import PartialFile, WriteOptions, write_plan
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import FileType
+from ggufmoe.quant.filetypes import FileType
 
 class Slow(PartialFile):
     def write_at(self, offset, data):

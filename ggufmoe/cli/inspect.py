@@ -20,7 +20,7 @@ from ggufmoe.cli.convert import Interrupt
 from ggufmoe.cli.params import with_options
 from ggufmoe.errors import GGUFError, InputError
 from ggufmoe.gguf import manifest as manifests
-from ggufmoe.gguf.header import read_model_header
+from ggufmoe.gguf.model import read_model_header
 from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_model
 from ggufmoe.options import ContextOptions
 from ggufmoe.placement.devices import this_host

@@ -12,7 +12,7 @@ import typer
 
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.params import with_options
-from ggufmoe.gguf.header import read_model_header
+from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.devices import this_host
 from ggufmoe.placement.footprint import EXPERTS

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.names import OUTPUT, layer_of
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.native.library import Operation
 from ggufmoe.runtime.engine import Engine
@@ -54,7 +55,7 @@ class ActivationSums(Observer):
         if native.tensor_shape(inputs)[2] < _MIN_ROWS or not native.tensor_type_is(inputs, GGMLType.F32):
             return False
         name = _weight_name(weights)
-        return name.startswith("blk.") or (self._process_output and name == "output.weight")
+        return layer_of(name) is not None or (self._process_output and name == OUTPUT)
 
     def take(self, tensor: int) -> None:
         weights, inputs, *chosen = native.tensor_sources(tensor)

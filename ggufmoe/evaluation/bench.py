@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ggufmoe.errors import Cancelled, GgufmoeError, OptionError
-from ggufmoe.gguf.header import read_model_header
+from ggufmoe.gguf.model import read_model_header
 from ggufmoe.inspection.inspect import ModelReport, inspect_model
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions

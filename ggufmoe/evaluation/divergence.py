@@ -27,7 +27,8 @@ from ggufmoe.evaluation.perplexity import (
     evaluation_options,
     last_step,
 )
-from ggufmoe.gguf.header import Header, read_model_header
+from ggufmoe.gguf.header import Header
+from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import EvaluationOptions, OffloadOptions
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.runtime.engine import Engine

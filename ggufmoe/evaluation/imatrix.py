@@ -6,7 +6,6 @@ Wires the runtime, which gathers the sums, to ``quant.imatrix``, which knows the
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from ggufmoe.errors import OptionError, OutputError, OutputExistsError
 from ggufmoe.evaluation.activations import ActivationSums, collect
 from ggufmoe.evaluation.chunks import cut_chunks, read_text
 from ggufmoe.evaluation.perplexity import last_step
-from ggufmoe.gguf.header import read_model_header
+from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.names import expert_matrix
 from ggufmoe.options import ImatrixOptions, OffloadOptions
 from ggufmoe.quant.importances import save
 from ggufmoe.runtime.engine import Engine
@@ -27,7 +27,6 @@ from ggufmoe.work import CancelFlag
 
 LOW_COVERAGE_TOKENS = 512
 """The mean of fewer squares is off by more than some 6 % (the square root of 2 by the number of tokens)."""
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,11 @@ def _check_output(path: Path, read: Sequence[Path], *, replace: bool) -> None:
 
 
 def _coverage(entries: Mapping[str, tuple[Any, Any]]) -> tuple[LayerCoverage, ...]:
-    found = ((_EXPERTS.fullmatch(name), counts) for name, (_, counts) in entries.items())
-    layers = (LayerCoverage(int(match[1]), tuple(counts.astype(int).tolist())) for match, counts in found if match)
+    layers = (
+        LayerCoverage(matrix.layer, tuple(counts.astype(int).tolist()))
+        for name, (_, counts) in entries.items()
+        if (matrix := expert_matrix(name)) is not None and matrix.kind == "down"
+    )
     return tuple(sorted(layers, key=lambda row: row.layer))
 
 

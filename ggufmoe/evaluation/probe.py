@@ -13,7 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ggufmoe.gguf.header import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, encode_header, padded
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import TensorInfo, Value, padded
+from ggufmoe.gguf.types import GGMLType, ValueType
+from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Token

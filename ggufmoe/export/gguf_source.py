@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import GGUFError, TensorMismatchError
 from ggufmoe.files import PositionalFile
-from ggufmoe.gguf.header import DEFAULT_ALIGNMENT, GGMLType, TensorInfo, Value, ValueType, check_kind, read_model_header
+from ggufmoe.gguf.header import TensorInfo, Value
+from ggufmoe.gguf.model import check_kind, read_model_header
+from ggufmoe.gguf.types import GGMLType, ValueType
+from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
 from ggufmoe.quant.policy import ModelShape
 
 _LOG = logging.getLogger("ggufmoe")

@@ -16,14 +16,14 @@ from typing import Any
 
 from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.export.arch import ModelTensor, family_of
-from ggufmoe.gguf.header import Value, ValueType
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.names import is_expert_stack
+from ggufmoe.gguf.types import ValueType
+from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix
-from ggufmoe.quant.types import FileType
 
 _LOG = logging.getLogger("ggufmoe")
-
-QUANTIZATION_VERSION = 2
-"""``GGML_QNT_VERSION`` of the pinned llama.cpp."""
 
 _MAX_OVERRIDE_BYTES = 127
 """What llama-quantize keeps of a string that it adds to a file's metadata."""
@@ -57,13 +57,13 @@ def model_metadata(
     """All keys of the file of a model: ``general.*``, the family's and, last, the ``tokenizer`` keys as given."""
     family = family_of(source.config)
     return {
-        "general.architecture": text(family.NAME),
-        "general.type": text("model"),
+        Keys.General.ARCHITECTURE: text(family.NAME),
+        Keys.General.TYPE: text("model"),
         **sampling_metadata(source.tokenizer_dir),
         **_provenance_metadata(source.provenance, size_label(tensors)),
         **family.hyper_parameters(source.config),
-        "general.file_type": u32(file_type.id),
-        "general.quantization_version": u32(QUANTIZATION_VERSION),
+        Keys.General.FILE_TYPE: u32(file_type.id),
+        Keys.General.QUANTIZATION_VERSION: u32(QUANTIZATION_VERSION),
         **{key: text(value) for key, value in source.provenance.extra.items()},
         **tokenizer,
     }
@@ -72,22 +72,21 @@ def model_metadata(
 def _provenance_metadata(provenance: Provenance, size: str) -> dict[str, Value]:
     """What is known of where the model comes from; unknown things have no key."""
     keys: dict[str, Value | None] = {
-        "general.name": text(provenance.name),
-        "general.size_label": text(size),
-        "general.license": _known(provenance.license),
-        "general.license.name": _known(provenance.license_name),
-        "general.license.link": _known(provenance.license_link),
+        Keys.General.NAME: text(provenance.name),
+        Keys.General.SIZE_LABEL: text(size),
+        Keys.General.LICENSE: _known(provenance.license),
+        Keys.General.LICENSE_NAME: _known(provenance.license_name),
+        Keys.General.LICENSE_LINK: _known(provenance.license_link),
     }
     if provenance.base_models:
-        keys["general.base_model.count"] = u32(len(provenance.base_models))
+        keys[Keys.General.BASE_MODEL_COUNT] = u32(len(provenance.base_models))
     for i, base in enumerate(provenance.base_models):
-        stem = f"general.base_model.{i}"
-        keys[f"{stem}.name"] = _known(base.name)
-        keys[f"{stem}.version"] = _known(base.version)
-        keys[f"{stem}.organization"] = _known(base.organization)
-        keys[f"{stem}.repo_url"] = _known(base.repo_url)
-    keys["general.tags"] = texts(provenance.tags) if provenance.tags else None
-    keys["general.languages"] = texts(provenance.languages) if provenance.languages else None
+        keys[Keys.General.BASE_MODEL_NAME.format(id=i)] = _known(base.name)
+        keys[Keys.General.BASE_MODEL_VERSION.format(id=i)] = _known(base.version)
+        keys[Keys.General.BASE_MODEL_ORGANIZATION.format(id=i)] = _known(base.organization)
+        keys[Keys.General.BASE_MODEL_REPO_URL.format(id=i)] = _known(base.repo_url)
+    keys[Keys.General.TAGS] = texts(provenance.tags) if provenance.tags else None
+    keys[Keys.General.LANGUAGES] = texts(provenance.languages) if provenance.languages else None
     return {key: value for key, value in keys.items() if value is not None}
 
 
@@ -103,7 +102,7 @@ def size_label(tensors: Iterable[ModelTensor]) -> str:
     shared = expert = n_expert = 0
     for tensor in tensors:
         n_weights = math.prod(tensor.shape)
-        if "_exps." in tensor.name:
+        if is_expert_stack(tensor.name):
             n_expert = tensor.shape[0]
             expert += n_weights // n_expert
         else:

@@ -21,11 +21,14 @@ from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.export.metadata import imatrix_metadata, model_metadata
 from ggufmoe.export.rows import Part
 from ggufmoe.export.vocab import tokenizer_metadata
-from ggufmoe.gguf.header import GGMLType, TensorInfo, Value, ValueType, encode_header
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import TensorInfo, Value
+from ggufmoe.gguf.names import OUTPUT, llama_quantize_order
+from ggufmoe.gguf.types import GGMLType, ValueType
+from ggufmoe.quant.filetypes import IGNORES_IMATRIX
 from ggufmoe.quant.importances import Imatrix
-from ggufmoe.quant.mixes import OUTPUT, TOKEN_EMBEDDINGS
+from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
-from ggufmoe.quant.types import IGNORES_IMATRIX
 from ggufmoe.sizes import counted
 
 _LOG = logging.getLogger("ggufmoe")
@@ -176,12 +179,6 @@ def plan_export(
     inputs = (*source.input_paths, *([imatrix.path] if imatrix else []))
     files = lay_out_files(output, metadata, placed, split_max_bytes)
     return ExportPlan(output, files, inputs, policy.file_type.name, imatrix)
-
-
-def llama_quantize_order(name: str) -> tuple[int, str]:
-    """The place of a tensor in the files that llama-quantize writes, to sort by."""
-    found = re.match(r"blk\.(\d+)\.", name)
-    return (int(found[1]) if found else -1, name)
 
 
 def _type_shapes(tensors: Iterable[ModelTensor]) -> list[TensorShape]:

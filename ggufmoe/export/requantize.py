@@ -10,17 +10,19 @@ from pathlib import Path
 
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
-from ggufmoe.export.metadata import QUANTIZATION_VERSION, imatrix_metadata, u32
+from ggufmoe.export.metadata import imatrix_metadata, u32
 from ggufmoe.export.plan import (
     ExportPlan,
     fit_imatrix,
     lay_out_files,
-    llama_quantize_order,
     place,
     warn_of_missing_importances,
 )
 from ggufmoe.export.rows import PLAIN_DTYPES
-from ggufmoe.gguf.header import GGMLType, Value
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.names import llama_quantize_order
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
 from ggufmoe.native import library as native
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
@@ -28,7 +30,7 @@ from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
 COPY = "COPY"
 """llama-quantize's name for leaving every tensor as it is."""
 
-_FILE_TYPE = "general.file_type"
+_FILE_TYPE = Keys.General.FILE_TYPE
 
 
 def plan_requantize(
@@ -82,7 +84,7 @@ def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) 
 def _metadata(source: GGUFSource, policy: TypePolicy | None, imatrix: Imatrix | None) -> dict[str, Value]:
     """The source's keys in their order and, last, those that say how it was quantized."""
     metadata = source.metadata
-    told = {"general.quantization_version": u32(QUANTIZATION_VERSION)}
+    told = {Keys.General.QUANTIZATION_VERSION: u32(QUANTIZATION_VERSION)}
     if policy is not None:
         told[_FILE_TYPE] = u32(policy.file_type.id)
     elif _FILE_TYPE in metadata:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import Dtype, SourceTensor
 from ggufmoe.export.gguf_source import GGUFRows
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 
 PLAIN_DTYPES: dict[GGMLType, np.dtype[Any]] = {GGMLType[dtype.value]: dtype.numpy for dtype in Dtype}
 """How rows of plain numbers travel; rows of every other type travel as their bytes."""

@@ -1,122 +1,27 @@
-"""The header of a GGUF file: its value and tensor types, and a reader that trusts nothing.
+"""The header of a GGUF file, read from a file that nobody vouches for.
 
-Owns the facts of the format (GGUF version 3 and ggml's tensor types), the check of headers, their bytes for writers,
-and how the files of a split model belong together. Tensor bytes belong to the writer, the runtime and the tools that
-ask for them by offset.
+Owns what a header holds, the rules that it must follow and the limits of what is read. Our own code, because the
+reader of the ``gguf`` package hangs on an array length of 2^63 and accepts zero dimensions, overlapping tensors and
+unaligned offsets. Writing headers is in ``encoding``, the files of a split model in ``model``; tensor bytes are read by
+offset, elsewhere.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
 import stat
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
-
-
-class ValueType(IntEnum):
-    """Types of GGUF metadata values, numbered as in the format."""
-
-    UINT8 = 0
-    INT8 = 1
-    UINT16 = 2
-    INT16 = 3
-    UINT32 = 4
-    INT32 = 5
-    FLOAT32 = 6
-    BOOL = 7
-    STRING = 8
-    ARRAY = 9
-    UINT64 = 10
-    INT64 = 11
-    FLOAT64 = 12
-
-
-class GGMLType(Enum):
-    """ggml's tensor types: number in the file, weights per block, bytes per block.
-
-    Source: ``ggml/include/ggml.h`` and the type traits in ``ggml/src/ggml.c`` at the pinned commit; the tests compare
-    every row with ``ggml_blck_size`` and ``ggml_type_size``.
-    """
-
-    F32 = (0, 1, 4)
-    F16 = (1, 1, 2)
-    Q4_0 = (2, 32, 18)
-    Q4_1 = (3, 32, 20)
-    Q5_0 = (6, 32, 22)
-    Q5_1 = (7, 32, 24)
-    Q8_0 = (8, 32, 34)
-    Q8_1 = (9, 32, 36)
-    Q2_K = (10, 256, 84)
-    Q3_K = (11, 256, 110)
-    Q4_K = (12, 256, 144)
-    Q5_K = (13, 256, 176)
-    Q6_K = (14, 256, 210)
-    Q8_K = (15, 256, 292)
-    IQ2_XXS = (16, 256, 66)
-    IQ2_XS = (17, 256, 74)
-    IQ3_XXS = (18, 256, 98)
-    IQ1_S = (19, 256, 50)
-    IQ4_NL = (20, 32, 18)
-    IQ3_S = (21, 256, 110)
-    IQ2_S = (22, 256, 82)
-    IQ4_XS = (23, 256, 136)
-    I8 = (24, 1, 1)
-    I16 = (25, 1, 2)
-    I32 = (26, 1, 4)
-    I64 = (27, 1, 8)
-    F64 = (28, 1, 8)
-    IQ1_M = (29, 256, 56)
-    BF16 = (30, 1, 2)
-    TQ1_0 = (34, 256, 54)
-    TQ2_0 = (35, 256, 66)
-    MXFP4 = (39, 32, 17)
-    NVFP4 = (40, 64, 36)
-    Q1_0 = (41, 128, 18)
-    Q2_0 = (42, 64, 18)
-
-    def __init__(self, id: int, block_size: int, block_bytes: int) -> None:
-        self.id = id
-        self.block_size = block_size
-        self.block_bytes = block_bytes
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether several weights share one block (everything but plain numbers)."""
-        return self.block_size > 1
-
-    def row_bytes(self, n_cols: int) -> int:
-        """Bytes of one row of ``n_cols`` weights; ``n_cols`` must be a multiple of the block size."""
-        if n_cols % self.block_size:
-            raise ValueError(f"{n_cols} columns are not a multiple of {self.name}'s block of {self.block_size}")
-        return n_cols // self.block_size * self.block_bytes
-
-    @classmethod
-    def from_id(cls, id: int) -> GGMLType:
-        """The type with this number in GGUF files; ValueError if ggml has none (or has removed it)."""
-        member = _TYPES_BY_ID.get(id)
-        if member is None:
-            raise ValueError(f"{id} is not a tensor type of this ggml")
-        return member
-
-
-_TYPES_BY_ID = {member.id: member for member in GGMLType}
-_REMOVED_TYPES = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"} | {
-    36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8",
-    38: "IQ4_NL_8_8",
-}
+from ggufmoe.gguf.types import REMOVED_TYPES, STRUCT_CODES, GGMLType, ValueType
+from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
 
 MAGIC = b"GGUF"
-VERSION = 3
-DEFAULT_ALIGNMENT = 32
 MAX_TENSOR_NAME_BYTES = 63
 """ggml keeps names in 64 bytes, the closing zero included (GGML_MAX_NAME)."""
 MAX_DIMS = 4
@@ -130,20 +35,7 @@ _INT64_MAX = 2**63 - 1
 _FIRST_READ_BYTES = 256 * 2**10
 
 _U32, _I32, _U64, _I64 = (struct.Struct(code) for code in ("<I", "<i", "<Q", "<q"))
-_CODES = {
-    ValueType.UINT8: "B",
-    ValueType.INT8: "b",
-    ValueType.UINT16: "H",
-    ValueType.INT16: "h",
-    ValueType.UINT32: "I",
-    ValueType.INT32: "i",
-    ValueType.FLOAT32: "f",
-    ValueType.BOOL: "B",
-    ValueType.UINT64: "Q",
-    ValueType.INT64: "q",
-    ValueType.FLOAT64: "d",
-}
-_ITEM_BYTES = {kind: struct.calcsize("<" + code) for kind, code in _CODES.items()}
+_ITEM_BYTES = {kind: struct.calcsize("<" + code) for kind, code in STRUCT_CODES.items()}
 _MIN_KV_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
@@ -313,11 +205,11 @@ def _read(cursor: _Cursor) -> Header:
     n_tensors = _read_count(cursor, "tensors", _MIN_TENSOR_BYTES)
     n_kv = _read_count(cursor, "metadata keys", _MIN_KV_BYTES)
     metadata = _read_metadata(cursor, n_kv)
-    alignment = _alignment(str(cursor.path), metadata)
+    alignment = alignment_of(str(cursor.path), metadata)
     tensors = _read_tensors(cursor, n_tensors)
     data_offset = padded(cursor.position, alignment) if tensors else cursor.position
     header = Header(version, metadata, tensors, alignment, data_offset, cursor.file_bytes)
-    _check_layout(str(cursor.path), tensors, alignment)
+    check_layout(str(cursor.path), tensors, alignment)
     _check_data(cursor, header)
     return header
 
@@ -405,21 +297,23 @@ def _read_strings(cursor: _Cursor, count: int, what: str) -> list[str]:
 def _read_numbers(cursor: _Cursor, type: ValueType, count: int, what: str) -> list[Any]:
     raw = cursor.take(count * _ITEM_BYTES[type], what)
     if type is not ValueType.BOOL:
-        return list(struct.unpack(f"<{count}{_CODES[type]}", raw))
+        return list(struct.unpack(f"<{count}{STRUCT_CODES[type]}", raw))
     if raw.strip(b"\0\1"):
         raise cursor.error(f"{what} is a bool other than 0 and 1; the file is corrupt")
     return [byte == 1 for byte in raw]
 
 
-def _alignment(where: str, metadata: Mapping[str, Value]) -> int:
-    value = metadata.get("general.alignment")
+def alignment_of(where: str, metadata: Mapping[str, Value]) -> int:
+    """Bytes that tensors are aligned to, by ``general.alignment``. Raises GGUFError unless it is a power of two."""
+    key = Keys.General.ALIGNMENT
+    value = metadata.get(key)
     if value is None:
         return DEFAULT_ALIGNMENT
     if value.type is not ValueType.UINT32:
-        raise GGUFError(f"{where}: general.alignment is {value.type.name}, expected UINT32; the file is corrupt")
+        raise GGUFError(f"{where}: {key} is {value.type.name}, expected UINT32; the file is corrupt")
     alignment = int(value.value)
     if alignment < 1 or alignment & (alignment - 1):
-        raise GGUFError(f"{where}: general.alignment is {alignment}, expected a power of two; the file is corrupt")
+        raise GGUFError(f"{where}: {key} is {alignment}, expected a power of two; the file is corrupt")
     return alignment
 
 
@@ -440,12 +334,12 @@ def _read_tensor(cursor: _Cursor, name: str) -> TensorInfo:
         raise cursor.error(f"{what} has {n_dims} dimensions, expected 1 to {MAX_DIMS}; the file is corrupt")
     ne = [cursor.number(_I64, what) for _ in range(n_dims)]
     kind = _read_tensor_type(cursor, what)
-    n_bytes = _tensor_bytes(f"{cursor.path}: {what}", ne, kind)
+    n_bytes = tensor_bytes(f"{cursor.path}: {what}", ne, kind)
     return TensorInfo(name, kind, tuple(reversed(ne)), cursor.number(_U64, what), n_bytes)
 
 
-def _tensor_bytes(what: str, ne: Sequence[int], type: GGMLType) -> int:
-    """Bytes of a tensor of these dimensions, if there can be one."""
+def tensor_bytes(what: str, ne: Sequence[int], type: GGMLType) -> int:
+    """Bytes of a tensor with these dimensions (ggml's order). Raises GGUFError where no such tensor can exist."""
     if not 1 <= len(ne) <= MAX_DIMS or min(ne) < 1:
         raise GGUFError(f"{what} has dimensions {list(ne)}, each must be at least 1; the file is corrupt")
     if ne[0] % type.block_size:
@@ -461,15 +355,16 @@ def _tensor_bytes(what: str, ne: Sequence[int], type: GGMLType) -> int:
 
 def _read_tensor_type(cursor: _Cursor, what: str) -> GGMLType:
     number = cursor.number(_I32, what)
-    if number in _REMOVED_TYPES:
-        raise cursor.error(f"{what} has type {_REMOVED_TYPES[number]}, which ggml has removed; get a newer file")
-    if number not in _TYPES_BY_ID:
-        raise cursor.error(f"{what} has type {number}, unknown to this ggml; the file is corrupt or newer")
-    return _TYPES_BY_ID[number]
+    if number in REMOVED_TYPES:
+        raise cursor.error(f"{what} has type {REMOVED_TYPES[number]}, which ggml has removed; get a newer file")
+    try:
+        return GGMLType.from_id(number)
+    except ValueError as error:
+        raise cursor.error(f"{what} has type {number}, unknown to this ggml; the file is corrupt or newer") from error
 
 
-def _check_layout(where: str, tensors: Sequence[TensorInfo], alignment: int) -> None:
-    """Each tensor begins where the one before it ends, padded: llama.cpp's rule, so nothing overlaps or is hidden."""
+def check_layout(where: str, tensors: Sequence[TensorInfo], alignment: int) -> None:
+    """Raise GGUFError unless each tensor begins where the padding of the one before it ends, as llama.cpp demands."""
     expected = 0
     for tensor in tensors:
         if tensor.offset != expected:
@@ -497,221 +392,3 @@ def _check_data(cursor: _Cursor, header: Header) -> None:
                 f"tensor {tensor.name!r} ends at byte {stop}, but the file has {header.file_bytes}; "
                 "it is truncated, download or make it again"
             )
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of a model with its header."""
-
-    path: Path
-    header: Header
-
-
-@dataclass(frozen=True)
-class ModelHeader:
-    """The headers of all files of one model; a model that is not split is a single shard."""
-
-    shards: tuple[Shard, ...]
-
-    @property
-    def metadata(self) -> Mapping[str, Value]:
-        """The model's metadata, which the first shard holds."""
-        return self.shards[0].header.metadata
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """Tensors of all shards; an offset counts within its own shard."""
-        return tuple(tensor for shard in self.shards for tensor in shard.header.tensors)
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files, the first one (which llama.cpp is given) in front."""
-        return tuple(shard.path for shard in self.shards)
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of all files together."""
-        return sum(shard.header.file_bytes for shard in self.shards)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The plain value of a metadata key, or ``default`` where the model has none."""
-        return self.shards[0].header.get(key, default)
-
-
-_SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_LEGACY_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-
-
-def shard_paths(path: Path) -> tuple[Path, ...]:
-    """All files of the model that ``path`` is, or is one shard of, in order; a file that is not split stands alone.
-
-    Raises GGUFError if the header cannot be read, contradicts the file's name, or files are missing.
-    """
-    return _shard_paths(Path(path), read_header(path))
-
-
-def read_model_header(path: Path) -> ModelHeader:
-    """Read the headers of all shards of a model, given any of them, as llama.cpp writes and checks them.
-
-    Raises GGUFError as ``read_header`` does, and for missing or mistaken shards.
-    """
-    path = Path(path)
-    given = read_header(path)
-    paths = _shard_paths(path, given)
-    if len(paths) == 1:
-        return ModelHeader((Shard(path, given),))
-    model = ModelHeader(tuple(Shard(file, given if file == path else read_header(file)) for file in paths))
-    for number, shard in enumerate(model.shards):
-        _check_shard(shard, number, len(paths))
-    _check_shard_tensors(model)
-    return model
-
-
-def _shard_paths(path: Path, header: Header) -> tuple[Path, ...]:
-    count = _uint16(path, header, "split.count", 1)
-    if count <= 1:
-        return (path,)
-    number = _uint16(path, header, "split.no", None)
-    name = _SHARD_NAME.fullmatch(path.name)
-    if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
-        raise GGUFError(
-            f"{path}: is shard {number + 1} of {count}, so its name must end in -{number + 1:05d}-of-{count:05d}.gguf; "
-            "give it back its name"
-        )
-    paths = tuple(path.with_name(f"{name['prefix']}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1))
-    missing = [file.name for file in paths if not file.is_file()]
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise GGUFError(f"{path.parent}: {len(missing)} of {count} shards are missing: {shown}; download them as well")
-    return paths
-
-
-def _uint16(path: Path, header: Header, key: str, default: int | None) -> int:
-    value = header.metadata.get(key)
-    if value is None and default is not None:
-        return default
-    if value is None or value.type is not ValueType.UINT16:
-        found = "missing" if value is None else value.type.name
-        raise GGUFError(f"{path}: {key} is {found}, expected UINT16; this shard is corrupt")
-    return int(value.value)
-
-
-def _check_shard(shard: Shard, number: int, count: int) -> None:
-    for key, expected in (("split.no", number), ("split.count", count)):
-        found = _uint16(shard.path, shard.header, key, None)
-        if found != expected:
-            raise GGUFError(f"{shard.path}: {key} is {found}, expected {expected}; this shard is of another model")
-
-
-def _check_shard_tensors(model: ModelHeader) -> None:
-    first = model.shards[0]
-    expected = first.header.get("split.tensors.count")
-    if expected != len(model.tensors):
-        raise GGUFError(
-            f"{first.path}: split.tensors.count is {expected}, but the shards hold {len(model.tensors)} tensors; "
-            "a shard is of another model"
-        )
-    home: dict[str, Path] = {}
-    for shard in model.shards:
-        for tensor in shard.header.tensors:
-            if tensor.name in home:
-                raise GGUFError(f"{shard.path}: tensor {tensor.name!r} is in {home[tensor.name].name} as well")
-            home[tensor.name] = shard.path
-
-
-NO_MODELS = {
-    "imatrix": "an importance matrix, not a model; convert and quantize take it with --imatrix",
-    "adapter": "an adapter (LoRA), not a model; it has to be merged into its model first",
-    "mmproj": "the projector of a model for pictures or sound, not a model by itself",
-}
-"""What is in a file whose ``general.type`` is not ``model`` (gguf-py's GGUFType), and what it is for."""
-
-
-def check_kind(model: ModelHeader) -> None:
-    """Raise GGUFError if the file says that it is something else than a model."""
-    kind = model.get("general.type")
-    if isinstance(kind, str) and kind in NO_MODELS:
-        raise GGUFError(f"{model.paths[0]}: {NO_MODELS[kind]}")
-
-
-def legacy_expert_tensors(tensors: Iterable[TensorInfo]) -> tuple[str, ...]:
-    """Names of tensors that hold one expert each, as Mixtral files had them before April 2024.
-
-    Not empty means: a legacy file, which llama.cpp at the pinned commit no longer loads; make it again from the
-    checkpoint.
-    """
-    return tuple(tensor.name for tensor in tensors if _LEGACY_EXPERT.fullmatch(tensor.name))
-
-
-def encode_header(
-    metadata: Mapping[str, Value], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
-) -> bytes:
-    """The bytes of a GGUF version 3 header, little-endian and padded, so that tensor data follows at once.
-
-    Offsets must be as ``read_header`` demands them. An alignment other than 32 must stand in ``metadata`` as well.
-    Raises GGUFError for what no reader would take.
-    """
-    stated = _alignment("new header", metadata)
-    if stated != alignment:
-        raise GGUFError(f"new header: general.alignment says {stated}, but tensors are aligned to {alignment}")
-    _check_new_tensors(tensors, alignment)
-    parts = [MAGIC, _U32.pack(VERSION), _I64.pack(len(tensors)), _I64.pack(len(metadata))]
-    for key, value in metadata.items():
-        parts += (_encode_name(key, MAX_KEY_BYTES), _encode_value(key, value))
-    parts += map(_encode_tensor, tensors)
-    header = b"".join(parts)
-    return header + bytes(padded(len(header), alignment) - len(header))
-
-
-def _check_new_tensors(tensors: Sequence[TensorInfo], alignment: int) -> None:
-    if len({tensor.name for tensor in tensors}) < len(tensors):
-        raise GGUFError("new header: a tensor's name appears twice")
-    for tensor in tensors:
-        what = f"new header: tensor {tensor.name!r}"
-        expected = _tensor_bytes(what, tuple(reversed(tensor.shape)), tensor.type)
-        if tensor.n_bytes != expected:
-            raise GGUFError(f"{what} has {tensor.n_bytes} bytes, expected {expected}")
-    _check_layout("new header", tensors, alignment)
-
-
-def _encode_string(text: str) -> bytes:
-    raw = text.encode("utf-8", "surrogateescape")
-    return _U64.pack(len(raw)) + raw
-
-
-def _encode_name(name: str, max_bytes: int) -> bytes:
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError as error:
-        raise GGUFError(f"new header: the name {name[:80]!r} is not UTF-8") from error
-    if not 0 < length <= max_bytes or "\0" in name:
-        raise GGUFError(f"new header: the name {name[:80]!r} has {length} bytes, expected 1 to {max_bytes} without NUL")
-    return _encode_string(name)
-
-
-def _encode_value(key: str, value: Value) -> bytes:
-    try:
-        if value.type is not ValueType.ARRAY:
-            return _I32.pack(value.type) + _encode_items(value.type, [value.value])
-        if value.item_type in (None, ValueType.ARRAY):
-            raise ValueError("an array needs an item type, and not an array's")
-        start = _I32.pack(ValueType.ARRAY) + _I32.pack(value.item_type) + _U64.pack(len(value.value))
-        return start + _encode_items(value.item_type, value.value)
-    except (struct.error, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise GGUFError(f"new header: {key!r} cannot be written as {value.type.name}: {error}") from error
-
-
-def _encode_items(type: ValueType, items: Sequence[Any]) -> bytes:
-    if type is ValueType.STRING:
-        return b"".join(map(_encode_string, items))
-    if type is ValueType.BOOL:
-        if not all(item in (0, 1) for item in items):
-            raise ValueError("a bool is True or False")
-        return bytes(items)
-    return struct.pack(f"<{len(items)}{_CODES[type]}", *items)
-
-
-def _encode_tensor(tensor: TensorInfo) -> bytes:
-    ne = b"".join(_I64.pack(dim) for dim in reversed(tensor.shape))
-    name = _encode_name(tensor.name, MAX_TENSOR_NAME_BYTES)
-    return name + _U32.pack(len(tensor.shape)) + ne + _I32.pack(tensor.type.id) + _U64.pack(tensor.offset)

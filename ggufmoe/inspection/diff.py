@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 
 from ggufmoe.errors import Cancelled
-from ggufmoe.gguf.header import ModelHeader, TensorInfo, Value
-from ggufmoe.inspection.inspect import part_of
+from ggufmoe.gguf.header import TensorInfo, Value
+from ggufmoe.gguf.model import SPLIT_KEYS, ModelHeader
+from ggufmoe.gguf.names import part_of
 from ggufmoe.inspection.weights import Floats, WeightFiles, Weights
 from ggufmoe.work import CancelFlag
 
 _TILE_WEIGHTS = 2**18
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 OnProgress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
@@ -169,7 +169,7 @@ def _key_differences(first: ModelHeader, second: ModelHeader) -> tuple[KeyDiffer
     found = []
     for key in dict.fromkeys((*first.metadata, *second.metadata)):
         before, after = first.metadata.get(key), second.metadata.get(key)
-        if key not in _SPLIT_KEYS and not _same_value(before, after):
+        if key not in SPLIT_KEYS and not _same_value(before, after):
             found.append(_key_difference(key, before, after))
     return tuple(found)
 

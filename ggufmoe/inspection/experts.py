@@ -7,7 +7,6 @@ read and widened a few at a time, the same ones of every expert, so memory does 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import Cancelled, InputError
-from ggufmoe.gguf.header import legacy_expert_tensors
+from ggufmoe.gguf.names import expert_matrix, is_expert_stack, legacy_experts
 from ggufmoe.inspection.weights import WeightFiles, Weights
 from ggufmoe.work import CancelFlag
 
@@ -27,7 +26,6 @@ SAMPLED_ROWS = 256
 """Of each expert's matrix, spread evenly over it."""
 _BLOCK_ROWS = 8
 _TILE_WEIGHTS = 2**21
-_KIND = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight|blk\.(\d+)\.ffn_gate_inp\.weight")
 
 OnProgress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
@@ -112,8 +110,8 @@ def compare_experts(
     """
     with WeightFiles(path) as files:
         stacks = [weights for weights in files.tensors.values() if _is_stack(weights)]
-        if not any("_exps" in weights.info.name for weights in stacks):
-            old = legacy_expert_tensors(files.model.tensors)
+        if not any(is_expert_stack(weights.info.name) for weights in stacks):
+            old = legacy_experts(files.tensors)
             hint = "its experts stand in tensors of their own; stack them with `ggufmoe quantize -q COPY`"
             raise InputError(f"{path}: {hint if old else 'a dense model: it has no experts to compare'}")
         work = _Work(stacks, n_rows, on_progress, cancel)
@@ -122,8 +120,8 @@ def compare_experts(
 
 
 def _is_stack(weights: Weights) -> bool:
-    name, shape = weights.info.name, weights.info.shape
-    return _KIND.fullmatch(name) is not None and len(shape) == (3 if "_exps" in name else 2) and weights.can_widen
+    matrix, n_dims = expert_matrix(weights.info.name), len(weights.info.shape)
+    return matrix is not None and n_dims == (2 if matrix.kind == "router" else 3) and weights.can_widen
 
 
 def _place(matrix: MatrixSimilarity) -> tuple[int, int]:
@@ -175,10 +173,9 @@ class _Work:
             values = np.stack([stack.widened(part).reshape(-1) for part in raw])
             gram += values @ values.T
             self._advance(sum(part.nbytes for part in raw), stack.info.name)
-        found = _KIND.fullmatch(stack.info.name)
-        assert found is not None, "only such names are taken"
-        layer, kind = (found[1], found[2]) if found[2] else (found[3], "router")
-        return MatrixSimilarity(int(layer), kind, _cosines(gram), len(rows), n_all)
+        matrix = expert_matrix(stack.info.name)
+        assert matrix is not None, "only such tensors are compared"
+        return MatrixSimilarity(matrix.layer, matrix.kind, _cosines(gram), len(rows), n_all)
 
     def _advance(self, n_bytes: int, what: str) -> None:
         with self._lock:

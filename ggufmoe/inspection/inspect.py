@@ -15,34 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.gguf.header import NO_MODELS, ModelHeader, TensorInfo, legacy_expert_tensors, read_model_header
+from ggufmoe.gguf.header import TensorInfo
+from ggufmoe.gguf.model import NO_MODELS, ModelHeader, read_model_header
+from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, legacy_experts, part_of
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
+from ggufmoe.gguf.types import FILE_TYPES
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.offload import Host, plan_offload
 from ggufmoe.sizes import all_experts_run
 
-_FILE_TYPE_NAMES = (
-    "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
-    "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4_MOE NVFP4 "
-    "Q1_0 Q2_0"
-)
-FILE_TYPES = {number: name for number, name in enumerate(_FILE_TYPE_NAMES.split()) if name != "-"}
-"""``general.file_type`` as ``enum llama_ftype`` of llama.h numbers it (commit 0c1e57098)."""
-
-_PARTS = (
-    ("norms", re.compile(r"norm")),
-    ("router", re.compile(r"ffn_gate_(tid2eid|inp\b)|exp_probs_b")),
-    ("experts", re.compile(r"_exps\b|ffn_(gate|up|down)\.\d+\.")),
-    ("shared experts", re.compile(r"_shexp\b|_chexps\b|ffn_gate_inp_shexp")),
-    ("attention", re.compile(r"\battn_|\bindexer")),
-    ("feed-forward", re.compile(r"\bffn_")),
-    ("embedding", re.compile(r"^(token_embd|token_types|position_embd|per_layer_token_embd)\b")),
-    ("output", re.compile(r"^output\b")),
-)
 _SPECIAL_TOKENS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask")
 """As the keys spell them: ``tokenizer.ggml.NAME_token_id``."""
 
-_TOKEN_ROWS = {"token_embd.weight": "embedding", "output.weight": "output"}
+_TOKEN_ROWS = {TOKEN_EMBEDDING: "embedding", OUTPUT: "output"}
 _SMALLEST_CONTEXT, _LARGEST_CONTEXT = 32, 2**24
 """The longest contexts that models are trained for have ten million tokens."""
 _OLD_THETA = 10000.0
@@ -226,11 +211,6 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: Host 
         other=_other(model, keys),
         warnings=tuple(_warnings(model, keys, hyper, tokenizer, template)),
     )
-
-
-def part_of(tensor_name: str) -> str:
-    """The part of a model that a tensor belongs to: experts, attention, router, norms, embedding, output, ..."""
-    return next((part for part, pattern in _PARTS if pattern.search(tensor_name)), "other")
 
 
 class _Keys:
@@ -443,7 +423,7 @@ def _is_without_its_window(hyper: HyperParameters) -> bool:
 
 
 def _expert_warnings(model: ModelHeader, hyper: HyperParameters) -> Iterable[str]:
-    legacy = legacy_expert_tensors(model.tensors)
+    legacy = legacy_experts(tensor.name for tensor in model.tensors)
     if legacy:
         yield (
             f"legacy layout: {len(legacy)} tensors hold one expert each ({legacy[0]}), which llama.cpp no longer "

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from ggufmoe.errors import GGUFError
 from ggufmoe.files import PositionalFile
-from ggufmoe.gguf.header import GGMLType, ModelHeader, TensorInfo, read_model_header
+from ggufmoe.gguf.header import TensorInfo
+from ggufmoe.gguf.model import ModelHeader, read_model_header
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 
 Bytes = NDArray[np.uint8]

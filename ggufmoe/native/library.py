@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineError, EngineMissingError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 
 _VOID = ctypes.c_void_p
 _I64 = ctypes.c_int64

@@ -10,6 +10,6 @@ def _is_for_apps(module: str) -> bool:
     return module.split(".")[1:2] not in (["cli"], ["packaging"], ["__main__"])
 
 
-hiddenimports = [*collect_submodules("ggufmoe", filter=_is_for_apps), "llama_cpp"]
+hiddenimports = [*collect_submodules("ggufmoe", filter=_is_for_apps), "gguf.constants", "llama_cpp"]
 datas = collect_data_files("ggufmoe", excludes=["packaging/*"]) + copy_metadata("llama-cpp-python")
 binaries = collect_dynamic_libs("llama_cpp") + collect_dynamic_libs("llvmlite")

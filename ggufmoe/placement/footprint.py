@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ggufmoe.errors import GGUFError, OptionError
-from ggufmoe.gguf.header import GGMLType, ModelHeader, TensorInfo, check_kind, padded
+from ggufmoe.gguf.header import TensorInfo, padded
+from ggufmoe.gguf.model import ModelHeader, check_kind
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ContextOptions, OffloadOptions
 
 DEFAULT_MAX_CTX = 4096

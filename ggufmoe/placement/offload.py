@@ -16,7 +16,9 @@ from itertools import accumulate
 from typing import Any
 
 from ggufmoe.errors import OptionError
-from ggufmoe.gguf.header import GGMLType, ModelHeader, padded
+from ggufmoe.gguf.header import padded
+from ggufmoe.gguf.model import ModelHeader
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ALL_LAYERS, AUTO_LAYERS, ContextOptions, OffloadOptions
 from ggufmoe.placement.footprint import EXPERTS, Footprint, WeightTensor
 from ggufmoe.sizes import all_experts_run, counted, memory_size

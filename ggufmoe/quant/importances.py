@@ -23,17 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import GGUFError, ImatrixError
-from ggufmoe.gguf.header import (
-    DEFAULT_ALIGNMENT,
-    GGMLType,
-    Header,
-    TensorInfo,
-    Value,
-    ValueType,
-    encode_header,
-    padded,
-    read_header,
-)
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import Header, TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.types import GGMLType, ValueType
+from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
 from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
 
 _F32 = np.dtype("<f4")

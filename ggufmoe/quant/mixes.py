@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ggufmoe.gguf.header import GGMLType
-from ggufmoe.gguf.header import GGMLType as T
-from ggufmoe.quant.types import FileType
+from ggufmoe.gguf.names import PER_LAYER_TOKEN_EMBEDDING, TOKEN_EMBEDDING
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.gguf.types import GGMLType as T
+from ggufmoe.quant.filetypes import FileType
 
 
 class Role(Enum):
@@ -46,8 +47,7 @@ ROLE_OF_NAME: tuple[tuple[str, Role], ...] = (
 )
 """The role of a tensor whose name holds this; the first that is found counts."""
 
-TOKEN_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-OUTPUT = "output.weight"
+TOKEN_EMBEDDINGS = (TOKEN_EMBEDDING, PER_LAYER_TOKEN_EMBEDDING)
 
 NEVER_QUANTIZED = (
     "_norm.weight",

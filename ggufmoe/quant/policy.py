@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ggufmoe.errors import ArchitectureError, ImatrixError, OptionError, TensorMismatchError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.names import OUTPUT, PER_LAYER_TOKEN_EMBEDDING, layer_of, llama_quantize_order, without_layer
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant import mixes
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, FileType, parse_tensor_type, suggest
 from ggufmoe.quant.mixes import Role, Rule
-from ggufmoe.quant.types import ABORTS_WITHOUT_IMATRIX, FileType, parse_tensor_type, suggest
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -129,7 +130,8 @@ def choose_types(
         raise ArchitectureError(f"{model.architecture} has quantization rules of its own; quantize it with llama.cpp")
     overrides = _overrides(tensors, policy)
     chooser = _Chooser(tensors, model, policy, overrides, imatrix_names is not None)
-    chosen = {tensor.name: chooser.choose(tensor) for tensor in sorted(tensors, key=_walk_order)}
+    walk = sorted(tensors, key=lambda tensor: llama_quantize_order(tensor.name))
+    chosen = {tensor.name: chooser.choose(tensor) for tensor in walk}
     types = {tensor.name: chosen[tensor.name] for tensor in tensors}
     missing = required_imatrix(tensors, types, policy.file_type, imatrix_names or ())
     if missing:
@@ -159,7 +161,7 @@ def required_imatrix(
 def _needs_imatrix(name: str, type: GGMLType, file_type: FileType) -> bool:
     if type in ABORTS_WITHOUT_IMATRIX:
         return True
-    if name == mixes.OUTPUT or name in mixes.TOKEN_EMBEDDINGS:
+    if name == OUTPUT or name in mixes.TOKEN_EMBEDDINGS:
         return False
     return type in mixes.NEEDS_IMATRIX or (type is GGMLType.Q2_K and file_type is FileType.Q2_K_S)
 
@@ -209,7 +211,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _no_match_message(override: _Override, tensors: Sequence[TensorShape]) -> str:
-    kinds = dict.fromkeys(re.sub(r"^blk\.\d+\.", "", tensor.name).removesuffix(".weight") for tensor in tensors)
+    kinds = dict.fromkeys(without_layer(tensor.name).removesuffix(".weight") for tensor in tensors)
     plain = re.sub(r"^\W*blk\W*(\d|\W)*|[^a-z_]+weight\W*$", "", override.pattern.pattern)
     asked = f"{override.pattern.pattern}={override.type.name}"
     return f"tensor type {asked} matches no tensor of this model; {suggest(plain, kinds)}"
@@ -227,21 +229,11 @@ def may_quantize(tensor: TensorShape) -> bool:
 
 def role_of(name: str) -> Role:
     """The role of the tensor with this GGUF name."""
-    if name == mixes.OUTPUT:
+    if name == OUTPUT:
         return Role.OUTPUT
     if name in mixes.TOKEN_EMBEDDINGS:
         return Role.TOKEN_EMBEDDING
     return next((role for part, role in mixes.ROLE_OF_NAME if part in name), Role.OTHER)
-
-
-def _layer_of(name: str) -> int | None:
-    found = re.match(r"blk\.(\d+)", name)
-    return int(found[1]) if found else None
-
-
-def _walk_order(tensor: TensorShape) -> tuple[int, str]:
-    layer = _layer_of(tensor.name)
-    return (-1 if layer is None else layer, tensor.name)
 
 
 _FFN = (Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN)
@@ -278,7 +270,7 @@ class _Chooser:
 
     def _is_named(self, tensor: TensorShape) -> bool:
         # a large table of its own, which an explicit --tensor-type may name
-        per_layer = tensor.name == mixes.TOKEN_EMBEDDINGS[1]
+        per_layer = tensor.name == PER_LAYER_TOKEN_EMBEDDING
         return per_layer and any(override.pattern.search(tensor.name) for override in self.overrides)
 
     def _wanted(self, tensor: TensorShape, role: Role) -> GGMLType:
@@ -323,7 +315,7 @@ class _Chooser:
             return counted, self.n_attention_v
         if self.model.n_expert < 2 or self.policy.file_type in mixes.LOW_BIT:
             return counted, self.model.n_layer
-        layer = _layer_of(tensor.name)
+        layer = layer_of(tensor.name)
         if layer is None or layer >= self.model.n_layer:
             raise TensorMismatchError(
                 f"{tensor.name} is in none of the {self.model.n_layer} layers that the model's header declares"

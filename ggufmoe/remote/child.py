@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import Cancelled, EngineError, WorkerLostError
-from ggufmoe.gguf.header import read_model_header
+from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.remote.host import (
     LOADING,

@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, GGUFError, InputError
-from ggufmoe.gguf.header import Header, ModelHeader, check_kind, legacy_expert_tensors, read_model_header
+from ggufmoe.gguf.header import Header
+from ggufmoe.gguf.model import ModelHeader, check_kind, read_model_header
+from ggufmoe.gguf.names import legacy_experts
 from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions, given_or_default
@@ -538,7 +540,7 @@ def checked_model(path: Path) -> ModelHeader:
     """The header of a model that llama.cpp can load. Raises GGUFError."""
     model = read_model_header(path)
     check_kind(model)
-    old = legacy_expert_tensors(model.tensors)
+    old = legacy_experts(tensor.name for tensor in model.tensors)
     if old:
         raise GGUFError(
             f"{path}: an old Mixtral file with one tensor per expert ({old[0]}), which llama.cpp no longer loads; "

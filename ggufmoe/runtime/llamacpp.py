@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
-from ggufmoe.gguf.header import GGMLType, read_model_header
+from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.native.log import no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions, given_or_default

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import Cancelled, EngineError, ModelLoadError
-from ggufmoe.gguf.header import GGMLType, Header, ModelHeader
+from ggufmoe.gguf.header import Header
+from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads, memory_bytes

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import ContextFullError, InputError, OutputError
-from ggufmoe.gguf.header import ModelHeader, TensorInfo
+from ggufmoe.gguf.header import TensorInfo
+from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import memory_bytes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ggufmoe.errors import OptionError
 from ggufmoe.export.plan import ExportPlan
 from ggufmoe.export.rows import PLAIN_DTYPES, stored_type
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.kernels import KernelReport, QuantizerName, has_kernel, kernel_report, prepare
 
 _COMPILE_AT_ONCE_WEIGHTS = 1 << 26

@@ -20,7 +20,7 @@ from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import NonFiniteError
 from ggufmoe.export.plan import ExportPlan, PlannedTensor
 from ggufmoe.export.rows import PLAIN_DTYPES, Part, RopeOrdered, stored_type
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import QuantizerName, quantize_rows

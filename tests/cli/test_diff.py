@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.gguf.header import GGMLType, Value, ValueType
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.types import GGMLType, ValueType
 from tests.gguf_files import Arrays, text, u32, write_weights
 
 Capture = pytest.CaptureFixture[str]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.gguf.header import GGMLType, Value, ValueType, read_header
+from ggufmoe.gguf.header import Value, read_header
 from ggufmoe.gguf.manifest import write_manifest
+from ggufmoe.gguf.types import GGMLType, ValueType
 from tests.gguf_files import text, write_gguf, write_mixtral, write_weights
 
 Capture = pytest.CaptureFixture[str]

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggufmoe.gguf.header import GGMLType, TensorInfo, Value, encode_header, padded, read_header
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.types import GGMLType
 
 
 @dataclass(frozen=True)

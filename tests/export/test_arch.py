@@ -19,7 +19,7 @@ from ggufmoe.errors import ArchitectureError
 from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.export.arch.dense import llama3_rope_factors
 from ggufmoe.export.rows import Computed, RopeOrdered
-from ggufmoe.gguf.header import GGMLType, ValueType
+from ggufmoe.gguf.types import GGMLType, ValueType
 
 Make = Callable[..., Path]
 

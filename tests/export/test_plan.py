@@ -13,9 +13,10 @@ import pytest
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.errors import ImatrixError, OptionError
 from ggufmoe.export.plan import ExportPlan, PlannedTensor, lay_out_files, parse_size, plan_export
-from ggufmoe.gguf.header import GGMLType, Value, ValueType
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.types import GGMLType, ValueType
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import FileType
 
 Make = Callable[..., Path]
 

@@ -14,7 +14,8 @@ from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import GGUFError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.rows import Computed, RopeOrdered, stored_type
-from ggufmoe.gguf.header import GGMLType, read_model_header
+from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.types import GGMLType
 from tests.quant.llama_quantize import Specimen, write_model
 
 

@@ -20,18 +20,11 @@ from hypothesis import strategies as st
 
 from ggufmoe.errors import GGUFError
 from ggufmoe.gguf import header as ggufheader
-from ggufmoe.gguf.header import (
-    GGMLType,
-    TensorInfo,
-    Value,
-    ValueType,
-    encode_header,
-    legacy_expert_tensors,
-    padded,
-    read_header,
-    read_model_header,
-    shard_paths,
-)
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.model import read_model_header, shard_paths
+from ggufmoe.gguf.names import legacy_experts
+from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.native import library as native
 
 U8, U16, U32, I32, F32 = ValueType.UINT8, ValueType.UINT16, ValueType.UINT32, ValueType.INT32, ValueType.FLOAT32
@@ -592,5 +585,4 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 def test_legacy_experts_are_recognised() -> None:
     names = ["blk.0.ffn_gate.1.weight", "blk.0.ffn_gate_inp.weight", "blk.11.ffn_down.0.weight", "blk.0.ffn_up.weight"]
-    tensors = [TensorInfo(name, GGMLType.F32, (8,), 0, 32) for name in names]
-    assert legacy_expert_tensors(tensors) == (names[0], names[2])
+    assert legacy_experts(names) == (names[0], names[2])

@@ -13,8 +13,10 @@ import pytest
 from ggufmoe import __version__
 from ggufmoe.errors import Cancelled, GGUFError, InputError, OutputError
 from ggufmoe.gguf import manifest
-from ggufmoe.gguf.header import GGMLType, TensorInfo, Value, ValueType, encode_header, padded, read_header
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import TensorInfo, Value, padded, read_header
 from ggufmoe.gguf.manifest import default_path, hash_tensors, read_manifest, verify, write_manifest
+from ggufmoe.gguf.types import GGMLType, ValueType
 
 SIZES = {"token_embd.weight": 40, "blk.0.ffn_up_exps.weight": 9_000_000, "output.weight": 8}
 

@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.errors import Cancelled, GGUFError
-from ggufmoe.gguf.header import GGMLType, Value, ValueType, read_header
+from ggufmoe.gguf.header import Value, read_header
+from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.inspection.diff import ModelDifference, TensorDifference, diff_models
 from tests.gguf_files import Arrays, stored, text, u32, write_gguf, write_shards, write_weights
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.errors import Cancelled, InputError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.inspection.experts import ExpertSimilarity, compare_experts
 from tests.gguf_files import text, write_gguf, write_weights
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.gguf.header import GGMLType, Value, ValueType, read_model_header
-from ggufmoe.inspection.inspect import FILE_TYPES, MergeReport, Share, inspect_model, part_of
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.names import part_of
+from ggufmoe.gguf.types import FILE_TYPES, GGMLType, ValueType
+from ggufmoe.inspection.inspect import MergeReport, Share, inspect_model
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.offload import Host, plan_offload
-from ggufmoe.quant.types import FileType
+from ggufmoe.quant.filetypes import FileType
 from tests.gguf_files import (
     ARRAY,
     N_EMBD,

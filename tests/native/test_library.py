@@ -7,10 +7,10 @@ import ctypes
 import numpy as np
 import pytest
 
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.native.library import Operation
-from ggufmoe.quant.types import WRITABLE_TYPES
+from ggufmoe.quant.filetypes import WRITABLE_TYPES
 
 SLOW = ("IQ1", "IQ2", "IQ3")
 """ggml makes tables of seconds for these before it quantizes a single row."""

@@ -6,16 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ggufmoe.gguf.header import (
-    GGMLType,
-    ModelHeader,
-    TensorInfo,
-    Value,
-    ValueType,
-    encode_header,
-    padded,
-    read_model_header,
-)
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import TensorInfo, Value, padded
+from ggufmoe.gguf.model import ModelHeader, read_model_header
+from ggufmoe.gguf.types import GGMLType, ValueType
 
 ALIGNMENT = 32
 N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB = 512, 1024, 8, 4, 2048

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from ggufmoe.errors import GGUFError, OptionError
-from ggufmoe.gguf.header import GGMLType, ModelHeader, Value, ValueType, padded
+from ggufmoe.gguf.header import Value, padded
+from ggufmoe.gguf.model import ModelHeader
+from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
 from ggufmoe.placement.offload import Host, OffloadPlan, Place, as_dict, chosen_devices, experts_of, plan_offload
 from tests.placement.shapes import N_EMBD, N_FF, N_HEAD_KV, model_of

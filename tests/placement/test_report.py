@@ -18,7 +18,7 @@ import pytest
 
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, OffloadOptions, OptionError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.placement.devices import Machine, find_machine, repacked_types
 from ggufmoe.placement.offload import Host, OffloadPlan, Place, plan_offload

@@ -18,10 +18,11 @@ from llama_cpp import llama_cpp
 from numpy.typing import NDArray
 
 from ggufmoe.errors import ImatrixError, OptionError
-from ggufmoe.gguf.header import GGMLType, read_header
+from ggufmoe.gguf.header import read_header
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
-from ggufmoe.quant.types import ABORTS_WITHOUT_IMATRIX
 from tests.llama_log import llama_log_to
 
 _N_TYPES = 43

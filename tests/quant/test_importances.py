@@ -13,9 +13,9 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from ggufmoe.errors import ImatrixError
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix, save
 from ggufmoe.quant.policy import TypePolicy, choose_types
-from ggufmoe.quant.types import FileType
 from tests.quant.llama_quantize import Specimen
 
 EXPERTS = "blk.0.ffn_down_exps.weight"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.filetypes import WRITABLE_TYPES, FileType
 from ggufmoe.quant.kernels import quantize_rows
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
-from ggufmoe.quant.types import WRITABLE_TYPES, FileType
 from tests.quant.llama_quantize import Specimen, compare_types, quantize, read_tensors, stored, write_model
 
 ROWS = ((512, 256), (288, 512), (288, 288))

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from ggufmoe.errors import ArchitectureError, ImatrixError, OptionError, TensorMismatchError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.mixes import FALLBACK, RULES, Layers, Role
 from ggufmoe.quant.policy import (
     ModelShape,
@@ -19,7 +20,6 @@ from ggufmoe.quant.policy import (
     parse_override,
     role_of,
 )
-from ggufmoe.quant.types import FileType
 from tests.quant.llama_quantize import Specimen
 
 MIXTRAL = Specimen(n_expert=2, n_layer=8)

@@ -29,7 +29,9 @@ from ggufmoe import (
     SamplingOptions,
     convert,
 )
-from ggufmoe.gguf.header import Value, ValueType, encode_header
+from ggufmoe.gguf.encoding import encode_header
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.types import ValueType
 from ggufmoe.native import library as native
 from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
 from ggufmoe.runtime.events import Event, Finished, Token

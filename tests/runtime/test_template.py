@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ggufmoe import OptionError, TemplateError
-from ggufmoe.gguf.header import Header, Value, ValueType
+from ggufmoe.gguf.header import Header, Value
+from ggufmoe.gguf.types import ValueType
 from ggufmoe.runtime.template import BUILTIN, ChatTemplate, find_template, fold_system
 
 TALK = [

@@ -9,7 +9,7 @@ import pytest
 
 from ggufmoe.errors import OptionError
 from ggufmoe.export.plan import ExportPlan
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import QuantizeKeywords
 from ggufmoe.quant.kernels import kernel_report
 from ggufmoe.quantize import plan_quantize, quantize

@@ -34,10 +34,11 @@ from ggufmoe.errors import (
     ResumeError,
 )
 from ggufmoe.export.plan import ExportPlan, plan_export
-from ggufmoe.gguf.header import GGMLType, read_header
+from ggufmoe.gguf.header import read_header
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import FileType
 from ggufmoe.writing import tiles, writer
 from ggufmoe.writing.journal import Journal, fingerprint
 from ggufmoe.writing.writer import PartialFile, Progress, WriteOptions, journal_path, partial_path, write_plan
@@ -182,7 +183,7 @@ from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.export.plan import plan_export
 from ggufmoe.writing.writer import PartialFile, WriteOptions, journal_path, write_plan
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.quant.types import FileType
+from ggufmoe.quant.filetypes import FileType
 
 output, lines_to_live = Path(sys.argv[2]), int(sys.argv[3])
 

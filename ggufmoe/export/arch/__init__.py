@@ -15,7 +15,8 @@ from typing import Protocol, cast
 
 from ggufmoe.checkpoint.source import Dtype, ModelConfig, ModelSource, SourceTensor
 from ggufmoe.errors import ArchitectureError
-from ggufmoe.gguf.header import GGMLType, Value
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.types import GGMLType
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.rows import Vocabulary
 from ggufmoe.export.vocab.special import SpecialTokens
-from ggufmoe.gguf.header import Value, ValueType
+from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
+from ggufmoe.gguf.types import ValueType
 
 _ID_KEYS = {
     "bos": "bos_token_id",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.quant.kernels.trust import KernelReport, Kernels, has_kernel, run, widened
 

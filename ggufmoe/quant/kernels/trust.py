@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.kernels.trust import has_kernel
 from tests.quant.kernels.corpora import IMPORTANCES, KINDS, N_COLS, Floats, differing, importances, rows
 

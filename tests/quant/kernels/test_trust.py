@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.quant import kernels
 from ggufmoe.quant.kernels import kernel_report, prepare, q4_0, quantize_rows, trust
@@ -32,7 +32,7 @@ import logging, numpy as np
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
 from ggufmoe.native import library as native
 from ggufmoe.errors import OptionError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows
 src = np.random.default_rng(0).normal(0, 1, (4, 512)).astype(np.float32)
 ours, theirs = (np.zeros((4, GGMLType.Q6_K.row_bytes(512)), np.uint8) for _ in range(2))

@@ -1,7 +1,7 @@
 """Names of quantized files and tensors: llama.cpp's file types, and the tensor types that can be written.
 
-A file type is a recipe (``Q4_K_M``); which tensor gets which type inside it is ``policy``'s business. Sizes of the
-tensor types belong to ``ggufheader``.
+A file type is a recipe (``Q4_K_M``); ``policy`` decides which tensor gets which type inside it. Numbers and sizes of
+types are in ``gguf.types``.
 """
 
 from __future__ import annotations
@@ -11,53 +11,56 @@ from difflib import get_close_matches
 from enum import Enum
 
 from ggufmoe.errors import OptionError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import FILE_TYPES, GGMLType
+
+_NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 
 
 class FileType(Enum):
-    """llama.cpp's file types: number in ``general.file_type``, type of most tensors, and libllama's own description.
+    """File types that llama.cpp writes: type of most tensors, and libllama's own description.
 
-    Source: ``enum llama_ftype``, ``llama_ftype_get_default_type`` and ``llama_ftype_name`` at the pinned commit.
+    ``id`` is the number in ``general.file_type``. Source: ``llama_ftype_get_default_type`` and ``llama_ftype_name`` at
+    the pinned commit.
     """
 
-    F32 = (0, GGMLType.F32, "all F32")
-    F16 = (1, GGMLType.F16, "F16")
-    BF16 = (32, GGMLType.BF16, "BF16")
-    Q8_0 = (7, GGMLType.Q8_0, "Q8_0")
-    Q1_0 = (40, GGMLType.Q1_0, "Q1_0")
-    Q2_0 = (41, GGMLType.Q2_0, "Q2_0")
-    Q4_0 = (2, GGMLType.Q4_0, "Q4_0")
-    Q4_1 = (3, GGMLType.Q4_1, "Q4_1")
-    Q5_0 = (8, GGMLType.Q5_0, "Q5_0")
-    Q5_1 = (9, GGMLType.Q5_1, "Q5_1")
-    Q2_K = (10, GGMLType.Q2_K, "Q2_K - Medium")
-    Q2_K_S = (21, GGMLType.Q2_K, "Q2_K - Small")
-    Q3_K_S = (11, GGMLType.Q3_K, "Q3_K - Small")
-    Q3_K_M = (12, GGMLType.Q3_K, "Q3_K - Medium")
-    Q3_K_L = (13, GGMLType.Q3_K, "Q3_K - Large")
-    Q4_K_S = (14, GGMLType.Q4_K, "Q4_K - Small")
-    Q4_K_M = (15, GGMLType.Q4_K, "Q4_K - Medium")
-    Q5_K_S = (16, GGMLType.Q5_K, "Q5_K - Small")
-    Q5_K_M = (17, GGMLType.Q5_K, "Q5_K - Medium")
-    Q6_K = (18, GGMLType.Q6_K, "Q6_K")
-    IQ4_NL = (25, GGMLType.IQ4_NL, "IQ4_NL - 4.5 bpw")
-    IQ4_XS = (30, GGMLType.IQ4_XS, "IQ4_XS - 4.25 bpw")
-    IQ3_XXS = (23, GGMLType.IQ3_XXS, "IQ3_XXS - 3.0625 bpw")
-    IQ3_XS = (22, GGMLType.IQ3_S, "IQ3_XS - 3.3 bpw")
-    IQ3_S = (26, GGMLType.IQ3_S, "IQ3_S - 3.4375 bpw")
-    IQ3_M = (27, GGMLType.IQ3_S, "IQ3_S mix - 3.66 bpw")
-    IQ2_XXS = (19, GGMLType.IQ2_XXS, "IQ2_XXS - 2.0625 bpw")
-    IQ2_XS = (20, GGMLType.IQ2_XS, "IQ2_XS - 2.3125 bpw")
-    IQ2_S = (28, GGMLType.IQ2_XS, "IQ2_S - 2.5 bpw")
-    IQ2_M = (29, GGMLType.IQ2_S, "IQ2_M - 2.7 bpw")
-    IQ1_S = (24, GGMLType.IQ1_S, "IQ1_S - 1.5625 bpw")
-    IQ1_M = (31, GGMLType.IQ1_M, "IQ1_M - 1.75 bpw")
-    TQ1_0 = (36, GGMLType.TQ1_0, "TQ1_0 - 1.69 bpw ternary")
-    TQ2_0 = (37, GGMLType.TQ2_0, "TQ2_0 - 2.06 bpw ternary")
-    MXFP4_MOE = (38, GGMLType.MXFP4, "MXFP4 MoE")
+    F32 = (GGMLType.F32, "all F32")
+    F16 = (GGMLType.F16, "F16")
+    BF16 = (GGMLType.BF16, "BF16")
+    Q8_0 = (GGMLType.Q8_0, "Q8_0")
+    Q1_0 = (GGMLType.Q1_0, "Q1_0")
+    Q2_0 = (GGMLType.Q2_0, "Q2_0")
+    Q4_0 = (GGMLType.Q4_0, "Q4_0")
+    Q4_1 = (GGMLType.Q4_1, "Q4_1")
+    Q5_0 = (GGMLType.Q5_0, "Q5_0")
+    Q5_1 = (GGMLType.Q5_1, "Q5_1")
+    Q2_K = (GGMLType.Q2_K, "Q2_K - Medium")
+    Q2_K_S = (GGMLType.Q2_K, "Q2_K - Small")
+    Q3_K_S = (GGMLType.Q3_K, "Q3_K - Small")
+    Q3_K_M = (GGMLType.Q3_K, "Q3_K - Medium")
+    Q3_K_L = (GGMLType.Q3_K, "Q3_K - Large")
+    Q4_K_S = (GGMLType.Q4_K, "Q4_K - Small")
+    Q4_K_M = (GGMLType.Q4_K, "Q4_K - Medium")
+    Q5_K_S = (GGMLType.Q5_K, "Q5_K - Small")
+    Q5_K_M = (GGMLType.Q5_K, "Q5_K - Medium")
+    Q6_K = (GGMLType.Q6_K, "Q6_K")
+    IQ4_NL = (GGMLType.IQ4_NL, "IQ4_NL - 4.5 bpw")
+    IQ4_XS = (GGMLType.IQ4_XS, "IQ4_XS - 4.25 bpw")
+    IQ3_XXS = (GGMLType.IQ3_XXS, "IQ3_XXS - 3.0625 bpw")
+    IQ3_XS = (GGMLType.IQ3_S, "IQ3_XS - 3.3 bpw")
+    IQ3_S = (GGMLType.IQ3_S, "IQ3_S - 3.4375 bpw")
+    IQ3_M = (GGMLType.IQ3_S, "IQ3_S mix - 3.66 bpw")
+    IQ2_XXS = (GGMLType.IQ2_XXS, "IQ2_XXS - 2.0625 bpw")
+    IQ2_XS = (GGMLType.IQ2_XS, "IQ2_XS - 2.3125 bpw")
+    IQ2_S = (GGMLType.IQ2_XS, "IQ2_S - 2.5 bpw")
+    IQ2_M = (GGMLType.IQ2_S, "IQ2_M - 2.7 bpw")
+    IQ1_S = (GGMLType.IQ1_S, "IQ1_S - 1.5625 bpw")
+    IQ1_M = (GGMLType.IQ1_M, "IQ1_M - 1.75 bpw")
+    TQ1_0 = (GGMLType.TQ1_0, "TQ1_0 - 1.69 bpw ternary")
+    TQ2_0 = (GGMLType.TQ2_0, "TQ2_0 - 2.06 bpw ternary")
+    MXFP4_MOE = (GGMLType.MXFP4, "MXFP4 MoE")
 
-    def __init__(self, id: int, default_type: GGMLType, description: str) -> None:
-        self.id = id
+    def __init__(self, default_type: GGMLType, description: str) -> None:
+        self.id = _NUMBERS[self.name]
         self.default_type = default_type
         self.description = description
 

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
-from ggufmoe.gguf.header import GGMLType
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
-from ggufmoe.quant.types import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES, FileType, parse_tensor_type
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES, FileType, parse_tensor_type
 
 NAMES = (
     "F32 F16 BF16 Q8_0 Q1_0 Q2_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q2_K_S Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K "

@@ -1,0 +1,158 @@
+"""The headers of all files of one model: which files belong together, and what kind of file they are.
+
+A model may be split into shards, of which the first holds the metadata; it is read given any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ggufmoe.errors import GGUFError
+from ggufmoe.gguf.header import Header, TensorInfo, Value, read_header
+from ggufmoe.gguf.types import ValueType
+from ggufmoe.gguf.upstream import Keys
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a model with its header."""
+
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True)
+class ModelHeader:
+    """The headers of all files of one model; a model that is not split is a single shard."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def metadata(self) -> Mapping[str, Value]:
+        """The model's metadata, which the first shard holds."""
+        return self.shards[0].header.metadata
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Tensors of all shards; an offset counts within its own shard."""
+        return tuple(tensor for shard in self.shards for tensor in shard.header.tensors)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, the first one (which llama.cpp is given) in front."""
+        return tuple(shard.path for shard in self.shards)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(shard.header.file_bytes for shard in self.shards)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The plain value of a metadata key, or ``default`` where the model has none."""
+        return self.shards[0].header.get(key, default)
+
+
+SPLIT_KEYS: tuple[str, ...] = (
+    Keys.Split.LLM_KV_SPLIT_NO,
+    Keys.Split.LLM_KV_SPLIT_COUNT,
+    Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT,
+)
+"""Keys that tell of the files of a split model, and nothing of the model."""
+_NUMBER_KEY, _COUNT_KEY, _TENSORS_KEY = SPLIT_KEYS
+_SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def shard_paths(path: Path) -> tuple[Path, ...]:
+    """All files of the model that ``path`` is, or is one shard of, in order; a file that is not split stands alone.
+
+    Raises GGUFError if the header cannot be read, contradicts the file's name, or files are missing.
+    """
+    return _shard_paths(Path(path), read_header(path))
+
+
+def read_model_header(path: Path) -> ModelHeader:
+    """Read the headers of all shards of a model, given any of them, as llama.cpp writes and checks them.
+
+    Raises GGUFError as ``read_header`` does, and for missing or mistaken shards.
+    """
+    path = Path(path)
+    given = read_header(path)
+    paths = _shard_paths(path, given)
+    if len(paths) == 1:
+        return ModelHeader((Shard(path, given),))
+    model = ModelHeader(tuple(Shard(file, given if file == path else read_header(file)) for file in paths))
+    for number, shard in enumerate(model.shards):
+        _check_shard(shard, number, len(paths))
+    _check_shard_tensors(model)
+    return model
+
+
+def _shard_paths(path: Path, header: Header) -> tuple[Path, ...]:
+    count = _uint16(path, header, _COUNT_KEY, 1)
+    if count <= 1:
+        return (path,)
+    number = _uint16(path, header, _NUMBER_KEY, None)
+    name = _SHARD_NAME.fullmatch(path.name)
+    if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
+        raise GGUFError(
+            f"{path}: is shard {number + 1} of {count}, so its name must end in -{number + 1:05d}-of-{count:05d}.gguf; "
+            "give it back its name"
+        )
+    paths = tuple(path.with_name(f"{name['prefix']}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1))
+    missing = [file.name for file in paths if not file.is_file()]
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise GGUFError(f"{path.parent}: {len(missing)} of {count} shards are missing: {shown}; download them as well")
+    return paths
+
+
+def _uint16(path: Path, header: Header, key: str, default: int | None) -> int:
+    value = header.metadata.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None or value.type is not ValueType.UINT16:
+        found = "missing" if value is None else value.type.name
+        raise GGUFError(f"{path}: {key} is {found}, expected UINT16; this shard is corrupt")
+    return int(value.value)
+
+
+def _check_shard(shard: Shard, number: int, count: int) -> None:
+    for key, expected in ((_NUMBER_KEY, number), (_COUNT_KEY, count)):
+        found = _uint16(shard.path, shard.header, key, None)
+        if found != expected:
+            raise GGUFError(f"{shard.path}: {key} is {found}, expected {expected}; this shard is of another model")
+
+
+def _check_shard_tensors(model: ModelHeader) -> None:
+    first = model.shards[0]
+    expected = first.header.get(_TENSORS_KEY)
+    if expected != len(model.tensors):
+        raise GGUFError(
+            f"{first.path}: {_TENSORS_KEY} is {expected}, but the shards hold {len(model.tensors)} tensors; "
+            "a shard is of another model"
+        )
+    home: dict[str, Path] = {}
+    for shard in model.shards:
+        for tensor in shard.header.tensors:
+            if tensor.name in home:
+                raise GGUFError(f"{shard.path}: tensor {tensor.name!r} is in {home[tensor.name].name} as well")
+            home[tensor.name] = shard.path
+
+
+NO_MODELS = {
+    "imatrix": "an importance matrix, not a model; convert and quantize take it with --imatrix",
+    "adapter": "an adapter (LoRA), not a model; it has to be merged into its model first",
+    "mmproj": "the projector of a model for pictures or sound, not a model by itself",
+}
+"""What is in a file whose ``general.type`` is not ``model`` (gguf-py's GGUFType), and what it is for."""
+
+
+def check_kind(model: ModelHeader) -> None:
+    """Raise GGUFError if the file says that it is something else than a model."""
+    kind = model.get(Keys.General.TYPE)
+    if isinstance(kind, str) and kind in NO_MODELS:
+        raise GGUFError(f"{model.paths[0]}: {NO_MODELS[kind]}")
