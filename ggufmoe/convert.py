@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError, OutputError, SafetensorsError
 from ggufmoe.export.arch import ggml_type
 from ggufmoe.export.plan import ExportPlan, PlannedFile, PlannedTensor, parse_size, plan_export
+from ggufmoe.files import check_output_file, replacing
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.merge.merged import MergedModel, open_recipe
@@ -30,9 +30,10 @@ from ggufmoe.quant.filetypes import FileType, parse_tensor_type
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
+from ggufmoe.work import CancelFlag, OnProgress
 from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
 from ggufmoe.writing.formats import routines
-from ggufmoe.writing.writer import CancelEvent, Progress, WriteOptions, WriteReport, check_place, write_plan
+from ggufmoe.writing.writer import WriteOptions, WriteReport, write_plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,8 +93,8 @@ def convert(
     quant: str | None = None,
     *,
     options: ConvertOptions | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    cancel: CancelEvent | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
     **keywords: Unpack[ConvertKeywords],
 ) -> ConvertResult:
     """Turn a checkpoint or a merge recipe into a GGUF file.
@@ -110,7 +111,7 @@ def convert(
     """
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
     path = output_path(output)
-    check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
+    check_output_file(path, replace=options.force or options.resume or options.split_max_size is not None)
     _check_report(options.router_report)
     with _open_source(source, options) as model:
         plan = _plan(model, path, options)
@@ -121,7 +122,7 @@ def convert(
             force=options.force,
             on_progress=on_progress,
             cancel=cancel,
-            prepare=lambda: _prepare(model, options.router_report, on_progress, cancel),
+            prepare=lambda: _prepare(model, options, on_progress, cancel),
         )
         report = write_plan(plan, write)
         router = model.router_report if isinstance(model, MergedModel) else None
@@ -158,7 +159,6 @@ def _open_source(source: str | Path, options: ConvertOptions) -> Iterator[ModelS
         model: ModelSource = open_recipe(
             Path(source).expanduser(),
             allow_identical_experts=options.allow_identical_experts,
-            threads=options.threads,
         )
     elif options.router_report is not None or options.allow_identical_experts:
         raise OptionError(f"{source} is no recipe; --router-report and --allow-identical-experts belong to recipes")
@@ -202,8 +202,8 @@ def _tensor_type(name: str | None) -> Any:
 def write_plan_manifest(
     plan: ExportPlan,
     options: ExportOptions,
-    on_progress: Callable[[Progress], None] | None,
-    cancel: CancelEvent | None,
+    on_progress: OnProgress | None,
+    cancel: CancelFlag | None,
 ) -> Path | None:
     """The manifest that was asked for; one that is there already is renewed, lest it speak of an older file.
 
@@ -214,11 +214,8 @@ def write_plan_manifest(
     if not options.manifest and not manifest_path(plan.output).exists():
         return None
 
-    def show(done: int, total: int, name: str) -> None:
-        if on_progress is not None:
-            on_progress(Progress(done, total, name, "hash"))
-
-    return write_manifest(paths, manifest_path(plan.output), show, cancel)
+    target = manifest_path(plan.output)
+    return write_manifest(paths, target, threads=options.threads, on_progress=on_progress, cancel=cancel)
 
 
 def convert_result(
@@ -273,8 +270,8 @@ def merge(
     out_dir: str | Path,
     *,
     options: MergeOptions | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    cancel: CancelEvent | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
     **keywords: Unpack[MergeKeywords],
 ) -> MergeResult:
     """Merge the models of a recipe into a Mixtral checkpoint, as mergekit-moe does.
@@ -292,7 +289,6 @@ def merge(
     model = open_recipe(
         Path(recipe).expanduser(),
         allow_identical_experts=options.allow_identical_experts,
-        threads=options.threads,
     )
     with contextlib.closing(model):
         check_directory(target, model.input_paths, force=options.force)
@@ -302,7 +298,7 @@ def merge(
             resume=options.resume,
             on_progress=on_progress,
             cancel=cancel,
-            prepare=lambda: _prepare(model, options.router_report, on_progress, cancel),
+            prepare=lambda: _prepare(model, options, on_progress, cancel),
             reads_back=_reads_back_as_safetensors,
         )
         with open_partial_directory(target, keep=options.resume) as partial:
@@ -343,28 +339,20 @@ def _reads_back_as_safetensors(file: PlannedFile, path: Path) -> bool:
 
 def _prepare(
     model: ModelSource,
-    report: Path | None,
-    on_progress: Callable[[Progress], None] | None,
-    cancel: CancelEvent | None,
+    options: ConvertOptions | MergeOptions,
+    on_progress: OnProgress | None,
+    cancel: CancelFlag | None,
 ) -> None:
-    """Compute what the model needs before its rows are read, told as bytes of the base model; write its report."""
-    n_bytes = sum(math.prod(tensor.shape) * tensor.dtype.n_bytes for tensor in model.tensors.values())
-    n_bytes //= max(1, model.config.n_expert)
-
-    def show(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(Progress(n_bytes * done // total, n_bytes, f"layer {done} of {total}", "router"))
-
-    model.prepare(on_layer=show, cancelled=lambda: cancel is not None and cancel.is_set())
+    """Compute what the model needs before its rows are read, and write its report where one is asked for."""
+    report = options.router_report
+    model.prepare(threads=options.threads, on_progress=on_progress, cancel=cancel)
     if report is not None and isinstance(model, MergedModel) and model.router_report is not None:
         text = json.dumps(model.router_report.to_dict(), indent=1) + "\n"
-        try:
-            report.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{report} cannot be written: {error.strerror}") from error
+        with replacing(report, "the router's report") as file:
+            file.write(text.encode())
 
 
 def _check_report(path: Path | None) -> None:
     """Refuse a place for the router's report where it cannot be, before a long job ends with that."""
     if path is not None:
-        check_place(path, replace=True)
+        check_output_file(path, replace=True)

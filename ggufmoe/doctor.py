@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ggufmoe.errors import GgufmoeError
+from ggufmoe.errors import GgufmoeError, one_line
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ALL_LAYERS, OffloadOptions
 from ggufmoe.sizes import counted, file_size, memory_size
@@ -43,6 +43,8 @@ _PACKAGES = {"numpy": "", "llvmlite": _SLOWER} | dict.fromkeys(
 """Packages, and what happens without those that ggufmoe can do without."""
 _TEMPORARY = "temporary"
 _TIMEOUT_S = 120
+_MAX_CHARS = 500
+"""Of a finding: it stands in a table."""
 _N_PARTS = 2
 """Processes among which the kernels are divided; compiling one takes about as long as writing it takes Python."""
 _CHILD = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from ggufmoe.doctor import answer; answer()"
@@ -214,7 +216,7 @@ def check_answer(name: str, n_gpu_layers: int) -> Finding:
     try:
         found = probe_answer(OffloadOptions(n_gpu_layers=n_gpu_layers))
     except (GgufmoeError, OSError) as error:
-        text = one_line(f"a tiny model cannot be run: {error}")
+        text = one_line(f"a tiny model cannot be run: {error}", _MAX_CHARS)
         return Finding("engine", name, "wrong", text, _way_to_answers(n_gpu_layers))
     return judge_answer(name, n_gpu_layers, found, time.perf_counter() - start)
 
@@ -260,7 +262,7 @@ def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
         try:
             devices = find_workers([(host, port)])
         except WorkerError as error:
-            text, _, way_out = one_line(str(error)).partition("; ")
+            text, _, way_out = one_line(error, _MAX_CHARS).partition("; ")
             way_out = way_out or "see whether 'ggufmoe worker' runs there, and look at firewalls"
             yield Finding("workers", name, "wrong", text, way_out)
             continue
@@ -296,7 +298,7 @@ def judge_kernel(report: KernelReport) -> Finding:
     if report.routine == "fast":
         text = f"fast: {report.reason} ({report.compile_s:.1f} s)"
         return Finding("kernels", name, "ok", text, data=data | {"compile_s": round(report.compile_s, 3)})
-    text = one_line(f"ggml, right but slower: {report.reason}")
+    text = one_line(f"ggml, right but slower: {report.reason}", _MAX_CHARS)
     way_out = "pip install --upgrade llvmlite" if report.reason.startswith("no kernel") else ""
     return Finding("kernels", name, "note", text, way_out, data)
 
@@ -326,7 +328,7 @@ def answer() -> None:
     try:
         findings += check_engine() if topic == "engine" else check_kernels(int(part[0]))
     except GgufmoeError as error:
-        findings.append(Finding(topic, "engine", "wrong", one_line(str(error)), reinstall()))
+        findings.append(Finding(topic, "engine", "wrong", one_line(error, _MAX_CHARS), reinstall()))
     print(json.dumps([finding.as_dict() for finding in findings]))
 
 
@@ -351,9 +353,4 @@ def judge_end(topic: str, code: int, errors: str) -> Finding:
     if crashed:
         way_out = f"compile the engine on this machine: {reinstall()}"
         way_out = "where the engine is sound, convert with --quantizer ggml" if topic == "kernels" else way_out
-    return Finding(topic, "check", "wrong", one_line(f"{how}: {last}"), way_out)
-
-
-def one_line(text: str) -> str:
-    """Text without line breaks or control characters, not too long for a table."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
+    return Finding(topic, "check", "wrong", one_line(f"{how}: {last}", _MAX_CHARS), way_out)

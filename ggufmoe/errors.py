@@ -139,3 +139,14 @@ class Cancelled(GgufmoeError):
     """The caller asked to stop."""
 
     exit_code = 130
+
+
+def one_line(what: object, max_chars: int | None = 200) -> str:
+    """A text, or the message of an exception, without line breaks and control characters, cut to ``max_chars``.
+
+    An exception without a message gives the name of its class. ``max_chars`` None does not cut.
+    """
+    text = " ".join("".join(char if char.isprintable() else " " for char in str(what)).split())
+    if not text and isinstance(what, BaseException):
+        text = type(what).__name__
+    return text[:max_chars]

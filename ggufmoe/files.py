@@ -1,4 +1,5 @@
-"""Files whose bytes are read by position, from any number of threads at once.
+"""Files: reading by position from several threads, replacing a file only when its successor is complete, and checking
+whether an output can be written where it is wanted.
 
 Positional reads go straight into the caller's buffer. Against a memory map they leave nothing of the file in the
 process's resident memory, a file that shrinks is an error and not SIGBUS, and they are not slower. What the bytes mean
@@ -7,12 +8,15 @@ is said by whoever opened the file.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from ggufmoe.errors import InputError
+from ggufmoe.errors import InputError, OutputError, OutputExistsError
 
 
 class PositionalFile:
@@ -50,3 +54,70 @@ class PositionalFile:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file or directory is written before it is complete: ``NAME.partial`` beside it."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of ``path`` when the block ends and all of it is on disk.
+
+    If the block raises, ``path`` stays as it was. Raises OutputError, which names ``what`` ("the manifest"), where the
+    system refuses to write.
+    """
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path}: {what} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Return when the names in a directory are on disk; does nothing on Windows, which cannot be asked for it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_output_file(path: Path, inputs: Iterable[Path] = (), *, replace: bool) -> None:
+    """Raise OutputError if a file cannot be written at ``path``.
+
+    Raises OutputExistsError if ``path`` is one of ``inputs``, under whatever name, or exists and must not be replaced.
+    """
+    check_not_input(path, inputs)
+    check_parent(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not replace:
+        raise OutputExistsError(f"{path} exists already; choose another name, or replace it with --force")
+
+
+def check_parent(path: Path) -> None:
+    """Raise OutputError unless ``path`` can be made in its directory."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is not a directory; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path.parent} may not be written to; choose another place")
+
+
+def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise OutputExistsError if ``path`` is one of ``inputs``: the same file, through any link."""
+    for given in inputs:
+        with contextlib.suppress(OSError):
+            if path.samefile(given):
+                raise OutputExistsError(f"{path} is {given}, which is read; choose another output")

@@ -6,7 +6,6 @@ Nothing is printed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +21,12 @@ from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.plan import ExportPlan, parse_size
 from ggufmoe.export.requantize import COPY, plan_requantize
+from ggufmoe.files import check_output_file
 from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.writing.writer import CancelEvent, Progress, WriteOptions, check_place, write_plan
+from ggufmoe.work import CancelFlag, OnProgress
+from ggufmoe.writing.writer import WriteOptions, write_plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,8 +38,8 @@ def quantize(
     quant: str | None = None,
     *,
     options: QuantizeOptions | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    cancel: CancelEvent | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
     **keywords: Unpack[QuantizeKeywords],
 ) -> ConvertResult:
     """Turn a GGUF model into one of another type: the same bytes that ``llama_model_quantize`` writes.
@@ -55,7 +56,7 @@ def quantize(
     """
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     path = output_path(output)
-    check_place(path, replace=options.force or options.resume or options.split_max_size is not None)
+    check_output_file(path, replace=options.force or options.resume or options.split_max_size is not None)
     with contextlib.closing(GGUFSource(Path(source).expanduser())) as model:
         plan = _plan(model, path, options)
         write = WriteOptions(

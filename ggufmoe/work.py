@@ -7,9 +7,13 @@ Every public function that can take long has the same two arguments: ``on_progre
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
+
+from ggufmoe.errors import Cancelled
 
 Unit = Literal["bytes", "tokens", "chunks", "layers", "parts"]
 """What ``Progress`` counts."""
@@ -39,12 +43,86 @@ class Progress:
 
 OnProgress = Callable[[Progress], None]
 
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class Work:
+    """Progress and cancelling of one long call, shared by all threads that work on it.
+
+    ``phase``, ``total`` and ``unit`` are those of its ``Progress`` reports; ``stopped`` is the message of Cancelled.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        total: float,
+        unit: Unit = "bytes",
+        *,
+        stopped: str = "stopped",
+        on_progress: OnProgress | None = None,
+        cancel: CancelFlag | None = None,
+    ) -> None:
+        self._phase, self._total, self._unit = phase, total, unit
+        self._stopped = stopped
+        self._on_progress = on_progress
+        self._cancel = cancel
+        self._failed = threading.Event()
+        self._lock = threading.Lock()
+        self._done: float = 0
+
+    def check(self) -> None:
+        """Raise Cancelled if ``cancel`` is set, or if another thread of ``map`` has failed."""
+        if self._failed.is_set() or is_set(self._cancel):
+            raise Cancelled(self._stopped)
+
+    def advance(self, amount: float, item: str) -> None:
+        """Count ``amount`` finished units and report them; ``on_progress`` is never called by two threads at once."""
+        with self._lock:
+            self._done += amount
+            if self._on_progress is not None:
+                self._on_progress(Progress(self._phase, self._done, self._total, self._unit, item))
+
+    def map(
+        self, function: Callable[[ItemT], ResultT], items: Sequence[ItemT], threads: int | None = None
+    ) -> list[ResultT]:
+        """Call ``function`` with every item on several threads; return the results in the order of the items.
+
+        ``threads`` is None for all usable cores. Items are begun in their order: with the largest first, no thread is
+        left alone with a large one at the end. ``function`` calls ``check`` often. Raises what ``function`` raises;
+        the other threads then stop at their next ``check``.
+        """
+        n_threads = min(thread_count(threads), len(items))
+        if n_threads < 2:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(n_threads) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
+                return [future.result() for future in futures]
+            except BaseException:
+                self._failed.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def is_set(cancel: CancelFlag | None) -> bool:
+    """Whether a flag that may be absent is set."""
+    return cancel is not None and cancel.is_set()
+
 
 def checked_flag(flag: CancelFlag | None) -> CancelFlag | None:
     """Return ``flag``. Raise TypeError if it has no ``is_set``."""
     if flag is not None and not callable(getattr(flag, "is_set", None)):
         raise TypeError(f"cancel must be a flag such as threading.Event(), not {flag!r}")
     return flag
+
+
+def thread_count(threads: int | None) -> int:
+    """Number of threads for work that computes: as many as asked for, or one for each usable core."""
+    return threads or usable_cores()
 
 
 def usable_cores() -> int:

@@ -31,7 +31,7 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
-from ggufmoe.writing.writer import Progress
+from ggufmoe.work import Progress
 from tests.quant.llama_quantize import quantize, read_tensors
 
 Make = Callable[..., Path]
@@ -262,7 +262,7 @@ def test_the_result_says_what_was_done(tiny_checkpoint: Make, tmp_path: Path) ->
     assert content["types"]["Q8_0"]["n_bytes"] + content["types"]["F32"]["n_bytes"] == content["bytes_written"]
     assert content["bytes_read"] == sum(math.prod(part.shape) * 2 for t in result.plan.tensors for part in t.parts)
     assert content["manifest"] is None
-    assert steps[-1].done_bytes == steps[-1].total_bytes
+    assert steps[-1].done == steps[-1].total
 
 
 def test_a_manifest_fits_the_files_and_finds_a_changed_bit(tiny_checkpoint: Make, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from ggufmoe import errors
-from ggufmoe.errors import GgufmoeError
+from ggufmoe.errors import GgufmoeError, one_line
 
 LINE = re.compile(r"^    (?P<lead>[│├└─ ]*)(?P<name>[A-Z]\w+)( |$)", re.MULTILINE)
 
@@ -50,3 +50,9 @@ def test_exit_codes() -> None:
     assert codes.pop("Cancelled") == 130
     assert codes.pop("OptionError") == 2
     assert set(codes.values()) == {1}
+
+
+def test_messages_of_others_become_one_line() -> None:
+    assert one_line(ValueError("two\nlines \x1b[31mred")) == "two lines [31mred"
+    assert one_line(RecursionError()) == "RecursionError"
+    assert (one_line("x" * 999), one_line("x" * 999, 3), one_line("x" * 999, None)) == ("x" * 200, "xxx", "x" * 999)

@@ -21,7 +21,7 @@ from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.errors import Cancelled, NonFiniteError, NoSpaceError, OptionError, OutputError, OutputExistsError
 from ggufmoe.gguf.header import read_header
-from ggufmoe.writing.writer import Progress
+from ggufmoe.work import Progress
 from tests.merge.test_merged import TEMPLATE, write_recipe
 from tests.tiny import make_checkpoint
 
@@ -125,7 +125,7 @@ def test_a_report_that_turns_out_unwritable_leaves_no_output(recipe: Path) -> No
     def block(step: Progress) -> None:
         report.mkdir(exist_ok=True)
 
-    with pytest.raises(OutputError, match=r"router\.json cannot be written: Is a directory"):
+    with pytest.raises(OutputError, match=r"router\.json: the router's report cannot be written: Is a directory"):
         ggufmoe.merge(recipe, recipe.parent / "out", router_report=report, on_progress=block)
     assert not list(recipe.parent.glob("out*"))
 
@@ -144,8 +144,8 @@ def test_phases_are_told_in_order(recipe: Path) -> None:
     ggufmoe.convert(recipe, recipe.parent / "m.gguf", "Q8_0", manifest=True, on_progress=seen.append)
     phases = list(dict.fromkeys(step.phase for step in seen))
     assert phases == ["router", "write", "hash"]
-    assert seen[1].tensor == "layer 2 of 2"
-    assert all(step.done_bytes <= step.total_bytes for step in seen)
+    assert seen[1].item == "layer 2 of 2"
+    assert all(step.done <= step.total for step in seen)
 
 
 def test_a_dry_run_computes_no_router(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

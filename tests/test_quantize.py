@@ -22,6 +22,7 @@ from ggufmoe.errors import (
     OutputExistsError,
     TensorMismatchError,
 )
+from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import Value, read_header
 from ggufmoe.gguf.manifest import read_manifest, verify
 from ggufmoe.gguf.model import read_model_header
@@ -31,7 +32,8 @@ from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quantize import plan_quantize
-from ggufmoe.writing.writer import Progress, journal_path, partial_path
+from ggufmoe.work import Progress
+from ggufmoe.writing.writer import journal_path
 from tests.export.gguf_models import Stored, load, store, unstacked
 from tests.quant.llama_quantize import Specimen, quantize, write_model
 
@@ -353,7 +355,7 @@ def test_the_plan_is_what_is_written(tmp_path: Path) -> None:
     )
     assert result.plan.to_dict() == plan.to_dict()
     assert plan.n_bytes == (tmp_path / "out.gguf").stat().st_size == result.n_bytes
-    assert steps[-1].done_bytes == steps[-1].total_bytes
+    assert steps[-1].done == steps[-1].total
     assert result.bytes_read == sum(len(tensor.data) for tensor in load(source)[1].values())
     wanted = TypePolicy(FileType.Q4_K_M, (("ffn_up", GGMLType.Q6_K),), pure=True)
     assert quantize(source, wanted, None, tmp_path / "theirs.gguf").ok

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from ggufmoe.checkpoint.safetensors import TensorFile
 from ggufmoe.checkpoint.shards import open_tensor_files
 from ggufmoe.checkpoint.source import ModelConfig, Provenance, SourceTensor
 from ggufmoe.errors import CheckpointError
+from ggufmoe.work import CancelFlag, OnProgress
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class Checkpoint:
     def prepare(
         self,
         *,
-        on_layer: Callable[[int, int], None] = lambda done, total: None,
-        cancelled: Callable[[], bool] = lambda: False,
+        threads: int | None = None,
+        on_progress: OnProgress | None = None,
+        cancel: CancelFlag | None = None,
     ) -> None:
-        """Nothing to compute: all is read."""
+        """Do nothing: every row of a checkpoint is read from its files."""
 
     def close(self) -> None:
         """Close the tensor files; a second call does nothing."""

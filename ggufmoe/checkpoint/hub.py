@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ggufmoe.checkpoint import shards
 from ggufmoe.checkpoint.config import read_config
-from ggufmoe.errors import CheckpointError, HubError
+from ggufmoe.errors import CheckpointError, HubError, one_line
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
 
@@ -111,9 +111,8 @@ def _explained(where: str, repo_id: str, error: BaseException) -> HubError:
         )
     if constants.HF_HUB_OFFLINE:
         return HubError(f"{where} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it")
-    reason = " ".join(str(chain[-1]).split())[:200] or type(chain[-1]).__name__
     return HubError(
-        f"{where} cannot be fetched from {constants.ENDPOINT} and is not in the cache ({reason}); "
+        f"{where} cannot be fetched from {constants.ENDPOINT} and is not in the cache ({one_line(chain[-1])}); "
         "check the connection, or give a directory"
     )
 

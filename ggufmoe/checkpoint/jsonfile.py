@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import CheckpointError
+from ggufmoe.errors import CheckpointError, one_line
 
 MAX_BYTES = 64 * 1024 * 1024
 """Above any real config.json or shard index: the index of a model with 100,000 tensors is about 10 MB."""
@@ -29,11 +29,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_capped(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {_one_line(error)}") from error
+        raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

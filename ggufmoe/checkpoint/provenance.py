@@ -16,7 +16,7 @@ from typing import Any
 
 from ggufmoe.checkpoint.jsonfile import read_capped, read_object
 from ggufmoe.checkpoint.source import BaseModel, Provenance
-from ggufmoe.errors import CheckpointError
+from ggufmoe.errors import CheckpointError, one_line
 
 RECORD = "ggufmoe.json"
 MODEL_CARD = "README.md"
@@ -115,7 +115,7 @@ def _front_matter(path: Path) -> Mapping[str, Any]:
             return {}
         card = yaml.load(match[1], Loader=_plain_loader())
     except (CheckpointError, yaml.YAMLError, ValueError, RecursionError) as error:
-        _LOG.warning("the model card %s is ignored: %s", path, " ".join(str(error).split())[:200])
+        _LOG.warning("the model card %s is ignored: %s", path, one_line(error))
         return {}
     return card if isinstance(card, dict) else {}
 

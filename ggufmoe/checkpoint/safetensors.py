@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ggufmoe.errors import SafetensorsError
+from ggufmoe.errors import SafetensorsError, one_line
 from ggufmoe.files import PositionalFile
 
 MAX_HEADER_BYTES = 100_000_000
@@ -122,8 +122,7 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SafetensorsError(f"{path}: the header is not UTF-8 JSON: {reason}") from error
+        raise SafetensorsError(f"{path}: the header is not UTF-8 JSON: {one_line(error)}") from error
     assert isinstance(value, dict)
     return value
 

@@ -7,7 +7,7 @@ which it was given. Tensor names are Hugging Face's classic ones, whatever the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ggufmoe.work import CancelFlag, OnProgress
 
 _NUMPY: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16),
@@ -146,12 +148,13 @@ class ModelSource(Protocol):
     def prepare(
         self,
         *,
-        on_layer: Callable[[int, int], None] = lambda done, total: None,
-        cancelled: Callable[[], bool] = lambda: False,
+        threads: int | None = None,
+        on_progress: OnProgress | None = None,
+        cancel: CancelFlag | None = None,
     ) -> None:
-        """Compute what cannot be read: to be called after planning and before the first row. Most models need nothing.
+        """Compute what cannot be read; to be called after planning, before the first row. Most models need nothing.
 
-        ``on_layer`` is told the layers done and their number; ``cancelled`` is asked often, and Cancelled raised.
+        ``threads`` is None for one thread per usable core. Raises Cancelled when ``cancel`` is set.
         """
 
     def close(self) -> None: ...

@@ -22,7 +22,7 @@ import typer.main
 
 from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand
 from ggufmoe.cli.params import SHOWN_ERROR, USAGE_ERROR
-from ggufmoe.errors import GgufmoeError
+from ggufmoe.errors import GgufmoeError, one_line
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
@@ -87,7 +87,7 @@ def exit_code(arguments: Sequence[str]) -> int:
     except GgufmoeError as error:
         return _known_error(error, debug)
     except SHOWN_ERROR as error:
-        return _say(f"error: {_one_line(error.format_message())}", 1)
+        return _say(f"error: {one_line(error.format_message(), None)}", 1)
     except OSError as error:
         return _refused_by_the_system(error, debug)
     except Exception as error:
@@ -174,7 +174,7 @@ def _debug_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _wrong_usage(error: Any) -> int:
-    message = _one_line(error.format_message()).replace("Value error, ", "")
+    message = one_line(error.format_message(), None).replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     path = "ggufmoe" if context is None else context.command_path
     is_unknown_option = hasattr(error, "possibilities")
@@ -186,14 +186,14 @@ def _wrong_usage(error: Any) -> int:
 def _known_error(error: GgufmoeError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    return _say(f"error: {_one_line(str(error))}", error.exit_code)
+    return _say(f"error: {one_line(error, None)}", error.exit_code)
 
 
 def _refused_by_the_system(error: OSError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     where = "" if error.filename is None else f"{str(error.filename)[:200]}: "
-    return _say(f"error: {where}{_one_line(error.strerror or str(error))} (an answer of the operating system)", 1)
+    return _say(f"error: {where}{one_line(error.strerror or error, None)} (an answer of the operating system)", 1)
 
 
 def _defect(error: Exception, debug: bool) -> int:
@@ -201,16 +201,12 @@ def _defect(error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
         return 1
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return _say(f"error: {_one_line(what)} (a defect of ggufmoe; 'ggufmoe --debug ...' shows where)", 1)
+    return _say(f"error: {one_line(what, None)} (a defect of ggufmoe; 'ggufmoe --debug ...' shows where)", 1)
 
 
 def _say(line: str, code: int) -> int:
     typer.echo(line, err=True)
     return code
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _accept_all_characters(*streams: Any) -> None:

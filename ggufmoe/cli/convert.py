@@ -22,11 +22,11 @@ from ggufmoe.cli.progress import progress_display
 from ggufmoe.cli.router import print_router
 from ggufmoe.options import ConvertOptions
 from ggufmoe.sizes import file_size
+from ggufmoe.work import Progress
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult
     from ggufmoe.export.plan import ExportPlan
-    from ggufmoe.writing.writer import Progress
 
 
 @with_options(ConvertOptions)

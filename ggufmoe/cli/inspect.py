@@ -7,9 +7,9 @@ that a file says is shown without control characters, so that it cannot play wit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,7 @@ from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Sha
 from ggufmoe.options import ContextOptions
 from ggufmoe.placement.devices import this_host
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
+from ggufmoe.work import OnProgress, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,16 +103,16 @@ def _compare_experts(model: Path) -> ExpertSimilarity:
 
 
 @contextmanager
-def work_progress(what: str) -> Iterator[tuple[Callable[[int, int, str], None], Interrupt]]:
+def work_progress(what: str) -> Iterator[tuple[OnProgress, Interrupt]]:
     """A display for work on a file's bytes, and what stops it."""
     from ggufmoe.cli.progress import progress_display
 
     interrupt = Interrupt()
     with interrupt.handled(), progress_display(what) as display:
 
-        def show(done_bytes: int, total_bytes: int, tensor: str) -> None:
+        def show(step: Progress) -> None:
             interrupt.be_gentle()
-            display.update(_WorkStep(done_bytes, total_bytes, tensor, what))
+            display.update(replace(step, phase=what))
 
         yield show, interrupt
 
@@ -131,18 +132,8 @@ def _verify(model: Path, given: Path | None) -> _Verification:
     where = manifests.default_path(paths[0]) if given is None else given
     expected = manifests.read_manifest(where)
     with work_progress("verify") as (show, interrupt):
-        differences = manifests.verify(paths, expected, show, interrupt)
+        differences = manifests.verify(paths, expected, on_progress=show, cancel=interrupt)
     return _Verification(where, sum(len(file.tensors) for file in expected.files), tuple(differences))
-
-
-@dataclass(frozen=True)
-class _WorkStep:
-    """How far work on the bytes of files has come, for a display."""
-
-    done_bytes: int
-    total_bytes: int
-    tensor: str
-    phase: str
 
 
 def _show(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> None:

@@ -15,10 +15,10 @@ from ggufmoe.cli.progress import progress_display
 from ggufmoe.cli.router import print_router
 from ggufmoe.options import MergeOptions
 from ggufmoe.sizes import file_size
+from ggufmoe.work import Progress
 
 if TYPE_CHECKING:
     from ggufmoe.convert import MergeResult
-    from ggufmoe.writing.writer import Progress
 
 
 @with_options(MergeOptions)

@@ -1,6 +1,6 @@
 """Progress of a long job on stderr: one rich bar on a terminal, a line now and then elsewhere.
 
-Owns the drawing only; it is fed with bytes done, bytes in all and the name of what is being worked on.
+Owns the drawing only; it is fed with ``Progress`` reports that count bytes.
 """
 
 from __future__ import annotations
@@ -11,24 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ggufmoe.sizes import file_size
+from ggufmoe.work import Progress
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _LINE_INTERVAL_S = 5.0
-
-
-class Step(Protocol):
-    """What a job reports."""
-
-    @property
-    def done_bytes(self) -> int: ...
-    @property
-    def total_bytes(self) -> int: ...
-    @property
-    def tensor(self) -> str: ...
-    @property
-    def phase(self) -> str: ...
 
 
 class ProgressDisplay(Protocol):
@@ -38,7 +26,7 @@ class ProgressDisplay(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
-    def update(self, step: Step) -> None: ...
+    def update(self, step: Progress) -> None: ...
 
 
 def progress_display(what: str, *, quiet: bool = False, stream: TextIO | None = None) -> ProgressDisplay:
@@ -58,7 +46,7 @@ class NoProgress:
     def __exit__(self, *_: object) -> None:
         """Nothing is left to do."""
 
-    def update(self, step: Step) -> None:
+    def update(self, step: Progress) -> None:
         """Show nothing."""
 
 
@@ -70,7 +58,7 @@ class LineProgress:
         self._stream = stream
         self._started = self._shown = time.monotonic()
         self._phase = ""
-        self._first_bytes = 0
+        self._first_bytes = 0.0
 
     def __enter__(self) -> LineProgress:
         return self
@@ -78,19 +66,19 @@ class LineProgress:
     def __exit__(self, *_: object) -> None:
         """Nothing is left to do."""
 
-    def update(self, step: Step) -> None:
+    def update(self, step: Progress) -> None:
         """Print a line if the last one is old."""
         now = time.monotonic()
         if step.phase != self._phase:
-            self._phase, self._first_bytes, self._started = step.phase, step.done_bytes, now
+            self._phase, self._first_bytes, self._started = step.phase, step.done, now
         if now - self._shown < _LINE_INTERVAL_S:
             return
         self._shown = now
-        speed = (step.done_bytes - self._first_bytes) / max(now - self._started, 1e-9)
-        left = f"{(step.total_bytes - step.done_bytes) / speed:.0f} s left" if speed > 0 else "time left unknown"
-        share = step.done_bytes / max(step.total_bytes, 1)
+        speed = (step.done - self._first_bytes) / max(now - self._started, 1e-9)
+        left = f"{(step.total - step.done) / speed:.0f} s left" if speed > 0 else "time left unknown"
+        share = step.done / max(step.total, 1)
         print(
-            f"{_title(self._what, step.phase)}: {share:.0%}, {file_size(speed)}/s, {left}, {step.tensor}",
+            f"{_title(self._what, step.phase)}: {share:.0%}, {file_size(speed)}/s, {left}, {step.item}",
             file=self._stream,
             flush=True,
         )
@@ -112,13 +100,13 @@ class BarProgress:
         """Leave the bar as it is and the cursor below it."""
         self._bar.stop()
 
-    def update(self, step: Step) -> None:
+    def update(self, step: Progress) -> None:
         """Move the bar of the step's phase; each phase has one."""
         if step.phase not in self._tasks:
             title = _title(self._what, step.phase)
             self._tasks[step.phase] = self._bar.add_task(title, total=None, tensor="")
         task = self._tasks[step.phase]
-        self._bar.update(task, completed=step.done_bytes, total=step.total_bytes, tensor=step.tensor)
+        self._bar.update(task, completed=step.done, total=step.total, tensor=step.item)
 
 
 def _title(what: str, phase: str) -> str:
@@ -128,10 +116,11 @@ def _title(what: str, phase: str) -> str:
 
 def _make_bar(stream: TextIO) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
     from rich.progress import TransferSpeedColumn as SpeedColumn
 
-    return Progress(
+    return Bars(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),

@@ -16,10 +16,10 @@ from ggufmoe.cli.convert import Interrupt, peak_memory_bytes, plan_table, summar
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import QuantizeOptions
+from ggufmoe.work import Progress
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult
-    from ggufmoe.writing.writer import Progress
 
 
 @with_options(QuantizeOptions)

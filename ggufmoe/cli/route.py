@@ -14,7 +14,8 @@ import typer
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.route_view import RouteView
 from ggufmoe.cli.terminal import load_engine, note
-from ggufmoe.errors import InputError, OptionError, OutputError, OutputExistsError
+from ggufmoe.errors import InputError, OptionError
+from ggufmoe.files import check_output_file, replacing
 from ggufmoe.options import ContextOptions, OffloadOptions, option
 from ggufmoe.routing import RoutingTrace, trace_routing
 from ggufmoe.routing.page import routing_page
@@ -131,18 +132,9 @@ def _check_outputs(model: Path, route: RouteOptions) -> None:
     if route.png is not None and route.png.suffix.lower() != ".png":
         raise OptionError(f"--png writes a PNG: give {route.png} the ending .png")
     for path in (route.html, route.png, route.json):
-        if path is None or str(path) == "-":
-            continue
-        if path.exists() and any(path.samefile(read) for read in _inputs(model, route)):
-            raise OutputExistsError(f"{path}: is one of the inputs; name another file")
-        if path.is_dir():
-            raise OutputError(f"{path}: is a directory; give the name of a file")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path.parent}: there is no such directory; make it first")
-
-
-def _inputs(model: Path, route: RouteOptions) -> list[Path]:
-    return [path for path in (model, route.prompts) if path is not None and path.exists()]
+        if path is not None and str(path) != "-":
+            inputs = [model] if route.prompts is None else [model, route.prompts]
+            check_output_file(path, inputs, replace=True)
 
 
 def _traced(engine: Engine, model: Path, prompts: Labelled, route: RouteOptions, *, compared: bool) -> _Traced:
@@ -183,10 +175,7 @@ def _write_files(traced: _Traced, route: RouteOptions) -> None:
         factor = route.capacity_factor
         _write(route.html, routing_page(traced.model.name, texts, shares=traced.shares, capacity_factor=factor))
     if route.png is not None:
-        try:
-            write_picture(route.png, traced.model.name, traced.texts[0][1], route.layer)
-        except OSError as error:
-            raise OutputError(f"{route.png}: cannot be written: {error.strerror}") from error
+        write_picture(route.png, traced.model.name, traced.texts[0][1], route.layer)
         note(f"wrote {route.png}")
 
 
@@ -215,10 +204,6 @@ def _write_json(path: Path, traced: _Traced, capacity_factor: float) -> None:
 
 
 def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    with replacing(path, "the report") as file:
+        file.write(content.encode())
     note(f"wrote {path}")

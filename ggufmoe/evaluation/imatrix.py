@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ggufmoe.errors import OptionError, OutputError, OutputExistsError
+from ggufmoe.errors import OptionError
 from ggufmoe.evaluation.activations import ActivationSums, collect
 from ggufmoe.evaluation.chunks import cut_chunks, read_text
 from ggufmoe.evaluation.perplexity import last_step
+from ggufmoe.files import check_output_file
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import expert_matrix
 from ggufmoe.options import ImatrixOptions, OffloadOptions
@@ -133,7 +134,8 @@ def imatrix_steps(
 ) -> Iterator[ImatrixResult]:
     """``imatrix`` as it grows: what is there so far, and at the end, when it is written, the same once more."""
     path = Path(output).expanduser()
-    _check_output(path, [*read_model_header(Path(model)).paths, *_files(text)], replace=options.force)
+    inputs = [*read_model_header(Path(model)).paths, *([] if isinstance(text, str) else [Path(text).expanduser()])]
+    check_output_file(path, inputs, replace=options.force)
     content = read_text(text)
     started, result, entries = time.monotonic(), None, None
     with Engine(model, options.context, offload, cancel=cancel) as engine:
@@ -175,21 +177,6 @@ def _gathered(
         yield replace(step, entries=dict(sums.entries))
 
 
-def _files(text: str | os.PathLike[str]) -> list[Path]:
-    return [] if isinstance(text, str) else [Path(text).expanduser()]
-
-
-def _check_output(path: Path, read: Sequence[Path], *, replace: bool) -> None:
-    if any(path.exists() and source.exists() and path.samefile(source) for source in read):
-        raise OutputExistsError(f"{path}: is one of the inputs; name another file")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; give the name of a file, for example imatrix.gguf")
-    if path.exists() and not replace:
-        raise OutputExistsError(f"{path}: is there already; name another file, or replace it with --force")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: there is no such directory; make it first")
-
-
 def _coverage(entries: Mapping[str, tuple[Any, Any]]) -> tuple[LayerCoverage, ...]:
     layers = (
         LayerCoverage(matrix.layer, tuple(counts.astype(int).tolist()))
@@ -202,7 +189,4 @@ def _coverage(entries: Mapping[str, tuple[Any, Any]]) -> tuple[LayerCoverage, ..
 def _write(path: Path, entries: Mapping[str, tuple[Any, Any]], datasets: tuple[str, ...], chunk_size: int) -> None:
     stored = {name: (sums.astype(np.float32), counts.astype(np.float32)) for name, (sums, counts) in entries.items()}
     chunk_count = max((int(counts.max()) // chunk_size for _, counts in stored.values()), default=0)
-    try:
-        save(path, stored, datasets, chunk_count, chunk_size)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    save(path, stored, datasets, chunk_count, chunk_size)

@@ -11,15 +11,16 @@ import hashlib
 import json
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ggufmoe.errors import Cancelled, GGUFError, InputError, OutputError
-from ggufmoe.gguf.header import Header, TensorInfo, read_header
+from ggufmoe.errors import GGUFError, InputError
+from ggufmoe.files import replacing
+from ggufmoe.gguf.header import Header, read_header
+from ggufmoe.version import __version__
+from ggufmoe.work import CancelFlag, OnProgress, Work
 
 FORMAT = "ggufmoe-manifest"
 VERSION = 1
@@ -27,15 +28,6 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 """A tensor takes about 150 bytes, and the largest models have fewer than 100,000."""
 CHUNK_BYTES = 4 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-OnProgress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
-
-
-class CancelFlag(Protocol):
-    """What ``cancel`` arguments are: a ``threading.Event``, or anything that can be asked like one."""
-
-    def is_set(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -70,115 +62,96 @@ def default_path(gguf_path: Path) -> Path:
 def write_manifest(
     paths: Sequence[Path],
     manifest_path: Path | None = None,
+    *,
+    threads: int | None = None,
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
 ) -> Path:
     """Hash finished GGUF files (the shards of one model, in order) and write their manifest; returns its path.
 
-    It appears whole or not at all. Raises GGUFError if a file cannot be read, OutputError if the manifest cannot be
-    written, Cancelled when ``cancel`` is set meanwhile.
+    It appears whole or not at all. ``threads`` is None for all usable cores. Raises GGUFError if a file cannot be read,
+    OutputError if the manifest cannot be written, Cancelled when ``cancel`` is set meanwhile.
     """
     target = default_path(paths[0]) if manifest_path is None else Path(manifest_path)
-    manifest = make_manifest(paths, on_progress, cancel)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(encode_manifest(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{target}: the manifest cannot be written: {error.strerror or error}") from error
+    manifest = make_manifest(paths, threads=threads, on_progress=on_progress, cancel=cancel)
+    with replacing(target, "the manifest") as file:
+        file.write(encode_manifest(manifest).encode())
     return target
 
 
 def make_manifest(
-    paths: Sequence[Path], on_progress: OnProgress | None = None, cancel: CancelFlag | None = None
+    paths: Sequence[Path],
+    *,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
 ) -> Manifest:
     """The manifest of these GGUF files as they are now; raises GGUFError and Cancelled."""
-    from ggufmoe.version import __version__
-
-    headers = [read_header(path) for path in paths]
-    progress = _Progress(sum(header.data_offset + _hashed_bytes(header) for header in headers), on_progress)
-    files = []
-    for path, header in zip(paths, headers, strict=True):
-        hashes = _hash_tensors(path, header, progress, cancel)
-        digest = _hash_header(path, header, progress, cancel)
-        files.append(FileManifest(Path(path).name, header.file_bytes, digest, hashes))
-    return Manifest(__version__, tuple(files))
+    files = [(Path(path), read_header(path)) for path in paths]
+    return hash_files(files, threads=threads, on_progress=on_progress, cancel=cancel)
 
 
-def hash_tensors(
-    path: Path, header: Header, on_progress: OnProgress | None = None, cancel: CancelFlag | None = None
-) -> dict[str, str]:
-    """SHA-256 of every tensor of one file, by name, on all cores; reads CHUNK_BYTES at a time in each thread.
+def hash_files(
+    files: Sequence[tuple[Path, Header]],
+    *,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+) -> Manifest:
+    """The manifest of GGUF files whose headers are read; each thread reads CHUNK_BYTES at a time.
 
-    Raises GGUFError if the file is shorter than ``header`` says or cannot be read, Cancelled when ``cancel`` is set.
+    Raises GGUFError if a file is shorter than its header says or cannot be read, Cancelled when ``cancel`` is set.
     """
-    return _hash_tensors(path, header, _Progress(_hashed_bytes(header), on_progress), cancel)
+    regions = [region for path, header in files for region in _regions(path, header)]
+    work = Work(
+        "hash",
+        sum(region.n_bytes for region in regions),
+        stopped=f"{files[0][0]}: hashing was stopped",
+        on_progress=on_progress,
+        cancel=cancel,
+    )
+    by_size = sorted(regions, key=lambda region: region.n_bytes, reverse=True)
+    digests = dict(zip(by_size, work.map(lambda region: _hash(region, work), by_size, threads), strict=True))
+    return Manifest(__version__, tuple(_file_manifest(path, header, digests) for path, header in files))
 
 
-class _Progress:
-    """Sums the bytes that several threads have read."""
+@dataclass(frozen=True)
+class _Region:
+    """Bytes of a file that are hashed together: a tensor, or (named "header") all before the first tensor."""
 
-    def __init__(self, total: int, report: OnProgress | None) -> None:
-        self._total = total
-        self._report = report
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, n_bytes: int, what: str) -> None:
-        with self._lock:
-            self._done += n_bytes
-            if self._report is not None:
-                self._report(self._done, self._total, what)
+    path: Path
+    begin: int
+    n_bytes: int
+    name: str
 
 
-def _hashed_bytes(header: Header) -> int:
-    return sum(tensor.n_bytes for tensor in header.tensors)
+def _regions(path: Path, header: Header) -> Iterator[_Region]:
+    """The header of a file first, then its tensors in their order."""
+    yield _Region(path, 0, header.data_offset, "header")
+    for tensor in header.tensors:
+        yield _Region(path, header.data_offset + tensor.offset, tensor.n_bytes, tensor.name)
 
 
-def _hash_tensors(path: Path, header: Header, progress: _Progress, cancel: CancelFlag | None) -> dict[str, str]:
-    stop = threading.Event()
-
-    def hash_one(tensor: TensorInfo) -> str:
-        start = header.data_offset + tensor.offset
-        return _hash_range(path, (start, tensor.n_bytes, tensor.name), progress, (stop, cancel))
-
-    # the largest first, so that no thread is left alone with one at the end
-    by_size = sorted(header.tensors, key=lambda tensor: tensor.n_bytes, reverse=True)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        try:
-            digests = dict(zip((tensor.name for tensor in by_size), pool.map(hash_one, by_size), strict=True))
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return {tensor.name: digests[tensor.name] for tensor in header.tensors}
+def _file_manifest(path: Path, header: Header, digests: Mapping[_Region, str]) -> FileManifest:
+    head, *tensors = _regions(path, header)
+    return FileManifest(path.name, header.file_bytes, digests[head], {one.name: digests[one] for one in tensors})
 
 
-def _hash_header(path: Path, header: Header, progress: _Progress, cancel: CancelFlag | None) -> str:
-    return _hash_range(path, (0, header.data_offset, "header"), progress, (cancel,))
-
-
-def _hash_range(path: Path, part: tuple[int, int, str], progress: _Progress, flags: Sequence[CancelFlag | None]) -> str:
-    start, n_bytes, name = part
+def _hash(region: _Region, work: Work) -> str:
     digest = hashlib.sha256()
-    for chunk in _chunks(path, start, n_bytes, name):
-        if any(flag is not None and flag.is_set() for flag in flags):
-            raise Cancelled(f"{path}: hashing was stopped")
+    for chunk in _chunks(region):
+        work.check()
         digest.update(chunk)
-        progress.add(len(chunk), name)
+        work.advance(len(chunk), region.name)
     return digest.hexdigest()
 
 
-def _chunks(path: Path, start: int, n_bytes: int, name: str) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(n_bytes, CHUNK_BYTES)))
+def _chunks(region: _Region) -> Iterator[memoryview]:
+    path, name, left = region.path, region.name, region.n_bytes
+    buffer = memoryview(bytearray(min(left, CHUNK_BYTES)))
     try:
-        with Path(path).open("rb", buffering=0) as file:
-            file.seek(start)
-            left = n_bytes
+        with path.open("rb", buffering=0) as file:
+            file.seek(region.begin)
             while left:
                 count = file.readinto(buffer[: min(left, CHUNK_BYTES)])
                 if not count:
@@ -258,6 +231,8 @@ def _object(value: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
 def verify(
     paths: Path | Sequence[Path],
     manifest: Manifest,
+    *,
+    threads: int | None = None,
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
 ) -> list[str]:
@@ -269,7 +244,7 @@ def verify(
     files = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
     if len(files) != len(manifest.files):
         return [f"the model has {len(files)} files, the manifest {len(manifest.files)}"]
-    found = make_manifest(files, on_progress, cancel)
+    found = make_manifest(files, threads=threads, on_progress=on_progress, cancel=cancel)
     pairs = zip(found.files, manifest.files, strict=True)
     return [difference for ours, theirs in pairs for difference in _differences(ours, theirs)]
 

@@ -7,27 +7,20 @@ differ are values computed, tile by tile, so memory is a few MB for each thread.
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ggufmoe.errors import Cancelled
 from ggufmoe.gguf.header import TensorInfo, Value
 from ggufmoe.gguf.model import SPLIT_KEYS, ModelHeader
 from ggufmoe.gguf.names import part_of
 from ggufmoe.inspection.weights import Floats, WeightFiles, Weights
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, OnProgress, Work
 
 _TILE_WEIGHTS = 2**18
-
-OnProgress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
 
 Verdict = Literal["same", "values", "type", "shape", "added", "removed", "unread"]
 """same: type, shape and bytes; values: only the bytes differ; type, shape: these do; added: only the second file has
@@ -156,7 +149,12 @@ def diff_models(
         found = {name: _by_header(name, *pair) for name, pair in pairs.items()}
         if not headers_only:
             comparable = {name: (a, b) for name, (a, b) in pairs.items() if a and b and _can_compare(found[name])}
-            found |= _Comparison(comparable, on_progress, cancel).run(n_threads or os.cpu_count() or 1)
+            n_bytes = sum(a.info.n_bytes + b.info.n_bytes for a, b in comparable.values())
+            stopped = "comparing was stopped"
+            work = Work("compare", n_bytes, stopped=stopped, on_progress=on_progress, cancel=cancel)
+            by_size = sorted(comparable, key=lambda name: -comparable[name][0].info.n_elements)
+            compared = work.map(lambda name: _compare(*comparable[name], work), by_size, n_threads)
+            found |= {difference.name: difference for difference in compared}
         names = [tuple(path.name for path in files.model.paths) for files in (first, second)]
         keys = _key_differences(first.model, second.model)
         return ModelDifference(names[0], names[1], keys, tuple(found.values()))
@@ -218,77 +216,44 @@ def _can_compare(found: TensorDifference) -> bool:
     return found.verdict in ("unread", "type")
 
 
-class _Comparison:
-    """The values of pairs of tensors, compared on several threads."""
+def _compare(first: Weights, second: Weights, work: Work) -> TensorDifference:
+    name = first.info.name
+    verdict: Verdict = "values" if first.info.type is second.info.type else "type"
+    if verdict == "values" and _has_equal_bytes(first, second, work):
+        return TensorDifference(name, "same", first.info, second.info)
+    if not (first.can_widen and second.can_widen):
+        return TensorDifference(name, verdict, first.info, second.info)
+    return _measured(verdict, first, second, work)
 
-    def __init__(
-        self, pairs: Mapping[str, tuple[Weights, Weights]], on_progress: OnProgress | None, cancel: CancelFlag | None
-    ) -> None:
-        self._pairs = pairs
-        self._report = on_progress
-        self._failed = threading.Event()
-        self._flags: tuple[CancelFlag | None, ...] = (self._failed, cancel)
-        self._lock = threading.Lock()
-        self._done = 0
-        self._total = sum(a.info.n_bytes + b.info.n_bytes for a, b in pairs.values())
 
-    def run(self, n_threads: int) -> dict[str, TensorDifference]:
-        # the largest first, so that no thread is left alone with one at the end
-        names = sorted(self._pairs, key=lambda name: -self._pairs[name][0].info.n_elements)
-        with ThreadPoolExecutor(n_threads) as pool:
-            try:
-                found = dict(zip(names, pool.map(self._compare, names), strict=True))
-            except BaseException:
-                self._failed.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return found
+def _has_equal_bytes(first: Weights, second: Weights, work: Work) -> bool:
+    n_read = 0
+    for start, stop in first.tiles(_TILE_WEIGHTS):
+        work.check()
+        if not np.array_equal(first.stored(start, stop), second.stored(start, stop)):
+            # its values are read from the beginning
+            work.advance(-n_read, first.info.name)
+            return False
+        n_bytes = 2 * (stop - start) * first.row_bytes
+        n_read += n_bytes
+        work.advance(n_bytes, first.info.name)
+    return True
 
-    def _compare(self, name: str) -> TensorDifference:
-        first, second = self._pairs[name]
-        verdict: Verdict = "values" if first.info.type is second.info.type else "type"
-        if verdict == "values" and self._has_equal_bytes(first, second):
-            return TensorDifference(name, "same", first.info, second.info)
-        if not (first.can_widen and second.can_widen):
-            return TensorDifference(name, verdict, first.info, second.info)
-        return self._measured(verdict, first, second)
 
-    def _has_equal_bytes(self, first: Weights, second: Weights) -> bool:
-        n_read = 0
-        for start, stop in first.tiles(_TILE_WEIGHTS):
-            self._check()
-            if not np.array_equal(first.stored(start, stop), second.stored(start, stop)):
-                # its values are read from the beginning
-                self._advance(-n_read, first.info.name)
-                return False
-            n_read += 2 * (stop - start) * first.row_bytes
-            self._advance(2 * (stop - start) * first.row_bytes, first.info.name)
-        return True
-
-    def _measured(self, verdict: Verdict, first: Weights, second: Weights) -> TensorDifference:
-        square = error_square = largest = 0.0
-        for start, stop in first.tiles(_TILE_WEIGHTS):
-            self._check()
-            a = first.widened(first.stored(start, stop))
-            b = second.widened(second.stored(start, stop))
-            with np.errstate(over="ignore", invalid="ignore"):
-                b -= a
-                square += _sum_of_squares(a)
-                error_square += _sum_of_squares(b)
-                largest = _larger(largest, float(np.abs(b, out=b).max()))
-            self._advance((stop - start) * (first.row_bytes + second.row_bytes), first.info.name)
-        error = _ratio(error_square, square)
-        return TensorDifference(first.info.name, verdict, first.info, second.info, error, largest, error_square, square)
-
-    def _check(self) -> None:
-        if any(flag is not None and flag.is_set() for flag in self._flags):
-            raise Cancelled("comparing was stopped")
-
-    def _advance(self, n_bytes: int, what: str) -> None:
-        with self._lock:
-            self._done += n_bytes
-            if self._report is not None:
-                self._report(self._done, self._total, what)
+def _measured(verdict: Verdict, first: Weights, second: Weights, work: Work) -> TensorDifference:
+    square = error_square = largest = 0.0
+    for start, stop in first.tiles(_TILE_WEIGHTS):
+        work.check()
+        a = first.widened(first.stored(start, stop))
+        b = second.widened(second.stored(start, stop))
+        with np.errstate(over="ignore", invalid="ignore"):
+            b -= a
+            square += _sum_of_squares(a)
+            error_square += _sum_of_squares(b)
+            largest = _larger(largest, float(np.abs(b, out=b).max()))
+        work.advance((stop - start) * (first.row_bytes + second.row_bytes), first.info.name)
+    error = _ratio(error_square, square)
+    return TensorDifference(first.info.name, verdict, first.info, second.info, error, largest, error_square, square)
 
 
 def _sum_of_squares(values: Floats) -> float:

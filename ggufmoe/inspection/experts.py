@@ -6,10 +6,7 @@ read and widened a few at a time, the same ones of every expert, so memory does 
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.errors import Cancelled, InputError
+from ggufmoe.errors import InputError
 from ggufmoe.gguf.names import expert_matrix, is_expert_stack, legacy_experts
 from ggufmoe.inspection.weights import WeightFiles, Weights
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, OnProgress, Work
 
 SAMPLED_ROWS = 256
 """Of each expert's matrix, spread evenly over it."""
 _BLOCK_ROWS = 8
 _TILE_WEIGHTS = 2**21
 
-OnProgress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all and the tensor that was just read; never by two threads at once."""
 Cosines = NDArray[np.float64]
 
 
@@ -114,8 +109,10 @@ def compare_experts(
             old = legacy_experts(files.tensors)
             hint = "its experts stand in tensors of their own; stack them with `ggufmoe quantize -q COPY`"
             raise InputError(f"{path}: {hint if old else 'a dense model: it has no experts to compare'}")
-        work = _Work(stacks, n_rows, on_progress, cancel)
-        matrices = work.run(n_threads or os.cpu_count() or 1)
+        n_bytes = sum(len(_sampled_rows(stack, n_rows)) * _n_expert(stack) * stack.row_bytes for stack in stacks)
+        stopped = "comparing experts was stopped"
+        work = Work("compare experts", n_bytes, stopped=stopped, on_progress=on_progress, cancel=cancel)
+        matrices = work.map(lambda stack: _similarity(stack, n_rows, work), stacks, n_threads)
     return ExpertSimilarity(len(matrices[0].cosines), tuple(sorted(matrices, key=_place)))
 
 
@@ -128,60 +125,30 @@ def _place(matrix: MatrixSimilarity) -> tuple[int, int]:
     return matrix.layer, ("gate", "gate_up", "up", "down", "router").index(matrix.kind)
 
 
-class _Work:
-    """All stacks, on several threads."""
+def _sampled_rows(stack: Weights, n_rows: int) -> list[int]:
+    """The rows of one expert that are compared: blocks of neighbours, spread evenly over the matrix."""
+    n_all = stack.n_rows // _n_expert(stack)
+    if n_all <= n_rows:
+        return list(range(n_all))
+    n_blocks = max(1, n_rows // _BLOCK_ROWS)
+    size = min(_BLOCK_ROWS, n_rows)
+    starts = (i * (n_all - size) // max(1, n_blocks - 1) for i in range(n_blocks))
+    return sorted({row for start in starts for row in range(start, start + size)})
 
-    def __init__(
-        self, stacks: Iterable[Weights], n_rows: int, on_progress: OnProgress | None, cancel: CancelFlag | None
-    ) -> None:
-        self._stacks = tuple(stacks)
-        self._n_rows = n_rows
-        self._report = on_progress
-        self._failed = threading.Event()
-        self._flags: tuple[CancelFlag | None, ...] = (self._failed, cancel)
-        self._lock = threading.Lock()
-        self._done = 0
-        self._total = sum(len(self._rows(stack)) * _n_expert(stack) * stack.row_bytes for stack in self._stacks)
 
-    def run(self, n_threads: int) -> list[MatrixSimilarity]:
-        with ThreadPoolExecutor(n_threads) as pool:
-            try:
-                return list(pool.map(self._similarity, self._stacks))
-            except BaseException:
-                self._failed.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _rows(self, stack: Weights) -> list[int]:
-        """Rows of one expert that are looked at: blocks of neighbours, spread evenly."""
-        n_all = stack.n_rows // _n_expert(stack)
-        if n_all <= self._n_rows:
-            return list(range(n_all))
-        n_blocks = max(1, self._n_rows // _BLOCK_ROWS)
-        size = min(_BLOCK_ROWS, self._n_rows)
-        starts = (i * (n_all - size) // max(1, n_blocks - 1) for i in range(n_blocks))
-        return sorted({row for start in starts for row in range(start, start + size)})
-
-    def _similarity(self, stack: Weights) -> MatrixSimilarity:
-        n_expert, rows = _n_expert(stack), self._rows(stack)
-        n_all = stack.n_rows // n_expert
-        gram = np.zeros((n_expert, n_expert))
-        for start, stop in _runs(rows, max(1, _TILE_WEIGHTS // (n_expert * stack.n_cols))):
-            if any(flag is not None and flag.is_set() for flag in self._flags):
-                raise Cancelled("comparing experts was stopped")
-            raw = [stack.stored(expert * n_all + start, expert * n_all + stop) for expert in range(n_expert)]
-            values = np.stack([stack.widened(part).reshape(-1) for part in raw])
-            gram += values @ values.T
-            self._advance(sum(part.nbytes for part in raw), stack.info.name)
-        matrix = expert_matrix(stack.info.name)
-        assert matrix is not None, "only such tensors are compared"
-        return MatrixSimilarity(matrix.layer, matrix.kind, _cosines(gram), len(rows), n_all)
-
-    def _advance(self, n_bytes: int, what: str) -> None:
-        with self._lock:
-            self._done += n_bytes
-            if self._report is not None:
-                self._report(self._done, self._total, what)
+def _similarity(stack: Weights, n_rows: int, work: Work) -> MatrixSimilarity:
+    n_expert, rows = _n_expert(stack), _sampled_rows(stack, n_rows)
+    n_all = stack.n_rows // n_expert
+    gram = np.zeros((n_expert, n_expert))
+    for start, stop in _runs(rows, max(1, _TILE_WEIGHTS // (n_expert * stack.n_cols))):
+        work.check()
+        raw = [stack.stored(expert * n_all + start, expert * n_all + stop) for expert in range(n_expert)]
+        values = np.stack([stack.widened(part).reshape(-1) for part in raw])
+        gram += values @ values.T
+        work.advance(sum(part.nbytes for part in raw), stack.info.name)
+    matrix = expert_matrix(stack.info.name)
+    assert matrix is not None, "only such tensors are compared"
+    return MatrixSimilarity(matrix.layer, matrix.kind, _cosines(gram), len(rows), n_all)
 
 
 def _n_expert(stack: Weights) -> int:

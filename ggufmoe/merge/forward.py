@@ -8,9 +8,7 @@ independent reference.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +18,8 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.checkpoint.source import ModelConfig, ModelSource
-from ggufmoe.errors import Cancelled, CheckpointError
+from ggufmoe.errors import CheckpointError
+from ggufmoe.work import Work
 
 Floats = NDArray[np.float32]
 TILE_BYTES = 8 << 20
@@ -40,19 +39,17 @@ class LayerState:
 class ForwardPass:
     """Runs prompts through a model, reading every weight once, in the order of the layers.
 
-    All prompts go through together, as one (n_tokens, n_embd) float32 matrix; attention keeps them apart. ``cancelled``
-    is asked before each tile of weights. While a pass runs, numpy's BLAS has one thread in the whole process: tiles are
-    multiplied by ``threads`` of ours (all cores by default), each with the tile that it has just read. BLAS's own
-    threads wait for each other, which on a busy machine took ten times as long.
+    All prompts go through together, as one (n_tokens, n_embd) float32 matrix; attention keeps them apart. ``work`` is
+    checked for cancelling before each tile of weights. While a pass runs, numpy's BLAS has one thread in the whole
+    process: tiles are multiplied by ``threads`` of ours (all usable cores by default), each with the tile that it has
+    just read. BLAS's own threads wait for each other, which on a busy machine took ten times as long.
     """
 
-    def __init__(
-        self, model: ModelSource, *, threads: int | None = None, cancelled: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, model: ModelSource, *, threads: int | None = None, work: Work | None = None) -> None:
         self._config = model.config
         self._tensors = model.tensors
-        self._threads = threads or os.cpu_count() or 1
-        self._cancelled = cancelled
+        self._threads = threads
+        self._work = work or Work("forward pass", 0)
         self._inverse_frequencies = _inverse_frequencies(model.config)
 
     def embed(self, tokens: Sequence[int]) -> Floats:
@@ -168,17 +165,11 @@ class ForwardPass:
         step = max(1, TILE_BYTES // (4 * n_cols))
 
         def multiply(start: int) -> None:
-            if self._cancelled():
-                raise Cancelled("stopped while computing the router")
+            self._work.check()
             stop = min(start + step, n_rows)
             np.matmul(x, read_f32(tensor, start, stop).T, out=out[:, start:stop])
 
-        if step >= n_rows:
-            multiply(0)
-            return out
-        with ThreadPoolExecutor(self._threads) as workers:
-            for _ in workers.map(multiply, range(0, n_rows, step)):
-                pass
+        self._work.map(multiply, range(0, n_rows, step), self._threads)
         return out
 
 

@@ -8,7 +8,7 @@ GGUF and going through a merged checkpoint give the same bytes. Nothing is opene
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import RouterReport, check_prompts, make_router
 from ggufmoe.version import __version__
+from ggufmoe.work import CancelFlag, OnProgress
 
 log = logging.getLogger("ggufmoe")
 
@@ -109,12 +110,11 @@ class RouterTensor:
 class MergedModel:
     """A recipe, opened: a ``ModelSource`` whose router is computed by ``prepare``.
 
-    ``warnings`` are the differences between the sources that may be meant; ``threads`` is how many compute the router.
+    ``warnings`` are the differences between the sources that may be meant.
     """
 
-    def __init__(self, recipe: Recipe, text: str, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, recipe: Recipe, text: str, path: Path) -> None:
         self.recipe = recipe
-        self._threads = threads
         self._path = path
         opened: dict[str, ModelSource] = {}
         try:
@@ -147,13 +147,17 @@ class MergedModel:
     def prepare(
         self,
         *,
-        on_layer: Callable[[int, int], None] = lambda done, total: None,
-        cancelled: Callable[[], bool] = lambda: False,
+        threads: int | None = None,
+        on_progress: OnProgress | None = None,
+        cancel: CancelFlag | None = None,
     ) -> None:
-        """Compute the router rows; the one part that cannot be streamed. A second call does nothing."""
+        """Compute the router rows, the one part that cannot be streamed. A second call does nothing.
+
+        ``threads`` is None for one thread per usable core. Raises Cancelled when ``cancel`` is set.
+        """
         if self.router_report is not None:
             return
-        router = make_router(self.recipe, self._base, threads=self._threads, on_layer=on_layer, cancelled=cancelled)
+        router = make_router(self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel)
         for tensor, rows in zip(self._routers, router.rows, strict=True):
             tensor.fill(rows)
         self.router_report = router.report
@@ -213,15 +217,13 @@ class MergedModel:
                     yield name, RoundedTensor(name, tensor, self._dtype, changes)
 
 
-def open_recipe(path: Path, *, allow_identical_experts: bool = False, threads: int | None = None) -> MergedModel:
+def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedModel:
     """Open a recipe and all it names, and check that they fit together; nothing is computed yet.
-
-    ``threads`` is how many will compute the router, all cores by default.
 
     Raises RecipeError, CheckpointError or TokenizerError: everything that can be known before the first weight is read.
     """
     recipe, text = load_recipe(path, allow_identical_experts=allow_identical_experts)
-    model = MergedModel(recipe, text, path, threads=threads)
+    model = MergedModel(recipe, text, path)
     for warning in model.warnings:
         log.warning("%s", warning)
     return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ggufmoe.checkpoint.source import ModelConfig, ModelSource
 from ggufmoe.merge.forward import Floats, ForwardPass
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import GateMode, Recipe
+from ggufmoe.work import CancelFlag, OnProgress, Work
 
 DEGENERATE_CONDITION = 5.0
 """Condition number of a layer's rows above which mergekit calls them degenerate."""
@@ -84,27 +86,38 @@ def make_router(
     base: ModelSource,
     *,
     threads: int | None = None,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
-    cancelled: Callable[[], bool] = lambda: False,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
 ) -> Router:
-    """Router rows for ``recipe``, computed on ``base``; ``on_layer`` is told the layers done and their number.
+    """Router rows for ``recipe``, computed on ``base`` by ``threads`` threads (None: one per usable core).
 
     hidden and hidden_last take each prompt's last token, hidden_avg the mean over its own tokens (mergekit counts
     padding in), both at the input of each layer; cheap_embed sums token embeddings. Positive minus negative, then
     normalized. random and uniform_random draw from the recipe's seed.
+
+    Progress is reported after each layer, as an equal share of the base's bytes. Raises Cancelled when ``cancel`` is
+    set.
     """
     n_expert = len(recipe.experts)
     if not recipe.gate_mode.needs_prompts:
         rows = _random_rows(recipe, base.config, n_expert)
         return Router(rows, _report(recipe, rows, (), None))
     prompts = _tokenized(recipe, base)
-    forward = ForwardPass(base, threads=threads, cancelled=cancelled)
+    n_layer = base.config.n_layer
+    layer_bytes = sum(prod(tensor.shape) * tensor.dtype.n_bytes for tensor in base.tensors.values()) // n_layer
+    stopped = "stopped while computing the router"
+    work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
+    forward = ForwardPass(base, threads=threads, work=work)
     if recipe.gate_mode is GateMode.CHEAP_EMBED:
         sums = _embedding_sums(forward, prompts)[None]
-        on_layer(base.config.n_layer, base.config.n_layer)
-        rows = np.repeat(_combine_sums(sums, prompts, n_expert), base.config.n_layer, axis=0)
-        return Router(rows, _report(recipe, rows, prompts, np.repeat(sums, base.config.n_layer, axis=0)))
-    inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, base.config.n_layer, on_layer)
+        work.advance(layer_bytes * n_layer, f"layer {n_layer} of {n_layer}")
+        rows = np.repeat(_combine_sums(sums, prompts, n_expert), n_layer, axis=0)
+        return Router(rows, _report(recipe, rows, prompts, np.repeat(sums, n_layer, axis=0)))
+
+    def on_layer(done: int) -> None:
+        work.advance(layer_bytes, f"layer {done} of {n_layer}")
+
+    inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, on_layer)
     rows = _combine_means(inputs, prompts, n_expert)
     return Router(rows, _report(recipe, rows, prompts, router_inputs))
 
@@ -137,11 +150,7 @@ def _random_rows(recipe: Recipe, config: ModelConfig, n_expert: int) -> Floats:
 
 
 def _hidden_vectors(
-    forward: ForwardPass,
-    prompts: Sequence[_Prompt],
-    mode: GateMode,
-    n_layer: int,
-    on_layer: Callable[[int, int], None],
+    forward: ForwardPass, prompts: Sequence[_Prompt], mode: GateMode, on_layer: Callable[[int], None]
 ) -> tuple[Floats, Floats]:
     """One vector per layer and prompt, (n_layer, n_prompt, n_embd) float32: of layer inputs and of router inputs."""
     ends = np.cumsum([len(prompt.tokens) for prompt in prompts])
@@ -156,7 +165,7 @@ def _hidden_vectors(
     for done, state in enumerate(forward.layers([prompt.tokens for prompt in prompts]), start=1):
         inputs.append(pick(state.input))
         router_inputs.append(pick(state.router_input))
-        on_layer(done, n_layer)
+        on_layer(done)
     return np.stack(inputs), np.stack(router_inputs)
 
 

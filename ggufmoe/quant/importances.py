@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import GGUFError, ImatrixError
+from ggufmoe.files import replacing
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import Header, TensorInfo, Value, padded, read_header
 from ggufmoe.gguf.types import GGMLType, ValueType
@@ -143,7 +144,7 @@ def save(
     """Write an importance matrix as GGUF, laid out as llama-imatrix does.
 
     ``entries`` gives for each tensor the sums of squares, (experts, cols), and the tokens that each expert saw,
-    (experts,), both float32. The file appears under its name only when it is complete.
+    (experts,), both float32. The file appears under its name only when it is complete. Raises OutputError.
     """
     arrays: dict[str, NDArray[np.float32]] = {}
     for name, (sums, counts) in sorted(entries.items()):
@@ -156,15 +157,11 @@ def save(
         _CHUNK_COUNT: Value(ValueType.UINT32, chunk_count),
         _CHUNK_SIZE: Value(ValueType.UINT32, chunk_size),
     }
-    partial = Path(f"{os.fspath(path)}.partial")
-    with partial.open("wb") as file:
+    with replacing(Path(path), "the importance matrix") as file:
         file.write(encode_header(metadata, _layout(arrays)))
         for array in arrays.values():
             data = array.astype(_F32).tobytes()
             file.write(data.ljust(padded(len(data), DEFAULT_ALIGNMENT), b"\0"))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _layout(arrays: Mapping[str, NDArray[np.float32]]) -> tuple[TensorInfo, ...]:

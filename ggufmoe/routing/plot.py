@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import OptionError
+from ggufmoe.files import replacing
 from ggufmoe.routing.statistics import share
 from ggufmoe.routing.trace import RoutingTrace, visible
 
@@ -16,7 +18,7 @@ _MOST_LABELS = 120
 def write_picture(path: str | os.PathLike[str], title: str, trace: RoutingTrace, layer: int | None = None) -> None:
     """Write a PNG of the trace; tokens show the weights of ``layer``, or of the mean of all.
 
-    Raises OptionError without matplotlib.
+    Raises OptionError without matplotlib, OutputError where the file cannot be written.
     """
     figure = _figure(trace)
     heat, tokens = figure.subplots(1, 2, width_ratios=(1, 3))
@@ -25,10 +27,10 @@ def write_picture(path: str | os.PathLike[str], title: str, trace: RoutingTrace,
     where = "mean of all layers" if layer is None else f"layer {layer}"
     _draw_tokens(tokens, trace, layer, f"Weight for each token, {where}")
     figure.suptitle(visible(title), parse_math=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), replacing(Path(path), "the picture") as file:
         # a token in a script that the font lacks is drawn as a box
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(path, format="png", dpi=144)
+        figure.savefig(file, format="png", dpi=144)
 
 
 def _figure(trace: RoutingTrace) -> Any:

@@ -6,7 +6,6 @@ computed again.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -15,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ggufmoe.errors import InputError, OutputError, OutputExistsError, TemplateError
+from ggufmoe.errors import InputError, OutputExistsError, TemplateError
+from ggufmoe.files import replacing
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.engine import Engine
@@ -190,16 +190,10 @@ class Chat:
         """Write the conversation as JSON, over an earlier one but over nothing else. Raises OutputError."""
         path = Path(path)
         _check_replaceable(path)
-        content = self._content()
-        partial = path.with_name(path.name + ".partial")
-        try:
+        content = json.dumps(self._content(), ensure_ascii=False, indent=1) + "\n"
+        with replacing(path, "the conversation") as file:
             # what was typed may hold half of a surrogate pair, which UTF-8 cannot
-            partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8", "replace")
-            partial.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise OutputError(f"{path}: the conversation cannot be saved: {error.strerror}") from error
+            file.write(content.encode("utf-8", "replace"))
 
     def _content(self) -> dict[str, Any]:
         return {

@@ -24,7 +24,7 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-from ggufmoe.errors import TemplateError
+from ggufmoe.errors import TemplateError, one_line
 
 MAX_TEMPLATE_CHARS = 100_000
 
@@ -436,7 +436,7 @@ class Program:
         try:
             self._template = self._environment.metered_template(source)
         except _FAILURES as error:
-            raise TemplateError(f"{name}: not a template that can be used: {_reason(error)}") from error
+            raise TemplateError(f"{name}: not a template that can be used: {one_line(error, 300)}") from error
 
     def run(self, variables: Mapping[str, Any], input_chars: int) -> str:
         """The text that the template makes of ``variables``; not for two threads at once.
@@ -450,14 +450,11 @@ class Program:
                 meter.charge_chars(len(part))
                 parts.append(part)
         except _Refused as error:
-            raise TemplateError(f"{self._name}: refuses this conversation: {_reason(error)}") from error
+            raise TemplateError(f"{self._name}: refuses this conversation: {one_line(error, 300)}") from error
         except _OverBudget as error:
-            raise TemplateError(f"{self._name}: stopped, it does more than a chat needs: {_reason(error)}") from error
+            raise TemplateError(
+                f"{self._name}: stopped, it does more than a chat needs: {one_line(error, 300)}"
+            ) from error
         except _FAILURES as error:
-            raise TemplateError(f"{self._name}: failed: {_reason(error)}") from error
+            raise TemplateError(f"{self._name}: failed: {one_line(error, 300)}") from error
         return "".join(parts)
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text or type(error).__name__

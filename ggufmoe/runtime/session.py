@@ -8,7 +8,6 @@ what follows: llama.cpp trusts the bytes that it is given.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import ContextFullError, InputError, OutputError
+from ggufmoe.files import replacing
 from ggufmoe.gguf.header import TensorInfo
 from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.native import library as native
@@ -97,7 +97,7 @@ def _sample(file: BinaryIO, start: int, info: TensorInfo) -> bytes:
 
 
 def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str) -> None:
-    """Write ``path`` by way of ``path.partial``. Raises OutputError."""
+    """Write a session file; an older one at ``path`` is replaced when the new one is complete. Raises OutputError."""
     tokens = np.array(state.tokens, "<i4")
     digest = hashlib.sha256(tokens.tobytes())
     digest.update(state.data.data)
@@ -105,18 +105,9 @@ def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str)
     header = json.dumps({**content, "sha256": digest.hexdigest()}).encode()
     if len(header) > _MAX_HEADER_BYTES:
         raise OutputError(f"{path}: the note is longer than {_MAX_HEADER_BYTES >> 20} MiB")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(_FIXED.pack(_MAGIC, _VERSION, len(header)) + header + tokens.tobytes())
-            file.write(state.data.data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: the session cannot be saved: {error.strerror}") from error
+    with replacing(path, "the session") as file:
+        file.write(_FIXED.pack(_MAGIC, _VERSION, len(header)) + header + tokens.tobytes())
+        file.write(state.data.data)
 
 
 # ---- reading

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ggufmoe.errors import OutputError, OutputExistsError
-from ggufmoe.writing.writer import partial_path, sync_directory
+from ggufmoe.files import check_parent, partial_path, sync_directory
 
 _OURS = ("*.safetensors", "*.safetensors.partial", "*.partial.journal")
 _SIGN = "config.json"
@@ -27,10 +27,7 @@ def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> Non
     for given in inputs:
         if place == given.resolve().parent or place in given.resolve().parents:
             raise OutputExistsError(f"{target} holds {given}, which is read; choose another output directory")
-    if not target.parent.is_dir():
-        raise OutputError(f"{target.parent} is not a directory; make it first")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{target.parent} may not be written to; choose another place")
+    check_parent(target)
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir() or (any(target.iterdir()) and not (target / _SIGN).is_file()):

@@ -18,14 +18,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-from ggufmoe.errors import Cancelled, GGUFError, NoSpaceError, OutputError, OutputExistsError, ResumeError
+from ggufmoe.errors import Cancelled, GGUFError, NoSpaceError, OutputError, ResumeError
 from ggufmoe.export.plan import ExportPlan, PlannedFile
 from ggufmoe.export.rows import stored_type
+from ggufmoe.files import check_not_input, check_output_file, partial_path, sync_directory
 from ggufmoe.gguf.header import read_header
 from ggufmoe.quant.kernels import QuantizerName
 from ggufmoe.sizes import file_size
+from ggufmoe.work import CancelFlag, OnProgress, Progress, is_set, thread_count
 from ggufmoe.writing.formats import prepare_kernels
 from ggufmoe.writing.journal import Journal, fingerprint
 from ggufmoe.writing.pagecache import PassingFiles
@@ -40,25 +42,6 @@ _PROGRESS_INTERVAL_S = 0.1
 _RELEASE_INTERVAL_S = 1.0
 _READERS = 2
 """Workers beyond the cores that compute: while they wait for the disk, none of the cores does."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far one phase of a job is, in bytes, and what is being worked on.
-
-    ``router`` reads the base model to make router rows, ``write`` makes the output, ``hash`` reads it for a manifest.
-    """
-
-    done_bytes: int
-    total_bytes: int
-    tensor: str
-    phase: Literal["router", "write", "hash"] = "write"
-
-
-class CancelEvent(Protocol):
-    """What ``cancel`` must offer; ``threading.Event`` does."""
-
-    def is_set(self) -> bool: ...
 
 
 class OutputFile(Protocol):
@@ -77,8 +60,8 @@ class WriteOptions:
     quantizer: QuantizerName = "auto"
     resume: bool = False
     force: bool = False
-    on_progress: Callable[[Progress], None] | None = None
-    cancel: CancelEvent | None = None
+    on_progress: OnProgress | None = None
+    cancel: CancelFlag | None = None
     prepare: Callable[[], None] | None = None
     """Called when everything is checked and nothing is written yet: what takes long and cannot be streamed."""
     reads_back: Callable[[PlannedFile, Path], bool] | None = None
@@ -123,27 +106,9 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     )
 
 
-def partial_path(path: Path) -> Path:
-    """Where a file is written before it is complete."""
-    return path.with_name(path.name + ".partial")
-
-
 def journal_path(output: Path) -> Path:
     """Where the journal of an output is."""
     return output.with_name(output.name + ".partial.journal")
-
-
-def check_place(output: Path, *, replace: bool) -> None:
-    """Refuse what can be refused before the source is even opened."""
-    parent = output.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is not a directory; make it first")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} may not be written to; choose another place")
-    if output.is_dir():
-        raise OutputError(f"{output} is a directory; give the name of a file, for example model.gguf")
-    if output.exists() and not replace:
-        raise OutputExistsError(f"{output} exists already; choose another name, or replace it with --force")
 
 
 def check_output(plan: ExportPlan, *, force: bool, resume: bool) -> None:
@@ -153,15 +118,8 @@ def check_output(plan: ExportPlan, *, force: bool, resume: bool) -> None:
     """
     for file in plan.files:
         for path in (file.path, partial_path(file.path), journal_path(plan.output)):
-            _refuse_input(path, plan.input_paths)
-        check_place(file.path, replace=force or (resume and _is_complete(file, file.path)))
-
-
-def _refuse_input(path: Path, inputs: Sequence[Path]) -> None:
-    for given in inputs:
-        with contextlib.suppress(OSError):
-            if path.samefile(given):
-                raise OutputExistsError(f"{path} is {given}, which is read; choose another output")
+            check_not_input(path, plan.input_paths)
+        check_output_file(file.path, replace=force or (resume and _is_complete(file, file.path)))
 
 
 def _is_complete(file: PlannedFile, path: Path) -> bool:
@@ -291,7 +249,7 @@ class _Run:
         self._stop = threading.Event()
         self._changed = threading.Condition()
         self._done = _Done()
-        self._n_threads = options.threads or available_cores()
+        self._n_threads = thread_count(options.threads)
         self._cores = threading.Semaphore(self._n_threads)
         self._importance = ImportanceCache(plan.imatrix, self._n_threads + _READERS)
         self._passing = PassingFiles(plan.input_paths, plan.n_bytes + sum(p.stat().st_size for p in plan.input_paths))
@@ -355,7 +313,7 @@ class _Run:
         self._report()
 
     def _cancelled(self) -> bool:
-        return self._options.cancel is not None and self._options.cancel.is_set()
+        return is_set(self._options.cancel)
 
     def _worker(self) -> None:
         try:
@@ -416,15 +374,8 @@ class _Run:
     def _report(self) -> None:
         if self._options.on_progress is not None:
             with self._changed:
-                progress = Progress(self._done.n_bytes, self._total_bytes, self._done.tensor)
+                progress = Progress("write", self._done.n_bytes, self._total_bytes, "bytes", self._done.tensor)
             self._options.on_progress(progress)
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _finish(plan: ExportPlan, journal: Journal, reads_back: Callable[[PlannedFile, Path], bool]) -> None:
@@ -451,14 +402,3 @@ def reads_back_as_gguf(file: PlannedFile, path: Path) -> bool:
         return False
     found = [(t.name, t.type, t.shape, header.data_offset + t.offset, t.n_bytes) for t in header.tensors]
     return found == [(t.name, t.type, t.shape, t.offset, t.n_bytes) for t in file.tensors]
-
-
-def sync_directory(path: Path) -> None:
-    """Return when the names in a directory are on disk (where the system knows of that)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

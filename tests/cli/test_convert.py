@@ -18,8 +18,9 @@ import pytest
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.convert import Interrupt
 from ggufmoe.cli.progress import BarProgress, LineProgress, NoProgress, progress_display
+from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import read_header
-from ggufmoe.writing.writer import Progress, partial_path
+from ggufmoe.work import Progress
 
 Make = Callable[..., Path]
 
@@ -188,8 +189,8 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch: pytest.MonkeyP
     display = progress_display("convert Q8_0", stream=terminal)
     assert isinstance(display, BarProgress)
     with display:
-        display.update(Progress(10**6, 4 * 10**6, "blk.0.attn_q.weight"))
-        display.update(Progress(4 * 10**6, 4 * 10**6, "blk.1.attn_q.weight"))
+        display.update(Progress("write", 10**6, 4 * 10**6, "bytes", "blk.0.attn_q.weight"))
+        display.update(Progress("write", 4 * 10**6, 4 * 10**6, "bytes", "blk.1.attn_q.weight"))
     drawn = terminal.getvalue()
     assert "convert Q8_0" in drawn
     assert "100%" in drawn
@@ -201,13 +202,13 @@ def test_lines_come_now_and_then_with_speed_and_time_left(monkeypatch: pytest.Mo
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stream = io.StringIO()
     with LineProgress("convert", stream) as lines:
-        lines.update(Progress(0, 10**9, ""))
+        lines.update(Progress("write", 0, 10**9, "bytes", ""))
         now = 104.0
-        lines.update(Progress(10**8, 10**9, "token_embd.weight"))
+        lines.update(Progress("write", 10**8, 10**9, "bytes", "token_embd.weight"))
         now = 110.0
-        lines.update(Progress(5 * 10**8, 10**9, "blk.3.attn_k.weight"))
+        lines.update(Progress("write", 5 * 10**8, 10**9, "bytes", "blk.3.attn_k.weight"))
         now = 120.0
-        lines.update(Progress(10**9, 10**9, "blk.9.attn_k.weight"))
+        lines.update(Progress("write", 10**9, 10**9, "bytes", "blk.9.attn_k.weight"))
     assert stream.getvalue().splitlines() == [
         "convert: 50%, 50.0 MB/s, 10 s left, blk.3.attn_k.weight",
         "convert: 100%, 50.0 MB/s, 0 s left, blk.9.attn_k.weight",

@@ -79,7 +79,7 @@ def test_imatrix_writes_what_quantize_reads(model: Path, tmp_path: Path, capsys:
     assert "warning: fewer than 512 tokens reached experts (layer 0: " in printed.err
     assert Imatrix.load(output).chunk_size == 32
     assert run("imatrix", source, "-o", str(output)) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert run("imatrix", source, "-o", str(output), "--force", "--json", "--quiet") == 0
     assert json.loads(capsys.readouterr().out)["entries"] == 16
     quantized = ["quantize", str(source), "-o", str(tmp_path / "q.gguf"), "-q", "IQ4_NL", "--quiet"]

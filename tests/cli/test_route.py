@@ -150,7 +150,7 @@ def test_wrong_usage(run: Run, arguments: list[str]) -> None:
 def test_an_input_is_never_written_over(run: Run, model: Path) -> None:
     before = model.read_bytes()
     code, _, err = run("x", "--html", model)
-    assert (code, err) == (1, f"error: {model}: is one of the inputs; name another file\n")
+    assert (code, err) == (1, f"error: {model} is {model}, which is read; choose another output\n")
     assert model.read_bytes() == before
 
 
@@ -159,7 +159,7 @@ def test_where_nothing_can_be_written(run: Run, tmp_path: Path, flag: str) -> No
     folder = tmp_path / "missing"
     code, out, err = run("x", flag, folder / "file.png")
     assert (code, out) == (1, "")
-    assert f"error: {folder}: there is no such directory; make it first" in err
+    assert f"error: {folder} is not a directory; make it first" in err
     folder.mkdir()
     code, out, err = run("x", flag, folder)
     assert (code, out) == ((2, "") if flag == "--png" else (1, ""))
@@ -174,7 +174,8 @@ def test_what_turns_out_not_to_be_writable(
     path = tmp_path / "missing" / "file.png"
     code, _, err = run("x", flag, path)
     assert code == 1
-    assert f"error: {path}: cannot be written: " in err
+    what = "the picture" if flag == "--png" else "the report"
+    assert f"error: {path}: {what} cannot be written: " in err
 
 
 def test_a_picture_of_another_kind(run: Run, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(mixtral: tuple[Pat
     _, path = mixtral
     there = tmp_path / "there.gguf"
     there.write_bytes(b"mine")
-    with pytest.raises(OutputExistsError, match="is there already"):
+    with pytest.raises(OutputExistsError, match="exists already"):
         ggufmoe.imatrix(path, TEXT, there)
     with pytest.raises(OutputError, match="is a directory"):
         ggufmoe.imatrix(path, TEXT, tmp_path, force=True)
@@ -150,10 +150,10 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(mixtral: tuple[Pat
     text.write_text(TEXT, encoding="utf-8")
     for source in (path, text):
         before = source.read_bytes()
-        with pytest.raises(OutputExistsError, match="is one of the inputs"):
+        with pytest.raises(OutputExistsError, match="which is read"):
             ggufmoe.imatrix(path, text, source, force=True)
         assert source.read_bytes() == before
-    with pytest.raises(OutputError, match="no such directory"):
+    with pytest.raises(OutputError, match="is not a directory; make it first"):
         ggufmoe.imatrix(path, TEXT, tmp_path / "nowhere" / "x.gguf")
     with pytest.raises(InputError, match="two chunks of 512 need 1024"):
         ggufmoe.imatrix(path, TEXT, tmp_path / "x.gguf")

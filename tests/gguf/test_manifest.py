@@ -15,8 +15,9 @@ from ggufmoe.errors import Cancelled, GGUFError, InputError, OutputError
 from ggufmoe.gguf import manifest
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import TensorInfo, Value, padded, read_header
-from ggufmoe.gguf.manifest import default_path, hash_tensors, read_manifest, verify, write_manifest
+from ggufmoe.gguf.manifest import default_path, hash_files, make_manifest, read_manifest, verify, write_manifest
 from ggufmoe.gguf.types import GGMLType, ValueType
+from ggufmoe.work import Progress
 
 SIZES = {"token_embd.weight": 40, "blk.0.ffn_up_exps.weight": 9_000_000, "output.weight": 8}
 
@@ -67,14 +68,15 @@ def test_a_manifest_says_what_the_file_holds(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_byte_in_chunks(model: Path) -> None:
-    seen: list[tuple[int, int, str]] = []
-    hash_tensors(model, read_header(model), lambda *step: seen.append(step))
-    total = sum(SIZES.values())
-    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
-    assert (seen[-1][0], {all_bytes for _, all_bytes, _ in seen}) == (total, {total})
-    steps = [name for _, _, name in seen]
+    seen: list[Progress] = []
+    make_manifest([model], on_progress=seen.append)
+    sizes = {"header": read_header(model).data_offset, **SIZES}
+    assert [step.done for step in seen] == sorted(step.done for step in seen)
+    assert (seen[-1].done, {step.total for step in seen}) == (sum(sizes.values()), {sum(sizes.values())})
+    assert {(step.phase, step.unit) for step in seen} == {("hash", "bytes")}
+    steps = [step.item for step in seen]
     assert {name: steps.count(name) for name in steps} == {
-        name: -(-n_bytes // manifest.CHUNK_BYTES) for name, n_bytes in SIZES.items()
+        name: -(-n_bytes // manifest.CHUNK_BYTES) for name, n_bytes in sizes.items()
     }
 
 
@@ -129,10 +131,10 @@ def test_a_file_that_shrank_since_its_header_was_read(model: Path) -> None:
     with model.open("r+b") as file:
         file.truncate(header.data_offset + 1_000_000)
     with pytest.raises(GGUFError, match=r"before the end of .*ffn_up_exps"):
-        hash_tensors(model, header)
+        hash_files([(model, header)])
     model.unlink()
     with pytest.raises(GGUFError, match="cannot be read"):
-        hash_tensors(model, header)
+        hash_files([(model, header)])
 
 
 def test_cancel_stops_and_leaves_nothing(model: Path) -> None:

@@ -18,6 +18,7 @@ from ggufmoe.errors import Cancelled, GGUFError
 from ggufmoe.gguf.header import Value, read_header
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.inspection.diff import ModelDifference, TensorDifference, diff_models
+from ggufmoe.work import Progress
 from tests.gguf_files import Arrays, stored, text, u32, write_gguf, write_shards, write_weights
 
 F32, F16, Q8_0, Q4_K = GGMLType.F32, GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_K
@@ -101,12 +102,10 @@ def test_a_change_behind_the_first_tile_is_found(tmp_path: Path) -> None:
     large = random(3000, 256)
     changed = large.copy()
     changed[-1, -1] += 1
-    steps: list[tuple[int, int, str]] = []
-    found = compare(
-        tmp_path, {"x.weight": (F32, large)}, {"x.weight": (F32, changed)}, on_progress=lambda *s: steps.append(s)
-    )
+    steps: list[Progress] = []
+    found = compare(tmp_path, {"x.weight": (F32, large)}, {"x.weight": (F32, changed)}, on_progress=steps.append)
     assert found.tensors[0].max_difference == pytest.approx(1, rel=1e-5)
-    assert steps[-1] == (2 * large.nbytes, 2 * large.nbytes, "x.weight")
+    assert steps[-1] == Progress("compare", 2 * large.nbytes, 2 * large.nbytes, "bytes", "x.weight")
 
 
 def test_missing_tensors_and_shapes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.inspection.experts import ExpertSimilarity, compare_experts
+from ggufmoe.work import Progress
 from tests.gguf_files import text, write_gguf, write_weights
 
 F32 = GGMLType.F32
@@ -100,9 +101,9 @@ def test_equal_experts_and_empty_ones(tmp_path: Path) -> None:
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf")
-    steps: list[tuple[int, int, str]] = []
-    compare_experts(tmp_path / "m.gguf", n_rows=8, on_progress=lambda *step: steps.append(step))
-    assert steps[-1][0] == steps[-1][1] == 2 * 3 * (3 * 8 + 1) * 64 * 4
+    steps: list[Progress] = []
+    compare_experts(tmp_path / "m.gguf", n_rows=8, on_progress=steps.append)
+    assert steps[-1].done == steps[-1].total == 2 * 3 * (3 * 8 + 1) * 64 * 4
 
 
 def test_what_has_no_experts_to_compare(tmp_path: Path) -> None:

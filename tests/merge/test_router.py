@@ -18,6 +18,7 @@ from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.prompts import prompt_tokenizer, read_vocabulary, tokenize_prompts
 from ggufmoe.merge.recipe import Recipe
 from ggufmoe.merge.router import Router, check_prompts, make_router
+from ggufmoe.work import Progress
 from tests.tiny import make_checkpoint
 
 LLAMA3_ROPE = {
@@ -120,16 +121,18 @@ def test_the_report_tells_where_each_prompt_goes(base: Path) -> None:
 
 
 def test_progress_counts_layers(base: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     with open_checkpoint(base) as model:
-        make_router(recipe(), model, on_layer=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+        make_router(recipe(), model, on_progress=seen.append)
+    assert [3 * step.done / step.total for step in seen] == [1, 2, 3]
+    assert [step.item for step in seen] == [f"layer {n} of 3" for n in (1, 2, 3)]
+    assert {(step.phase, step.unit) for step in seen} == {("router", "bytes")}
 
 
 def test_a_cancelled_pass_stops(base: Path) -> None:
     stop = threading.Event()
     with open_checkpoint(base) as model, pytest.raises(Cancelled):
-        make_router(recipe(), model, on_layer=lambda done, total: stop.set(), cancelled=stop.is_set)
+        make_router(recipe(), model, on_progress=lambda step: stop.set(), cancel=stop)
 
 
 def test_the_number_of_threads_changes_no_bit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +149,7 @@ def test_blas_has_its_threads_back_after_a_pass(base: Path) -> None:
 
     during: list[set[int]] = []
     with threadpoolctl.threadpool_limits(limits=2, user_api="blas"), open_checkpoint(base) as model:
-        make_router(recipe(), model, on_layer=lambda done, total: during.append(blas_threads()))
+        make_router(recipe(), model, on_progress=lambda step: during.append(blas_threads()))
         after = blas_threads()
     # an empty set where numpy's BLAS is one that cannot be told (Accelerate)
     assert after in ({2}, set())

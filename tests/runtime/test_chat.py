@@ -247,7 +247,7 @@ def test_saving_spares_what_is_no_conversation(chat: Chat, tmp_path: Path) -> No
 def test_save_where_it_cannot_be(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "talk.json").mkdir()
     for path in (tmp_path / "no" / "talk.json", tmp_path / "talk.json"):
-        with pytest.raises(OutputError, match="cannot be saved"):
+        with pytest.raises(OutputError, match="the conversation cannot be written"):
             chat.save(path)
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
 

@@ -49,7 +49,7 @@ def test_a_session_is_gone_on_with(saved: Path, engine: Engine, mixing_path: Pat
 def test_nothing_to_keep(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="nothing has been computed"):
         engine.save_session(tmp_path / "x")
-    with pytest.raises(OutputError, match="cannot be saved"):
+    with pytest.raises(OutputError, match="the session cannot be written"):
         engine.save_session(tmp_path / "no" / "x", engine.tokenize(" w1"))
 
 

@@ -34,14 +34,16 @@ from ggufmoe.errors import (
     ResumeError,
 )
 from ggufmoe.export.plan import ExportPlan, plan_export
+from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import read_header
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
+from ggufmoe.work import Progress
 from ggufmoe.writing import tiles, writer
 from ggufmoe.writing.journal import Journal, fingerprint
-from ggufmoe.writing.writer import PartialFile, Progress, WriteOptions, journal_path, partial_path, write_plan
+from ggufmoe.writing.writer import PartialFile, WriteOptions, journal_path, write_plan
 from tests import tiny
 
 Make = Callable[..., Path]
@@ -120,9 +122,9 @@ def test_progress_grows_to_all_of_it_and_names_tensors(tiny_checkpoint: Make, tm
     with planned(tiny_checkpoint(), tmp_path / "a.gguf") as plan:
         report = write_plan(plan, WriteOptions(on_progress=steps.append))
         names = {tensor.name for tensor in plan.tensors} | {""}
-    assert [step.done_bytes for step in steps] == sorted(step.done_bytes for step in steps)
-    assert steps[-1].done_bytes == steps[-1].total_bytes
-    assert {step.tensor for step in steps} <= names
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert steps[-1].done == steps[-1].total
+    assert {step.item for step in steps} <= names
     assert report.bytes_written == sum(tensor.n_bytes for tensor in plan.tensors)
     assert report.paths == (tmp_path / "a.gguf",)
     assert report.seconds > 0

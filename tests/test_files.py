@@ -1,0 +1,60 @@
+"""Outputs: nothing is half replaced, and what cannot be written is refused beforehand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.errors import OutputError, OutputExistsError
+from ggufmoe.files import check_output_file, partial_path, replacing
+
+
+def test_a_file_is_replaced_when_its_successor_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    path.write_bytes(b"old")
+    with replacing(path, "the note") as file:
+        file.write(b"new and longer")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        assert partial_path(path).read_bytes() == b"new and longer"
+    assert path.read_bytes() == b"new and longer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "note.json"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)), replacing(path, "the note") as file:  # noqa: PT012
+        file.write(b"ne")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_system_refuses_names_the_file_and_what_it_is(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "no" / "note", "No such file or directory"), (tmp_path, "directory")):
+        with (
+            pytest.raises(OutputError, match=f"{path}: the note cannot be written: .*{reason}"),
+            replacing(path, "the note"),
+        ):
+            pass
+    assert not partial_path(tmp_path).exists()
+
+
+def test_outputs_that_are_refused_before_the_work(tmp_path: Path) -> None:
+    path, link = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"mine")
+    os.link(path, link)
+    check_output_file(path, [tmp_path / "gone"], replace=True)
+    check_output_file(tmp_path / "new", [path], replace=False)
+    with pytest.raises(OutputExistsError, match=r"exists already; .* replace it with --force"):
+        check_output_file(path, replace=False)
+    with pytest.raises(OutputExistsError, match=f"{link} is {path}, which is read"):
+        check_output_file(link, [path], replace=True)
+    with pytest.raises(OutputError, match="is a directory; give the name of a file"):
+        check_output_file(tmp_path, replace=True)
+    with pytest.raises(OutputError, match="no is not a directory; make it first"):
+        check_output_file(tmp_path / "no" / "a", replace=True)
