@@ -33,6 +33,7 @@ from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import Progress
 from tests.quant.llama_quantize import quantize, read_tensors
+from tests.tiny import Tiny, make_checkpoint, stored_tensors, write_safetensors
 
 Make = Callable[..., Path]
 
@@ -246,6 +247,29 @@ def test_an_output_is_checked_before_the_source_is_opened(tmp_path: Path) -> Non
         ggufmoe.convert("no/such-model", tmp_path / "a.gguf")
     with pytest.raises(OutputError, match="no file name"):
         ggufmoe.convert("no/such-model", "/")
+
+
+def test_the_attention_scale_of_yarn_reaches_the_logits(tmp_path: Path) -> None:
+    """Scaling cosines and sines by a factor is scaling the products of queries and keys by its square."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    told = make_checkpoint(tmp_path / "a", arch="llama", dtype="F32", rope_scaling={**yarn, "attention_factor": 2.0})
+    scaled = make_checkpoint(tmp_path / "b", arch="llama", dtype="F32", rope_scaling=yarn)
+    ratio = (2.0 / (1 + 0.1 * math.log(4))) ** 2
+    spec = Tiny(arch="llama", dtype="F32")
+    tensors = {
+        name: (dtype, data * np.float32(ratio if "q_proj" in name else 1))
+        for name, (dtype, data) in stored_tensors(spec).items()
+    }
+    write_safetensors(scaled / "model.safetensors", tensors)
+    logits = []
+    for checkpoint in (told, scaled, make_checkpoint(tmp_path / "c", arch="llama", dtype="F32", rope_scaling=yarn)):
+        output = tmp_path / f"{checkpoint.name}.gguf"
+        ggufmoe.convert(checkpoint, output, "F32")
+        with ggufmoe.Engine(output, ggufmoe.ContextOptions(n_ctx=256, n_threads=1, cache_type_k="f32")) as engine:
+            logits.append(engine.logits([1, *range(20, 60)]))
+    spread = float(np.ptp(logits[0]))
+    assert np.abs(logits[0] - logits[1]).max() < 1e-3 * spread
+    assert np.abs(logits[0] - logits[2]).max() > 1e-3 * spread
 
 
 def test_a_recipe_is_told_from_a_checkpoint(tmp_path: Path) -> None:

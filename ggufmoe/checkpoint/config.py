@@ -1,8 +1,8 @@
 """config.json of a checkpoint, the same whether transformers 4 or 5 wrote it.
 
 Missing keys get the defaults of transformers' own configuration classes (models/{llama,mistral,mixtral}/
-configuration_*.py, 5.12). What a llama.cpp file of these families cannot express is refused here, by name, because
-ignoring it would give a model that talks nonsense.
+configuration_*.py, 5.12). What would give a model that talks nonsense if it were ignored is refused here, by name; what
+llama.cpp does a little differently is told by the export.
 """
 
 from __future__ import annotations
@@ -47,19 +47,22 @@ _MAX_LAYERS = 512
 _MAX_EXPERTS = 512
 """LLAMA_MAX_EXPERTS of llama.cpp (src/llama-hparams.h)."""
 
+_ORIGINAL = "original_max_position_embeddings"
 _ROPE_KEYS = {
     "none": (frozenset[str](), frozenset[str]()),
-    "linear": (frozenset({"factor"}), frozenset({"original_max_position_embeddings"})),
+    "linear": (frozenset({"factor"}), frozenset({_ORIGINAL})),
+    "dynamic": (frozenset({"factor"}), frozenset({_ORIGINAL})),
     "yarn": (
-        frozenset({"factor", "original_max_position_embeddings"}),
-        frozenset({"attention_factor", "beta_fast", "beta_slow"}),
+        frozenset({"factor", _ORIGINAL}),
+        frozenset({"attention_factor", "attn_factor", "beta_fast", "beta_slow"})
+        | frozenset({"extrapolation_factor", "mscale", "mscale_all_dim", "truncate"}),
     ),
-    "llama3": (
-        frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-        frozenset[str](),
-    ),
+    "llama3": (frozenset({"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}), frozenset[str]()),
 }
-"""Kind to the parameters that it must have, and may have."""
+"""Kind of rope scaling to the parameters that it must have, and may have."""
+_ROPE_NOTES = frozenset({"finetuned"})
+"""Parameters that say where a model comes from and change nothing."""
+_MAY_BE_ZERO = frozenset({"extrapolation_factor", "mscale", "mscale_all_dim", "truncate"})
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -113,7 +116,7 @@ def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
         **_experts(keys, architecture),
         bos_token_id=keys.token("bos_token_id", n_vocab),
         eos_token_id=keys.token("eos_token_id", n_vocab),
-        sliding_window=keys.optional_size("sliding_window"),
+        sliding_window=None if architecture == "LlamaForCausalLM" else keys.optional_size("sliding_window"),
         raw=raw,
     )
     _check_heads(path, config)
@@ -246,24 +249,44 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling]:
         raise CheckpointError(f"{keys.path}: rope_theta is {theta!r:.40}, expected a number above 0")
     kind = parameters.pop("rope_type", parameters.get("type", "default"))
     parameters.pop("type", None)
-    if kind in ("yarn", "linear") and "original_max_position_embeddings" not in parameters:
-        parameters["original_max_position_embeddings"] = keys.size("max_position_embeddings")
+    _fill_in_rope(keys, kind, parameters)
     return float(theta), _scaling(keys, key, "none" if kind == "default" else kind, parameters)
+
+
+def _fill_in_rope(keys: _Keys, kind: object, parameters: dict[str, Any]) -> None:
+    """The original context and YaRN's factor where they are left out, as transformers derives them."""
+    if kind in ("yarn", "llama3") and _ORIGINAL not in parameters and keys.raw.get(_ORIGINAL) is not None:
+        parameters[_ORIGINAL] = keys.size(_ORIGINAL)
+    if kind == "yarn" and "factor" not in parameters and _is_finite(parameters.get(_ORIGINAL)):
+        parameters["factor"] = keys.size("max_position_embeddings") / max(parameters[_ORIGINAL], 1)
+    if kind in ("yarn", "linear") and _ORIGINAL not in parameters:
+        parameters[_ORIGINAL] = keys.size("max_position_embeddings")
 
 
 def _scaling(keys: _Keys, key: str, kind: object, parameters: dict[str, Any]) -> RopeScaling:
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        supported = "default, linear, yarn, llama3"
+        supported = ", ".join("default" if name == "none" else name for name in _ROPE_KEYS)
         raise CheckpointError(f"{keys.path}: rope type {kind!r:.40} is not supported; supported are {supported}")
     rotary_part = parameters.pop("partial_rotary_factor", keys.value("partial_rotary_factor"))
-    required, allowed = _ROPE_KEYS[kind]
-    unknown = sorted(parameters.keys() - required - allowed)
-    if unknown or rotary_part not in (None, 1):
-        odd = unknown[0] if unknown else "partial_rotary_factor"
+    required, optional = _ROPE_KEYS[kind]
+    unknown = sorted(parameters.keys() - required - optional - _ROPE_NOTES)
+    nested = [name for name in unknown if isinstance(parameters[name], (dict, list))]
+    if nested or rotary_part not in (None, 1):
+        odd = nested[0] if nested else "partial_rotary_factor"
         raise CheckpointError(f"{keys.path}: {key} has {odd!r:.60}, which is not supported for rope type {kind}")
-    for name in sorted(required | parameters.keys()):
-        if not _is_finite(parameters.get(name)) or parameters[name] <= 0:
-            raise CheckpointError(
-                f"{keys.path}: {key}.{name} is {parameters.get(name)!r:.40}, expected a number above 0"
-            )
-    return RopeScaling(kind, {name: float(value) for name, value in parameters.items()})
+    if unknown:
+        _LOG.warning(
+            "%s: %s has %s, which rope type %s does not know (nor does transformers); ignored",
+            *(keys.path, key, ", ".join(map("{!r:.60}".format, unknown)), kind),
+        )
+    known = {name: parameters.get(name) for name in sorted(required | parameters.keys() & optional)}
+    for name, value in known.items():
+        _check_rope_parameter(keys, f"{key}.{name}", name, value)
+    return RopeScaling(kind, {name: float(value) for name, value in known.items() if value is not None})
+
+
+def _check_rope_parameter(keys: _Keys, where: str, name: str, value: object) -> None:
+    if name == "truncate" and isinstance(value, bool):
+        return
+    if not _is_finite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):  # type: ignore[operator]
+        raise CheckpointError(f"{keys.path}: {where} is {value!r:.40}, expected a number above 0")

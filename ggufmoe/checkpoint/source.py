@@ -62,7 +62,10 @@ class SourceTensor(Protocol):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rope scaling of a config: ``kind`` is none, linear, yarn or llama3; ``parameters`` are the config's own keys."""
+    """Rope scaling of a config: ``kind`` is none, linear, dynamic, yarn or llama3; ``parameters`` the config's keys.
+
+    A flag (``truncate``) is 0 or 1.
+    """
 
     kind: str = "none"
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -93,6 +96,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     sliding_window: int | None = None
+    """How many tokens back a token attends to, itself included; None for all."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """config.json as it was read."""
 

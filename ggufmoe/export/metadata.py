@@ -54,8 +54,13 @@ def texts(values: Iterable[str]) -> Value:
 def model_metadata(
     source: ModelSource, tensors: Sequence[ModelTensor], file_type: FileType, tokenizer: Mapping[str, Value]
 ) -> dict[str, Value]:
-    """All keys of the file of a model: ``general.*``, the family's and, last, the ``tokenizer`` keys as given."""
+    """All keys of the file of a model: ``general.*``, the family's and, last, the ``tokenizer`` keys as given.
+
+    What of the model's configuration no key can express is logged as warnings.
+    """
     family = family_of(source.config)
+    for clause in family.unexpressed(source.config):
+        _LOG.warning("%s: %s", source.provenance.name, clause)
     return {
         Keys.General.ARCHITECTURE: text(family.NAME),
         Keys.General.TYPE: text("model"),

@@ -18,7 +18,7 @@ from ggufmoe.errors import GGUFError
 from ggufmoe.gguf.header import TensorInfo
 from ggufmoe.gguf.model import NO_MODELS, ModelHeader, read_model_header
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, legacy_experts, part_of
-from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
+from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, SLIDING_WINDOW, VERSION
 from ggufmoe.gguf.types import FILE_TYPES
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.offload import Host, plan_offload
@@ -395,7 +395,7 @@ def _warnings(
     elif template.first_line is None:
         yield "no chat template: chat needs --chat-template, run needs --raw"
     if keys.arch is not None and model.tensors:
-        yield from _context_warnings(hyper)
+        yield from _context_warnings(hyper, keys.whole(SLIDING_WINDOW))
     yield from _expert_warnings(model, hyper)
     yield from _token_warnings(model, tokenizer)
     trailing = sum(shard.header.trailing_bytes for shard in model.shards)
@@ -403,12 +403,18 @@ def _warnings(
         yield f"{trailing} bytes behind the last tensor belong to nothing"
 
 
-def _context_warnings(hyper: HyperParameters) -> Iterable[str]:
+def _context_warnings(hyper: HyperParameters, window: int | None) -> Iterable[str]:
+    """``window`` is the sliding window of the original that llama.cpp does not apply to this model."""
     n_ctx = hyper.n_ctx_train
     if n_ctx is None:
         yield "says no context length: llama.cpp does not load such a file"
     elif not _SMALLEST_CONTEXT <= n_ctx <= _LARGEST_CONTEXT:
         yield f"a context of {n_ctx} tokens cannot be meant: give the one that it was trained for with --ctx-size"
+    elif window is not None and window < n_ctx:
+        yield (
+            f"each token of the original attends to the last {window} tokens only, and llama.cpp has no such window "
+            f"for this model: past position {window} the answers are another model's, so keep --ctx-size at {window}"
+        )
     elif _is_without_its_window(hyper):
         yield (
             f"a context of {n_ctx} tokens with rope theta {_OLD_THETA:g} and no sliding window: Mistral 7B v0.1 has "

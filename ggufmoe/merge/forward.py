@@ -189,7 +189,7 @@ def _inverse_frequencies(config: ModelConfig) -> Floats:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
-    if scaling.kind == "none":
+    if scaling.kind in ("none", "dynamic"):  # dynamic scaling begins past the context, where no prompt ends
         out: Floats = frequencies
         return out
     if scaling.kind == "linear":

@@ -298,7 +298,7 @@ def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype) -> ModelConfig:
         "rope_scaling": _rope_scaling(base),
         "tie_word_embeddings": base.tie_embeddings,
         "max_position_embeddings": base.n_ctx,
-        "sliding_window": None,
+        "sliding_window": base.sliding_window,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
         "torch_dtype": _TORCH_DTYPES[dtype],
@@ -309,7 +309,6 @@ def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype) -> ModelConfig:
         architecture="MixtralForCausalLM",
         n_expert=n_expert,
         n_expert_used=n_expert_used,
-        sliding_window=None,
         raw=MappingProxyType(raw),
     )
 
@@ -319,8 +318,9 @@ def _rope_scaling(base: ModelConfig) -> dict[str, Any] | None:
     scaling = base.rope_scaling
     if scaling.kind == "none":
         return None
-    numbers = {name: int(value) if name == _ORIGINAL else value for name, value in scaling.parameters.items()}
-    return {**numbers, "rope_type": scaling.kind}
+    types = {_ORIGINAL: int, "truncate": bool}
+    values = {name: types.get(name, float)(value) for name, value in scaling.parameters.items()}
+    return {**values, "rope_type": scaling.kind}
 
 
 def _provenance(recipe: Recipe, text: str, path: Path, opened: Mapping[str, ModelSource]) -> Provenance:

@@ -16,7 +16,7 @@ SAME_GENERAL = ("general.architecture", "general.type", "general.file_type", "ge
 
 
 def differences(ours: Path, theirs: Path, except_keys: tuple[str, ...] = ()) -> list[str]:
-    """Every difference in words, provenance and ``except_keys`` left out; empty when the files say the same."""
+    """Every difference in words but in provenance, keys of ours and ``except_keys``; empty if they say the same."""
     a, b = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
     return [*_metadata_differences(a, b, except_keys), *_tensor_differences(a, b)]
 
@@ -25,7 +25,7 @@ def _metadata_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader, except
     a, b = _metadata(ours), _metadata(theirs)
     found = []
     for key in sorted({*a, *b}):
-        if key in except_keys or (key.startswith("general.") and key not in SAME_GENERAL):
+        if key in except_keys or key.startswith("ggufmoe.") or (key.startswith("general.") and key not in SAME_GENERAL):
             continue
         if key not in a or key not in b:
             found.append(f"{key}: only in {'ours' if key in a else 'theirs'}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ggufmoe.checkpoint.config import parse_config, read_config
+from ggufmoe.checkpoint.config import ARCHITECTURES, parse_config, read_config
 from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
 from ggufmoe.errors import ArchitectureError, CheckpointError
 from tests.tiny import Tiny, config_json
@@ -88,6 +88,11 @@ def test_null_is_as_good_as_absent() -> None:
     assert (config.n_head_kv, config.head_dim, config.sliding_window) == (4, 64, None)
 
 
+def test_only_mistral_and_mixtral_have_a_sliding_window() -> None:
+    windows = {arch: config_of({"arch": arch}, sliding_window=64).sliding_window for arch in ARCHITECTURES}
+    assert windows == {"mistral": 64, "mixtral": 64, "llama": None}
+
+
 def test_the_architecture_may_be_known_by_its_model_type() -> None:
     assert config_of(architectures=...).architecture == "MixtralForCausalLM"
     assert config_of(architectures=[], model_type="llama").architecture == "LlamaForCausalLM"
@@ -111,6 +116,13 @@ def test_an_unknown_architecture_is_named_and_the_known_ones_listed(named: objec
         ({"type": "linear", "factor": 2}, "linear", {"factor": 2.0, "original_max_position_embeddings": 2048.0}),
         ({"rope_type": "linear", "type": "linear", "factor": 4.0}, "linear", {"factor": 4.0}),
         ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}, "yarn", {"factor": 4.0, "beta_fast": 16.0}),
+        ({"type": "dynamic", "factor": 4}, "dynamic", {"factor": 4.0}),
+        ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}, "dynamic", {"factor": 2.0}),
+        ({"rope_type": "yarn", "factor": 4.0, "attn_factor": 1.5}, "yarn", {"attn_factor": 1.5}),
+        ({"rope_type": "yarn", "factor": 4.0, "extrapolation_factor": 0}, "yarn", {"extrapolation_factor": 0.0}),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": 1, "mscale_all_dim": 0.5}, "yarn", {"mscale_all_dim": 0.5}),
+        ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "yarn", {"truncate": 0.0}),
+        ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 512}, "yarn", {"factor": 4.0}),
         (
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": None},
             "yarn",
@@ -125,6 +137,39 @@ def test_rope_scaling(given: dict[str, Any] | None, kind: str, parameters: dict[
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128},
+        {"type": "linear", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0},
+        LLAMA3,
+        {"type": "default"},
+    ],
+)
+def test_rope_parameters_that_only_annotate_change_nothing(
+    given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (
+        config_of(rope_scaling={**given, "finetuned": True}).rope_scaling == config_of(rope_scaling=given).rope_scaling
+    )
+    assert caplog.text == ""
+
+
+def test_rope_parameters_that_nobody_knows_are_ignored_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    scaling = config_of(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 32, "alpha\n": 1e3}).rope_scaling
+    assert "beta_fast" not in scaling.parameters
+    assert r"rope_scaling has 'alpha\n', 'beta_fast', which rope type linear does not know" in caplog.text
+
+
+def test_the_original_context_may_stand_beside_the_rope_parameters() -> None:
+    yarn = config_of(rope_scaling={"type": "yarn", "factor": 4.0}, original_max_position_embeddings=512).rope_scaling
+    assert yarn.parameters["original_max_position_embeddings"] == 512
+    without = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
+    llama3 = config_of(rope_scaling=without, original_max_position_embeddings=8192).rope_scaling
+    assert llama3.parameters["original_max_position_embeddings"] == 8192
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"rope_type": "longrope", "factor": 2}, "rope type 'longrope' is not supported"),
@@ -135,7 +180,11 @@ def test_rope_scaling(given: dict[str, Any] | None, kind: str, parameters: dict[
         ({"rope_type": "linear", "factor": float("nan")}, "rope_scaling.factor is nan"),
         ({"rope_type": "linear", "factor": 0}, "rope_scaling.factor is 0"),
         ({**LLAMA3, "high_freq_factor": ...}, "rope_scaling.high_freq_factor"),
-        ({"rope_type": "yarn", "factor": 2, "mscale": 1.0}, "has 'mscale', which is not supported for rope type yarn"),
+        ({"rope_type": "yarn", "factor": 2, "mscale": -1.0}, "rope_scaling.mscale is -1.0, expected a number above 0"),
+        ({"rope_type": "yarn", "factor": 2, "truncate": "no"}, "rope_scaling.truncate is 'no'"),
+        ({"rope_type": "yarn", "factor": 2, "attention_factor": 0}, "rope_scaling.attention_factor is 0"),
+        ({"rope_type": "dynamic"}, "rope_scaling.factor is None"),
+        ({"rope_type": "dynamic", "factor": 2, "short_factor": [1.0]}, "has 'short_factor', which is not supported"),
         ({"full_attention": {"rope_theta": 1e4}}, "has 'full_attention', which is not supported"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -207,5 +209,62 @@ def test_rope_scaling_becomes_keys(tiny_checkpoint: Make) -> None:
         "original_context_length": 512,
         "yarn_attn_factor": 0.5,
         "yarn_beta_fast": 32.0,
+        "attn_factor": pytest.approx(0.5 / (1 + 0.1 * math.log(4))),
     }
     assert not any(".scaling." in key for key in parameters(config))
+
+
+@pytest.mark.parametrize(
+    ("given", "factor"),
+    [
+        ({}, None),
+        ({"attention_factor": 1 + 0.1 * math.log(4)}, None),
+        ({"mscale": 1.0}, None),
+        ({"mscale": 1.0, "mscale_all_dim": 0.0}, None),
+        ({"attn_factor": 3.0}, None),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1 / (1 + 0.1 * math.log(4))),
+        (
+            {"mscale": 0.5, "mscale_all_dim": 2.0},
+            (1 + 0.05 * math.log(4)) / (1 + 0.2 * math.log(4)) / (1 + 0.1 * math.log(4)),
+        ),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 2.0}, 2 / (1 + 0.1 * math.log(4))),
+    ],
+)
+def test_the_attention_scale_of_yarn_is_told_where_it_is_not_llama_cpps(
+    tiny_checkpoint: Make, given: dict[str, float], factor: float | None
+) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, **given}
+    with opened(tiny_checkpoint(arch="llama", n_layer=1, rope_scaling=yarn)) as source:
+        found = parameters(source.config).get("llama.rope.scaling.attn_factor")
+    assert found == (None if factor is None else pytest.approx(factor))
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields", "clauses"),
+    [
+        ("mistral", {}, []),
+        ("mistral", {"config": {"sliding_window": 4096}}, []),
+        ("mistral", {"config": {"sliding_window": 2048}}, []),
+        ("mistral", {"config": {"sliding_window": 1024}}, ["past position 1024 the answers are another model's"]),
+        ("mixtral", {"config": {"sliding_window": 7}}, ["attends to the last 7 tokens only"]),
+        ("llama", {"config": {"sliding_window": 7}}, []),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["begins past position 2048"]),
+        (
+            "llama",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 16, "beta_slow": 1.0, "truncate": False}},
+            [
+                "beta_fast of its YaRN rope scaling is 16, and llama.cpp computes as if it were 32",
+                "truncate .* is False",
+            ],
+        ),
+    ],
+)
+def test_what_llama_cpp_leaves_out_is_told(
+    tiny_checkpoint: Make, arch: str, fields: dict[str, Any], clauses: list[str]
+) -> None:
+    with opened(tiny_checkpoint(arch=arch, n_layer=1, **fields)) as source:
+        told = list(family_of(source.config).unexpressed(source.config))
+        window = parameters(source.config).get("ggufmoe.sliding_window")
+    assert len(told) == len(clauses)
+    assert all(re.search(clause, sentence) for clause, sentence in zip(clauses, told, strict=True))
+    assert window == next((int(found[1]) for text in told if (found := re.search(r"last (\d+) tokens", text))), None)

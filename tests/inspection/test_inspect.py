@@ -162,6 +162,10 @@ def _warnings(tmp_path: Path, changes: dict[str, Value | None], n_expert: int = 
             {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4), "llama.rope.scaling.type": None},
             "Mistral 7B v0.1 has these numbers and a window of 4096",
         ),
+        (
+            {"ggufmoe.sliding_window": u32(4096)},
+            "attends to the last 4096 tokens only, and llama.cpp has no such window for this model: past position 4096",
+        ),
     ],
 )
 def test_faults_are_pointed_out(tmp_path: Path, changes: dict[str, Value | None], message: str) -> None:
@@ -174,6 +178,7 @@ def test_faults_are_pointed_out(tmp_path: Path, changes: dict[str, Value | None]
         {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4)},
         {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4), "llama.context_length": u32(8192)},
         {"llama.context_length": u32(10 * 2**20)},
+        {"ggufmoe.sliding_window": u32(32768)},
     ],
 )
 def test_long_contexts_may_be_meant(tmp_path: Path, changes: dict[str, Value | None]) -> None:

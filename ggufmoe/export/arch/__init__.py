@@ -1,7 +1,7 @@
 """Model families: which GGUF tensors and hyper-parameters a model of each architecture has.
 
 A family is one module of this package. It names the architectures it serves in ``ARCHITECTURES``, gives GGUF's name of
-the family in ``NAME``, and has the two functions of ``Family``; nothing else has to know about it.
+the family in ``NAME``, and has the functions of ``Family``; nothing else has to know about it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class Family(Protocol):
         """Every tensor of the GGUF file, in any order."""
 
     def hyper_parameters(self, config: ModelConfig) -> dict[str, Value]:
-        """The keys that begin with the family's name, in the order of llama.cpp's converter."""
+        """The keys that begin with the family's name, in the order of llama.cpp's converter; last, keys of ours."""
+
+    def unexpressed(self, config: ModelConfig) -> Iterator[str]:
+        """What of the model's configuration llama.cpp leaves out for this family, a clause each."""
 
 
 def ggml_type(dtype: Dtype) -> GGMLType:

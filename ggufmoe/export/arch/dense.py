@@ -15,6 +15,7 @@ from ggufmoe.export.arch import ModelTensor
 from ggufmoe.export.metadata import f32, text, u32
 from ggufmoe.export.rows import Computed, RopeOrdered
 from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.own_keys import SLIDING_WINDOW
 
 NAME = "llama"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -89,7 +90,7 @@ def llama3_rope_factors(config: ModelConfig) -> list[float]:
 
 
 def llama_parameters(config: ModelConfig, *, with_head_size: bool) -> dict[str, Value]:
-    """The ``llama.*`` keys in the converter's order."""
+    """The ``llama.*`` keys in the converter's order, and the sliding window that llama.cpp does not apply."""
     keys: dict[str, Value | None] = {
         "block_count": u32(config.n_layer),
         "context_length": u32(config.n_ctx),
@@ -107,15 +108,22 @@ def llama_parameters(config: ModelConfig, *, with_head_size: bool) -> dict[str, 
         "vocab_size": u32(config.n_vocab),
         "rope.dimension_count": u32(config.head_dim),
     }
-    return {f"{NAME}.{key}": value for key, value in keys.items() if value is not None}
+    window = unapplied_window(config)
+    ours = {} if window is None else {SLIDING_WINDOW: u32(window)}
+    return {f"{NAME}.{key}": value for key, value in keys.items() if value is not None} | ours
 
 
 _YARN_KEYS = {
     "extrapolation_factor": "yarn_ext_factor",
+    "attn_factor": "yarn_attn_factor",
     "attention_factor": "yarn_attn_factor",
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
 }
+"""Parameters of YaRN to the keys of the converter. llama.cpp's ``llama`` architecture reads none of these keys."""
+
+_YARN_DEFAULTS = {"extrapolation_factor": 1.0, "attn_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": 1.0}
+"""What llama.cpp computes with whatever a file says."""
 
 
 def _rope_scaling_keys(scaling: RopeScaling) -> dict[str, Value]:
@@ -126,4 +134,52 @@ def _rope_scaling_keys(scaling: RopeScaling) -> dict[str, Value]:
     if scaling.kind == "yarn":
         keys["original_context_length"] = u32(int(given["original_max_position_embeddings"]))
         keys |= {ours: f32(given[theirs]) for theirs, ours in _YARN_KEYS.items() if theirs in given}
+        default = _yarn_scale(given["factor"], 1.0)
+        if (scale := yarn_attention_scale(given)) != default:
+            keys["attn_factor"] = f32(scale / default)
     return {f"rope.scaling.{key}": value for key, value in keys.items()}
+
+
+def yarn_attention_scale(given: Mapping[str, float]) -> float:
+    """What transformers multiplies YaRN's cosines and sines with (``_compute_yarn_parameters``, 5.24).
+
+    llama.cpp multiplies them with the default, 0.1 ln(factor) + 1, and with its key ``rope.scaling.attn_factor``.
+    """
+    if "attention_factor" in given:
+        return given["attention_factor"]
+    above, below = given.get("mscale"), given.get("mscale_all_dim")
+    if above and below:
+        return _yarn_scale(given["factor"], above) / _yarn_scale(given["factor"], below)
+    return _yarn_scale(given["factor"], 1.0)
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def unexpressed(config: ModelConfig) -> Iterator[str]:
+    """What of the model's configuration llama.cpp leaves out for this architecture, a clause each."""
+    scaling, n_ctx = config.rope_scaling, config.n_ctx
+    if (window := unapplied_window(config)) is not None:
+        yield (
+            f"each token attends to the last {window} tokens only (sliding_window), and llama.cpp has no such window "
+            f"for this architecture: past position {window} the answers are another model's, so keep the context "
+            f"at {window} tokens (--ctx-size)"
+        )
+    if scaling.kind == "dynamic":
+        yield (
+            f"its dynamic rope scaling begins past position {n_ctx}, and llama.cpp has none: "
+            f"keep the context at {n_ctx} tokens"
+        )
+    if scaling.kind == "yarn":
+        for name, default in _YARN_DEFAULTS.items():
+            value = scaling.parameters.get(name, default)
+            if value != default:
+                shown, computed = (bool(value), True) if name == "truncate" else (f"{value:g}", f"{default:g}")
+                yield f"{name} of its YaRN rope scaling is {shown}, and llama.cpp computes as if it were {computed}"
+
+
+def unapplied_window(config: ModelConfig) -> int | None:
+    """The sliding window where it is shorter than the context; None where it changes nothing."""
+    window = config.sliding_window
+    return window if window is not None and window < config.n_ctx else None

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 from ggufmoe.checkpoint.source import ModelConfig, ModelSource
 from ggufmoe.export.arch import ModelTensor
-from ggufmoe.export.arch.dense import attention_tensors, llama_parameters, outer_tensors
+from ggufmoe.export.arch.dense import attention_tensors, llama_parameters, outer_tensors, unexpressed
 from ggufmoe.gguf.header import Value
+
+__all__ = ["ARCHITECTURES", "NAME", "hyper_parameters", "tensors", "unexpressed"]
 
 NAME = "llama"
 ARCHITECTURES = ("MixtralForCausalLM",)
