@@ -19,7 +19,7 @@ from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError, OutputError, SafetensorsError
 from ggufmoe.export.arch import ggml_type
 from ggufmoe.export.plan import ExportPlan, PlannedFile, PlannedTensor, parse_size, plan_export
-from ggufmoe.files import check_output_file, replacing
+from ggufmoe.files import StrPath, check_output_file, replacing, user_path
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.merge.merged import MergedModel, open_recipe
@@ -88,8 +88,8 @@ def _quantizer_dict(report: KernelReport) -> dict[str, Any]:
 
 
 def convert(
-    source: str | Path,
-    output: str | Path,
+    source: StrPath,
+    output: StrPath,
     quant: str | None = None,
     *,
     options: ConvertOptions | None = None,
@@ -131,8 +131,8 @@ def convert(
 
 
 def plan_convert(
-    source: str | Path,
-    output: str | Path,
+    source: StrPath,
+    output: StrPath,
     quant: str | None = None,
     *,
     options: ConvertOptions | None = None,
@@ -153,11 +153,11 @@ def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, o
 
 
 @contextlib.contextmanager
-def _open_source(source: str | Path, options: ConvertOptions) -> Iterator[ModelSource]:
+def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSource]:
     """The model that ``source`` names, closed at the end. Every kind of source is told apart here and nowhere else."""
     if str(source).lower().endswith((".yaml", ".yml")):
         model: ModelSource = open_recipe(
-            Path(source).expanduser(),
+            user_path(source),
             allow_identical_experts=options.allow_identical_experts,
         )
     elif options.router_report is not None or options.allow_identical_experts:
@@ -170,9 +170,9 @@ def _open_source(source: str | Path, options: ConvertOptions) -> Iterator[ModelS
         model.close()
 
 
-def output_path(output: str | Path) -> Path:
+def output_path(output: StrPath) -> Path:
     """The path of an output as given; OutputError if it names no file."""
-    path = Path(output).expanduser()
+    path = user_path(output)
     if not path.name:
         raise OutputError(f"{output} is no file name; give one, for example model.gguf")
     return path
@@ -266,8 +266,8 @@ class MergeResult:
 
 
 def merge(
-    recipe: str | Path,
-    out_dir: str | Path,
+    recipe: StrPath,
+    out_dir: StrPath,
     *,
     options: MergeOptions | None = None,
     on_progress: OnProgress | None = None,
@@ -282,12 +282,12 @@ def merge(
     recipe. ``on_progress``, ``cancel`` and what is raised are those of ``convert``.
     """
     options = options_of(MergeOptions, options, keywords)
-    target = Path(out_dir).expanduser()
+    target = user_path(out_dir)
     check_directory(target, (), force=options.force)
     max_shard_bytes = parse_size(options.max_shard_size)
     _check_report(options.router_report)
     model = open_recipe(
-        Path(recipe).expanduser(),
+        user_path(recipe),
         allow_identical_experts=options.allow_identical_experts,
     )
     with contextlib.closing(model):

@@ -1,5 +1,5 @@
-"""Files: reading by position from several threads, replacing a file only when its successor is complete, and checking
-whether an output can be written where it is wanted.
+"""Files: paths as users give them, reading by position from several threads, replacing a file only when its successor
+is complete, and checking whether an output can be written where it is wanted.
 
 Positional reads go straight into the caller's buffer. Against a memory map they leave nothing of the file in the
 process's resident memory, a file that shrinks is an error and not SIGBUS, and they are not slower. What the bytes mean
@@ -14,9 +14,20 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Union
 
 from ggufmoe.errors import InputError, OutputError, OutputExistsError
+
+StrPath = Union[str, "os.PathLike[str]"]
+"""A path as public functions take it."""
+
+
+def user_path(path: StrPath) -> Path:
+    """``path`` with a leading ``~`` replaced by the home directory. Raises InputError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no such home directory") from error
 
 
 class PositionalFile:

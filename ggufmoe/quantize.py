@@ -21,7 +21,7 @@ from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.plan import ExportPlan, parse_size
 from ggufmoe.export.requantize import COPY, plan_requantize
-from ggufmoe.files import check_output_file
+from ggufmoe.files import StrPath, check_output_file, user_path
 from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: str | Path,
-    output: str | Path,
+    source: StrPath,
+    output: StrPath,
     quant: str | None = None,
     *,
     options: QuantizeOptions | None = None,
@@ -57,7 +57,7 @@ def quantize(
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     path = output_path(output)
     check_output_file(path, replace=options.force or options.resume or options.split_max_size is not None)
-    with contextlib.closing(GGUFSource(Path(source).expanduser())) as model:
+    with contextlib.closing(GGUFSource(user_path(source))) as model:
         plan = _plan(model, path, options)
         write = WriteOptions(
             threads=options.threads,
@@ -72,8 +72,8 @@ def quantize(
 
 
 def plan_quantize(
-    source: str | Path,
-    output: str | Path,
+    source: StrPath,
+    output: StrPath,
     quant: str | None = None,
     *,
     options: QuantizeOptions | None = None,
@@ -84,7 +84,7 @@ def plan_quantize(
     The plan can be printed; its source is closed again, so it cannot be written.
     """
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
-    with contextlib.closing(GGUFSource(Path(source).expanduser())) as model:
+    with contextlib.closing(GGUFSource(user_path(source))) as model:
         return _plan(model, output_path(output), options)
 
 

@@ -142,3 +142,21 @@ def test_samples_of_embedding_run(sample: str, embedded: Path, monkeypatch: pyte
     exec(sample, names)
     if "engine" in names:
         names["engine"].close()
+
+
+def test_the_sample_of_evaluation_runs(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ggufmoe import convert
+
+    monkeypatch.chdir(tmp_path)
+    for quant in ("BF16", "Q4_K_M"):
+        convert(tiny_checkpoint(n_embd=256, n_ff=256), f"my-{quant}.gguf", quant=quant)
+    Path("text.txt").write_text("the model reads a number and writes the sum of two numbers " * 60, encoding="utf-8")
+    (sample,) = samples("evaluation.md")
+    exec(sample, {})
+    assert float(capsys.readouterr().out.split()[0]) > 1
+    assert Path("imatrix.gguf").exists()

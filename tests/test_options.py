@@ -15,6 +15,8 @@ import ggufmoe
 from ggufmoe import (
     ContextOptions,
     ConvertOptions,
+    ImatrixOptions,
+    InputError,
     MergeOptions,
     OffloadOptions,
     OptionError,
@@ -24,7 +26,9 @@ from ggufmoe import (
 from ggufmoe.convert import plan_convert
 from ggufmoe.options import (
     ConvertKeywords,
+    EvaluationKeywords,
     EvaluationOptions,
+    ImatrixKeywords,
     MergeKeywords,
     PromptOptions,
     QuantizeKeywords,
@@ -72,7 +76,7 @@ def test_the_home_directory_is_expanded_in_paths(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert ConvertOptions(imatrix=Path("~/m.gguf")).imatrix == tmp_path / "m.gguf"
-    with pytest.raises(OptionError, match="imatrix: ~nobody-of-this-name/m: there is no such home directory"):
+    with pytest.raises(InputError, match="~nobody-of-this-name/m: there is no such home directory"):
         ConvertOptions(imatrix=Path("~nobody-of-this-name/m"))
 
 
@@ -113,6 +117,9 @@ def test_an_object_of_another_class_is_a_type_error(wrong: Any) -> None:
         (ggufmoe.quantize, QuantizeOptions, QuantizeKeywords),
         (plan_quantize, QuantizeOptions, QuantizeKeywords),
         (ggufmoe.merge, MergeOptions, MergeKeywords),
+        (ggufmoe.perplexity, EvaluationOptions, EvaluationKeywords),
+        (ggufmoe.kl_divergence, EvaluationOptions, EvaluationKeywords),
+        (ggufmoe.imatrix, ImatrixOptions, ImatrixKeywords),
     ],
 )
 def test_a_function_takes_each_option_once_with_the_type_of_the_field(

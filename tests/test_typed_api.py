@@ -5,6 +5,7 @@ One run of mypy over one file with a call on each line: those that must be refus
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ import ggufmoe
 CALLS = """\
 from pathlib import Path
 
-from ggufmoe import ConvertOptions, MergeOptions, QuantizeOptions, convert, merge, quantize
+from ggufmoe import (
+    ConvertOptions, EvaluationOptions, ImatrixOptions, MergeOptions, QuantizeOptions,
+    convert, imatrix, kl_divergence, merge, perplexity, quantize,
+)
 from ggufmoe.convert import plan_convert
 from ggufmoe.quantize import plan_quantize
 
@@ -52,6 +56,26 @@ merge("a", "b", options=MergeOptions(threads=4))
 merge("a", "b", thread=4)  # refused
 merge("a", "b", threads="x")  # refused
 merge("a", "b", quant="Q4_K_M")  # refused
+
+perplexity("a", "a text", n_ctx=256, flash_attn="off")
+perplexity("a", text_file=Path("b"), options=EvaluationOptions(n_ctx=256))
+perplexity("a", Path("b"))  # refused
+perplexity("a", "a text", n_context=256)  # refused
+perplexity("a", "a text", n_ctx=None)  # refused
+perplexity("a", "a text", overflow="shift")  # refused
+
+kl_divergence("a", "b", "a text", n_ctx=256, round_reference=True)
+kl_divergence("a", "b", text_file="c", options=EvaluationOptions(n_ctx=256))
+kl_divergence("a", "b", Path("c"))  # refused
+kl_divergence("a", "b", "a text", n_context=256)  # refused
+kl_divergence("a", "b", "a text", n_ctx="x")  # refused
+
+imatrix("a", "b", "a text", n_ctx=256, process_output=True)
+imatrix("a", Path("b"), text_file="c", options=ImatrixOptions(n_ctx=256))
+imatrix("a", "b", Path("c"))  # refused
+imatrix("a", "b", text_file="c", options=EvaluationOptions())  # refused
+imatrix("a", "b", "a text", n_context=256)  # refused
+imatrix("a", "b", "a text", n_ctx="x")  # refused
 """
 
 
@@ -78,6 +102,8 @@ def refused_lines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     return errors
 
 
-@pytest.mark.parametrize(("number", "call"), [(i, c) for i, c in enumerate(CALLS.splitlines(), 1) if "(" in c])
+@pytest.mark.parametrize(
+    ("number", "call"), [(i, line) for i, line in enumerate(CALLS.splitlines(), 1) if re.match(r"\w+\(", line)]
+)
 def test_a_call_is_accepted_or_refused(refused_lines: dict[int, str], number: int, call: str) -> None:
     assert (number in refused_lines) is call.endswith("# refused"), refused_lines.get(number, "accepted")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol, TextIO, TypeVar
 
 from ggufmoe.cli.console import StatusLine
-from ggufmoe.cli.terminal import interruptible
+from ggufmoe.cli.terminal import interrupt_sets
 from ggufmoe.errors import Cancelled
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, OnProgress, Progress
 
 _LINE_INTERVAL_S = 5.0
 
 
-class ChunkStep(Protocol):
-    """A result that grows chunk by chunk."""
+class ChunkedResult(Protocol):
+    """The result of an evaluation that may have been stopped after some of its chunks."""
 
     @property
     def n_chunks(self) -> int: ...
@@ -26,38 +27,40 @@ class ChunkStep(Protocol):
     def is_complete(self) -> bool: ...
 
 
-StepT = TypeVar("StepT", bound=ChunkStep)
+ResultT = TypeVar("ResultT", bound=ChunkedResult)
 
 
-def last_shown(
+def run_evaluation(
     what: str,
-    start: Callable[[CancelFlag], Iterator[StepT]],
-    words: Callable[[StepT], str],
+    evaluate: Callable[[OnProgress, CancelFlag], ResultT],
+    describe: Callable[[ResultT], str],
     *,
     at_once: int,
     quiet: bool,
-) -> StepT:
-    """Run ``start(cancel)`` to its end and show each step on stderr; gives the last one.
+) -> ResultT:
+    """Run ``evaluate(on_progress, cancel)``, show its progress on stderr and return its result.
 
-    ``at_once`` chunks are computed together, and come one after another when that is done. Ctrl-C ends it after what is
-    done. Raises Cancelled if nothing is.
+    ``at_once`` chunks are computed together, and are reported one after another when that is done. Ctrl-C ends it after
+    the chunks that are done. Raises Cancelled if none is.
     """
-    last = None
     display = _Display(what, sys.stderr, at_once=at_once, quiet=quiet)
+    cancel = threading.Event()
+
+    def show(progress: Progress) -> None:
+        result: ResultT = progress.result  # type: ignore[assignment]
+        display.update(progress, describe(result))
+
     try:
-        for last in interruptible(start):
-            display.update(last, words(last))
+        with interrupt_sets(cancel):
+            return evaluate(show, cancel)
     finally:
         display.close()
-    if last is None:
-        raise Cancelled("stopped before the first chunk was done")
-    return last
 
 
-def check_complete(step: ChunkStep) -> None:
+def check_complete(result: ChunkedResult) -> None:
     """Raise Cancelled if the run was stopped; its result has been printed by then."""
-    if not step.is_complete:
-        raise Cancelled(f"stopped after {step.n_chunks} of {step.total_chunks} chunks; the result is of these")
+    if not result.is_complete:
+        raise Cancelled(f"stopped after {result.n_chunks} of {result.total_chunks} chunks; the result is of these")
 
 
 class _Display:
@@ -70,15 +73,16 @@ class _Display:
         self._started = time.monotonic()
         self._shown = -_LINE_INTERVAL_S  # the first step is shown at once: it tells how long the rest will take
 
-    def update(self, step: ChunkStep, words: str) -> None:
-        """Show how far it is."""
+    def update(self, progress: Progress, words: str) -> None:
+        """Show how many chunks are done, what the result is so far and how long the others will take."""
         now = time.monotonic()
         if self._quiet or not (self._on_terminal or now - self._shown > _LINE_INTERVAL_S):
             return
         self._shown = now
-        n_computed = min(-(-step.n_chunks // self._at_once) * self._at_once, step.total_chunks)
-        left = (step.total_chunks - n_computed) * (now - self._started) / n_computed
-        line = f"{self._what}: chunk {step.n_chunks} of {step.total_chunks}, {words}, {left:.0f} s left"
+        done, total = int(progress.done), int(progress.total)
+        n_computed = min(-(-done // self._at_once) * self._at_once, total)
+        left = (total - n_computed) * (now - self._started) / n_computed
+        line = f"{self._what}: chunk {done} of {total}, {words}, {left:.0f} s left"
         if self._on_terminal:
             self._line.show(line)
         else:

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.evaluation import check_complete, last_shown
+from ggufmoe.cli.evaluation import check_complete, run_evaluation
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import note
-from ggufmoe.evaluation.imatrix import ImatrixResult, imatrix_steps
+from ggufmoe.evaluation.imatrix import ImatrixResult, imatrix
 from ggufmoe.options import ImatrixOptions, OffloadOptions
 from ggufmoe.sizes import counted
 
@@ -39,9 +39,11 @@ def imatrix_command(
     `convert --imatrix`, `quantize --imatrix` and llama-quantize read it. The text should be like what the model will be
     used for. Ctrl-C writes what the chunks that are done gave.
     """
-    result = last_shown(
+    result = run_evaluation(
         "imatrix",
-        lambda cancel: imatrix_steps(model, file, output, options, offload, cancel),
+        lambda show, cancel: imatrix(
+            model, output, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+        ),
         lambda step: f"{step.n_entries} matrices",
         at_once=options.context.n_seq_max,
         quiet=quiet,

@@ -1,4 +1,4 @@
-"""``ggufmoe perplexity``: what a text costs a model, alone or beside a reference.
+"""``ggufmoe perplexity``: how well a model predicts a text, alone or compared with a reference.
 
 Owns what is shown; the work is ``ggufmoe.perplexity``'s and ``ggufmoe.kl_divergence``'s.
 """
@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.evaluation import check_complete, last_shown
+from ggufmoe.cli.evaluation import check_complete, run_evaluation
 from ggufmoe.cli.params import with_options
-from ggufmoe.evaluation.divergence import SHARES, Distribution, Divergence, divergence_steps
-from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity_steps
+from ggufmoe.evaluation.divergence import SHARES, Distribution, Divergence, kl_divergence
+from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity
 from ggufmoe.options import EvaluationOptions, OffloadOptions
 from ggufmoe.sizes import counted
 
@@ -34,31 +34,36 @@ def perplexity_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
-    """Measure how well a model foretells a text, or how far it is from another one.
+    """Measure how well a model predicts a text, or how far it is from another model.
 
     The definitions are those of llama-perplexity: the second half of each chunk is scored. --against tells what a
     quantization costs: KL divergence, how often the likeliest token is the same, by how much probabilities move.
     Ctrl-C prints the result over the chunks that are done.
     """
     result: Perplexity | Divergence
+    at_once = options.context.n_seq_max
     if against is None:
-        result = last_shown(
+        result = alone = run_evaluation(
             "perplexity",
-            lambda cancel: perplexity_steps(model, file, options, offload, cancel),
+            lambda show, cancel: perplexity(
+                model, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+            ),
             _so_far,
-            at_once=options.context.n_seq_max,
+            at_once=at_once,
             quiet=quiet,
         )
-        lines = _perplexity_lines(result)
+        lines = _perplexity_lines(alone)
     else:
-        result = last_shown(
+        result = beside = run_evaluation(
             "divergence",
-            lambda cancel: divergence_steps(model, against, file, options, offload, cancel),
+            lambda show, cancel: kl_divergence(
+                model, against, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+            ),
             _divergence_so_far,
-            at_once=options.context.n_seq_max,
+            at_once=at_once,
             quiet=quiet,
         )
-        lines = _divergence_lines(result)
+        lines = _divergence_lines(beside)
     print(json.dumps(result.to_dict()) if as_json else "\n".join(lines))
     check_complete(result)
 

@@ -49,12 +49,14 @@ def interruptible(start: Callable[[CancelFlag], Iterator[ItemT]]) -> Iterator[It
     The first Ctrl-C sets ``cancel``, after which the events end by themselves; another one raises KeyboardInterrupt.
     """
     cancel = threading.Event()
-    with _interrupt_sets(cancel):
+    with interrupt_sets(cancel):
         yield from start(cancel)
 
 
 @contextlib.contextmanager
-def _interrupt_sets(cancel: threading.Event) -> Iterator[None]:
+def interrupt_sets(cancel: threading.Event) -> Iterator[None]:
+    """While the block runs, the first Ctrl-C sets ``cancel`` and another one raises KeyboardInterrupt."""
+
     def interrupt(*_: object) -> None:
         if cancel.is_set():
             raise KeyboardInterrupt

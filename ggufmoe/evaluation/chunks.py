@@ -1,4 +1,5 @@
-"""A text as chunks of equal length, cut as llama.cpp's tools cut it, and the rows of logits that are scored in them.
+"""What all evaluations of a text share: reading it, cutting it into chunks as llama.cpp's tools do, the rows of logits
+that are scored in them, and the report after each chunk.
 
 Every chunk begins with BOS where the model wants one, in the place of its first token. Only the second half is scored,
 so that each scored token has half a chunk of text before it. What is left over at the end is not used.
@@ -6,32 +7,66 @@ so that each scored token has half a chunk of text before it. What is left over 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.errors import InputError
+from ggufmoe.errors import Cancelled, InputError, OptionError
+from ggufmoe.files import StrPath, user_path
 from ggufmoe.options import EvaluationOptions
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.sizes import counted
+from ggufmoe.work import OnProgress, Progress
 
 Chunks = list[list[int]]
 _BLOCK_ROWS = 64
-"""Rows of logits worked on at once: what is made of them stays in a processor's cache."""
+"""Rows of logits worked on at once: few enough that arrays of their size stay in a processor's cache."""
 
 
-def read_text(text: str | os.PathLike[str]) -> str:
-    """``text`` itself, or what a file holds, without the end of its last line.
+class ChunkResult(Protocol):
+    """A result that grows chunk by chunk."""
 
-    Raises InputError if the file cannot be read or is not UTF-8.
+    @property
+    def n_chunks(self) -> int: ...
+    @property
+    def total_chunks(self) -> int: ...
+
+
+ResultT = TypeVar("ResultT", bound=ChunkResult)
+
+
+def report_chunks(on_progress: OnProgress | None, result: ChunkResult) -> None:
+    """Tell ``on_progress`` how many chunks are done and the result over them."""
+    if on_progress is not None:
+        on_progress(Progress("chunks", result.n_chunks, result.total_chunks, "chunks", result=result))
+
+
+def last_result(results: Iterator[ResultT], on_progress: OnProgress | None) -> ResultT:
+    """The last of ``results``, each of which is reported. Raises Cancelled if there is none."""
+    last = None
+    for last in results:
+        report_chunks(on_progress, last)
+    if last is None:
+        raise Cancelled("stopped before the first chunk was done")
+    return last
+
+
+def read_text(text: str | None, text_file: StrPath | None) -> str:
+    """``text``, or what ``text_file`` holds without the newline at its end.
+
+    Raises OptionError unless exactly one is given, TypeError for a text that is no str, InputError for a file that
+    cannot be read or is not UTF-8.
     """
-    if isinstance(text, str):
+    if (text is None) is (text_file is None):
+        raise OptionError("give either text, the text itself, or text_file, the path of a file")
+    if text_file is None:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a text (str), not {text!r}: give the path of a file as text_file")
         return text
-    path = Path(text).expanduser()
+    path = user_path(text_file)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -50,7 +85,7 @@ def cut_chunks(engine: Engine, text: str, options: EvaluationOptions) -> Chunks:
     if len(tokens) < 2 * size:
         raise InputError(
             f"the text has {counted(len(tokens), 'token')}, and two chunks of {size} need {2 * size}: "
-            "take a longer text, or shorter chunks with --ctx-size"
+            "take a longer text, or shorter chunks (--ctx-size, n_ctx)"
         )
     n_chunks = len(tokens) // size
     if options.chunks > 0:

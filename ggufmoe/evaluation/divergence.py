@@ -8,31 +8,32 @@ which rounds the reference to 16 bits on its way through a file; here it keeps i
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ggufmoe.errors import InputError, OptionError
-from ggufmoe.evaluation.chunks import cut_chunks, read_text, scored_blocks
+from ggufmoe.evaluation.chunks import Chunks, cut_chunks, last_result, read_text, scored_blocks
 from ggufmoe.evaluation.perplexity import (
     Doubles,
     Estimate,
     Floats,
     Normalized,
-    evaluation_options,
-    last_step,
 )
+from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import read_model_header
-from ggufmoe.options import EvaluationOptions, OffloadOptions
+from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, OnProgress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SHARES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 """Which quantiles a Distribution tells; 0 is the minimum, 0.5 the median, 1 the maximum."""
@@ -108,65 +109,60 @@ class Divergence:
 
 
 def kl_divergence(
-    model: str | os.PathLike[str],
-    reference: str | os.PathLike[str],
-    text: str | os.PathLike[str],
+    model: StrPath,
+    reference: StrPath,
+    text: str | None = None,
     *,
-    on_progress: Callable[[Divergence], None] | None = None,
-    cancel: CancelFlag | None = None,
+    text_file: StrPath | None = None,
     offload: OffloadOptions | None = None,
     round_reference: bool = False,
-    **options: Any,
+    options: EvaluationOptions | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+    **keywords: Unpack[EvaluationKeywords],
 ) -> Divergence:
-    """How far ``model`` is from ``reference`` (another GGUF, usually before quantization) on a text.
+    """How far the predictions of ``model`` are from those of ``reference``, usually itself before quantization.
 
-    ``text``, ``options``, ``on_progress`` and ``cancel`` are those of ``perplexity``; ``offload`` holds for both, which
-    are loaded at once. Memory: both models, the logits of one batch of each, and 32 bytes for each scored token.
-    ``round_reference`` rounds the reference to 16 bits as llama.cpp does, for comparing with its numbers.
+    The text, the options, ``on_progress`` (its results are Divergences) and ``cancel`` are those of ``perplexity``;
+    ``offload`` holds for both models, which are loaded at the same time. ``round_reference`` rounds the reference's
+    log-probabilities to 16 bits as llama.cpp does, for comparing with its numbers. Memory: both models, the logits of
+    one batch of each, and 32 bytes for each scored token.
 
-    Raises InputError also if the two have different vocabularies, before they are loaded.
+    Raises what ``perplexity`` raises, and InputError if the two have different vocabularies, before they are loaded.
     """
-    given = evaluation_options("kl_divergence", options)
-    steps = divergence_steps(model, reference, text, given, offload, cancel, round_reference=round_reference)
-    return last_step(steps, on_progress)
-
-
-def divergence_steps(
-    model: str | os.PathLike[str],
-    reference: str | os.PathLike[str],
-    text: str | os.PathLike[str],
-    options: EvaluationOptions,
-    offload: OffloadOptions | None = None,
-    cancel: CancelFlag | None = None,
-    *,
-    round_reference: bool = False,
-) -> Iterator[Divergence]:
-    """``kl_divergence`` as it grows: the result so far after each chunk. Ends early when ``cancel`` is set."""
+    options = options_of(EvaluationOptions, options, keywords)
     if offload is not None and offload.workers:
         raise OptionError("two models are compared, and a worker serves one at a time: leave out --rpc")
-    content = read_text(text)
-    _check_vocabularies(Path(model), Path(reference))
-    first, started = options.n_ctx // 2, time.monotonic()
+    content = read_text(text, text_file)
+    _check_vocabularies(user_path(model), user_path(reference))
     with (
-        Engine(reference, options.context, offload, cancel=cancel) as base,
-        Engine(model, options.context, offload, cancel=cancel) as engine,
+        Engine(user_path(reference), options.context, offload, cancel=cancel) as base,
+        Engine(user_path(model), options.context, offload, cancel=cancel) as engine,
     ):
         chunks = cut_chunks(engine, content, options)
-        scores = _Scores(len(chunks) * (options.n_ctx - 1 - first))
-        parts = (each.compute_chunks(chunks, first, cancel=cancel) for each in (base, engine))
-        for theirs, ours in zip(*parts, strict=False):  # either of them ends early when cancelled
-            for number in ours.group:
-                scores.add(theirs, ours, number, chunks[number], round_reference)
-                if ours.end == options.n_ctx:
-                    yield Divergence(
-                        model=engine.path,
-                        reference=base.path,
-                        n_ctx=options.n_ctx,
-                        n_chunks=number + 1,
-                        total_chunks=len(chunks),
-                        seconds=time.monotonic() - started,
-                        **scores.statistics(),
-                    )
+        return last_result(_compared(base, engine, chunks, options.n_ctx, round_reference, cancel), on_progress)
+
+
+def _compared(
+    base: Engine, engine: Engine, chunks: Chunks, n_ctx: int, round_reference: bool, cancel: CancelFlag | None
+) -> Iterator[Divergence]:
+    """The divergence over the chunks done, after each chunk. Ends early when ``cancel`` is set."""
+    first, started = n_ctx // 2, time.monotonic()
+    scores = _Scores(len(chunks) * (n_ctx - 1 - first))
+    parts = (each.compute_chunks(chunks, first, cancel=cancel) for each in (base, engine))
+    for theirs, ours in zip(*parts, strict=False):  # either of them ends early when cancelled
+        for number in ours.group:
+            scores.add(theirs, ours, number, chunks[number], round_reference)
+            if ours.end == n_ctx:
+                yield Divergence(
+                    model=engine.path,
+                    reference=base.path,
+                    n_ctx=n_ctx,
+                    n_chunks=number + 1,
+                    total_chunks=len(chunks),
+                    seconds=time.monotonic() - started,
+                    **scores.statistics(),
+                )
 
 
 def _check_vocabularies(model: Path, reference: Path) -> None:

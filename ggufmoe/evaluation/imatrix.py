@@ -1,30 +1,32 @@
-"""Importance matrices, made: a model computes a text, and what went into each of its matrices is written to a file.
+"""Making importance matrices: a model computes a text, and sums of the inputs of its matrices are written to a file.
 
-Wires the runtime, which gathers the sums, to ``quant.imatrix``, which knows the file. Nothing is printed.
+Connects ``activations``, which gathers the sums, to ``quant.importances``, which knows the file. Nothing is printed.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ggufmoe.errors import OptionError
+from ggufmoe.errors import Cancelled
 from ggufmoe.evaluation.activations import ActivationSums, collect
-from ggufmoe.evaluation.chunks import cut_chunks, read_text
-from ggufmoe.evaluation.perplexity import last_step
-from ggufmoe.files import check_output_file
+from ggufmoe.evaluation.chunks import cut_chunks, read_text, report_chunks
+from ggufmoe.files import StrPath, check_output_file, user_path
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import expert_matrix
-from ggufmoe.options import ImatrixOptions, OffloadOptions
+from ggufmoe.options import ImatrixKeywords, ImatrixOptions, OffloadOptions, options_of
 from ggufmoe.quant.importances import save
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, OnProgress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LOW_COVERAGE_TOKENS = 512
 """The mean of fewer squares is off by more than some 6 % (the square root of 2 by the number of tokens)."""
@@ -50,7 +52,7 @@ class LayerCoverage:
 
 @dataclass(frozen=True)
 class ImatrixResult:
-    """What was gathered, over the chunks that are done."""
+    """What an importance matrix holds, over the chunks that are done."""
 
     path: Path
     n_ctx: int
@@ -68,7 +70,7 @@ class ImatrixResult:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is thin about it, in words."""
+        """One sentence for each way in which the text covered the experts too thinly."""
         unreached = [(row.layer, row.unreached) for row in self.coverage if row.unreached]
         low = [(row.layer, row.low) for row in self.coverage if row.low]
         found = []
@@ -99,44 +101,33 @@ def _named(layers: list[tuple[int, tuple[int, ...]]]) -> str:
 
 
 def imatrix(
-    model: str | os.PathLike[str],
-    text: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    model: StrPath,
+    output: StrPath,
+    text: str | None = None,
     *,
-    on_progress: Callable[[ImatrixResult], None] | None = None,
-    cancel: CancelFlag | None = None,
+    text_file: StrPath | None = None,
     offload: OffloadOptions | None = None,
-    **options: Any,
+    options: ImatrixOptions | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+    **keywords: Unpack[ImatrixKeywords],
 ) -> ImatrixResult:
-    """Measure on a text what matters in a GGUF model: the file that ``llama-imatrix`` writes, to rounding.
+    """Measure on a text how much each column of each matrix of a GGUF model matters: the file of ``llama-imatrix``.
 
-    ``text`` is the text itself, or a ``Path`` to it; ``options`` are the fields of ``ImatrixOptions``. ``on_progress``
-    gets what is there so far whenever chunks are done. When ``cancel`` is set, what the completed chunks gave is
-    written. Memory: as for ``perplexity``, and two sums for each column of each expert.
+    The text is given itself (``text``) or as a file in UTF-8 (``text_file``), whose name is then written into
+    ``output``. The options are given as one object (``options=ImatrixOptions(n_ctx=256)``) or by name (``n_ctx=256``).
+    ``on_progress`` is called after each chunk; the ``result`` of its Progress is the ImatrixResult over the chunks
+    done. When ``cancel`` is set, the sums over the complete chunks are written, and ``is_complete`` is False. Memory:
+    as for ``perplexity``, and two sums for each column of each expert.
 
-    Raises InputError for a text that is too short or no text, OutputError, what ``Engine`` raises, and Cancelled if
-    not a single chunk was done.
+    Raises InputError for a text that is too short or not readable, OutputError, what ``Engine`` raises, and Cancelled
+    if no chunk was done.
     """
-    try:
-        given = ImatrixOptions(**options)
-    except TypeError as error:
-        raise OptionError(f"imatrix has no such option: {str(error).rpartition(' ')[2]}") from error
-    return last_step(imatrix_steps(model, text, output, given, offload, cancel), on_progress)
-
-
-def imatrix_steps(
-    model: str | os.PathLike[str],
-    text: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    options: ImatrixOptions,
-    offload: OffloadOptions | None = None,
-    cancel: CancelFlag | None = None,
-) -> Iterator[ImatrixResult]:
-    """``imatrix`` as it grows: what is there so far, and at the end, when it is written, the same once more."""
-    path = Path(output).expanduser()
-    inputs = [*read_model_header(Path(model)).paths, *([] if isinstance(text, str) else [Path(text).expanduser()])]
-    check_output_file(path, inputs, replace=options.force)
-    content = read_text(text)
+    options = options_of(ImatrixOptions, options, keywords)
+    path, model = user_path(output), user_path(model)
+    read = [*read_model_header(model).paths, *([] if text_file is None else [user_path(text_file)])]
+    check_output_file(path, read, replace=options.force)
+    content = read_text(text, text_file)
     started, result, entries = time.monotonic(), None, None
     with Engine(model, options.context, offload, cancel=cancel) as engine:
         for step in engine.iterate(_gathered, content, options, cancel=cancel):
@@ -146,15 +137,16 @@ def imatrix_steps(
             )
             entries = step.entries
             if entries is None:
-                yield result
-    if result is not None and entries is not None:
-        _write(path, entries, () if isinstance(text, str) else (os.fspath(text),), options.n_ctx)
-        yield result
+                report_chunks(on_progress, result)
+    if result is None or entries is None:
+        raise Cancelled("stopped before the first chunk was done")
+    _write(path, entries, () if text_file is None else (os.fspath(text_file),), options.n_ctx)
+    return result
 
 
 @dataclass(frozen=True)
 class _Gathered:
-    """What is there after some chunks; the sums themselves come once, at the end."""
+    """What was gathered over some chunks; the sums themselves come once, after the last one."""
 
     n_chunks: int
     total_chunks: int
@@ -166,7 +158,7 @@ class _Gathered:
 def _gathered(
     engine: Engine, content: str, options: ImatrixOptions, *, cancel: CancelFlag | None
 ) -> Iterator[_Gathered]:
-    """Where the model is computed, since graphs can be watched only there."""
+    """Gather sums chunk by chunk. Runs in the process that computes: only there can llama.cpp's graph be watched."""
     chunks = cut_chunks(engine, content, options)
     sums = ActivationSums(engine.cancel, process_output=options.process_output)
     step = None

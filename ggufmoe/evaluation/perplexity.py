@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a model is by a text, by llama.cpp's definition and with its chunks.
+"""Perplexity: how well a model predicts a text, by llama.cpp's definition and with its chunks.
 
 The exponential of the mean negative log-likelihood over the second half of each chunk. Source:
 ``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit.
@@ -7,44 +7,45 @@ The exponential of the mean negative log-likelihood over the second half of each
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.errors import Cancelled, OptionError
-from ggufmoe.evaluation.chunks import cut_chunks, read_text, scored_blocks
-from ggufmoe.options import EvaluationOptions, OffloadOptions
+from ggufmoe.evaluation.chunks import cut_chunks, last_result, read_text, scored_blocks
+from ggufmoe.files import StrPath, user_path
+from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
 from ggufmoe.runtime.engine import Engine
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, OnProgress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-StepT = TypeVar("StepT")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the standard error of it, as if the tokens did not depend on each other."""
+    """A mean and its standard error, computed as if tokens were independent of each other."""
 
     value: float
     uncertainty: float
 
     @property
     def exp(self) -> Estimate:
-        """The exponential, whose error is taken to first order."""
+        """The exponential of the value; its error is propagated to first order."""
         value = math.exp(self.value)
         return Estimate(value, value * self.uncertainty)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text costs a model, over the chunks that are done."""
+    """The perplexity of a model on a text, over the chunks that are done."""
 
     model: Path
     n_ctx: int
@@ -87,63 +88,37 @@ class Perplexity:
 
 
 def perplexity(
-    model: str | os.PathLike[str],
-    text: str | os.PathLike[str],
+    model: StrPath,
+    text: str | None = None,
     *,
-    on_progress: Callable[[Perplexity], None] | None = None,
-    cancel: CancelFlag | None = None,
+    text_file: StrPath | None = None,
     offload: OffloadOptions | None = None,
-    **options: Any,
+    options: EvaluationOptions | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+    **keywords: Unpack[EvaluationKeywords],
 ) -> Perplexity:
     """The perplexity of a GGUF model on a text: the number that ``llama-perplexity`` prints.
 
-    ``text`` is the text itself, or a ``Path`` to it. ``options`` are the fields of ``EvaluationOptions``;
-    ``on_progress`` gets the result so far after each chunk. Memory: the logits of one batch, which llama.cpp holds.
-    When ``cancel`` is set, the result over the chunks that are done, which its ``is_complete`` tells.
+    The text is given itself (``text``) or as a file in UTF-8 (``text_file``), whose last newline is left out. The
+    options are given as one object (``options=EvaluationOptions(n_ctx=256)``) or by name (``n_ctx=256``).
+    ``on_progress`` is called after each chunk; the ``result`` of its Progress is the Perplexity over the chunks done.
+    When ``cancel`` is set, the result over the chunks done is returned, and its ``is_complete`` is False. Memory: the
+    model, and the logits of one batch.
 
-    Raises InputError for a text that is too short or no text, OptionError, what ``Engine`` raises, and Cancelled if not
-    a single chunk was done.
+    Raises InputError for a text that is too short or not readable, OptionError, what ``Engine`` raises, and Cancelled
+    if no chunk was done.
     """
-    steps = perplexity_steps(model, text, evaluation_options("perplexity", options), offload, cancel)
-    return last_step(steps, on_progress)
-
-
-def evaluation_options(name: str, given: dict[str, Any]) -> EvaluationOptions:
-    """Options by name. Raises OptionError for one that there is not."""
-    try:
-        return EvaluationOptions(**given)
-    except TypeError as error:
-        raise OptionError(f"{name} has no such option: {str(error).rpartition(' ')[2]}") from error
-
-
-def last_step(steps: Iterator[StepT], on_progress: Callable[[StepT], None] | None) -> StepT:
-    """The last of ``steps``, each of which is shown to ``on_progress``. Raises Cancelled if there is none."""
-    last = None
-    for last in steps:
-        if on_progress is not None:
-            on_progress(last)
-    if last is None:
-        raise Cancelled("stopped before the first chunk was done")
-    return last
-
-
-def perplexity_steps(
-    model: str | os.PathLike[str],
-    text: str | os.PathLike[str],
-    options: EvaluationOptions,
-    offload: OffloadOptions | None = None,
-    cancel: CancelFlag | None = None,
-) -> Iterator[Perplexity]:
-    """``perplexity`` as it grows: the result so far after each chunk. Ends early when ``cancel`` is set."""
-    content = read_text(text)
-    with Engine(model, options.context, offload, cancel=cancel) as engine:
-        yield from engine.iterate(_scored, content, options, cancel=cancel)
+    options = options_of(EvaluationOptions, options, keywords)
+    content = read_text(text, text_file)
+    with Engine(user_path(model), options.context, offload, cancel=cancel) as engine:
+        return last_result(engine.iterate(_scored, content, options, cancel=cancel), on_progress)
 
 
 def _scored(
     engine: Engine, content: str, options: EvaluationOptions, *, cancel: CancelFlag | None
 ) -> Iterator[Perplexity]:
-    """Where the model is computed, so that logits do not cross to another process."""
+    """Score the chunks. Runs in the process that computes, so that logits are not sent to another one."""
     started, sums = time.monotonic(), Sums()
     chunks = cut_chunks(engine, content, options)
     for part in engine.compute_chunks(chunks, options.n_ctx // 2, cancel=cancel):

@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ggufmoe.errors import OptionError
+from ggufmoe.files import user_path
 from ggufmoe.options.limits import MAX_INT32
 
 
@@ -112,7 +113,7 @@ def check_values(options: Any) -> None:
                 fits = fits and all(isinstance(text, str) for text in value)
             check(fits or (value is None and may_be_none), f"{spec.name} must be {called}, not {value!r}")
             if value is not None and annotation in (Path, tuple):
-                object.__setattr__(options, spec.name, _plain(annotation, value, spec.name))
+                object.__setattr__(options, spec.name, user_path(value) if annotation is Path else tuple(value))
         name = max(spec.metadata.get("flags", ()), key=len, default=spec.name)
         if between is not None and value is not None:
             low, high = between
@@ -120,13 +121,6 @@ def check_values(options: Any) -> None:
             check(low <= value <= high, f"{name} must be {wanted}, not {value}")
         if spec.name in words:
             check(value in words[spec.name], f"{name} must be one of {', '.join(words[spec.name])}, not {value}")
-
-
-def _plain(annotation: type, value: Any, name: str) -> Any:
-    try:
-        return Path(value).expanduser() if annotation is Path else tuple(value)
-    except RuntimeError as error:  # of expanduser
-        raise OptionError(f"{name}: {value}: there is no such home directory") from error
 
 
 @cache

@@ -130,7 +130,7 @@ def compare_perplexity(tools: Tools, case: Case) -> Iterator[tuple[str, float, f
     """Rows of (what, ours, theirs)."""
     printed = tools.run(tools.perplexity, "-m", case.model, "-f", case.text, *case.flags)
     value, uncertainty = _numbers(r"Final estimate: PPL = (\S+) \+/- (\S+)", printed)
-    ours = ggufmoe.perplexity(case.model, case.text, **case.options).estimate
+    ours = ggufmoe.perplexity(case.model, text_file=case.text, **case.options).estimate
     yield "perplexity", ours.value, value
     yield "its uncertainty", ours.uncertainty, uncertainty
 
@@ -142,7 +142,7 @@ def compare_divergence(tools: Tools, case: Case, work: Path) -> Iterator[tuple[s
     printed = tools.run(
         tools.perplexity, "-m", case.model, *case.flags, "--kl-divergence-base", base, "--kl-divergence"
     )
-    ours = ggufmoe.kl_divergence(case.model, case.reference, case.text, round_reference=True, **case.options)
+    ours = ggufmoe.kl_divergence(case.model, case.reference, text_file=case.text, round_reference=True, **case.options)
     spread = r"\s*:?\s*(\S+) ±\s*(\S+)"
     pairs = {
         "Mean PPL(Q) ": ours.perplexity,
@@ -183,7 +183,7 @@ def compare_imatrix(tools: Tools, case: Case, work: Path) -> Iterator[str]:
     """Faults in words; the last line is what was compared."""
     theirs, ours = work / "theirs.gguf", work / "ours.gguf"
     tools.run(tools.imatrix, "-m", case.reference, "-f", case.text, *case.flags, "--no-ppl", "-o", theirs)
-    ggufmoe.imatrix(case.reference, case.text, ours, **case.options)
+    ggufmoe.imatrix(case.reference, ours, text_file=case.text, **case.options)
     a, b = read_header(ours), read_header(theirs)
     for key in {*a.metadata, *b.metadata}:
         if a.metadata.get(key) != b.metadata.get(key):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +16,7 @@ import ggufmoe
 from ggufmoe.cli import evaluation
 from ggufmoe.cli.app import exit_code
 from ggufmoe.quant.importances import Imatrix
+from ggufmoe.work import Progress
 
 TEXT = "the model reads a number and writes the sum of two numbers " * 6
 FLAGS = ["-c", "32", "-t", "1", "-b", "64"]
@@ -124,5 +124,5 @@ def test_the_time_left_counts_what_is_computed(n_chunks: int, left: int, monkeyp
     screen, clock = io.StringIO(), iter([100.0, 120.0])
     monkeypatch.setattr(evaluation.time, "monotonic", lambda: next(clock))  # type: ignore[attr-defined]
     display = evaluation._Display("perplexity", screen, at_once=8, quiet=False)
-    display.update(SimpleNamespace(n_chunks=n_chunks, total_chunks=20, is_complete=False), "7.5")
+    display.update(Progress("chunks", n_chunks, 20, "chunks"), "7.5")
     assert screen.getvalue() == f"perplexity: chunk {n_chunks} of 20, 7.5, {left} s left\n"

@@ -20,6 +20,7 @@ from ggufmoe.evaluation.activations import ActivationSums
 from ggufmoe.gguf.header import read_header
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.quant.importances import Imatrix
+from ggufmoe.work import Progress
 
 EXACT: dict[str, Any] = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
 TEXT = "the model reads a number and writes the sum of two numbers " * 6
@@ -82,7 +83,7 @@ def test_sums_equal_the_same_model_in_numpy(
 ) -> None:
     checkpoint, path = mixtral
     output = tmp_path / "imatrix.gguf"
-    result = ggufmoe.imatrix(path, TEXT, output, n_ctx=N_CTX, n_batch=n_batch, n_ubatch=n_ubatch, **EXACT)
+    result = ggufmoe.imatrix(path, output, TEXT, n_ctx=N_CTX, n_batch=n_batch, n_ubatch=n_ubatch, **EXACT)
     chunks = cut(path)
     assert (result.n_chunks, result.total_chunks, result.is_complete) == (len(chunks), len(chunks), True)
     written = Imatrix.load(output)
@@ -104,7 +105,7 @@ def test_convert_takes_the_file_and_the_output_is_counted_if_asked(mixtral: tupl
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     output = tmp_path / "imatrix.gguf"
-    ggufmoe.imatrix(path, text, output, n_ctx=N_CTX, process_output=True, **EXACT)
+    ggufmoe.imatrix(path, output, text_file=text, n_ctx=N_CTX, process_output=True, **EXACT)
     written = Imatrix.load(output)
     assert written.datasets == (str(text),)
     assert "output.weight" in written.entries
@@ -123,18 +124,20 @@ def test_who_cancels_gets_whole_chunks(mixtral: tuple[Path, Path], tmp_path: Pat
     _, path = mixtral
     cancel = threading.Event()
 
-    def stop(step: ImatrixResult) -> None:
-        if step.n_chunks == 2:
+    def stop(step: Progress) -> None:
+        assert isinstance(step.result, ImatrixResult)
+        assert (step.phase, step.done, step.unit) == ("chunks", step.result.n_chunks, "chunks")
+        if step.done == 2:
             cancel.set()
 
     output = tmp_path / "part.gguf"
-    result = ggufmoe.imatrix(path, TEXT, output, n_ctx=N_CTX, n_batch=32, cancel=cancel, on_progress=stop, **EXACT)
+    result = ggufmoe.imatrix(path, output, TEXT, n_ctx=N_CTX, n_batch=32, cancel=cancel, on_progress=stop, **EXACT)
     assert (result.n_chunks, result.is_complete) == (2, False)
     written = Imatrix.load(output)
     assert written.chunk_count == 2
     assert {float(entry.counts.max()) for name, entry in written.entries.items() if "attn" in name} == {64.0}
     with pytest.raises(Cancelled, match="loading was stopped"):
-        ggufmoe.imatrix(path, TEXT, tmp_path / "none.gguf", n_ctx=N_CTX, cancel=cancel, **EXACT)
+        ggufmoe.imatrix(path, tmp_path / "none.gguf", TEXT, n_ctx=N_CTX, cancel=cancel, **EXACT)
     assert not (tmp_path / "none.gguf").exists()
 
 
@@ -143,22 +146,22 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(mixtral: tuple[Pat
     there = tmp_path / "there.gguf"
     there.write_bytes(b"mine")
     with pytest.raises(OutputExistsError, match="exists already"):
-        ggufmoe.imatrix(path, TEXT, there)
+        ggufmoe.imatrix(path, there, TEXT)
     with pytest.raises(OutputError, match="is a directory"):
-        ggufmoe.imatrix(path, TEXT, tmp_path, force=True)
+        ggufmoe.imatrix(path, tmp_path, TEXT, force=True)
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     for source in (path, text):
         before = source.read_bytes()
         with pytest.raises(OutputExistsError, match="which is read"):
-            ggufmoe.imatrix(path, text, source, force=True)
+            ggufmoe.imatrix(path, source, text_file=text, force=True)
         assert source.read_bytes() == before
     with pytest.raises(OutputError, match="is not a directory; make it first"):
-        ggufmoe.imatrix(path, TEXT, tmp_path / "nowhere" / "x.gguf")
+        ggufmoe.imatrix(path, tmp_path / "nowhere" / "x.gguf", TEXT)
     with pytest.raises(InputError, match="two chunks of 512 need 1024"):
-        ggufmoe.imatrix(path, TEXT, tmp_path / "x.gguf")
-    with pytest.raises(OptionError, match="imatrix has no such option"):
-        ggufmoe.imatrix(path, TEXT, tmp_path / "x.gguf", dataset="x")
+        ggufmoe.imatrix(path, tmp_path / "x.gguf", TEXT)
+    with pytest.raises(OptionError, match="ImatrixOptions has no option 'dataset'"):
+        ggufmoe.imatrix(path, tmp_path / "x.gguf", TEXT, dataset="x")  # type: ignore[call-arg]
     assert there.read_bytes() == b"mine"
     assert set(tmp_path.iterdir()) == {text, there}
 

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from numpy.typing import NDArray
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, EvaluationOptions
 from ggufmoe.errors import Cancelled, ContextFullError, InputError, OptionError
-from ggufmoe.evaluation.divergence import divergence_steps
-from ggufmoe.evaluation.perplexity import perplexity_steps
+from ggufmoe.work import Progress
 from tests.scripted import Scripted
 
 EXACT: dict[str, Any] = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}
@@ -79,13 +79,17 @@ def test_a_model_without_bos_keeps_its_first_token(write_model: Callable[[Script
 
 
 def test_the_result_so_far_comes_with_each_chunk(mixing_path: Path) -> None:
-    seen: list[ggufmoe.Perplexity] = []
+    seen: list[Progress] = []
     result = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=16, n_batch=32, chunks=5, on_progress=seen.append, **EXACT)
-    assert [step.n_chunks for step in seen] == [1, 2, 3, 4, 5]
-    assert seen[-1] == result
-    assert not seen[0].is_complete
+    assert [(step.phase, step.done, step.total, step.unit) for step in seen] == [
+        ("chunks", n, 5, "chunks") for n in (1, 2, 3, 4, 5)
+    ]
+    assert seen[-1].result == result
+    so_far = seen[0].result
+    assert isinstance(so_far, ggufmoe.Perplexity)
+    assert not so_far.is_complete
     first = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=16, chunks=1, **EXACT)
-    assert seen[0].value == pytest.approx(first.value, rel=1e-6)
+    assert so_far.value == pytest.approx(first.value, rel=1e-6)
 
 
 def test_a_model_is_no_way_from_itself(mixing_path: Path) -> None:
@@ -153,13 +157,33 @@ def test_a_text_that_does_not_fill_two_chunks_is_refused(mixing_path: Path) -> N
 def test_a_file_is_read_as_the_text_that_it_holds(mixing_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(TEXT.encode() + b"\n")
-    from_file = ggufmoe.perplexity(mixing_path, path, n_ctx=55, **EXACT)
+    from_file = ggufmoe.perplexity(mixing_path, text_file=path, n_ctx=55, **EXACT)
     assert from_file.value == ggufmoe.perplexity(mixing_path, TEXT, n_ctx=55, **EXACT).value
     path.write_bytes(b"one\ntwo\nthr\xff\xfe\n")
     with pytest.raises(InputError, match=r"text\.txt:3: byte 11 is not UTF-8"):
-        ggufmoe.perplexity(mixing_path, path)
+        ggufmoe.perplexity(mixing_path, text_file=path)
     with pytest.raises(InputError, match="cannot read the text"):
-        ggufmoe.perplexity(mixing_path, tmp_path / "nowhere.txt")
+        ggufmoe.perplexity(mixing_path, text_file=tmp_path / "nowhere.txt")
+
+
+def test_a_str_is_a_text_and_never_a_path(mixing_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    output = tmp_path / "imatrix.gguf"
+    for run in (
+        partial(ggufmoe.perplexity, mixing_path),
+        partial(ggufmoe.kl_divergence, mixing_path, mixing_path),
+        partial(ggufmoe.imatrix, mixing_path, output),
+    ):
+        with pytest.raises(InputError, match="two chunks of 512 need 1024"):
+            run(str(path))
+        with pytest.raises(TypeError, match="give the path of a file as text_file"):
+            run(path)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="give either text, the text itself, or text_file"):
+            run()
+        with pytest.raises(OptionError, match="give either text, the text itself, or text_file"):
+            run(TEXT, text_file=path)
+    assert not output.exists()
 
 
 def test_impossible_options_are_refused(mixing_path: Path) -> None:
@@ -180,8 +204,8 @@ def test_a_chunk_that_the_context_cannot_hold_is_refused(mixing_path: Path) -> N
 def test_who_cancels_gets_what_is_done(mixing_path: Path, noisy_path: Path) -> None:
     cancel = threading.Event()
 
-    def stop(step: ggufmoe.Perplexity) -> None:
-        if step.n_chunks == 2:
+    def stop(step: Progress) -> None:
+        if step.done == 2:
             cancel.set()
 
     result = ggufmoe.perplexity(mixing_path, TEXT, n_ctx=16, n_batch=16, cancel=cancel, on_progress=stop, **EXACT)
@@ -210,10 +234,10 @@ def engine_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
 
 def test_what_is_known_is_plain_data(mixing_path: Path) -> None:
     options = EvaluationOptions(n_ctx=32, **EXACT)
-    *_, alone = perplexity_steps(mixing_path, TEXT, options)
+    alone = ggufmoe.perplexity(mixing_path, TEXT, options=options)
     told = alone.to_dict()
     assert told["perplexity"] == {"value": alone.value, "uncertainty": alone.estimate.uncertainty}
-    *_, beside = divergence_steps(mixing_path, mixing_path, TEXT, options)
+    beside = ggufmoe.kl_divergence(mixing_path, mixing_path, TEXT, options=options)
     told = beside.to_dict()
     assert told["kl"]["quantiles"]["0.999"] == 0.0
     assert told["reference"] == str(mixing_path)

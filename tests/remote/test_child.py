@@ -216,7 +216,7 @@ def test_evaluations_are_those_of_this_machine(model: Path, workers: tuple[Worke
     assert there.value == pytest.approx(here.value, rel=5e-3)  # other kernels compute there
     local, remote = tmp_path / "local.gguf", tmp_path / "remote.gguf"
     for path, placed in ((local, None), (remote, offload)):
-        assert ggufmoe.imatrix(model, text, path, offload=placed, **options).n_chunks == 3
+        assert ggufmoe.imatrix(model, path, text, offload=placed, **options).n_chunks == 3
     sums = [read_header(path) for path in (local, remote)]
     assert [tensor.name for tensor in sums[0].tensors] == [tensor.name for tensor in sums[1].tensors]
     with pytest.raises(OptionError, match="leave out --rpc"):
