@@ -118,6 +118,7 @@ def convert(
         write = WriteOptions(
             threads=options.threads,
             quantizer=options.quantizer,
+            cache=options.cache,
             resume=options.resume,
             force=options.force,
             on_progress=on_progress,

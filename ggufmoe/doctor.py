@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ggufmoe.errors import GgufmoeError, one_line
+from ggufmoe.folders import cache_directory
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ALL_LAYERS, OffloadOptions
 from ggufmoe.sizes import counted, file_size, memory_size
@@ -113,14 +114,16 @@ def _version(package: str) -> str | None:
 
 
 def default_folders() -> dict[str, Path]:
-    """Where the Hugging Face Hub's files and temporary ones go on this machine, by what they are for."""
+    """Where the Hugging Face Hub's files, temporary ones and compiled kernels go on this machine, by their use."""
     from huggingface_hub import constants
 
     try:
         temporary = Path(tempfile.gettempdir())
     except FileNotFoundError:  # none of those that Python tries can be written to
         temporary = Path("/tmp")
-    return {"hub models": Path(constants.HF_HUB_CACHE), _TEMPORARY: temporary}
+    found = {"hub models": Path(constants.HF_HUB_CACHE), _TEMPORARY: temporary}
+    kept = cache_directory()
+    return found if kept is None else found | {"compiled kernels": kept / "kernels"}
 
 
 def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
@@ -275,16 +278,13 @@ def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
 
 
 def check_kernels(part: int) -> Iterator[Finding]:
-    """Compile each _N_PARTS-th kernel for bfloat16 weights, and compare it with ggml on a tile; part 0 adds the rest.
-
-    Raises EngineMissingError without ggml to compare with.
-    """
-    from ggufmoe.quant.filetypes import FileType
+    """Compile or load each _N_PARTS-th kernel for bfloat16 weights, and judge it on a tile; part 0 adds the rest."""
+    from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, FileType
     from ggufmoe.quant.kernels import has_kernel, prepare
 
     ours = [kind for kind in GGMLType if has_kernel(kind)]
     for kind in ours[part::_N_PARTS]:
-        if (report := prepare(kind, "uint16")) is not None:
+        if (report := prepare(kind, "uint16", weighted=kind in ABORTS_WITHOUT_IMATRIX)) is not None:
             yield judge_kernel(report)
     if part == 0:
         used = {file_type.default_type for file_type in FileType if file_type.default_type.is_quantized}
@@ -298,7 +298,7 @@ def judge_kernel(report: KernelReport) -> Finding:
     if report.routine == "fast":
         text = f"fast: {report.reason} ({report.compile_s:.1f} s)"
         return Finding("kernels", name, "ok", text, data=data | {"compile_s": round(report.compile_s, 3)})
-    text = one_line(f"ggml, right but slower: {report.reason}", _MAX_CHARS)
+    text = one_line(f"ggml, slower: {report.reason}", _MAX_CHARS)
     way_out = "pip install --upgrade llvmlite" if report.reason.startswith("no kernel") else ""
     return Finding("kernels", name, "note", text, way_out, data)
 

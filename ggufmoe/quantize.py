@@ -62,6 +62,7 @@ def quantize(
         write = WriteOptions(
             threads=options.threads,
             quantizer=options.quantizer,
+            cache=options.cache,
             resume=options.resume,
             force=options.force,
             on_progress=on_progress,

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
 from ggufmoe.quant.kernels import trust
 from ggufmoe.quant.kernels.machine import Host, host
 from ggufmoe.quant.kernels.tiles import Source
@@ -66,8 +67,9 @@ def main() -> int:
     """Print a table (or JSON lines); exit 1 if a byte differs."""
     options = _options()
     formats = [GGMLType[name.upper()] for name in options.formats] or list(FORMATS)
-    variants = [(type_, weighted) for type_ in formats for weighted in (False, True)]
-    variants = [variant for variant in variants if variant != (GGMLType.Q8_0, True)]
+    variants = [(type_, False) for type_ in formats if type_ not in ABORTS_WITHOUT_IMATRIX]
+    variants += [(type_, True) for type_ in formats if type_ not in IGNORES_IMATRIX]
+    variants.sort(key=lambda variant: formats.index(variant[0]))
     target = Host(options.cpu, "", 8, permutes=False) if options.cpu else host()
     if options.check:
         return _check_all(variants, options, target)
@@ -121,7 +123,9 @@ def _contest(kernel: trust.Kernel, source: Source, seed: int) -> Contest:
 
 
 def _measure(type_: GGMLType, weighted: bool, threads: int, source: Source, target: Host, rounds: int) -> Speed:
+    start = time.perf_counter()
     kernel = trust.compile_format(type_, source.name, weighted, target)
+    compile_s = time.perf_counter() - start
     contests = [_contest(kernel, source, seed) for seed in range(threads)]
     n_ours, n_ggml = N_ROWS * N_COLS * threads, contests[0].n_weights * threads
     with ThreadPoolExecutor(threads) as pool:
@@ -140,7 +144,7 @@ def _measure(type_: GGMLType, weighted: bool, threads: int, source: Source, targ
         pairs = [(rate(turns_ours, n_ours, "ours"), rate(turns_ggml, n_ggml, "ggml")) for _ in range(rounds)]
     low, ratio, high = statistics.quantiles([ours / ggml for ours, ggml in pairs], n=4)
     ours, ggml = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return Speed(type_.name, weighted, threads, ours, ggml, ratio, low, high, kernel.native.compile_s)
+    return Speed(type_.name, weighted, threads, ours, ggml, ratio, low, high, compile_s)
 
 
 def _repeat(call: Callable[[], None], turns: int) -> None:

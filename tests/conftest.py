@@ -16,6 +16,14 @@ from tests.scripted import Scripted
 from tests.stories import ONE_THREAD, STORY
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Caches are kept for this session alone, in its processes too: nothing is read from or left in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GGUFMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_checkpoint(**fields of tiny.Tiny)`` gives a directory shared by the whole session: do not change it."""

@@ -19,7 +19,7 @@ import ggufmoe
 PACKAGE = Path(ggufmoe.__file__).parent
 
 # Each room may import itself, and the rooms of its line.
-_GROUND = frozenset({"version", "errors", "sizes", "files"})
+_GROUND = frozenset({"version", "errors", "sizes", "files", "folders"})
 _BASE = _GROUND | {"work", "options", "gguf", "native"}
 _CONVERT = _BASE | {"checkpoint", "quant", "writing", "merge", "export"}
 _RUN = _BASE | {"placement", "runtime", "remote", "engine"}
@@ -28,6 +28,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "errors": frozenset(),
     "sizes": frozenset(),
     "files": frozenset({"errors"}),
+    "folders": frozenset(),
     "work": _GROUND,
     "options": _GROUND | {"work"},
     "gguf": _GROUND | {"work"},

@@ -16,6 +16,7 @@ from typing import TypeVar
 import typer
 
 from ggufmoe.cli.console import StatusLine
+from ggufmoe.folders import user_cache_directory
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Event, Finished, Timing
@@ -156,10 +157,4 @@ def rpc_cache_directory() -> Path:
     """Where llama.cpp's own workers keep tensors too."""
     if given := os.environ.get("LLAMA_CACHE"):
         return Path(given) / "rpc"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "llama.cpp" / "rpc"
+    return user_cache_directory() / "llama.cpp" / "rpc"

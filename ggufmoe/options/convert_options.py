@@ -57,6 +57,9 @@ class ExportOptions:
     quantizer: Quantizer = option(
         "auto", "--quantizer", help="ggml: only llama.cpp's routines; fast: only ours, or none at all. Same bytes."
     )
+    cache: bool = option(
+        True, "--cache/--no-cache", help="Keep compiled quantizers in the user's cache folder for later runs."
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -76,6 +79,7 @@ class ExportKeywords(TypedDict, total=False):
     force: bool
     manifest: bool
     quantizer: Quantizer
+    cache: bool
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ggufmoe.errors import OptionError
 from ggufmoe.export.plan import ExportPlan
 from ggufmoe.export.rows import PLAIN_DTYPES, stored_type
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.filetypes import IGNORES_IMATRIX
 from ggufmoe.quant.kernels import KernelReport, QuantizerName, has_kernel, kernel_report, prepare
 
 _COMPILE_AT_ONCE_WEIGHTS = 1 << 26
@@ -36,13 +37,13 @@ def formats(plan: ExportPlan) -> dict[Format, int]:
             stored = stored_type(part)
             if tensor.type.is_quantized and stored is not tensor.type:
                 source = stored if stored in PLAIN_DTYPES else GGMLType.F32
-                weighted = tensor.weighted and tensor.type is not GGMLType.Q8_0  # which does not look at them
+                weighted = tensor.weighted and tensor.type not in IGNORES_IMATRIX
                 found[Format(tensor.type, source, weighted)] += tensor.n_weights // len(tensor.parts)
     return dict(found.most_common())
 
 
-def prepare_kernels(plan: ExportPlan, quantizer: QuantizerName) -> None:
-    """Compile the kernels of a plan: with ``fast`` all of them, with ``auto`` those for much work.
+def prepare_kernels(plan: ExportPlan, quantizer: QuantizerName, *, cache: bool = True) -> None:
+    """Compile or load the kernels of a plan: with ``fast`` all of them, with ``auto`` those for much work.
 
     Raises OptionError with ``fast`` where there is no kernel, or one that cannot be used on this machine.
     """
@@ -50,7 +51,7 @@ def prepare_kernels(plan: ExportPlan, quantizer: QuantizerName) -> None:
         if quantizer == "fast" and not has_kernel(made.type):
             raise OptionError(f"{made.type.name}: there is no fast quantizer for this type; use --quantizer auto")
         if quantizer == "fast" or n_weights >= _COMPILE_AT_ONCE_WEIGHTS:
-            prepare(made.type, PLAIN_DTYPES[made.source].name, made.weighted, quantizer)
+            prepare(made.type, PLAIN_DTYPES[made.source].name, made.weighted, quantizer, cache=cache)
 
 
 def routines(plan: ExportPlan, quantizer: QuantizerName) -> tuple[KernelReport, ...]:

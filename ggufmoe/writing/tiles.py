@@ -106,7 +106,14 @@ class ImportanceCache:
 class TileMaker:
     """Makes the bytes of one tile after another in buffers of its own; one for each worker."""
 
-    def __init__(self, plan: ExportPlan, importance: ImportanceCache, quantizer: QuantizerName = "auto") -> None:
+    def __init__(
+        self,
+        plan: ExportPlan,
+        importance: ImportanceCache,
+        quantizer: QuantizerName = "auto",
+        *,
+        cache: bool = True,
+    ) -> None:
         raw = wide = made = 0
         for tensor in plan.tensors:
             n_rows, n_cols = min(tile_rows(tensor), row_count(tensor.shape)), tensor.n_cols
@@ -118,7 +125,7 @@ class TileMaker:
         self._raw, self._made = np.empty(raw, np.uint8), np.empty(made, np.uint8)
         self._wide = np.empty(wide, np.float32)
         self._importance = importance
-        self._quantizer = quantizer
+        self._quantizer, self._cache = quantizer, cache
 
     def read(self, tile: Tile) -> NDArray[Any]:
         """The rows of the tile as they are stored, valid until the next call."""
@@ -145,7 +152,8 @@ class TileMaker:
         made = self._made[: tile.n_bytes].reshape(len(rows), -1)
         if stored.is_quantized:
             rows = self._dequantized(rows, stored, tile.tensor.n_cols)
-        quantize_rows(tile.tensor.type, rows, made, self._importance.row(tile), self._quantizer)
+        importance = self._importance.row(tile)
+        quantize_rows(tile.tensor.type, rows, made, importance, self._quantizer, cache=self._cache)
         self._check_made(tile, part, made)
         return made.data.cast("B")
 

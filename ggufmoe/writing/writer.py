@@ -58,6 +58,8 @@ class WriteOptions:
 
     threads: int | None = None
     quantizer: QuantizerName = "auto"
+    cache: bool = True
+    """Whether compiled kernels are loaded from the user's cache folder and kept there."""
     resume: bool = False
     force: bool = False
     on_progress: OnProgress | None = None
@@ -94,7 +96,7 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     check_space(plan, resume=finished is not None)
     if finished is None and any(partial_path(file.path).exists() for file in plan.files):
         _LOG.warning("starting %s afresh, over what an interrupted run left; --resume goes on with that", plan.output)
-    prepare_kernels(plan, options.quantizer)
+    prepare_kernels(plan, options.quantizer, cache=options.cache)
     if options.prepare is not None:
         options.prepare()
     with _output_errors(plan):
@@ -317,7 +319,7 @@ class _Run:
 
     def _worker(self) -> None:
         try:
-            maker = TileMaker(self._plan, self._importance, self._options.quantizer)
+            maker = TileMaker(self._plan, self._importance, self._options.quantizer, cache=self._options.cache)
             while not self._stop.is_set() and not self._cancelled() and (tile := self._next()) is not None:
                 self._write(tile, maker)
         except BaseException as error:  # the calling thread raises it

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,16 @@ def test_json_says_who_quantized_what(source: Path, capsys: pytest.CaptureFixtur
     assert content["file_type"] == "Q4_K_M"
     row = {"type": "Q4_K", "source": "BF16", "importances": False, "quantizer": "ggml", "reason": "asked for"}
     assert row in content["quantizers"]
+
+
+def test_compiled_quantizers_are_kept_unless_told_otherwise(source: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(source), "-o", str(source.with_name("out.gguf")), "--quiet", "--force"]
+    arguments += ["-q", "Q8_0", "--quantizer", "fast"]
+    environment = os.environ | {"GGUFMOE_CACHE": str(tmp_path / "cache")}
+    for more, n_kept in (["--no-cache"], 0), ([], 1):
+        command = [sys.executable, "-m", "ggufmoe", *arguments, *more]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        assert sum(path.is_file() for path in tmp_path.rglob("cache/kernels/*/*")) == n_kept
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
+from ggufmoe.quant.filetypes import IGNORES_IMATRIX
 from ggufmoe.quant.kernels.trust import KernelReport, Kernels, has_kernel, run, widened
 
 QuantizerName = Literal["auto", "fast", "ggml"]
@@ -29,6 +30,8 @@ def quantize_rows(
     dst: NDArray[np.uint8],
     imatrix: NDArray[np.float32] | None = None,
     quantizer: QuantizerName = "auto",
+    *,
+    cache: bool = True,
 ) -> None:
     """Quantize ``src`` (rows, n_cols) into ``dst`` (rows, ``type.row_bytes(n_cols)``) uint8.
 
@@ -36,7 +39,8 @@ def quantize_rows(
     ``imatrix`` holds one importance per column, shape (n_cols,). F32, F16 and BF16 are types like any other here.
     ``quantizer``: ``auto`` takes a compiled kernel where it has shown ggml's bytes on this machine, once there is
     enough work to pay for compiling it, and ggml's routine elsewhere; ``ggml`` always takes ggml's; ``fast`` compiles
-    at once, and raises OptionError where a format has a kernel that cannot be used.
+    at once, and raises OptionError where a format has a kernel that cannot be used. ``cache`` says whether compiled
+    kernels are loaded from the user's cache folder and kept there.
     Threads may call this at the same time; the interpreter's lock is released while it computes.
     """
     if quantizer not in QUANTIZERS:
@@ -45,15 +49,15 @@ def quantize_rows(
         _convert(type, src, dst)
         return
     _check_layout(type, src, dst, imatrix)
-    if type is GGMLType.Q8_0:
-        imatrix = None  # ggml does not look at it
+    if type in IGNORES_IMATRIX:
+        imatrix = None
     weighted = imatrix is not None
     if quantizer == "ggml" or not src.size or not has_kernel(type):
         native.quantize_chunk(type, widened(src), dst, imatrix)
         return
     if quantizer == "fast":
-        prepare(type, src.dtype.name, weighted, quantizer)
-    kernel = _KERNELS.worthwhile(type, src.dtype.name, weighted)
+        prepare(type, src.dtype.name, weighted, quantizer, cache=cache)
+    kernel = _KERNELS.worthwhile(type, src.dtype.name, weighted, cache=cache)
     if kernel is not None:
         run(kernel, src, dst, imatrix)
         return
@@ -68,15 +72,21 @@ def kernel_report() -> list[KernelReport]:
 
 
 def prepare(
-    type: GGMLType, dtype: str = "float32", weighted: bool = False, quantizer: QuantizerName = "auto"
+    type: GGMLType,
+    dtype: str = "float32",
+    weighted: bool = False,
+    quantizer: QuantizerName = "auto",
+    *,
+    cache: bool = True,
 ) -> KernelReport | None:
-    """Compile and check a format's kernel ahead of its use; None where the format is ggml's in any case.
+    """Compile (or load) and check a format's kernel ahead of its use; None where the format is ggml's in any case.
 
-    ``dtype`` is numpy's name of the source's type. Raises OptionError as ``quantize_rows`` does.
+    ``dtype`` is numpy's name of the source's type. ``cache`` means what it does for ``quantize_rows``, and OptionError
+    is raised as there.
     """
     if quantizer == "ggml" or not has_kernel(type):
         return None
-    _, report = _KERNELS.judged(type, dtype, weighted)
+    _, report = _KERNELS.judged(type, dtype, weighted, cache=cache)
     if quantizer == "fast" and report.routine != "fast":
         raise OptionError(f"{type.name}: the fast quantizer cannot be used: {report.reason}; use auto or ggml")
     return report

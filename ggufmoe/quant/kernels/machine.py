@@ -1,23 +1,27 @@
 """From a kernel written in lanes to a native function of this machine.
 
-Owns the choice of vector width, the optimizer's settings and the lifetime of compiled code. Code is made anew in each
-process (a few tenths of a second for a format that is used), so no cache on disk can ever be stale.
+Owns the choice of vector width, the optimizer's settings, what identifies compiled code, and its lifetime in memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import llvmlite
+import numpy as np
 from llvmlite import binding
+from llvmlite.binding.object_file import ObjectFileRef
 
+from ggufmoe.quant.kernels.code_cache import Code, source_hash
 from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.tiles import Geometry, Source, Tiles
+from ggufmoe.version import __version__
 
 Body = Callable[[Tiles, Rows, Rows | None], None]
 
@@ -40,12 +44,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Native:
-    """A compiled kernel. ``engine`` owns the code that ``call`` points at."""
+    """A kernel that can be called. ``engine`` owns the code that ``call`` points at."""
 
     call: Any
     scratch_bytes: int
-    compile_s: float
-    assembly: str
     engine: Any
 
 
@@ -65,39 +67,76 @@ def host() -> Host:
     return Host(binding.get_host_cpu_name(), features.flatten(), 16 if wide else 8, wide)
 
 
-def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None, *, listing: bool = False) -> Native:
-    """Native code for ``body``; ``listing`` keeps its assembly. Raises RuntimeError where LLVM cannot."""
+def maker(target: Host) -> dict[str, str] | None:
+    """What compiled code depends on besides its kernel's name; None where the sources cannot be read."""
+    sources = source_hash(Path(__file__).parent)
+    if sources is None:
+        return None
+    return {
+        "processor": f"{binding.get_process_triple()} {target.cpu} {target.features}",
+        "lanes": f"{target.width}{' permuting' if target.permutes else ''}",
+        "llvmlite": f"{llvmlite.__version__}, LLVM {'.'.join(map(str, binding.llvm_version_info))}",
+        "numpy": np.__version__,
+        "ggufmoe": __version__,
+        "sources": sources,
+    }
 
+
+def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None) -> Code:
+    """Object code for ``body``. Raises RuntimeError where LLVM cannot."""
+    return _compiled(geometry, _over_tiles(body), target)
+
+
+def compile_row_energies(source: Source, target: Host | None = None) -> Code:
+    """Object code that writes the mean square of each row of blocks of 32 (``Tiles.write_row_energies``)."""
+    return _compiled(Geometry(32, 4, source, weighted=False), Tiles.write_row_energies, target)
+
+
+def link(code: Code, target: Host | None = None) -> Native:
+    """Object code as a function that can be called. Raises RuntimeError where LLVM cannot."""
+    with _COMPILING:
+        machine = _target_machine(target or host())
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        engine.add_object_file(ObjectFileRef.from_data(code.object_code))
+        engine.finalize_object()
+        return Native(_PROTOTYPE(engine.get_function_address("quantize")), code.scratch_bytes, engine)
+
+
+def assembly(geometry: Geometry, body: Body, target: Host | None = None) -> str:
+    """What ``compile_kernel`` makes, in assembly language."""
+    with _COMPILING:
+        _, module, machine = _module(geometry, _over_tiles(body), target or host())
+        return str(machine.emit_assembly(module))
+
+
+def _over_tiles(body: Body) -> Callable[[Tiles], None]:
     def write(k: Tiles) -> None:
         with k.tiles() as (weights, importances):
             body(k, weights, importances)
 
-    return _compiled(geometry, write, target, listing)
+    return write
 
 
-def compile_row_energies(source: Source, target: Host | None = None) -> Native:
-    """Native code that writes the mean square of each row of blocks of 32 (``Tiles.write_row_energies``)."""
-    return _compiled(Geometry(32, 4, source, weighted=False), Tiles.write_row_energies, target, False)
-
-
-def _compiled(geometry: Geometry, write: Callable[[Tiles], None], target: Host | None, listing: bool) -> Native:
-    start = time.perf_counter()
+def _compiled(geometry: Geometry, write: Callable[[Tiles], None], target: Host | None) -> Code:
     with _COMPILING:
-        here = host()  # in any case: it also sets LLVM up
-        target = target or here
-        k = Tiles(geometry, target.width, target.permutes)
-        write(k)
-        k.module.triple = binding.get_process_triple()
-        machine = binding.Target.from_triple(k.module.triple).create_target_machine(
-            cpu=target.cpu, features=target.features, opt=3, jit=True
-        )
-        k.module.data_layout = str(machine.target_data)
-        module = _optimized(str(k.module), machine)
-        assembly = machine.emit_assembly(module) if listing else ""
-        engine = binding.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        call = _PROTOTYPE(engine.get_function_address("quantize"))
-    return Native(call, k.scratch_bytes, time.perf_counter() - start, assembly, engine)
+        scratch_bytes, module, machine = _module(geometry, write, target or host())
+        return Code(machine.emit_object(module), scratch_bytes)
+
+
+def _module(geometry: Geometry, write: Callable[[Tiles], None], target: Host) -> tuple[int, Any, Any]:
+    """The bytes of scratch memory, the optimized module, and the machine that it is for."""
+    k = Tiles(geometry, target.width, target.permutes)
+    write(k)
+    machine = _target_machine(target)
+    k.module.triple, k.module.data_layout = machine.triple, str(machine.target_data)
+    return k.scratch_bytes, _optimized(str(k.module), machine), machine
+
+
+def _target_machine(target: Host) -> Any:
+    host()  # sets LLVM up, whatever is compiled for
+    return binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, jit=True
+    )
 
 
 def _optimized(text: str, machine: Any) -> Any:

@@ -1,8 +1,9 @@
 """Which routine quantizes a format here: a compiled kernel that has shown ggml's bytes, or ggml's own.
 
-At the first use of a format (per kind of source, with or without importances) its kernel is compiled and one tile of
-easy and nasty blocks is quantized both ways. One byte of difference, a missing llvmlite or a machine LLVM cannot
-serve, and ggml's routine takes over for that format. Owns the verdicts of this process.
+At the first use of a format (per kind of source, with or without importances) its kernel is compiled, or loaded from
+the user's cache, and quantizes a tile of easy and nasty blocks. The hash of its bytes must be the stored one, which was
+made with the pinned ggml on x86-64. One other byte, a missing llvmlite or a machine LLVM cannot serve, and ggml's
+routine takes over for that format. Owns the verdicts of this process.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,8 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.errors import EngineMissingError
+from ggufmoe.folders import cache_directory
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
+from ggufmoe.quant.kernels.code_cache import Code, CodeCache
+from ggufmoe.quant.kernels.probe_hashes import HASHES
+from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
 
 if TYPE_CHECKING:
     from ggufmoe.quant.kernels.machine import Host, Native
@@ -58,35 +65,47 @@ _Key = tuple[GGMLType, str, bool]
 
 
 class Kernels:
-    """The kernels of one process: compiled and checked once each, whichever thread comes first."""
+    """The kernels of one process: compiled and judged once each, whichever thread comes first."""
 
     def __init__(self) -> None:
         self._verdicts: dict[_Key, _Verdict] = {}
         self._spent_s: dict[_Key, float] = {}
+        self._ggml_agrees: dict[_Key, bool] = {}
         self._lock = threading.Lock()
 
-    def judged(self, type: GGMLType, dtype: str, weighted: bool) -> tuple[Kernel | None, KernelReport]:
-        """The trusted kernel, or None where ggml's routine is to be used, and the report that says why."""
+    def judged(
+        self, type: GGMLType, dtype: str, weighted: bool, *, cache: bool = True
+    ) -> tuple[Kernel | None, KernelReport]:
+        """The trusted kernel, or None where ggml's routine is to be used, and the report that says why.
+
+        ``cache``: whether compiled code may come from the user's cache folder and is kept there.
+        """
         key = (type, _SOURCES[dtype], weighted)
         if key not in self._verdicts:
             with self._lock:
                 if key not in self._verdicts:
-                    self._verdicts[key] = _judge(*key)
+                    self._verdicts[key] = _judge(*key, cache)
         verdict = self._verdicts[key]
         return verdict.kernel, verdict.report
 
-    def worthwhile(self, type: GGMLType, dtype: str, weighted: bool) -> Kernel | None:
-        """The trusted kernel once compiling it pays, which small models never reach; None while ggml shall do it.
+    def worthwhile(self, type: GGMLType, dtype: str, weighted: bool, *, cache: bool = True) -> Kernel | None:
+        """The trusted kernel once compiling it pays; None while ggml shall do it, which small models never leave.
 
-        One thread compiles and the others go on with ggml's routine; the bytes are the same.
+        One thread compiles and the others go on with ggml's routine, if that gives the same bytes. Where it does not,
+        as on most ARM machines, all wait for the kernel. A kernel that the cache has is used at once.
         """
         key = (type, _SOURCES[dtype], weighted)
         if key not in self._verdicts:
-            if self._spent_s.get(key, 0.0) < PATIENCE_S or not self._lock.acquire(blocking=False):
+            if key not in self._spent_s:
+                self._ggml_agrees[key] = _ggml_agrees(*key)
+                self._spent_s[key] = PATIENCE_S if cache and _is_cached(*key) else 0.0
+            if not self._ggml_agrees[key]:
+                return self.judged(type, dtype, weighted, cache=cache)[0]
+            if self._spent_s[key] < PATIENCE_S or not self._lock.acquire(blocking=False):
                 return None
             try:
                 if key not in self._verdicts:
-                    self._verdicts[key] = _judge(*key)
+                    self._verdicts[key] = _judge(*key, cache)
             finally:
                 self._lock.release()
         return self._verdicts[key].kernel
@@ -106,21 +125,51 @@ def has_kernel(type: GGMLType) -> bool:
     return type in _MODULES
 
 
-def _judge(type: GGMLType, source: str, weighted: bool) -> _Verdict:
+def _judge(type: GGMLType, source: str, weighted: bool, cache: bool) -> _Verdict:
     start = time.perf_counter()
     kernel: Kernel | None = None
     try:
-        kernel = compile_format(type, source, weighted)
+        kernel = compile_format(type, source, weighted, cache=_code_cache() if cache else None)
         reason = _difference(kernel, source)
     except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = f"no kernel could be compiled: {' '.join(str(error).split())}"
     elapsed_s = time.perf_counter() - start
-    name = f"{type.name} from {source}{' with importances' if weighted else ''}"
+    name = hash_name(type, source, weighted)
     if reason:
         _LOG.warning("%s: ggml's own routine is used (%s)", name, reason)
         return _Verdict(KernelReport(type, source, weighted, "ggml", reason, elapsed_s), None)
-    _LOG.info("%s: kernel compiled and checked against ggml in %.1f s", name, elapsed_s)
+    _LOG.info("%s: kernel compiled or loaded, and checked, in %.2f s", name, elapsed_s)
     return _Verdict(KernelReport(type, source, weighted, "fast", "same bytes as ggml", elapsed_s), kernel)
+
+
+def _ggml_agrees(type: GGMLType, source: str, weighted: bool) -> bool:
+    """Whether ggml's routine gives here what it gives on x86-64; not where there is no ggml."""
+    weights = probe(source)
+    made = np.zeros((len(weights), type.row_bytes(weights.shape[1])), np.uint8)
+    try:
+        native.quantize_chunk(type, widened(weights), made, probe_importances() if weighted else None)
+    except EngineMissingError:
+        return False
+    return fingerprint(made) == HASHES[hash_name(type, source, weighted)].ggml
+
+
+def _code_cache() -> CodeCache | None:
+    folder = cache_directory()
+    machine = import_module("ggufmoe.quant.kernels.machine")
+    maker = machine.maker(machine.host())
+    return None if folder is None or maker is None else CodeCache(folder / "kernels", maker)
+
+
+def _is_cached(type: GGMLType, source: str, weighted: bool) -> bool:
+    try:
+        cache = _code_cache()
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return cache is not None and cache.has(_code_name(type, source, weighted))
+
+
+def _code_name(type: GGMLType, source: str, weighted: bool) -> str:
+    return f"{_MODULES[type]}-{type.name}-{source}{'-weighted' if weighted else ''}"
 
 
 @dataclass(frozen=True)
@@ -132,56 +181,70 @@ class Kernel:
     native: Native
     row_energies: Native | None
 
+    def call(
+        self, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None
+    ) -> NDArray[np.uint8] | None:
+        """Quantize. The result marks with a 1 the blocks that it cannot do (rows, blocks per row); None without any.
 
-def compile_format(type: GGMLType, source: str, weighted: bool, target: Host | None = None) -> Kernel:
-    """The kernel of a format, unchecked, for this machine or for ``target``."""
+        Those are blocks that span less than 1e-36 or more than a float holds: ggml's arithmetic overflows there.
+        """
+        n_rows, n_cols = src.shape
+        per_row = n_cols // self.type.block_size
+        odd = np.zeros((n_rows, per_row), np.uint8)
+        energies = np.empty(n_rows, np.float32)
+        if self.row_energies is not None:
+            self.row_energies.call(src.ctypes.data, energies.ctypes.data, n_rows, per_row, None, None, None, None)
+        scratch = np.empty(self.native.scratch_bytes + _ALIGNMENT, np.uint8)
+        some_odd = self.native.call(
+            src.ctypes.data,
+            dst.ctypes.data,
+            odd.size,
+            per_row,
+            None if imatrix is None else imatrix.ctypes.data,
+            energies.ctypes.data,
+            odd.ctypes.data,
+            -(-scratch.ctypes.data // _ALIGNMENT) * _ALIGNMENT,
+        )
+        return odd if some_odd else None
+
+
+def compile_format(
+    type: GGMLType, source: str, weighted: bool, target: Host | None = None, *, cache: CodeCache | None = None
+) -> Kernel:
+    """The kernel of a format, unchecked, for this machine or for ``target``; ``cache`` is for this machine only."""
     tiles = import_module("ggufmoe.quant.kernels.tiles")
     machine = import_module("ggufmoe.quant.kernels.machine")
-    module = import_module(f"ggufmoe.quant.kernels.{_MODULES[type]}")
-    geometry = tiles.Geometry(type.block_size, type.block_bytes, tiles.Source[source], weighted)
-    compiled = machine.compile_kernel(geometry, module.quantize, target)
-    wants_energies = weighted and type in _ROW_ENERGY
-    row_energies = machine.compile_row_energies(tiles.Source[source], target) if wants_energies else None
-    return Kernel(type, weighted, compiled, row_energies)
+
+    def compile_whole() -> Code:
+        module = import_module(f"ggufmoe.quant.kernels.{_MODULES[type]}")
+        geometry = tiles.Geometry(type.block_size, type.block_bytes, tiles.Source[source], weighted)
+        code: Code = machine.compile_kernel(geometry, module.quantize, target)
+        return code
+
+    def linked(name: str, make: Callable[[], Code]) -> Native:
+        code = None if cache is None else cache.load(name)
+        if code is None:
+            code = make()
+            if cache is not None:
+                cache.save(name, code)
+        native: Native = machine.link(code, target)
+        return native
+
+    row_energies = None
+    if weighted and type in _ROW_ENERGY:
+        row_energies = linked(
+            f"row_energies-{source}", lambda: machine.compile_row_energies(tiles.Source[source], target)
+        )
+    return Kernel(type, weighted, linked(_code_name(type, source, weighted), compile_whole), row_energies)
 
 
 def _difference(kernel: Kernel, source: str) -> str:
+    """How the kernel's bytes for the probe differ from ggml's on x86-64, in words; nothing if they do not."""
     weights = probe(source)
-    n_rows, n_cols = weights.shape
-    imatrix = probe_importances(n_cols) if kernel.weighted else None
-    ours, theirs = (np.zeros((n_rows, kernel.type.row_bytes(n_cols)), np.uint8) for _ in range(2))
-    run(kernel, weights, ours, imatrix)
-    native.quantize_chunk(kernel.type, widened(weights), theirs, imatrix)
-    n_differing = int(np.count_nonzero(ours != theirs))
-    return f"{n_differing} of {ours.size} bytes of a test tile differ from ggml's" if n_differing else ""
-
-
-def probe_importances(n_cols: int) -> NDArray[np.float32]:
-    """Importances of very different sizes, some of them 0."""
-    importances: NDArray[np.float32] = np.random.default_rng(1).random(n_cols, np.float32) ** 9
-    importances[::7] = 0
-    return importances
-
-
-def probe(source: str) -> NDArray[Any]:
-    """Rows of 1024 weights to test a kernel with: ordinary, heavy-tailed, constant, zero, tiny, huge, mixed."""
-    generator = np.random.default_rng(0)
-    shape = (16, 1024)
-    rows = generator.normal(0, 0.02, shape)
-    rows[1] = generator.standard_t(2, 1024)
-    rows[2] = 0
-    rows[3], rows[4] = 0.3, -0.3
-    rows[5] = np.resize([1.5, -1.5], 1024)
-    for row, scale in ((6, 1e-12), (7, 1e-22), (8, 1e-41), (9, 1e15), (10, 1e30), (11, 1e37)):
-        rows[row] *= scale / 0.02
-    rows[12] = np.abs(rows[12]) + 1
-    rows[13] = rows[13] * 1e-4 - 1
-    kinds = generator.integers(0, 12, 1024 // 16)
-    rows[14] = rows[kinds.repeat(16), np.arange(1024)]
-    rows[15, ::2] = 0
-    largest = np.finfo(np.float16 if source == "F16" else np.float32).max
-    narrow = np.clip(rows, -largest, largest).astype(np.float16 if source == "F16" else np.float32)
-    return (narrow.view(np.uint32) >> 16).astype(np.uint16) if source == "BF16" else narrow
+    made = np.zeros((len(weights), kernel.type.row_bytes(weights.shape[1])), np.uint8)
+    odd = kernel.call(weights, made, probe_importances() if kernel.weighted else None)
+    expected = HASHES[hash_name(kernel.type, source, kernel.weighted)]
+    return "" if fingerprint(made, odd) == expected.kernel else "a test tile's bytes are not those of ggml on x86-64"
 
 
 def widened(src: NDArray[Any]) -> NDArray[np.float32]:
@@ -194,29 +257,10 @@ def widened(src: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def run(kernel: Kernel, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None = None) -> None:
-    """Quantize with a compiled kernel; rows that hold a block it cannot do are given to ggml.
-
-    Those are blocks that span less than 1e-36 or more than a float holds: ggml's arithmetic overflows there.
-    """
-    n_rows, n_cols = src.shape
-    per_row = n_cols // kernel.type.block_size
-    odd = np.zeros(n_rows * per_row, np.uint8)
-    energies = np.empty(n_rows, np.float32)
-    if kernel.row_energies is not None:
-        kernel.row_energies.call(src.ctypes.data, energies.ctypes.data, n_rows, per_row, None, None, None, None)
-    scratch = np.empty(kernel.native.scratch_bytes + _ALIGNMENT, np.uint8)
-    some_odd = kernel.native.call(
-        src.ctypes.data,
-        dst.ctypes.data,
-        odd.size,
-        per_row,
-        None if imatrix is None else imatrix.ctypes.data,
-        energies.ctypes.data,
-        odd.ctypes.data,
-        -(-scratch.ctypes.data // _ALIGNMENT) * _ALIGNMENT,
-    )
-    if some_odd:
-        rows = np.nonzero(odd.reshape(n_rows, per_row).any(axis=1))[0]
+    """Quantize with a compiled kernel; rows that hold a block it cannot do are given to ggml."""
+    odd = kernel.call(src, dst, imatrix)
+    if odd is not None:
+        rows = np.nonzero(odd.any(axis=1))[0]
         redone = np.empty((len(rows), dst.shape[1]), np.uint8)
         native.quantize_chunk(kernel.type, widened(src[rows]), redone, imatrix)
         dst[rows] = redone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import subprocess
@@ -20,9 +21,11 @@ from ggufmoe.native import library as native
 from ggufmoe.quant import kernels
 from ggufmoe.quant.kernels import kernel_report, prepare, q4_0, quantize_rows, trust
 from ggufmoe.quant.kernels.lanes import Rows
-from ggufmoe.quant.kernels.machine import Host, compile_kernel, host
+from ggufmoe.quant.kernels.machine import Host, assembly, compile_kernel, host, link
+from ggufmoe.quant.kernels.probe_hashes import HASHES
+from ggufmoe.quant.kernels.probe_tile import probe, probe_importances
 from ggufmoe.quant.kernels.tiles import Geometry, Source, Tiles
-from ggufmoe.quant.kernels.trust import Kernels, compile_format, has_kernel, probe, probe_importances, run
+from ggufmoe.quant.kernels.trust import Kernels, compile_format, has_kernel, run
 from tests.quant.kernels.corpora import rows
 
 NO_LLVMLITE = """
@@ -47,6 +50,26 @@ except OptionError as error:
 """
 
 
+NO_ENGINE = """
+import sys
+sys.modules["llama_cpp"] = None
+import hashlib, numpy as np
+from ggufmoe.errors import EngineMissingError
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.kernels import quantize_rows
+from ggufmoe.quant.kernels.probe_tile import probe
+src = probe("BF16")[:2]
+for quantizer in ("fast", "auto"):
+    dst = np.zeros((2, GGMLType.Q6_K.row_bytes(1024)), np.uint8)
+    quantize_rows(GGMLType.Q6_K, src, dst, quantizer=quantizer)
+    print(hashlib.sha256(dst.tobytes()).hexdigest())
+try:
+    quantize_rows(GGMLType.Q6_K, src, dst, quantizer="ggml")
+except EngineMissingError:
+    print("no engine")
+"""
+
+
 def row_of(type: GGMLType, quantizer: kernels.QuantizerName) -> bytes:
     src = rows(0, "normal")
     dst = np.zeros((len(src), type.row_bytes(src.shape[1])), np.uint8)
@@ -62,6 +85,36 @@ def test_without_llvmlite_ggml_does_it_all() -> None:
     assert lines[2] == "True 1"
     assert lines[3].startswith("Q6_K: the fast quantizer cannot be used: no kernel could be compiled")
     assert len(lines) == 4, "the fallback is logged once"
+
+
+def test_kernels_are_judged_and_work_without_ggml() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_ENGINE], capture_output=True, text=True, check=True)
+    src = probe("BF16")[:2]
+    expected = np.zeros((2, GGMLType.Q6_K.row_bytes(1024)), np.uint8)
+    native.quantize_chunk(GGMLType.Q6_K, trust.widened(src), expected)
+    ours = hashlib.sha256(expected.tobytes()).hexdigest()
+    assert done.stdout.splitlines() == [ours, ours, "no engine"]
+    assert done.stderr == ""
+
+
+def test_where_ggml_has_other_bytes_it_is_used_only_if_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is on most ARM machines, whose compilers fuse ggml's multiplications and additions."""
+    key = GGMLType.Q8_0, "float32", False
+    name = "Q8_0 from F32"
+    monkeypatch.setitem(HASHES, name, HASHES[name]._replace(ggml="other"))
+    judges = Kernels()
+    done: list[Any] = []
+    with judges._lock:  # another thread compiles
+        waiting = threading.Thread(target=lambda: done.append(judges.worthwhile(*key, cache=False)))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join()
+    assert done[0] is not None
+    monkeypatch.setitem(HASHES, name, HASHES[name]._replace(kernel="other"))
+    judges = Kernels()
+    assert judges.worthwhile(*key, cache=False) is None
+    assert [report.routine for report in judges.report()] == ["ggml"]
 
 
 def test_nothing_is_loaded_before_the_first_kernel() -> None:
@@ -80,7 +133,7 @@ def test_a_kernel_with_wrong_bytes_is_not_trusted(
         judges.judged(GGMLType.IQ4_NL, "float32", weighted=False)
     assert kernel is None
     assert report.routine == "ggml"
-    assert "bytes of a test tile differ from ggml's" in report.reason
+    assert "a test tile's bytes are not those of ggml on x86-64" in report.reason
     assert len(caplog.records) == 1
 
 
@@ -102,11 +155,11 @@ def test_choices_of_the_quantizer_give_the_same_bytes() -> None:
 def test_a_kernel_is_compiled_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     judges = Kernels()
     key = GGMLType.Q8_0, "float32", False
-    assert judges.worthwhile(*key) is None
+    assert judges.worthwhile(*key, cache=False) is None
     judges.spent(*key, trust.PATIENCE_S / 2)
-    assert judges.worthwhile(*key) is None
+    assert judges.worthwhile(*key, cache=False) is None
     judges.spent(*key, trust.PATIENCE_S)
-    assert judges.worthwhile(*key) is not None
+    assert judges.worthwhile(*key, cache=False) is not None
     assert [report.routine for report in judges.report()] == ["fast"]
     monkeypatch.setattr(kernels, "_KERNELS", judges)
     assert row_of(GGMLType.Q8_0, "auto") == row_of(GGMLType.Q8_0, "ggml")
@@ -115,6 +168,7 @@ def test_a_kernel_is_compiled_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> N
 def test_threads_do_not_compile_twice_nor_wait() -> None:
     judges = Kernels()
     key = GGMLType.Q4_1, "float32", False
+    assert judges.worthwhile(*key, cache=False) is None
     judges.spent(*key, trust.PATIENCE_S)
     with judges._lock:
         assert judges.worthwhile(*key) is None
@@ -169,7 +223,7 @@ def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
     type_ = GGMLType[name]
     kernel = compile_format(type_, "F32", True, Host(host().cpu, host().features, 8, permutes=False))
     weights = probe("F32")
-    importances = probe_importances(weights.shape[1])
+    importances = probe_importances()
     ours, theirs = (np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8) for _ in range(2))
     run(kernel, weights, ours, importances)
     native.quantize_chunk(type_, weights, theirs, importances)
@@ -180,8 +234,9 @@ def test_a_kernel_can_be_listed() -> None:
     def doubled(k: Tiles, x: Rows, importance: Rows | None) -> None:
         k.store_words(0, [(x[i] + x[i]).bits() for i in range(32)])
 
-    compiled = compile_kernel(Geometry(32, 128, Source.F32, False), doubled, listing=True)
-    assert "quantize" in compiled.assembly
+    geometry = Geometry(32, 128, Source.F32, False)
+    assert "quantize" in assembly(geometry, doubled)
+    compiled = link(compile_kernel(geometry, doubled))
     src, dst = np.arange(96, dtype=np.float32), np.zeros(96, np.float32)
     addresses = src.ctypes.data, dst.ctypes.data
     scratch = np.empty(compiled.scratch_bytes + 64, np.uint8)
@@ -192,9 +247,9 @@ def test_a_kernel_can_be_listed() -> None:
 
 def test_nothing_is_fused_and_nothing_called() -> None:
     """A fused multiply-add rounds once where ggml rounds twice; a missing library function would end the process."""
-    assembly = compile_kernel(Geometry(32, 18, Source.F16, True), q4_0.quantize, listing=True).assembly
-    assert re.findall(r"^\s+(?:v?fn?m(?:add|sub|la|ls)\S*|call\S*|bl)\s.*", assembly, re.MULTILINE) == []
-    assert "div" in assembly
+    listing = assembly(Geometry(32, 18, Source.F16, True), q4_0.quantize)
+    assert re.findall(r"^\s+(?:v?fn?m(?:add|sub|la|ls)\S*|call\S*|bl)\s.*", listing, re.MULTILINE) == []
+    assert "div" in listing
 
 
 def test_formats_without_a_kernel_are_known() -> None:
