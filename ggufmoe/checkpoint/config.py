@@ -16,6 +16,7 @@ from typing import Any
 from ggufmoe.checkpoint.jsonfile import read_object
 from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
 from ggufmoe.errors import ArchitectureError, CheckpointError
+from ggufmoe.options.limits import MAX_EXPERTS
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -44,8 +45,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama.cpp (src/llama-hparams.h)."""
-_MAX_EXPERTS = 512
-"""LLAMA_MAX_EXPERTS of llama.cpp (src/llama-hparams.h)."""
 
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE_KEYS = {
@@ -231,7 +230,7 @@ def _experts(keys: _Keys, architecture: str) -> dict[str, int]:
     if architecture != "MixtralForCausalLM":
         return {}
     alias = "num_local_experts" not in keys.raw and "num_experts" in keys.raw
-    n_expert = keys.size("num_experts" if alias else "num_local_experts", maximum=_MAX_EXPERTS)
+    n_expert = keys.size("num_experts" if alias else "num_local_experts", maximum=MAX_EXPERTS)
     return {"n_expert": n_expert, "n_expert_used": keys.size("num_experts_per_tok", maximum=n_expert)}
 
 

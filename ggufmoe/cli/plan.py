@@ -13,9 +13,9 @@ import typer
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.params import with_options
 from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.devices import this_host
-from ggufmoe.placement.footprint import EXPERTS
 from ggufmoe.placement.offload import (
     DeviceShare,
     Host,
@@ -23,7 +23,6 @@ from ggufmoe.placement.offload import (
     Override,
     Place,
     as_dict,
-    experts_of,
     plan_offload,
 )
 from ggufmoe.remote.places import find_places
@@ -147,9 +146,9 @@ def _flags(plan: OffloadPlan, split: str) -> str:
 
 def _override_flag(item: Override, n_layer: int) -> str:
     for n_first in range(1, n_layer + 1):
-        if item.pattern == experts_of(range(n_first)):
+        if item.pattern == experts_pattern(range(n_first)):
             return f"-ncmoe {n_first}"
-    return "-cmoe" if item.pattern == EXPERTS else f"-ot '{item.pattern}={item.buffer}'"
+    return "-cmoe" if item.pattern == EXPERTS_PATTERN else f"-ot '{item.pattern}={item.buffer}'"
 
 
 def _ranges(layers: Sequence[int], n_layer: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,16 @@ from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import GGUFError, TensorMismatchError
 from ggufmoe.files import PositionalFile
 from ggufmoe.gguf.header import TensorInfo, Value
-from ggufmoe.gguf.model import check_kind, read_model_header
-from ggufmoe.gguf.types import GGMLType, ValueType
-from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
+from ggufmoe.gguf.hyper import at_layer
+from ggufmoe.gguf.model import SPLIT_KEYS, check_kind, read_model_header
+from ggufmoe.gguf.names import legacy_expert
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
 from ggufmoe.quant.policy import ModelShape
 
 _LOG = logging.getLogger("ggufmoe")
 
-_LEGACY_EXPERT = re.compile(r"(?P<stack>blk\.\d+\.ffn_(?:gate|up|down))\.(?P<expert>\d+)\.weight")
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-_ALIGNMENT_KEY = "general.alignment"
+_ALIGNMENT_KEY = Keys.General.ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,43 +104,35 @@ class GGUFSource:
     @property
     def metadata(self) -> dict[str, Value]:
         """The keys of the model in their order, without those of the files that it came in."""
-        keys = {key: value for key, value in self._header.metadata.items() if key not in _SPLIT_KEYS}
+        keys = {key: value for key, value in self._header.metadata.items() if key not in SPLIT_KEYS}
         if _ALIGNMENT_KEY in keys and keys[_ALIGNMENT_KEY].value != DEFAULT_ALIGNMENT:
             del keys[_ALIGNMENT_KEY]  # what is written is aligned as is usual
         return keys
 
     @property
     def model_shape(self) -> ModelShape:
-        """What the mixes look at, read as libllama's ``load_hparams`` reads it."""
+        """The numbers that the quantization mixes depend on, read as libllama's ``load_hparams`` reads them."""
         check_kind(self._header)
-        where, metadata = self._header.paths[0], self._header.metadata
-        architecture = metadata.get("general.architecture")
-        if architecture is None or architecture.type is not ValueType.STRING:
-            raise GGUFError(f"{where}: does not say its architecture (general.architecture); is this a model?")
-        name = str(architecture.value)
-        n_layer = _count(where, metadata, f"{name}.block_count")
-        if n_layer is None and name != "clip":
-            raise GGUFError(f"{where}: {name}.block_count is missing, the number of layers; is this a model?")
-        n_head = _count(where, metadata, f"{name}.attention.head_count") or 0
-        n_head_kv = _count(where, metadata, f"{name}.attention.head_count_kv")
-        n_expert = _count(where, metadata, f"{name}.expert_count") or 0
-        return ModelShape(n_layer or 0, n_head, n_head if n_head_kv is None else n_head_kv, n_expert, name)
+        where, hyper = self._header.paths[0], self._header.hyper
+        name = hyper.architecture
+        if name is None:
+            raise GGUFError(f"{where}: does not say its architecture ({Keys.General.ARCHITECTURE}); is this a model?")
+        if hyper.malformed:
+            key = min(hyper.malformed)
+            value = str(self._header.get(key))[:40]
+            raise GGUFError(f"{where}: {key} is {value}, expected a count; the file is corrupt")
+        if hyper.n_layer is None and name != "clip":
+            raise GGUFError(
+                f"{where}: {hyper.key(Keys.LLM.BLOCK_COUNT)} is missing, the number of layers; is this a model?"
+            )
+        n_head = at_layer(hyper.n_head, 0)
+        n_head_kv = at_layer(hyper.n_head_kv, 0, n_head)
+        return ModelShape(hyper.n_layer or 0, n_head, n_head_kv, hyper.n_expert, name)
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
         for file in self._files:
             file.close()
-
-
-def _count(where: Path, metadata: Mapping[str, Value], key: str) -> int | None:
-    """A number of the model; of an array, which has one for each layer, the first."""
-    if key not in metadata:
-        return None
-    value = metadata[key].value
-    first = value[0] if isinstance(value, list) and value else value
-    if type(first) is not int or first < 0:
-        raise GGUFError(f"{where}: {key} is {str(value)[:40]}, expected a count; the file is corrupt")
-    return first
 
 
 def _tensor(info: TensorInfo, file: PositionalFile, data_offset: int) -> GGUFTensor:
@@ -160,9 +151,9 @@ def _stacked(tensors: Iterable[GGUFTensor], n_expert: int, path: Path) -> list[G
     whole: list[GGUFTensor] = []
     stacks: dict[str, dict[int, GGUFTensor]] = {}
     for tensor in tensors:
-        found = _LEGACY_EXPERT.fullmatch(tensor.name)
+        found = legacy_expert(tensor.name)
         if found:
-            stacks.setdefault(f"{found['stack']}_exps.weight", {})[int(found["expert"])] = tensor
+            stacks.setdefault(found.stack, {})[found.expert] = tensor
         else:
             whole.append(tensor)
     if stacks:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
 from ggufmoe.gguf.header import Header, TensorInfo, Value, read_header
+from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import Keys
 
@@ -50,6 +52,11 @@ class ModelHeader:
     def file_bytes(self) -> int:
         """Size of all files together."""
         return sum(shard.header.file_bytes for shard in self.shards)
+
+    @cached_property
+    def hyper(self) -> Hyper:
+        """The model's hyper-parameters."""
+        return Hyper.of(self.metadata)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The plain value of a metadata key, or ``default`` where the model has none."""

@@ -16,17 +16,46 @@ from typing import Any
 
 from ggufmoe.errors import GGUFError
 from ggufmoe.gguf.header import TensorInfo
+from ggufmoe.gguf.hyper import Hyper, TypedMetadata
 from ggufmoe.gguf.model import NO_MODELS, ModelHeader, read_model_header
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, legacy_experts, part_of
-from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, SLIDING_WINDOW, VERSION
+from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.types import FILE_TYPES
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.offload import Host, plan_offload
 from ggufmoe.sizes import all_experts_run
 
-_SPECIAL_TOKENS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask")
-"""As the keys spell them: ``tokenizer.ggml.NAME_token_id``."""
+_SPECIAL_TOKENS = {
+    "bos": Keys.Tokenizer.BOS_ID,
+    "eos": Keys.Tokenizer.EOS_ID,
+    "eot": Keys.Tokenizer.EOT_ID,
+    "eom": Keys.Tokenizer.EOM_ID,
+    "unknown": Keys.Tokenizer.UNK_ID,
+    "padding": Keys.Tokenizer.PAD_ID,
+    "seperator": Keys.Tokenizer.SEP_ID,
+    "mask": Keys.Tokenizer.MASK_ID,
+}
+"""By the names in the keys, ``seperator`` included."""
 
+_REPORTED_HYPER = (
+    "n_layer",
+    "n_ctx_train",
+    "n_embd",
+    "n_ff",
+    "n_head",
+    "n_head_kv",
+    "key_length",
+    "value_length",
+    "sliding_window",
+    "rope_theta",
+    "rope_dimensions",
+    "rope_scaling",
+    "rope_scaling_factor",
+    "n_expert",
+    "n_expert_used",
+)
+"""Hyper-parameters that the JSON of a report has, in this order."""
 _TOKEN_ROWS = {TOKEN_EMBEDDING: "embedding", OUTPUT: "output"}
 _SMALLEST_CONTEXT, _LARGEST_CONTEXT = 32, 2**24
 """The longest contexts that models are trained for have ten million tokens."""
@@ -46,27 +75,6 @@ class Share:
     def bits_per_weight(self) -> float:
         """Bits of file for each weight."""
         return 8 * self.n_bytes / self.n_parameters if self.n_parameters else 0.0
-
-
-@dataclass(frozen=True)
-class HyperParameters:
-    """The numbers of the network; None where the file does not say, a tuple where layers differ."""
-
-    n_layer: int | None
-    n_ctx_train: int | None
-    n_embd: int | None
-    n_ff: int | tuple[int, ...] | None
-    n_head: int | tuple[int, ...] | None
-    n_head_kv: int | tuple[int, ...] | None
-    key_length: int | None
-    value_length: int | None
-    sliding_window: int | None
-    rope_theta: float | None
-    rope_dimensions: int | None
-    rope_scaling: str | None
-    rope_scaling_factor: float | None
-    n_expert: int
-    n_expert_used: int
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ class ModelReport:
     n_parameters: int
     n_active_parameters: int
     n_tensors: int
-    hyper: HyperParameters
+    hyper: Hyper
     parts: tuple[Share, ...]
     types: tuple[Share, ...]
     tokenizer: TokenizerReport
@@ -159,7 +167,9 @@ class ModelReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain dictionaries, lists, strings and finite numbers (NaN and infinity as strings)."""
-        report: dict[str, Any] = _finite(asdict(self))
+        fields = asdict(self)
+        fields["hyper"] = {name: fields["hyper"][name] for name in _REPORTED_HYPER}
+        report: dict[str, Any] = _finite(fields)
         report["bits_per_weight"] = round(self.bits_per_weight, 4)
         for key, shares in (("parts", self.parts), ("types", self.types)):
             for entry, share in zip(report[key], shares, strict=True):
@@ -184,17 +194,16 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: Host 
     ``read_model_header`` does.
     """
     model = read_model_header(path)
-    keys = _Keys(model)
-    hyper = _hyper_parameters(keys)
+    keys, hyper = TypedMetadata(model.metadata), model.hyper
     parts = _shares(model.tensors, lambda tensor: part_of(tensor.name))
-    tokenizer, template = _tokenizer(keys), _template(keys)
+    tokenizer, template, merge = _tokenizer(keys, hyper), _template(keys), _merge(keys)
     return ModelReport(
         files=tuple(file.name for file in model.paths),
         n_bytes=model.file_bytes,
         gguf_version=model.shards[0].header.version,
-        architecture=keys.text("general.architecture"),
-        name=keys.text("general.name"),
-        file_type=_file_type(keys),
+        architecture=hyper.architecture,
+        name=keys.text(Keys.General.NAME),
+        file_type=_file_type(keys.whole(Keys.General.FILE_TYPE)),
         n_parameters=sum(part.n_parameters for part in parts),
         n_active_parameters=_active_parameters(parts, hyper),
         n_tensors=len(model.tensors),
@@ -206,78 +215,15 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: Host 
         sampling=_below(model, "general.sampling."),
         provenance={key: value for key, value in _below(model, "general.").items() if not _ELSEWHERE.fullmatch(key)},
         base_models=_base_models(keys),
-        merge=_merge(keys),
+        merge=merge,
         memory=_memory(model, context or ContextOptions(), host or Host()),
-        other=_other(model, keys),
-        warnings=tuple(_warnings(model, keys, hyper, tokenizer, template)),
+        other=_other(model, merge),
+        warnings=tuple(_warnings(model, tokenizer, template)),
     )
 
 
-class _Keys:
-    """Metadata by key and expected type; what has another type counts as absent."""
-
-    def __init__(self, model: ModelHeader) -> None:
-        self.model = model
-        self.arch = self.text("general.architecture")
-
-    def text(self, key: str) -> str | None:
-        value = self.model.get(key)
-        return value if isinstance(value, str) else None
-
-    def flag(self, key: str) -> bool | None:
-        value = self.model.get(key)
-        return value if isinstance(value, bool) else None
-
-    def whole(self, key: str) -> int | None:
-        value = self.model.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-    def number(self, key: str) -> float | None:
-        value = self.model.get(key)
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-    def items(self, key: str, kind: type) -> list[Any] | None:
-        value = self.model.get(key)
-        fits = isinstance(value, list) and all(type(item) is kind for item in value)
-        return value if fits else None
-
-    def per_layer(self, key: str) -> int | tuple[int, ...] | None:
-        """One number, or one for each layer; layers that are all alike count as one number."""
-        layers = self.items(key, int)
-        if layers is None:
-            return self.whole(key)
-        return layers[0] if layers and len(set(layers)) == 1 else tuple(layers)
-
-    def of_arch(self, name: str) -> str:
-        return f"{self.arch}.{name}"
-
-
-def _hyper_parameters(keys: _Keys) -> HyperParameters:
-    of = keys.of_arch
-    return HyperParameters(
-        n_layer=keys.whole(of("block_count")),
-        n_ctx_train=keys.whole(of("context_length")),
-        n_embd=keys.whole(of("embedding_length")),
-        n_ff=keys.per_layer(of("expert_feed_forward_length")) or keys.per_layer(of("feed_forward_length")),
-        n_head=keys.per_layer(of("attention.head_count")),
-        n_head_kv=keys.per_layer(of("attention.head_count_kv")),
-        key_length=keys.whole(of("attention.key_length")),
-        value_length=keys.whole(of("attention.value_length")),
-        sliding_window=keys.whole(of("attention.sliding_window")),
-        rope_theta=keys.number(of("rope.freq_base")),
-        rope_dimensions=keys.whole(of("rope.dimension_count")),
-        rope_scaling=keys.text(of("rope.scaling.type")),
-        rope_scaling_factor=keys.number(of("rope.scaling.factor")),
-        n_expert=max(keys.whole(of("expert_count")) or 0, 0),
-        n_expert_used=max(keys.whole(of("expert_used_count")) or 0, 0),
-    )
-
-
-def _file_type(keys: _Keys) -> str | None:
-    number = keys.whole("general.file_type")
-    if number is None:
-        return None
-    return FILE_TYPES.get(number, f"file type {number}")
+def _file_type(number: int | None) -> str | None:
+    return None if number is None else FILE_TYPES.get(number, f"file type {number}")
 
 
 def _shares(tensors: Iterable[TensorInfo], key: Callable[[TensorInfo], str]) -> tuple[Share, ...]:
@@ -292,7 +238,7 @@ def _shares(tensors: Iterable[TensorInfo], key: Callable[[TensorInfo], str]) -> 
     return tuple(sorted(shares, key=lambda share: share.n_bytes, reverse=True))
 
 
-def _active_parameters(parts: Iterable[Share], hyper: HyperParameters) -> int:
+def _active_parameters(parts: Iterable[Share], hyper: Hyper) -> int:
     total = sum(part.n_parameters for part in parts)
     experts = sum(part.n_parameters for part in parts if part.name == "experts")
     if not 0 < hyper.n_expert_used <= hyper.n_expert:
@@ -300,27 +246,27 @@ def _active_parameters(parts: Iterable[Share], hyper: HyperParameters) -> int:
     return total - experts + experts * hyper.n_expert_used // hyper.n_expert
 
 
-def _tokenizer(keys: _Keys) -> TokenizerReport:
-    tokens = keys.items("tokenizer.ggml.tokens", str)
-    ids = {name: keys.whole(f"tokenizer.ggml.{name}_token_id") for name in _SPECIAL_TOKENS}
+def _tokenizer(keys: TypedMetadata, hyper: Hyper) -> TokenizerReport:
+    tokens = keys.items(Keys.Tokenizer.LIST, str)
+    ids = {name: keys.whole(key) for name, key in _SPECIAL_TOKENS.items()}
     special = {name: number for name, number in ids.items() if number is not None}
     known = {name: number for name, number in special.items() if tokens and 0 <= number < len(tokens)}
     return TokenizerReport(
-        model=keys.text("tokenizer.ggml.model"),
-        pre=keys.text("tokenizer.ggml.pre"),
-        n_vocab=keys.whole(keys.of_arch("vocab_size")) if tokens is None else len(tokens),
+        model=keys.text(Keys.Tokenizer.MODEL),
+        pre=keys.text(Keys.Tokenizer.PRE),
+        n_vocab=hyper.n_vocab if tokens is None else len(tokens),
         special=special,
         special_text={name: tokens[number] for name, number in known.items()} if tokens else {},
-        add_bos=keys.flag("tokenizer.ggml.add_bos_token"),
-        add_eos=keys.flag("tokenizer.ggml.add_eos_token"),
-        add_space_prefix=keys.flag("tokenizer.ggml.add_space_prefix"),
+        add_bos=keys.flag(Keys.Tokenizer.ADD_BOS),
+        add_eos=keys.flag(Keys.Tokenizer.ADD_EOS),
+        add_space_prefix=keys.flag(Keys.Tokenizer.ADD_PREFIX),
     )
 
 
-def _template(keys: _Keys) -> TemplateReport:
-    prefix = "tokenizer.chat_template."
-    names = tuple(key.removeprefix(prefix) for key in keys.model.metadata if key.startswith(prefix))
-    template = keys.text("tokenizer.chat_template")
+def _template(keys: TypedMetadata) -> TemplateReport:
+    prefix = f"{Keys.Tokenizer.CHAT_TEMPLATE}."
+    names = tuple(key.removeprefix(prefix) for key in keys.metadata if key.startswith(prefix))
+    template = keys.text(Keys.Tokenizer.CHAT_TEMPLATE)
     if template is None:
         return TemplateReport(None, None, names)
     lines = (line.strip() for line in template.splitlines())
@@ -336,17 +282,17 @@ def _below(model: ModelHeader, prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value.value for key, value in model.metadata.items() if key.startswith(prefix)}
 
 
-def _base_models(keys: _Keys) -> tuple[dict[str, Any], ...]:
+def _base_models(keys: TypedMetadata) -> tuple[dict[str, Any], ...]:
     """``general.base_model.N.*``, gathered by N."""
     found: dict[int, dict[str, Any]] = {}
-    for key, value in keys.model.metadata.items():
+    for key, value in keys.metadata.items():
         match = re.fullmatch(r"general\.base_model\.(\d{1,4})\.(\w+)", key)
         if match:
             found.setdefault(int(match[1]), {})[match[2]] = value.value
     return tuple(found[number] for number in sorted(found))
 
 
-def _merge(keys: _Keys) -> MergeReport | None:
+def _merge(keys: TypedMetadata) -> MergeReport | None:
     recipe = keys.text(RECIPE)
     if recipe is None:
         return None
@@ -354,7 +300,8 @@ def _merge(keys: _Keys) -> MergeReport | None:
 
 
 def _memory(model: ModelHeader, context: ContextOptions, host: Host) -> tuple[MemoryNeed, ...]:
-    if not model.tensors or model.get("general.type", "model") != "model" or not model.get("general.architecture"):
+    is_model = model.get(Keys.General.TYPE, "model") == "model" and bool(model.get(Keys.General.ARCHITECTURE))
+    if not model.tensors or not is_model:
         return ()
     try:
         needs = [_memory_need(model, options, host) for options in (context, replace(context, n_ctx=0))]
@@ -370,9 +317,9 @@ def _memory_need(model: ModelHeader, context: ContextOptions, host: Host) -> Mem
     return MemoryNeed(plan.n_ctx, weights, repacked, plan.host.kv_bytes, plan.host.compute_bytes)
 
 
-def _other(model: ModelHeader, keys: _Keys) -> dict[str, Any]:
+def _other(model: ModelHeader, merge: MergeReport | None) -> dict[str, Any]:
     """Plain values that no standard section holds: how a merge was made, what imatrix was used, and so on."""
-    standard = ("general.", "tokenizer.", "split.", f"{keys.arch}.", *(["ggufmoe."] if _merge(keys) else []))
+    standard = ("general.", "tokenizer.", "split.", f"{model.hyper.architecture}.", *(["ggufmoe."] if merge else []))
     return {
         key: value.value
         for key, value in model.metadata.items()
@@ -380,13 +327,11 @@ def _other(model: ModelHeader, keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _warnings(
-    model: ModelHeader, keys: _Keys, hyper: HyperParameters, tokenizer: TokenizerReport, template: TemplateReport
-) -> Iterable[str]:
-    kind = keys.text("general.type")
+def _warnings(model: ModelHeader, tokenizer: TokenizerReport, template: TemplateReport) -> Iterable[str]:
+    hyper, kind = model.hyper, TypedMetadata(model.metadata).text(Keys.General.TYPE)
     if kind in NO_MODELS:
         yield NO_MODELS[kind]
-    elif keys.arch is None:
+    elif hyper.architecture is None:
         yield "no general.architecture: this is not a model that llama.cpp can run"
     elif not model.tensors:
         yield "no tensors: only a vocabulary or metadata, which cannot be run"
@@ -394,8 +339,8 @@ def _warnings(
         yield f"general.type is {kind!r}: this is not a model to run by itself"
     elif template.first_line is None:
         yield "no chat template: chat needs --chat-template, run needs --raw"
-    if keys.arch is not None and model.tensors:
-        yield from _context_warnings(hyper, keys.whole(SLIDING_WINDOW))
+    if hyper.architecture is not None and model.tensors:
+        yield from _context_warnings(hyper)
     yield from _expert_warnings(model, hyper)
     yield from _token_warnings(model, tokenizer)
     trailing = sum(shard.header.trailing_bytes for shard in model.shards)
@@ -403,9 +348,8 @@ def _warnings(
         yield f"{trailing} bytes behind the last tensor belong to nothing"
 
 
-def _context_warnings(hyper: HyperParameters, window: int | None) -> Iterable[str]:
-    """``window`` is the sliding window of the original that llama.cpp does not apply to this model."""
-    n_ctx = hyper.n_ctx_train
+def _context_warnings(hyper: Hyper) -> Iterable[str]:
+    n_ctx, window = hyper.n_ctx_train, hyper.unapplied_window
     if n_ctx is None:
         yield "says no context length: llama.cpp does not load such a file"
     elif not _SMALLEST_CONTEXT <= n_ctx <= _LARGEST_CONTEXT:
@@ -422,13 +366,13 @@ def _context_warnings(hyper: HyperParameters, window: int | None) -> Iterable[st
         )
 
 
-def _is_without_its_window(hyper: HyperParameters) -> bool:
+def _is_without_its_window(hyper: Hyper) -> bool:
     is_long = hyper.n_ctx_train is not None and hyper.n_ctx_train >= 32768
     scaled = hyper.rope_scaling not in (None, "none")
     return is_long and hyper.rope_theta == _OLD_THETA and not scaled and not hyper.sliding_window
 
 
-def _expert_warnings(model: ModelHeader, hyper: HyperParameters) -> Iterable[str]:
+def _expert_warnings(model: ModelHeader, hyper: Hyper) -> Iterable[str]:
     legacy = legacy_experts(tensor.name for tensor in model.tensors)
     if legacy:
         yield (

@@ -19,10 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, S
 
 from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
+from ggufmoe.options.limits import MAX_EXPERTS
 
 MAX_RECIPE_BYTES = 1 << 20
-MAX_EXPERTS = 512
-"""What ``checkpoint`` reads again; llama.cpp allows no fewer."""
 _SHOWN_PROBLEMS = 8
 
 

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 from ggufmoe.errors import OptionError
 from ggufmoe.options.fields import check, check_values, option
-from ggufmoe.options.limits import CONTEXT_STEP_TOKENS, MAX_INT32, MAX_SEQUENCES, MAX_THREADS
+from ggufmoe.options.limits import MAX_INT32, MAX_SEQUENCES, MAX_THREADS, rounded_context
 
 MIN_CHUNK_TOKENS = 8
 """A shorter chunk has no token to score in its second half."""
@@ -118,7 +118,7 @@ class EvaluationOptions(ComputeOptions):
         n_seq = min(max(1, self.n_batch // self.n_ctx), MAX_SEQUENCES)
         shared = {field.name: getattr(self, field.name) for field in fields(ComputeOptions)}
         chunks_side_by_side = {
-            "n_ctx": n_seq * -(-self.n_ctx // CONTEXT_STEP_TOKENS) * CONTEXT_STEP_TOKENS,
+            "n_ctx": rounded_context(n_seq * self.n_ctx, n_seq),
             "n_batch": min(self.n_batch, n_seq * self.n_ctx),
             "n_seq_max": n_seq,
             "cache_ram": 0,

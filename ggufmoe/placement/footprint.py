@@ -6,28 +6,21 @@ plain transformers are exact, compute buffers are estimates.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from ggufmoe.errors import GGUFError, OptionError
-from ggufmoe.gguf.header import TensorInfo, padded
+from ggufmoe.gguf.header import TensorInfo
+from ggufmoe.gguf.hyper import Hyper, largest
 from ggufmoe.gguf.model import ModelHeader, check_kind
+from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, is_input, is_offloadable_expert, is_rope_table, layer_of
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.options.limits import MAX_LAYERS, rounded_context
 
 DEFAULT_MAX_CTX = 4096
 """Tokens of context when the caller names none and the model was trained for more."""
-EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-"""The tensors of a layer's experts, as llama.cpp's ``--cpu-moe`` names them."""
-
-_CTX_STEP = 256
-_MAX_LAYERS = 512
-"""LLAMA_MAX_LAYERS of llama-hparams.h."""
-_INPUT = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_embd)\b")
-_LAYER = re.compile(r"blk\.(\d+)\.")
-_ROPE = re.compile(r"rope_(freqs|factors_long|factors_short)\b")
 
 
 @dataclass(frozen=True)
@@ -49,52 +42,30 @@ class WeightTensor:
 
 
 class Footprint:
-    """What header and options say about the model.
+    """What header and options say about the memory that a model takes.
 
-    Raises GGUFError for a file that is none, OptionError for experts that it does not have.
+    Raises GGUFError for a file that is no model, OptionError for experts that it does not have.
     """
 
     def __init__(self, model: ModelHeader, context: ContextOptions, offload: OffloadOptions) -> None:
         check_kind(model)
         self.model = model
         self.context = context
-        self.arch = model.get("general.architecture")
-        self.n_layer = self._n_layer()
-        self.n_expert = self.number("expert_count")
+        self.hyper = model.hyper
+        self.n_layer = _checked_n_layer(model)
+        self.n_expert = largest(self.hyper.n_expert)
         self.n_expert_used = self._experts_used(offload)
-        n_ctx = self._n_ctx()
-        self.n_ctx = padded(n_ctx, _CTX_STEP)
+        self.n_ctx_train = largest(self.hyper.n_ctx_train)
+        n_ctx = context_tokens(context, self.n_ctx_train)
+        self.n_ctx = rounded_context(n_ctx, context.n_seq_max)
         self._n_ubatch = min(context.n_ubatch, context.n_batch, n_ctx)
         self.tensors = tuple(self._tensors())
         self.names = tuple(tensor.name for tensor in self.tensors)
 
-    def number(self, key: str, default: int = 0) -> int:
-        """A count below the architecture's name; the largest where layers differ, ``default`` where it is none."""
-        value = self.model.get(f"{self.arch}.{key}", default)
-        if isinstance(value, list):
-            value = max((item for item in value if type(item) is int), default=default)
-        return value if type(value) is int and 0 <= value < 2**31 else default
-
-    def of_layer(self, key: str, layer: int, default: int = 0) -> int:
-        """The same for one layer."""
-        value = self.model.get(f"{self.arch}.{key}", default)
-        if isinstance(value, list):
-            value = value[layer] if layer < len(value) else default
-        return value if type(value) is int and 0 <= value < 2**31 else default
-
-    def _n_layer(self) -> int:
-        n_layer = self.number("block_count")
-        if n_layer > _MAX_LAYERS:
-            raise GGUFError(
-                f"{self.model.paths[0]}: says that it has {n_layer} layers, and llama.cpp takes at most {_MAX_LAYERS}; "
-                "the file is corrupt"
-            )
-        return n_layer
-
     def _experts_used(self, offload: OffloadOptions) -> int:
-        stored, wanted = self.number("expert_used_count"), offload.n_expert_used
+        wanted = offload.n_expert_used
         if wanted is None:
-            return stored
+            return largest(self.hyper.n_expert_used)
         if not self.n_expert:
             raise OptionError(f"{self.model.paths[0]}: --n-expert-used {wanted}: the model has no experts")
         if wanted > self.n_expert:
@@ -103,76 +74,87 @@ class Footprint:
             )
         return wanted
 
-    def _n_ctx(self) -> int:
-        trained, asked = self.number("context_length"), self.context.n_ctx
-        return min(trained, DEFAULT_MAX_CTX) if asked is None else asked or trained
-
     def _tensors(self) -> Iterator[WeightTensor]:
-        infos = [
-            (number, shard.header.data_offset, info)
-            for number, shard in enumerate(self.model.shards)
-            for info in shard.header.tensors
-        ]
-        for number, start, info in infos:
-            yield self._tensor(info, number, start, _layer_of(info.name, self.n_layer))
-            if info.name == "token_embd.weight" and not any(other.name == "output.weight" for *_, other in infos):
-                yield self._tensor(info, number, start, self.n_layer)
+        is_tied = not any(info.name == OUTPUT for info in self.model.tensors)
+        for number, shard in enumerate(self.model.shards):
+            for info in shard.header.tensors:
+                offset = shard.header.data_offset + info.offset
+                yield _weight_tensor(info, number, offset, self._layer_of(info.name))
+                if info.name == TOKEN_EMBEDDING and is_tied:
+                    yield _weight_tensor(info, number, offset, self.n_layer)
 
-    def _tensor(self, info: TensorInfo, shard: int, start: int, layer: int | None) -> WeightTensor:
-        is_product = layer != -1 and len(info.shape) > 1 and info.name.endswith(".weight")
-        is_expert = re.search(EXPERTS, info.name) is not None
-        offset = start + info.offset
-        return WeightTensor(info.name, info.type, info.shape, info.n_bytes, shard, offset, layer, is_expert, is_product)
+    def _layer_of(self, name: str) -> int | None:
+        layer = layer_of(name)
+        if layer is not None:
+            return min(layer, self.n_layer)
+        if is_input(name):
+            return -1
+        return None if is_rope_table(name) else self.n_layer
 
     @cached_property
     def kv_layers(self) -> tuple[int, ...]:
-        """Bytes of keys and values of each layer."""
-        attention = {
-            int(match[1]) for name in self.names if ".attn_" in name and (match := _LAYER.match(name)) is not None
-        }
-        return tuple(self._kv_bytes(layer) if layer in attention else 0 for layer in range(self.n_layer))
-
-    def _kv_bytes(self, layer: int) -> int:
-        n_head = self.of_layer("attention.head_count", layer)
-        n_head_kv = self.of_layer("attention.head_count_kv", layer, n_head)
-        width = self.number("embedding_length") // max(n_head, 1)
-        total = 0.0
-        for key, name in (("key", self.context.cache_type_k), ("value", self.context.cache_type_v)):
-            kind = GGMLType[name.upper()]
-            cells = n_head_kv * self.number(f"attention.{key}_length", width) * self.n_ctx
-            total += cells / kind.block_size * kind.block_bytes
-        return int(total)
-
-    @property
-    def kv_is_plain(self) -> bool:
-        """Whether every layer keeps all keys and values, so that their size is exact."""
-        odd = ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size", "attention.shared_kv_layers")
-        return self.arch == "llama" or not any(self.model.get(f"{self.arch}.{key}") for key in odd)
+        """Bytes of keys and values of each layer; 0 for layers without attention."""
+        attention = {layer_of(name) for name in self.names if ".attn_" in name}
+        return tuple(
+            kv_cache_bytes(self.hyper, layer, self.n_ctx, self.context) if layer in attention else 0
+            for layer in range(self.n_layer)
+        )
 
     @property
     def compute_bytes(self) -> int:
-        """Estimate of the buffer for the graph's largest step, where a layer is computed."""
-        n_tokens = self._n_ubatch
-        n_embd, n_ff = self.number("embedding_length"), self.number("feed_forward_length")
-        n_used = self.n_expert_used or 1
-        n_ff = (self.number("expert_feed_forward_length") or n_ff) if self.n_expert else n_ff
-        experts = n_used * (3 * n_ff + n_embd) + 3 * n_embd
-        output = self.number("vocab_size") + 2 * n_embd
-        scores = 2 * self.number("attention.head_count") * self.n_ctx if self.context.flash_attn == "off" else 0
+        """Estimate of the buffer for the graph's largest step, on a device that computes layers."""
+        n_tokens, n_embd = self._n_ubatch, largest(self.hyper.n_embd)
+        experts = (self.n_expert_used or 1) * (3 * largest(self.hyper.n_ff) + n_embd) + 3 * n_embd
+        output = largest(self.hyper.n_vocab) + 2 * n_embd
+        scores = 2 * largest(self.hyper.n_head) * self.n_ctx if self.context.flash_attn == "off" else 0
         mask = 2 * n_tokens * self.n_ctx
         return 4 * n_tokens * max(experts, output, scores) + mask
 
     @property
     def host_compute_bytes(self) -> int:
         """Estimate of the CPU's buffer when all layers are computed elsewhere: embeddings and the mask."""
-        n_tokens = self._n_ubatch
-        return n_tokens * (8 * self.number("embedding_length") + 2 * self.n_ctx)
+        return self._n_ubatch * (8 * largest(self.hyper.n_embd) + 2 * self.n_ctx)
 
 
-def _layer_of(name: str, n_layer: int) -> int | None:
-    match = _LAYER.match(name)
-    if match:
-        return min(int(match[1]), n_layer)
-    if _INPUT.match(name):
-        return -1
-    return None if _ROPE.match(name) else n_layer
+def context_tokens(context: ContextOptions, n_ctx_train: int) -> int:
+    """Tokens of context that are asked for: all that the model was trained for where ``n_ctx`` is 0.
+
+    Where the caller names none, DEFAULT_MAX_CTX, or fewer if the model was trained for fewer.
+    """
+    if context.n_ctx is None:
+        return min(n_ctx_train, DEFAULT_MAX_CTX)
+    return context.n_ctx or n_ctx_train
+
+
+def kv_cache_bytes(hyper: Hyper, layer: int, n_tokens: int, context: ContextOptions) -> int:
+    """Bytes of the keys and values of ``n_tokens`` in one layer with attention, in the types of ``context``."""
+    total = 0.0
+    names = (context.cache_type_k, context.cache_type_v)
+    for n_values, name in zip(hyper.cached_values(layer), names, strict=True):
+        kind = GGMLType[name.upper()]
+        total += n_values * n_tokens / kind.block_size * kind.block_bytes
+    return int(total)
+
+
+def _checked_n_layer(model: ModelHeader) -> int:
+    n_layer = largest(model.hyper.n_layer)
+    if n_layer > MAX_LAYERS:
+        raise GGUFError(
+            f"{model.paths[0]}: says that it has {n_layer} layers, and llama.cpp takes at most {MAX_LAYERS}; "
+            "the file is corrupt"
+        )
+    return n_layer
+
+
+def _weight_tensor(info: TensorInfo, shard: int, offset: int, layer: int | None) -> WeightTensor:
+    return WeightTensor(
+        name=info.name,
+        type=info.type,
+        shape=info.shape,
+        n_bytes=info.n_bytes,
+        shard=shard,
+        offset=offset,
+        layer=layer,
+        is_expert=is_offloadable_expert(info.name),
+        is_product=layer != -1 and len(info.shape) > 1 and info.name.endswith(".weight"),
+    )

@@ -17,10 +17,12 @@ from typing import Any
 
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.header import padded
+from ggufmoe.gguf.hyper import largest
 from ggufmoe.gguf.model import ModelHeader
+from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ALL_LAYERS, AUTO_LAYERS, ContextOptions, OffloadOptions
-from ggufmoe.placement.footprint import EXPERTS, Footprint, WeightTensor
+from ggufmoe.placement.footprint import Footprint, WeightTensor
 from ggufmoe.sizes import all_experts_run, counted, memory_size
 
 _MIB = 2**20
@@ -211,9 +213,9 @@ class _Setting:
     def _patterns(self) -> tuple[tuple[re.Pattern[str], str], ...]:
         pairs = [(pattern, buffer, f"-ot {pattern}={buffer}") for pattern, buffer in self.offload.overrides]
         if self.offload.cpu_moe:
-            pairs.append((EXPERTS, self.host.name, "--cpu-moe"))
+            pairs.append((EXPERTS_PATTERN, self.host.name, "--cpu-moe"))
         if self.offload.n_cpu_moe:
-            pattern = experts_of(range(min(self.offload.n_cpu_moe, self.facts.n_layer)))
+            pattern = experts_pattern(range(min(self.offload.n_cpu_moe, self.facts.n_layer)))
             pairs.append((pattern, self.host.name, f"--n-cpu-moe {self.offload.n_cpu_moe}"))
         buffers = {device.name: device.buffer for device in self.devices}
         named = [(pattern, buffers.get(buffer, buffer), flag) for pattern, buffer, flag in pairs]
@@ -252,11 +254,6 @@ class _Setting:
         if tensor.is_product and rows and tensor.shape[-2] % rows == 0 and not self.skips_repack:
             return f"{self.host.name}_REPACK"
         return self.host.name
-
-
-def experts_of(layers: Iterable[int]) -> str:
-    """Pattern of the experts of some layers."""
-    return rf"blk\.({'|'.join(map(str, layers))}){EXPERTS}"
 
 
 def _choose(setting: _Setting) -> _Choice:
@@ -414,7 +411,7 @@ class _Placing:
         setting = self.setting
         patterns = list(setting.patterns)
         if self.moved:
-            patterns.append((re.compile(experts_of(self.moved)), setting.host.name))
+            patterns.append((re.compile(experts_pattern(self.moved)), setting.host.name))
         counts = [0] * len(patterns)
         for name in dict.fromkeys(setting.facts.names):
             hit = next((index for index, (pattern, _) in enumerate(patterns) if pattern.search(name)), None)
@@ -529,11 +526,11 @@ def _expert_layers(placing: _Placing, buffers: set[str]) -> tuple[int, ...]:
 
 def _warnings(plan: OffloadPlan, setting: _Setting, choice: _Choice) -> Iterator[str]:
     facts, offload = setting.facts, setting.offload
-    made_for = facts.number("expert_used_count")
+    made_for = largest(facts.hyper.n_expert_used)
     if plan.n_expert_used != made_for:
         effect = "faster, and the answers are worse" if plan.n_expert_used < made_for else "slower, and not as trained"
         yield f"{counted(plan.n_expert_used, 'expert')} for each token instead of {made_for}: {effect}"
-    n_trained, n_asked = facts.number("context_length"), facts.context.n_ctx or 0
+    n_trained, n_asked = facts.n_ctx_train, facts.context.n_ctx or 0
     if n_asked > n_trained * facts.context.n_seq_max:
         yield f"a context of {n_asked} tokens is longer than the {n_trained} that the model was trained for"
     about_gpus = {
@@ -570,8 +567,9 @@ def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
         way_out = "leave it out with --no-repack" if is_short else "--no-repack leaves it out"
         copy = f"{memory_size(repacked)} are a copy of weights, rearranged for this CPU"
         yield f"{copy} beside the mapped file: {way_out}"
-    if not facts.kv_is_plain:
-        yield f"the KV cache of {facts.arch} is not that of a plain transformer: its size is an upper estimate"
+    if not facts.hyper.has_plain_cache:
+        architecture = facts.hyper.architecture
+        yield f"the KV cache of {architecture} is not that of a plain transformer: its size is an upper estimate"
     if not plan.is_exact:
         yield f"--split-mode {setting.offload.split_mode} cuts tensors: what each GPU gets is an estimate"
 

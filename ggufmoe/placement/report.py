@@ -14,6 +14,7 @@ from typing import Any
 
 from ggufmoe.native import library as native
 from ggufmoe.options import OffloadOptions
+from ggufmoe.options.limits import MAX_DEVICES
 from ggufmoe.placement.devices import Machine
 from ggufmoe.placement.offload import DeviceShare, OffloadPlan, chosen_devices
 
@@ -23,8 +24,6 @@ REPORT_LINES = re.compile(r"buffer size = |buffer type overridden to |: offloade
 _logger = logging.getLogger("ggufmoe")
 _LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}
 _SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
-_MAX_DEVICES = 16
-"""llama_max_devices()."""
 _KV_INT = 0
 _MIB = 2**20
 _LOG_STEP_BYTES = 0.005 * _MIB
@@ -75,7 +74,7 @@ def set_parameters(
     """
     places = chosen_devices(offload, machine.places)
     devices = device_list([machine.device_handles[place.name] for place in places])
-    split = (ctypes.c_float * _MAX_DEVICES)(*plan.tensor_split)
+    split = (ctypes.c_float * MAX_DEVICES)(*plan.tensor_split)
     pairs = [_TensorOverride(item.pattern.encode(), machine.buffer_handles[item.buffer]) for item in plan.overrides]
     overrides = (_TensorOverride * (len(pairs) + 1))(*pairs, _TensorOverride())
     parameters.devices = ctypes.addressof(devices)

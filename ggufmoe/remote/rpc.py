@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from ggufmoe.errors import WorkerError
 from ggufmoe.native import library as native
+from ggufmoe.options.limits import MAX_DEVICES
 from ggufmoe.placement.offload import Place
 
 ANSWER_S = 5.0
@@ -35,7 +36,6 @@ _CAPABILITIES = bytes(24)
 """No transport but TCP."""
 _HELLO_REPLY = struct.Struct("<BBBx24x")
 _OLD_HELLO_REPLY = struct.Struct("<BBB")
-_MAX_DEVICES = 16
 _MAX_ALIGNMENT = 1 << 20
 
 _logger = logging.getLogger("ggufmoe")
@@ -84,8 +84,8 @@ def find_workers(workers: Sequence[tuple[str, int]], answer_s: float = ANSWER_S)
         RemoteDevice(f"RPC{number}", f"{host}:{port}", answer.endpoint, index, *facts)
         for number, (host, port, answer, index, facts) in enumerate(_devices(workers, answers))
     ]
-    if len(found) > _MAX_DEVICES:
-        raise WorkerError(f"the workers have {len(found)} devices, and llama.cpp takes {_MAX_DEVICES}: name fewer")
+    if len(found) > MAX_DEVICES:
+        raise WorkerError(f"the workers have {len(found)} devices, and llama.cpp takes {MAX_DEVICES}: name fewer")
     return tuple(found)
 
 
@@ -196,8 +196,8 @@ class _Conversation:
     def devices(self) -> Iterator[tuple[int, int, int]]:
         """Free and total bytes and the alignment of each device."""
         (count,) = self._ask(_DEVICE_COUNT, b"", "<I")
-        if not 1 <= count <= _MAX_DEVICES:
-            raise WorkerError(f"{self._worker}: offers {count} devices; expected 1 to {_MAX_DEVICES}")
+        if not 1 <= count <= MAX_DEVICES:
+            raise WorkerError(f"{self._worker}: offers {count} devices; expected 1 to {MAX_DEVICES}")
         for index in range(count):
             request = struct.pack("<I", index)
             free, total = self._ask(_GET_DEVICE_MEMORY, request, "<QQ")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineError, InputError
+from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.native import library as native
 from ggufmoe.options import SamplingOptions
 from ggufmoe.routing.trace import Floats, RoutingTrace
@@ -66,8 +67,7 @@ def _continued(engine: Engine, prompt: list[int], n: int, sampling: SamplingOpti
 
 
 def _check_has_experts(engine: Engine) -> None:
-    architecture = engine.metadata("general.architecture")
-    if not engine.metadata(f"{architecture}.expert_count"):
+    if not Hyper.of(engine.header.metadata).n_expert:
         raise InputError(f"{engine.path}: a dense model: it has no experts to route between")
 
 

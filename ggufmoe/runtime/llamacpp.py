@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native import library as native
 from ggufmoe.native.log import no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions, given_or_default
@@ -99,7 +100,7 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
             return {}
         replacing: dict[str, Any] = {"offload_kqv": self._offload.kv_offload}
         if self._offload.n_expert_used is not None:
-            key = f"{self._header.shards[0].header.get('general.architecture')}.expert_used_count"
+            key = self._header.hyper.key(Keys.LLM.EXPERT_USED_COUNT)
             given = arguments.get("kv_overrides") or {}
             if key in given:
                 raise OptionError(f"kv_overrides: {key} is what offload.n_expert_used says: leave one of the two out")

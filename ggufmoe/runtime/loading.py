@@ -20,11 +20,12 @@ from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads, memory_bytes
 from ggufmoe.placement.devices import Machine, find_machine
-from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
+from ggufmoe.placement.footprint import context_tokens, kv_cache_bytes
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
 from ggufmoe.placement.report import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.events import Token
@@ -135,7 +136,7 @@ class LoadedModel:
     def _load_model(self, machine: Machine, plan: OffloadPlan, watcher: LoadWatcher) -> Any:
         mark = self.log.mark()
         parameters = self.api.llama_model_default_params()
-        key = f"{self._header.get('general.architecture')}.expert_used_count"
+        key = self._request.model.hyper.key(Keys.LLM.EXPERT_USED_COUNT)
         _alive = set_parameters(self.api, parameters, machine, plan, self._request.offload, key)
         parameters.progress_callback = self.api.llama_progress_callback(watcher)
         model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
@@ -167,8 +168,12 @@ class LoadedModel:
 
     def _check_cache_size(self, options: ContextOptions, n_ctx: int, plan: OffloadPlan) -> None:
         # systems that promise more memory than they have end the process once llama.cpp fills its cache
-        needed, there = n_ctx * _cache_bytes_per_token(self._header, options), memory_bytes()
-        if there and min(needed, plan.host.kv_bytes) > there:
+        hyper, there = self._request.model.hyper, memory_bytes()
+        if hyper.architecture != "llama" or not there:
+            return
+        needed = sum(kv_cache_bytes(hyper, layer, n_ctx, options) for layer in range(plan.n_layer))
+        planned = sum(share.kv_bytes for share in plan.shares)
+        if planned and needed * plan.host.kv_bytes / planned > there:
             raise ModelLoadError(
                 f"{self.path}: a context of {n_ctx} tokens takes {memory_size(needed)}, and this machine has "
                 f"{memory_size(there)}; ask for less with --ctx-size"
@@ -176,10 +181,9 @@ class LoadedModel:
 
     def _context_parameters(self, options: ContextOptions) -> Any:
         parameters = self.api.llama_context_default_params()
-        n_ctx = min(self.n_ctx_train, DEFAULT_MAX_CTX) if options.n_ctx is None else options.n_ctx or self.n_ctx_train
         n_threads = options.n_threads or default_threads()
         values = {
-            "n_ctx": n_ctx,
+            "n_ctx": context_tokens(options, self.n_ctx_train),
             "n_batch": options.n_batch,
             "n_seq_max": options.n_seq_max,
             "n_ubatch": min(options.n_ubatch, options.n_batch),
@@ -266,19 +270,3 @@ class LoadWatcher:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-
-
-def _cache_bytes_per_token(header: Header, options: ContextOptions) -> float:
-    """What a token takes in the KV cache of a plain transformer; 0 where the header tells of another kind."""
-    arch = header.get("general.architecture")
-    keys = ("block_count", "embedding_length", "attention.head_count")
-    n_layer, n_embd, n_head = (header.get(f"{arch}.{key}") for key in keys)
-    n_head_kv = header.get(f"{arch}.attention.head_count_kv", n_head)
-    widths = [header.get(f"{arch}.attention.{key}_length") for key in ("key", "value")]
-    numbers = (n_layer, n_embd, n_head, n_head_kv, *(width for width in widths if width is not None))
-    if arch != "llama" or not all(type(number) is int and number > 0 for number in numbers):
-        return 0.0
-    types = [GGMLType[name.upper()] for name in (options.cache_type_k, options.cache_type_v)]
-    widths = [width or n_embd // n_head for width in widths]
-    per_head = sum(width * kind.block_bytes / kind.block_size for width, kind in zip(widths, types, strict=True))
-    return float(n_layer * n_head_kv * per_head)

@@ -14,9 +14,10 @@ import pytest
 from ggufmoe.errors import GGUFError, OptionError
 from ggufmoe.gguf.header import Value, padded
 from ggufmoe.gguf.model import ModelHeader
+from ggufmoe.gguf.names import experts_pattern
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
-from ggufmoe.placement.offload import Host, OffloadPlan, Place, as_dict, chosen_devices, experts_of, plan_offload
+from ggufmoe.placement.offload import Host, OffloadPlan, Place, as_dict, chosen_devices, plan_offload
 from tests.placement.shapes import N_EMBD, N_FF, N_HEAD_KV, model_of
 
 MIB, GIB = 2**20, 2**30
@@ -191,7 +192,7 @@ def test_experts_go_before_layers(model: ModelHeader, n_mib: int) -> None:
     n_moved = len(plan.host.expert_layers)
     assert 0 < n_moved <= 8
     assert plan.host.expert_layers == tuple(range(n_moved))
-    assert [item.pattern for item in plan.overrides] == [experts_of(range(n_moved))]
+    assert [item.pattern for item in plan.overrides] == [experts_pattern(range(n_moved))]
     assert n_mib * MIB - EXPERT < share.n_bytes + EXPERT
     assert share.n_bytes <= n_mib * MIB
 

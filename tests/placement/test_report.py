@@ -178,6 +178,15 @@ def test_every_buffer_of_the_cpu_is_foreseen(
     assert placement.differences == ()
 
 
+@pytest.mark.parametrize(("n_ctx", "n_seq_max", "share"), [(1000, 3, 512), (300, 1, 512), (257, 2, 256)])
+def test_the_context_of_several_sequences_is_foreseen(model: Path, n_ctx: int, n_seq_max: int, share: int) -> None:
+    context = ContextOptions(n_ctx=n_ctx, n_seq_max=n_seq_max, n_threads=1)
+    with Engine(model, context, OffloadOptions(device="none")) as engine:
+        assert (engine.n_ctx, engine.placement.plan.n_ctx) == (share, share * n_seq_max)
+        assert sum(engine.placement.report.kv_bytes.values()) == engine.placement.plan.host.kv_bytes
+        assert engine.placement.differences == ()
+
+
 def test_what_was_chosen_with_a_cost_is_a_warning(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.WARNING, "ggufmoe"),

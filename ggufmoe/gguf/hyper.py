@@ -1,0 +1,181 @@
+"""The hyper-parameters of a model as its header states them: read once, with one set of defaults, for every reader.
+
+Nothing is believed that does not have its type. What a number means for memory is said in ``placement``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.own_keys import SLIDING_WINDOW
+from ggufmoe.gguf.upstream import Keys
+
+Layers = int | tuple[int, ...] | None
+"""One number for all layers, one for each layer where they differ, or None where the header states none."""
+
+_COUNT_LIMIT = 2**31
+"""No model has so many of anything: llama.cpp counts in 32 bits."""
+
+
+class TypedMetadata:
+    """Metadata by key and expected type; None for values of another type, as for keys that are not there."""
+
+    def __init__(self, metadata: Mapping[str, Value]) -> None:
+        self.metadata = metadata
+
+    def text(self, key: str) -> str | None:
+        """A string."""
+        value = self.plain(key)
+        return value if isinstance(value, str) else None
+
+    def flag(self, key: str) -> bool | None:
+        """A bool."""
+        value = self.plain(key)
+        return value if isinstance(value, bool) else None
+
+    def whole(self, key: str) -> int | None:
+        """An integer."""
+        value = self.plain(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def number(self, key: str) -> float | None:
+        """An integer or a float, as a float."""
+        value = self.plain(key)
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def items(self, key: str, kind: type) -> list[Any] | None:
+        """An array, all of whose items are of this Python type."""
+        value = self.plain(key)
+        fits = isinstance(value, list) and all(type(item) is kind for item in value)
+        return value if fits else None
+
+    def per_layer(self, key: str) -> Layers:
+        """One integer, or one for each layer; where all layers have the same, one integer."""
+        layers = self.items(key, int)
+        if layers is None:
+            return self.whole(key)
+        return layers[0] if layers and len(set(layers)) == 1 else tuple(layers)
+
+    def plain(self, key: str) -> Any:
+        """Whatever the header has."""
+        found = self.metadata.get(key)
+        return None if found is None else found.value
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of a network; None where the header does not state them, a tuple where layers differ.
+
+    They are given as stated, however absurd: ``largest`` and ``at_layer`` make counts of them.
+    """
+
+    architecture: str | None
+    n_layer: int | None
+    n_ctx_train: int | None
+    n_embd: int | None
+    n_vocab: int | None
+    n_ff: Layers
+    """Width of the feed-forward matrices, of one expert's where there are experts."""
+    n_head: Layers
+    n_head_kv: Layers
+    key_length: int | None
+    value_length: int | None
+    sliding_window: int | None
+    unapplied_window: int | None
+    """The sliding window of the original model that llama.cpp does not apply to this one, in tokens."""
+    rms_norm_eps: float | None
+    rope_theta: float | None
+    rope_dimensions: int | None
+    rope_scaling: str | None
+    rope_scaling_factor: float | None
+    n_expert: int
+    """0 for a dense model."""
+    n_expert_used: int
+    has_plain_cache: bool
+    """Whether every layer with attention keeps the keys and values of all tokens."""
+    malformed: frozenset[str]
+    """Keys of counts whose value is no count."""
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Value]) -> Hyper:
+        """The hyper-parameters in a model's metadata."""
+        typed = TypedMetadata(metadata)
+        architecture = typed.text(Keys.General.ARCHITECTURE)
+
+        def key(template: str) -> str:
+            return template.format(arch=architecture)
+
+        return cls(
+            architecture=architecture,
+            n_layer=typed.whole(key(Keys.LLM.BLOCK_COUNT)),
+            n_ctx_train=typed.whole(key(Keys.LLM.CONTEXT_LENGTH)),
+            n_embd=typed.whole(key(Keys.LLM.EMBEDDING_LENGTH)),
+            n_vocab=typed.whole(key(Keys.LLM.VOCAB_SIZE)),
+            n_ff=typed.per_layer(key(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH))
+            or typed.per_layer(key(Keys.LLM.FEED_FORWARD_LENGTH)),
+            n_head=typed.per_layer(key(Keys.Attention.HEAD_COUNT)),
+            n_head_kv=typed.per_layer(key(Keys.Attention.HEAD_COUNT_KV)),
+            key_length=typed.whole(key(Keys.Attention.KEY_LENGTH)),
+            value_length=typed.whole(key(Keys.Attention.VALUE_LENGTH)),
+            sliding_window=typed.whole(key(Keys.Attention.SLIDING_WINDOW)),
+            unapplied_window=typed.whole(SLIDING_WINDOW),
+            rms_norm_eps=typed.number(key(Keys.Attention.LAYERNORM_RMS_EPS)),
+            rope_theta=typed.number(key(Keys.Rope.FREQ_BASE)),
+            rope_dimensions=typed.whole(key(Keys.Rope.DIMENSION_COUNT)),
+            rope_scaling=typed.text(key(Keys.Rope.SCALING_TYPE)),
+            rope_scaling_factor=typed.number(key(Keys.Rope.SCALING_FACTOR)),
+            n_expert=max(typed.whole(key(Keys.LLM.EXPERT_COUNT)) or 0, 0),
+            n_expert_used=max(typed.whole(key(Keys.LLM.EXPERT_USED_COUNT)) or 0, 0),
+            has_plain_cache=architecture == "llama" or not any(typed.plain(key(other)) for other in _OTHER_CACHES),
+            malformed=frozenset(_malformed(metadata, map(key, _COUNTS))),
+        )
+
+    def key(self, template: str) -> str:
+        """A key of ``Keys`` for this architecture: ``llama.expert_used_count`` of ``{arch}.expert_used_count``."""
+        return template.format(arch=self.architecture)
+
+    def cached_values(self, layer: int) -> tuple[int, int]:
+        """Numbers that one token adds to the KV cache of a layer with attention: of its keys, and of its values."""
+        n_head = at_layer(self.n_head, layer)
+        n_head_kv = at_layer(self.n_head_kv, layer, n_head)
+        width = largest(self.n_embd) // max(n_head, 1)
+        return n_head_kv * largest(self.key_length, width), n_head_kv * largest(self.value_length, width)
+
+
+_OTHER_CACHES = (
+    Keys.Attention.SLIDING_WINDOW,
+    Keys.Attention.KV_LORA_RANK,
+    Keys.SSM.STATE_SIZE,
+    Keys.Attention.SHARED_KV_LAYERS,
+)
+"""A model of another architecture than llama that states one of these keeps less than all keys and values."""
+_COUNTS = (
+    Keys.LLM.BLOCK_COUNT,
+    Keys.Attention.HEAD_COUNT,
+    Keys.Attention.HEAD_COUNT_KV,
+    Keys.LLM.EXPERT_COUNT,
+)
+
+
+def largest(layers: Layers, default: int = 0) -> int:
+    """The largest count where layers differ; ``default`` where none is stated that can be."""
+    counts = layers if isinstance(layers, tuple) else (layers,)
+    return max((count for count in counts if count is not None and 0 <= count < _COUNT_LIMIT), default=default)
+
+
+def at_layer(layers: Layers, layer: int, default: int = 0) -> int:
+    """The count of one layer, numbered from 0; ``default`` where none is stated that can be."""
+    if isinstance(layers, tuple):
+        layers = layers[layer] if layer < len(layers) else None
+    return largest(layers, default)
+
+
+def _malformed(metadata: Mapping[str, Value], keys: Iterator[str]) -> Iterator[str]:
+    for key in keys:
+        value = metadata[key].value if key in metadata else 0
+        first = value[0] if isinstance(value, list) and value else value
+        if type(first) is not int or first < 0:
+            yield key

@@ -1,0 +1,69 @@
+"""The memory of a model's context: literal numbers of published models, and llama.cpp's rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.hyper import Hyper
+from ggufmoe.gguf.types import ValueType
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.options.limits import rounded_context
+from ggufmoe.placement.footprint import Footprint, context_tokens, kv_cache_bytes
+from tests.placement.shapes import model_of
+
+MISTRAL_7B = {
+    "block_count": 32,
+    "embedding_length": 4096,
+    "attention.head_count": 32,
+    "attention.head_count_kv": 8,
+}
+UNEQUAL_WIDTHS = {"attention.key_length": 96, "attention.value_length": 64}
+
+
+def llama(**numbers: int) -> Hyper:
+    keys = {f"llama.{key}": Value(ValueType.UINT32, number) for key, number in numbers.items()}
+    return Hyper.of({"general.architecture": Value(ValueType.STRING, "llama"), **keys})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "types", "bytes_per_token"),
+    [
+        (MISTRAL_7B, ("f16", "f16"), 131_072),
+        (MISTRAL_7B, ("f32", "f16"), 196_608),
+        (MISTRAL_7B, ("q8_0", "q8_0"), 69_632),
+        (MISTRAL_7B, ("q8_0", "q4_0"), 53_248),
+        (MISTRAL_7B | UNEQUAL_WIDTHS, ("f16", "f16"), 81_920),
+        ({key: n for key, n in MISTRAL_7B.items() if key != "attention.head_count_kv"}, ("f16", "f16"), 524_288),
+    ],
+)
+def test_keys_and_values_of_a_token(numbers: dict[str, int], types: tuple[Any, Any], bytes_per_token: int) -> None:
+    context = ContextOptions(cache_type_k=types[0], cache_type_v=types[1])
+    hyper = llama(**numbers)
+    assert sum(kv_cache_bytes(hyper, layer, 1, context) for layer in range(32)) == bytes_per_token
+    assert sum(kv_cache_bytes(hyper, layer, 32768, context) for layer in range(32)) == 32768 * bytes_per_token
+
+
+def test_a_plan_counts_the_keys_and_values_of_every_layer(tmp_path: Path) -> None:
+    footprint = Footprint(model_of(tmp_path / "m.gguf"), ContextOptions(n_ctx=1000), OffloadOptions())
+    # 1000 tokens are rounded up to 1024; 4 heads for keys and as many for values, 64 wide, 2 bytes each
+    assert footprint.kv_layers == (1024 * 4 * 64 * 2 * 2,) * 8
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "n_seq_max", "rounded"),
+    [(0, 1, 0), (1, 1, 256), (256, 1, 256), (257, 1, 512), (1000, 3, 1536), (768, 3, 768), (512, 256, 65536)],
+)
+def test_a_context_is_rounded_as_llama_cpp_rounds_it(n_ctx: int, n_seq_max: int, rounded: int) -> None:
+    assert rounded_context(n_ctx, n_seq_max) == rounded
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "given"),
+    [(None, 32768, 4096), (None, 2048, 2048), (0, 32768, 32768), (100_000, 32768, 100_000)],
+)
+def test_a_context_that_is_not_named_is_bounded(asked: int | None, trained: int, given: int) -> None:
+    assert context_tokens(ContextOptions(n_ctx=asked), trained) == given
