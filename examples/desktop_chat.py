@@ -40,6 +40,7 @@ from PySide6.QtWidgets import (
 
 from ggufmoe import Cancelled, Chat, ContextOptions, Engine, GgufmoeError, SamplingOptions
 from ggufmoe.runtime.events import Finished
+from ggufmoe.work import Progress
 
 DRAW_S = 0.03
 """The least time between two drawings of an answer that grows."""
@@ -131,7 +132,11 @@ class Talker(QObject):
     def _load(self, task: Task, path: Path) -> None:
         # before the next model is loaded, so that never two are in memory
         self.close()
-        self._engine = Engine(path, task.settings.context(), on_progress=self.progressed.emit, cancel=task.stop)
+
+        def show(progress: Progress) -> None:  # in a thread of the engine, where a signal may be emitted
+            self.progressed.emit(progress.done)
+
+        self._engine = Engine(path, task.settings.context(), on_progress=show, cancel=task.stop)
         self._chat = Chat(self._engine, sampling=SamplingOptions(n_predict=-1))
         self.loaded.emit(path.name, self._engine.n_ctx)
 

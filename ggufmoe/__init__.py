@@ -16,6 +16,7 @@ from ggufmoe.version import __version__ as __version__
 if TYPE_CHECKING:
     from ggufmoe.convert import convert as convert
     from ggufmoe.convert import merge as merge
+    from ggufmoe.engine import Engine
     from ggufmoe.errors import (
         ArchitectureError,
         Cancelled,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from ggufmoe.quantize import quantize as quantize
     from ggufmoe.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
     from ggufmoe.runtime.chat import Chat
-    from ggufmoe.runtime.engine import Engine
     from ggufmoe.runtime.llamacpp import LlamaCpp as LlamaCpp
 
 __all__ = [
@@ -132,7 +132,7 @@ _HOMES = {
     "ConvertOptions": "ggufmoe.options",
     "Distribution": "ggufmoe.evaluation.divergence",
     "Divergence": "ggufmoe.evaluation.divergence",
-    "Engine": "ggufmoe.runtime.engine",
+    "Engine": "ggufmoe.engine",
     "Estimate": "ggufmoe.evaluation.perplexity",
     "EvaluationOptions": "ggufmoe.options",
     "ImatrixOptions": "ggufmoe.options",

@@ -35,6 +35,7 @@ from ggufmoe import ContextOptions, Engine, SamplingOptions
 from ggufmoe.evaluation.probe import write_probe_model
 from ggufmoe.placement.cpu import default_threads
 from ggufmoe.runtime.events import Finished, Token
+from ggufmoe.runtime.local import LocalEngine
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class NativeLoop:
     """
 
     def __init__(self, engine: Engine, n_ctx: int, n_threads: int) -> None:
-        self._call = engine._native.call
-        self.model = engine._loaded.handle
+        local = engine._runner
+        assert isinstance(local, LocalEngine)
+        self._call = local._native.call
+        self.model = local._loaded.handle
         context = api.llama_context_default_params()
         context.n_ctx, context.n_threads, context.n_threads_batch, context.no_perf = n_ctx, n_threads, n_threads, True
         self.context = api.llama_init_from_model(self.model, context)

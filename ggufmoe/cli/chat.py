@@ -22,10 +22,10 @@ from ggufmoe.cli.terminal import (
     why_ended,
     write_answer,
 )
+from ggufmoe.engine import Engine
 from ggufmoe.errors import GgufmoeError, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 from ggufmoe.runtime.chat import Chat
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Event, Timing
 from ggufmoe.sizes import counted
 from ggufmoe.work import CancelFlag

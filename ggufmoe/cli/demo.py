@@ -96,9 +96,9 @@ def _check_quant(output: Path, options: ConvertOptions) -> None:
 def _ask(console: Console, path: Path, chat_after: bool) -> None:
     """Ask every question; then talk, or say how to go on."""
     from ggufmoe.demo import questions
+    from ggufmoe.engine import Engine
     from ggufmoe.routing import RoutingTracer
     from ggufmoe.runtime.chat import Chat
-    from ggufmoe.runtime.engine import Engine
 
     legend = f"[cyan]{_BARS[0]}[/cyan] none to [yellow]{_BARS[-1]}[/yellow] all"
     console.print("\n[bold]2. Ask it[/bold] what neither model was trained on. Below each answer:")

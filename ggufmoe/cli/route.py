@@ -14,6 +14,7 @@ import typer
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.route_view import RouteView
 from ggufmoe.cli.terminal import load_engine, note
+from ggufmoe.engine import Engine
 from ggufmoe.errors import InputError, OptionError
 from ggufmoe.files import check_output_file, replacing
 from ggufmoe.options import ContextOptions, OffloadOptions, option
@@ -23,7 +24,6 @@ from ggufmoe.routing.plot import write_picture
 from ggufmoe.routing.report import shares_report, trace_report
 from ggufmoe.routing.statistics import LabelledShares, share_by_label, summarize
 from ggufmoe.runtime.chat import Chat, Message
-from ggufmoe.runtime.engine import Engine
 
 _MAX_PROMPTS_BYTES = 64 << 20
 

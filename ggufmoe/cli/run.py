@@ -14,10 +14,10 @@ import typer
 
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, waiting_shown, why_ended, write_answer
+from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
 from ggufmoe.runtime.chat import Chat
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Event, Finished
 from ggufmoe.work import CancelFlag
 

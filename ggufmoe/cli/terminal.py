@@ -16,12 +16,12 @@ from typing import TypeVar
 import typer
 
 from ggufmoe.cli.console import StatusLine
+from ggufmoe.engine import Engine
 from ggufmoe.folders import user_cache_directory
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Event, Finished, Timing
 from ggufmoe.sizes import counted
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, Progress
 
 ItemT = TypeVar("ItemT")
 _UNSEEN_S = 0.5
@@ -32,10 +32,10 @@ def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -
     """The engine of a model; a terminal shows how far it is where that takes a while."""
     line, began = StatusLine(sys.stderr), time.monotonic()
 
-    def show(part: float) -> None:
-        if part < 1 and time.monotonic() - began > _UNSEEN_S:
-            line.show(f"loading {model.name}: {part:.0%}")
-        elif part == 1:  # what is said of it afterwards stands on a line of its own
+    def show(progress: Progress) -> None:
+        if progress.done < 1 and time.monotonic() - began > _UNSEEN_S:
+            line.show(f"loading {model.name}: {progress.done:.0%}")
+        elif progress.done == 1:  # what is said of it afterwards stands on a line of its own
             line.clear()
 
     try:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.engine import Engine
 from ggufmoe.errors import EngineError
 from ggufmoe.gguf.names import OUTPUT, layer_of
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.native.library import Operation
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.observer import Observer
 from ggufmoe.work import CancelFlag
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, GgufmoeError, OptionError
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.inspection.inspect import ModelReport, inspect_model
@@ -25,7 +26,6 @@ from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads, memory_bytes
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
 from ggufmoe.remote.places import find_places
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.work import CancelFlag
 
 _SEED = 1

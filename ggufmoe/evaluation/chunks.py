@@ -13,11 +13,11 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, InputError, OptionError
 from ggufmoe.files import StrPath, user_path
 from ggufmoe.options import EvaluationOptions
 from ggufmoe.runtime.chunkbatch import ComputedPart
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.sizes import counted
 from ggufmoe.work import OnProgress, Progress
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ggufmoe.engine import Engine
 from ggufmoe.errors import InputError, OptionError
 from ggufmoe.evaluation.chunks import Chunks, cut_chunks, last_result, read_text, scored_blocks
 from ggufmoe.evaluation.perplexity import (
@@ -29,7 +30,6 @@ from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
 from ggufmoe.runtime.chunkbatch import ComputedPart
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.work import CancelFlag, OnProgress
 
 if TYPE_CHECKING:

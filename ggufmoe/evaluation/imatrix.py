@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled
 from ggufmoe.evaluation.activations import ActivationSums, collect
 from ggufmoe.evaluation.chunks import cut_chunks, read_text, report_chunks
@@ -22,7 +23,6 @@ from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import expert_matrix
 from ggufmoe.options import ImatrixKeywords, ImatrixOptions, OffloadOptions, options_of
 from ggufmoe.quant.importances import save
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.work import CancelFlag, OnProgress
 
 if TYPE_CHECKING:

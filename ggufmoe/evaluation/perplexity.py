@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.engine import Engine
 from ggufmoe.evaluation.chunks import cut_chunks, last_result, read_text, scored_blocks
 from ggufmoe.files import StrPath, user_path
 from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.work import CancelFlag, OnProgress
 
 if TYPE_CHECKING:

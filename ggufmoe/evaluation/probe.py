@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ggufmoe.engine import Engine
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import TensorInfo, Value, padded
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Token
 
 PROBE_PROMPT = (1, 5, 23, 47, 11, 31, 7, 19)

@@ -107,12 +107,12 @@ class OffloadOptions:
         help="Workers on other machines ('ggufmoe worker'), which become the devices RPC0, RPC1, ...",
         metavar="HOST:PORT,...",
     )
-    rpc_timeout: int = option(
-        30,
+    rpc_timeout: float = option(
+        30.0,
         "--rpc-timeout",
         help="Seconds without a sign of life after which a worker is given up; ten times that for loading and prompts.",
         metavar="S",
-        between=(1, MAX_INT32),
+        between=(0.1, MAX_INT32),
     )
 
     def __post_init__(self) -> None:

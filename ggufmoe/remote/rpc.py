@@ -149,9 +149,9 @@ def _ask(host: str, port: int, answer_s: float) -> _Answer:
             f"{worker}: cannot be reached: {error.strerror or error}; start it there with 'ggufmoe worker'"
         ) from error
     with connection:
-        conversation = _Conversation(connection, worker, answer_s)
-        conversation.greet()
-        return _Answer(f"{address[0]}:{port}", tuple(conversation.devices()))
+        handshake = _Handshake(connection, worker, answer_s)
+        handshake.greet()
+        return _Answer(f"{address[0]}:{port}", tuple(handshake.devices()))
 
 
 def _resolve(worker: str, host: str, port: int) -> tuple[str, int]:
@@ -165,7 +165,7 @@ def _resolve(worker: str, host: str, port: int) -> tuple[str, int]:
     return str(found[0][4][0]), port
 
 
-class _Conversation:
+class _Handshake:
     """The first words of the protocol: a command byte, the size of what follows (8 bytes), and that; replies alike."""
 
     def __init__(self, connection: socket.socket, worker: str, answer_s: float) -> None:

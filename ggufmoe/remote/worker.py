@@ -23,8 +23,9 @@ from ggufmoe.errors import EngineError, OptionError, WorkerError
 from ggufmoe.native import library as native
 from ggufmoe.options import WorkerOptions
 from ggufmoe.placement.cpu import default_threads
-from ggufmoe.remote.process import ChildProcess, leave_with_parent, read_messages
+from ggufmoe.remote.process import ChildProcess, leave_with_parent
 from ggufmoe.remote.rpc import find_workers
+from ggufmoe.remote.wire import read_messages
 
 _START_S = 60.0
 _POLL_S = 0.2

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.engine import Engine
 from ggufmoe.errors import EngineError, InputError
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.native import library as native
 from ggufmoe.options import SamplingOptions
 from ggufmoe.routing.trace import Floats, RoutingTrace
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Event, Token
 from ggufmoe.runtime.observer import Observer
 

@@ -18,7 +18,7 @@ from ggufmoe.errors import InputError, OutputExistsError, TemplateError
 from ggufmoe.files import replacing
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
-from ggufmoe.runtime.engine import Engine
+from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import Event
 from ggufmoe.runtime.template import ChatTemplate, find_template
 from ggufmoe.runtime.textstream import stop_strings
@@ -50,15 +50,15 @@ class Chat:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineLike,
         *,
         system: str | None = None,
         template: ChatTemplate | str | None = None,
         sampling: SamplingOptions | None = None,
     ) -> None:
-        if not isinstance(engine, Engine):
+        if not callable(getattr(engine, "generate", None)):
             raise TypeError(f"expected an Engine, not {engine!r}")
-        self.engine = engine
+        self.engine: EngineLike = engine
         self.system = system or None
         self.template = template if isinstance(template, ChatTemplate) else _template(engine, template)
         self.sampling = sampling or SamplingOptions()
@@ -237,7 +237,7 @@ class Chat:
         self._take_over(_conversation(Path(path), note))
 
 
-def _template(engine: Engine, choice: str | None) -> ChatTemplate:
+def _template(engine: EngineLike, choice: str | None) -> ChatTemplate:
     bos, eos = engine.token_text(engine.bos_token), engine.token_text(engine.eos_token)
     template = find_template(choice, engine.header, bos=bos, eos=eos)
     if template is None:

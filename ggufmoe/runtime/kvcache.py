@@ -1,7 +1,7 @@
-"""The KV cache of one context: which tokens it holds, how it is cut, filled and set aside.
+"""The KV cache of one context: which tokens it holds, computing more of them, cutting it, copies of other texts.
 
-Everything here runs in the engine's native thread. A conversation that has to make room for another one is kept in main
-memory, within a limit, so that coming back to it costs a copy and no computing.
+Everything here runs in the engine's native thread. When another text takes the place of a conversation, a copy of the
+conversation's cache is kept in main memory, within a limit; returning to it costs a copy and no computing.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ggufmoe.native.log import NativeLog
 from ggufmoe.runtime.chunkbatch import SideBySide
 
 ComputedBy = Literal["cpu", "gpu", "worker"]
-"""Where a model's layers are: with the CPU alone, on GPUs of this machine, or on a worker too."""
+"""Where a model's layers are: all with the CPU, some on GPUs of this machine, or some on a worker."""
 
 _SEQUENCE = 0
 _ABORTED = 2
 _NO_ROOM = 1
 _WORTH_KEEPING_TOKENS = 16
-"""A text of which fewer tokens would be lost is computed again rather than copied."""
+"""If fewer tokens than this would be lost, they are computed again rather than copied."""
 _WORTH_KEEPING_PART = 8
-"""The same for less than an eighth of it: an answer that is given again must not cost a copy of the conversation."""
+"""Likewise if less than one part in so many would be lost: answering the last message again must not copy the cache."""
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A text, and what llama.cpp keeps of it."""
+    """A text, and llama.cpp's state of its KV cache."""
 
     tokens: tuple[int, ...]
     data: NDArray[np.uint8]
 
 
 class SavedStates:
-    """Texts set aside, the one used last at the end; at most ``max_bytes`` of them."""
+    """Copies of texts that are not in the cache, least recently used first; at most ``max_bytes`` of them."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -52,18 +52,18 @@ class SavedStates:
         return sum(state.data.nbytes for state in self._states)
 
     def add(self, state: SavedState) -> None:
-        """Keep a text; the oldest ones go, and those that it begins like and goes on from."""
+        """Keep ``state`` and drop texts that are a prefix of it, then the oldest until all fit ``max_bytes``."""
         self._states = [old for old in self._states if common_prefix(old.tokens, state.tokens) < len(old.tokens)]
         self._states.append(state)
         while self.n_bytes > self.max_bytes:
             self._states.pop(0)
 
     def best(self, tokens: Sequence[int]) -> SavedState | None:
-        """The text that shares the longest beginning with ``tokens``."""
+        """The text that shares the longest prefix with ``tokens``."""
         return max(self._states, key=lambda state: common_prefix(state.tokens, tokens), default=None)
 
-    def take(self, state: SavedState) -> None:
-        """It is in the cache again: forget the copy."""
+    def remove(self, state: SavedState) -> None:
+        """Drop the copy of a text, for example because it is in the cache again."""
         self._states = [other for other in self._states if other is not state]
 
     def clear(self) -> None:
@@ -71,10 +71,10 @@ class SavedStates:
 
 
 class KVCache:
-    """The cache of ``context`` (a ``llama_context *``), which must outlive it, and computing with it.
+    """The cache of ``context`` (a ``llama_context *``, which must live longer), and computing with it.
 
-    llama.cpp looks at the ``abort_flag`` only where the CPU computes, and comes back from a batch before a worker has
-    computed it, so prompts are given to GPUs and workers in smaller parts.
+    llama.cpp checks the ``abort_flag`` only where the CPU computes, and returns from a batch before a worker has
+    computed it. So prompts are given to GPUs and workers in parts of one ubatch.
     """
 
     def __init__(
@@ -98,21 +98,21 @@ class KVCache:
         self._memory = api.llama_get_memory(context)
         self.saved = saved
         self.tokens: list[int] = []
-        """The tokens whose keys and values are there."""
+        """The tokens whose keys and values the cache holds."""
         self.n_ctx: int = api.llama_n_ctx_seq(context)
-        """Tokens that a text may have, each of several side by side."""
+        """Tokens that one text may have, also when several are computed side by side."""
         self.n_batch: int = api.llama_n_batch(context)
         self._step: int = self.n_batch if computed_by == "cpu" else min(self.n_batch, api.llama_n_ubatch(context))
-        """Tokens of a prompt that llama.cpp is given at once."""
+        """Tokens of a prompt that are given to llama.cpp in one call."""
         self.given_tokens = 0
-        """Tokens of the batch that llama.cpp was given, and may still be computing; 0 once it does something else."""
+        """Tokens of the last batch, which llama.cpp may still be computing; 0 when it does something else."""
         self.n_returned = 0
-        """How often llama.cpp has come back from a batch."""
+        """Batches from which llama.cpp has returned."""
         self._shift_pending = False
-        """Whether tokens have moved up whose keys llama.cpp will only turn when it computes the next ones."""
+        """Whether tokens have moved to new positions, and llama.cpp will rotate their keys with the next batch."""
         self._chunks_of: object = None
-        """Whose chunks it holds, if it does not hold ``tokens``."""
-        # as a number: a pointer object, and what it points to, would be made anew for each token
+        """The owner of the chunks that the cache holds instead of ``tokens``, or None."""
+        # returns the address as a number: for a pointer ctypes would make new objects for each token
         prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
         self._row_at = prototype(("llama_get_logits_ith", native.library()))
         self._row: NDArray[np.float32] = np.empty(0, np.float32)
@@ -121,7 +121,7 @@ class KVCache:
         self._one_batch = api.llama_batch_get_one(self._one, 1)
 
     def clear(self) -> None:
-        """Empty it, and forget what was set aside."""
+        """Empty the cache and drop the copies of other texts."""
         self._empty()
         self.saved.clear()
 
@@ -134,28 +134,27 @@ class KVCache:
     # ---- reuse
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Make the cache hold as much of the beginning of ``prompt`` as there is, and nothing else; how much that is.
+        """Keep the longest prefix of ``prompt`` that is in the cache or in a copy, drop all else; return its length.
 
-        The last token of the prompt is left out: its logits are not kept, so it is always computed.
+        The last token of the prompt never counts: its logits are not kept, so it is always computed.
         """
-        self._leave_token()
-        self._leave_chunks()
+        self._end_token()
+        self._drop_chunks()
         wanted = prompt[:-1]
         n = common_prefix(self.tokens, wanted)
-        better = self._better(wanted, n)
+        best = self.saved.best(wanted)
+        better = best if best and common_prefix(best.tokens, wanted) >= n + _WORTH_KEEPING_TOKENS else None
         lost = len(self.tokens) - n
         if lost >= _WORTH_KEEPING_TOKENS and (better or lost * _WORTH_KEEPING_PART >= len(self.tokens)):
             self.set_aside()
-        return self._cut(n) if better is None else self._bring_back(better, wanted)
-
-    def _better(self, wanted: Sequence[int], n: int) -> SavedState | None:
-        best = self.saved.best(wanted)
-        if best is None or common_prefix(best.tokens, wanted) < n + _WORTH_KEEPING_TOKENS:
-            return None
-        return best
+        if better is not None:
+            self.saved.remove(better)
+            self.restore(better)
+            n = common_prefix(self.tokens, wanted)
+        return self._cut(n)
 
     def set_aside(self) -> None:
-        """Keep a copy of what is in the cache, if it is not larger than all that may be kept."""
+        """Copy the cache to ``saved``, unless the copy would be larger than all copies may be."""
         if (
             self.tokens
             and not self._shift_pending
@@ -163,13 +162,8 @@ class KVCache:
         ):
             self.saved.add(self.state())
 
-    def _bring_back(self, state: SavedState, wanted: Sequence[int]) -> int:
-        self.saved.take(state)
-        self.restore(state)
-        return self._cut(common_prefix(self.tokens, wanted))
-
     def _cut(self, n: int) -> int:
-        """Keep the first ``n`` tokens; how many those are, 0 where a model cannot go back by part of a text."""
+        """Keep the first ``n`` tokens and return ``n``; 0 if the model's cache cannot drop part of a text."""
         if n < len(self.tokens) and not self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1):
             self._api.llama_memory_clear(self._memory, False)
             n = 0
@@ -177,8 +171,8 @@ class KVCache:
         return n
 
     def state(self) -> SavedState:
-        """A copy of what llama.cpp keeps of the tokens."""
-        self._leave_token()
+        """A copy of the cache. Raises EngineError right after ``drop``, before the next token is computed."""
+        self._end_token()
         if self._shift_pending:
             raise EngineError(
                 f"{self._path}: the context has just been shifted and cannot be kept before the next token"
@@ -191,8 +185,8 @@ class KVCache:
         return SavedState(tuple(self.tokens), data)
 
     def restore(self, state: SavedState) -> None:
-        """Put a copy in the place of what is there. Raises EngineError, with the cache empty, if it does not fit."""
-        self._leave_token()
+        """Replace the cache by a copy. If llama.cpp does not take it, raises EngineError with the cache empty."""
+        self._end_token()
         self._empty()
         mark = self._log.mark()
         n = self._api.llama_state_seq_set_data(self.context, _bytes_at(state.data), state.data.nbytes, _SEQUENCE)
@@ -204,9 +198,12 @@ class KVCache:
 
     # ---- computing
 
-    def feed(self, tokens: Sequence[int]) -> bool:
-        """Compute ``tokens`` after what is there; False if that was aborted. Raises ContextFullError, DecodeError."""
-        self._leave_chunks()
+    def compute(self, tokens: Sequence[int]) -> bool:
+        """Compute ``tokens`` after those in the cache; False if that was aborted.
+
+        Raises ContextFullError and DecodeError.
+        """
+        self._drop_chunks()
         if len(tokens) == 1:
             self._one[0] = tokens[0]
             return self._decode(self._one_batch, tokens)
@@ -221,31 +218,31 @@ class KVCache:
         return True
 
     def synchronize(self) -> None:
-        """Wait until what was fed is computed: GPUs and workers are still at it when llama.cpp comes back."""
+        """Wait until all given tokens are computed: GPUs and workers may still compute when llama.cpp returns."""
         self._api.llama_synchronize(self.context)
 
-    def rows(self, tokens: Sequence[int]) -> bool:
-        """``feed`` with logits on every row, for at most ``n_batch`` tokens."""
-        self._leave_chunks()
+    def compute_all_logits(self, tokens: Sequence[int]) -> bool:
+        """``compute`` at most ``n_batch`` tokens, with logits after each of them; False if that was aborted."""
+        self._drop_chunks()
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
         batch = self._api.llama_batch_get_one(ids, len(tokens))
         batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
         return self._decode(batch, tokens)
 
-    # ---- texts that know nothing of each other
+    # ---- independent texts side by side
 
     def compute_chunks(self, batch: SideBySide, owner: object) -> bool:
         """Compute the next part of several texts of ``owner``; False if that was aborted. Raises DecodeError.
 
-        What was there is lost. Raises EngineError if something else has been computed since the part before.
+        The first part empties the cache. Raises EngineError if something else was computed since the part before.
         """
         if batch.begin == 0:
             self._empty()
             self._chunks_of = owner
         self.check_chunks(owner)
         mark = self._log.mark()
-        self._give(batch.n_tokens)
+        self._begin_batch(batch.n_tokens)
         status = batch.decode(self.context)
         self.n_returned += 1
         if status not in (0, _ABORTED):
@@ -253,27 +250,26 @@ class KVCache:
         return status == 0
 
     def check_chunks(self, owner: object) -> None:
-        """Raise EngineError unless what was computed last are chunks of ``owner``."""
+        """Raise EngineError unless the cache holds chunks of ``owner``."""
         if self._chunks_of is not owner:
             raise EngineError(f"{self._path}: another caller has had a turn between two parts of these chunks")
 
-    def _leave_chunks(self) -> None:
+    def _drop_chunks(self) -> None:
         if self._chunks_of is not None:
             self._empty()
 
-    # ---- what came of it
+    # ---- logits
 
     def logits(self, n_rows: int) -> NDArray[np.float32]:
-        """Those of the ``n_rows`` rows that were computed last and asked for, (n_rows, n_vocab): a view, gone with the
-        next call."""
+        """Logits of the last ``n_rows`` tokens that wanted them, (n_rows, n_vocab): a view until the next call."""
         pointer = self._api.llama_get_logits(self.context)
         view: NDArray[np.float32] = np.ctypeslib.as_array(pointer, (n_rows, self._n_vocab))
         return view
 
     def last_logits(self) -> NDArray[np.float32]:
-        """Those after the newest token, (n_vocab,): a view, gone with the next call."""
+        """Logits after the newest token, (n_vocab,): a view, valid until the next call."""
         address = self._row_at(self.context, -1)
-        if address != self._row_address:  # it is made once, as long as llama.cpp's buffer stays where it is
+        if address != self._row_address:  # the view is made again only when llama.cpp's buffer has moved
             array: Any = (ctypes.c_float * self._n_vocab).from_address(address)
             self._row = np.frombuffer(array, np.float32)
             self._row_address = address
@@ -281,14 +277,14 @@ class KVCache:
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
         mark = self._log.mark()
-        self._give(len(tokens))
+        self._begin_batch(len(tokens))
         status = self._api.llama_decode(self.context, batch)
         self.n_returned += 1
         if status == 0:
             self.tokens += tokens
             self._shift_pending = False
             return True
-        if self._shift_pending:  # broken off part-way, it would be done twice to some keys
+        if self._shift_pending:  # some keys may be rotated already, and would be rotated twice
             self._empty()
         n_kept = self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
         self.tokens = [*self.tokens, *tokens][:n_kept]
@@ -298,13 +294,13 @@ class KVCache:
             raise ContextFullError(f"the context of {self.n_ctx} tokens is full; ask for more with --ctx-size")
         raise self._failed(status, mark)
 
-    def _give(self, n_tokens: int) -> None:
-        if self.given_tokens > n_tokens:  # else waiting for those would be taken for waiting for these
+    def _begin_batch(self, n_tokens: int) -> None:
+        if self.given_tokens > n_tokens:  # so that a watch does not count the wait for those as one for these
             self.synchronize()
         self.given_tokens = 0 if self._shift_pending else n_tokens
 
-    def _leave_token(self) -> None:
-        """Something else begins; a prompt may still be computed meanwhile."""
+    def _end_token(self) -> None:
+        """Call when something other than computing a single token begins. A prompt may still be computed meanwhile."""
         if self.given_tokens == 1:
             self.given_tokens = 0
 
@@ -312,8 +308,8 @@ class KVCache:
         return DecodeError(f"{self._path}: llama.cpp failed to compute ({status}): {self._log.cause_since(mark)}")
 
     def drop(self, begin: int, n: int) -> bool:
-        """Take ``n`` tokens out of the middle; those after them move up. False where the model's cache cannot."""
-        self._leave_token()
+        """Drop ``n`` tokens from ``begin`` on; later ones move up. False if the model's cache cannot do that."""
+        self._end_token()
         if not self._api.llama_memory_can_shift(self._memory):
             return False
         end = begin + n
@@ -326,7 +322,7 @@ class KVCache:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """Length of the longest common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

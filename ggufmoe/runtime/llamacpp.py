@@ -29,8 +29,8 @@ from ggufmoe.options import ContextOptions, OffloadOptions, given_or_default
 from ggufmoe.placement.devices import find_machine
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
 from ggufmoe.placement.report import REPORT_LINES, Placement, device_list, placement_of, set_parameters
-from ggufmoe.runtime.engine import checked_model, native_api, native_log
-from ggufmoe.runtime.loading import loading_lock
+from ggufmoe.runtime.bindings import native_api, native_log
+from ggufmoe.runtime.loading import checked_model, loading_lock
 
 if TYPE_CHECKING:
     from llama_cpp import Llama

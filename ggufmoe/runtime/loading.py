@@ -1,7 +1,7 @@
-"""A model and its context as llama.cpp holds them: loaded as planned, watched over while it loads, freed at the end.
+"""A model and its context as llama.cpp holds them: loaded as planned, with progress and cancelling, freed at the end.
 
-Owns the native handles. All of it runs in the engine's native thread. Where weights go is planned in ``offload``, what
-is computed is said in ``kvcache`` and ``generation``.
+Owns the native handles and what is checked before llama.cpp allocates. All of it runs in the engine's native thread.
+Where weights go is planned by ``placement``; what is computed is said in ``kvcache`` and ``generation``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import Cancelled, EngineError, ModelLoadError
+from ggufmoe.errors import Cancelled, EngineError, GGUFError, ModelLoadError
 from ggufmoe.gguf.header import Header
-from ggufmoe.gguf.model import ModelHeader
+from ggufmoe.gguf.model import ModelHeader, check_kind, read_model_header
+from ggufmoe.gguf.names import legacy_experts
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
@@ -25,24 +26,25 @@ from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads, memory_bytes
 from ggufmoe.placement.devices import Machine, find_machine
-from ggufmoe.placement.footprint import context_tokens, kv_cache_bytes
+from ggufmoe.placement.footprint import Footprint, context_tokens
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
 from ggufmoe.placement.report import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.kvcache import ComputedBy, KVCache, SavedStates
-from ggufmoe.runtime.vocabulary import Vocabulary
+from ggufmoe.runtime.vocabulary import LoadedVocabulary
 from ggufmoe.sizes import memory_size
+from ggufmoe.work import OnProgress, Progress
 
 _FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 
 loading_lock = threading.Lock()
-"""Held while a model is loaded: llama.cpp's log, which is read for a report, is one for the whole process."""
+"""Held while a model is loaded: the report is read from llama.cpp's log, and a process has only one log."""
 _logger = logging.getLogger("ggufmoe")
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What to load, and how."""
+    """A checked model, and the options to load it with."""
 
     model: ModelHeader
     context: ContextOptions
@@ -53,16 +55,31 @@ class LoadRequest:
         return self.model.paths[0]
 
 
+def checked_model(path: Path) -> ModelHeader:
+    """The header of a model that llama.cpp can load. Raises GGUFError."""
+    model = read_model_header(path)
+    check_kind(model)
+    old = legacy_experts(tensor.name for tensor in model.tensors)
+    if old:
+        raise GGUFError(
+            f"{path}: an old Mixtral file with one tensor per expert ({old[0]}), which llama.cpp no longer loads; "
+            f"stack its experts with `ggufmoe quantize {path.name} -o NEW.gguf -q COPY`"
+        )
+    if not model.tensors:
+        raise GGUFError(f"{path}: holds no weights, only a vocabulary or metadata; give the file of the whole model")
+    return model
+
+
 class LoadedModel:
-    """The handles of a model: ``load`` it once, ``free`` it once."""
+    """The native handles of a model: ``load`` it once, ``free`` it once."""
 
     def __init__(self, api: Any, log: NativeLog, request: LoadRequest) -> None:
         self.api = api
         self.log = log
         self.path = request.path
         self.on_token: Callable[[Token], Token] | None = None
-        """What a new token passes through before its reader gets it, in the native thread."""
-        self.vocabulary: Vocabulary
+        """Called with each new token, in the native thread; its result is what the reader gets."""
+        self.vocabulary: LoadedVocabulary
         self.placement: Placement
         self.n_ctx_train: int
         self.abort_callback, self.abort_flag = no_wait_callback(api)
@@ -73,12 +90,12 @@ class LoadedModel:
         self._model: Any = None
         self._context: Any = None
         self._lost = ""
-        """Why there is no context any more, if there is none."""
+        """Why the last attempt to make a context failed."""
         self._cache: KVCache
 
     @property
     def cache(self) -> KVCache:
-        """What the context keeps. Raises EngineError once freed, and where a new one could not be made."""
+        """The KV cache of the context. Raises EngineError once freed, and after a new context could not be made."""
         if not self._model:
             raise EngineError(f"the engine of {self.path} has been closed")
         if not self._context:
@@ -93,32 +110,36 @@ class LoadedModel:
         """The ``llama_model *``, until ``free``."""
         return self._model
 
-    def load(self, watcher: LoadWatcher) -> None:
-        """Raises ModelLoadError, Cancelled, and what ``watcher`` does; ``free`` gives back what was loaded."""
+    def load(self, callback: LoadCallback) -> None:
+        """Load weights and make a context. ``free`` also gives back what a load that failed has allocated.
+
+        Raises ModelLoadError, Cancelled, and what ``on_progress`` raised.
+        """
         request = self._request
         machine = find_machine(request.offload.device, remote=bool(request.offload.workers))
         plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
         for warning in plan.warnings:
             _logger.warning("%s: %s", self.path, warning)
+        self._check_memory(request.context, plan)
         with loading_lock, self.log.collecting(REPORT_LINES) as lines:
-            self._check_wanted(watcher)
-            self._model = self._load_model(machine, plan, watcher)
-            self._check_wanted(watcher)
+            self._check_not_cancelled(callback)
+            self._model = self._load_model(machine, plan, callback)
+            self._check_not_cancelled(callback)
             self.n_ctx_train = int(self.api.llama_model_n_ctx_train(self._model))
-            self._context = self._make_context(request.context, plan)
+            self._context = self._make_context(request.context)
         self.placement = placement_of(plan, lines, machine)
         for difference in self.placement.differences:
             _logger.warning("%s: not placed as planned: %s", self.path, difference)
-        self._check_wanted(watcher)
+        self._check_not_cancelled(callback)
         if not self.api.llama_get_memory(self._context) or self.api.llama_model_has_encoder(self._model):
             raise ModelLoadError(
                 f"{self.path}: not a model that continues text: it has an encoder, or keeps no context"
             )
-        self.vocabulary = Vocabulary(self.api, self._model, self.path, self._header.get(EOS_TOKEN_IDS, ()))
+        self.vocabulary = LoadedVocabulary(self.api, self._model, self.path, self._header.get(EOS_TOKEN_IDS, ()))
         self._cache = self._new_cache()
 
-    def _check_wanted(self, watcher: LoadWatcher) -> None:
-        if watcher.cancelled():
+    def _check_not_cancelled(self, callback: LoadCallback) -> None:
+        if callback.cancelled():
             raise Cancelled(f"{self.path}: loading was stopped")
 
     def _new_cache(self) -> KVCache:
@@ -133,32 +154,30 @@ class LoadedModel:
 
     # ---- the model
 
-    def _load_model(self, machine: Machine, plan: OffloadPlan, watcher: LoadWatcher) -> Any:
+    def _load_model(self, machine: Machine, plan: OffloadPlan, callback: LoadCallback) -> Any:
         mark = self.log.mark()
         parameters = self.api.llama_model_default_params()
         key = self._request.model.hyper.key(Keys.LLM.EXPERT_USED_COUNT)
         _alive = set_parameters(self.api, parameters, machine, plan, self._request.offload, key)
-        parameters.progress_callback = self.api.llama_progress_callback(watcher)
+        parameters.progress_callback = self.api.llama_progress_callback(callback)
         model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
-        if not model and not watcher.stopped:
+        if not model and not callback.stopped:
             cause = self.log.cause_since(mark)
             if "_Host buffer" in cause and not parameters.no_host:
                 _logger.warning("%s: %s; trying again as with --no-host", self.path, cause)
                 parameters.no_host = True
                 model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not model:
-            watcher.check()
-            self._check_wanted(watcher)
+            callback.raise_failure()
+            self._check_not_cancelled(callback)
             raise ModelLoadError(f"{self.path}: llama.cpp cannot load it: {self.log.cause_since(mark)}")
         return model
 
     # ---- the context
 
-    def _make_context(self, options: ContextOptions, plan: OffloadPlan) -> Any:
+    def _make_context(self, options: ContextOptions) -> Any:
         mark = self.log.mark()
-        parameters = self._context_parameters(options)
-        self._check_cache_size(options, parameters.n_ctx, plan)
-        context = self.api.llama_init_from_model(self._model, parameters)
+        context = self.api.llama_init_from_model(self._model, self._context_parameters(options))
         if not context:
             raise ModelLoadError(
                 f"{self.path}: no such context can be made: {self.log.cause_since(mark)} "
@@ -166,17 +185,26 @@ class LoadedModel:
             )
         return context
 
-    def _check_cache_size(self, options: ContextOptions, n_ctx: int, plan: OffloadPlan) -> None:
-        # systems that promise more memory than they have end the process once llama.cpp fills its cache
-        hyper, there = self._request.model.hyper, memory_bytes()
-        if hyper.architecture != "llama" or not there:
+    def _check_memory(self, options: ContextOptions, plan: OffloadPlan) -> None:
+        """Raise ModelLoadError for a context whose KV cache and buffers exceed this machine's memory.
+
+        Systems that promise more memory than they have end the process once llama.cpp fills its buffers. Nothing is
+        refused where the KV cache's size is only an upper estimate, or the system does not tell its memory.
+        """
+        footprint, there = Footprint(self._request.model, options, self._request.offload), memory_bytes()
+        if not there or not footprint.hyper.has_plain_cache:
             return
-        needed = sum(kv_cache_bytes(hyper, layer, n_ctx, options) for layer in range(plan.n_layer))
-        planned = sum(share.kv_bytes for share in plan.shares)
-        if planned and needed * plan.host.kv_bytes / planned > there:
+        in_gpus = self._request.offload.kv_offload
+        kv_bytes = sum(
+            n_bytes for layer, n_bytes in enumerate(footprint.kv_layers) if layer in plan.host.layers or not in_gpus
+        )
+        computes_here = plan.host.layers or plan.host.expert_layers
+        buffer_bytes = footprint.compute_bytes if computes_here else footprint.host_compute_bytes
+        if kv_bytes + buffer_bytes > there:
             raise ModelLoadError(
-                f"{self.path}: a context of {n_ctx} tokens takes {memory_size(needed)}, and this machine has "
-                f"{memory_size(there)}; ask for less with --ctx-size"
+                f"{self.path}: a context of {options.n_ctx or footprint.n_ctx} tokens takes "
+                f"{memory_size(kv_bytes)} for the KV cache and about {memory_size(buffer_bytes)} for buffers, "
+                f"and this machine has {memory_size(there)}; ask for a smaller one with --ctx-size"
             )
 
     def _context_parameters(self, options: ContextOptions) -> Any:
@@ -204,13 +232,13 @@ class LoadedModel:
         return parameters
 
     def observe(self, observer: Callable[[int, bool], bool] | None) -> None:
-        """A new context, whose graphs ``observer`` sees; what was in the cache is lost."""
+        """Make a new context whose graphs are shown to ``observer``; the cache is emptied."""
         callback = self.api.ggml_backend_sched_eval_callback
         made = None if observer is None else callback(lambda tensor, ask, _: observer(tensor, ask))
         self._renew_context(self._request.context, made)
 
     def set_context(self, options: ContextOptions) -> None:
-        """A new context with other options; what was in the cache is lost."""
+        """Make a new context with other options; the cache is emptied."""
         self._renew_context(options, self.observer)
 
     def _renew_context(self, options: ContextOptions, observer: Any) -> None:
@@ -220,7 +248,8 @@ class LoadedModel:
             self.api.llama_free(context)
         self.observer = observer
         try:
-            self._context = self._make_context(options, self.placement.plan)
+            self._check_memory(options, self.placement.plan)
+            self._context = self._make_context(options)
         except BaseException as error:
             self.observer = self.on_token = None
             self._lost = str(error)
@@ -232,7 +261,7 @@ class LoadedModel:
     # ---- the end
 
     def free(self) -> None:
-        """Give back all memory."""
+        """Give back all native memory."""
         if hasattr(self, "vocabulary"):
             self.vocabulary.close()
         self._saved.clear()
@@ -244,29 +273,31 @@ class LoadedModel:
             self.api.llama_model_free(model)
 
 
-class LoadWatcher:
-    """Whom llama.cpp asks while it loads whether to go on: tells ``on_progress`` the part that is done, 0 to 1.
+class LoadCallback:
+    """The callback of llama.cpp's loading: passes the progress on, and returns whether to continue.
 
-    Nothing can be raised through C, so what ``on_progress`` raises is kept for ``check``.
+    Nothing can be raised through C, so an exception of ``on_progress`` is kept for ``raise_failure``.
     """
 
-    def __init__(self, on_progress: Callable[[float], None] | None, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, on_progress: OnProgress | None, cancelled: Callable[[], bool], item: str) -> None:
         self.cancelled = cancelled
-        self._on_progress = on_progress
-        self._failure: BaseException | None = None
         self.stopped = False
+        """Whether llama.cpp was told to stop."""
+        self._on_progress = on_progress
+        self._item = item
+        self._failure: BaseException | None = None
 
     def __call__(self, part: float, _: Any) -> bool:
         try:
             if self._on_progress is not None:
-                self._on_progress(part)
+                self._on_progress(Progress("load", part, 1.0, "parts", self._item))
             self.stopped = self.cancelled()
         except BaseException as failure:
             self._failure, self.stopped = failure, True
         return not self.stopped
 
-    def check(self) -> None:
-        """Raise what ``on_progress`` has raised."""
+    def raise_failure(self) -> None:
+        """Raise the exception of ``on_progress``, if there was one."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

@@ -1,7 +1,7 @@
-"""The one thread in which an engine's native code runs, and the queue in front of it.
+"""The one thread in which an engine's native code runs, and the queue of jobs in front of it.
 
-Owns the order of jobs, the flag by which llama.cpp is stopped inside a computation, and the end. What the jobs do is
-said elsewhere.
+Owns the order of jobs, the flag by which llama.cpp is aborted inside a computation, and the end of the thread. What
+the jobs compute is said in ``local`` and ``generation``.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from ggufmoe.errors import EngineError
 from ggufmoe.work import CancelFlag, checked_flag
 
 T = TypeVar("T")
-_POLL_S = 0.2
-"""Windows notices Ctrl-C only between waits."""
+_WAIT_S = 0.2
+"""Length of one wait: Windows notices Ctrl-C only between waits."""
 WATCH_S = 0.05
-"""So often who waits for something that can be stopped looks whether it is to be."""
+"""A waiting thread checks this often whether its computation has been cancelled."""
 LEAVE_S = 0.25
-"""So long who has stopped something waits for llama.cpp to leave it, which it does between two operations; one of a
-large prompt takes a second on few cores. It is left to itself then."""
+"""A caller that has cancelled waits this long for llama.cpp to return, and then leaves without. llama.cpp checks the
+abort flag between two operations, and one operation of a large prompt takes a second on few cores."""
 
 
-class Turn:
-    """What may be stopped, by ``NativeThread.abort`` or a caller's flag: one answer, or one series of computations."""
+class Cancellation:
+    """Whether one answer, or one series of computations, is to be cancelled: by the caller's flag or by ``abort``."""
 
-    def __init__(self, cancel: CancelFlag | None = None) -> None:
-        self.cancelled = False
-        self._cancel = checked_flag(cancel)
+    def __init__(self, flag: CancelFlag | None = None) -> None:
+        self.aborted = False
+        """Set by ``NativeThread.abort``, which also reaches a computation inside llama.cpp."""
+        self._flag = checked_flag(flag)
 
-    def is_stopped(self) -> bool:
-        """Whether it is to end; the flag alone does not reach llama.cpp before somebody asks the native thread."""
-        return self.cancelled or (self._cancel is not None and self._cancel.is_set())
+    def is_requested(self) -> bool:
+        """Whether the caller's flag is set or ``abort`` was called."""
+        return self.aborted or (self._flag is not None and self._flag.is_set())
 
 
 class Job(Protocol):
-    """Something to be done in the native thread. ``run`` raises nothing; ``fail`` is called in its stead at the end."""
+    """Work for the native thread. ``run`` raises nothing; when the thread ends first, ``fail`` is called instead."""
 
-    turn: Turn
+    cancellation: Cancellation
 
     def run(self) -> None: ...
 
@@ -56,23 +57,23 @@ class Job(Protocol):
 
 
 class NativeThread:
-    """Runs jobs one after another, in the order in which they came, until ``close``; then ``last``, once.
+    """Runs jobs one after another, in the order of ``submit``, until ``close``; then calls ``at_end`` once.
 
-    ``abort_flag`` is a buffer whose first byte, once it is set, makes llama.cpp leave a computation.
+    ``abort_flag`` is a buffer; when its first byte is not zero, llama.cpp aborts the computation that runs.
     """
 
-    def __init__(self, name: str, abort_flag: ctypes.Array[ctypes.c_char], last: Callable[[], None]) -> None:
+    def __init__(self, name: str, abort_flag: ctypes.Array[ctypes.c_char], at_end: Callable[[], None]) -> None:
         self.name = name
         self.closed = False
         self._abort_flag = abort_flag
         self._lock = threading.Condition()
         self._jobs: deque[Job] = deque()
-        self._running: Turn | None = None
-        self._last: Callable[[], None] | None = last
+        self._running: Cancellation | None = None
+        self._at_end: Callable[[], None] | None = at_end
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="ggufmoe-native", daemon=True)
         self._thread.start()
-        _living().add(self)
+        _open_threads().add(self)
 
     @property
     def is_busy(self) -> bool:
@@ -80,75 +81,71 @@ class NativeThread:
         return self._running is not None
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises EngineError once closed."""
+        """Queue a job. Raises EngineError once closed, and in a process that was forked afterwards."""
         with self._lock:
-            self._check_usable()
+            if self.closed:
+                raise self._closed_error()
+            if os.getpid() != self._process:
+                raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
             self._jobs.append(job)
             self._lock.notify()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the native thread when its turn comes, and give what it gives or raise what it raises.
+        """Run ``function`` in the native thread after all earlier jobs; return its result or raise its exception.
 
-        Raises EngineError in the native thread itself, where it could only wait for itself.
+        Raises EngineError in the native thread itself, which would wait for itself.
         """
-        call = self._submitted(function, Turn())
-        with self._aborting(call):
-            while not call.done.wait(_POLL_S):
-                self.ask(call.turn)
-        return call.result()
+        queued = self._queue(function, Cancellation())
+        with self._aborted_on_error(queued):
+            while not queued.done.wait(_WAIT_S):
+                self.abort_if_requested(queued.cancellation)
+        return queued.result()
 
-    def call_until_stopped(self, function: Callable[[], T | None], turn: Turn) -> T | None:
-        """The same for what may be stopped: None soon after ``turn`` is.
+    def call_until_cancelled(self, function: Callable[[], T | None], cancellation: Cancellation) -> T | None:
+        """Run ``function`` like ``call``, but return None within ``LEAVE_S`` once ``cancellation`` is requested.
 
-        ``function`` may still be in llama.cpp then, and whoever comes next waits for it; or it waited for its turn and
+        Then ``function`` may still be inside llama.cpp, and the next job waits for it; or its turn had not come, and it
         will not be called.
         """
-        self.ask(turn)
-        call = self._submitted(lambda: None if turn.cancelled else function(), turn)
+        self.abort_if_requested(cancellation)
+        queued = self._queue(lambda: None if cancellation.aborted else function(), cancellation)
         leave_at = math.inf
-        with self._aborting(call):
-            while not call.done.wait(WATCH_S):
-                if self.ask(turn):
+        with self._aborted_on_error(queued):
+            while not queued.done.wait(WATCH_S):
+                if self.abort_if_requested(cancellation):
                     leave_at = min(leave_at, time.monotonic() + LEAVE_S)
                 if time.monotonic() >= leave_at:
                     return None
-        return call.result()
+        return queued.result()
 
-    def ask(self, turn: Turn) -> bool:
-        """Whether ``turn`` is stopped. Aborts it then, and what runs if that is: its own reader may be elsewhere."""
-        for asked in (turn, self._running):
-            if asked is not None and not asked.cancelled and asked.is_stopped():
-                self.abort(asked)
-        return turn.cancelled
+    def abort_if_requested(self, cancellation: Cancellation) -> bool:
+        """Abort ``cancellation`` if it is requested, and likewise the job that runs now; whether the first is aborted.
 
-    def _submitted(self, function: Callable[[], T], turn: Turn) -> _Call[T]:
-        self.check_outside()
-        call = _Call(function, turn)
-        self.submit(call)
-        return call
+        A caller's flag by itself does not reach llama.cpp: some thread has to call this. The reader of the job that
+        runs may be busy elsewhere, so every waiting thread looks after that job too.
+        """
+        for candidate in (cancellation, self._running):
+            if candidate is not None and not candidate.aborted and candidate.is_requested():
+                self.abort(candidate)
+        return cancellation.aborted
 
-    @contextmanager
-    def _aborting(self, call: _Call[T]) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:  # Ctrl-C: nobody will want the result
-            self.abort(call.turn)
-            raise
+    def abort(self, cancellation: Cancellation) -> None:
+        """Stop the job of ``cancellation``: before it begins, or inside a computation of llama.cpp."""
+        with self._lock:
+            cancellation.aborted = True
+            if self._running is cancellation:
+                self._abort_flag[0] = b"\x01"
 
-    def check_outside(self) -> None:
-        """Raise EngineError in the native thread, which would wait for itself."""
+    def check_not_native_thread(self) -> None:
+        """Raise EngineError when called in the native thread, which must not wait for itself."""
         if threading.current_thread() is self._thread:
             raise EngineError(f"{self.name}: an engine cannot be used from inside its own callbacks")
 
-    def abort(self, turn: Turn) -> None:
-        """Stop what belongs to ``turn``, inside a computation as well."""
-        with self._lock:
-            turn.cancelled = True
-            if self._running is turn:
-                self._abort_flag[0] = b"\x01"
-
     def close(self) -> None:
-        """Stop what runs, fail what waits, and wait until all has ended. May be called again, and in any thread."""
+        """Abort the running job, fail the queued ones and wait for the thread's end.
+
+        May be called again, and from any thread.
+        """
         with self._lock:
             self.closed = True
             self._abort_flag[0] = b"\x01"
@@ -156,25 +153,35 @@ class NativeThread:
         if os.getpid() == self._process and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check_usable(self) -> None:
-        if self.closed:
-            raise EngineError(f"the engine of {self.name} has been closed")
-        if os.getpid() != self._process:
-            raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
+    def _queue(self, function: Callable[[], T], cancellation: Cancellation) -> _QueuedCall[T]:
+        self.check_not_native_thread()
+        queued = _QueuedCall(function, cancellation)
+        self.submit(queued)
+        return queued
+
+    @contextmanager
+    def _aborted_on_error(self, queued: _QueuedCall[T]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # Ctrl-C: nobody will use the result
+            self.abort(queued.cancellation)
+            raise
+
+    def _closed_error(self) -> EngineError:
+        return EngineError(f"the engine of {self.name} has been closed")
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
+        while (job := self._next_job()) is not None:
             job.run()
             del job  # what it refers to must not live until the next one comes
-        error = EngineError(f"the engine of {self.name} has been closed")
         for waiting in self._jobs:
-            waiting.fail(error)
+            waiting.fail(self._closed_error())
         self._jobs.clear()
-        last, self._last = self._last, None
-        if last is not None:
-            last()
+        at_end, self._at_end = self._at_end, None
+        if at_end is not None:
+            at_end()
 
-    def _next(self) -> Job | None:
+    def _next_job(self) -> Job | None:
         with self._lock:
             self._running = None
             while not self._jobs and not self.closed:
@@ -182,16 +189,16 @@ class NativeThread:
             if self.closed:
                 return None
             job = self._jobs.popleft()
-            self._running = job.turn
-            self._abort_flag[0] = b"\x01" if job.turn.cancelled else b"\x00"
+            self._running = job.cancellation
+            self._abort_flag[0] = b"\x01" if job.cancellation.aborted else b"\x00"
             return job
 
 
-class _Call(Generic[T]):
-    """A function to be run in the native thread, and what came of it."""
+class _QueuedCall(Generic[T]):
+    """A function that the native thread will run, and its result or exception."""
 
-    def __init__(self, function: Callable[[], T], turn: Turn) -> None:
-        self.turn = turn
+    def __init__(self, function: Callable[[], T], cancellation: Cancellation) -> None:
+        self.cancellation = cancellation
         self.done = threading.Event()
         self._function: Callable[[], T] | None = function
         self._result: T
@@ -218,14 +225,14 @@ class _Call(Generic[T]):
 
 
 @cache
-def _living() -> weakref.WeakSet[NativeThread]:
-    """The threads that have not ended; native code that still runs when the interpreter goes would crash it."""
-    living: weakref.WeakSet[NativeThread] = weakref.WeakSet()
+def _open_threads() -> weakref.WeakSet[NativeThread]:
+    """The native threads of this process. All are closed at the interpreter's end: native code would crash after it."""
+    threads: weakref.WeakSet[NativeThread] = weakref.WeakSet()
 
-    def end() -> None:
-        for thread in list(living):
+    def close_all() -> None:
+        for thread in list(threads):
             with contextlib.suppress(RuntimeError):
                 thread.close()
 
-    atexit.register(end)
-    return living
+    atexit.register(close_all)
+    return threads

@@ -22,7 +22,7 @@ from ggufmoe.errors import EngineError, InputError
 from ggufmoe.options import MAX_SEED, SamplingOptions, bounds
 from ggufmoe.runtime.grammar import grammar_of
 from ggufmoe.runtime.kvcache import KVCache
-from ggufmoe.runtime.vocabulary import Vocabulary
+from ggufmoe.runtime.vocabulary import LoadedVocabulary
 
 _log = logging.getLogger("ggufmoe.sampling")
 _BREAKERS = ("\n", ":", '"', "*")
@@ -59,26 +59,26 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _SettingSource:
     """Where one setting comes from when the caller leaves it out: a key of the model's file, else a default."""
 
     key: str
     default: float
 
 
-_SOURCES: dict[str, _Source] = {
-    "temperature": _Source("general.sampling.temp", 0.7),
-    "top_k": _Source("general.sampling.top_k", 50),
-    "top_p": _Source("general.sampling.top_p", 0.95),
-    "min_p": _Source("general.sampling.min_p", 0.0),
-    "typical_p": _Source("", 1.0),
-    "repeat_penalty": _Source("general.sampling.penalty_repeat", 1.0),
-    "repeat_last_n": _Source("general.sampling.penalty_last_n", 64),
-    "xtc_probability": _Source("general.sampling.xtc_probability", 0.0),
-    "xtc_threshold": _Source("general.sampling.xtc_threshold", 0.1),
-    "mirostat": _Source("general.sampling.mirostat", 0),
-    "mirostat_lr": _Source("general.sampling.mirostat_eta", 0.1),
-    "mirostat_ent": _Source("general.sampling.mirostat_tau", 5.0),
+_SOURCES: dict[str, _SettingSource] = {
+    "temperature": _SettingSource("general.sampling.temp", 0.7),
+    "top_k": _SettingSource("general.sampling.top_k", 50),
+    "top_p": _SettingSource("general.sampling.top_p", 0.95),
+    "min_p": _SettingSource("general.sampling.min_p", 0.0),
+    "typical_p": _SettingSource("", 1.0),
+    "repeat_penalty": _SettingSource("general.sampling.penalty_repeat", 1.0),
+    "repeat_last_n": _SettingSource("general.sampling.penalty_last_n", 64),
+    "xtc_probability": _SettingSource("general.sampling.xtc_probability", 0.0),
+    "xtc_threshold": _SettingSource("general.sampling.xtc_threshold", 0.1),
+    "mirostat": _SettingSource("general.sampling.mirostat", 0),
+    "mirostat_lr": _SettingSource("general.sampling.mirostat_eta", 0.1),
+    "mirostat_ent": _SettingSource("general.sampling.mirostat_tau", 5.0),
 }
 
 
@@ -96,7 +96,7 @@ def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Samplin
     return Sampling(**filled, seed=seed, n_predict=options.n_predict, grammar=grammar_of(options), options=options)
 
 
-def _fill(name: str, source: _Source, metadata: Callable[[str], Any]) -> float:
+def _fill(name: str, source: _SettingSource, metadata: Callable[[str], Any]) -> float:
     value = metadata(source.key)
     if value is None:
         return source.default
@@ -116,7 +116,7 @@ class Sampler:
     the model does not have, and for a grammar that llama.cpp does not take.
     """
 
-    def __init__(self, api: Any, vocabulary: Vocabulary, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(self, api: Any, vocabulary: LoadedVocabulary, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._api = api
         self._n_vocab = vocabulary.n_tokens
         vocabulary.check_tokens([token for token, _ in sampling.options.biases])
@@ -183,7 +183,7 @@ def _free(api: Any, *samplers: Any) -> None:
             api.llama_sampler_free(sampler)
 
 
-def _grammar(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Any:
+def _grammar(api: Any, vocabulary: LoadedVocabulary, sampling: Sampling) -> Any:
     if sampling.grammar is None:
         return None
     found = api.llama_sampler_init_grammar(vocabulary.handle, sampling.grammar.encode(), b"root")
@@ -192,7 +192,7 @@ def _grammar(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Any:
     return found
 
 
-def _links(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+def _links(api: Any, vocabulary: LoadedVocabulary, sampling: Sampling) -> Iterator[Any]:
     yield from _biases(api, vocabulary, sampling)
     if sampling.mirostat:
         yield from _mirostat(api, vocabulary, sampling)
@@ -206,7 +206,7 @@ def _links(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any
     yield api.llama_sampler_init_dist(sampling.seed)
 
 
-def _biases(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+def _biases(api: Any, vocabulary: LoadedVocabulary, sampling: Sampling) -> Iterator[Any]:
     biases = sampling.options.biases
     if not biases:
         return
@@ -214,7 +214,7 @@ def _biases(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[An
     yield api.llama_sampler_init_logit_bias(vocabulary.n_tokens, len(biases), array)
 
 
-def _mirostat(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+def _mirostat(api: Any, vocabulary: LoadedVocabulary, sampling: Sampling) -> Iterator[Any]:
     seed, tau, eta = sampling.seed, sampling.mirostat_ent, sampling.mirostat_lr
     yield api.llama_sampler_init_temp(sampling.temperature)
     if sampling.mirostat == 1:
@@ -223,7 +223,7 @@ def _mirostat(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[
         yield api.llama_sampler_init_mirostat_v2(seed, tau, eta)
 
 
-def _penalties(api: Any, vocabulary: Vocabulary, sampling: Sampling) -> Iterator[Any]:
+def _penalties(api: Any, vocabulary: LoadedVocabulary, sampling: Sampling) -> Iterator[Any]:
     options, last_n = sampling.options, sampling.repeat_last_n
     penalties = (sampling.repeat_penalty, options.frequency_penalty, options.presence_penalty)
     if last_n and penalties != (1.0, 0.0, 0.0):

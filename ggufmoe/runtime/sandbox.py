@@ -162,7 +162,7 @@ class _Meter:
         return total, all(has_text for _, has_text in sizes)
 
 
-class _Generation(jinja2.ext.Extension):
+class _GenerationTag(jinja2.ext.Extension):
     """``{% generation %}`` marks the assistant's part for training; for us it is only what is inside."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
@@ -232,7 +232,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _Generation],
+            extensions=["jinja2.ext.loopcontrols", _GenerationTag],
             optimized=False,  # the optimizer runs filters while compiling, outside of any budget
             finalize=_finalize,
             cache_size=0,

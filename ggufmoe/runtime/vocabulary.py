@@ -19,7 +19,7 @@ _NONE = 0
 """LLAMA_VOCAB_TYPE_NONE."""
 
 
-class Vocabulary:
+class LoadedVocabulary:
     """The vocabulary of ``model`` (a ``llama_model *``), loaded from ``path``; of use until ``close``.
 
     ``ends`` is the file's ``EOS_TOKEN_IDS``: tokens that end a text besides those that llama.cpp knows.

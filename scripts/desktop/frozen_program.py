@@ -6,7 +6,7 @@ A third argument names a worker, with which the model computes in a child proces
 import sys
 
 from ggufmoe import ContextOptions, Engine, OffloadOptions, SamplingOptions, convert
-from ggufmoe.remote.process import freeze_support
+from ggufmoe.remote import freeze_support
 
 if __name__ == "__main__":
     freeze_support()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, GGUFError, OptionError, WorkerLostError
 from ggufmoe.evaluation.bench import (
     Progress,
@@ -22,7 +23,6 @@ from ggufmoe.evaluation.bench import (
     run_bench,
 )
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.runtime.engine import Engine
 
 ONE = (ContextOptions(n_threads=1),)
 LLAMA_BENCH_FIELDS = """

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ggufmoe.engine import Engine
 from ggufmoe.evaluation.probe import PROBE_ANSWER, PROBE_PROMPT, probe_answer, write_probe_model
 from ggufmoe.gguf.header import read_header
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
-from ggufmoe.runtime.engine import Engine
 from ggufmoe.runtime.events import Token
 
 ON_CPU = OffloadOptions(n_gpu_layers=0)

@@ -35,6 +35,7 @@ from ggufmoe.gguf.types import ValueType
 from ggufmoe.native import library as native
 from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
 from ggufmoe.runtime.events import Event, Finished, Token
+from ggufmoe.work import Progress
 from tests.scripted import BOS, EOS, Scripted
 from tests.stories import GREEDY, ONE_THREAD, STORY
 
@@ -380,7 +381,7 @@ def test_several_texts_share_the_context(mixing_path: Path) -> None:
 
 def test_who_was_told_of_the_loading_may_go(mixing_path: Path) -> None:
     class Window:
-        def show(self, _: float) -> None: ...
+        def show(self, _: Progress) -> None: ...
 
     window = Window()
     gone = weakref.ref(window)

@@ -13,6 +13,7 @@ import pytest
 
 from ggufmoe import Cancelled, ContextOptions, DecodeError, Engine, EngineError
 from ggufmoe.runtime.kvcache import KVCache
+from tests.engines import local_engine
 from tests.remote.workers import PATIENT_S, wait_until
 from tests.runtime.test_engine import last_of
 from tests.stories import GREEDY, ONE_THREAD
@@ -28,7 +29,7 @@ def engine(mixing_path: Path) -> Iterator[Engine]:
 
 
 def in_cache(engine: Engine, work: Callable[[KVCache], object]) -> object:
-    return engine._native.call(lambda: work(engine._loaded.cache))
+    return local_engine(engine)._native.call(lambda: work(local_engine(engine)._loaded.cache))
 
 
 def shifted(engine: Engine) -> list[int]:
@@ -44,7 +45,7 @@ def test_a_shift_that_is_not_done_yet_is_not_kept(engine: Engine, tmp_path: Path
     with pytest.raises(EngineError, match="cannot be kept before the next token"):
         engine.save_session(tmp_path / "x")
     in_cache(engine, KVCache.set_aside)
-    assert not engine._loaded.cache.saved.n_bytes
+    assert not local_engine(engine)._loaded.cache.saved.n_bytes
     assert engine.evaluate([rest[-1]])
     assert engine.save_session(tmp_path / "x") == len(rest) + 1
 
@@ -53,8 +54,8 @@ def test_a_shift_that_is_broken_off_leaves_nothing(engine: Engine) -> None:
     rest = shifted(engine)
 
     def broken_off(kv: KVCache) -> bool:
-        engine._loaded.abort_flag[0] = b"\x01"
-        return kv.feed(rest[-1:])
+        local_engine(engine)._loaded.abort_flag[0] = b"\x01"
+        return kv.compute(rest[-1:])
 
     assert not in_cache(engine, broken_off)
     assert engine.cached_tokens == ()
@@ -70,15 +71,15 @@ class Stalled:
         self.flag = threading.Event()
         self.is_armed = False
         self._engine = engine
-        self._feed = engine._loaded.cache.feed
-        monkeypatch.setattr(engine._loaded.cache, "feed", self.feed)
+        self._compute = local_engine(engine)._loaded.cache.compute
+        monkeypatch.setattr(local_engine(engine)._loaded.cache, "compute", self.compute)
 
-    def feed(self, tokens: Sequence[int]) -> bool:
+    def compute(self, tokens: Sequence[int]) -> bool:
         if not self.is_armed or len(tokens) < 2:
-            return self._feed(tokens)
+            return self._compute(tokens)
         time.sleep(0.2)  # a reader that still has tokens to read would see the flag by itself
         self.flag.set()
-        wait_until(lambda: self._engine._loaded.abort_flag[0] == b"\x01")
+        wait_until(lambda: local_engine(self._engine)._loaded.abort_flag[0] == b"\x01")
         return False
 
 
@@ -97,19 +98,19 @@ def test_who_stops_does_not_wait_for_a_long_operation(
     mixing_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int
 ) -> None:
     with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
-        feed, flag, left = engine._loaded.cache.feed, threading.Event(), threading.Event()
+        compute, flag, left = local_engine(engine)._loaded.cache.compute, threading.Event(), threading.Event()
         calls = 0
 
         def take_long(tokens: Sequence[int]) -> bool:
             nonlocal calls
             calls += 1
             if calls != 1 + n_before:
-                return feed(tokens)
+                return compute(tokens)
             flag.set()
             assert left.wait(PATIENT_S)
-            return feed(tokens)
+            return compute(tokens)
 
-        monkeypatch.setattr(engine._loaded.cache, "feed", take_long)
+        monkeypatch.setattr(local_engine(engine)._loaded.cache, "compute", take_long)
         prompt = engine.tokenize(" w1" * 30)
         last = last_of(engine.generate(prompt, LONG, cancel=flag))
         assert (last.reason, left.is_set()) == ("cancelled", False)
@@ -129,11 +130,11 @@ def stopped(call: Callable[[], object]) -> object:
 STOPPABLE = pytest.mark.parametrize(
     ("method", "call", "outcome"),
     [
-        ("feed", lambda engine, ids, flag: engine.prefill(ids, cancel=flag), Cancelled),
-        ("rows", lambda engine, ids, flag: engine.prefill(ids, cancel=flag, every_row=True), Cancelled),
-        ("feed", lambda engine, ids, flag: engine.evaluate(ids, cancel=flag), None),
+        ("compute", lambda engine, ids, flag: engine.prefill(ids, cancel=flag), Cancelled),
+        ("compute_all_logits", lambda engine, ids, flag: engine.prefill(ids, cancel=flag, every_row=True), Cancelled),
+        ("compute", lambda engine, ids, flag: engine.evaluate(ids, cancel=flag), None),
         ("compute_chunks", lambda engine, ids, flag: list(engine.compute_chunks([ids], 0, cancel=flag)), []),
-        ("rows", lambda engine, ids, flag: engine.logits(ids), DecodeError),
+        ("compute_all_logits", lambda engine, ids, flag: engine.logits(ids), DecodeError),
     ],
     ids=["prefill", "every row", "evaluate", "chunks", "logits"],
 )
@@ -150,7 +151,7 @@ def test_a_call_that_is_stopped_does_not_wait_for_a_long_operation(
     by_flag: bool,
 ) -> None:
     flag, left = threading.Event(), threading.Event()
-    original = getattr(engine._loaded.cache, method)
+    original = getattr(local_engine(engine)._loaded.cache, method)
 
     def take_long(*arguments: object) -> object:
         if by_flag and outcome is not DecodeError:  # logits takes none
@@ -163,7 +164,7 @@ def test_a_call_that_is_stopped_does_not_wait_for_a_long_operation(
     ids = engine.tokenize(" w1" * 30)
     began = time.monotonic()
     with monkeypatch.context() as patched:
-        patched.setattr(engine._loaded.cache, method, take_long)
+        patched.setattr(local_engine(engine)._loaded.cache, method, take_long)
         assert stopped(lambda: call(engine, ids, flag)) == outcome
         assert time.monotonic() - began < PATIENT_S / 2
     left.set()
@@ -183,31 +184,31 @@ def test_a_call_that_is_stopped_before_its_turn_does_nothing(
     ids = engine.tokenize(" w1" * 30)
     second = threading.Thread(target=lambda: results.append(stopped(lambda: call(engine, ids, flag))))
     second.start()
-    wait_until(lambda: bool(engine._native._jobs))
+    wait_until(lambda: bool(local_engine(engine)._native._jobs))
     flag.set()
     engine.cancel()
     second.join(PATIENT_S)
     going_on.set()
     first.join(PATIENT_S)
     assert results == [outcome]
-    assert engine._native.call(lambda: engine.cached_tokens) == tuple(kept)
+    assert local_engine(engine)._native.call(lambda: engine.cached_tokens) == tuple(kept)
 
 
 def test_a_flag_is_noticed_by_whoever_waits(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
-        flag, started, feed = threading.Event(), threading.Event(), engine._loaded.cache.feed
+        flag, started, compute = threading.Event(), threading.Event(), local_engine(engine)._loaded.cache.compute
         events = engine.generate(engine.tokenize(" w1" * 30), LONG, cancel=flag)
         next(events)
         list(engine.generate(engine.tokenize(" w2" * 30), replace(GREEDY, n_predict=1)))
 
-        def feed_again(tokens: Sequence[int]) -> bool:
+        def compute_again(tokens: Sequence[int]) -> bool:
             if len(tokens) > 1 and not started.is_set():
                 flag.set()
                 started.set()
-                wait_until(lambda: engine._loaded.abort_flag[0] == b"\x01")
-            return feed(tokens)
+                wait_until(lambda: local_engine(engine)._loaded.abort_flag[0] == b"\x01")
+            return compute(tokens)
 
-        monkeypatch.setattr(engine._loaded.cache, "feed", feed_again)
+        monkeypatch.setattr(local_engine(engine)._loaded.cache, "compute", compute_again)
         while not started.wait(0.1):  # the answer is computed again, and its reader does something else
             next(events)
         assert engine.prefill(engine.tokenize(" w3" * 30)) > 0
@@ -237,5 +238,5 @@ def test_cancelling_while_room_is_made(mixing_path: Path, monkeypatch: pytest.Mo
             stalled.is_armed = True
             return False
 
-        monkeypatch.setattr(engine._loaded.cache, "drop", cannot_shift)
+        monkeypatch.setattr(local_engine(engine)._loaded.cache, "drop", cannot_shift)
         assert last_of(engine.generate(engine.tokenize(" w1"), LONG, cancel=stalled.flag)).reason == "cancelled"

@@ -20,6 +20,7 @@ import pytest
 
 from ggufmoe import Cancelled, ContextOptions, Engine, EngineError, SamplingOptions
 from ggufmoe.runtime.events import Event, Finished, Token
+from ggufmoe.work import Progress
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
 from tests.stories import GREEDY, ONE_THREAD
 
@@ -156,10 +157,11 @@ def test_a_cancelled_task_frees_the_engine(story: Engine) -> None:
 
 
 def test_progress_of_loading(story_path: Path) -> None:
-    parts: list[float] = []
-    Engine(story_path, ONE_THREAD, on_progress=parts.append).close()
+    reports: list[Progress] = []
+    Engine(story_path, ONE_THREAD, on_progress=reports.append).close()
+    parts = [report.done for report in reports]
     assert parts == sorted(parts)
-    assert parts[-1] == 1.0
+    assert reports[-1] == Progress("load", 1.0, 1.0, "parts", story_path.name)
 
 
 @pytest.mark.parametrize("n_questions", [0, 1, 2, 3])
@@ -169,7 +171,7 @@ def test_loading_stops_when_the_flag_is_set(story_path: Path, n_questions: int) 
 
 
 def test_what_on_progress_raises_ends_the_loading(story_path: Path) -> None:
-    def fail(part: float) -> None:
+    def fail(progress: Progress) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from ggufmoe.remote import host as hosted
-from ggufmoe.remote.host import _Watch
+from ggufmoe.remote.watch import Patience, WorkerWatch
 
 LIMIT_S = 0.5
 
@@ -22,9 +21,15 @@ class Watched:
         self.limit_s: float | None = LIMIT_S
         self.n_done = 0
         self.silences: list[float] = []
-        self.watch = _Watch((), lambda: self.limit_s, lambda: (self.n_done,))
-        self.thread = threading.Thread(target=lambda: self.silences.append(self.watch.silence()[0]), daemon=True)
+        self.watch = WorkerWatch(lambda: (self.n_done,), self.patience, tick_s=0.05)
+        self.thread = threading.Thread(target=self.wait, daemon=True)
         self.thread.start()
+
+    def patience(self) -> Patience | None:
+        return None if self.limit_s is None else Patience(self.limit_s, "the limit")
+
+    def wait(self) -> None:
+        self.silences.append(self.watch.wait_for_silence()[0])
 
     def is_given_up(self, within_s: float = 4 * LIMIT_S) -> bool:
         with self.watch.waiting():
@@ -33,9 +38,7 @@ class Watched:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    monkeypatch.setattr(hosted, "_TICK_S", 0.05)
-    monkeypatch.setattr(hosted, "guard_connections", lambda _: 0)  # looks at every file, which takes time as well
+def watched() -> Iterator[Watched]:
     made = Watched()
     yield made
     made.limit_s = -1.0  # given up at once

@@ -1,0 +1,413 @@
+"""``LocalEngine``: one loaded model whose llama.cpp runs in this process.
+
+Owns which computations follow from each call and what may be called from where. Native handles are ``loading``'s, the
+order of computations ``nativethread``'s, an answer ``generation``'s. What llama.cpp logs goes to ``logging``
+(``ggufmoe.llama``). ``ggufmoe.Engine`` describes the methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import index
+from pathlib import Path
+from typing import Any, Concatenate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, InputError
+from ggufmoe.gguf.header import Header
+from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, given_or_default
+from ggufmoe.placement.report import Placement
+from ggufmoe.runtime.bindings import native_api, native_log
+from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
+from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter
+from ggufmoe.runtime.events import Event
+from ggufmoe.runtime.generation import Generation, GenerationRequest
+from ggufmoe.runtime.kvcache import SavedState
+from ggufmoe.runtime.loading import LoadCallback, LoadedModel, LoadRequest, checked_model
+from ggufmoe.runtime.nativethread import Cancellation, NativeThread
+from ggufmoe.runtime.overflow import Overflow
+from ggufmoe.runtime.sampling import Sampler, resolve
+from ggufmoe.runtime.session import SessionFacts, read_session, write_session
+from ggufmoe.runtime.textstream import stop_strings
+from ggufmoe.work import CancelFlag, OnProgress
+
+_LOGITS_BATCH = 512
+"""Rows of logits that are computed and copied at once."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the native thread does at this moment, for a watch over it."""
+
+    is_busy: bool
+    """Whether llama.cpp, or the code around it, runs."""
+    given_tokens: int
+    """Tokens of the batch that llama.cpp was given last; 0 if there is no context."""
+    n_batches: int
+    """Batches from which llama.cpp has returned."""
+
+
+class LocalEngine:
+    """The model in the GGUF file at ``path``, loaded when this returns; use ``close`` to give its memory back.
+
+    All native code runs in one thread: callers take turns, first come, first served. Tokenizing needs no turn.
+
+    ``before_load`` is called in that thread, right before llama.cpp begins to load. Raises what ``Engine`` raises.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        context: ContextOptions,
+        offload: OffloadOptions,
+        *,
+        on_progress: OnProgress | None = None,
+        cancel: CancelFlag | None = None,
+        before_load: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._context_options = context
+        self._offload_options = offload
+        self._model = model = checked_model(Path(path))
+        self.path: Path = model.paths[0]
+        self.header: Header = model.shards[0].header
+        self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
+        self._cancellations_lock = threading.Lock()
+        # the callback sees the engine's end through this, so that it does not keep the engine alive
+        stopped = threading.Event()
+        callback = LoadCallback(
+            on_progress, lambda: stopped.is_set() or (cancel is not None and cancel.is_set()), self.path.name
+        )
+        self._api = native_api()
+        self._loaded = LoadedModel(self._api, native_log(), LoadRequest(model, context, offload))
+        self._native = NativeThread(str(self.path), self._loaded.abort_flag, self._loaded.free)
+        try:
+            self._native.call(before_load)
+            self._native.call(partial(self._loaded.load, callback))
+        except BaseException:
+            stopped.set()
+            self.close()
+            raise
+        self._vocabulary = self._loaded.vocabulary
+        self.placement: Placement = self._loaded.placement
+        self.n_ctx: int = self._loaded.cache.n_ctx
+        self.n_vocab: int = self._vocabulary.n_tokens
+        self.n_ctx_train: int = self._loaded.n_ctx_train
+
+    # ---- the model
+
+    @property
+    def bos_token(self) -> int | None:
+        return self._vocabulary.bos_token
+
+    @property
+    def eos_token(self) -> int | None:
+        return self._vocabulary.eos_token
+
+    @property
+    def adds_bos(self) -> bool:
+        return self._vocabulary.adds_bos
+
+    @property
+    def overflow(self) -> OverflowPolicy:
+        return self._context_options.overflow_policy
+
+    @property
+    def cached_tokens(self) -> tuple[int, ...]:
+        return tuple(self._loaded.cache.tokens)
+
+    def token_text(self, token: int | None) -> str:
+        return self._vocabulary.token_text(token)
+
+    # ---- text and tokens
+
+    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        return self._vocabulary.tokenize(text, add_bos=add_bos, parse_special=parse_special)
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        return self._vocabulary.piece(token, special=special)
+
+    def ends_text(self, token: int) -> bool:
+        return self._vocabulary.ends_text(token)
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
+        return b"".join(self.piece(token, special=special) for token in tokens)
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingOptions | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        cancel: CancelFlag | None = None,
+        n_keep: int | None = None,
+    ) -> Iterator[Event]:
+        tokens = self._checked_prompt(prompt)
+        n_keep = self._context_options.n_keep if n_keep is None else n_keep
+        begins_with_bos = tokens[0] == self.bos_token
+        overflow = Overflow(
+            self._context_options.overflow_policy, len(tokens) if n_keep < 0 else max(n_keep, int(begins_with_bos))
+        )
+        tokens = overflow.fitted(tokens, self.n_ctx)
+        settings = resolve(given_or_default(sampling, SamplingOptions), self.header.get)
+        # made now, so that an error in a grammar is raised here and not when the first token is asked for
+        sampler = Sampler(self._api, self._vocabulary, settings, tokens)
+        return self._read(GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow), sampler)
+
+    def _read(self, request: GenerationRequest, sampler: Sampler) -> Iterator[Event]:
+        generation = Generation(self._native, self._loaded, request, sampler)
+        self._remember(generation.cancellation)
+        yield from generation.read()
+
+    def _checked_prompt(self, prompt: Sequence[int]) -> list[int]:
+        self._vocabulary.check_tokens(prompt)
+        tokens = [index(token) for token in prompt]
+        if not tokens:
+            raise InputError("the prompt is empty: there is nothing to continue")
+        return tokens
+
+    def _check_fits(self, tokens: Sequence[int]) -> None:
+        if len(tokens) >= self.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {len(tokens)} tokens and the context holds {self.n_ctx}: "
+                "shorten it, or ask for more with --ctx-size"
+            )
+
+    def cancel(self) -> None:
+        with self._cancellations_lock:
+            cancellations = list(self._cancellations)
+        for cancellation in cancellations:
+            self._native.abort(cancellation)
+
+    def _remember(self, cancellation: Cancellation) -> Cancellation:
+        """Let ``cancel`` reach ``cancellation`` as long as somebody holds it."""
+        with self._cancellations_lock:
+            self._cancellations.add(cancellation)
+        return cancellation
+
+    # ---- the cache
+
+    def forget(self) -> None:
+        self._native.call(lambda: self._loaded.cache.clear())
+
+    def prefill(self, prompt: Sequence[int], *, cancel: CancelFlag | None = None, every_row: bool = False) -> int:
+        tokens = self._checked_prompt(prompt)
+        self._check_fits(tokens)
+        compute = self._compute_prompt_rows if every_row else self._compute_prompt
+        n = self._native.call_until_cancelled(partial(compute, tokens), self._remember(Cancellation(cancel)))
+        if n is None:
+            raise Cancelled("computing the prompt was stopped")
+        return n
+
+    def _compute_prompt(self, tokens: list[int]) -> int | None:
+        kv = self._loaded.cache
+        n_reused = kv.reuse(tokens)
+        done = kv.compute(tokens[n_reused:])
+        kv.synchronize()
+        return len(tokens) - n_reused if done else None
+
+    def _compute_prompt_rows(self, tokens: list[int]) -> int | None:
+        """Compute all of ``tokens`` anew, with logits after each."""
+        kv = self._loaded.cache
+        kv.clear()
+        size = min(_LOGITS_BATCH, kv.n_batch)
+        done = all(kv.compute_all_logits(tokens[begin : begin + size]) for begin in range(0, len(tokens), size))
+        kv.synchronize()
+        return len(tokens) if done else None
+
+    def evaluate(
+        self, tokens: Sequence[int], *, one_by_one: bool = False, cancel: CancelFlag | None = None
+    ) -> float | None:
+        self._vocabulary.check_tokens(tokens)
+        ids = [index(token) for token in tokens]
+        parts = [[i] for i in ids] if one_by_one else [ids]
+        cancellation = self._remember(Cancellation(cancel))
+
+        def timed() -> float | None:
+            kv = self._loaded.cache
+            start = time.perf_counter()
+            done = all(not cancellation.aborted and kv.compute(part) for part in parts)
+            kv.synchronize()
+            seconds = time.perf_counter() - start
+            return seconds if done else None
+
+        return self._native.call_until_cancelled(timed, cancellation)
+
+    # ---- logits
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        parts = self.logits_by_batch(tokens)
+        rows = np.empty((len(tokens), self.n_vocab), np.float32)
+        done = 0
+        for part in parts:
+            rows[done : done + len(part)] = part
+            done += len(part)
+        return rows
+
+    def logits_by_batch(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        ids = self._checked_prompt(tokens)
+        self._check_fits(ids)
+        return self._logits_by_batch(ids)
+
+    def _logits_by_batch(self, ids: list[int]) -> Iterator[NDArray[np.float32]]:
+        cancellation = self._remember(Cancellation())
+        size = min(_LOGITS_BATCH, self._context_options.n_batch, self.n_ctx)
+        for begin in range(0, len(ids), size):
+            rows = self._native.call_until_cancelled(partial(self._logits_of, ids, begin, size), cancellation)
+            if rows is None:
+                raise DecodeError("computing logits was cancelled from another thread")
+            yield rows
+
+    def _logits_of(self, ids: list[int], begin: int, size: int) -> NDArray[np.float32] | None:
+        kv = self._loaded.cache
+        chunk = ids[begin : begin + size]
+        if begin == 0:
+            kv.clear()
+        elif kv.tokens != ids[:begin]:  # another caller has used the cache in between
+            kv.compute(ids[kv.reuse(ids[: begin + 1]) : begin])
+        if not kv.compute_all_logits(chunk):
+            return None
+        return np.array(kv.logits(len(chunk)))
+
+    def compute_chunks(
+        self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
+    ) -> Generator[ComputedPart, None, None]:
+        n_tokens = max(map(len, chunks), default=0)
+        if n_tokens > self.n_ctx:
+            raise ContextFullError(f"a chunk has {n_tokens} tokens and the context holds {self.n_ctx}")
+        for chunk in chunks:
+            self._vocabulary.check_tokens(chunk)
+        return self._chunk_parts(chunks, n_tokens, first, cancel)
+
+    def _chunk_parts(
+        self, chunks: Sequence[Sequence[int]], n_tokens: int, first: int, cancel: CancelFlag | None
+    ) -> Generator[ComputedPart, None, None]:
+        cancellation, n_batch = self._remember(Cancellation(cancel)), self._loaded.cache.n_batch
+        n_seq = min(self._context_options.n_seq_max, max(1, n_batch // max(n_tokens, 1)))
+        rows = partial(self._chunk_rows, cancellation)
+        try:
+            for group, begin, end in batches(len(chunks), n_tokens, n_seq, n_batch):
+                batch = SideBySide(self._api, [chunks[i][begin:end] for i in group], begin, first)
+                compute = partial(self._loaded.cache.compute_chunks, batch, cancellation)
+                if not self._native.call_until_cancelled(compute, cancellation):
+                    return
+                yield ComputedPart(group, begin, end, first, rows)
+        finally:
+            # a caller that cancelled does not wait for this; the cache empties itself for the next one
+            if not self._native.closed and not cancellation.aborted:
+                self.forget()
+
+    def _chunk_rows(self, owner: Cancellation, at: int, n: int) -> NDArray[np.float32]:
+        def copied() -> NDArray[np.float32]:
+            kv = self._loaded.cache
+            kv.check_chunks(owner)
+            return np.array(kv.logits(at + n)[at:]) if n else np.empty((0, self.n_vocab), np.float32)
+
+        return self._native.call(copied)
+
+    # ---- the context
+
+    def set_context(self, options: ContextOptions) -> None:
+        self._native.call(lambda: self._loaded.set_context(options))
+        self._context_options = options
+        self.n_ctx = self._loaded.cache.n_ctx
+
+    @contextmanager
+    def observed(self, observer: TensorObserver, *, on_token: TokenFilter | None = None) -> Iterator[None]:
+        self._native.call(lambda: self._observe(observer, on_token))
+        try:
+            yield
+        finally:
+            if not self._native.closed:
+                self._native.call(lambda: self._observe(None, None))
+
+    def _observe(self, observer: TensorObserver | None, on_token: TokenFilter | None) -> None:
+        if observer is not None and self._loaded.observer is not None:
+            raise EngineError("the graph of this engine is being observed already")
+        self._loaded.on_token = None
+        self._loaded.observe(observer)
+        self._loaded.on_token = on_token
+
+    # ---- sessions
+
+    def save_session(self, path: str | os.PathLike[str], tokens: Sequence[int] | None = None, note: str = "") -> int:
+        ids = None if tokens is None else self._checked_prompt(tokens)
+        if ids is not None:
+            self._check_fits(ids)
+        state = self._native.call(lambda: self._session_state(ids))
+        write_session(Path(path), state, self._session_facts(), note)
+        return len(state.tokens)
+
+    def _session_state(self, ids: list[int] | None) -> SavedState:
+        kv = self._loaded.cache
+        if ids is not None and not kv.compute(ids[kv.reuse(ids) :]):
+            raise EngineError("saving the session was cancelled from another thread")
+        if not kv.tokens:
+            raise EngineError(f"{self.path}: nothing has been computed yet that could be kept")
+        return kv.state()
+
+    def load_session(self, path: str | os.PathLike[str]) -> tuple[tuple[int, ...], str]:
+        state, note = read_session(Path(path), self._session_facts(), self.n_ctx)
+        self._vocabulary.check_tokens(state.tokens)
+
+        def restore() -> None:
+            self._loaded.cache.set_aside()
+            self._loaded.cache.restore(state)
+
+        self._native.call(restore)
+        return state.tokens, note
+
+    def _session_facts(self) -> SessionFacts:
+        return SessionFacts.of(self._model, self._context_options, self._offload_options)
+
+    # ---- functions of the caller
+
+    def apply(
+        self, function: Callable[Concatenate[LocalEngine, P], ResultT], *arguments: P.args, **keywords: P.kwargs
+    ) -> ResultT:
+        return function(self, *arguments, **keywords)
+
+    def iterate(
+        self, function: Callable[..., Iterator[ResultT]], *arguments: Any, cancel: CancelFlag | None = None
+    ) -> Iterator[ResultT]:
+        return function(self, *arguments, cancel=cancel)
+
+    # ---- for a watch over the native thread
+
+    @property
+    def activity(self) -> Activity:
+        """What the native thread does now. May be asked from any thread, and does not wait."""
+        given_tokens = n_batches = 0
+        with contextlib.suppress(EngineError):
+            cache = self._loaded.cache
+            given_tokens, n_batches = cache.given_tokens, cache.n_returned
+        return Activity(self._native.is_busy, given_tokens, n_batches)
+
+    def wait_until_free(self) -> None:
+        """Wait until every earlier call has left llama.cpp, cancelled ones too. Raises EngineError once closed."""
+        self._native.call(lambda: None)
+
+    # ---- the end
+
+    @property
+    def closed(self) -> bool:
+        return self._native.closed
+
+    def close(self) -> None:
+        thread = getattr(self, "_native", None)
+        if thread is not None:
+            thread.close()
+
+    def __del__(self) -> None:
+        self.close()
