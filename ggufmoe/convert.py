@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.safetensors import read_header as read_safetensors_header
-from ggufmoe.checkpoint.save import CheckpointLayout, plan_checkpoint
-from ggufmoe.checkpoint.source import ModelSource
-from ggufmoe.errors import OptionError, OutputError, SafetensorsError
-from ggufmoe.export.arch import ggml_type
-from ggufmoe.export.plan import ExportPlan, PlannedFile, PlannedTensor, parse_size, plan_export
+from ggufmoe.checkpoint.source import ModelSource, RouterReport
+from ggufmoe.errors import OptionError, OutputError
+from ggufmoe.export.export_plan import plan_export
 from ggufmoe.files import StrPath, check_output_file, replacing, user_path
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
-from ggufmoe.merge.merged import MergedModel, open_recipe
-from ggufmoe.merge.router import RouterReport
+from ggufmoe.merge.checkpoint_plan import checkpoint_index, plan_checkpoint
+from ggufmoe.merge.merged import open_recipe
 from ggufmoe.merge.sidecars import sidecar_files
 from ggufmoe.options import ConvertKeywords, ConvertOptions, ExportOptions, MergeKeywords, MergeOptions, options_of
 from ggufmoe.quant.filetypes import FileType, parse_tensor_type
@@ -33,6 +30,7 @@ from ggufmoe.quant.policy import TypePolicy, parse_override
 from ggufmoe.work import CancelFlag, OnProgress
 from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
 from ggufmoe.writing.formats import routines
+from ggufmoe.writing.plan import WritePlan
 from ggufmoe.writing.writer import WriteOptions, WriteReport, write_plan
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ class ConvertResult:
     bytes_read: int
     bytes_written: int
     seconds: float
-    plan: ExportPlan
+    plan: WritePlan
     manifest: Path | None = None
     router_report: RouterReport | None = None
     """Where the recipe's router sends its prompts; None for any other source."""
@@ -126,9 +124,8 @@ def convert(
             prepare=lambda: _prepare(model, options, on_progress, cancel),
         )
         report = write_plan(plan, write)
-        router = model.router_report if isinstance(model, MergedModel) else None
     manifest = write_plan_manifest(plan, options, on_progress, cancel)
-    return convert_result(plan, report, options, manifest, router)
+    return convert_result(plan, report, options, manifest, model.router_report)
 
 
 def plan_convert(
@@ -138,7 +135,7 @@ def plan_convert(
     *,
     options: ConvertOptions | None = None,
     **keywords: Unpack[ConvertKeywords],
-) -> ExportPlan:
+) -> WritePlan:
     """What ``convert`` with the same arguments would write: every file, tensor, type and offset. Reads headers only.
 
     The plan can be printed; its source is closed again, so it cannot be written.
@@ -179,10 +176,10 @@ def output_path(output: StrPath) -> Path:
     return path
 
 
-def _plan(model: ModelSource, output: Path, options: ConvertOptions) -> ExportPlan:
+def _plan(model: ModelSource, output: Path, options: ConvertOptions) -> WritePlan:
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
-    split = None if options.split_max_size is None else parse_size(options.split_max_size)
-    return plan_export(model, output, type_policy(options), imatrix=imatrix, split_max_bytes=split)
+    policy = type_policy(options)
+    return plan_export(model, output, policy, imatrix=imatrix, split_max_bytes=options.split_max_bytes)
 
 
 def type_policy(options: ExportOptions) -> TypePolicy:
@@ -201,7 +198,7 @@ def _tensor_type(name: str | None) -> Any:
 
 
 def write_plan_manifest(
-    plan: ExportPlan,
+    plan: WritePlan,
     options: ExportOptions,
     on_progress: OnProgress | None,
     cancel: CancelFlag | None,
@@ -220,7 +217,7 @@ def write_plan_manifest(
 
 
 def convert_result(
-    plan: ExportPlan,
+    plan: WritePlan,
     report: WriteReport,
     options: ExportOptions,
     manifest: Path | None,
@@ -285,7 +282,6 @@ def merge(
     options = options_of(MergeOptions, options, keywords)
     target = user_path(out_dir)
     check_directory(target, (), force=options.force)
-    max_shard_bytes = parse_size(options.max_shard_size)
     _check_report(options.router_report)
     model = open_recipe(
         user_path(recipe),
@@ -293,49 +289,21 @@ def merge(
     )
     with contextlib.closing(model):
         check_directory(target, model.input_paths, force=options.force)
-        layout = plan_checkpoint(model, layout=options.layout, max_shard_bytes=max_shard_bytes)
         write = WriteOptions(
             threads=options.threads,
             resume=options.resume,
             on_progress=on_progress,
             cancel=cancel,
             prepare=lambda: _prepare(model, options, on_progress, cancel),
-            reads_back=_reads_back_as_safetensors,
         )
         with open_partial_directory(target, keep=options.resume) as partial:
-            report = write_plan(_checkpoint_plan(layout, partial, model), write)
-            place_directory(partial, target, sidecar_files(model, layout.index))
+            plan = plan_checkpoint(model, partial, options.layout, options.max_shard_bytes)
+            report = write_plan(plan, write)
+            place_directory(partial, target, sidecar_files(model, checkpoint_index(plan)))
     router = model.router_report
     assert router is not None, "preparing a recipe gives its report"
-    paths = tuple(target / shard.name for shard in layout.shards)
-    n_bytes = sum(shard.n_bytes for shard in layout.shards)
-    return MergeResult(target, paths, n_bytes, report.bytes_read, report.bytes_written, report.seconds, router)
-
-
-def _checkpoint_plan(layout: CheckpointLayout, directory: Path, model: ModelSource) -> ExportPlan:
-    """Shards as a plan for the writer: safetensors files, too, are a header and tensors at known offsets."""
-    files = tuple(
-        PlannedFile(
-            directory / shard.name,
-            shard.header,
-            tuple(
-                PlannedTensor(t.name, ggml_type(t.dtype), t.shape, len(shard.header) + t.offset, t.n_bytes, t.parts)
-                for t in shard.tensors
-            ),
-            shard.n_bytes,
-        )
-        for shard in layout.shards
-    )
-    return ExportPlan(directory / "model.safetensors", files, model.input_paths, "safetensors")
-
-
-def _reads_back_as_safetensors(file: PlannedFile, path: Path) -> bool:
-    try:
-        header = read_safetensors_header(path)
-    except SafetensorsError:
-        return False
-    found = {name: (entry.shape, entry.begin) for name, entry in header.entries.items()}
-    return found == {tensor.name: (tensor.shape, tensor.offset) for tensor in file.tensors}
+    paths = tuple(target / file.path.name for file in plan.files)
+    return MergeResult(target, paths, plan.n_bytes, report.bytes_read, report.bytes_written, report.seconds, router)
 
 
 def _prepare(
@@ -347,7 +315,7 @@ def _prepare(
     """Compute what the model needs before its rows are read, and write its report where one is asked for."""
     report = options.router_report
     model.prepare(threads=options.threads, on_progress=on_progress, cancel=cancel)
-    if report is not None and isinstance(model, MergedModel) and model.router_report is not None:
+    if report is not None and model.router_report is not None:
         text = json.dumps(model.router_report.to_dict(), indent=1) + "\n"
         with replacing(report, "the router's report") as file:
             file.write(text.encode())

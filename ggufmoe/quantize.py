@@ -19,13 +19,13 @@ from ggufmoe.convert import (
 )
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
-from ggufmoe.export.plan import ExportPlan, parse_size
 from ggufmoe.export.requantize import COPY, plan_requantize
 from ggufmoe.files import StrPath, check_output_file, user_path
 from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import CancelFlag, OnProgress
+from ggufmoe.writing.plan import WritePlan
 from ggufmoe.writing.writer import WriteOptions, write_plan
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def plan_quantize(
     *,
     options: QuantizeOptions | None = None,
     **keywords: Unpack[QuantizeKeywords],
-) -> ExportPlan:
+) -> WritePlan:
     """What ``quantize`` with the same arguments would write: every file, tensor, type and offset. Reads headers only.
 
     The plan can be printed; its source is closed again, so it cannot be written.
@@ -89,16 +89,15 @@ def plan_quantize(
         return _plan(model, output_path(output), options)
 
 
-def _plan(model: GGUFSource, output: Path, options: QuantizeOptions) -> ExportPlan:
+def _plan(model: GGUFSource, output: Path, options: QuantizeOptions) -> WritePlan:
     policy = _policy(options)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
-    split = None if options.split_max_size is None else parse_size(options.split_max_size)
     return plan_requantize(
         model,
         output,
         policy,
         imatrix=imatrix,
-        split_max_bytes=split,
+        split_max_bytes=options.split_max_bytes,
         allow_requantize=options.allow_requantize,
     )
 

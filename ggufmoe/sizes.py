@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from decimal import Decimal
+from typing import Literal
 
 
 def file_size(n_bytes: float) -> str:
@@ -28,6 +31,17 @@ def counted(number: int, noun: str) -> str:
 def all_experts_run(number: int) -> str:
     """``both experts run``, ``all 8 experts run``."""
     return {1: "the one expert runs", 2: "both experts run"}.get(number, f"all {number} experts run")
+
+
+def parse_size(text: str, base: Literal[1000, 1024]) -> int | None:
+    """Bytes of a size such as ``4G`` or ``500M`` in powers of ``base``; None if the text is no such size.
+
+    In powers of 1000, as gguf-split reads them, the number is whole. In powers of 1024, as memory is sold, it may have
+    decimals and the unit may be written ``GiB``.
+    """
+    number, unit = (r"\d{1,15}", "([KMGT]?)B?") if base == 1000 else (r"\d{1,9}(?:\.\d{1,3})?", "([KMGT]?)(?:i?B)?")
+    found = re.fullmatch(rf"\s*({number})\s*{unit}\s*", text, re.IGNORECASE)
+    return None if found is None else int(Decimal(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def _scaled(number: float, base: int, units: Sequence[str]) -> str:

@@ -48,6 +48,8 @@ class ShapesOnly:
     chat_template: str | None = None
     provenance: Provenance = field(default_factory=lambda: Provenance("two merged Mistral-7B"))
     input_paths: tuple[Path, ...] = ()
+    router_report: None = None
+    model_card: None = None
 
     def prepare(self, **hooks: Any) -> None: ...
 

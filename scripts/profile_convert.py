@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe.convert import convert
 from ggufmoe.quantize import quantize
-from ggufmoe.writing import tiles, writer
+from ggufmoe.writing import place, tiles, writer
 
 
 class Stages:
@@ -58,8 +58,8 @@ def watch_all() -> Stages:
     stages.watch(tiles.TileMaker, "read", "read")
     stages.watch(tiles, "_first_damaged", "check")
     stages.watch(tiles, "quantize_rows", "kernels")
-    stages.watch(writer.PartialFile, "write_at", "write")
-    stages.watch(writer.PartialFile, "sync", "flush")
+    stages.watch(place.PartialFile, "write_at", "write")
+    stages.watch(place.PartialFile, "sync", "flush")
     stages.watch(writer, "prepare_kernels", "compile kernels")
     stages.watch(writer._Run, "_worker", "workers")
     return stages

@@ -284,7 +284,7 @@ def test_the_result_says_what_was_done(tiny_checkpoint: Make, tmp_path: Path) ->
     assert content["total_bytes"] == result.n_bytes == (tmp_path / "a.gguf").stat().st_size
     assert content["files"] == [{"path": str(tmp_path / "a.gguf"), "bytes": result.n_bytes}]
     assert content["types"]["Q8_0"]["n_bytes"] + content["types"]["F32"]["n_bytes"] == content["bytes_written"]
-    assert content["bytes_read"] == sum(math.prod(part.shape) * 2 for t in result.plan.tensors for part in t.parts)
+    assert content["bytes_read"] == sum(math.prod(part.rows.shape) * 2 for t in result.plan.tensors for part in t.parts)
     assert content["manifest"] is None
     assert steps[-1].done == steps[-1].total
 

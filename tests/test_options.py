@@ -136,3 +136,21 @@ def test_a_function_takes_each_option_once_with_the_type_of_the_field(
         by_name["quant"] = str
     assert by_name == {spec.name: hints[spec.name] for spec in fields(kind)}
     assert by_name.keys() & parameters.keys() <= {"quant"}
+
+
+@pytest.mark.parametrize(
+    ("given", "n_bytes"),
+    [("4G", 4_000_000_000), ("500M", 500_000_000), ("64k", 64_000), ("2000", 2000), (" 2GB ", 2 * 10**9)],
+)
+def test_sizes_of_files(given: str, n_bytes: int) -> None:
+    assert ConvertOptions(split_max_size=given).split_max_bytes == n_bytes
+    assert MergeOptions(max_shard_size=given).max_shard_bytes == n_bytes
+    assert ConvertOptions().split_max_bytes is None
+
+
+@pytest.mark.parametrize("given", ["", "0", "4", "0G", "-1G", "4X", "1.5G", "G", "1e9", "4GiB"])
+def test_what_is_no_size_of_a_file(given: str) -> None:
+    with pytest.raises(OptionError, match=r"is not a size; .* for example 4G"):
+        QuantizeOptions(split_max_size=given)
+    with pytest.raises(OptionError, match=r"is not a size; .* for example 4G"):
+        MergeOptions(max_shard_size=given)

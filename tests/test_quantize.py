@@ -33,7 +33,7 @@ from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quantize import plan_quantize
 from ggufmoe.work import Progress
-from ggufmoe.writing.writer import journal_path
+from ggufmoe.writing.place import journal_path
 from tests.export.gguf_models import Stored, load, store, unstacked
 from tests.quant.llama_quantize import Specimen, quantize, write_model
 
@@ -380,7 +380,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import plan_requantize
-from ggufmoe.writing.writer import PartialFile, WriteOptions, write_plan
+from ggufmoe.writing.place import PartialFile
+from ggufmoe.writing.writer import WriteOptions, write_plan
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.filetypes import FileType
 

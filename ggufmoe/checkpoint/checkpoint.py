@@ -38,6 +38,14 @@ class Checkpoint:
         """The checkpoint's own directory."""
         return self.directory
 
+    @property
+    def router_report(self) -> None:
+        """None: the router of a checkpoint is read, not computed."""
+
+    @property
+    def model_card(self) -> None:
+        """None: a checkpoint is not written again."""
+
     def prepare(
         self,
         *,

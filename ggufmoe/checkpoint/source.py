@@ -8,7 +8,7 @@ which it was given. Tensor names are Hugging Face's classic ones, whatever the l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,6 +126,51 @@ class Provenance:
     """Further string keys for the GGUF, full key to value (a merge's recipe and gate mode)."""
 
 
+DEGENERATE_CONDITION = 5.0
+"""Condition number of a layer's rows above which mergekit calls them degenerate."""
+
+
+@dataclass(frozen=True)
+class PromptPreference:
+    """What one prompt would choose: per layer the softmax weight of every expert.
+
+    Measured on the base model's own hidden states where the gate mode computes them, else on embeddings; the merged
+    model's states drift from these as its experts differ.
+    """
+
+    expert: int
+    positive: bool
+    prompt: str
+    weights: tuple[tuple[float, ...], ...]
+    """n_layer tuples of n_expert weights that sum to one."""
+
+    @property
+    def mean_weights(self) -> tuple[float, ...]:
+        """Weights averaged over the layers."""
+        return tuple(float(weight) for weight in np.mean(np.asarray(self.weights), axis=0))
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """What a maker should see before shipping: twin experts, dead experts, and where each prompt goes."""
+
+    gate_mode: str
+    cosines: tuple[tuple[tuple[float, ...], ...], ...]
+    """Per layer the n_expert x n_expert cosines between rows."""
+    condition_numbers: tuple[float, ...]
+    """Per layer the ratio of the largest to the smallest singular value of the rows."""
+    preferences: tuple[PromptPreference, ...]
+
+    @property
+    def degenerate_layers(self) -> tuple[int, ...]:
+        """Layers whose rows are nearly dependent: some experts there will hardly be told apart."""
+        return tuple(i for i, c in enumerate(self.condition_numbers) if not c <= DEGENERATE_CONDITION)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {**asdict(self), "degenerate_layers": list(self.degenerate_layers)}
+
+
 class ModelSource(Protocol):
     """A model that can be exported: what ``Checkpoint`` and ``MergedModel`` give."""
 
@@ -160,5 +205,13 @@ class ModelSource(Protocol):
 
         ``threads`` is None for one thread per usable core. Raises Cancelled when ``cancel`` is set.
         """
+
+    @property
+    def router_report(self) -> RouterReport | None:
+        """What is known of a router that ``prepare`` has computed; None for a router that was read, and before."""
+
+    @property
+    def model_card(self) -> str | None:
+        """The README.md of a checkpoint that this model is written as; None leaves it out."""
 
     def close(self) -> None: ...

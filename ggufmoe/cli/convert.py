@@ -26,7 +26,7 @@ from ggufmoe.work import Progress
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult
-    from ggufmoe.export.plan import ExportPlan
+    from ggufmoe.writing.plan import WritePlan
 
 
 @with_options(ConvertOptions)
@@ -122,7 +122,7 @@ def _show_plan(source: str, output: Path, options: ConvertOptions, as_json: bool
     print(json.dumps(plan.to_dict()) if as_json else plan_table(plan))
 
 
-def plan_table(plan: ExportPlan) -> str:
+def plan_table(plan: WritePlan) -> str:
     """A plan for people: every tensor, and what each type amounts to."""
     lines: list[str] = []
     width = max(len(tensor.name) for tensor in plan.tensors)

@@ -49,7 +49,7 @@ def demo_command(
 def _make(console: Console, output: Path, quant: str) -> None:
     from ggufmoe.demo import RECIPE
     from ggufmoe.files import partial_path
-    from ggufmoe.writing.writer import journal_path
+    from ggufmoe.writing.place import journal_path
 
     _check_output(output)
     options = ConvertOptions(quant=quant, force=True)

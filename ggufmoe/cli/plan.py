@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +25,8 @@ from ggufmoe.placement.offload import (
     plan_offload,
 )
 from ggufmoe.remote.places import find_places
-from ggufmoe.sizes import memory_size
+from ggufmoe.sizes import memory_size, parse_size
 
-_UNITS = " KMGT"
 _NARROW_COLUMNS = 76
 
 
@@ -76,9 +74,8 @@ def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Pl
 
 def _memory(size: str, flag: str) -> int:
     """Bytes of ``8G``, ``7.5G`` or ``512M`` in powers of 1024, as memory is sold."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
-    n_bytes = int(float(found[1]) * 1024 ** _UNITS.index(found[2].upper() or " ")) if found else 0
-    if n_bytes <= 0:
+    n_bytes = parse_size(size, 1024)
+    if not n_bytes:
         raise typer.BadParameter(f"{flag}: {size!r} is not a size; give for example 8G or 512M")
     if n_bytes < 2**20:
         raise typer.BadParameter(f"{flag}: {size} is less than one MiB; give for example 8G or 512M")

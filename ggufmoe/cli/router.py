@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 from ggufmoe.cli.console import make_console
 
 if TYPE_CHECKING:
-    from ggufmoe.merge.router import PromptPreference, RouterReport
+    from ggufmoe.checkpoint.source import PromptPreference, RouterReport
 
 _SHOWN_LAYERS = 8
 _LEAST_PROMPT = 24

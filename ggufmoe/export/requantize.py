@@ -9,16 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ggufmoe.errors import OptionError
+from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
 from ggufmoe.export.metadata import imatrix_metadata, u32
-from ggufmoe.export.plan import (
-    ExportPlan,
-    fit_imatrix,
-    lay_out_files,
-    place,
-    warn_of_missing_importances,
-)
-from ggufmoe.export.rows import PLAIN_DTYPES
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.types import GGMLType
@@ -26,6 +19,7 @@ from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
 from ggufmoe.native import library as native
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
+from ggufmoe.writing.plan import PLAIN_DTYPES, Part, PlannedTensor, WritePlan
 
 COPY = "COPY"
 """llama-quantize's name for leaving every tensor as it is."""
@@ -41,7 +35,7 @@ def plan_requantize(
     imatrix: Imatrix | None = None,
     split_max_bytes: int | None = None,
     allow_requantize: bool = False,
-) -> ExportPlan:
+) -> WritePlan:
     """Plan the quantized file of a GGUF model, or its shards; ``policy`` None changes no type.
 
     Reads no weights. Raises OptionError, ImatrixError, ArchitectureError or TensorMismatchError: whatever can be known
@@ -58,10 +52,25 @@ def plan_requantize(
         warn_of_missing_importances(imatrix, changed, weighted)
     for tensor in tensors:
         _check_change(tensor, types[tensor.name], allow_requantize)
-    placed = [place(t.name, t.shape, types[t.name], t.parts, weighted=t.name in (weighted or ())) for t in tensors]
-    files = lay_out_files(output, _metadata(source, policy, imatrix), placed, split_max_bytes)
-    inputs = (*source.input_paths, *([imatrix.path] if imatrix else []))
-    return ExportPlan(output, files, inputs, policy.file_type.name if policy else COPY, imatrix)
+    planned = [
+        PlannedTensor(
+            tensor.name,
+            types[tensor.name],
+            tensor.shape,
+            tuple(Part(rows, rows.type) for rows in tensor.parts),
+            tensor.name in (weighted or ()),
+        )
+        for tensor in tensors
+    ]
+    return plan_gguf(
+        output,
+        _metadata(source, policy, imatrix),
+        planned,
+        input_paths=source.input_paths,
+        file_type=policy.file_type.name if policy else COPY,
+        imatrix=imatrix,
+        split_max_bytes=split_max_bytes,
+    )
 
 
 def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) -> None:

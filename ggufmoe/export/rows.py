@@ -1,8 +1,4 @@
-"""Where the rows of a tensor come from: the kinds of parts that a planned tensor can have.
-
-Rows of a checkpoint are a ``SourceTensor``; so are those that are reordered for rotary embeddings, or computed. Rows of
-a GGUF file are ``GGUFRows``: of any of ggml's types, quantized ones included.
-"""
+"""Rows that no checkpoint holds as a GGUF file needs them: reordered for rotary embeddings, or computed."""
 
 from __future__ import annotations
 
@@ -13,19 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import Dtype, SourceTensor
-from ggufmoe.export.gguf_source import GGUFRows
 from ggufmoe.gguf.types import GGMLType
-
-PLAIN_DTYPES: dict[GGMLType, np.dtype[Any]] = {GGMLType[dtype.value]: dtype.numpy for dtype in Dtype}
-"""How rows of plain numbers travel; rows of every other type travel as their bytes."""
+from ggufmoe.writing.plan import Part
 
 
-Part = SourceTensor | GGUFRows
-
-
-def stored_type(part: Part) -> GGMLType:
-    """The type in which the rows of a part are stored."""
-    return part.type if isinstance(part, GGUFRows) else GGMLType[part.dtype.value]
+def source_part(tensor: SourceTensor) -> Part:
+    """All rows of a tensor of a checkpoint as a part of a planned tensor."""
+    source_row = tensor.source_row if isinstance(tensor, RopeOrdered) else int
+    return Part(tensor, GGMLType[tensor.dtype.value], source_row)
 
 
 class RopeOrdered:

@@ -21,13 +21,14 @@ from ggufmoe.checkpoint.chat_template import default_chat_template
 from ggufmoe.checkpoint.checkpoint import open_directory
 from ggufmoe.checkpoint.dtypes import narrow, widen
 from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
-from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, SourceTensor
+from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, RouterReport, SourceTensor
 from ggufmoe.errors import CheckpointError, RecipeError
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.merge.compare import compare_sources
 from ggufmoe.merge.forward import Floats
+from ggufmoe.merge.model_card import model_card
 from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
-from ggufmoe.merge.router import RouterReport, check_prompts, make_router
+from ggufmoe.merge.router import check_prompts, make_router
 from ggufmoe.version import __version__
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -138,6 +139,11 @@ class MergedModel:
                 source.close()
             raise
         self.router_report: RouterReport | None = None
+
+    @property
+    def model_card(self) -> str:
+        """A README.md that tells what was merged, and how."""
+        return model_card(self.recipe, self.provenance)
 
     @property
     def input_paths(self) -> tuple[Path, ...]:

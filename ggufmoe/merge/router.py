@@ -7,62 +7,18 @@ downloads the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.source import ModelConfig, ModelSource
+from ggufmoe.checkpoint.source import ModelConfig, ModelSource, PromptPreference, RouterReport
 from ggufmoe.merge.forward import Floats, ForwardPass
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import GateMode, Recipe
 from ggufmoe.work import CancelFlag, OnProgress, Work
-
-DEGENERATE_CONDITION = 5.0
-"""Condition number of a layer's rows above which mergekit calls them degenerate."""
-
-
-@dataclass(frozen=True)
-class PromptPreference:
-    """What one prompt would choose: per layer the softmax weight of every expert.
-
-    Measured on the base model's own hidden states where the gate mode computes them, else on embeddings; the merged
-    model's states drift from these as its experts differ.
-    """
-
-    expert: int
-    positive: bool
-    prompt: str
-    weights: tuple[tuple[float, ...], ...]
-    """n_layer tuples of n_expert weights that sum to one."""
-
-    @property
-    def mean_weights(self) -> tuple[float, ...]:
-        """Weights averaged over the layers."""
-        return tuple(float(weight) for weight in np.mean(np.asarray(self.weights), axis=0))
-
-
-@dataclass(frozen=True)
-class RouterReport:
-    """What a maker should see before shipping: twin experts, dead experts, and where each prompt goes."""
-
-    gate_mode: str
-    cosines: tuple[tuple[tuple[float, ...], ...], ...]
-    """Per layer the n_expert x n_expert cosines between rows."""
-    condition_numbers: tuple[float, ...]
-    """Per layer the ratio of the largest to the smallest singular value of the rows."""
-    preferences: tuple[PromptPreference, ...]
-
-    @property
-    def degenerate_layers(self) -> tuple[int, ...]:
-        """Layers whose rows are nearly dependent: some experts there will hardly be told apart."""
-        return tuple(i for i, c in enumerate(self.condition_numbers) if not c <= DEGENERATE_CONDITION)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-able data."""
-        return {**asdict(self), "degenerate_layers": list(self.degenerate_layers)}
 
 
 @dataclass(frozen=True)

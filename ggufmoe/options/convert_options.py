@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from ggufmoe.errors import OptionError
 from ggufmoe.options.fields import check_values, option
 from ggufmoe.options.limits import MAX_THREADS
+from ggufmoe.sizes import parse_size
 
 Quantizer = Literal["auto", "fast", "ggml"]
 
@@ -29,6 +31,13 @@ def _router_report() -> Any:
     return option(
         None, "--router-report", help="Write what the recipe's router will do, layer by layer, as JSON.", metavar="FILE"
     )
+
+
+def _file_bytes(size: str) -> int:
+    n_bytes = parse_size(size, 1000)
+    if n_bytes is None or n_bytes < 1000:  # a few bytes: the letter was forgotten
+        raise OptionError(f"{size!r} is not a size; give a number with K, M, G or T, for example 4G")
+    return n_bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,12 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
+        _ = self.split_max_bytes
+
+    @property
+    def split_max_bytes(self) -> int | None:
+        """Bytes of ``split_max_size``; None where the output is one file."""
+        return None if self.split_max_size is None else _file_bytes(self.split_max_size)
 
 
 class ExportKeywords(TypedDict, total=False):
@@ -128,6 +143,12 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
+        _ = self.max_shard_bytes
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Bytes of ``max_shard_size``."""
+        return _file_bytes(self.max_shard_size)
 
 
 class MergeKeywords(TypedDict, total=False):

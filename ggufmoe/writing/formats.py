@@ -10,11 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ggufmoe.errors import OptionError
-from ggufmoe.export.plan import ExportPlan
-from ggufmoe.export.rows import PLAIN_DTYPES, stored_type
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.filetypes import IGNORES_IMATRIX
 from ggufmoe.quant.kernels import KernelReport, QuantizerName, has_kernel, kernel_report, prepare
+from ggufmoe.writing.plan import PLAIN_DTYPES, WritePlan
 
 _COMPILE_AT_ONCE_WEIGHTS = 1 << 26
 """Of one format: then ggml's routine would take seconds, and compiling takes tenths of one."""
@@ -29,20 +28,19 @@ class Format:
     weighted: bool
 
 
-def formats(plan: ExportPlan) -> dict[Format, int]:
+def formats(plan: WritePlan) -> dict[Format, int]:
     """The quantized formats that a plan makes, with their weights, the most first; what is copied is none."""
     found: Counter[Format] = Counter()
     for tensor in plan.tensors:
         for part in tensor.parts:
-            stored = stored_type(part)
-            if tensor.type.is_quantized and stored is not tensor.type:
-                source = stored if stored in PLAIN_DTYPES else GGMLType.F32
+            if tensor.type.is_quantized and part.type is not tensor.type:
+                source = part.type if part.type in PLAIN_DTYPES else GGMLType.F32
                 weighted = tensor.weighted and tensor.type not in IGNORES_IMATRIX
                 found[Format(tensor.type, source, weighted)] += tensor.n_weights // len(tensor.parts)
     return dict(found.most_common())
 
 
-def prepare_kernels(plan: ExportPlan, quantizer: QuantizerName, *, cache: bool = True) -> None:
+def prepare_kernels(plan: WritePlan, quantizer: QuantizerName, *, cache: bool = True) -> None:
     """Compile or load the kernels of a plan: with ``fast`` all of them, with ``auto`` those for much work.
 
     Raises OptionError with ``fast`` where there is no kernel, or one that cannot be used on this machine.
@@ -54,7 +52,7 @@ def prepare_kernels(plan: ExportPlan, quantizer: QuantizerName, *, cache: bool =
             prepare(made.type, PLAIN_DTYPES[made.source].name, made.weighted, quantizer, cache=cache)
 
 
-def routines(plan: ExportPlan, quantizer: QuantizerName) -> tuple[KernelReport, ...]:
+def routines(plan: WritePlan, quantizer: QuantizerName) -> tuple[KernelReport, ...]:
     """What has quantized each format of a plan that was written, and why."""
     judged = {Format(row.type, GGMLType[row.source], row.weighted): row for row in kernel_report()}
     return tuple(_routine(made, judged.get(made), quantizer) for made in formats(plan))

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import OutputError, ResumeError
-from ggufmoe.export.plan import ExportPlan
 from ggufmoe.version import __version__
+from ggufmoe.writing.plan import WritePlan
 from ggufmoe.writing.tiles import TILE_WEIGHTS
 
 _VERSION = 1
 _MAX_BYTES = 1 << 28
 
 
-def fingerprint(plan: ExportPlan) -> str:
+def fingerprint(plan: WritePlan) -> str:
     """A hash of what decides the bytes: headers, inputs (path, size, time of change), tile size, version."""
     identities = [_identity(path) for path in plan.input_paths]
     about = [_VERSION, __version__, TILE_WEIGHTS, identities, str(plan.imatrix and plan.imatrix.path)]

@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import NonFiniteError
-from ggufmoe.export.plan import ExportPlan, PlannedTensor
-from ggufmoe.export.rows import PLAIN_DTYPES, Part, RopeOrdered, stored_type
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import QuantizerName, quantize_rows
+from ggufmoe.writing.plan import PLAIN_DTYPES, Part, PlannedTensor, WritePlan
 
 TILE_WEIGHTS = 1 << 19
 """Weights of a tile, unless a single row is longer: 1 MiB of bfloat16.
@@ -50,7 +48,7 @@ class Tile:
     @property
     def offset(self) -> int:
         """Where the tile's bytes begin in its file."""
-        rows_before = sum(row_count(part.shape) for part in self.tensor.parts[: self.part]) + self.start
+        rows_before = sum(part.n_rows for part in self.tensor.parts[: self.part]) + self.start
         return self.tensor.offset + rows_before * self.tensor.type.row_bytes(self.tensor.n_cols)
 
     @property
@@ -59,16 +57,15 @@ class Tile:
         return (self.stop - self.start) * self.tensor.type.row_bytes(self.tensor.n_cols)
 
 
-def tiles(plan: ExportPlan) -> Iterator[Tile]:
+def tiles(plan: WritePlan) -> Iterator[Tile]:
     """Every tile of a plan, in the order of the files; the same plan gives the same numbers."""
     number = 0
     for file, planned in enumerate(plan.files):
         for tensor in planned.tensors:
             step = tile_rows(tensor)
             for index, part in enumerate(tensor.parts):
-                n_rows = row_count(part.shape)
-                for start in range(0, n_rows, step):
-                    yield Tile(number, file, tensor, index, start, min(start + step, n_rows))
+                for start in range(0, part.n_rows, step):
+                    yield Tile(number, file, tensor, index, start, min(start + step, part.n_rows))
                     number += 1
 
 
@@ -108,7 +105,7 @@ class TileMaker:
 
     def __init__(
         self,
-        plan: ExportPlan,
+        plan: WritePlan,
         importance: ImportanceCache,
         quantizer: QuantizerName = "auto",
         *,
@@ -116,8 +113,8 @@ class TileMaker:
     ) -> None:
         raw = wide = made = 0
         for tensor in plan.tensors:
-            n_rows, n_cols = min(tile_rows(tensor), row_count(tensor.shape)), tensor.n_cols
-            stored = {stored_type(part) for part in tensor.parts}
+            n_rows, n_cols = min(tile_rows(tensor), tensor.n_rows), tensor.n_cols
+            stored = {part.type for part in tensor.parts}
             raw = max(raw, *(n_rows * kind.row_bytes(n_cols) for kind in stored))
             made = max(made, n_rows * tensor.type.row_bytes(n_cols))
             if any(kind.is_quantized for kind in stored - {tensor.type}):
@@ -130,10 +127,9 @@ class TileMaker:
     def read(self, tile: Tile) -> NDArray[Any]:
         """The rows of the tile as they are stored, valid until the next call."""
         part = tile.tensor.parts[tile.part]
-        stored = stored_type(part)
-        n_rows, row_bytes = tile.stop - tile.start, stored.row_bytes(tile.tensor.n_cols)
-        rows = self._raw[: n_rows * row_bytes].view(PLAIN_DTYPES.get(stored, np.uint8)).reshape(n_rows, -1)
-        part.read_rows(tile.start, tile.stop, rows)
+        n_rows, row_bytes = tile.stop - tile.start, part.type.row_bytes(tile.tensor.n_cols)
+        rows = self._raw[: n_rows * row_bytes].view(PLAIN_DTYPES.get(part.type, np.uint8)).reshape(n_rows, -1)
+        part.rows.read_rows(tile.start, tile.stop, rows)
         return rows
 
     def make(self, tile: Tile, rows: NDArray[Any]) -> memoryview:
@@ -143,7 +139,7 @@ class TileMaker:
         infinite or too large for the type.
         """
         part = tile.tensor.parts[tile.part]
-        stored = stored_type(part)
+        stored = part.type
         row = _first_damaged(rows, stored)
         if row is not None:
             raise NonFiniteError(f"{_place(tile, part, row)} is NaN or infinite; the source is damaged, fetch it again")
@@ -188,6 +184,4 @@ def _first_damaged(rows: NDArray[Any], type: GGMLType) -> int | None:
 
 def _place(tile: Tile, part: Part, row: int) -> str:
     """Where a row of a tile comes from, in words."""
-    row += tile.start
-    source_row = part.source_row(row) if isinstance(part, RopeOrdered) else row
-    return f"{tile.tensor.name}: row {source_row} of {part.name}"
+    return f"{tile.tensor.name}: row {part.source_row(tile.start + row)} of {part.name}"

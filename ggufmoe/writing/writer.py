@@ -7,30 +7,32 @@ never a file that looks finished. The order of work does not change a byte.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
-import os
-import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from ggufmoe.errors import Cancelled, GGUFError, NoSpaceError, OutputError, ResumeError
-from ggufmoe.export.plan import ExportPlan, PlannedFile
-from ggufmoe.export.rows import stored_type
-from ggufmoe.files import check_not_input, check_output_file, partial_path, sync_directory
-from ggufmoe.gguf.header import read_header
+from ggufmoe.errors import Cancelled, OutputError, ResumeError
+from ggufmoe.files import partial_path
 from ggufmoe.quant.kernels import QuantizerName
-from ggufmoe.sizes import file_size
 from ggufmoe.work import CancelFlag, OnProgress, Progress, is_set, thread_count
 from ggufmoe.writing.formats import prepare_kernels
 from ggufmoe.writing.journal import Journal, fingerprint
 from ggufmoe.writing.pagecache import PassingFiles
+from ggufmoe.writing.place import (
+    OutputFile,
+    PartialFile,
+    check_output,
+    check_space,
+    check_written,
+    give_names,
+    is_complete,
+    journal_path,
+    output_errors,
+)
+from ggufmoe.writing.plan import WritePlan
 from ggufmoe.writing.tiles import ImportanceCache, Tile, TileMaker, tiles
 
 _LOG = logging.getLogger("ggufmoe")
@@ -42,14 +44,6 @@ _PROGRESS_INTERVAL_S = 0.1
 _RELEASE_INTERVAL_S = 1.0
 _READERS = 2
 """Workers beyond the cores that compute: while they wait for the disk, none of the cores does."""
-
-
-class OutputFile(Protocol):
-    """A file that is written by position, from several threads at once."""
-
-    def write_at(self, offset: int, data: memoryview) -> None: ...
-    def sync(self) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,6 @@ class WriteOptions:
     cancel: CancelFlag | None = None
     prepare: Callable[[], None] | None = None
     """Called when everything is checked and nothing is written yet: what takes long and cannot be streamed."""
-    reads_back: Callable[[PlannedFile, Path], bool] | None = None
-    """Whether a written file reads as planned; by default, as a GGUF file."""
     flush_interval_s: float = FLUSH_INTERVAL_S
     open_output: Callable[[Path, int, bool], OutputFile] | None = None
     """Opens a partial file: its path, its size, and whether to keep what is in it. By default, a file on disk."""
@@ -83,7 +75,7 @@ class WriteReport:
     seconds: float
 
 
-def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
+def write_plan(plan: WritePlan, options: WriteOptions) -> WriteReport:
     """Write the files of a plan; they appear under their names, all of them, when they are complete and checked.
 
     Raises OutputExistsError, OutputError, NoSpaceError or ResumeError before anything is written, NonFiniteError or
@@ -99,62 +91,22 @@ def write_plan(plan: ExportPlan, options: WriteOptions) -> WriteReport:
     prepare_kernels(plan, options.quantizer, cache=options.cache)
     if options.prepare is not None:
         options.prepare()
-    with _output_errors(plan):
+    with output_errors(plan):
         run = _Run(plan, options, journal, finished)
         run.execute()
-        _finish(plan, journal, options.reads_back or reads_back_as_gguf)
+        try:
+            check_written(plan)
+        except OutputError:
+            journal.remove()  # going on would give the same file
+            raise
+        give_names(plan)
+        journal.remove()
     return WriteReport(
         tuple(file.path for file in plan.files), run.bytes_read, run.bytes_written, time.monotonic() - started
     )
 
 
-def journal_path(output: Path) -> Path:
-    """Where the journal of an output is."""
-    return output.with_name(output.name + ".partial.journal")
-
-
-def check_output(plan: ExportPlan, *, force: bool, resume: bool) -> None:
-    """Refuse an output that is an input, is there already, or cannot be there.
-
-    A resumed run may have given some of its files their names already: those are its own.
-    """
-    for file in plan.files:
-        for path in (file.path, partial_path(file.path), journal_path(plan.output)):
-            check_not_input(path, plan.input_paths)
-        check_output_file(file.path, replace=force or (resume and _is_complete(file, file.path)))
-
-
-def _is_complete(file: PlannedFile, path: Path) -> bool:
-    """Whether a file has the size and the header that are planned."""
-    try:
-        with open(path, "rb") as opened:
-            return path.stat().st_size == file.n_bytes and opened.read(len(file.header)) == file.header
-    except OSError:
-        return False
-
-
-def check_space(plan: ExportPlan, *, resume: bool) -> None:
-    """Refuse a plan that does not fit on the disk; what a partial file holds already counts as there."""
-    parent = plan.output.parent
-    held = sum(_allocated(partial_path(file.path)) for file in plan.files)
-    held += sum(_allocated(file.path) for file in plan.files if resume and _is_complete(file, file.path))
-    needed, free = plan.n_bytes, shutil.disk_usage(parent).free + held
-    if needed > free:
-        raise NoSpaceError(
-            f"{plan.output} needs {file_size(needed)}, {parent} has {file_size(free)} free; make room, or choose "
-            "another place"
-        )
-
-
-def _allocated(path: Path) -> int:
-    try:
-        status = path.lstat()
-    except OSError:
-        return 0
-    return int(getattr(status, "st_blocks", status.st_size // 512)) * 512
-
-
-def _finished_tiles(plan: ExportPlan, journal: Journal) -> set[int] | None:
+def _finished_tiles(plan: WritePlan, journal: Journal) -> set[int] | None:
     """What an earlier run has done; None where there is nothing to go on from."""
     finished = journal.read()
     if finished is None:
@@ -162,66 +114,12 @@ def _finished_tiles(plan: ExportPlan, journal: Journal) -> set[int] | None:
         return None
     for file in plan.files:
         partial = partial_path(file.path)
-        if not partial.exists() and not _is_complete(file, file.path):
+        if not partial.exists() and not is_complete(file, file.path):
             _LOG.warning("%s has a journal but %s is gone, starting afresh", plan.output, partial)
             return None
         if partial.exists() and (partial.is_symlink() or partial.stat().st_size != file.n_bytes):
             raise ResumeError(f"{partial} is not of the planned size; leave out --resume to start over")
     return finished
-
-
-@contextlib.contextmanager
-def _output_errors(plan: ExportPlan) -> Iterator[None]:
-    """The operating system's errors of writing as ours."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            free = shutil.disk_usage(plan.output.parent).free
-            raise NoSpaceError(
-                f"the disk became full while writing {plan.output}: {file_size(plan.n_bytes)} are needed in all, "
-                f"{file_size(free)} are free; make room and go on with --resume"
-            ) from error
-        if error.errno == errno.EFBIG:
-            raise OutputError(
-                f"{plan.output.parent} cannot hold a file of this size; write smaller ones with --split-max-size"
-            ) from error
-        raise OutputError(f"{plan.output} cannot be written: {error.strerror or error}") from error
-
-
-class PartialFile:
-    """An ``OutputFile`` on disk, of its full size from the start."""
-
-    def __init__(self, path: Path, n_bytes: int, keep: bool) -> None:
-        if not keep:
-            path.unlink(missing_ok=True)
-        flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-        self._descriptor = os.open(path, flags | (0 if keep else os.O_CREAT | os.O_EXCL), 0o666)
-        self._lock = threading.Lock()
-        os.ftruncate(self._descriptor, n_bytes)
-
-    def write_at(self, offset: int, data: memoryview) -> None:
-        """Write all of ``data`` (bytes) at ``offset``."""
-        while data:
-            count = self._write_some(offset, data)
-            offset, data = offset + count, data[count:]
-
-    def _write_some(self, offset: int, data: memoryview) -> int:
-        if sys.platform == "win32":  # it has no pwrite: one writer at a time
-            with self._lock:
-                os.lseek(self._descriptor, offset, os.SEEK_SET)
-                return os.write(self._descriptor, data)
-        return os.pwrite(self._descriptor, data, offset)
-
-    def sync(self) -> None:
-        """Return when everything written so far is on disk."""
-        getattr(os, "fdatasync", os.fsync)(self._descriptor)
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 @dataclass
@@ -238,7 +136,7 @@ class _Done:
 class _Run:
     """One execution of a plan."""
 
-    def __init__(self, plan: ExportPlan, options: WriteOptions, journal: Journal, finished: set[int] | None) -> None:
+    def __init__(self, plan: WritePlan, options: WriteOptions, journal: Journal, finished: set[int] | None) -> None:
         self.bytes_read = self.bytes_written = 0
         self._plan = plan
         self._options = options
@@ -340,8 +238,7 @@ class _Run:
         with self._cores:
             data = maker.make(tile, rows)
         self._files[tile.file].write_at(tile.offset, data)
-        stored = stored_type(tile.tensor.parts[tile.part])
-        n_read = (tile.stop - tile.start) * stored.row_bytes(tile.tensor.n_cols)
+        n_read = (tile.stop - tile.start) * tile.tensor.parts[tile.part].type.row_bytes(tile.tensor.n_cols)
         with self._changed:
             self._done.unflushed.append(tile)
             self._done.n_bytes += len(data)
@@ -378,29 +275,3 @@ class _Run:
             with self._changed:
                 progress = Progress("write", self._done.n_bytes, self._total_bytes, "bytes", self._done.tensor)
             self._options.on_progress(progress)
-
-
-def _finish(plan: ExportPlan, journal: Journal, reads_back: Callable[[PlannedFile, Path], bool]) -> None:
-    """Check every partial file and give all of them their names; the journal goes last."""
-    waiting = [file for file in plan.files if partial_path(file.path).exists()]
-    for file in waiting:
-        partial = partial_path(file.path)
-        if not (reads_back(file, partial) and _is_complete(file, partial)):
-            journal.remove()
-            raise OutputError(
-                f"{partial_path(file.path)} reads back differently from what was written; the disk may be failing"
-            )
-    for file in waiting:
-        os.replace(partial_path(file.path), file.path)
-    sync_directory(plan.output.parent)
-    journal.remove()
-
-
-def reads_back_as_gguf(file: PlannedFile, path: Path) -> bool:
-    """Whether the header at ``path``, read as anyone would, is the planned one."""
-    try:
-        header = read_header(path)
-    except GGUFError:
-        return False
-    found = [(t.name, t.type, t.shape, header.data_offset + t.offset, t.n_bytes) for t in header.tensors]
-    return found == [(t.name, t.type, t.shape, t.offset, t.n_bytes) for t in file.tensors]

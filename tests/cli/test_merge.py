@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ggufmoe.checkpoint.source import PromptPreference, RouterReport
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.router import print_router
-from ggufmoe.merge.router import PromptPreference, RouterReport
 from tests.merge.test_merged import TEMPLATE, write_recipe
 from tests.tiny import make_checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import GGUFError
 from ggufmoe.export.gguf_source import GGUFSource
-from ggufmoe.export.rows import Computed, RopeOrdered, stored_type
+from ggufmoe.export.requantize import plan_requantize
+from ggufmoe.export.rows import Computed, RopeOrdered, source_part
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType
 from tests.quant.llama_quantize import Specimen, write_model
@@ -46,12 +48,18 @@ def test_heads_are_interleaved_wherever_a_range_begins(start: int, stop: int) ->
 
 
 def test_the_stored_type_is_known_of_every_kind_of_part(tmp_path: Path) -> None:
-    assert stored_type(Computed("x", [1.0])) is GGMLType.F32
-    assert stored_type(Numbered(dtype=Dtype.BF16)) is GGMLType.BF16
-    source = GGUFSource(write_model(tmp_path / "m.gguf", Specimen()))
-    stack = next(tensor for tensor in source.tensors if tensor.name == "blk.0.ffn_up_exps.weight")
-    assert [(stored_type(part), part.shape) for part in stack.parts] == [(GGMLType.BF16, (256, 256))] * 2
-    source.close()
+    assert source_part(Computed("x", [1.0])).type is GGMLType.F32
+    assert source_part(Numbered(dtype=Dtype.BF16)).type is GGMLType.BF16
+    with contextlib.closing(GGUFSource(write_model(tmp_path / "m.gguf", Specimen()))) as source:
+        plan = plan_requantize(source, tmp_path / "out.gguf", None)
+    stack = next(tensor for tensor in plan.tensors if tensor.name == "blk.0.ffn_up_exps.weight")
+    assert [(part.type, part.n_rows) for part in stack.parts] == [(GGMLType.BF16, 256)] * 2
+
+
+def test_a_part_tells_which_row_of_the_source_a_row_is() -> None:
+    source = Numbered()
+    assert [source_part(source).source_row(row) for row in range(6)] == list(range(6))
+    assert [source_part(RopeOrdered(source, 4)).source_row(row) for row in range(6)] == [0, 2, 1, 3, 4, 6]
 
 
 def test_rows_of_a_gguf_file_are_its_bytes_or_refused(tmp_path: Path) -> None:

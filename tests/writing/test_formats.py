@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ggufmoe.errors import OptionError
-from ggufmoe.export.plan import ExportPlan
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import QuantizeKeywords
 from ggufmoe.quant import kernels
@@ -17,6 +16,7 @@ from ggufmoe.quant.kernels.trust import Kernels
 from ggufmoe.quantize import plan_quantize, quantize
 from ggufmoe.writing import formats as module
 from ggufmoe.writing.formats import Format, formats, prepare_kernels, routines
+from ggufmoe.writing.plan import WritePlan
 from tests.quant.llama_quantize import Specimen, write_model
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def plan(
     directory: Path, file_type: str, source: GGMLType = GGMLType.F16, **options: Unpack[QuantizeKeywords]
-) -> ExportPlan:
+) -> WritePlan:
     specimen = Specimen(source=source)
     model = write_model(directory / "in.gguf", specimen, specimen.weights())
     return plan_quantize(model, directory / "out.gguf", file_type, **options)

@@ -33,7 +33,7 @@ from ggufmoe.errors import (
     OutputExistsError,
     ResumeError,
 )
-from ggufmoe.export.plan import ExportPlan, plan_export
+from ggufmoe.export.export_plan import plan_export
 from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import read_header
 from ggufmoe.gguf.types import GGMLType
@@ -41,9 +41,11 @@ from ggufmoe.native import library as native
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import Progress
-from ggufmoe.writing import tiles, writer
+from ggufmoe.writing import place, tiles
 from ggufmoe.writing.journal import Journal, fingerprint
-from ggufmoe.writing.writer import PartialFile, WriteOptions, journal_path, write_plan
+from ggufmoe.writing.place import PartialFile, journal_path
+from ggufmoe.writing.plan import WritePlan
+from ggufmoe.writing.writer import WriteOptions, write_plan
 from tests import tiny
 
 Make = Callable[..., Path]
@@ -52,7 +54,7 @@ Make = Callable[..., Path]
 @contextmanager
 def planned(
     directory: Path, output: Path, file_type: FileType = FileType.Q8_0, split: int | None = None
-) -> Iterator[ExportPlan]:
+) -> Iterator[WritePlan]:
     source = open_checkpoint(str(directory))
     try:
         yield plan_export(source, output, TypePolicy(file_type), split_max_bytes=split)
@@ -77,7 +79,7 @@ def test_every_tensor_is_its_rows_quantized_by_ggml(tiny_checkpoint: Make, tmp_p
         written = (tmp_path / "a.gguf").read_bytes()
         assert len(written) == plan.n_bytes
         for tensor in plan.tensors:
-            rows = np.concatenate([read_f32(cast(SourceTensor, part)) for part in tensor.parts])
+            rows = np.concatenate([read_f32(cast(SourceTensor, part.rows)) for part in tensor.parts])
             wanted = np.empty((len(rows), tensor.type.row_bytes(tensor.n_cols)), np.uint8)
             if tensor.type is GGMLType.F32:
                 wanted = rows.view(np.uint8)
@@ -110,8 +112,7 @@ def test_a_tile_never_crosses_from_one_expert_to_the_next(tiny_checkpoint: Make,
     with planned(tiny_checkpoint(n_expert=3), tmp_path / "a.gguf") as plan:
         position: dict[str, int] = {}
         for tile in tiles.tiles(plan):
-            rows = tile.tensor.parts[tile.part].shape
-            assert tile.stop <= (rows[0] if len(rows) > 1 else 1)
+            assert tile.stop <= tile.tensor.parts[tile.part].n_rows
             assert tile.offset == position.get(tile.tensor.name, tile.tensor.offset)
             position[tile.tensor.name] = tile.offset + tile.n_bytes
         assert position == {tensor.name: tensor.offset + tensor.n_bytes for tensor in plan.tensors}
@@ -182,8 +183,9 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.export.plan import plan_export
-from ggufmoe.writing.writer import PartialFile, WriteOptions, journal_path, write_plan
+from ggufmoe.export.export_plan import plan_export
+from ggufmoe.writing.place import PartialFile, journal_path
+from ggufmoe.writing.writer import WriteOptions, write_plan
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.filetypes import FileType
 
@@ -515,7 +517,7 @@ def test_without_pwrite_the_file_is_the_same(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write(tiny_checkpoint(), tmp_path / "whole.gguf").read_bytes()
-    monkeypatch.setattr(writer, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(place, "sys", SimpleNamespace(platform="win32"))
     monkeypatch.delattr(os, "pwrite", raising=False)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert write(tiny_checkpoint(), tmp_path / "a.gguf").read_bytes() == whole

@@ -1,0 +1,60 @@
+"""The plan of an export: the GGUF files that a model of any source becomes.
+
+Planning reads headers and the tokenizer, no weights. Tensors stand in the order in which llama-quantize writes them:
+those outside the layers first, then layer by layer, by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ggufmoe.checkpoint.source import ModelSource
+from ggufmoe.export.arch import family_of
+from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
+from ggufmoe.export.metadata import imatrix_metadata, model_metadata
+from ggufmoe.export.rows import source_part
+from ggufmoe.export.vocab import tokenizer_metadata
+from ggufmoe.gguf.names import llama_quantize_order
+from ggufmoe.quant.importances import Imatrix
+from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
+from ggufmoe.writing.plan import PlannedTensor, WritePlan
+
+
+def plan_export(
+    source: ModelSource,
+    output: Path,
+    policy: TypePolicy,
+    *,
+    imatrix: Imatrix | None = None,
+    split_max_bytes: int | None = None,
+) -> WritePlan:
+    """Plan the GGUF file of a model, or its shards of at most ``split_max_bytes`` of tensors each.
+
+    Reads the tokenizer's files and no weights. Raises ArchitectureError, TokenizerError, OptionError or ImatrixError:
+    whatever can be known to fail.
+    """
+    family = family_of(source.config)
+    tensors = sorted(family.tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))
+    weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
+    config = source.config
+    model_shape = ModelShape(config.n_layer, config.n_head, config.n_head_kv, config.n_expert, family.NAME)
+    tensor_shapes = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in tensors]
+    types = choose_types(tensor_shapes, model_shape, policy, weighted)
+    warn_of_missing_importances(imatrix, types, weighted)
+    tokenizer = tokenizer_metadata(source.tokenizer_dir, source.config, source.chat_template)
+    metadata = model_metadata(source, tensors, policy.file_type, tokenizer)
+    if imatrix:
+        metadata |= imatrix_metadata(imatrix)
+    planned = [
+        PlannedTensor(t.name, types[t.name], t.shape, tuple(map(source_part, t.parts)), t.name in (weighted or ()))
+        for t in tensors
+    ]
+    return plan_gguf(
+        output,
+        metadata,
+        planned,
+        input_paths=source.input_paths,
+        file_type=policy.file_type.name,
+        imatrix=imatrix,
+        split_max_bytes=split_max_bytes,
+    )

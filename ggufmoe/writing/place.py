@@ -1,0 +1,145 @@
+"""Where output goes: checks before anything is written, files that are partial until they are whole, and their names.
+
+A file is written as ``NAME.partial`` and gets its name only when it is complete and its header reads back as planned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from ggufmoe.errors import NoSpaceError, OutputError
+from ggufmoe.files import check_not_input, check_output_file, partial_path, sync_directory
+from ggufmoe.sizes import file_size
+from ggufmoe.writing.plan import PlannedFile, WritePlan
+
+
+class OutputFile(Protocol):
+    """A file that is written by position, from several threads at once."""
+
+    def write_at(self, offset: int, data: memoryview) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class PartialFile:
+    """An ``OutputFile`` on disk, of its full size from the start."""
+
+    def __init__(self, path: Path, n_bytes: int, keep: bool) -> None:
+        if not keep:
+            path.unlink(missing_ok=True)
+        flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        self._descriptor = os.open(path, flags | (0 if keep else os.O_CREAT | os.O_EXCL), 0o666)
+        self._lock = threading.Lock()
+        os.ftruncate(self._descriptor, n_bytes)
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data`` (bytes) at ``offset``."""
+        while data:
+            count = self._write_some(offset, data)
+            offset, data = offset + count, data[count:]
+
+    def _write_some(self, offset: int, data: memoryview) -> int:
+        if sys.platform == "win32":  # it has no pwrite: one writer at a time
+            with self._lock:
+                os.lseek(self._descriptor, offset, os.SEEK_SET)
+                return os.write(self._descriptor, data)
+        return os.pwrite(self._descriptor, data, offset)
+
+    def sync(self) -> None:
+        """Return when everything written so far is on disk."""
+        getattr(os, "fdatasync", os.fsync)(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def journal_path(output: Path) -> Path:
+    """Where the journal of an output is."""
+    return output.with_name(output.name + ".partial.journal")
+
+
+def check_output(plan: WritePlan, *, force: bool, resume: bool) -> None:
+    """Refuse an output that is an input, is there already, or cannot be there.
+
+    A resumed run may have given some of its files their names already: those are its own.
+    """
+    for file in plan.files:
+        for path in (file.path, partial_path(file.path), journal_path(plan.output)):
+            check_not_input(path, plan.input_paths)
+        check_output_file(file.path, replace=force or (resume and is_complete(file, file.path)))
+
+
+def is_complete(file: PlannedFile, path: Path) -> bool:
+    """Whether the file at ``path`` has the size and the header that are planned."""
+    try:
+        with open(path, "rb") as opened:
+            return path.stat().st_size == file.n_bytes and opened.read(len(file.header)) == file.header
+    except OSError:
+        return False
+
+
+def check_space(plan: WritePlan, *, resume: bool) -> None:
+    """Refuse a plan that does not fit on the disk; what a partial file holds already counts as there."""
+    parent = plan.output.parent
+    held = sum(_allocated(partial_path(file.path)) for file in plan.files)
+    held += sum(_allocated(file.path) for file in plan.files if resume and is_complete(file, file.path))
+    needed, free = plan.n_bytes, shutil.disk_usage(parent).free + held
+    if needed > free:
+        raise NoSpaceError(
+            f"{plan.output} needs {file_size(needed)}, {parent} has {file_size(free)} free; make room, or choose "
+            "another place"
+        )
+
+
+def _allocated(path: Path) -> int:
+    try:
+        status = path.lstat()
+    except OSError:
+        return 0
+    return int(getattr(status, "st_blocks", status.st_size // 512)) * 512
+
+
+@contextlib.contextmanager
+def output_errors(plan: WritePlan) -> Iterator[None]:
+    """Raise what the operating system refuses while a plan is written as NoSpaceError or OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            free = shutil.disk_usage(plan.output.parent).free
+            raise NoSpaceError(
+                f"the disk became full while writing {plan.output}: {file_size(plan.n_bytes)} are needed in all, "
+                f"{file_size(free)} are free; make room and go on with --resume"
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{plan.output.parent} cannot hold a file of this size; write smaller ones with {plan.split_option}"
+            ) from error
+        raise OutputError(f"{plan.output} cannot be written: {error.strerror or error}") from error
+
+
+def check_written(plan: WritePlan) -> None:
+    """Raise OutputError if a partial file does not read back as planned."""
+    for file in plan.files:
+        partial = partial_path(file.path)
+        if partial.exists() and not (plan.reads_back(file, partial) and is_complete(file, partial)):
+            raise OutputError(f"{partial} reads back differently from what was written; the disk may be failing")
+
+
+def give_names(plan: WritePlan) -> None:
+    """Give every partial file its name; those that an interrupted run has named already keep it."""
+    for file in plan.files:
+        if partial_path(file.path).exists():
+            os.replace(partial_path(file.path), file.path)
+    sync_directory(plan.output.parent)
