@@ -41,7 +41,7 @@ from ggufmoe.remote.requests import (
     TokenPiece,
     TokenText,
 )
-from ggufmoe.remote.rpc import find_workers
+from ggufmoe.remote.rpc import answer_seconds, find_workers
 from ggufmoe.remote.wire import Cancel, Start
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter
@@ -73,9 +73,10 @@ class ChildEngine:
         self.path: Path = model.paths[0]
         self.header: Header = model.shards[0].header
         self._context_options = context
-        endpoints = dict.fromkeys(device.endpoint for device in find_workers(offload.workers))
+        devices = find_workers(offload.workers, answer_seconds(offload))
+        endpoints = dict.fromkeys(device.endpoint for device in devices)
         level = logging.getLogger("ggufmoe").getEffectiveLevel()
-        self._link = EngineLink(self.path, offload.workers)
+        self._link = EngineLink(self.path, offload)
         try:
             start = Start(Path(path), context, offload, tuple(endpoints), level)
             self._facts = facts = self._link.load(start, on_progress, cancel)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ggufmoe.errors import Cancelled, EngineError, WorkerLostError
+from ggufmoe.options import OffloadOptions
 from ggufmoe.remote.process import ChildProcess
 from ggufmoe.remote.requests import Request, StreamRequest
 from ggufmoe.remote.rpc import lost_workers
@@ -49,7 +50,8 @@ _Inbox = queue.SimpleQueue[_Answer]
 _AHEAD = 32
 """Items of a stream that the child may be ahead of its reader, so that no token waits for a round trip."""
 _DIAGNOSIS_S = 2.0
-"""Time for the child to end after its last message, and for workers to answer, at most; then the cause is named."""
+"""Time for the child to end after its last message, and for workers to answer, at most; then the cause is named. Less
+where the user's ``rpc_timeout`` is shorter."""
 _LAST_WORDS_S = 10.0
 """``close`` waits this long for what the child has sent. A process that waits for a disk cannot be killed."""
 _WAIT_S = 0.2
@@ -61,11 +63,12 @@ _RPC_ABORTS = ("RPC", "Failed to connect")
 
 
 class EngineLink:
-    """A child process for the model at ``path`` and ``workers`` (host and port of each)."""
+    """A child process for the model at ``path`` and the workers of ``offload``."""
 
-    def __init__(self, path: Path, workers: tuple[tuple[str, int], ...]) -> None:
+    def __init__(self, path: Path, offload: OffloadOptions) -> None:
         self._path = path
-        self._workers = workers
+        self._workers = offload.workers
+        self._diagnosis_s = min(_DIAGNOSIS_S, offload.rpc_timeout)
         self._ids = itertools.count(LOADING + 1)
         self._inboxes: dict[int, _Inbox] = {}
         self._lock = threading.Lock()
@@ -182,7 +185,7 @@ class EngineLink:
             inbox.put(message)
 
     def _finish(self) -> None:
-        if not self._process.wait(_DIAGNOSIS_S):
+        if not self._process.wait(self._diagnosis_s):
             self._process.end()
         end = self._end or self._cause_of_end()
         with self._lock:
@@ -201,7 +204,7 @@ class EngineLink:
         when = "while it was in use" if self._is_loaded else "while the model was being loaded"
         cause = abort if silence is None else f"no sign of life for {silence.seconds:.1f} s ({silence.limit})"
         # a worker that still runs is free again, now that its client has gone
-        lost = "; ".join(lost_workers(self._workers, _DIAGNOSIS_S)) or "it answers again"
+        lost = "; ".join(lost_workers(self._workers, self._diagnosis_s)) or "it answers again"
         return WorkerLostError(f"{self._path}: a worker was lost {when}: {cause}: {lost}")
 
 

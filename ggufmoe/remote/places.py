@@ -1,20 +1,21 @@
-"""Where a model could go: the devices of this machine together with those that remote workers offer."""
+"""The devices that a model can be planned onto: those of this machine and those that workers offer."""
 
 from __future__ import annotations
 
 from ggufmoe.options import OffloadOptions
 from ggufmoe.placement.devices import find_machine
 from ggufmoe.placement.offload import Host, Place
-from ggufmoe.remote.rpc import find_workers
+from ggufmoe.remote.rpc import answer_seconds, find_workers
 
 
 def find_places(offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
-    """The devices that a model could be planned onto: this machine's, and those of the workers of ``offload.rpc``.
+    """Devices of the workers of ``offload.rpc`` and of this machine, and the memory of this machine's CPU.
 
-    Workers are asked and not registered, so llama.cpp has no part in it. Raises what ``find_machine`` and
-    ``find_workers`` raise.
+    Workers are asked in Python and not registered with llama.cpp. Raises what ``find_machine`` and ``find_workers``
+    raise.
     """
-    remote = tuple(device.place for device in find_workers(offload.workers)) if offload.workers else ()
+    found = find_workers(offload.workers, answer_seconds(offload)) if offload.workers else ()
+    remote = tuple(device.place for device in found)
     names = {place.name for place in remote}
     local = offload.device
     if local is not None:

@@ -1,8 +1,9 @@
-"""Workers on other machines, seen from the side that uses them: llama.cpp's RPC, asked with a time limit.
+"""Workers on other machines, seen by the program that uses them: what they offer, and connections to lost machines.
 
-llama.cpp ends the process when a worker is not there, and waits without end for one that is silent. So the beginning of
-its protocol is spoken here first (ggml-rpc.cpp and ggml-rpc.h at commit 0c1e57098), in plain Python, which tells what a
-worker has to offer, too. Serving is ``worker``'s, the process that llama.cpp may end is ``hosted``'s.
+llama.cpp ends its process when a worker cannot be reached, and waits without end for one that is silent. So the first
+messages of its RPC protocol (ggml-rpc.cpp and ggml-rpc.h at commit 0c1e57098) are exchanged here before, in Python and
+with a time limit; they also tell the devices of a worker. Serving is ``worker``'s; ``host`` is the process that
+llama.cpp may end.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from typing import NamedTuple
 
 from ggufmoe.errors import WorkerError
 from ggufmoe.native import library as native
+from ggufmoe.options import OffloadOptions
 from ggufmoe.options.limits import MAX_DEVICES
 from ggufmoe.placement.offload import Place
 
 ANSWER_S = 5.0
-"""So long a worker has for each of: being resolved, connecting, telling about itself."""
+"""Time limit for each of: resolving a worker's name, connecting to it, its answers."""
 
 _PROTOCOL = (7, 0, 0)
 """RPC_PROTO_MAJOR_VERSION, _MINOR_, _PATCH_ of the pinned llama.cpp."""
@@ -43,7 +45,7 @@ _logger = logging.getLogger("ggufmoe")
 
 @dataclass(frozen=True)
 class RemoteDevice:
-    """A device of a worker. ``worker`` is what the user calls it; ``endpoint`` (IPv4:PORT) is what llama.cpp is told.
+    """A device of a worker. ``worker`` is HOST:PORT as the user gave it, ``endpoint`` IPv4:PORT as llama.cpp needs it.
 
     ``index`` counts the devices of this worker, ``name`` (RPC0, RPC1, ...) those of all workers.
     """
@@ -58,7 +60,7 @@ class RemoteDevice:
 
     @property
     def place(self) -> Place:
-        """The device as the planner wants it, with the names that llama.cpp will give it."""
+        """The device for the planner, with the names that llama.cpp will give it."""
         buffer = f"RPC{self.index}[{self.endpoint}]"
         return Place(self.name, buffer, self.free_bytes, self.total_bytes, alignment=self.alignment)
 
@@ -71,9 +73,9 @@ class _Answer:
 
 
 def find_workers(workers: Sequence[tuple[str, int]], answer_s: float = ANSWER_S) -> tuple[RemoteDevice, ...]:
-    """Ask workers, given as host and port, for their devices; all at once, and within seconds.
+    """The devices of workers, given as host and port. All are asked at once; ``answer_s`` limits each step.
 
-    Raises WorkerError that says of each that is wrong what is wrong with it: not reachable, silent or busy, no worker,
+    Raises WorkerError that names every worker that cannot be used, and why: not reachable, silent or busy, no worker,
     another version.
     """
     answers = _ask_all(workers, answer_s)
@@ -89,13 +91,18 @@ def find_workers(workers: Sequence[tuple[str, int]], answer_s: float = ANSWER_S)
     return tuple(found)
 
 
+def answer_seconds(offload: OffloadOptions) -> float:
+    """``ANSWER_S``, or less where the user has less patience."""
+    return min(ANSWER_S, offload.rpc_timeout)
+
+
 def lost_workers(workers: Sequence[tuple[str, int]], answer_s: float) -> list[str]:
-    """What is wrong with each of ``workers`` that does not answer any more."""
+    """For each worker that does not answer, a sentence that tells why."""
     return [str(answer) for answer in _ask_all(workers, answer_s) if isinstance(answer, WorkerError)]
 
 
 def register_workers(endpoints: Sequence[str]) -> None:
-    """Make the workers' devices devices of this process, which llama.cpp may end from now on. Raises EngineError."""
+    """Register the workers' devices with llama.cpp, which may end this process from now on. Raises EngineError."""
     for endpoint in endpoints:
         native.register_rpc_server(endpoint)
 
@@ -110,7 +117,7 @@ def _devices(
 
 
 def _ask_all(workers: Sequence[tuple[str, int]], answer_s: float) -> list[_Answer | WorkerError]:
-    """The answer of each worker, or its error; in threads, because resolving a name knows no time limit."""
+    """The answer of each worker, or its error. Each is asked in a thread: resolving a name has no time limit."""
     inbox: queue.SimpleQueue[tuple[int, _Answer | WorkerError]] = queue.SimpleQueue()
 
     def ask(number: int, host: str, port: int) -> None:
@@ -142,7 +149,7 @@ def _ask(host: str, port: int, answer_s: float) -> _Answer:
         connection = socket.create_connection(address, timeout=answer_s)
     except TimeoutError as error:
         raise WorkerError(
-            f"{worker}: no connection within {answer_s:.0f} s: it is off, behind a firewall, or busy with other clients"
+            f"{worker}: no connection within {answer_s:g} s: it is off, behind a firewall, or busy with other clients"
         ) from error
     except OSError as error:
         raise WorkerError(
@@ -166,7 +173,10 @@ def _resolve(worker: str, host: str, port: int) -> tuple[str, int]:
 
 
 class _Handshake:
-    """The first words of the protocol: a command byte, the size of what follows (8 bytes), and that; replies alike."""
+    """The first messages of the protocol, on an open connection.
+
+    A request is a command byte, the size of its data (8 bytes) and the data; a reply is a size and data.
+    """
 
     def __init__(self, connection: socket.socket, worker: str, answer_s: float) -> None:
         self._connection = connection
@@ -175,11 +185,11 @@ class _Handshake:
         self._deadline = time.monotonic() + answer_s
 
     def greet(self) -> None:
-        """Exchange versions, as llama.cpp's client does. Raises WorkerError for one that does not fit."""
+        """Exchange versions, as llama.cpp's client does. Raises WorkerError for a version that does not fit."""
         self._send(_HELLO, _CAPABILITIES)
         size = self._receive_size()
         if size not in (_HELLO_REPLY.size, _OLD_HELLO_REPLY.size):
-            raise self._stranger()
+            raise self._not_a_worker()
         reply = _HELLO_REPLY if size == _HELLO_REPLY.size else _OLD_HELLO_REPLY
         major, minor, patch = reply.unpack(self._receive(size))
         if reply is _OLD_HELLO_REPLY or major != _PROTOCOL[0] or minor > _PROTOCOL[1]:
@@ -203,20 +213,20 @@ class _Handshake:
             free, total = self._ask(_GET_DEVICE_MEMORY, request, "<QQ")
             (alignment,) = self._ask(_GET_ALIGNMENT, request, "<Q")
             if not 1 <= alignment <= _MAX_ALIGNMENT:
-                raise self._stranger()
+                raise self._not_a_worker()
             yield free, total, alignment
 
     def _ask(self, command: int, request: bytes, reply: str) -> tuple[int, ...]:
         self._send(command, request)
         if self._receive_size() != struct.calcsize(reply):
-            raise self._stranger()
+            raise self._not_a_worker()
         return struct.unpack(reply, self._receive(struct.calcsize(reply)))
 
     def _send(self, command: int, request: bytes) -> None:
         try:
             self._connection.sendall(struct.pack("<BQ", command, len(request)) + request)
         except OSError as error:
-            raise self._closed() from error
+            raise self._hung_up() from error
 
     def _receive_size(self) -> int:
         (size,) = struct.unpack("<Q", self._receive(8))
@@ -227,63 +237,63 @@ class _Handshake:
         while len(data) < size:
             left = self._deadline - time.monotonic()
             if left <= 0:
-                raise self._silent()
+                raise self._no_answer()
             self._connection.settimeout(left)
             try:
                 part = self._connection.recv(size - len(data))
             except TimeoutError as error:
-                raise self._silent() from error
+                raise self._no_answer() from error
             except OSError as error:
-                raise self._closed() from error
+                raise self._hung_up() from error
             if not part:
-                raise self._closed()
+                raise self._hung_up()
             data += part
         return data
 
-    def _silent(self) -> WorkerError:
+    def _no_answer(self) -> WorkerError:
         return WorkerError(
-            f"{self._worker}: does not answer within {self._answer_s:.0f} s: it is busy with another client "
+            f"{self._worker}: does not answer within {self._answer_s:g} s: it is busy with another client "
             "(a worker serves one at a time), or hangs"
         )
 
-    def _closed(self) -> WorkerError:
+    def _hung_up(self) -> WorkerError:
         return WorkerError(
             f"{self._worker}: closes the connection at once: it is ending, or of another version of llama.cpp, or no "
             "worker"
         )
 
-    def _stranger(self) -> WorkerError:
+    def _not_a_worker(self) -> WorkerError:
         return WorkerError(f"{self._worker}: what answers there is no worker of llama.cpp: check host and port")
 
 
 # ---- the connections that llama.cpp has made
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPALIVE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
-"""Seconds: a machine that does not confirm anything for 14 s is gone. Names by system."""
-_GONE_MS = 14_000
-"""The same for one that bytes are on their way to, which keep-alive does not look after. TCP_USER_TIMEOUT would also
-end a connection to a worker that confirms everything and has no room for more while it computes."""
+"""Seconds: a machine that confirms nothing for 14 s is lost. Linux and macOS have different names for the first."""
+_LOST_MS = 14_000
+"""The limit while bytes are on their way, which keep-alive does not cover. TCP_USER_TIMEOUT is not used: it would also
+end a connection to a worker that confirms everything, and has no room for more bytes while it computes."""
 _TCP_INFO = struct.Struct("=2xBB20xI28xI60xQQ")
 """Where Linux's ``struct tcp_info`` has what ``_TcpInfo`` holds."""
 
 
 class _TcpInfo(NamedTuple):
     n_retries: int
-    """Of the bytes that are to be confirmed next."""
+    """How often the oldest unconfirmed bytes were sent again."""
     n_probes: int
-    """Unanswered questions whether there is room for bytes again."""
+    """Unanswered probes of whether the other side has room for bytes again."""
     n_unconfirmed: int
-    """Segments on their way."""
+    """Segments that were sent and not confirmed."""
     since_confirmed_ms: int
     bytes_confirmed: int
     bytes_received: int
 
 
 def guard_connections(endpoints: Sequence[str]) -> int:
-    """Have this process's connections to workers end when a machine is gone; gives the bytes they have carried (Linux).
+    """End this process's connections to workers whose machine is lost; the bytes that all have carried so far (Linux).
 
-    llama.cpp opens them without any time limit. A machine that vanishes then ends them in some 14 s, which llama.cpp
-    takes for a lost worker. Where sockets are no file descriptors (Windows) nothing is done.
+    llama.cpp opens the connections without any time limit. With this, one to a machine that vanishes ends after 14 s,
+    which llama.cpp treats as a lost worker. Does nothing where sockets are no file descriptors (Windows).
     """
     total = 0
     for descriptor in _descriptors():
@@ -292,7 +302,7 @@ def guard_connections(endpoints: Sequence[str]) -> int:
             if f"{host}:{port}" in endpoints:
                 _keep_alive(connection)
                 info = _tcp_info(connection)
-                if _is_gone(info):
+                if _is_lost(info):
                     connection.shutdown(socket.SHUT_RDWR)
                 total += info.bytes_confirmed + info.bytes_received
     return total
@@ -306,7 +316,7 @@ def _descriptors() -> list[int]:
 
 
 def _socket_of(descriptor: int) -> socket.socket:
-    """A second handle of an IPv4 socket. Raises OSError for anything else."""
+    """A second handle of the IPv4 socket ``descriptor``. Raises OSError for anything else."""
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         raise OSError(f"{descriptor} is no socket")
     return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=os.dup(descriptor))
@@ -322,7 +332,7 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 def _tcp_info(connection: socket.socket) -> _TcpInfo:
-    """Zeros where the system does not tell."""
+    """Linux's facts about a connection; zeros on other systems."""
     if sys.platform.startswith("linux"):
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) == _TCP_INFO.size:
@@ -330,6 +340,6 @@ def _tcp_info(connection: socket.socket) -> _TcpInfo:
     return _TcpInfo(0, 0, 0, 0, 0, 0)
 
 
-def _is_gone(info: _TcpInfo) -> bool:
+def _is_lost(info: _TcpInfo) -> bool:
     is_asked = (info.n_unconfirmed > 0 and info.n_retries > 0) or info.n_probes > 1
-    return is_asked and info.since_confirmed_ms > _GONE_MS
+    return is_asked and info.since_confirmed_ms > _LOST_MS

@@ -32,7 +32,7 @@ class WorkerWatch:
     """Measures how long ``signs`` stays the same while threads wait and the followed thread uses no processor time.
 
     ``signs`` gives numbers that change with every sign of life. ``patience`` is asked for the limit at this moment;
-    None while nothing is computed. Limits are kept to about one ``tick_s``.
+    None while nothing is computed. The signs are looked at once in ``tick_s``.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class WorkerWatch:
         self._tick_s = tick_s
         self._clock: ThreadClock | None = None
         self._waiting: set[object] = set()
+        self._silent_s = 0.0
+        self._last_signs: tuple[int, ...] | None = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -64,22 +66,26 @@ class WorkerWatch:
 
     def wait_for_silence(self) -> tuple[float, Patience]:
         """Return when a silence exceeds its limit: its length in seconds, and the limit."""
-        silent_s, before = 0.0, self._signs()
+        began = time.monotonic()
         while True:
-            began = time.monotonic()
             time.sleep(self._tick_s)
-            # asked before the signs: the silence of a batch that ends now must not be held against a shorter limit
-            patience, n_waiting = self._patience(), len(self._waiting)
-            took_s, signs = time.monotonic() - began, self._signs()
-            is_computing = self._clock is not None and self._clock.has_worked(took_s, n_waiting)
-            if is_computing or signs != before or not n_waiting or patience is None:
-                silent_s = 0.0
-            else:
-                # a tick that took much longer (a machine asleep, or very busy) says nothing about the workers
-                silent_s += min(took_s, 2 * self._tick_s)
-                if silent_s > patience.seconds:
-                    return silent_s, patience
-            before = signs
+            now = time.monotonic()
+            if (silence := self.look(now - began)) is not None:
+                return silence
+            began = now
+
+    def look(self, took_s: float) -> tuple[float, Patience] | None:
+        """Look at the signs of life, ``took_s`` after the last time; the silence and its limit once it exceeds that."""
+        # asked before the signs: the silence of a batch that ends now must not be held against a shorter limit
+        patience, n_waiting = self._patience(), len(self._waiting)
+        before, self._last_signs = self._last_signs, self._signs()
+        is_computing = self._clock is not None and self._clock.has_worked(took_s, n_waiting)
+        if is_computing or self._last_signs != before or not n_waiting or patience is None:
+            self._silent_s = 0.0
+            return None
+        # a tick that took much longer (a machine asleep, or very busy) says nothing about the workers
+        self._silent_s += min(took_s, 2 * self._tick_s)
+        return (self._silent_s, patience) if self._silent_s > patience.seconds else None
 
 
 class ThreadClock:

@@ -1,7 +1,7 @@
-"""A worker: this machine's devices, served to other machines by llama.cpp's RPC, in a process of its own.
+"""A worker: this machine's devices, served to other machines by llama.cpp's RPC in a child process.
 
-llama.cpp's server prints to stdout, knows no end, and ends its process when a client sends it what it cannot compute.
-Owns starting it, knowing that it serves, and ending it.
+llama.cpp's server prints to stdout, never returns, and ends its process when a client sends something that it cannot
+compute. Owns starting it, waiting until it serves, and ending it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from ggufmoe.remote.wire import read_messages
 
 _START_S = 60.0
 _POLL_S = 0.2
+_START_POLL_S = 0.05
 _ANYWHERE = "0.0.0.0"
 _LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class ServedDevice:
-    """A device that a worker serves, with its memory when it began."""
+    """A device that a worker serves, with its memory when the worker started."""
 
     name: str
     description: str
@@ -44,8 +45,8 @@ class ServedDevice:
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What the child is to serve."""
+class _Serve:
+    """The message to the child: serve these devices at ``endpoint``."""
 
     endpoint: str
     cache_dir: str | None
@@ -54,10 +55,11 @@ class _Order:
 
 
 class Worker:
-    """Serves from the moment it is made until ``close``, one client after the other.
+    """Serves devices of this machine until ``close``, to one client at a time.
 
-    With ``cache_dir``, tensors of more than 10 MiB are kept there. Raises OptionError for devices and addresses that
-    are not there, WorkerError when the port cannot be had, EngineError without an engine that was built with RPC.
+    With ``cache_dir``, llama.cpp keeps tensors of more than 10 MiB there. Raises OptionError for devices and addresses
+    that this machine does not have, WorkerError when it cannot listen on the port, EngineError when the engine was
+    built without RPC.
     """
 
     def __init__(self, options: WorkerOptions | None = None, *, cache_dir: Path | None = None) -> None:
@@ -67,7 +69,7 @@ class Worker:
         address = _address(options.host)
         _check_port(address, options.port)
         self.endpoint = f"{address}:{options.port}"
-        """Where it listens, as IPv4:PORT."""
+        """The address that it listens at, as IPv4:PORT."""
         self.n_threads = options.n_threads or default_threads()
         self.devices = tuple(_described(device) for device in devices)
         self._client_host = _LOOPBACK if address == _ANYWHERE else address
@@ -75,26 +77,26 @@ class Worker:
         names = tuple(device.name for device in devices)
         self._process = ChildProcess("worker")
         try:
-            self._process.send(_Order(self.endpoint, str(cache_dir) if cache_dir else None, self.n_threads, names))
-            self._await_service()
+            self._process.send(_Serve(self.endpoint, str(cache_dir) if cache_dir else None, self.n_threads, names))
+            self._wait_until_it_serves()
         except BaseException:
             self.close()
             raise
 
     @property
     def pid(self) -> int:
-        """The process that serves."""
+        """Process id of the child that serves."""
         return self._process.pid
 
     def wait(self) -> None:
-        """Stay until it ends by itself, which is an EngineError that says why."""
+        """Wait until the worker ends by itself; then raise EngineError that tells why."""
         while not self._process.wait(_POLL_S):
             pass
         self._process.end()
         raise EngineError(f"the worker at {self.endpoint} has ended: {self._process.how_it_ended()}")
 
     def close(self) -> None:
-        """End it at once; its clients lose it. May be called again."""
+        """End the worker at once; its client loses it. May be called again."""
         self._process.end()
 
     def __enter__(self) -> Worker:
@@ -105,13 +107,13 @@ class Worker:
     ) -> None:
         self.close()
 
-    def _await_service(self) -> None:
+    def _wait_until_it_serves(self) -> None:
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             with contextlib.suppress(WorkerError):
                 find_workers([(self._client_host, self._port)], answer_s=1.0)
                 return
-            if self._process.wait(_POLL_S):
+            if self._process.wait(_START_POLL_S):
                 self.wait()
         raise WorkerError(f"the worker at {self.endpoint} does not serve after {_START_S:.0f} s")
 
@@ -145,7 +147,7 @@ def _check_port(address: str, port: int) -> None:
 
 
 def _served(named: str | None) -> list[native.Device]:
-    """As llama.cpp's server chooses: those named, else all GPUs, else the CPU."""
+    """The devices to serve, as llama.cpp's server chooses them: those named, else all GPUs, else the CPU."""
     there = native.devices()
     if named is not None:
         by_name = {device.name: device for device in there}
@@ -167,21 +169,21 @@ def _described(device: native.Device) -> ServedDevice:
 
 
 def serve_here(incoming: IO[bytes], _outgoing: IO[bytes]) -> None:
-    """In the child: serve what the parent's first message says, until ``incoming`` is closed."""
+    """In the child: serve as the parent's first message says, until ``incoming`` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     leave_with_parent()
     messages = read_messages(incoming)
     order = next(messages, None)
-    if isinstance(order, _Order):
+    if isinstance(order, _Serve):
         threading.Thread(target=_serve, args=(order,), name="ggufmoe-serve", daemon=True).start()
         for _ in messages:
             pass
     os._exit(0)  # native code serves for ever
 
 
-def _serve(order: _Order) -> None:
+def _serve(order: _Serve) -> None:
     devices = {device.name: device for device in native.devices()}
     served = [devices[name] for name in order.device_names]
     native.start_rpc_server(order.endpoint, order.cache_dir, order.n_threads, served)
     sys.stderr.flush()
-    os._exit(1)  # it has said why
+    os._exit(1)  # the reason is on stderr

@@ -48,7 +48,7 @@ from ggufmoe.remote.worker import Worker
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.local import LocalEngine
 from ggufmoe.work import Progress
-from tests.engines import child_engine
+from tests.engines import child_engine, local_engine
 from tests.remote.workers import (
     PATIENT_S,
     is_running,
@@ -82,6 +82,16 @@ def workers() -> Iterator[tuple[Worker, Worker]]:
         yield first, second
 
 
+@pytest.fixture(scope="module")
+def remote_story(story_path: Path) -> Iterator[Engine]:
+    """An engine, and a worker of its own, for all tests that harm neither."""
+    with (
+        start_worker() as served,
+        Engine(story_path, ONE_THREAD, OffloadOptions(rpc=served.endpoint)) as engine,
+    ):
+        yield engine
+
+
 @pytest.fixture
 def worker() -> Iterator[Worker]:
     """One that a test may harm."""
@@ -90,9 +100,28 @@ def worker() -> Iterator[Worker]:
 
 
 @pytest.fixture
-def remote_story(story_path: Path, worker: Worker) -> Iterator[Engine]:
-    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint, rpc_timeout=2)) as engine:
+def impatient(story_path: Path, worker: Worker) -> Iterator[Engine]:
+    """An engine that is expected to give its worker up soon."""
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint, rpc_timeout=0.5)) as engine:
         yield engine
+
+
+PAUSE_S = 2.0
+"""Longer than ``patient`` waits for a token, and far shorter than it waits for a prompt."""
+
+
+@pytest.fixture
+def patient(story_path: Path, worker: Worker) -> Iterator[Engine]:
+    """An engine that must not give up a worker that pauses for ``PAUSE_S`` while it computes a prompt."""
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint, rpc_timeout=1.0)) as engine:
+        yield engine
+
+
+def go_on_later(worker: Worker, delay_s: float) -> threading.Timer:
+    """Lets a paused worker go on after this time."""
+    timer = threading.Timer(delay_s, os.kill, (worker.pid, signal.SIGCONT))
+    timer.start()
+    return timer
 
 
 def tokens(events: Iterator[Event]) -> list[int]:
@@ -266,17 +295,16 @@ def test_a_stream_has_all_its_events_and_its_timing(remote_story: Engine, story:
     assert len(long) == 201
 
 
-def test_a_prompt_is_timed_until_the_worker_has_computed_it(remote_story: Engine, worker: Worker) -> None:
-    prompt = remote_story.tokenize(" once" * 100)
-    remote_story.prefill(prompt)  # the second time llama.cpp does not wait for answers before it comes back
-    remote_story.forget()
-    going_on = threading.Timer(1.0, os.kill, (worker.pid, signal.SIGCONT))
+def test_a_prompt_is_timed_until_the_worker_has_computed_it(patient: Engine, worker: Worker) -> None:
+    prompt = patient.tokenize(" once" * 100)
+    patient.prefill(prompt)  # the second time llama.cpp does not wait for answers before it comes back
+    patient.forget()
     os.kill(worker.pid, signal.SIGSTOP)
-    going_on.start()
-    *_, last = remote_story.generate(prompt, TWELVE)
+    going_on = go_on_later(worker, 0.5)
+    *_, last = patient.generate(prompt, TWELVE)
     going_on.join()
     assert isinstance(last, Finished)
-    assert last.timing.prompt_s > 0.8
+    assert last.timing.prompt_s > 0.4
     assert last.timing.generation_s < last.timing.prompt_s
 
 
@@ -324,11 +352,11 @@ def test_functions_that_want_to_leave_the_other_process(remote_story: Engine) ->
     assert remote_story.tokenize(" once")
 
 
-def test_a_message_that_cannot_be_read_ends_the_engine(remote_story: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_cannot_be_read_ends_the_engine(impatient: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineLink, "_deliver", lambda *_: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with pytest.raises(EngineError, match="has ended"):
-        remote_story.tokenize(" once")
+        impatient.tokenize(" once")
 
 
 def test_cancelling_with_a_flag_or_from_another_thread(remote_story: Engine) -> None:
@@ -358,20 +386,22 @@ def test_a_flag_set_before_the_start(remote_story: Engine) -> None:
     assert only.reason == "cancelled"
 
 
-def test_loading_is_reported_and_can_be_stopped(story_path: Path, worker: Worker) -> None:
+def test_loading_is_reported_and_can_be_stopped(story_path: Path, workers: tuple[Worker, Worker]) -> None:
+    offload = OffloadOptions(rpc=workers[0].endpoint)
     before, reports, flag = children(), list[Progress](), threading.Event()
-    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint), on_progress=reports.append):
+    with Engine(story_path, ONE_THREAD, offload, on_progress=reports.append):
         parts = [report.done for report in reports]
         assert parts == sorted(parts)
         assert reports[-1] == Progress("load", 1.0, 1.0, "parts", story_path.name)
     flag.set()
     with pytest.raises(Cancelled, match="loading was stopped"):
-        Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint), cancel=flag)
+        Engine(story_path, ONE_THREAD, offload, cancel=flag)
     assert children() == before
 
 
 def test_a_prompt_can_be_computed_before_it_is_asked(remote_story: Engine, tmp_path: Path) -> None:
     prompt = remote_story.tokenize(" once upon a")
+    remote_story.forget()
     assert remote_story.prefill(prompt) == len(prompt)
     assert remote_story.save_session(tmp_path / "session") == len(prompt)
     flag = threading.Event()
@@ -440,27 +470,28 @@ def test_what_the_child_logs_is_logged_here(
 
 
 @pytest.mark.parametrize(
-    ("behave", "message"), [(never_answer, "does not answer within 5 s"), (talk_garbage, "no worker of llama.cpp")]
+    ("behave", "message"), [(never_answer, "does not answer within 0.5 s"), (talk_garbage, "no worker of llama.cpp")]
 )
 def test_what_is_no_worker_is_an_error_within_seconds(
     behave: Callable[..., object], message: str, story_path: Path
 ) -> None:
     started = time.monotonic()
     with pretender(behave) as endpoint, pytest.raises(WorkerError, match=message):
-        Engine(story_path, ONE_THREAD, OffloadOptions(rpc=endpoint))
+        Engine(story_path, ONE_THREAD, OffloadOptions(rpc=endpoint, rpc_timeout=0.5))
     assert time.monotonic() - started < PATIENT_S
 
 
-def test_a_busy_worker_is_an_error_within_seconds(remote_story: Engine, worker: Worker) -> None:
+def test_a_busy_worker_is_an_error_within_seconds(remote_story: Engine) -> None:
+    busy = remote_story.placement.plan.shares[0].device
     started = time.monotonic()
     with pytest.raises(WorkerError, match="busy with another client"):
-        Engine(remote_story.path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint))
+        Engine(remote_story.path, ONE_THREAD, OffloadOptions(rpc=busy, rpc_timeout=0.5))
     assert time.monotonic() - started < PATIENT_S
     assert remote_story.tokenize(" once")
 
 
-def test_a_worker_that_dies_in_the_middle_of_an_answer(remote_story: Engine, worker: Worker) -> None:
-    events = remote_story.generate(remote_story.tokenize(" on"), FOR_EVER)
+def test_a_worker_that_dies_in_the_middle_of_an_answer(impatient: Engine, worker: Worker) -> None:
+    events = impatient.generate(impatient.tokenize(" on"), FOR_EVER)
     next(events)
     started = time.monotonic()
     os.kill(worker.pid, signal.SIGKILL)
@@ -468,28 +499,28 @@ def test_a_worker_that_dies_in_the_middle_of_an_answer(remote_story: Engine, wor
         list(events)
     assert time.monotonic() - started < PATIENT_S
     with pytest.raises(WorkerLostError, match="lost while it was in use"):
-        remote_story.tokenize(" once")
+        impatient.tokenize(" once")
     with pytest.raises(WorkerLostError):
-        remote_story.generate([5])
-    remote_story.cancel()
-    remote_story.close()
+        impatient.generate([5])
+    impatient.cancel()
+    impatient.close()
 
 
-def test_a_worker_that_hangs_in_the_middle_of_an_answer(remote_story: Engine, worker: Worker) -> None:
-    events = remote_story.generate(remote_story.tokenize(" on"), FOR_EVER)
+def test_a_worker_that_hangs_in_the_middle_of_an_answer(impatient: Engine, worker: Worker) -> None:
+    events = impatient.generate(impatient.tokenize(" on"), FOR_EVER)
     next(events)
     started = time.monotonic()
     with (
         paused(worker.pid),
-        pytest.raises(WorkerLostError, match=r"no sign of life for \d+\.\d s \(--rpc-timeout 2\): the wo"),
+        pytest.raises(WorkerLostError, match=r"no sign of life for \d+\.\d s \(--rpc-timeout 0\.5\): the wo"),
     ):
         list(events)
     assert time.monotonic() - started < PATIENT_S
 
 
-def test_many_who_wait_do_not_keep_a_worker_that_hangs(remote_story: Engine, worker: Worker) -> None:
-    prompt = remote_story.tokenize(" on")
-    streams = [remote_story.generate(prompt, FOR_EVER) for _ in range(24)]
+def test_many_who_wait_do_not_keep_a_worker_that_hangs(impatient: Engine, worker: Worker) -> None:
+    prompt = impatient.tokenize(" on")
+    streams = [impatient.generate(prompt, FOR_EVER) for _ in range(24)]
     for stream in streams:
         next(stream)
     lost = list[str]()
@@ -511,15 +542,15 @@ def test_many_who_wait_do_not_keep_a_worker_that_hangs(remote_story: Engine, wor
     assert len(lost) == 24
 
 
-def test_asking_for_something_else_does_not_keep_a_worker_that_hangs(remote_story: Engine, worker: Worker) -> None:
-    events = remote_story.generate(remote_story.tokenize(" on"), FOR_EVER)
+def test_asking_for_something_else_does_not_keep_a_worker_that_hangs(impatient: Engine, worker: Worker) -> None:
+    events = impatient.generate(impatient.tokenize(" on"), FOR_EVER)
     next(events)
     ended = threading.Event()
 
     def ask() -> None:
         with contextlib.suppress(WorkerLostError):
             while not ended.wait(0.3):
-                remote_story.tokenize(" once")
+                impatient.tokenize(" once")
 
     asking = threading.Thread(target=ask)
     started = time.monotonic()
@@ -532,27 +563,26 @@ def test_asking_for_something_else_does_not_keep_a_worker_that_hangs(remote_stor
     asking.join()
 
 
-def test_stopping_again_and_again_does_not_keep_a_worker_that_hangs(remote_story: Engine, worker: Worker) -> None:
-    prompt = remote_story.tokenize(" on")
-    next(remote_story.generate(prompt, FOR_EVER))
+def test_stopping_again_and_again_does_not_keep_a_worker_that_hangs(impatient: Engine, worker: Worker) -> None:
+    prompt = impatient.tokenize(" on")
+    next(impatient.generate(prompt, FOR_EVER))
     started = time.monotonic()
 
     def ask_and_stop() -> None:
         while time.monotonic() - started < PATIENT_S:
             flag = threading.Event()
             threading.Timer(0.5, flag.set).start()
-            list(remote_story.generate(prompt, FOR_EVER, cancel=flag))
+            list(impatient.generate(prompt, FOR_EVER, cancel=flag))
 
     with paused(worker.pid), pytest.raises(WorkerLostError):
         ask_and_stop()
 
 
-def test_a_prompt_has_ten_times_as_long_as_a_token(remote_story: Engine, worker: Worker) -> None:
-    prompt = remote_story.tokenize(" once" * 400)
-    going_on = threading.Timer(5, os.kill, (worker.pid, signal.SIGCONT))
+def test_a_prompt_has_ten_times_as_long_as_a_token(patient: Engine, worker: Worker) -> None:
+    prompt = patient.tokenize(" once" * 400)
     os.kill(worker.pid, signal.SIGSTOP)  # as one that computes for long
-    going_on.start()
-    assert remote_story.prefill(prompt) == len(prompt)
+    going_on = go_on_later(worker, PAUSE_S)
+    assert patient.prefill(prompt) == len(prompt)
     going_on.join()
 
 
@@ -562,9 +592,8 @@ def test_the_last_token_of_a_prompt_does_not_shorten_its_time(story_path: Path, 
         prompt = engine.tokenize(" on" * 400)[:129]
         engine.prefill(prompt)
         engine.forget()
-        going_on = threading.Timer(4, os.kill, (worker.pid, signal.SIGCONT))
         os.kill(worker.pid, signal.SIGSTOP)
-        going_on.start()
+        going_on = go_on_later(worker, PAUSE_S)
         assert engine.prefill(prompt) == 129
         going_on.join()
 
@@ -575,45 +604,48 @@ def watched_steps(engine: Engine, *, cancel: object) -> Iterator[int]:
 
 
 def test_a_worker_that_hangs_while_a_stream_is_closed(story_path: Path, worker: Worker) -> None:
-    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint, rpc_timeout=1)) as engine:
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint, rpc_timeout=0.3)) as engine:
         steps = engine.iterate(watched_steps)
         assert next(steps) == 0
         started = time.monotonic()
         with paused(worker.pid):
             steps.close()  # type: ignore[attr-defined]
-            with pytest.raises(WorkerLostError, match=r"no sign of life for 1\d\.\d s \(ten times --rpc-timeout 1\)"):
+            with pytest.raises(WorkerLostError, match=r"no sign of life for 3\.\d s \(ten times --rpc-timeout 0\.3\)"):
                 engine.logits(engine.tokenize(" once"))
         assert time.monotonic() - started < PATIENT_S
 
 
-def test_a_slow_reader_is_no_lost_worker(remote_story: Engine) -> None:
-    events = remote_story.generate(remote_story.tokenize(" on"), replace(GREEDY, n_predict=60))
+def test_a_slow_reader_is_no_lost_worker(patient: Engine) -> None:
+    events = patient.generate(patient.tokenize(" on"), replace(GREEDY, n_predict=60))
     next(events)
-    time.sleep(6)  # three times rpc_timeout
+    time.sleep(PAUSE_S)
     assert len(tokens(events)) == 59
 
 
-def test_a_prompt_that_was_stopped_may_still_take_its_time(remote_story: Engine, worker: Worker) -> None:
-    events = remote_story.generate(remote_story.tokenize(" on"), replace(GREEDY, n_predict=120))
+def has_nothing_to_do(engine: Engine) -> bool:
+    return not local_engine(engine).activity.is_busy
+
+
+def test_a_prompt_that_was_stopped_may_still_take_its_time(patient: Engine, worker: Worker) -> None:
+    events = patient.generate(patient.tokenize(" on"), replace(GREEDY, n_predict=120))
     next(events)
     flag = threading.Event()
-    long = remote_story.tokenize(" once" * 400)
-    time.sleep(1)  # until the answer is as far ahead as it may be
+    long = patient.tokenize(" once" * 400)
+    wait_until(lambda: patient.apply(has_nothing_to_do))  # the answer is as far ahead as it may be
     stopping = threading.Timer(0.3, flag.set)
     with paused(worker.pid):  # as one that computes for long
         stopping.start()
         with pytest.raises(Cancelled):
-            remote_story.prefill(long, cancel=flag)
-        going_on = threading.Timer(6, os.kill, (worker.pid, signal.SIGCONT))  # three times rpc_timeout
-        going_on.start()
+            patient.prefill(long, cancel=flag)
+        go_on_later(worker, PAUSE_S)
         assert len(tokens(events)) == 119
 
 
-def test_an_engine_whose_worker_hangs_can_be_closed(remote_story: Engine, worker: Worker) -> None:
+def test_an_engine_whose_worker_hangs_can_be_closed(impatient: Engine, worker: Worker) -> None:
     before = children()
     with paused(worker.pid):
         started = time.monotonic()
-        remote_story.close()
+        impatient.close()
         assert time.monotonic() - started < PATIENT_S
     assert len(before - children()) == 1
 
@@ -621,10 +653,10 @@ def test_an_engine_whose_worker_hangs_can_be_closed(remote_story: Engine, worker
 # ---- processes
 
 
-def test_closing_ends_the_process_and_frees_the_worker(story_path: Path, worker: Worker) -> None:
+def test_closing_ends_the_process_and_frees_the_worker(story_path: Path, workers: tuple[Worker, Worker]) -> None:
     before = children()
     for _ in range(2):
-        engine = Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint))
+        engine = Engine(story_path, ONE_THREAD, OffloadOptions(rpc=workers[0].endpoint))
         assert len(children() - before) == 1
         events = engine.generate(engine.tokenize(" on"), FOR_EVER)
         next(events)
@@ -663,16 +695,16 @@ def test_a_forked_process_leaves_the_engine_to_its_parent(remote_story: Engine) 
     assert remote_story.tokenize(" once")
 
 
-def test_an_engine_that_is_forgotten_leaves_no_process(story_path: Path, worker: Worker) -> None:
+def test_an_engine_that_is_forgotten_leaves_no_process(story_path: Path, workers: tuple[Worker, Worker]) -> None:
     before = children()
-    engine = Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint))
+    engine = Engine(story_path, ONE_THREAD, OffloadOptions(rpc=workers[0].endpoint))
     del engine
     assert children() == before
 
 
-def test_a_child_that_dies_of_something_else(story_path: Path, worker: Worker) -> None:
+def test_a_child_that_dies_of_something_else(story_path: Path, workers: tuple[Worker, Worker]) -> None:
     before = children()
-    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=worker.endpoint)) as engine:
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=workers[0].endpoint)) as engine:
         (pid,) = children() - before
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not is_running(pid))
@@ -693,9 +725,11 @@ time.sleep(600)
 """Without a guard around it: starting the child must not run it again."""
 
 
-def test_the_child_ends_when_its_parent_is_killed(story_path: Path, worker: Worker, tmp_path: Path) -> None:
+def test_the_child_ends_when_its_parent_is_killed(
+    story_path: Path, workers: tuple[Worker, Worker], tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    command = [sys.executable, str(tmp_path / "script.py"), str(story_path), worker.endpoint]
+    command = [sys.executable, str(tmp_path / "script.py"), str(story_path), workers[0].endpoint]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "started\n"
@@ -725,12 +759,12 @@ except ggufmoe.EngineError as error:
     [("freeze_support()", "tokens [1, "), ("", "a frozen app that uses workers must call")],
 )
 def test_a_frozen_app_is_started_again_as_the_child(
-    prepare: str, printed: str, story_path: Path, worker: Worker, tmp_path: Path
+    prepare: str, printed: str, story_path: Path, workers: tuple[Worker, Worker], tmp_path: Path
 ) -> None:
     script, app = tmp_path / "main.py", tmp_path / "app"
     script.write_text(FROZEN.replace("PREPARE", prepare), encoding="utf-8")
     app.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$0" "$@"\n', encoding="utf-8")
     app.chmod(0o755)
-    command = [str(app), str(story_path), worker.endpoint]
+    command = [str(app), str(story_path), workers[0].endpoint]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.stdout.startswith(printed), done.stdout + done.stderr

@@ -33,7 +33,9 @@ from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.native import library as native
+from ggufmoe.placement.cpu import memory_bytes
 from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
+from ggufmoe.runtime import loading
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.work import Progress
 from tests.scripted import BOS, EOS, Scripted
@@ -360,8 +362,8 @@ def test_a_context_that_cannot_be_made_leaves_an_engine_without_one(mixing_path:
     with Engine(mixing_path, ONE_THREAD) as engine:
         prompt = engine.tokenize(" w1 w9 w3 w4")
         answer = text_of(engine.generate(prompt, GREEDY))
-        with pytest.raises(ModelLoadError):
-            engine.set_context(ContextOptions(n_ctx=2**30, n_threads=1))
+        with pytest.raises(ModelLoadError, match="context"):
+            engine.set_context(ContextOptions(cache_type_v="q8_0", flash_attn="off", n_threads=1))
         with pytest.raises(EngineError, match=r"there is no context since .*set_context"):
             list(engine.generate(prompt, GREEDY))
         engine.set_context(ONE_THREAD)
@@ -499,10 +501,33 @@ def test_context_sizes(story_path: Path, write_model: Callable[[Scripted], Path]
         assert engine.n_ctx == DEFAULT_MAX_CTX
 
 
-def test_a_context_that_the_memory_cannot_hold(story_path: Path) -> None:
-    # where memory is not promised before it is there, llama.cpp itself finds out
-    with pytest.raises(ModelLoadError, match=r"(context of 2147483647 tokens takes|no such context) .*--ctx-size"):
-        Engine(story_path, ContextOptions(n_ctx=2**31 - 1, n_threads=1))
+needs_known_memory = pytest.mark.skipif(
+    not memory_bytes(), reason="this system promises no more memory than it has, and llama.cpp itself finds out"
+)
+
+
+@needs_known_memory
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("n_ctx", [2**30, 2**31 - 1])
+def test_a_context_that_the_memory_cannot_hold_never_reaches_llama_cpp(
+    write_model: Callable[[Scripted], Path], caplog: pytest.LogCaptureFixture, arch: str, n_ctx: int
+) -> None:
+    message = rf"a context of {n_ctx} tokens takes .* TiB for the KV cache and about .*this machine has .*--ctx-size"
+    with caplog.at_level(logging.DEBUG, "ggufmoe"), pytest.raises(ModelLoadError, match=message):
+        Engine(write_model(replace(STORY, arch=arch)), ContextOptions(n_ctx=n_ctx, n_threads=1))
+    assert "ggufmoe.llama" not in {record.name for record in caplog.records}
+
+
+@needs_known_memory
+def test_the_buffers_of_a_context_count_as_its_cache_does(story_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = ContextOptions(n_ctx=4096, n_batch=4096, n_ubatch=4096, n_threads=1)
+    with Engine(story_path, wide) as engine:
+        host = engine.placement.plan.host
+    monkeypatch.setattr(loading, "memory_bytes", lambda: host.kv_bytes + host.compute_bytes)
+    Engine(story_path, wide).close()
+    monkeypatch.setattr(loading, "memory_bytes", lambda: host.kv_bytes + host.compute_bytes - 1)
+    with pytest.raises(ModelLoadError, match="a context of 4096 tokens takes"):
+        Engine(story_path, wide)
 
 
 @pytest.mark.parametrize("mode", ["none", "mmap", "dio"])

@@ -36,7 +36,11 @@ def test_nobody_waits_for_what_is_there() -> None:
 
 
 def test_a_wait_ends_when_its_time_has_passed() -> None:
-    Inbox().wait(0.01)
+    box = Inbox()
+    began = time.monotonic()
+    box.wait(0.05)
+    assert 0.05 <= time.monotonic() - began < PATIENT_S
+    assert (box.take(), box._reader_waits) == ([], False)
 
 
 class Reader(threading.Thread):
