@@ -83,12 +83,16 @@ def workers() -> Iterator[tuple[Worker, Worker]]:
 
 
 @pytest.fixture(scope="module")
-def remote_story(story_path: Path) -> Iterator[Engine]:
-    """An engine, and a worker of its own, for all tests that harm neither."""
-    with (
-        start_worker() as served,
-        Engine(story_path, ONE_THREAD, OffloadOptions(rpc=served.endpoint)) as engine,
-    ):
+def busy_worker() -> Iterator[Worker]:
+    """The worker of ``remote_story``."""
+    with start_worker() as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def remote_story(story_path: Path, busy_worker: Worker) -> Iterator[Engine]:
+    """An engine for all tests that harm neither it nor its worker."""
+    with Engine(story_path, ONE_THREAD, OffloadOptions(rpc=busy_worker.endpoint)) as engine:
         yield engine
 
 
@@ -481,11 +485,10 @@ def test_what_is_no_worker_is_an_error_within_seconds(
     assert time.monotonic() - started < PATIENT_S
 
 
-def test_a_busy_worker_is_an_error_within_seconds(remote_story: Engine) -> None:
-    busy = remote_story.placement.plan.shares[0].device
+def test_a_busy_worker_is_an_error_within_seconds(remote_story: Engine, busy_worker: Worker) -> None:
     started = time.monotonic()
     with pytest.raises(WorkerError, match="busy with another client"):
-        Engine(remote_story.path, ONE_THREAD, OffloadOptions(rpc=busy, rpc_timeout=0.5))
+        Engine(remote_story.path, ONE_THREAD, OffloadOptions(rpc=busy_worker.endpoint, rpc_timeout=0.5))
     assert time.monotonic() - started < PATIENT_S
     assert remote_story.tokenize(" once")
 
