@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError
 from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
+from ggufmoe.native.openmp import SpinLimit
 from ggufmoe.runtime.chunkbatch import SideBySide
 
 ComputedBy = Literal["cpu", "gpu", "worker"]
@@ -87,8 +88,10 @@ class KVCache:
         saved: SavedStates,
         abort_flag: ctypes.Array[ctypes.c_char],
         computed_by: ComputedBy,
+        spin_limit: SpinLimit,
     ) -> None:
         self._api = api
+        self._spin_limit = spin_limit
         self._abort_flag = abort_flag
         self._computed_by = computed_by
         self.context = context
@@ -295,6 +298,7 @@ class KVCache:
         raise self._failed(status, mark)
 
     def _begin_batch(self, n_tokens: int) -> None:
+        self._spin_limit.look()
         if self.given_tokens > n_tokens:  # so that a watch does not count the wait for those as one for these
             self.synchronize()
         self.given_tokens = 0 if self._shift_pending else n_tokens

@@ -23,6 +23,7 @@ from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.log import NativeLog, no_wait_callback
+from ggufmoe.native.openmp import SpinLimit
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads, memory_bytes
 from ggufmoe.placement.devices import Machine, find_machine
@@ -86,6 +87,7 @@ class LoadedModel:
         self.observer: Any = None
         self._header: Header = request.model.shards[0].header
         self._request = request
+        self._spin_limit = SpinLimit()
         self._saved = SavedStates(request.context.cache_ram * 2**20)
         self._model: Any = None
         self._context: Any = None
@@ -145,7 +147,9 @@ class LoadedModel:
     def _new_cache(self) -> KVCache:
         n_vocab = self.vocabulary.n_tokens
         flag, computed_by = self.abort_flag, self._computed_by()
-        return KVCache(self.api, self._context, n_vocab, self.log, self.path, self._saved, flag, computed_by)
+        return KVCache(
+            self.api, self._context, n_vocab, self.log, self.path, self._saved, flag, computed_by, self._spin_limit
+        )
 
     def _computed_by(self) -> ComputedBy:
         if not any(share.layers or share.buffers for share in self.placement.plan.shares[:-1]):
@@ -264,6 +268,7 @@ class LoadedModel:
         """Give back all native memory."""
         if hasattr(self, "vocabulary"):
             self.vocabulary.close()
+        self._spin_limit.close()
         self._saved.clear()
         context, self._context = self._context, None
         model, self._model = self._model, None

@@ -1,0 +1,129 @@
+"""How the threads that compute a graph wait for each other: libgomp's spinning, shortened while the machine is busy.
+
+The pinned engine computes with libgomp. Its threads spin for some 3 ms at every barrier before they sleep, and a graph
+has hundreds of barriers: beside another program that computes, a thread that waits burns the time that the thread it
+waits for needs, and generation falls to a tenth or less. libgomp spins 3000 times shorter whenever it manages more
+threads than there are processors (``gomp_throttled_spin_count_var``, libgomp/config/linux/wait.h of GCC). ``SpinLimit``
+brings that about by a second, sleeping team of threads, and only while the kernel reports that threads of this process
+wait for a processor: on an idle machine nothing changes, and no environment variable is read or set.
+
+Only for libgomp on Linux; elsewhere ``SpinLimit`` does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_LOOK_S = 0.1
+"""Seconds between two looks at how long threads waited for a processor."""
+_BUSY = 0.05
+"""A busy machine: threads of this process waited together for this part of the time that has passed."""
+_CALM_S = 2.0
+"""Seconds without waiting after which threads may spin as long as libgomp wants again."""
+
+
+class SpinLimit:
+    """Shortens libgomp's spinning while ``look``, called between computations, finds the machine busy.
+
+    ``run_delay_s`` and ``clock_s`` are the kernel's account of waiting and the time, both in seconds. ``close`` it.
+    """
+
+    def __init__(
+        self,
+        run_delay_s: Callable[[], float | None] | None = None,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run_delay_s = run_delay_s or _run_delay_s
+        self._clock_s = clock_s
+        self._libgomp = loaded_libgomp()
+        self._looked_s = clock_s()
+        self._waited_s = self._run_delay_s()
+        self._busy_until_s = self._looked_s
+        self._team: _SleepingTeam | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether spinning is shortened now."""
+        return self._team is not None
+
+    def look(self) -> None:
+        """Called by the thread that runs llama.cpp, between two computations: shorten spinning, or give it back."""
+        if self._libgomp is None or self._waited_s is None:
+            return
+        now = self._clock_s()
+        elapsed_s = now - self._looked_s
+        if elapsed_s < _LOOK_S or (waited_s := self._run_delay_s()) is None:
+            return
+        if waited_s - self._waited_s > _BUSY * elapsed_s:
+            self._busy_until_s = now + _CALM_S
+        self._looked_s, self._waited_s = now, waited_s
+        if now < self._busy_until_s and self._team is None:
+            self._team = _SleepingTeam(self._libgomp)
+        elif now >= self._busy_until_s and self._team is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Let libgomp spin as long as it wants."""
+        if self._team is not None:
+            self._team.end()
+            self._team = None
+
+
+class _SleepingTeam:
+    """As many OpenMP threads as there are processors, which do nothing. Ends with the Python thread that leads it."""
+
+    def __init__(self, libgomp: ctypes.CDLL) -> None:
+        self._libgomp = libgomp
+        self._is_over = threading.Event()
+        self._is_there = threading.Event()
+        self._leader = threading.Thread(target=self._lead, name="ggufmoe-openmp", daemon=True)
+        self._leader.start()
+        self._is_there.wait()
+
+    def _lead(self) -> None:
+        # void GOMP_parallel (void (*fn) (void *), void *data, unsigned num_threads, unsigned flags)
+        text = ctypes.create_string_buffer(1)
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p)
+        parallel = self._libgomp.GOMP_parallel
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+        parallel(strlen, ctypes.addressof(text), self._libgomp.omp_get_num_procs(), 0)
+        self._is_there.set()
+        self._is_over.wait()
+
+    def end(self) -> None:
+        """End the team's threads; returns when they are gone."""
+        self._is_over.set()
+        self._leader.join()
+
+
+def loaded_libgomp() -> ctypes.CDLL | None:
+    """The libgomp that is loaded in this process, if one is."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return None
+    return found if hasattr(found, "GOMP_parallel") else None
+
+
+def _run_delay_s() -> float | None:
+    """Seconds that the threads of this process have waited for a processor; None where the kernel does not tell.
+
+    Second field of ``/proc/PID/task/TID/schedstat`` (Documentation/scheduler/sched-stats.rst of Linux).
+    """
+    total_ns, n_told = 0, 0
+    with contextlib.suppress(OSError):
+        for task in os.scandir("/proc/self/task"):
+            with contextlib.suppress(OSError, ValueError, IndexError):  # a thread may end meanwhile
+                total_ns += int(Path(task.path, "schedstat").read_bytes().split()[1])
+                n_told += 1
+    return total_ns / 1e9 if n_told else None

@@ -1,0 +1,98 @@
+"""libgomp's spinning: shortened while the machine is busy, given back when it is not."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import pytest
+
+from ggufmoe.native import library as native
+from ggufmoe.native.openmp import SpinLimit, loaded_libgomp
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp's spinning is Linux's")
+
+
+class Machine:
+    """A clock, and the seconds that threads have waited for a processor by then."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.waited_s = 3.0
+
+    def passes(self, seconds: float, *, waiting: float = 0.0) -> None:
+        self.now_s += seconds
+        self.waited_s += waiting
+
+
+def limit_of(machine: Machine) -> SpinLimit:
+    native.library()  # loads libgomp, where the engine was compiled with OpenMP
+    return SpinLimit(lambda: machine.waited_s, lambda: machine.now_s)
+
+
+def n_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def wait_for_threads(expected: int) -> None:
+    deadline = time.monotonic() + 10
+    while n_threads() != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert n_threads() == expected
+
+
+def test_a_busy_machine_shortens_spinning_until_it_is_calm() -> None:
+    machine = Machine()
+    limit = limit_of(machine)
+    assert loaded_libgomp() is not None
+    before = n_threads()
+    machine.passes(1.0, waiting=0.5)
+    limit.look()
+    assert limit.is_short
+    # the leader, and one OpenMP thread for each further processor
+    wait_for_threads(before + len(os.sched_getaffinity(0)))
+    machine.passes(1.0)
+    limit.look()
+    assert limit.is_short
+    machine.passes(2.0)
+    limit.look()
+    assert not limit.is_short
+    wait_for_threads(before)
+
+
+def test_a_calm_machine_changes_nothing() -> None:
+    machine = Machine()
+    limit = limit_of(machine)
+    for _ in range(20):
+        machine.passes(0.5, waiting=0.01)
+        limit.look()
+        assert not limit.is_short
+
+
+def test_looks_that_follow_each_other_closely_cost_no_question() -> None:
+    machine, asked = Machine(), []
+    limit = SpinLimit(lambda: asked.append(1) or 0.0, lambda: machine.now_s)  # type: ignore[func-returns-value]
+    for _ in range(50):
+        machine.passes(0.001)
+        limit.look()
+    assert len(asked) == 1
+
+
+def test_a_kernel_that_does_not_tell_changes_nothing() -> None:
+    machine = Machine()
+    limit = SpinLimit(lambda: None, lambda: machine.now_s)
+    machine.passes(9.0)
+    limit.look()
+    assert not limit.is_short
+
+
+def test_closing_gives_spinning_back() -> None:
+    machine = Machine()
+    limit = limit_of(machine)
+    before = n_threads()
+    machine.passes(1.0, waiting=1.0)
+    limit.look()
+    limit.close()
+    assert not limit.is_short
+    wait_for_threads(before)
