@@ -297,7 +297,8 @@ def test_logprobs_are_those_of_the_logits(mixing: Engine) -> None:
     tokens = [event for event in events if isinstance(event, Token)]
     logits = mixing.logits([*prompt, *(token.token_id for token in tokens)])[len(prompt) - 1 : -1].astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    for row, token in zip(expected, tokens, strict=False):
+    assert len(tokens) == 5
+    for row, token in zip(expected, tokens, strict=True):
         assert token.logprob == pytest.approx(row[token.token_id], abs=1e-2)
         assert [i for i, _ in token.alternatives] == list(np.argsort(-row, kind="stable")[:3])
         assert [p for _, p in token.alternatives] == pytest.approx(sorted(row)[:-4:-1], abs=1e-2)

@@ -199,9 +199,11 @@ def test_plain_types_from_every_source() -> None:
             assert dst.tobytes() == expected.tobytes()
 
 
-def test_no_rows() -> None:
-    dst = np.zeros((0, GGMLType.Q4_K.row_bytes(256)), np.uint8)
-    quantize_rows(GGMLType.Q4_K, np.zeros((0, 256), np.float32), dst, quantizer="fast")
+@pytest.mark.parametrize("quantizer", ["fast", "ggml"])
+def test_no_rows_write_nothing(quantizer: kernels.QuantizerName) -> None:
+    memory = np.full((1, GGMLType.Q4_K.row_bytes(256)), 7, np.uint8)
+    quantize_rows(GGMLType.Q4_K, np.zeros((0, 256), np.float32), memory[:0], quantizer=quantizer)
+    assert (memory == 7).all()
 
 
 def test_wrong_layouts_are_refused() -> None:
