@@ -20,6 +20,7 @@ from ggufmoe.demo import DIRECTORY, NAME, RECIPE, questions
 from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.events import Token
 from tests.remote.workers import start_worker
+from tests.stories import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = ggufmoe.SamplingOptions(temperature=0, n_predict=64)
@@ -62,13 +63,18 @@ def answers(engine: ggufmoe.Engine, asked: list[Any]) -> Iterator[tuple[Any, str
 
 
 def n_right(path: Path, asked: list[Any], offload: ggufmoe.OffloadOptions | None = None) -> int:
-    with ggufmoe.Engine(path, offload=offload) as engine:
+    with ggufmoe.Engine(path, ONE_THREAD, offload) as engine:
         return sum(said == question.answer for question, said in answers(engine, asked))
 
 
+@cache
+def everything() -> tuple[Any, ...]:
+    """All questions there are, for training and held out."""
+    return (*data().everyday(), *data().arithmetic())
+
+
 def held_out(kind: str, n: int) -> list[Any]:
-    questions = data().everyday() if kind == "everyday" else data().arithmetic()
-    return random.Random(7).sample([one for one in questions if one.held_out and one.kind == kind], n)
+    return random.Random(7).sample([one for one in everything() if one.held_out and one.kind == kind], n)
 
 
 def test_the_demo_asks_what_was_never_trained_on() -> None:
@@ -78,9 +84,8 @@ def test_the_demo_asks_what_was_never_trained_on() -> None:
 
 
 def test_no_held_out_question_is_one_of_training() -> None:
-    everything = data().everyday() + data().arithmetic()
-    trained = {one.text for one in everything if not one.held_out}
-    asked = {one.text for one in everything if one.held_out}
+    trained = {one.text for one in everything() if not one.held_out}
+    asked = {one.text for one in everything() if one.held_out}
     assert len(asked) > 8000
     assert not trained & asked
 
@@ -111,7 +116,7 @@ def test_one_expert_for_each_token_is_enough_for_most(mixture: Callable[[str], P
 def test_a_worker_answers_rightly_too(mixture: Callable[[str], Path]) -> None:
     with start_worker() as worker:
         offload = ggufmoe.OffloadOptions(rpc=worker.endpoint, n_cpu_moe=2)
-        with ggufmoe.Engine(mixture("Q4_K_M"), offload=offload) as engine:
+        with ggufmoe.Engine(mixture("Q4_K_M"), ONE_THREAD, offload) as engine:
             assert [said for _, said in answers(engine, list(questions()))] == [one.answer for one in questions()]
             assert engine.placement.report.weight_bytes[f"RPC0[{worker.endpoint}]"] > 0
 
@@ -125,7 +130,7 @@ def test_it_remembers_what_was_said(mixture: Callable[[str], Path]) -> None:
 
 
 def test_arithmetic_goes_to_the_math_expert(mixture: Callable[[str], Path]) -> None:
-    with ggufmoe.Engine(mixture("F32")) as engine:
+    with ggufmoe.Engine(mixture("F32"), ONE_THREAD) as engine:
         shares = {kind: _math_share(engine, held_out(kind, 20)) for kind in ("everyday", "sum", "equation")}
     assert shares["sum"] > shares["everyday"] + 0.15
     assert shares["equation"] > shares["everyday"] + 0.15
@@ -164,5 +169,5 @@ def test_the_model_card_names_what_it_must() -> None:
 
 
 def test_the_file_knows_its_recipe(mixture: Callable[[str], Path]) -> None:
-    with ggufmoe.Engine(mixture("Q8_0")) as engine:
+    with ggufmoe.Engine(mixture("Q8_0"), ONE_THREAD) as engine:
         assert engine.metadata("general.name") == NAME

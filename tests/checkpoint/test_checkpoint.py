@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,14 +96,14 @@ except GgufmoeError as error:
 @pytest.mark.parametrize(
     ("name", "error"), [("", "CheckpointError"), ("config.json", "CheckpointError"), ("model.safetensors", "Safetens")]
 )
-def test_what_may_not_be_read_is_named(name: str, error: str, tmp_path: Path) -> None:
-    directory = tiny.make_checkpoint(tmp_path / "model")
-    for parent in (directory, *directory.parents[:3]):
-        parent.chmod(0o755)
-    (directory / name).chmod(0)
-    done = subprocess.run(
-        [sys.executable, "-c", UNREADABLE, str(directory)], capture_output=True, text=True, check=True
-    )
-    (directory / name).chmod(0o755)
+def test_what_may_not_be_read_is_named(name: str, error: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not below tmp_path, where other users may not go
+        Path(folder).chmod(0o755)
+        directory = tiny.make_checkpoint(Path(folder) / "model")
+        (directory / name).chmod(0)
+        done = subprocess.run(
+            [sys.executable, "-c", UNREADABLE, str(directory)], capture_output=True, text=True, check=True
+        )
+        (directory / name).chmod(0o755)
     assert done.stdout.startswith(error)
     assert f"{directory / name} cannot be read: Permission denied" in done.stdout
