@@ -31,6 +31,7 @@ from ggufmoe.sizes import counted, file_size, memory_size
 from ggufmoe.version import __version__
 
 if TYPE_CHECKING:
+    from ggufmoe.native import backends
     from ggufmoe.native import library as native
     from ggufmoe.quant.kernels import KernelReport
 
@@ -146,17 +147,18 @@ def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
 
 def check_engine() -> Iterator[Finding]:
     """The engine's version, build and devices, and what it computes on them. Raises EngineMissingError without one."""
+    from ggufmoe.native import backends
     from ggufmoe.native import library as native
 
     yield judge_version(native.engine_version())
     yield Finding("engine", "built for", "ok", flags_text(native.build_flags()), data={"flags": native.build_flags()})
     yield judge_rpc(native.has_symbol("ggml_backend_rpc_add_server"))
-    yield from judge_amx(native.has_broken_amx())
-    devices = native.devices()
+    yield from judge_amx(backends.has_broken_amx())
+    devices = backends.devices()
     for device in devices:
         yield _about_device(device)
     yield check_answer("CPU answer", 0)
-    if any(device.type in (native.DeviceType.GPU, native.DeviceType.IGPU) for device in devices):
+    if any(device.type in (backends.DeviceType.GPU, backends.DeviceType.IGPU) for device in devices):
         yield check_answer("GPU answer", ALL_LAYERS)
 
 
@@ -198,14 +200,14 @@ def judge_amx(is_broken: bool) -> Iterator[Finding]:
         yield Finding("engine", "AMX", "note", text, reinstall(), {"amx": True})
 
 
-def _about_device(device: native.Device) -> Finding:
-    from ggufmoe.native import library as native
+def _about_device(device: backends.Device) -> Finding:
+    from ggufmoe.native import backends
 
-    facts = native.device_facts(device)
+    facts = backends.device_facts(device)
     data: dict[str, Any] = {"type": device.type.name, "backend": device.backend, "description": facts.description}
     data |= {"free_bytes": facts.free_bytes, "total_bytes": facts.total_bytes}
     memory = memory_size(facts.total_bytes)
-    if device.type is not native.DeviceType.CPU:  # of which ggml calls everything free
+    if device.type is not backends.DeviceType.CPU:  # of which ggml calls everything free
         memory += f", {memory_size(facts.free_bytes)} free"
     text = f"{facts.description or device.backend} ({device.type.name}), {memory}"
     return Finding("engine", f"device {device.name}", "ok", text, data=data)

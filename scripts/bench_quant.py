@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
 from ggufmoe.quant.kernels import trust
 from ggufmoe.quant.kernels.machine import Host, host
@@ -117,7 +117,7 @@ def _contest(kernel: trust.Kernel, source: Source, seed: int) -> Contest:
         trust.run(kernel, rows, dst, imatrix)
 
     def ggml() -> None:
-        native.quantize_chunk(type_, trust.widened(few), dst[: len(few)], imatrix)
+        quantizing.quantize_chunk(type_, trust.widened(few), dst[: len(few)], imatrix)
 
     return Contest(few.size, ours, ggml)
 
@@ -171,7 +171,7 @@ def _check_all(variants: list[tuple[GGMLType, bool]], options: argparse.Namespac
             imatrix = _importances(seed) if weighted else None
             ours, theirs = (np.zeros((len(rows), type_.row_bytes(N_COLS)), np.uint8) for _ in range(2))
             trust.run(kernel, rows, ours, imatrix)
-            native.quantize_chunk(type_, trust.widened(rows), theirs, imatrix)
+            quantizing.quantize_chunk(type_, trust.widened(rows), theirs, imatrix)
             n_weights, n_bytes = n_weights + rows.size, n_bytes + int(np.count_nonzero(ours != theirs))
         wrong += n_bytes
         name = f"{type_.name}{' + imatrix' if weighted else ''}"

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
 from ggufmoe.quant.kernels import has_kernel, trust
 from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
@@ -88,7 +89,7 @@ def hashes(type_: GGMLType, source: str, weighted: bool) -> tuple[str, str]:
     weights, imatrix = probe(source), probe_importances() if weighted else None
     ours, theirs = (np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8) for _ in range(2))
     odd = trust.compile_format(type_, source, weighted).call(weights, ours, imatrix)
-    native.quantize_chunk(type_, trust.widened(weights), theirs, imatrix)
+    quantizing.quantize_chunk(type_, trust.widened(weights), theirs, imatrix)
     found = fingerprint(theirs, odd)
     if fingerprint(ours, odd) != found:
         sys.exit(f"{hash_name(type_, source, weighted)}: the kernel's bytes are not ggml's")

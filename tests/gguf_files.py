@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import TensorInfo, Value, padded
 from ggufmoe.gguf.types import GGMLType, ValueType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 
 U32, F32, BOOL, STRING, ARRAY = (
     ValueType.UINT32,
@@ -123,11 +123,11 @@ def stored(kind: GGMLType, values: NDArray[np.float32]) -> bytes:
         return values.astype(np.float16).tobytes()
     if kind is GGMLType.BF16:
         bits = np.empty(values.shape, np.uint16)
-        native.f32_to_bf16(np.ascontiguousarray(values), bits)
+        quantizing.f32_to_bf16(np.ascontiguousarray(values), bits)
         return bits.tobytes()
     rows = np.ascontiguousarray(values.reshape(-1, values.shape[-1]))
     out = np.empty((len(rows), kind.row_bytes(rows.shape[1])), np.uint8)
-    native.quantize_chunk(kind, rows, out)
+    quantizing.quantize_chunk(kind, rows, out)
     return out.tobytes()
 
 

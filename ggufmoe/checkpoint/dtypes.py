@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import Dtype, SourceTensor
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 
 
 def widen(raw: NDArray[Any], dtype: Dtype, out: NDArray[np.float32]) -> None:
@@ -17,9 +17,9 @@ def widen(raw: NDArray[Any], dtype: Dtype, out: NDArray[np.float32]) -> None:
     Both arrays must be C-contiguous.
     """
     if dtype is Dtype.BF16:
-        native.bf16_to_f32(raw, out)
+        quantizing.bf16_to_f32(raw, out)
     elif dtype is Dtype.F16:
-        native.f16_to_f32(raw, out)
+        quantizing.f16_to_f32(raw, out)
     else:
         out[...] = raw
 
@@ -30,9 +30,9 @@ def narrow(values: NDArray[np.float32], dtype: Dtype, out: NDArray[Any]) -> None
     Both arrays must be C-contiguous.
     """
     if dtype is Dtype.BF16:
-        native.f32_to_bf16(values, out)
+        quantizing.f32_to_bf16(values, out)
     elif dtype is Dtype.F16:
-        native.f32_to_f16(values, out)
+        quantizing.f32_to_f16(values, out)
     else:
         out[...] = values
 

@@ -17,8 +17,8 @@ from ggufmoe.engine import Engine
 from ggufmoe.errors import EngineError
 from ggufmoe.gguf.names import OUTPUT, layer_of
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
-from ggufmoe.native.library import Operation
+from ggufmoe.native import graph_tensors
+from ggufmoe.native.graph_tensors import Operation
 from ggufmoe.runtime.observer import Observer
 from ggufmoe.work import CancelFlag
 
@@ -46,23 +46,23 @@ class ActivationSums(Observer):
         return self._sums
 
     def wants(self, tensor: int) -> bool:
-        operation = native.tensor_operation(tensor)
+        operation = graph_tensors.tensor_operation(tensor)
         if operation == Operation.MUL_MAT_ID:
             return True
         if operation != Operation.MUL_MAT:
             return False
-        weights, inputs = native.tensor_sources(tensor)[:2]
-        if native.tensor_shape(inputs)[2] < _MIN_ROWS or not native.tensor_type_is(inputs, GGMLType.F32):
+        weights, inputs = graph_tensors.tensor_sources(tensor)[:2]
+        if graph_tensors.tensor_shape(inputs)[2] < _MIN_ROWS or not graph_tensors.tensor_type_is(inputs, GGMLType.F32):
             return False
         name = _weight_name(weights)
         return layer_of(name) is not None or (self._process_output and name == OUTPUT)
 
     def take(self, tensor: int) -> None:
-        weights, inputs, *chosen = native.tensor_sources(tensor)
-        shape = native.tensor_shape(weights)
-        values = native.tensor_values(inputs, copy=False)
-        if native.tensor_operation(tensor) == Operation.MUL_MAT_ID:
-            experts = native.tensor_values(chosen[0])[0, 0]
+        weights, inputs, *chosen = graph_tensors.tensor_sources(tensor)
+        shape = graph_tensors.tensor_shape(weights)
+        values = graph_tensors.tensor_values(inputs, copy=False)
+        if graph_tensors.tensor_operation(tensor) == Operation.MUL_MAT_ID:
+            experts = graph_tensors.tensor_values(chosen[0])[0, 0]
             seen = _by_expert(values[0], experts, shape[1])
         else:
             seen = _by_matrix(values, shape[:2])
@@ -101,7 +101,7 @@ def collect(
 
 
 def _weight_name(tensor: int) -> str:
-    name = native.tensor_name(tensor).decode("utf-8", "replace")
+    name = graph_tensors.tensor_name(tensor).decode("utf-8", "replace")
     found = _BACKEND.fullmatch(name)
     return found[1] if found else name
 

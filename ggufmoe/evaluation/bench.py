@@ -21,6 +21,7 @@ from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, GgufmoeError, OptionError
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.inspection.inspect import ModelReport, inspect_model
+from ggufmoe.native import backends
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads, memory_bytes
@@ -140,18 +141,18 @@ class Machine:
 
 def describe_machine() -> Machine:
     """What the engine and the system say. Raises EngineMissingError."""
-    devices = native.devices()
+    devices = backends.devices()
     engine = native.engine_version()
-    described = [(device, native.device_facts(device).description or device.name) for device in devices]
-    gpus = tuple(text for device, text in described if device.type is not native.DeviceType.CPU)
-    cpu = next((text for device, text in described if device.type is native.DeviceType.CPU), "unknown")
-    backends = tuple(dict.fromkeys(device.backend for device in devices if device.backend != "CPU"))
+    described = [(device, backends.device_facts(device).description or device.name) for device in devices]
+    gpus = tuple(text for device, text in described if device.type is not backends.DeviceType.CPU)
+    cpu = next((text for device, text in described if device.type is backends.DeviceType.CPU), "unknown")
+    names = tuple(dict.fromkeys(device.backend for device in devices if device.backend != "CPU"))
     return Machine(
         cpu=cpu,
         n_cores=default_threads(),
         memory_bytes=memory_bytes(),
         gpus=gpus,
-        backends=backends or ("CPU",),
+        backends=names or ("CPU",),
         package=engine.package,
         llama_cpp_commit=engine.llama_cpp_commit,
     )

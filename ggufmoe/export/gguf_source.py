@@ -7,21 +7,16 @@ are shown with their experts stacked, as llama.cpp wants them today. What the te
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
-from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.errors import GGUFError, TensorMismatchError
-from ggufmoe.files import PositionalFile
-from ggufmoe.gguf.header import TensorInfo, Value
+from ggufmoe.gguf.header import Value, without_leading_ones
 from ggufmoe.gguf.hyper import at_layer
-from ggufmoe.gguf.model import SPLIT_KEYS, check_kind, read_model_header
+from ggufmoe.gguf.model import SPLIT_KEYS, check_kind
 from ggufmoe.gguf.names import legacy_expert
+from ggufmoe.gguf.stored_rows import GGUFRows, OpenModel
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
 from ggufmoe.quant.policy import ModelShape
@@ -29,31 +24,6 @@ from ggufmoe.quant.policy import ModelShape
 _LOG = logging.getLogger("ggufmoe")
 
 _ALIGNMENT_KEY = Keys.General.ALIGNMENT
-
-
-@dataclass(frozen=True, slots=True)
-class GGUFRows:
-    """Rows as a GGUF file stores them: a matrix, whole or one expert of a stack; a 1-D tensor is a single row."""
-
-    name: str
-    type: GGMLType
-    shape: tuple[int, ...]
-    file: PositionalFile
-    begin: int
-    """Bytes from the beginning of the file."""
-
-    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Fill ``out``, contiguous and of the size that the rows have in the file, with the bytes of [start, stop).
-
-        Safe to call from several threads at once. Raises GGUFError if the file cannot be read any more.
-        """
-        row_bytes = self.type.row_bytes(self.shape[-1])
-        if not 0 <= start <= stop <= row_count(self.shape):
-            raise ValueError(f"{self.name}: rows {start} to {stop} are not in a tensor of shape {self.shape}")
-        if out.nbytes != (stop - start) * row_bytes or not out.flags.c_contiguous:
-            raise ValueError(f"{self.name}: out must be contiguous and of {(stop - start) * row_bytes} bytes")
-        if out.nbytes:
-            self.file.read_into(self.begin + start * row_bytes, out.data.cast("B"))
 
 
 @dataclass(frozen=True)
@@ -77,24 +47,17 @@ class GGUFSource:
     """An open model file, or all files of a split one. Raises GGUFError where they cannot be read or do not fit."""
 
     def __init__(self, path: Path) -> None:
-        self._header = read_model_header(path)
-        self._files: list[PositionalFile] = []
+        self._model = OpenModel(path)
+        self._header = self._model.header
         try:
-            self.tensors = tuple(_stacked(self._open_tensors(), self.model_shape.n_expert, path))
+            given = (_tensor(rows) for rows in self._model.tensors.values())
+            self.tensors = tuple(_stacked(given, self.model_shape.n_expert, path))
         except BaseException:
             self.close()
             raise
         if not self.tensors:
             self.close()
             raise GGUFError(f"{path}: holds no tensors (a vocabulary only?); there is nothing to quantize")
-
-    def _open_tensors(self) -> list[GGUFTensor]:
-        tensors: list[GGUFTensor] = []
-        for shard in self._header.shards:
-            file = PositionalFile(shard.path, GGUFError)
-            self._files.append(file)
-            tensors += [_tensor(info, file, shard.header.data_offset) for info in shard.header.tensors]
-        return tensors
 
     @property
     def input_paths(self) -> tuple[Path, ...]:
@@ -131,19 +94,11 @@ class GGUFSource:
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
-        for file in self._files:
-            file.close()
+        self._model.close()
 
 
-def _tensor(info: TensorInfo, file: PositionalFile, data_offset: int) -> GGUFTensor:
-    shape = info.shape
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    n_matrices = math.prod(shape[:-2])
-    step = info.n_bytes // n_matrices
-    begin = data_offset + info.offset
-    parts = (GGUFRows(info.name, info.type, shape[-2:], file, begin + i * step) for i in range(n_matrices))
-    return GGUFTensor(info.name, shape, tuple(parts))
+def _tensor(rows: GGUFRows) -> GGUFTensor:
+    return GGUFTensor(rows.name, without_leading_ones(rows.shape), rows.matrices())
 
 
 def _stacked(tensors: Iterable[GGUFTensor], n_expert: int, path: Path) -> list[GGUFTensor]:

@@ -16,7 +16,7 @@ from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
 from ggufmoe.writing.plan import PLAIN_DTYPES, Part, PlannedTensor, WritePlan
@@ -78,7 +78,7 @@ def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) 
     for stored in {part.type for part in tensor.parts} - {target}:
         if stored in PLAIN_DTYPES:
             continue
-        if not native.can_dequantize(stored):
+        if not quantizing.can_dequantize(stored):
             raise OptionError(
                 f"{tensor.name} is {stored.name}, which cannot be made {target.name}; keep it with "
                 f"--tensor-type or use {COPY}"

@@ -69,6 +69,11 @@ class TensorInfo:
         """Number of weights."""
         return math.prod(self.shape)
 
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """``shape`` without leading ones, which ggml does not count."""
+        return without_leading_ones(self.shape)
+
 
 @dataclass(frozen=True)
 class Header:
@@ -95,6 +100,12 @@ class Header:
     def trailing_bytes(self) -> int:
         """Bytes behind the last tensor and its padding, which nothing in the header accounts for."""
         return max(0, self.file_bytes - padded(self.data_offset + self.data_bytes, self.alignment))
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` from its first dimension that is not 1 on; the last dimension stays in any case."""
+    n_ones = next((i for i, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
+    return shape[n_ones:]
 
 
 def padded(size: int, alignment: int) -> int:

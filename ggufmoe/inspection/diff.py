@@ -7,17 +7,19 @@ differ are values computed, tile by tile, so memory is a few MB for each thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ggufmoe.gguf.header import TensorInfo, Value
 from ggufmoe.gguf.model import SPLIT_KEYS, ModelHeader
 from ggufmoe.gguf.names import part_of
-from ggufmoe.inspection.weights import Floats, WeightFiles, Weights
+from ggufmoe.gguf.stored_rows import GGUFRows, OpenModel
+from ggufmoe.native.quantizing import can_widen, widened
 from ggufmoe.work import CancelFlag, OnProgress, Work
 
 _TILE_WEIGHTS = 2**18
@@ -142,21 +144,19 @@ def diff_models(
     With ``headers_only`` no tensor byte is read. Raises GGUFError where a file cannot be read, Cancelled when
     ``cancel`` is set meanwhile, EngineMissingError where ggml is needed to compare values and is not there.
     """
-    with WeightFiles(before) as first, WeightFiles(after) as second:
-        pairs = {
-            name: (first.tensors.get(name), second.tensors.get(name)) for name in (*first.tensors, *second.tensors)
-        }
-        found = {name: _by_header(name, *pair) for name, pair in pairs.items()}
+    with OpenModel(before) as first, OpenModel(after) as second:
+        found = {difference.name: difference for difference in _header_differences(first.header, second.header)}
         if not headers_only:
-            comparable = {name: (a, b) for name, (a, b) in pairs.items() if a and b and _can_compare(found[name])}
-            n_bytes = sum(a.info.n_bytes + b.info.n_bytes for a, b in comparable.values())
+            comparable = [each for each in found.values() if each.verdict in ("unread", "type")]
+            by_size = sorted(comparable, key=lambda difference: -difference.n_weights)
+            pairs = [(each, first.tensors[each.name], second.tensors[each.name]) for each in by_size]
+            n_bytes = sum(a.n_bytes + b.n_bytes for _, a, b in pairs)
             stopped = "comparing was stopped"
             work = Work("compare", n_bytes, stopped=stopped, on_progress=on_progress, cancel=cancel)
-            by_size = sorted(comparable, key=lambda name: -comparable[name][0].info.n_elements)
-            compared = work.map(lambda name: _compare(*comparable[name], work), by_size, n_threads)
+            compared = work.map(lambda pair: _compare(*pair, work), pairs, n_threads)
             found |= {difference.name: difference for difference in compared}
-        names = [tuple(path.name for path in files.model.paths) for files in (first, second)]
-        keys = _key_differences(first.model, second.model)
+        names = [tuple(path.name for path in files.header.paths) for files in (first, second)]
+        keys = _key_differences(first.header, second.header)
         return ModelDifference(names[0], names[1], keys, tuple(found.values()))
 
 
@@ -189,9 +189,11 @@ def _key_difference(key: str, before: Value | None, after: Value | None) -> KeyD
 # ---- tensors
 
 
-def _by_header(name: str, first: Weights | None, second: Weights | None) -> TensorDifference:
-    before, after = (None if weights is None else weights.info for weights in (first, second))
-    return TensorDifference(name, _verdict(before, after), before, after)
+def _header_differences(first: ModelHeader, second: ModelHeader) -> Iterator[TensorDifference]:
+    before, after = ({info.name: info for info in header.tensors} for header in (first, second))
+    for name in dict.fromkeys((*before, *after)):
+        pair = (before.get(name), after.get(name))
+        yield TensorDifference(name, _verdict(*pair), *pair)
 
 
 def _verdict(before: TensorInfo | None, after: TensorInfo | None) -> Verdict:
@@ -199,64 +201,57 @@ def _verdict(before: TensorInfo | None, after: TensorInfo | None) -> Verdict:
         return "added"
     if after is None:
         return "removed"
-    if _shape(before) != _shape(after):
+    if before.plain_shape != after.plain_shape:
         return "shape"
     return "unread" if before.type is after.type else "type"
 
 
-def _shape(info: TensorInfo) -> tuple[int, ...]:
-    """Without leading ones, which ggml does not count."""
-    shape = info.shape
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+def _compare(found: TensorDifference, first: GGUFRows, second: GGUFRows, work: Work) -> TensorDifference:
+    """``found`` with a verdict on the bytes, and with the errors where the two have values that can be compared."""
+    if first.type is second.type:
+        if _has_equal_bytes(first, second, work):
+            return replace(found, verdict="same")
+        found = replace(found, verdict="values")
+    if not (can_widen(first.type) and can_widen(second.type)):
+        return found
+    return _measured(found, first, second, work)
 
 
-def _can_compare(found: TensorDifference) -> bool:
-    return found.verdict in ("unread", "type")
-
-
-def _compare(first: Weights, second: Weights, work: Work) -> TensorDifference:
-    name = first.info.name
-    verdict: Verdict = "values" if first.info.type is second.info.type else "type"
-    if verdict == "values" and _has_equal_bytes(first, second, work):
-        return TensorDifference(name, "same", first.info, second.info)
-    if not (first.can_widen and second.can_widen):
-        return TensorDifference(name, verdict, first.info, second.info)
-    return _measured(verdict, first, second, work)
-
-
-def _has_equal_bytes(first: Weights, second: Weights, work: Work) -> bool:
+def _has_equal_bytes(first: GGUFRows, second: GGUFRows, work: Work) -> bool:
     n_read = 0
     for start, stop in first.tiles(_TILE_WEIGHTS):
         work.check()
-        if not np.array_equal(first.stored(start, stop), second.stored(start, stop)):
+        if not np.array_equal(first.read(start, stop), second.read(start, stop)):
             # its values are read from the beginning
-            work.advance(-n_read, first.info.name)
+            work.advance(-n_read, first.name)
             return False
         n_bytes = 2 * (stop - start) * first.row_bytes
         n_read += n_bytes
-        work.advance(n_bytes, first.info.name)
+        work.advance(n_bytes, first.name)
     return True
 
 
-def _measured(verdict: Verdict, first: Weights, second: Weights, work: Work) -> TensorDifference:
+def _measured(found: TensorDifference, first: GGUFRows, second: GGUFRows, work: Work) -> TensorDifference:
     square = error_square = largest = 0.0
     for start, stop in first.tiles(_TILE_WEIGHTS):
         work.check()
-        a = first.widened(first.stored(start, stop))
-        b = second.widened(second.stored(start, stop))
+        a, b = (widened(rows.type, rows.read(start, stop), rows.n_cols) for rows in (first, second))
         with np.errstate(over="ignore", invalid="ignore"):
             b -= a
             square += _sum_of_squares(a)
             error_square += _sum_of_squares(b)
             largest = _larger(largest, float(np.abs(b, out=b).max()))
-        work.advance((stop - start) * (first.row_bytes + second.row_bytes), first.info.name)
-    error = _ratio(error_square, square)
-    return TensorDifference(first.info.name, verdict, first.info, second.info, error, largest, error_square, square)
+        work.advance((stop - start) * (first.row_bytes + second.row_bytes), first.name)
+    return replace(
+        found,
+        relative_error=_ratio(error_square, square),
+        max_difference=largest,
+        error_square=error_square,
+        square=square,
+    )
 
 
-def _sum_of_squares(values: Floats) -> float:
+def _sum_of_squares(values: NDArray[np.float32]) -> float:
     """Summed in double precision, on this thread alone (a BLAS would start its own)."""
     return float(np.square(values).sum(dtype=np.float64))
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ggufmoe.errors import InputError
 from ggufmoe.gguf.names import expert_matrix, is_expert_stack, legacy_experts
-from ggufmoe.inspection.weights import WeightFiles, Weights
+from ggufmoe.gguf.stored_rows import GGUFRows, OpenModel
+from ggufmoe.native.quantizing import can_widen, widened
 from ggufmoe.work import CancelFlag, OnProgress, Work
 
 SAMPLED_ROWS = 256
@@ -103,31 +104,31 @@ def compare_experts(
     Raises InputError for a model without stacked experts, GGUFError where the file cannot be read, Cancelled when
     ``cancel`` is set meanwhile.
     """
-    with WeightFiles(path) as files:
-        stacks = [weights for weights in files.tensors.values() if _is_stack(weights)]
-        if not any(is_expert_stack(weights.info.name) for weights in stacks):
+    with OpenModel(path) as files:
+        stacks = [rows for rows in files.tensors.values() if _is_comparable(rows)]
+        if not any(is_expert_stack(stack.name) for stack in stacks):
             old = legacy_experts(files.tensors)
             hint = "its experts stand in tensors of their own; stack them with `ggufmoe quantize -q COPY`"
             raise InputError(f"{path}: {hint if old else 'a dense model: it has no experts to compare'}")
-        n_bytes = sum(len(_sampled_rows(stack, n_rows)) * _n_expert(stack) * stack.row_bytes for stack in stacks)
+        n_bytes = sum(len(_sampled_rows(stack, n_rows)) * stack.shape[0] * stack.row_bytes for stack in stacks)
         stopped = "comparing experts was stopped"
         work = Work("compare experts", n_bytes, stopped=stopped, on_progress=on_progress, cancel=cancel)
         matrices = work.map(lambda stack: _similarity(stack, n_rows, work), stacks, n_threads)
     return ExpertSimilarity(len(matrices[0].cosines), tuple(sorted(matrices, key=_place)))
 
 
-def _is_stack(weights: Weights) -> bool:
-    matrix, n_dims = expert_matrix(weights.info.name), len(weights.info.shape)
-    return matrix is not None and n_dims == (2 if matrix.kind == "router" else 3) and weights.can_widen
+def _is_comparable(rows: GGUFRows) -> bool:
+    matrix, n_dims = expert_matrix(rows.name), len(rows.shape)
+    return matrix is not None and n_dims == (2 if matrix.kind == "router" else 3) and can_widen(rows.type)
 
 
 def _place(matrix: MatrixSimilarity) -> tuple[int, int]:
     return matrix.layer, ("gate", "gate_up", "up", "down", "router").index(matrix.kind)
 
 
-def _sampled_rows(stack: Weights, n_rows: int) -> list[int]:
+def _sampled_rows(stack: GGUFRows, n_rows: int) -> list[int]:
     """The rows of one expert that are compared: blocks of neighbours, spread evenly over the matrix."""
-    n_all = stack.n_rows // _n_expert(stack)
+    n_all = stack.n_rows // stack.shape[0]
     if n_all <= n_rows:
         return list(range(n_all))
     n_blocks = max(1, n_rows // _BLOCK_ROWS)
@@ -136,23 +137,19 @@ def _sampled_rows(stack: Weights, n_rows: int) -> list[int]:
     return sorted({row for start in starts for row in range(start, start + size)})
 
 
-def _similarity(stack: Weights, n_rows: int, work: Work) -> MatrixSimilarity:
-    n_expert, rows = _n_expert(stack), _sampled_rows(stack, n_rows)
+def _similarity(stack: GGUFRows, n_rows: int, work: Work) -> MatrixSimilarity:
+    n_expert, rows = stack.shape[0], _sampled_rows(stack, n_rows)
     n_all = stack.n_rows // n_expert
     gram = np.zeros((n_expert, n_expert))
     for start, stop in _runs(rows, max(1, _TILE_WEIGHTS // (n_expert * stack.n_cols))):
         work.check()
-        raw = [stack.stored(expert * n_all + start, expert * n_all + stop) for expert in range(n_expert)]
-        values = np.stack([stack.widened(part).reshape(-1) for part in raw])
+        raw = [stack.read(expert * n_all + start, expert * n_all + stop) for expert in range(n_expert)]
+        values = np.stack([widened(stack.type, part, stack.n_cols).reshape(-1) for part in raw])
         gram += values @ values.T
-        work.advance(sum(part.nbytes for part in raw), stack.info.name)
-    matrix = expert_matrix(stack.info.name)
+        work.advance(sum(part.nbytes for part in raw), stack.name)
+    matrix = expert_matrix(stack.name)
     assert matrix is not None, "only such tensors are compared"
     return MatrixSimilarity(matrix.layer, matrix.kind, _cosines(gram), len(rows), n_all)
-
-
-def _n_expert(stack: Weights) -> int:
-    return stack.info.shape[0]
 
 
 def _runs(rows: list[int], longest: int) -> Iterable[tuple[int, int]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from ggufmoe.errors import EngineError, EngineMissingError, OptionError
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import backends
 from ggufmoe.placement.offload import Host, Place
 
-_GPU_TYPES = (native.DeviceType.GPU, native.DeviceType.IGPU)
+_GPU_TYPES = (backends.DeviceType.GPU, backends.DeviceType.IGPU)
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ def find_machine(named: str | None = None, *, remote: bool = False) -> Machine:
     one that has gone would never return. Raises OptionError for names of no device, EngineMissingError without
     llama-cpp-python.
     """
-    registered = native.devices()
-    cpu = next((device for device in registered if device.type is native.DeviceType.CPU), None)
+    registered = backends.devices()
+    cpu = next((device for device in registered if device.type is backends.DeviceType.CPU), None)
     if cpu is None:
         raise EngineError("llama.cpp has no CPU backend here; install llama-cpp-python as vendor/README.md describes")
     used = [device for device in registered if device.type in _GPU_TYPES]
     used = _default(used, remote=remote) if named is None else _named(named, used)
-    facts = {device.name: native.device_facts(device) for device in (cpu, *used)}
+    facts = {device.name: backends.device_facts(device) for device in (cpu, *used)}
     return Machine(
         places=tuple(_place(device.name, facts[device.name]) for device in used),
         host=_host(facts[cpu.name]),
@@ -58,7 +58,7 @@ def this_host() -> Host:
         return Host()
 
 
-def _named(named: str, gpus: list[native.Device]) -> list[native.Device]:
+def _named(named: str, gpus: list[backends.Device]) -> list[backends.Device]:
     wanted = [] if named == "none" else named.split(",")
     there = [device.name for device in gpus]
     for name in wanted:
@@ -69,15 +69,15 @@ def _named(named: str, gpus: list[native.Device]) -> list[native.Device]:
     return [device for device in gpus if device.name in wanted]
 
 
-def _default(gpus: list[native.Device], *, remote: bool) -> list[native.Device]:
+def _default(gpus: list[backends.Device], *, remote: bool) -> list[backends.Device]:
     """As llama.cpp chooses: workers first, and an integrated GPU only if there is no other here."""
     workers = [device for device in gpus if device.backend == "RPC" and remote]
     local = [device for device in gpus if device.backend != "RPC"]
-    discrete = [device for device in local if device.type is native.DeviceType.GPU]
+    discrete = [device for device in local if device.type is backends.DeviceType.GPU]
     return workers + (discrete or local[:1])
 
 
-def _place(name: str, facts: native.DeviceFacts) -> Place:
+def _place(name: str, facts: backends.DeviceFacts) -> Place:
     return Place(
         name=name,
         buffer=facts.buffer.name,
@@ -90,7 +90,7 @@ def _place(name: str, facts: native.DeviceFacts) -> Place:
     )
 
 
-def _host(facts: native.DeviceFacts) -> Host:
+def _host(facts: backends.DeviceFacts) -> Host:
     return Host(
         free_bytes=facts.free_bytes,
         total_bytes=facts.total_bytes,
@@ -106,13 +106,13 @@ def repacked_types() -> dict[GGMLType, int]:
     Follows ``ggml_repack_get_optimal_repack_type`` in ggml-cpu/repack.cpp (commit 0c1e57098).
     """
     found: dict[GGMLType, int] = {}
-    if native.has_broken_amx():
+    if backends.has_broken_amx():
         return found
-    if native.cpu_has("neon") and native.cpu_has("dotprod"):
+    if backends.cpu_has("neon") and backends.cpu_has("dotprod"):
         fours = (GGMLType.Q4_0, GGMLType.IQ4_NL, GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.Q1_0)
         found |= dict.fromkeys(fours, 4) | dict.fromkeys((GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K), 8)
-    if native.cpu_has("avx2"):
+    if backends.cpu_has("avx2"):
         found |= dict.fromkeys((GGMLType.Q4_0, GGMLType.Q4_K, GGMLType.IQ4_NL, GGMLType.MXFP4), 8)
-    if native.cpu_has("avx512"):
+    if backends.cpu_has("avx512"):
         found |= {GGMLType.Q2_K: 8}
     return found

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ggufmoe.native import library as native
+from ggufmoe.native import backends
 from ggufmoe.options import OffloadOptions
 from ggufmoe.options.limits import MAX_DEVICES
 from ggufmoe.placement.devices import Machine
@@ -100,7 +100,7 @@ def set_parameters(
 
 def _avoids_amx() -> bool:
     """Whether extra buffers stay unused because their AMX code would crash; which is logged."""
-    if not native.has_broken_amx():
+    if not backends.has_broken_amx():
         return False
     _logger.warning(
         "this engine was compiled with AMX, whose code in llama.cpp crashes (llama.cpp#20824): weights are used as "

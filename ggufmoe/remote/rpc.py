@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ggufmoe.errors import WorkerError
-from ggufmoe.native import library as native
+from ggufmoe.native import rpc_calls
 from ggufmoe.options import OffloadOptions
 from ggufmoe.options.limits import MAX_DEVICES
 from ggufmoe.placement.offload import Place
@@ -104,7 +104,7 @@ def lost_workers(workers: Sequence[tuple[str, int]], answer_s: float) -> list[st
 def register_workers(endpoints: Sequence[str]) -> None:
     """Register the workers' devices with llama.cpp, which may end this process from now on. Raises EngineError."""
     for endpoint in endpoints:
-        native.register_rpc_server(endpoint)
+        rpc_calls.register_rpc_server(endpoint)
 
 
 def _devices(

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from ggufmoe.errors import EngineError, OptionError, WorkerError
-from ggufmoe.native import library as native
+from ggufmoe.native import backends, rpc_calls
 from ggufmoe.options import WorkerOptions
 from ggufmoe.placement.cpu import default_threads
 from ggufmoe.remote.process import ChildProcess, leave_with_parent
@@ -64,7 +64,7 @@ class Worker:
 
     def __init__(self, options: WorkerOptions | None = None, *, cache_dir: Path | None = None) -> None:
         options = options or WorkerOptions()
-        native.rpc_function("ggml_backend_rpc_start_server")
+        rpc_calls.rpc_function("ggml_backend_rpc_start_server")
         devices = _served(options.device)
         address = _address(options.host)
         _check_port(address, options.port)
@@ -146,9 +146,9 @@ def _check_port(address: str, port: int) -> None:
         ) from error
 
 
-def _served(named: str | None) -> list[native.Device]:
+def _served(named: str | None) -> list[backends.Device]:
     """The devices to serve, as llama.cpp's server chooses them: those named, else all GPUs, else the CPU."""
-    there = native.devices()
+    there = backends.devices()
     if named is not None:
         by_name = {device.name: device for device in there}
         names = [name for name in named.replace("/", ",").split(",") if name]
@@ -158,13 +158,13 @@ def _served(named: str | None) -> list[native.Device]:
         if not names:
             raise OptionError(f"--device {named!r} names no device")
         return [by_name[name] for name in names]
-    plain = (native.DeviceType.CPU, native.DeviceType.ACCEL)
+    plain = (backends.DeviceType.CPU, backends.DeviceType.ACCEL)
     gpus = [device for device in there if device.type not in plain]
-    return gpus or [device for device in there if device.type is native.DeviceType.CPU]
+    return gpus or [device for device in there if device.type is backends.DeviceType.CPU]
 
 
-def _described(device: native.Device) -> ServedDevice:
-    facts = native.device_facts(device)
+def _described(device: backends.Device) -> ServedDevice:
+    facts = backends.device_facts(device)
     return ServedDevice(device.name, facts.description, facts.free_bytes, facts.total_bytes)
 
 
@@ -182,8 +182,8 @@ def serve_here(incoming: IO[bytes], _outgoing: IO[bytes]) -> None:
 
 
 def _serve(order: _Serve) -> None:
-    devices = {device.name: device for device in native.devices()}
+    devices = {device.name: device for device in backends.devices()}
     served = [devices[name] for name in order.device_names]
-    native.start_rpc_server(order.endpoint, order.cache_dir, order.n_threads, served)
+    rpc_calls.start_rpc_server(order.endpoint, order.cache_dir, order.n_threads, served)
     sys.stderr.flush()
     os._exit(1)  # the reason is on stderr

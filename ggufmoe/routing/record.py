@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ggufmoe.engine import Engine
 from ggufmoe.errors import EngineError, InputError
 from ggufmoe.gguf.hyper import Hyper
-from ggufmoe.native import library as native
+from ggufmoe.native import graph_tensors
 from ggufmoe.options import SamplingOptions
 from ggufmoe.routing.trace import Floats, RoutingTrace
 from ggufmoe.runtime.events import Event, Token
@@ -181,13 +181,13 @@ class _Recorder(Observer):
         self._rows: dict[tuple[str, int], list[NDArray[Any]]] = {}
 
     def wants(self, tensor: int) -> bool:
-        name = native.tensor_name(tensor)
+        name = graph_tensors.tensor_name(tensor)
         return name.startswith(_PREFIX) and _WANTED.fullmatch(name) is not None
 
     def take(self, tensor: int) -> None:
-        found = _WANTED.fullmatch(native.tensor_name(tensor))
+        found = _WANTED.fullmatch(graph_tensors.tensor_name(tensor))
         assert found is not None, "only what was wanted is shown"
-        self._take(found[1].decode(), int(found[2]), native.tensor_values(tensor))
+        self._take(found[1].decode(), int(found[2]), graph_tensors.tensor_values(tensor))
 
     def _take(self, kind: str, layer: int, values: NDArray[Any]) -> None:
         if not values.size:

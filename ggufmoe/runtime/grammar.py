@@ -73,8 +73,11 @@ def gbnf_of_schema(schema: str) -> str:
         raise InputError('a JSON schema must be an object, such as {"type": "object"}')
     for key, value in _pairs(content):
         _check_pair(key, value)
+    native.library()  # says how to install llama-cpp-python where it is missing
+    from llama_cpp import llama_grammar
+
     try:
-        return native.gbnf_of_schema(schema)
+        return str(llama_grammar.json_schema_to_gbnf(schema))
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         raise InputError(f"the JSON schema cannot be followed: {kind}{error}") from error

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.errors import NonFiniteError
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import QuantizerName, quantize_rows
 from ggufmoe.writing.plan import PLAIN_DTYPES, Part, PlannedTensor, WritePlan
@@ -155,7 +155,7 @@ class TileMaker:
 
     def _dequantized(self, raw: NDArray[np.uint8], stored: GGMLType, n_cols: int) -> NDArray[np.float32]:
         wide = self._wide[: len(raw) * n_cols].reshape(len(raw), n_cols)
-        native.dequantize_rows(stored, raw, wide)
+        quantizing.dequantize_rows(stored, raw, wide)
         return wide
 
     def _check_made(self, tile: Tile, part: Part, made: NDArray[np.uint8]) -> None:
@@ -172,7 +172,7 @@ class TileMaker:
 def _first_damaged(rows: NDArray[Any], type: GGMLType) -> int | None:
     """The first row that holds NaN or infinity, or of a quantized type the first of all if any does; None if none."""
     if type not in _INFINITY:
-        return None if native.validate_rows(type, rows.view(np.uint8)) else 0
+        return None if quantizing.validate_rows(type, rows.view(np.uint8)) else 0
     infinity, n_bits = _INFINITY[type], rows.itemsize * 8
     unsigned = rows.view(f"u{rows.itemsize}")
     # read as signed numbers the positive ones, read as unsigned the negative ones are in the order of their size

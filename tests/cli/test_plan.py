@@ -11,7 +11,7 @@ import pytest
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.plan import _memory, _ranges
 from ggufmoe.errors import EngineMissingError
-from ggufmoe.native import library as native
+from ggufmoe.native import backends
 from tests.placement.shapes import model_of
 
 Capture = pytest.CaptureFixture[str]
@@ -90,7 +90,7 @@ def test_imagined_devices_need_no_engine(model: Path, capsys: Capture, monkeypat
     def missing() -> None:
         raise EngineMissingError("llama-cpp-python cannot be loaded")
 
-    monkeypatch.setattr(native, "devices", missing)
+    monkeypatch.setattr(backends, "devices", missing)
     found = as_json(capsys, model, "--vram", "8G")
     assert [share["device"] for share in found["shares"]] == ["GPU0", "CPU"]
     assert found["shares"][1]["total_bytes"] == 0

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ggufmoe.engine import Engine
 from ggufmoe.evaluation.probe import PROBE_ANSWER, PROBE_PROMPT, probe_answer, write_probe_model
 from ggufmoe.gguf.header import read_header
-from ggufmoe.native import library as native
+from ggufmoe.native import graph_tensors
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.events import Token
 
@@ -69,9 +69,9 @@ def test_margins_are_wide(path: Path) -> None:
     routers: list[NDArray[np.float32]] = []
 
     def see(tensor: int, ask: bool) -> bool:
-        wanted = native.tensor_name(tensor).startswith(b"ffn_moe_logits-")
+        wanted = graph_tensors.tensor_name(tensor).startswith(b"ffn_moe_logits-")
         if wanted and not ask:
-            routers.append(native.tensor_values(tensor).reshape(-1, 4))
+            routers.append(graph_tensors.tensor_values(tensor).reshape(-1, 4))
         return wanted
 
     with Engine(path, ContextOptions(n_ctx=256, n_threads=1), ON_CPU) as engine, engine.observed(see):

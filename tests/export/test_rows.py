@@ -87,6 +87,6 @@ def test_a_file_that_vanishes_after_its_header_is_an_error(tmp_path: Path, monke
     path = write_model(tmp_path / "m.gguf", Specimen())
     header = read_model_header(path)
     path.unlink()
-    monkeypatch.setattr("ggufmoe.export.gguf_source.read_model_header", lambda path: header)
+    monkeypatch.setattr("ggufmoe.gguf.stored_rows.read_model_header", lambda path: header)
     with pytest.raises(GGUFError, match="cannot be read: No such file"):
         GGUFSource(path)

@@ -19,7 +19,7 @@ import pytest
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, OffloadOptions, OptionError
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import backends
 from ggufmoe.placement.devices import Machine, find_machine, repacked_types
 from ggufmoe.placement.offload import Host, OffloadPlan, Place, plan_offload
 from ggufmoe.placement.report import placement_of, read_report, set_parameters
@@ -223,7 +223,7 @@ def test_this_machine_is_found() -> None:
 def test_an_engine_whose_amx_code_crashes_uses_no_extra_buffers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "has_broken_amx", lambda: True)
+    monkeypatch.setattr(backends, "has_broken_amx", lambda: True)
     assert repacked_types() == {}
     parameters = SimpleNamespace()
     machine = Machine((), Host(), {}, {}, {})

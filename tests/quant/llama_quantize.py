@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import ImatrixError, OptionError
 from ggufmoe.gguf.header import read_header
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
 from tests.llama_log import llama_log_to
@@ -106,10 +106,10 @@ def stored(values: NDArray[np.float32], type: GGMLType) -> NDArray[Any]:
     out: NDArray[Any]
     if type is GGMLType.F16:
         out = np.empty(values.shape, np.float16)
-        native.f32_to_f16(values, out)
+        quantizing.f32_to_f16(values, out)
     else:
         out = np.empty(values.shape, np.uint16)
-        native.f32_to_bf16(values, out)
+        quantizing.f32_to_bf16(values, out)
     return out
 
 
@@ -117,7 +117,7 @@ def _rounded(values: NDArray[np.float32], type: GGMLType) -> NDArray[np.float32]
     data = stored(values, type)
     if type is GGMLType.BF16:
         values = np.empty(values.shape, np.float32)
-        native.bf16_to_f32(data, values)
+        quantizing.bf16_to_f32(data, values)
         return values
     return data.astype(np.float32)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES, FileType, parse_tensor_type
 
 NAMES = (
@@ -88,7 +88,7 @@ def test_types_that_ignore_importances_are_those_of_ggml() -> None:
 
     def quantized(kind: GGMLType, weights: NDArray[np.float32] | None) -> bytes:
         made = np.zeros((4, kind.row_bytes(512)), np.uint8)
-        native.quantize_chunk(kind, rows, made, weights)
+        quantizing.quantize_chunk(kind, rows, made, weights)
         return made.tobytes()
 
     kinds = {kind for kind in WRITABLE_TYPES - ABORTS_WITHOUT_IMATRIX if kind.is_quantized}
@@ -96,4 +96,4 @@ def test_types_that_ignore_importances_are_those_of_ggml() -> None:
 
 
 def test_types_that_abort_are_those_of_ggml() -> None:
-    assert {known for known in GGMLType if native.requires_imatrix(known)} == ABORTS_WITHOUT_IMATRIX
+    assert {known for known in GGMLType if quantizing.requires_imatrix(known)} == ABORTS_WITHOUT_IMATRIX

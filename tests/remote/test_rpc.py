@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ggufmoe import EngineError, OffloadOptions, OptionError, WorkerError
-from ggufmoe.native import library as native
+from ggufmoe.native import backends, rpc_calls
 from ggufmoe.placement.devices import find_machine
 from ggufmoe.remote import rpc
 from ggufmoe.remote.places import find_places
@@ -164,7 +164,7 @@ def test_places_to_plan_for_need_no_registered_device() -> None:
     ]
     assert all_places[0] == places[0]
     assert host.name == "CPU"
-    assert not any(device.backend == "RPC" for device in native.devices())
+    assert not any(device.backend == "RPC" for device in backends.devices())
 
 
 def test_connections_to_workers_are_watched_by_the_system() -> None:
@@ -211,4 +211,4 @@ def test_a_machine_that_confirms_nothing_any_more(
 
 def test_an_engine_without_rpc_says_how_to_get_it() -> None:
     with pytest.raises(EngineError, match=r'built without RPC .* CMAKE_ARGS="-DGGML_RPC=ON", as vendor/README.md'):
-        native.rpc_function("ggml_backend_rpc_of_another_build")
+        rpc_calls.rpc_function("ggml_backend_rpc_of_another_build")

@@ -16,7 +16,7 @@ from ggufmoe.checkpoint.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.errors import ContextFullError, EngineError, InputError, OptionError
 from ggufmoe.merge.forward import ForwardPass
-from ggufmoe.native import library as native
+from ggufmoe.native import graph_tensors
 from ggufmoe.routing import RoutedToken
 from ggufmoe.routing.record import _Recorder
 from ggufmoe.runtime.events import Finished
@@ -230,9 +230,9 @@ def test_values_of_views_are_read_row_by_row(engine: Engine) -> None:
     shapes: dict[bytes, set[tuple[int, ...]]] = {}
 
     def look(tensor: int, ask: bool) -> bool:
-        name = native.tensor_name(tensor)
+        name = graph_tensors.tensor_name(tensor)
         if name.startswith((b"ffn_moe_topk", b"ffn_moe_argsort")) and not ask:
-            shapes.setdefault(name, set()).add(native.tensor_values(tensor).shape)
+            shapes.setdefault(name, set()).add(graph_tensors.tensor_values(tensor).shape)
         return name.startswith((b"ffn_moe_topk", b"ffn_moe_argsort"))
 
     with engine.observed(look):
@@ -248,7 +248,7 @@ def test_types_that_are_not_numbers_of_a_router_are_refused(engine: Engine) -> N
         if not ask:
             return True
         try:
-            native.tensor_values(tensor)
+            graph_tensors.tensor_values(tensor)
         except ValueError as error:
             failures.append(str(error))
         return False

@@ -32,6 +32,7 @@ from ggufmoe import (
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.types import ValueType
+from ggufmoe.native import backends
 from ggufmoe.native import library as native
 from ggufmoe.placement.cpu import memory_bytes
 from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
@@ -611,8 +612,8 @@ def test_closing_twice_and_using_a_closed_engine(story_path: Path) -> None:
 
 
 def test_devices_of_this_machine() -> None:
-    devices = native.devices()
-    assert native.DeviceType.CPU in {device.type for device in devices}
+    devices = backends.devices()
+    assert backends.DeviceType.CPU in {device.type for device in devices}
     assert all(device.name and device.backend and device.handle for device in devices)
 
 

@@ -37,7 +37,7 @@ from ggufmoe.export.export_plan import plan_export
 from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import read_header
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import Progress
@@ -84,7 +84,7 @@ def test_every_tensor_is_its_rows_quantized_by_ggml(tiny_checkpoint: Make, tmp_p
             if tensor.type is GGMLType.F32:
                 wanted = rows.view(np.uint8)
             else:
-                native.quantize_chunk(tensor.type, rows, wanted)
+                quantizing.quantize_chunk(tensor.type, rows, wanted)
             assert written[tensor.offset : tensor.offset + tensor.n_bytes] == wanted.tobytes(), tensor.name
         assert read_header(tmp_path / "a.gguf").data_offset == len(plan.files[0].header)
     assert leftovers(tmp_path) == ["a.gguf"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import IGNORES_IMATRIX
 from ggufmoe.quant.kernels.trust import KernelReport, Kernels, has_kernel, run, widened
 
@@ -53,7 +53,7 @@ def quantize_rows(
         imatrix = None
     weighted = imatrix is not None
     if quantizer == "ggml" or not src.size or not has_kernel(type):
-        native.quantize_chunk(type, widened(src), dst, imatrix)
+        quantizing.quantize_chunk(type, widened(src), dst, imatrix)
         return
     if quantizer == "fast":
         prepare(type, src.dtype.name, weighted, quantizer, cache=cache)
@@ -62,7 +62,7 @@ def quantize_rows(
         run(kernel, src, dst, imatrix)
         return
     start = time.perf_counter()
-    native.quantize_chunk(type, widened(src), dst, imatrix)
+    quantizing.quantize_chunk(type, widened(src), dst, imatrix)
     _KERNELS.spent(type, src.dtype.name, weighted, time.perf_counter() - start)
 
 
@@ -98,11 +98,11 @@ def _convert(type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8]) -> None:
     if src.dtype == dtype:
         target[...] = src
     elif type is GGMLType.F32:
-        (native.f16_to_f32 if src.dtype == np.float16 else native.bf16_to_f32)(src, target)
+        (quantizing.f16_to_f32 if src.dtype == np.float16 else quantizing.bf16_to_f32)(src, target)
     elif type is GGMLType.F16:
-        native.f32_to_f16(widened(src), target)
+        quantizing.f32_to_f16(widened(src), target)
     else:
-        native.f32_to_bf16(widened(src), target)
+        quantizing.f32_to_bf16(widened(src), target)
 
 
 def _check_layout(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import EngineMissingError
 from ggufmoe.folders import cache_directory
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.kernels.code_cache import Code, CodeCache
 from ggufmoe.quant.kernels.probe_hashes import HASHES
 from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
@@ -147,7 +147,7 @@ def _ggml_agrees(type: GGMLType, source: str, weighted: bool) -> bool:
     weights = probe(source)
     made = np.zeros((len(weights), type.row_bytes(weights.shape[1])), np.uint8)
     try:
-        native.quantize_chunk(type, widened(weights), made, probe_importances() if weighted else None)
+        quantizing.quantize_chunk(type, widened(weights), made, probe_importances() if weighted else None)
     except EngineMissingError:
         return False
     return fingerprint(made) == HASHES[hash_name(type, source, weighted)].ggml
@@ -252,7 +252,7 @@ def widened(src: NDArray[Any]) -> NDArray[np.float32]:
     if src.dtype == np.float32:
         return src
     wide = np.empty(src.shape, np.float32)
-    (native.f16_to_f32 if src.dtype == np.float16 else native.bf16_to_f32)(src, wide)
+    (quantizing.f16_to_f32 if src.dtype == np.float16 else quantizing.bf16_to_f32)(src, wide)
     return wide
 
 
@@ -262,5 +262,5 @@ def run(kernel: Kernel, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDAr
     if odd is not None:
         rows = np.nonzero(odd.any(axis=1))[0]
         redone = np.empty((len(rows), dst.shape[1]), np.uint8)
-        native.quantize_chunk(kernel.type, widened(src[rows]), redone, imatrix)
+        quantizing.quantize_chunk(kernel.type, widened(src[rows]), redone, imatrix)
         dst[rows] = redone

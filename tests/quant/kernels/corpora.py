@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.kernels import quantize_rows
 from ggufmoe.quant.kernels.trust import widened
 
@@ -72,5 +72,5 @@ def differing(type: GGMLType, src: NDArray[Any], imatrix: Floats | None = None) 
     ours = np.zeros((len(src), type.row_bytes(src.shape[1])), np.uint8)
     theirs = np.zeros_like(ours)
     quantize_rows(type, src, ours, imatrix, "fast")
-    native.quantize_chunk(type, widened(src), theirs, imatrix)
+    quantizing.quantize_chunk(type, widened(src), theirs, imatrix)
     return int(np.count_nonzero(ours != theirs))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
 from ggufmoe.quant.kernels.probe_hashes import HASHES
 from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
@@ -57,7 +57,7 @@ def test_the_stored_fingerprints_are_those_of_ggml(name: str) -> None:
     type_, source, weighted = VARIANTS[name]
     weights = probe(source)
     made = np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8)
-    native.quantize_chunk(type_, widened(weights), made, probe_importances() if weighted else None)
+    quantizing.quantize_chunk(type_, widened(weights), made, probe_importances() if weighted else None)
     assert fingerprint(made) == HASHES[name].ggml
 
 

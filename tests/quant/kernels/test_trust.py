@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant import kernels
 from ggufmoe.quant.kernels import kernel_report, prepare, q4_0, quantize_rows, trust
 from ggufmoe.quant.kernels.lanes import Rows
@@ -33,7 +33,7 @@ import sys
 sys.modules["llvmlite"] = None
 import logging, numpy as np
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
-from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.kernels import kernel_report, prepare, quantize_rows
@@ -41,7 +41,7 @@ src = np.random.default_rng(0).normal(0, 1, (4, 512)).astype(np.float32)
 ours, theirs = (np.zeros((4, GGMLType.Q6_K.row_bytes(512)), np.uint8) for _ in range(2))
 print(prepare(GGMLType.Q6_K).routine, prepare(GGMLType.Q6_K).reason)
 quantize_rows(GGMLType.Q6_K, src, ours)
-native.quantize_chunk(GGMLType.Q6_K, src, theirs)
+quantizing.quantize_chunk(GGMLType.Q6_K, src, theirs)
 print((ours == theirs).all(), len(kernel_report()))
 try:
     quantize_rows(GGMLType.Q6_K, src, ours, quantizer="fast")
@@ -91,7 +91,7 @@ def test_kernels_are_judged_and_work_without_ggml() -> None:
     done = subprocess.run([sys.executable, "-c", NO_ENGINE], capture_output=True, text=True, check=True)
     src = probe("BF16")[:2]
     expected = np.zeros((2, GGMLType.Q6_K.row_bytes(1024)), np.uint8)
-    native.quantize_chunk(GGMLType.Q6_K, trust.widened(src), expected)
+    quantizing.quantize_chunk(GGMLType.Q6_K, trust.widened(src), expected)
     ours = hashlib.sha256(expected.tobytes()).hexdigest()
     assert done.stdout.splitlines() == [ours, ours, "no engine"]
     assert done.stderr == ""
@@ -228,7 +228,7 @@ def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
     importances = probe_importances()
     ours, theirs = (np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8) for _ in range(2))
     run(kernel, weights, ours, importances)
-    native.quantize_chunk(type_, weights, theirs, importances)
+    quantizing.quantize_chunk(type_, weights, theirs, importances)
     assert np.array_equal(ours, theirs)
 
 

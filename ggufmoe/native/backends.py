@@ -1,0 +1,122 @@
+"""The devices that ggml has registered in this process: their kinds, memory and buffers, and what this CPU can do."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ggufmoe.native.library import has_symbol, library
+
+_SIZE = ctypes.c_size_t
+
+
+class DeviceType(IntEnum):
+    """``enum ggml_backend_dev_type``."""
+
+    CPU = 0
+    GPU = 1
+    IGPU = 2
+    ACCEL = 3
+    META = 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that ggml has registered in this process; ``handle`` is its ``ggml_backend_dev_t``."""
+
+    handle: int
+    name: str
+    type: DeviceType
+    backend: str
+
+
+def devices() -> tuple[Device, ...]:
+    """All devices of ggml's registry, in its order (RPC servers that were registered included)."""
+    return tuple(_device(library().ggml_backend_dev_get(i)) for i in range(library().ggml_backend_dev_count()))
+
+
+def _device(handle: int) -> Device:
+    lib = library()
+    backend = lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(handle)).decode()
+    name = lib.ggml_backend_dev_name(handle).decode()
+    return Device(handle, name, DeviceType(lib.ggml_backend_dev_type(handle)), backend)
+
+
+class _DeviceProps(ctypes.Structure):
+    """``struct ggml_backend_dev_props`` (ggml-backend.h) at the pinned commit; the last five are its ``caps``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", _SIZE),
+        ("memory_total", _SIZE),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("is_async", ctypes.c_bool),
+        ("host_buffer", ctypes.c_bool),
+        ("buffer_from_host_ptr", ctypes.c_bool),
+        ("events", ctypes.c_bool),
+        ("mmap_support", ctypes.c_bool),
+    )
+
+
+@dataclass(frozen=True)
+class BufferType:
+    """A kind of memory that weights can lie in; ``handle`` is its ``ggml_backend_buffer_type_t``."""
+
+    handle: int
+    name: str
+    alignment: int
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a device says of itself. ``host_buffer`` is the main memory that it can read by itself, if it has such.
+
+    ``maps_files`` tells that weights in a mapped file need no copy for it (Metal, the CPU).
+    """
+
+    description: str
+    free_bytes: int
+    total_bytes: int
+    buffer: BufferType
+    host_buffer: BufferType | None
+    maps_files: bool
+    supports_mmap: bool
+
+
+def device_facts(device: Device) -> DeviceFacts:
+    """Memory and buffers of a device. A remote one is asked over the network, for as long as that takes."""
+    lib, props = library(), _DeviceProps()
+    lib.ggml_backend_dev_get_props(device.handle, ctypes.addressof(props))
+    host = lib.ggml_backend_dev_host_buffer_type(device.handle)
+    return DeviceFacts(
+        (props.description or b"").decode("utf-8", "replace"),
+        props.memory_free,
+        props.memory_total,
+        _buffer_type(lib.ggml_backend_dev_buffer_type(device.handle)),
+        _buffer_type(host) if host else None,
+        props.buffer_from_host_ptr,
+        props.mmap_support,
+    )
+
+
+def _buffer_type(handle: int) -> BufferType:
+    lib = library()
+    name = lib.ggml_backend_buft_name(handle).decode("utf-8", "replace")
+    return BufferType(handle, name, lib.ggml_backend_buft_get_alignment(handle))
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether ggml's CPU backend was built for a feature (``avx2``, ``neon``, ``dotprod``) and this CPU has it."""
+    name = f"ggml_cpu_has_{feature}"
+    return has_symbol(name) and bool(getattr(library(), name)())
+
+
+def has_broken_amx() -> bool:
+    """Whether this engine was compiled with AMX, whose matrix code ends the process when GCC compiled it.
+
+    llama.cpp#20824 and #26954; open at commit 0c1e57098. The code runs only for weights in the CPU's extra buffers.
+    """
+    return cpu_has("amx_int8")
