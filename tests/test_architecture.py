@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import pytest
 import ggufmoe
 
 PACKAGE = Path(ggufmoe.__file__).parent
+MAP = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 # Each room may import itself, and the rooms of its line.
 _GROUND = frozenset({"version", "errors", "sizes", "files", "folders"})
@@ -188,6 +190,23 @@ def test_the_two_tests_above_can_fail(tmp_path: Path) -> None:
 def test_the_table_names_every_room() -> None:
     rooms = {room_of(module) for module in all_modules(PACKAGE)}
     assert rooms == set(ALLOWED)
+
+
+def test_the_map_shows_this_table() -> None:
+    short = {"*ground*": _GROUND, "*base*": _BASE, "nothing": frozenset()}
+    rows = re.findall(r"^\| (\w+) \| .* \| (.*) \|$", MAP.split("## How one")[0], re.MULTILINE)[1:]
+    shown = {
+        room: frozenset[str]().union(*(short.get(word, frozenset({word})) for word in words.split(", ")))
+        for room, words in rows
+    }
+    assert shown == ALLOWED
+
+
+def test_the_map_names_files_that_exist() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", MAP)
+    assert len(named) > 30
+    missing = [name for name in named if not (PACKAGE / name).exists() and not (PACKAGE.parent / name).exists()]
+    assert missing == []
 
 
 def test_llama_cpp_is_imported_in_two_rooms_inside_functions() -> None:
