@@ -8,6 +8,7 @@ is said by whoever opened the file.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
@@ -28,6 +29,16 @@ def user_path(path: StrPath) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path}: there is no such home directory") from error
+
+
+def decode_text(data: bytes) -> str:
+    """Text as editors save it: UTF-8 with or without a byte order mark, or UTF-16 with one; the mark is left out.
+
+    Raises UnicodeDecodeError, a ValueError.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(data) > 2:
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
 
 
 class PositionalFile:

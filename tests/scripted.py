@@ -105,7 +105,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, spec: Scripted, vocab: list[str]) -
 
 
 def _value_type(value: Any) -> gguf.GGUFValueType:
-    types = {str: "STRING", float: "FLOAT32", int: "INT32", bool: "BOOL", list: "ARRAY"}
+    types = {str: "STRING", float: "FLOAT32", int: "INT32", np.uint32: "UINT32", bool: "BOOL", list: "ARRAY"}
     return gguf.GGUFValueType[types[type(value)]]
 
 

@@ -8,7 +8,21 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.errors import OutputError, OutputExistsError
-from ggufmoe.files import check_output_file, partial_path, replacing
+from ggufmoe.files import check_output_file, decode_text, partial_path, replacing
+
+
+@pytest.mark.parametrize("text", ["", "é\r\n", "\ufeff twice", "\u4f60"])
+def test_text_as_editors_save_it(text: str) -> None:
+    for encoding in ("utf-8-sig", "utf-16-le", "utf-16-be") if text else ("utf-8", "utf-8-sig"):
+        mark = "" if encoding.startswith("utf-8") else "\ufeff"
+        assert decode_text((mark + text).encode(encoding)) == text
+    assert decode_text(text.encode()) == text.removeprefix("\ufeff")
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"\xff\xfe", b"\xfe\xff\0", b"\xff\xfea", b"a\xff\xfe"])
+def test_bytes_that_are_no_text(data: bytes) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        decode_text(data)
 
 
 def test_a_file_is_replaced_when_its_successor_is_complete(tmp_path: Path) -> None:

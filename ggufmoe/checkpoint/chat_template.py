@@ -5,27 +5,34 @@ Owns where templates are found and which wins; rendering them belongs to the run
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.checkpoint.jsonfile import read_capped, read_object
+from ggufmoe.checkpoint.jsonfile import read_capped, read_optional
 from ggufmoe.errors import CheckpointError
+from ggufmoe.files import decode_text
+
+_LOG = logging.getLogger("ggufmoe")
+_MARK = "\ufeff"
+"""A byte order mark, which some editors put before a text and no template means."""
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
     """Every template by name, ``default`` first where there is one; empty if the directory has none.
 
-    ``tokenizer_config.json`` wins over ``chat_template.jinja`` and that over ``chat_template.json``, as in llama.cpp's
-    converter. Raises CheckpointError for files that cannot be read.
+    ``chat_template.jinja`` wins over ``tokenizer_config.json``, as in transformers, and a warning says so where the two
+    differ; then comes ``chat_template.json``. Raises CheckpointError for files that cannot be read.
     """
-    own = _named(_json(directory / "tokenizer_config.json").get("chat_template"))
-    if own:
-        return own
+    configured = _named(read_optional(directory / "tokenizer_config.json").get("chat_template"))
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         extra = sorted((directory / "additional_chat_templates").glob("*.jinja"))
-        return {"default": _text(jinja), **{path.stem: _text(path) for path in extra}}
-    return _named(_json(directory / "chat_template.json").get("chat_template"))
+        found = {"default": _text(jinja), **{path.stem: _text(path) for path in extra}}
+        if configured and configured.get("default", found["default"]) != found["default"]:
+            _LOG.warning("%s is taken; tokenizer_config.json has another chat template", jinja)
+        return found
+    return configured or _named(read_optional(directory / "chat_template.json", allow_broken=True).get("chat_template"))
 
 
 def default_chat_template(directory: Path) -> str | None:
@@ -34,21 +41,20 @@ def default_chat_template(directory: Path) -> str | None:
 
 
 def _named(value: Any) -> dict[str, str]:
+    """Templates as tokenizer_config.json states them: one text, texts by name, or a list of names and texts."""
     if isinstance(value, str):
-        return {"default": value}
-    if not isinstance(value, list):
-        return {}
-    pairs = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
-    named = {name: template for name, template in pairs if isinstance(name, str) and isinstance(template, str)}
+        return {"default": value.removeprefix(_MARK)}
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    else:
+        items = value if isinstance(value, list) else []
+        pairs = [(item.get("name"), item.get("template")) for item in items if isinstance(item, dict)]
+    named = {name: text.removeprefix(_MARK) for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
     return {name: named[name] for name in sorted(named, key=lambda name: name != "default")}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
 
 
 def _text(path: Path) -> str:
     try:
-        return read_capped(path).decode("utf-8")
+        return decode_text(read_capped(path)).removeprefix(_MARK)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 text (byte {error.start})") from error

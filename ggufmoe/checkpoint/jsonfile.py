@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import CheckpointError, one_line
+from ggufmoe.files import decode_text
+
+_LOG = logging.getLogger("ggufmoe")
 
 MAX_BYTES = 64 * 1024 * 1024
 """Above any real config.json or shard index: the index of a model with 100,000 tensors is about 10 MB."""
@@ -24,10 +28,31 @@ def read_capped(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     return content
 
 
+def read_optional(path: Path, *, allow_broken: bool = False, warn: bool = True) -> dict[str, Any]:
+    """The JSON object in a file that a checkpoint can do without: empty if there is no such file, or nothing in it.
+
+    With ``allow_broken`` a file that cannot be read as JSON counts as empty too; without it CheckpointError is raised.
+    A file that is passed over is named in a warning if ``warn``.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        if read_capped(path).strip(b" \t\r\n\0"):
+            return read_object(path)
+        reason = "it is empty"
+    except CheckpointError as error:
+        if not allow_broken:
+            raise
+        reason = str(error)
+    if warn:
+        _LOG.warning("%s is ignored: %s", path, reason)
+    return {}
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError if it is anything else."""
     try:
-        value = json.loads(read_capped(path).decode("utf-8-sig"))
+        value = json.loads(decode_text(read_capped(path)))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):

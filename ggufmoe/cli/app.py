@@ -6,6 +6,7 @@ passes through ``main``, which turns it into an exit code and one line on stderr
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import importlib
 import logging
@@ -212,11 +213,14 @@ def _say(line: str, code: int) -> int:
 def _accept_all_characters(*streams: Any) -> None:
     """A character that an encoding lacks, or a byte that it does not know, is replaced and not a traceback.
 
-    Files and pipes are UTF-8 on Windows too, where Python would take a code page of 256 characters.
+    Files and pipes are UTF-8 on Windows too, where Python would take a code page of 256 characters. A byte order mark
+    at the beginning of stdin is no part of the text.
     """
     for stream in streams:
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8" if sys.platform == "win32" else None, errors="replace")
+            encoding = "utf-8" if sys.platform == "win32" else stream.encoding
+            reads_utf8 = stream is sys.stdin and codecs.lookup(encoding).name == "utf-8"
+            stream.reconfigure(encoding="utf-8-sig" if reads_utf8 else encoding, errors="replace")
 
 
 class _LogHandler(_StreamHandler):

@@ -16,7 +16,7 @@ from ggufmoe.cli.route_view import RouteView
 from ggufmoe.cli.terminal import load_engine, note
 from ggufmoe.engine import Engine
 from ggufmoe.errors import InputError, OptionError
-from ggufmoe.files import check_output_file, replacing
+from ggufmoe.files import check_output_file, decode_text, replacing
 from ggufmoe.options import ContextOptions, OffloadOptions, option
 from ggufmoe.routing import RoutingTrace, trace_routing
 from ggufmoe.routing.page import routing_page
@@ -108,7 +108,7 @@ def _read_prompts(path: Path) -> Labelled:
     try:
         if path.stat().st_size > _MAX_PROMPTS_BYTES:
             raise InputError(f"{path}: more than {_MAX_PROMPTS_BYTES >> 20} MiB of prompts; take a part of them")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = decode_text(path.read_bytes()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     found = [_labelled(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, InputError, OptionError
-from ggufmoe.files import StrPath, user_path
+from ggufmoe.files import StrPath, decode_text, user_path
 from ggufmoe.options import EvaluationOptions
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.sizes import counted
@@ -72,7 +72,7 @@ def read_text(text: str | None, text_file: StrPath | None) -> str:
     except OSError as error:
         raise InputError(f"{path}: cannot read the text: {error.strerror or error}") from error
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        return decode_text(data).removesuffix("\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: byte {error.start} is not UTF-8; convert the text first") from error

@@ -6,7 +6,6 @@ itself: name and origin, size, recommended sampling, file type and the importanc
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.gguf.header import Value
@@ -27,8 +27,6 @@ _LOG = logging.getLogger("ggufmoe")
 
 _MAX_OVERRIDE_BYTES = 127
 """What llama-quantize keeps of a string that it adds to a file's metadata."""
-
-_MAX_GENERATION_CONFIG_BYTES = 1 << 20
 
 
 def text(value: str) -> Value:
@@ -153,7 +151,7 @@ def sampling_metadata(directory: Path) -> dict[str, Value]:
 
     A file that is absent or unreadable recommends nothing, as in llama.cpp's converter.
     """
-    given = _generation_config(directory / "generation_config.json")
+    given = read_optional(directory / "generation_config.json", allow_broken=True)
     keys: dict[str, Value] = {}
     for setting in _SAMPLING:
         value: Any = given.get(setting.key)
@@ -164,17 +162,6 @@ def sampling_metadata(directory: Path) -> dict[str, Value]:
             continue
         keys[f"general.sampling.{setting.gguf}"] = Value(setting.type, int(value) if whole else float(value), None)
     return keys
-
-
-def _generation_config(path: Path) -> Mapping[str, Any]:
-    try:
-        if not path.is_file() or path.stat().st_size > _MAX_GENERATION_CONFIG_BYTES:
-            return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        _LOG.warning("%s is ignored: %s", path, error)
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def imatrix_metadata(imatrix: Imatrix) -> dict[str, Value]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError, InputError
-from ggufmoe.files import replacing
+from ggufmoe.files import decode_text, replacing
 from ggufmoe.gguf.header import Header, read_header
 from ggufmoe.version import __version__
 from ggufmoe.work import CancelFlag, OnProgress, Work
@@ -180,7 +180,7 @@ def read_manifest(path: Path) -> Manifest:
             raise InputError(f"{path}: there is no such manifest; make one with 'ggufmoe convert --manifest'")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise InputError(f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        document = json.loads(decode_text(path.read_bytes()), object_pairs_hook=_without_repeats)
         return _parse(document)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error

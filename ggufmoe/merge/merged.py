@@ -23,6 +23,7 @@ from ggufmoe.checkpoint.dtypes import narrow, widen
 from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
 from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, RouterReport, SourceTensor
 from ggufmoe.errors import CheckpointError, RecipeError
+from ggufmoe.files import decode_text
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.merge.compare import compare_sources
 from ggufmoe.merge.forward import Floats
@@ -366,6 +367,6 @@ def _base_model(key: str, source: ModelSource) -> BaseModel:
 
 def _template_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return decode_text(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error

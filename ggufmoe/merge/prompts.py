@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.checkpoint.jsonfile import read_object
+from ggufmoe.checkpoint.jsonfile import read_capped, read_object, read_optional
+from ggufmoe.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES
 from ggufmoe.errors import RecipeError, TokenizerError
+from ggufmoe.files import decode_text
 
 
 def prompt_tokenizer(tokenizer_dir: Path) -> Callable[[str], list[int]]:
@@ -20,9 +22,9 @@ def prompt_tokenizer(tokenizer_dir: Path) -> Callable[[str], list[int]]:
 
     Raises TokenizerError if the directory has neither tokenizer.json nor tokenizer.model.
     """
-    settings = _read_json(tokenizer_dir / "tokenizer_config.json")
+    settings = read_optional(tokenizer_dir / "tokenizer_config.json", warn=False)
     bos = _bos_text(settings, tokenizer_dir)
-    if (tokenizer_dir / "tokenizer.json").is_file():
+    if _has_json(tokenizer_dir):
         return _from_json(tokenizer_dir / "tokenizer.json", bos)
     if (tokenizer_dir / "tokenizer.model").is_file():
         return _from_sentencepiece(tokenizer_dir / "tokenizer.model", bos, legacy=settings.get("legacy") is not False)
@@ -52,14 +54,20 @@ def tokenize_prompts(
 
 def read_vocabulary(tokenizer_dir: Path) -> dict[int, str]:
     """Token of each id, added tokens left out; empty where there is no tokenizer to read."""
-    if (tokenizer_dir / "tokenizer.json").is_file():
-        model = _read_json(tokenizer_dir / "tokenizer.json").get("model", {})
+    if _has_json(tokenizer_dir):
+        model = read_object(tokenizer_dir / "tokenizer.json").get("model", {})
         vocabulary = model.get("vocab", {}) if isinstance(model, dict) else {}
         return {i: token for token, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
     if (tokenizer_dir / "tokenizer.model").is_file():
         pieces = _sentencepiece(tokenizer_dir / "tokenizer.model")
         return {i: pieces.id_to_piece(i) for i in range(pieces.vocab_size())}
     return {}
+
+
+def _has_json(tokenizer_dir: Path) -> bool:
+    """Whether there is a tokenizer.json with something in it."""
+    path = tokenizer_dir / "tokenizer.json"
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _sentencepiece(path: Path) -> Any:
@@ -71,12 +79,9 @@ def _sentencepiece(path: Path) -> Any:
         raise TokenizerError(f"{path}: not a sentencepiece model ({error})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
-
-
 def _bos_text(settings: dict[str, Any], tokenizer_dir: Path) -> str:
-    bos = settings.get("bos_token") or _read_json(tokenizer_dir / "special_tokens_map.json").get("bos_token")
+    special = read_optional(tokenizer_dir / "special_tokens_map.json", allow_broken=True, warn=False)
+    bos = settings.get("bos_token") or special.get("bos_token")
     if isinstance(bos, dict):
         bos = bos.get("content")
     return bos if isinstance(bos, str) else ""
@@ -85,9 +90,9 @@ def _bos_text(settings: dict[str, Any], tokenizer_dir: Path) -> str:
 def _from_json(path: Path, bos: str) -> Callable[[str], list[int]]:
     from tokenizers import Tokenizer
 
-    _read_json(path)
+    read_object(path)  # whose message for what is not JSON names the place
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(decode_text(read_capped(path, MAX_TOKENIZER_BYTES)))
     except Exception as error:  # the library raises bare Exception for a file it cannot use
         raise TokenizerError(f"{path}: {error}") from error
     tokenizer.no_truncation()

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, S
 
 from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
+from ggufmoe.files import decode_text
 from ggufmoe.options.limits import MAX_EXPERTS
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -130,7 +131,7 @@ def _read_text(path: Path) -> str:
     if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
     try:
-        return data.decode("utf-8-sig")
+        return decode_text(data)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}); is this a recipe?") from error
 

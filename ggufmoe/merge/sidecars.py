@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.checkpoint.jsonfile import read_capped, read_object
+from ggufmoe.checkpoint.jsonfile import read_capped, read_optional
 from ggufmoe.checkpoint.provenance import RECORD, record_json
 from ggufmoe.checkpoint.source import ModelSource
+from ggufmoe.checkpoint.tokenizer_files import MAX_TOKENIZER_BYTES
 
 _TOKENIZER_FILES = (
     "tokenizer.model",
@@ -25,7 +26,6 @@ _TOKENIZER_FILES = (
 )
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
-_MAX_TOKENIZER_BYTES = 256 << 20
 
 
 def sidecar_files(model: ModelSource, index: Mapping[str, Any] | None) -> dict[str, bytes]:
@@ -49,7 +49,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 def _generation_config(model: ModelSource) -> dict[str, bytes]:
     """The tokenizer's own where there is one, else the ids that every generation needs, all ends of a text included."""
     path = model.tokenizer_dir / "generation_config.json"
-    if path.is_file():
+    if read_optional(path, allow_broken=True, warn=False):
         return {path.name: read_capped(path)}
     ends = model.config.raw.get("eos_token_id")
     eos = ends if isinstance(ends, list) else model.config.eos_token_id
@@ -66,9 +66,9 @@ def _tokenizer(model: ModelSource) -> dict[str, bytes]:
         return files | _present(directory, _TEMPLATE_FILES + extra)
     if "tokenizer_config.json" not in files:
         return files | {"chat_template.jinja": model.chat_template.encode()}
-    settings = read_object(directory / "tokenizer_config.json") | {"chat_template": model.chat_template}
+    settings = read_optional(directory / "tokenizer_config.json") | {"chat_template": model.chat_template}
     return files | {"tokenizer_config.json": _json(settings)}
 
 
 def _present(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    return {name: read_capped(directory / name, _MAX_TOKENIZER_BYTES) for name in names if (directory / name).is_file()}
+    return {name: read_capped(directory / name, MAX_TOKENIZER_BYTES) for name in names if (directory / name).is_file()}

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ggufmoe.errors import InputError, OutputExistsError, TemplateError
-from ggufmoe.files import replacing
+from ggufmoe.files import decode_text, replacing
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import Event
-from ggufmoe.runtime.template import ChatTemplate, find_template
+from ggufmoe.runtime.kvcache import common_prefix
+from ggufmoe.runtime.template import ChatTemplate, find_template, stored_templates
 from ggufmoe.runtime.textstream import stop_strings
 from ggufmoe.work import CancelFlag
 
@@ -162,7 +163,7 @@ class Chat:
     def _n_opening(self) -> int:
         """Tokens with which every prompt of this conversation begins: BOS and the system message."""
         one, other = (self.prompt((Message("user", text),)) for text in ("a", "b"))
-        return next(i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y)
+        return common_prefix(one, other)
 
     def _record(
         self, asked: tuple[Message, ...], events: Iterator[Event], before: tuple[tuple[Message, ...], int]
@@ -239,13 +240,24 @@ class Chat:
 
 def _template(engine: EngineLike, choice: str | None) -> ChatTemplate:
     bos, eos = engine.token_text(engine.bos_token), engine.token_text(engine.eos_token)
-    template = find_template(choice, engine.header, bos=bos, eos=eos)
+    pad = _stated_token(engine, "padding", None)
+    # llama.cpp takes token 0 of a sentencepiece vocabulary as the unknown one
+    unk = _stated_token(engine, "unknown", 0 if engine.header.get("tokenizer.ggml.model") == "llama" else None)
+    template = find_template(choice, engine.header, bos=bos, eos=eos, unk=unk, pad=pad)
     if template is None:
+        named = sorted(stored_templates(engine.header))
+        which = f"has chat templates for some uses only ({', '.join(named)})" if named else "has no chat template"
         raise TemplateError(
-            f"{engine.path}: the file has no chat template: name one with --chat-template NAME|FILE, "
+            f"{engine.path}: the file {which}: name one with --chat-template NAME|FILE, "
             "or continue plain text with 'run --raw'"
         )
     return template
+
+
+def _stated_token(engine: EngineLike, role: str, default: int | None) -> str:
+    """The text of the token that the header gives this role; empty where there is no such token."""
+    token = engine.header.get(f"tokenizer.ggml.{role}_token_id", default)
+    return engine.token_text(token) if type(token) is int and 0 <= token < engine.n_vocab else ""
 
 
 def _check_replaceable(path: Path) -> None:
@@ -260,7 +272,7 @@ def _read_conversation(path: Path) -> tuple[str | None, tuple[Message, ...]]:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InputError(f"{path}: too large for a saved conversation")
-        text = path.read_text(encoding="utf-8")
+        text = decode_text(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ggufmoe.errors import InputError
+from ggufmoe.files import decode_text
 from ggufmoe.native import library as native
 from ggufmoe.options import SamplingOptions
 
@@ -52,8 +53,11 @@ def grammar_of(options: SamplingOptions) -> str | None:
 
 def _read(path: Path) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(MAX_GRAMMAR_CHARS + 1)
+        with open(path, "rb") as file:
+            data = file.read(4 * MAX_GRAMMAR_CHARS + 1)
+        if len(data) > 4 * MAX_GRAMMAR_CHARS:
+            raise InputError(f"{path}: has more than {MAX_GRAMMAR_CHARS} characters")
+        return decode_text(data)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import OptionError, TemplateError
+from ggufmoe.files import decode_text, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Limits, Program
 
@@ -20,6 +21,8 @@ Message = Mapping[str, Any]
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 _PROBE = "ggufmoeSystemProbe"
+_ALWAYS_GIVEN: Mapping[str, Any] = {"tools": None, "documents": None}
+"""Variables that transformers gives to every template, whether or not the caller names them."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ BUILTIN = {
 
 
 class ChatTemplate:
-    """A template ready to render, for a model whose special tokens are spelt ``bos`` and ``eos``.
+    """A template ready to render, for a model whose special tokens are spelt ``bos``, ``eos``, ``unk`` and ``pad``.
 
+    An empty text stands for a token that the model does not have. A byte order mark before the template is left out.
     Raises TemplateError when ``source`` is too long or no template.
     """
 
@@ -87,13 +91,15 @@ class ChatTemplate:
         name: str = "chat template",
         bos: str = "",
         eos: str = "",
+        unk: str = "<unk>",
+        pad: str = "<pad>",
         stop: Sequence[str] = (),
         limits: Limits | None = None,
     ) -> None:
-        self.source = source
+        self.source = source = source.removeprefix("\ufeff")
         self.name = name
         self.stop = tuple(stop)
-        self._tokens = {"bos_token": bos, "eos_token": eos}
+        self._tokens = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": pad}
         self._program = Program(source, name, limits)
         self._lock = threading.Lock()
 
@@ -112,7 +118,7 @@ class ChatTemplate:
     def _render(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         size = sum(len(str(message.get("content", ""))) for message in turns)
         with self._lock:
-            return self._program.run({**self._tokens, "messages": turns, "tools": None, **variables}, size)
+            return self._program.run({**self._tokens, **_ALWAYS_GIVEN, "messages": turns, **variables}, size)
 
     @cached_property
     def takes_system(self) -> bool:
@@ -135,25 +141,30 @@ def fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def find_template(
-    choice: str | None, header: Header, *, bos: str = "", eos: str = "", limits: Limits | None = None
+    choice: str | None,
+    header: Header,
+    *,
+    bos: str = "",
+    eos: str = "",
+    unk: str = "",
+    pad: str = "",
+    limits: Limits | None = None,
 ) -> ChatTemplate | None:
-    """The template that ``choice`` names; without one the file's own, or None if it has none.
+    """The template that ``choice`` names; without one the file's main one, or None if it has none.
 
-    ``choice`` is the name of a template in the file, of a built-in one, or the path of a file with one.
-    Raises OptionError when it is none of these, TemplateError when the template cannot be used.
+    ``choice`` is the name of a template in the file, of a built-in one, or the path of a file with one; the other texts
+    are the model's special tokens. Raises OptionError when it is none of these, TemplateError when the template cannot
+    be used.
     """
     stored = stored_templates(header)
+    make = partial(ChatTemplate, bos=bos, eos=eos, unk=unk, pad=pad, limits=limits)
     if choice is None:
-        source = stored.get("default")
-        return None if source is None else ChatTemplate(source, bos=bos, eos=eos, limits=limits)
+        return make(stored["default"]) if "default" in stored else None
     if choice in stored:
-        return ChatTemplate(stored[choice], name=f"chat template {choice}", bos=bos, eos=eos, limits=limits)
+        return make(stored[choice], name=f"chat template {choice}")
     if choice in BUILTIN:
-        builtin = BUILTIN[choice]
-        return ChatTemplate(
-            builtin.source, name=f"chat template {choice}", bos=bos, eos=eos, stop=builtin.stop, limits=limits
-        )
-    return ChatTemplate(_read(Path(choice), stored), name=choice, bos=bos, eos=eos, limits=limits)
+        return make(BUILTIN[choice].source, name=f"chat template {choice}", stop=BUILTIN[choice].stop)
+    return make(_read(user_path(choice), stored), name=choice)
 
 
 def stored_templates(header: Header) -> dict[str, str]:
@@ -169,8 +180,11 @@ def stored_templates(header: Header) -> dict[str, str]:
 
 def _read(path: Path, stored: Mapping[str, str]) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(MAX_TEMPLATE_CHARS + 1)
+        with open(path, "rb") as file:
+            data = file.read(4 * MAX_TEMPLATE_CHARS + 1)
+        if len(data) > 4 * MAX_TEMPLATE_CHARS:
+            raise TemplateError(f"{path}: more than {MAX_TEMPLATE_CHARS} characters, which no chat template needs")
+        return decode_text(data)
     except UnicodeDecodeError as error:
         raise TemplateError(f"{path}: not a text file in UTF-8") from error
     except OSError as error:

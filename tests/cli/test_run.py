@@ -84,6 +84,15 @@ def test_a_prompt_from_stdin(
     assert (code, json.loads(out)["prompt"]) == (0, prompt)
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, mark: bytes
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(mark + b" once\n"), encoding="utf-8"))
+    code, out, _ = run("-", "--json", "--raw")
+    assert (code, json.loads(out)["prompt"]) == (0, " once")
+
+
 def test_nothing_to_answer(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     for prompt in ("", " ", "-"):

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from ggufmoe.checkpoint import tokenizer_files
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab import files, tokenizer_metadata
+from ggufmoe.export.vocab import tokenizer_metadata
 from tests.export.test_vocab_ids import native_byte_fallback
 from tests.export.vocab_files import added_token, config, edit_json, write_tokenizer
 from tests.tiny_tokenizers import CORPUS, N_BYTE_LEVEL, N_PIECES, sentencepiece_model
@@ -68,8 +69,37 @@ def test_hostile_json(tmp_path: Path, content: bytes, match: str) -> None:
     refuse(tmp_path, match)
 
 
+def test_empty_files_are_passed_over_and_optional_ones_may_be_broken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = tokenizer_metadata(write_tokenizer(tmp_path / "plain", "spm"), config(500))
+    directory = write_tokenizer(tmp_path / "odd", "spm")
+    (directory / "tokenizer.json").write_bytes(b"")
+    (directory / "added_tokens.json").write_bytes(b" ")
+    (directory / "generation_config.json").write_bytes(b"{")
+    (directory / "special_tokens_map.json").write_bytes(b"\xff\xfe[\0")
+    assert tokenizer_metadata(directory, config(500)) == plain
+    for name in ("tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
+        assert f"{name} is ignored" in caplog.text
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        (directory / name).write_bytes(b"{")
+        refuse(directory, f"{name} is not JSON")
+        (directory / name).write_bytes(b"{}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json")
+    more = {"added_tokens_json": {}, "generation_config_json": {"eos_token_id": [2, 300]}}
+    plain = tokenizer_metadata(write_tokenizer(tmp_path / "plain", "json", **more), config(500))
+    directory = write_tokenizer(tmp_path / "marked", "json", **more)
+    for name in names:
+        (directory / name).write_bytes((directory / name).read_text(encoding="utf-8").encode(encoding))
+    assert tokenizer_metadata(directory, config(500)) == plain
+
+
 def test_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(tokenizer_files, "MAX_TOKENIZER_BYTES", 1000)
     refuse(write_tokenizer(tmp_path, "json"), "more than the 1000 that a tokenizer file may have")
 
 

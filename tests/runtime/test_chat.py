@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ggufmoe import (
@@ -27,7 +28,7 @@ from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.events import Event, Finished
 from ggufmoe.runtime.template import ChatTemplate
 from tests.scripted import BOS, Scripted
-from tests.stories import GREEDY, ONE_THREAD
+from tests.stories import GREEDY, ONE_THREAD, STORY
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ ' ' + m.content }}{% endfor %}"
@@ -98,6 +99,34 @@ def test_the_system_message_reaches_the_model(engine: Engine, template: str) -> 
     text = engine.detokenize(chat.prompt([Message("user", "hello")])).decode().replace("▁", " ")
     assert text == ("[system] be kind[user] hello[assistant]" if template == TEMPLATE else
                     "[user] be kind\n\nhello[assistant]")  # fmt: skip
+
+
+def test_a_template_that_leaves_the_message_out_can_shift(write_model: Callable[[Scripted], Path]) -> None:
+    spec = replace(STORY, chat_template="{{ bos_token }} once")
+    with Engine(write_model(spec), replace(ONE_THREAD, overflow="shift")) as engine:
+        chat = Chat(engine, sampling=GREEDY)
+        assert [said(chat.send(text)) for text in ("a", "b")] == ["upon a time"] * 2
+
+
+def test_a_file_with_templates_for_some_uses_names_them(write_model: Callable[[Scripted], Path]) -> None:
+    spec = replace(STORY, metadata={f"tokenizer.chat_template.{name}": "x" for name in ("tool_use", "rag")})
+    with Engine(write_model(spec), ONE_THREAD) as engine:
+        with pytest.raises(TemplateError, match=r"for some uses only \(rag, tool_use\): name one with --chat-template"):
+            Chat(engine)
+        assert Chat(engine, template="rag").template.source == "x"
+
+
+def test_a_template_gets_the_models_special_tokens(write_model: Callable[[Scripted], Path]) -> None:
+    source = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}"
+    for metadata, text in (
+        ({}, "<s>|</s>|<unk>|"),
+        ({"tokenizer.ggml.padding_token_id": np.uint32(2)}, "<s>|</s>|<unk>|</s>"),
+    ):
+        with Engine(write_model(replace(STORY, chat_template=source, metadata=metadata)), ONE_THREAD) as engine:
+            assert Chat(engine).template.render([]) == text
+    odd = {f"tokenizer.ggml.{role}_token_id": np.uint32(10**6) for role in ("unknown", "padding")}
+    with Engine(write_model(replace(STORY, chat_template=source, metadata=odd)), ONE_THREAD) as engine:
+        assert Chat(engine).template.render([]) == "<s>|</s>||"
 
 
 def test_reset_keeps_the_system_message(engine: Engine) -> None:

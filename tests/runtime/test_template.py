@@ -111,6 +111,26 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
     assert template.render(TALK[:1]) == "user=U1;>"
 
 
+def test_what_editors_put_before_a_template_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_bytes(PLAIN.replace("\n", "\r\n").encode(encoding))
+        template = find_template(str(path), header())
+        assert template is not None
+        assert template.render(TALK[:1]) == "user=U1;>"
+    stored = find_template(None, header(chat_template="\ufeff" + PLAIN))
+    assert stored is not None
+    assert stored.render(TALK[:1]) == "user=U1;>"
+
+
+def test_special_tokens_and_what_transformers_always_gives() -> None:
+    source = "{{ unk_token }}|{{ pad_token }}|{{ documents is none }}{{ tools is none }}"
+    template = find_template(None, header(chat_template=source), unk="<unk>", pad="")
+    assert template is not None
+    assert template.render([]) == "<unk>||TrueTrue"
+    assert template.render([], documents=["d"]) == "<unk>||FalseTrue"
+
+
 def test_a_name_that_nobody_knows(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"neither a template's name \(chatml, llama3, mistral, own\) nor a file"):
         find_template(str(tmp_path / "no"), header(**{"chat_template.own": "x"}))

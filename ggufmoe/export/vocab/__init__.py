@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ggufmoe.checkpoint.chat_template import chat_templates
 from ggufmoe.checkpoint.source import ModelConfig
+from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.export.vocab import bytelevel, spm_json, spm_model
-from ggufmoe.export.vocab.files import TokenizerFiles
 from ggufmoe.export.vocab.metadata import metadata
 from ggufmoe.export.vocab.rows import Vocabulary
 from ggufmoe.export.vocab.special import special_tokens

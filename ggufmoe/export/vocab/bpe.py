@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles, expect
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.files import TokenizerFiles, expect
 
 Pair = tuple[str, str]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ggufmoe.checkpoint.tokenizer_files import AddedToken, TokenizerFiles, nodes
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.bpe import BPE, apply_merges, read_bpe
-from ggufmoe.export.vocab.files import AddedToken, TokenizerFiles, nodes
 from ggufmoe.export.vocab.pretokenizer import recognise
 from ggufmoe.export.vocab.rows import Rows, TokenType, Vocabulary
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ggufmoe.checkpoint.tokenizer_files import nodes
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.files import nodes
 
 _LOG = logging.getLogger("ggufmoe")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
+from ggufmoe.checkpoint.tokenizer_files import AddedToken
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.files import AddedToken
 
 _LOG = logging.getLogger("ggufmoe")
 

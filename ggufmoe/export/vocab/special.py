@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.checkpoint.source import ModelConfig
+from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.files import TokenizerFiles
 from ggufmoe.export.vocab.rows import Vocabulary
 
 _LOG = logging.getLogger("ggufmoe")

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ggufmoe.checkpoint.tokenizer_files import AddedToken, TokenizerFiles, nodes
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.bpe import BPE, read_bpe
-from ggufmoe.export.vocab.files import AddedToken, TokenizerFiles, nodes
 from ggufmoe.export.vocab.rows import SPACE, Rows, TokenType, Vocabulary, require_bytes
 
 _LOG = logging.getLogger("ggufmoe")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ggufmoe.checkpoint.tokenizer_files import AddedToken, TokenizerFiles
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.files import AddedToken, TokenizerFiles
 from ggufmoe.export.vocab.rows import ADDED_SCORE, SPACE, Rows, TokenType, Vocabulary, require_bytes
 
 _KINDS = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}

@@ -6,14 +6,20 @@ Whatever these files hold was written by others: every access goes through a typ
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import TokenizerError
+from ggufmoe.checkpoint.jsonfile import read_optional
+from ggufmoe.errors import CheckpointError, TokenizerError
+from ggufmoe.files import decode_text
 
-_MAX_BYTES = 256 << 20
+_LOG = logging.getLogger("ggufmoe")
+
+MAX_TOKENIZER_BYTES = 256 << 20
+"""Above any real tokenizer file; the largest, of 256,000 tokens, have 35 MB."""
 _LOOKED_FOR = "tokenizer.model, tokenizer.json"
 
 
@@ -54,10 +60,10 @@ class TokenizerFiles:
             directory=directory,
             model=_bytes(directory / "tokenizer.model"),
             json=_object(directory / "tokenizer.json"),
-            config=_object(directory / "tokenizer_config.json"),
-            added=_object(directory / "added_tokens.json"),
-            special_map=_object(directory / "special_tokens_map.json"),
-            generation=_object(directory / "generation_config.json"),
+            config=_optional(directory / "tokenizer_config.json"),
+            added=_optional(directory / "added_tokens.json"),
+            special_map=_optional(directory / "special_tokens_map.json", allow_broken=True),
+            generation=read_optional(directory / "generation_config.json", allow_broken=True, warn=False),
         )
         if files.model is None and not files.json:
             raise TokenizerError(_missing(directory))
@@ -140,19 +146,31 @@ def _bytes(path: Path) -> bytes | None:
         return None
     try:
         size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise TokenizerError(f"{path}: {size} bytes, more than the {_MAX_BYTES} that a tokenizer file may have")
+        if size > MAX_TOKENIZER_BYTES:
+            raise TokenizerError(
+                f"{path}: {size} bytes, more than the {MAX_TOKENIZER_BYTES} that a tokenizer file may have"
+            )
         return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+
+
+def _optional(path: Path, *, allow_broken: bool = False) -> Mapping[str, Any]:
+    try:
+        return read_optional(path, allow_broken=allow_broken)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
 
 
 def _object(path: Path) -> Mapping[str, Any]:
     content = _bytes(path)
     if content is None:
         return {}
+    if not content.strip(b" \t\r\n\0"):
+        _LOG.warning("%s is ignored: it is empty", path)
+        return {}
     try:
-        parsed = json.loads(content.decode("utf-8"))
+        parsed = json.loads(decode_text(content))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON ({error}); download it again") from error
     return dict(expect(parsed, dict, path, "the file"))
