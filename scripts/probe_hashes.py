@@ -86,7 +86,7 @@ def entries() -> list[str]:
 
 def hashes(type_: GGMLType, source: str, weighted: bool) -> tuple[str, str]:
     """The two fingerprints. Exits where this machine's kernel has other bytes than ggml."""
-    weights, imatrix = probe(source), probe_importances() if weighted else None
+    weights, imatrix = probe(type_, source), probe_importances() if weighted else None
     ours, theirs = (np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8) for _ in range(2))
     odd = trust.compile_format(type_, source, weighted).call(weights, ours, imatrix)
     quantizing.quantize_chunk(type_, trust.widened(weights), theirs, imatrix)

@@ -151,4 +151,7 @@ HASHES = {
     "IQ4_XS from BF16 with importances": ProbeHashes(
         "337413afa9bec402981d58341c40374f", "337413afa9bec402981d58341c40374f"
     ),
+    "NVFP4 from F32": ProbeHashes("931a3db683a8b1251a97f0a2679ea0a7", "931a3db683a8b1251a97f0a2679ea0a7"),
+    "NVFP4 from F16": ProbeHashes("75ff431d3bb7b82084dfa39934378c7c", "75ff431d3bb7b82084dfa39934378c7c"),
+    "NVFP4 from BF16": ProbeHashes("12a4fa4e54868102eed0b97fcdf8deda", "12a4fa4e54868102eed0b97fcdf8deda"),
 }

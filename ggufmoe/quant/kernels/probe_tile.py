@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from ggufmoe.gguf.types import GGMLType
 
 N_ROWS, N_COLS = 16, 1024
+_GRID_TYPES = frozenset(GGMLType[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))
+_HUGE, _HUGE_FOR_GRIDS = (1e15, 1e30, 1e37), (1e3, 1e6, 1e9)
+"""Sizes of weights. The distances of larger ones from a grid overflow, and ggml ends the process."""
 _N_NORMAL = 12
 """Uniform numbers in a sum that is nearly normal, of variance 1."""
 
@@ -51,12 +54,16 @@ def probe_importances() -> NDArray[np.float32]:
     return importances
 
 
-@cache
-def probe(source: str) -> NDArray[Any]:
+def probe(type: GGMLType, source: str) -> NDArray[Any]:
     """16 rows of 1024 weights: ordinary, heavy-tailed, constant, zero, tiny, huge, on a grid, mixed.
 
-    ``source`` is F32, F16 or BF16, whose bits come as uint16.
+    ``source`` is F32, F16 or BF16, whose bits come as uint16. What is huge is less so for ``type`` IQ1 to IQ3.
     """
+    return _probe(source, _HUGE_FOR_GRIDS if type in _GRID_TYPES else _HUGE)
+
+
+@cache
+def _probe(source: str, huge: tuple[float, ...]) -> NDArray[Any]:
     rows = _normal(0, N_ROWS * N_COLS).reshape(N_ROWS, N_COLS) * 0.02
     rows[1] = rows[1] / (_uniform(2, N_COLS) + 2.0**-8)
     rows[2] = 0
@@ -64,7 +71,7 @@ def probe(source: str) -> NDArray[Any]:
     rows[4] = (_integers(3, N_COLS) % np.uint64(61)).astype(np.float64) / 30.0 - 1.0
     rows[4, ::16] = 1.0
     rows[5] = np.resize([1.5, -1.5], N_COLS)
-    for row, scale in ((6, 1e-12), (7, 1e-22), (8, 1e-41), (9, 1e15), (10, 1e30), (11, 1e37)):
+    for row, scale in enumerate((1e-12, 1e-22, 1e-41, *huge), 6):
         rows[row] *= scale / 0.02
     rows[12] = np.abs(rows[12]) + 1
     rows[13] = rows[13] * 1e-4 - 1

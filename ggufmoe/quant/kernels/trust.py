@@ -37,7 +37,21 @@ _SOURCES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 _MODULES = {
     GGMLType[name]: name.lower()
-    for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+    for name in (
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "NVFP4",
+    )
 }
 # here ggml spreads importances by the mean square of the whole row
 _ROW_ENERGY = frozenset({GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1})
@@ -144,7 +158,7 @@ def _judge(type: GGMLType, source: str, weighted: bool, cache: bool) -> _Verdict
 
 def _ggml_agrees(type: GGMLType, source: str, weighted: bool) -> bool:
     """Whether ggml's routine gives here what it gives on x86-64; not where there is no ggml."""
-    weights = probe(source)
+    weights = probe(type, source)
     made = np.zeros((len(weights), type.row_bytes(weights.shape[1])), np.uint8)
     try:
         quantizing.quantize_chunk(type, widened(weights), made, probe_importances() if weighted else None)
@@ -240,7 +254,7 @@ def compile_format(
 
 def _difference(kernel: Kernel, source: str) -> str:
     """How the kernel's bytes for the probe differ from ggml's on x86-64, in words; nothing if they do not."""
-    weights = probe(source)
+    weights = probe(kernel.type, source)
     made = np.zeros((len(weights), kernel.type.row_bytes(weights.shape[1])), np.uint8)
     odd = kernel.call(weights, made, probe_importances() if kernel.weighted else None)
     expected = HASHES[hash_name(kernel.type, source, kernel.weighted)]

@@ -26,18 +26,21 @@ PROBES = {
     "F32": "57042f3eac69e6f2",
     "F16": "2ce72a9b938162aa",
     "BF16": "a02d1f633a74c67c",
+    "F32 for grids": "d25c544bf037faf9",
     "importances": "a80dc24bb8b38145",
 }
 
 
 def test_the_probe_is_the_same_on_every_machine() -> None:
-    found = {source: hashlib.sha256(probe(source).tobytes()).hexdigest()[:16] for source in ("F32", "F16", "BF16")}
+    tiles = {source: probe(GGMLType.Q4_K, source) for source in ("F32", "F16", "BF16")}
+    tiles["F32 for grids"] = probe(GGMLType.IQ2_XS, "F32")
+    found = {name: hashlib.sha256(tile.tobytes()).hexdigest()[:16] for name, tile in tiles.items()}
     found["importances"] = hashlib.sha256(probe_importances().tobytes()).hexdigest()[:16]
     assert found == PROBES
 
 
 def test_the_probe_has_what_kernels_stumble_over() -> None:
-    weights = probe("F32")
+    weights = probe(GGMLType.Q4_K, "F32")
     assert weights.shape == (16, 1024)
     assert np.isfinite(weights).all()
     magnitudes = np.abs(weights)
@@ -55,7 +58,7 @@ def test_every_kernel_has_its_fingerprints() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_stored_fingerprints_are_those_of_ggml(name: str) -> None:
     type_, source, weighted = VARIANTS[name]
-    weights = probe(source)
+    weights = probe(type_, source)
     made = np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8)
     quantizing.quantize_chunk(type_, widened(weights), made, probe_importances() if weighted else None)
     assert fingerprint(made) == HASHES[name].ggml

@@ -58,7 +58,7 @@ from ggufmoe.errors import EngineMissingError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.kernels import quantize_rows
 from ggufmoe.quant.kernels.probe_tile import probe
-src = probe("BF16")[:2]
+src = probe(GGMLType.Q6_K, "BF16")[:2]
 for quantizer in ("fast", "auto"):
     dst = np.zeros((2, GGMLType.Q6_K.row_bytes(1024)), np.uint8)
     quantize_rows(GGMLType.Q6_K, src, dst, quantizer=quantizer)
@@ -89,7 +89,7 @@ def test_without_llvmlite_ggml_does_it_all() -> None:
 
 def test_kernels_are_judged_and_work_without_ggml() -> None:
     done = subprocess.run([sys.executable, "-c", NO_ENGINE], capture_output=True, text=True, check=True)
-    src = probe("BF16")[:2]
+    src = probe(GGMLType.Q6_K, "BF16")[:2]
     expected = np.zeros((2, GGMLType.Q6_K.row_bytes(1024)), np.uint8)
     quantizing.quantize_chunk(GGMLType.Q6_K, trust.widened(src), expected)
     ours = hashlib.sha256(expected.tobytes()).hexdigest()
@@ -224,7 +224,7 @@ def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
     """The code of machines without AVX-512."""
     type_ = GGMLType[name]
     kernel = compile_format(type_, "F32", True, Host(host().cpu, host().features, 8, permutes=False))
-    weights = probe("F32")
+    weights = probe(type_, "F32")
     importances = probe_importances()
     ours, theirs = (np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8) for _ in range(2))
     run(kernel, weights, ours, importances)
