@@ -1,4 +1,4 @@
-"""Long calls: how they report progress, how they are cancelled, which cores they use, and work over many bytes.
+"""Long calls: their progress, their cancelling, and work over many bytes; cores and memory of the machine.
 
 Every public function that can take long has the same two arguments: ``on_progress``, called with a ``Progress``, and
 ``cancel``, a ``CancelFlag``.
@@ -7,6 +7,7 @@ Every public function that can take long has the same two arguments: ``on_progre
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -130,3 +131,13 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine; 0 on Windows, which promises no more than it has."""
+    if sys.platform == "win32":
+        return 0
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +21,7 @@ from ggufmoe.inspection.diff import diff_models
 from ggufmoe.inspection.experts import compare_experts
 from ggufmoe.merge import forward
 from ggufmoe.merge.forward import ForwardPass, LayerState
-from ggufmoe.work import Progress, Work, checked_flag, is_set, thread_count, usable_cores
+from ggufmoe.work import Progress, Work, checked_flag, is_set, memory_bytes, thread_count, usable_cores
 from ggufmoe.writing import writer
 
 Make = Callable[..., Path]
@@ -158,3 +160,9 @@ def test_a_manifest_is_made_by_as_many_threads_as_were_asked_for(
     for threads in (1, 5):
         convert(tiny_checkpoint(), tmp_path / "a.gguf", "F16", threads=threads, manifest=True, force=True)
     assert pools == [5]
+
+
+def test_memory_is_unknown_on_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory_bytes() == 0 if sys.platform == "win32" else 2**28 < memory_bytes() < 2**50
+    monkeypatch.setattr(work, "sys", SimpleNamespace(platform="win32"))
+    assert memory_bytes() == 0

@@ -24,10 +24,10 @@ from ggufmoe.inspection.inspect import ModelReport, inspect_model
 from ggufmoe.native import backends
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.cpu import default_threads, memory_bytes
+from ggufmoe.placement.cpu import default_threads
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
 from ggufmoe.remote.places import find_places
-from ggufmoe.work import CancelFlag
+from ggufmoe.work import CancelFlag, memory_bytes
 
 _SEED = 1
 

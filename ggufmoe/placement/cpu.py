@@ -1,4 +1,4 @@
-"""What this machine has: physical cores, for the number of threads, and memory.
+"""The physical cores of this machine, for the number of threads that compute a model.
 
 Two threads of one core share its vector units, so more threads only wait for each other (llama.cpp's tools count the
 same way).
@@ -35,16 +35,6 @@ def physical_cores(allowed: Iterable[int], topology: Path) -> int:
         except OSError:
             return 0
     return len(cores)
-
-
-def memory_bytes() -> int:
-    """Physical memory of this machine; 0 on Windows, which promises no more than it has."""
-    if sys.platform == "win32":
-        return 0
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
 
 
 def _sysctl(name: str) -> int:

@@ -25,7 +25,7 @@ from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.native.openmp import SpinLimit
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.cpu import default_threads, memory_bytes
+from ggufmoe.placement.cpu import default_threads
 from ggufmoe.placement.devices import Machine, find_machine
 from ggufmoe.placement.footprint import Footprint, context_tokens
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
@@ -34,7 +34,7 @@ from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.kvcache import ComputedBy, KVCache, SavedStates
 from ggufmoe.runtime.vocabulary import LoadedVocabulary
 from ggufmoe.sizes import memory_size
-from ggufmoe.work import OnProgress, Progress
+from ggufmoe.work import OnProgress, Progress, memory_bytes
 
 _FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}
 

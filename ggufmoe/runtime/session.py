@@ -26,9 +26,9 @@ from ggufmoe.gguf.header import TensorInfo
 from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.cpu import memory_bytes
 from ggufmoe.runtime.kvcache import SavedState
 from ggufmoe.sizes import memory_size
+from ggufmoe.work import memory_bytes
 
 _MAGIC = b"GGMOESES"
 _VERSION = 1

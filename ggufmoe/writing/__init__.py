@@ -1,1 +1,1 @@
-"""Plans become files: tiles, writer, journal, the place where output goes."""
+"""Writes planned files: the plan, the tiles it is cut into, the writer, its journal, and the place of the output."""

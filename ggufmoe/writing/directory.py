@@ -1,4 +1,4 @@
-"""An output that is a directory: made beside its place, and put there when everything in it is complete."""
+"""An output that is a directory: written as ``NAME.partial`` and renamed when every file in it is complete."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from ggufmoe.errors import OutputError, OutputExistsError
 from ggufmoe.files import check_parent, partial_path, sync_directory
 
 _OURS = ("*.safetensors", "*.safetensors.partial", "*.partial.journal")
-_SIGN = "config.json"
-"""What tells that a directory is a checkpoint, and may be replaced as one."""
+_CHECKPOINT_FILE = "config.json"
+"""The file by which a directory is recognized as a checkpoint, which may be replaced with ``force``."""
 
 
 def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> None:
-    """Refuse a directory that holds an input, is there already, or cannot be there.
+    """Raise OutputError if ``target`` cannot be made, OutputExistsError if it exists or holds one of ``inputs``.
 
-    Even with ``force`` only an empty directory or a checkpoint is replaced.
+    An empty directory may exist. ``force`` allows to replace a checkpoint, but no other directory.
     """
     place = target.resolve()
     if not target.name:
-        raise OutputError(f"{target} cannot be made anew; give the name of a directory that is to be")
+        raise OutputError(f"{target} is no name of a new directory; give one, for example merged-model")
     for given in inputs:
         if place == given.resolve().parent or place in given.resolve().parents:
             raise OutputExistsError(f"{target} holds {given}, which is read; choose another output directory")
     check_parent(target)
     if not target.exists() and not target.is_symlink():
         return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / _SIGN).is_file()):
+    if not target.is_dir() or (any(target.iterdir()) and not (target / _CHECKPOINT_FILE).is_file()):
         raise OutputExistsError(f"{target} is there and is no checkpoint; choose another output directory")
     if any(target.iterdir()) and not force:
         raise OutputExistsError(f"{target} exists already; choose another name, or replace it with --force")
@@ -38,9 +38,10 @@ def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> Non
 
 @contextlib.contextmanager
 def open_partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
-    """The directory to write into; what an earlier run left there is kept only to be resumed.
+    """Make ``NAME.partial`` of a target directory, to write into. Raises OutputError.
 
-    It stays when the work fails, to be resumed, unless there is nothing in it.
+    Files of an earlier run are deleted in it unless ``keep``. If the block raises, the directory stays, so that the
+    work can be resumed, unless it is empty.
     """
     partial = partial_path(target)
     try:
@@ -60,7 +61,10 @@ def open_partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
 
 
 def place_directory(partial: Path, target: Path, files: Mapping[str, bytes]) -> None:
-    """Add ``files`` to the finished weights and give the directory its name; an older one is replaced as a whole."""
+    """Write ``files`` (name to content) into the partial directory and give it its name, replacing an older directory.
+
+    Raises OutputError.
+    """
     try:
         for name, content in files.items():
             _write(partial / name, content)

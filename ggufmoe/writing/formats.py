@@ -1,7 +1,8 @@
-"""The formats that a plan makes, and whether a kernel of ours or ggml's routine makes each of them here.
+"""The quantized formats that a plan makes, and whether a kernel of ours or ggml's routine makes each of them here.
 
-Kernels are compiled for what a plan has much of before the work begins: ggml's routines, twenty times as slow, would
-rather delay the compiler than get anything done meanwhile. The rest is left to the kernels' own patience.
+Kernels of formats with many weights are compiled before the work begins: ggml's routines, twenty times as slow, would
+delay the compiler more than they would get done meanwhile. The other kernels are compiled when ``quant.kernels`` finds
+that they have had enough work.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ggufmoe.quant.kernels import KernelReport, QuantizerName, has_kernel, kerne
 from ggufmoe.writing.plan import PLAIN_DTYPES, WritePlan
 
 _COMPILE_AT_ONCE_WEIGHTS = 1 << 26
-"""Of one format: then ggml's routine would take seconds, and compiling takes tenths of one."""
+"""Weights of one format from which ggml's routine would take seconds, where compiling takes tenths of a second."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Format:
 
 
 def formats(plan: WritePlan) -> dict[Format, int]:
-    """The quantized formats that a plan makes, with their weights, the most first; what is copied is none."""
+    """The quantized formats that a plan makes, with their numbers of weights, the largest first.
+
+    Tensors that are copied need no format.
+    """
     found: Counter[Format] = Counter()
     for tensor in plan.tensors:
         for part in tensor.parts:
@@ -41,9 +45,9 @@ def formats(plan: WritePlan) -> dict[Format, int]:
 
 
 def prepare_kernels(plan: WritePlan, quantizer: QuantizerName, *, cache: bool = True) -> None:
-    """Compile or load the kernels of a plan: with ``fast`` all of them, with ``auto`` those for much work.
+    """Compile the kernels of a plan, or load them: with ``fast`` all of them, with ``auto`` those with much work.
 
-    Raises OptionError with ``fast`` where there is no kernel, or one that cannot be used on this machine.
+    Raises OptionError with ``fast`` for a format that has no kernel, or none that can be used on this machine.
     """
     for made, n_weights in formats(plan).items():
         if quantizer == "fast" and not has_kernel(made.type):
@@ -53,7 +57,7 @@ def prepare_kernels(plan: WritePlan, quantizer: QuantizerName, *, cache: bool = 
 
 
 def routines(plan: WritePlan, quantizer: QuantizerName) -> tuple[KernelReport, ...]:
-    """What has quantized each format of a plan that was written, and why."""
+    """Which routine has quantized each format of a plan that was written, and why."""
     judged = {Format(row.type, GGMLType[row.source], row.weighted): row for row in kernel_report()}
     return tuple(_routine(made, judged.get(made), quantizer) for made in formats(plan))
 

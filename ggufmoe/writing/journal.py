@@ -1,8 +1,8 @@
-"""The journal of an export: which tiles of the plan are safely on disk, so that an interrupted run can go on.
+"""The journal of a run of the writer: which tiles of the plan are on disk, so that an interrupted run can be resumed.
 
-A small file of JSON lines beside the partial output. Its first line names the plan that it belongs to, by a fingerprint
-of everything the bytes depend on; each further line lists ranges of finished tiles, and is written only after their
-bytes have been flushed. A line that was cut by a crash is ignored.
+A small file of JSON lines beside the partial output. Its first line identifies the plan by a fingerprint of all that
+the bytes depend on; each further line lists ranges of finished tiles, and is written only after their bytes have been
+flushed to disk. A line that a crash has cut short is ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_BYTES = 1 << 28
 
 
 def fingerprint(plan: WritePlan) -> str:
-    """A hash of what decides the bytes: headers, inputs (path, size, time of change), tile size, version."""
+    """A hash of what determines the bytes: headers, inputs (path, size, time of change), tile size, version."""
     identities = [_identity(path) for path in plan.input_paths]
     about = [_VERSION, __version__, TILE_WEIGHTS, identities, str(plan.imatrix and plan.imatrix.path)]
     digest = hashlib.sha256(json.dumps(about).encode())
@@ -39,7 +39,7 @@ def _identity(path: Path) -> list[Any]:
 
 
 class Journal:
-    """The journal of one plan at one path. Not for several threads."""
+    """The journal of one plan at one path. Not safe for several threads."""
 
     def __init__(self, path: Path, plan_fingerprint: str) -> None:
         self.path = path
@@ -47,16 +47,13 @@ class Journal:
         self._descriptor: int | None = None
 
     def read(self) -> set[int] | None:
-        """The numbers of the finished tiles; None if there is no journal, or none that got beyond its first line.
-
-        Raises ResumeError if it belongs to another plan.
-        """
+        """Numbers of the finished tiles; None if there is no journal. Raises ResumeError if it is of another plan."""
         lines = self._lines()
         if not lines:
             return None
         if lines[0].get("plan") != self._fingerprint:
             raise ResumeError(
-                f"{self.path} belongs to a conversion with other inputs or options; run it as before, or leave out "
+                f"{self.path} belongs to a run with other inputs or options; give the same ones, or leave out "
                 "--resume to start over"
             )
         return {tile for line in lines[1:] for first, last in line.get("done", ()) for tile in range(first, last + 1)}
@@ -78,13 +75,13 @@ class Journal:
         return lines
 
     def begin(self) -> None:
-        """Start a new journal in place of whatever is there."""
+        """Start a new journal; an older one at its path is deleted."""
         self.path.unlink(missing_ok=True)
         self._open(os.O_EXCL)
         self._append({"plan": self._fingerprint, "ggufmoe": __version__})
 
     def go_on(self) -> None:
-        """Append to the journal that ``read`` has read."""
+        """Open the journal that ``read`` has read, to append to it."""
         self._open(0)
         self._append_raw(b"\n")  # ends a line that a crash may have cut
 
@@ -93,7 +90,7 @@ class Journal:
         self._descriptor = os.open(self.path, flags, 0o666)
 
     def add(self, finished: Iterable[int]) -> None:
-        """Record tiles whose bytes are on disk."""
+        """Record the numbers of tiles whose bytes are on disk."""
         ranges = _ranges(sorted(finished))
         if ranges:
             self._append({"done": ranges})

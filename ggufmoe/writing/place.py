@@ -1,4 +1,4 @@
-"""Where output goes: checks before anything is written, files that are partial until they are whole, and their names.
+"""The place of the output: checks before anything is written, partial files, and the names of complete files.
 
 A file is written as ``NAME.partial`` and gets its name only when it is complete and its header reads back as planned.
 """
@@ -22,7 +22,7 @@ from ggufmoe.writing.plan import PlannedFile, WritePlan
 
 
 class OutputFile(Protocol):
-    """A file that is written by position, from several threads at once."""
+    """A file that several threads write at once, each at a position of its own."""
 
     def write_at(self, offset: int, data: memoryview) -> None: ...
     def sync(self) -> None: ...
@@ -30,7 +30,7 @@ class OutputFile(Protocol):
 
 
 class PartialFile:
-    """An ``OutputFile`` on disk, of its full size from the start."""
+    """An ``OutputFile`` on disk that has its full size from the start; ``keep`` opens one that an earlier run left."""
 
     def __init__(self, path: Path, n_bytes: int, keep: bool) -> None:
         if not keep:
@@ -41,7 +41,7 @@ class PartialFile:
         os.ftruncate(self._descriptor, n_bytes)
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        """Write all of ``data`` (bytes) at ``offset``."""
+        """Write all of ``data`` (bytes) at ``offset``; safe to call from several threads at once."""
         while data:
             count = self._write_some(offset, data)
             offset, data = offset + count, data[count:]
@@ -54,7 +54,7 @@ class PartialFile:
         return os.pwrite(self._descriptor, data, offset)
 
     def sync(self) -> None:
-        """Return when everything written so far is on disk."""
+        """Return when all that was written before the call is on disk."""
         getattr(os, "fdatasync", os.fsync)(self._descriptor)
 
     def close(self) -> None:
@@ -65,14 +65,14 @@ class PartialFile:
 
 
 def journal_path(output: Path) -> Path:
-    """Where the journal of an output is."""
+    """Path of the journal of an output."""
     return output.with_name(output.name + ".partial.journal")
 
 
 def check_output(plan: WritePlan, *, force: bool, resume: bool) -> None:
-    """Refuse an output that is an input, is there already, or cannot be there.
+    """Raise OutputError if a file of the plan cannot be written, OutputExistsError if it exists or is an input.
 
-    A resumed run may have given some of its files their names already: those are its own.
+    With ``resume``, files that the interrupted run has completed and named may exist.
     """
     for file in plan.files:
         for path in (file.path, partial_path(file.path), journal_path(plan.output)):
@@ -90,7 +90,7 @@ def is_complete(file: PlannedFile, path: Path) -> bool:
 
 
 def check_space(plan: WritePlan, *, resume: bool) -> None:
-    """Refuse a plan that does not fit on the disk; what a partial file holds already counts as there."""
+    """Raise NoSpaceError if the plan does not fit on the disk; space that its partial files hold already is counted."""
     parent = plan.output.parent
     held = sum(_allocated(partial_path(file.path)) for file in plan.files)
     held += sum(_allocated(file.path) for file in plan.files if resume and is_complete(file, file.path))

@@ -1,7 +1,7 @@
-"""Tiles: the unit of work of the writer, a few rows of one source tensor, and how one becomes bytes of the file.
+"""Tiles: the writer's units of work, each a few rows of one part of a tensor, and the conversion of a tile's rows.
 
-A tile never crosses from one expert to the next, so it has one importance row and one source. Nothing here knows files
-or threads; memory is one set of buffers for each worker.
+A tile never crosses from one expert to the next, so it has one row of importances and one source. This module knows
+neither files nor threads; memory is one set of buffers for each worker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ interpreter's lock is held about 25 us for a tile, which on many cores speaks fo
 """
 
 _INFINITY = {GGMLType.BF16: 0x7F80, GGMLType.F16: 0x7C00, GGMLType.F32: 0x7F800000}
-"""Bits of infinity: a number whose bits without the sign are not below is infinite or NaN."""
+"""Bits of infinity: a number whose bits, without the sign, are not less than these is infinite or NaN."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,22 @@ class Tile:
 
     number: int
     file: int
+    """Index of the file in the plan."""
     tensor: PlannedTensor
     part: int
+    """Index of the part in the tensor."""
     start: int
     stop: int
+
+    @property
+    def source(self) -> Part:
+        """Where the rows come from."""
+        return self.tensor.parts[self.part]
+
+    @property
+    def n_source_bytes(self) -> int:
+        """Bytes that are read for the tile."""
+        return (self.stop - self.start) * self.source.type.row_bytes(self.tensor.n_cols)
 
     @property
     def offset(self) -> int:
@@ -58,7 +70,7 @@ class Tile:
 
 
 def tiles(plan: WritePlan) -> Iterator[Tile]:
-    """Every tile of a plan, in the order of the files; the same plan gives the same numbers."""
+    """Every tile of a plan, in the order of the files; equal plans give equal tiles, numbers included."""
     number = 0
     for file, planned in enumerate(plan.files):
         for tensor in planned.tensors:
@@ -70,12 +82,12 @@ def tiles(plan: WritePlan) -> Iterator[Tile]:
 
 
 def tile_rows(tensor: PlannedTensor) -> int:
-    """Rows in a tile of this tensor, the last one of a part excepted."""
+    """Rows of every tile of this tensor but the last one of each part."""
     return max(1, TILE_WEIGHTS // tensor.n_cols)
 
 
 class ImportanceCache:
-    """Importance rows of the tensors that are being written, read once each; for all workers together."""
+    """Importances of the tensors that are being written, each read once, for all workers; safe for several threads."""
 
     def __init__(self, imatrix: Imatrix | None, capacity: int) -> None:
         self._imatrix = imatrix
@@ -84,7 +96,7 @@ class ImportanceCache:
         self._weights: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 
     def row(self, tile: Tile) -> NDArray[np.float32] | None:
-        """The importance of each column for this tile, (n_cols,) float32; None where there is none."""
+        """The importance of each column for this tile, (n_cols,) float32; None if its tensor has no importances."""
         if self._imatrix is None or not tile.tensor.weighted:
             return None
         name = tile.tensor.name
@@ -101,7 +113,10 @@ class ImportanceCache:
 
 
 class TileMaker:
-    """Makes the bytes of one tile after another in buffers of its own; one for each worker."""
+    """Converts the rows of one tile after another, in buffers of its own: each worker has one.
+
+    ``cache`` says whether compiled kernels are read from disk and kept there.
+    """
 
     def __init__(
         self,
@@ -125,63 +140,61 @@ class TileMaker:
         self._quantizer, self._cache = quantizer, cache
 
     def read(self, tile: Tile) -> NDArray[Any]:
-        """The rows of the tile as they are stored, valid until the next call."""
-        part = tile.tensor.parts[tile.part]
-        n_rows, row_bytes = tile.stop - tile.start, part.type.row_bytes(tile.tensor.n_cols)
-        rows = self._raw[: n_rows * row_bytes].view(PLAIN_DTYPES.get(part.type, np.uint8)).reshape(n_rows, -1)
-        part.rows.read_rows(tile.start, tile.stop, rows)
+        """The rows of the tile as the source stores them: (rows, n_cols) of plain numbers, else (rows, bytes) uint8.
+
+        They are valid until the next call.
+        """
+        dtype = PLAIN_DTYPES.get(tile.source.type, np.uint8)
+        rows = self._raw[: tile.n_source_bytes].view(dtype).reshape(tile.stop - tile.start, -1)
+        tile.source.rows.read_rows(tile.start, tile.stop, rows)
         return rows
 
     def make(self, tile: Tile, rows: NDArray[Any]) -> memoryview:
-        """The bytes of the tile, made of what ``read`` gave for it; valid until the next call.
+        """The bytes of the tile in the type of its tensor, made from the rows that ``read`` returned for it.
 
-        Raises NonFiniteError, naming the tensor of the file, the one of the source and its row, if a weight is NaN or
-        infinite or too large for the type.
+        They are valid until the next call. Raises NonFiniteError if a weight is NaN, infinite or too large for the
+        type; the message names the tensor of the file, the tensor of the source and the row.
         """
-        part = tile.tensor.parts[tile.part]
-        stored = part.type
+        stored = tile.source.type
         row = _first_damaged(rows, stored)
         if row is not None:
-            raise NonFiniteError(f"{_place(tile, part, row)} is NaN or infinite; the source is damaged, fetch it again")
+            raise NonFiniteError(f"{_name_of(tile, row)} is NaN or infinite; the source is damaged, fetch it again")
         if stored is tile.tensor.type:
             return rows.data.cast("B")
         made = self._made[: tile.n_bytes].reshape(len(rows), -1)
         if stored.is_quantized:
-            rows = self._dequantized(rows, stored, tile.tensor.n_cols)
+            wide = self._wide[: len(rows) * tile.tensor.n_cols].reshape(len(rows), -1)
+            quantizing.dequantize_rows(stored, rows, wide)
+            rows = wide
         importance = self._importance.row(tile)
         quantize_rows(tile.tensor.type, rows, made, importance, self._quantizer, cache=self._cache)
-        self._check_made(tile, part, made)
+        self._check_made(tile, made)
         return made.data.cast("B")
 
-    def _dequantized(self, raw: NDArray[np.uint8], stored: GGMLType, n_cols: int) -> NDArray[np.float32]:
-        wide = self._wide[: len(raw) * n_cols].reshape(len(raw), n_cols)
-        quantizing.dequantize_rows(stored, raw, wide)
-        return wide
-
-    def _check_made(self, tile: Tile, part: Part, made: NDArray[np.uint8]) -> None:
+    def _check_made(self, tile: Tile, made: NDArray[np.uint8]) -> None:
         made_type = tile.tensor.type
         row = _first_damaged(made.view(PLAIN_DTYPES.get(made_type, np.uint8)), made_type)
         if row is not None:
             some = f", or one of the next {len(made) - row - 1}," if made_type.is_quantized else ""
             raise NonFiniteError(
-                f"{_place(tile, part, row)}{some} has weights too large for {made_type.name}; give the tensor another "
+                f"{_name_of(tile, row)}{some} has weights too large for {made_type.name}; give the tensor another "
                 "type with --tensor-type"
             )
 
 
 def _first_damaged(rows: NDArray[Any], type: GGMLType) -> int | None:
-    """The first row that holds NaN or infinity, or of a quantized type the first of all if any does; None if none."""
+    """The first row that holds NaN or infinity, None if there is none; for a quantized type 0 if any row does."""
     if type not in _INFINITY:
         return None if quantizing.validate_rows(type, rows.view(np.uint8)) else 0
     infinity, n_bits = _INFINITY[type], rows.itemsize * 8
     unsigned = rows.view(f"u{rows.itemsize}")
-    # read as signed numbers the positive ones, read as unsigned the negative ones are in the order of their size
+    # as signed integers the positive floats are in order, as unsigned integers the negative ones
     if int(unsigned.max()) < infinity | 1 << n_bits - 1 and int(rows.view(f"i{rows.itemsize}").max()) < infinity:
         return None
     largest = (unsigned & ((1 << n_bits - 1) - 1)).max(axis=1)
     return int(np.flatnonzero(largest >= infinity)[0])
 
 
-def _place(tile: Tile, part: Part, row: int) -> str:
-    """Where a row of a tile comes from, in words."""
-    return f"{tile.tensor.name}: row {part.source_row(tile.start + row)} of {part.name}"
+def _name_of(tile: Tile, row: int) -> str:
+    """What messages call a row of a tile: tensor of the file, row and tensor of the source."""
+    return f"{tile.tensor.name}: row {tile.source.source_row(tile.start + row)} of {tile.source.name}"

@@ -1,8 +1,8 @@
-"""The writer: executes an export plan on all cores, into partial files that get their names only when they are whole.
+"""The writer: executes a plan on all cores, into partial files that get their names only when they are complete.
 
-Workers take tiles in order and write each at its place; the calling thread reports progress, flushes and keeps the
-journal. Whatever stops a run (an error, a cancellation, a crash) leaves partial files and a journal to go on from, and
-never a file that looks finished. The order of work does not change a byte.
+Workers take tiles in order and write each at its offset; the calling thread reports progress, flushes and keeps the
+journal. An error, a cancellation or a crash leaves partial files and a journal, from which a later run can go on, and
+never a file that looks finished. Neither the order of the work nor the number of threads changes a byte.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +48,7 @@ _READERS = 2
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How a plan is executed; none of this changes the bytes."""
+    """How a plan is executed; no option changes the bytes."""
 
     threads: int | None = None
     quantizer: QuantizerName = "auto"
@@ -59,7 +59,7 @@ class WriteOptions:
     on_progress: OnProgress | None = None
     cancel: CancelFlag | None = None
     prepare: Callable[[], None] | None = None
-    """Called when everything is checked and nothing is written yet: what takes long and cannot be streamed."""
+    """Called when all is checked and nothing is written yet; computes what must be known before rows are read."""
     flush_interval_s: float = FLUSH_INTERVAL_S
     open_output: Callable[[Path, int, bool], OutputFile] | None = None
     """Opens a partial file: its path, its size, and whether to keep what is in it. By default, a file on disk."""
@@ -67,7 +67,7 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What a run did; a resumed one counts only its own work."""
+    """The files that were written, and what it cost; a resumed run counts only its own work."""
 
     paths: tuple[Path, ...]
     bytes_read: int
@@ -76,10 +76,10 @@ class WriteReport:
 
 
 def write_plan(plan: WritePlan, options: WriteOptions) -> WriteReport:
-    """Write the files of a plan; they appear under their names, all of them, when they are complete and checked.
+    """Write the files of a plan. All of them appear under their names together, when they are complete and checked.
 
     Raises OutputExistsError, OutputError, NoSpaceError or ResumeError before anything is written, NonFiniteError or
-    NoSpaceError on the way, Cancelled when asked to stop.
+    NoSpaceError while writing, Cancelled when ``options.cancel`` is set.
     """
     started = time.monotonic()
     journal = Journal(journal_path(plan.output), fingerprint(plan))
@@ -107,7 +107,7 @@ def write_plan(plan: WritePlan, options: WriteOptions) -> WriteReport:
 
 
 def _finished_tiles(plan: WritePlan, journal: Journal) -> set[int] | None:
-    """What an earlier run has done; None where there is nothing to go on from."""
+    """Numbers of the tiles that an interrupted run has written; None if it left nothing to go on from."""
     finished = journal.read()
     if finished is None:
         _LOG.info("nothing to resume for %s, starting afresh", plan.output)
@@ -124,7 +124,7 @@ def _finished_tiles(plan: WritePlan, journal: Journal) -> set[int] | None:
 
 @dataclass
 class _Done:
-    """What the workers have done, guarded by a lock of the run."""
+    """What the workers have done so far, guarded by a lock of the run."""
 
     unflushed: list[Tile] = field(default_factory=list)
     n_bytes: int = 0
@@ -144,7 +144,7 @@ class _Run:
         self._resumed = finished is not None
         self._finished = finished or set()
         self._files: dict[int, OutputFile] = {}
-        self._queue = self._open_tiles()
+        self._queue = (tile for tile in tiles(plan) if tile.number not in self._finished)
         self._queue_lock = threading.Lock()
         self._stop = threading.Event()
         self._changed = threading.Condition()
@@ -155,11 +155,8 @@ class _Run:
         self._passing = PassingFiles(plan.input_paths, plan.n_bytes + sum(p.stat().st_size for p in plan.input_paths))
         self._total_bytes = sum(len(f.header) + sum(t.n_bytes for t in f.tensors) for f in plan.files)
 
-    def _open_tiles(self) -> Iterator[Tile]:
-        return (tile for tile in tiles(self._plan) if tile.number not in self._finished)
-
     def execute(self) -> None:
-        """Write every tile that is not yet there; on return, all of them are on disk and journalled."""
+        """Write every tile that is not written yet, then the headers. On return all of it is on disk and journalled."""
         try:
             self._open_files()
             self._write_tiles()
@@ -193,7 +190,7 @@ class _Run:
         self._join(workers)
         if self._done.error is not None:
             raise self._done.error
-        if self._cancelled():
+        if is_set(self._options.cancel):
             raise Cancelled(f"stopped while writing {self._plan.output}; go on with --resume")
 
     def _join(self, workers: Sequence[threading.Thread]) -> None:
@@ -205,20 +202,21 @@ class _Run:
             self._done.error = self._done.error or error
 
     def _write_headers(self) -> None:
-        """Last of all, so that no partial file can be taken for a model."""
+        """Write the headers, last of all: until then no partial file can be taken for a model."""
         for number, file in self._files.items():
             file.write_at(0, memoryview(self._plan.files[number].header))
             file.sync()
         self._done.n_bytes = self._total_bytes
         self._report()
 
-    def _cancelled(self) -> bool:
-        return is_set(self._options.cancel)
-
     def _worker(self) -> None:
         try:
             maker = TileMaker(self._plan, self._importance, self._options.quantizer, cache=self._options.cache)
-            while not self._stop.is_set() and not self._cancelled() and (tile := self._next()) is not None:
+            while not self._stop.is_set() and not is_set(self._options.cancel):
+                with self._queue_lock:
+                    tile = next(self._queue, None)
+                if tile is None:
+                    return
                 self._write(tile, maker)
         except BaseException as error:  # the calling thread raises it
             with self._changed:
@@ -229,25 +227,20 @@ class _Run:
                 self._done.running -= 1
                 self._changed.notify()
 
-    def _next(self) -> Tile | None:
-        with self._queue_lock:
-            return next(self._queue, None)
-
     def _write(self, tile: Tile, maker: TileMaker) -> None:
         rows = maker.read(tile)
         with self._cores:
             data = maker.make(tile, rows)
         self._files[tile.file].write_at(tile.offset, data)
-        n_read = (tile.stop - tile.start) * tile.tensor.parts[tile.part].type.row_bytes(tile.tensor.n_cols)
         with self._changed:
             self._done.unflushed.append(tile)
             self._done.n_bytes += len(data)
             self._done.tensor = tile.tensor.name
-            self.bytes_read += n_read
+            self.bytes_read += tile.n_source_bytes
             self.bytes_written += len(data)
 
     def _attend(self) -> None:
-        """Report and flush until no worker is left."""
+        """Report progress and flush to disk until the last worker has ended."""
         flushed = released = time.monotonic()
         while True:
             with self._changed:

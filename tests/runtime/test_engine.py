@@ -34,11 +34,10 @@ from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.native import backends
 from ggufmoe.native import library as native
-from ggufmoe.placement.cpu import memory_bytes
 from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
 from ggufmoe.runtime import loading
 from ggufmoe.runtime.events import Event, Finished, Token
-from ggufmoe.work import Progress
+from ggufmoe.work import Progress, memory_bytes
 from tests.scripted import BOS, EOS, Scripted
 from tests.stories import GREEDY, ONE_THREAD, STORY
 

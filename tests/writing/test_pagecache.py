@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from ggufmoe.writing import pagecache
-from ggufmoe.writing.pagecache import PassingFiles, memory_bytes
+from ggufmoe.writing.pagecache import PassingFiles
 
 
 @pytest.fixture
@@ -48,11 +47,3 @@ def test_nothing_is_given_back_on_a_system_without_the_call(
     monkeypatch.setattr(pagecache, "sys", SimpleNamespace(platform=system))
     files.release()
     assert released == []
-
-
-def test_memory_is_unknown_on_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = memory_bytes()
-    assert (memory is None) == (sys.platform == "win32")
-    assert memory is None or memory > 1 << 28
-    monkeypatch.setattr(pagecache, "sys", SimpleNamespace(platform="win32"))
-    assert memory_bytes() is None
