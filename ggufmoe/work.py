@@ -16,7 +16,7 @@ from typing import Literal, Protocol, TypeVar
 
 from ggufmoe.errors import Cancelled
 
-Unit = Literal["bytes", "tokens", "chunks", "layers", "parts"]
+Unit = Literal["bytes", "tokens", "chunks", "layers", "parts", "runs"]
 """What ``Progress`` counts."""
 
 

@@ -103,11 +103,11 @@ _COLUMNS = {
     "n_expert_used": "experts",
     "n_batch": "n_batch",
     "n_ubatch": "n_ubatch",
-    "type_k": "type_k",
-    "type_v": "type_v",
+    "cache_type_k": "type_k",
+    "cache_type_v": "type_v",
     "main_gpu": "mg",
     "split_mode": "sm",
-    "no_kv_offload": "nkvo",
+    "kv_offload": "nkvo",
     "flash_attn": "fa",
     "device": "dev",
     "tensor_split": "ts",
@@ -117,7 +117,13 @@ _COLUMNS = {
     "repack": "rpk",
 }
 """Options that have a column when they are given, and its heading; llama-bench's, where it has one."""
-_FIELDS = {"device": "devices", "override_tensor": "tensor_buft_overrides"}
+_FIELDS = {
+    "cache_type_k": "type_k",
+    "cache_type_v": "type_v",
+    "kv_offload": "no_kv_offload",
+    "device": "devices",
+    "override_tensor": "tensor_buft_overrides",
+}
 """Names in the record, where they are not the option's."""
 _TEXTS = {"model", "backend", "dev", "ts", "ot", "sm", "lm", "fa", "type_k", "type_v"}
 """Headings of columns whose text stands on the left."""

@@ -13,14 +13,13 @@ import typer
 
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.terminal import (
-    interruptible,
     load_engine,
+    make_chat,
     note,
     speeds,
     state_directory,
-    waiting_shown,
+    stream_answer,
     why_ended,
-    write_answer,
 )
 from ggufmoe.engine import Engine
 from ggufmoe.errors import GgufmoeError, InputError
@@ -45,7 +44,7 @@ def chat_command(
 ) -> None:
     """Talk with a model in the terminal."""
     with load_engine(model, context, offload) as engine:
-        chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
+        chat = make_chat(engine, asking, sampling)
         if not quiet:
             note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
         try:
@@ -124,7 +123,7 @@ class _Conversation:
             self.chat.engine = self.make_engine()
             self.is_lost = False
             note("the model is loaded again")
-        finished = write_answer(waiting_shown(interruptible(start)))
+        finished = stream_answer(start)
         self.last = finished.timing
         if why := why_ended(finished, full="/reset begins anew, --ctx-size gives more room"):
             note(why)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ggufmoe.cli.console import make_console
-from ggufmoe.cli.convert import run_conversion
+from ggufmoe.cli.jobs import run_job
+from ggufmoe.cli.progress import progress_display
 from ggufmoe.errors import Cancelled, GGUFError, ImatrixError, OptionError, OutputExistsError
 from ggufmoe.options import ConvertOptions, SamplingOptions
 from ggufmoe.sizes import file_size
@@ -47,6 +48,7 @@ def demo_command(
 
 
 def _make(console: Console, output: Path, quant: str) -> None:
+    from ggufmoe.convert import convert
     from ggufmoe.demo import RECIPE
     from ggufmoe.files import partial_path
     from ggufmoe.writing.place import journal_path
@@ -57,7 +59,10 @@ def _make(console: Console, output: Path, quant: str) -> None:
     console.print("[bold]1. Merge and quantize[/bold] two dense models of 3.4 M parameters, by a recipe:")
     _say_command(console, f"ggufmoe convert {_quoted(RECIPE)} -o {_quoted(output)} -q {quant}")
     try:
-        result = run_conversion(str(RECIPE), output, options, quiet=False)
+        result = run_job(
+            lambda show, cancel: convert(RECIPE, output, options=options, on_progress=show, cancel=cancel),
+            progress_display(f"convert {quant}"),
+        )
     except Cancelled:
         for left in (partial_path(output), journal_path(output)):
             left.unlink(missing_ok=True)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ggufmoe.cli.console import make_console
-from ggufmoe.cli.inspect import printable, work_progress
+from ggufmoe.cli.inspect import printable
+from ggufmoe.cli.jobs import run_job
+from ggufmoe.cli.progress import progress_display
 from ggufmoe.inspection.diff import KeyDifference, ModelDifference, PartDifference, TensorDifference, diff_models
 from ggufmoe.sizes import counted
 
@@ -68,10 +70,12 @@ def diff_command(
 
 
 def _compare(before: Path, after: Path, headers_only: bool, threads: int | None) -> ModelDifference:
-    with work_progress("compare") as (show, interrupt):
-        return diff_models(
-            before, after, headers_only=headers_only, n_threads=threads, on_progress=show, cancel=interrupt
-        )
+    return run_job(
+        lambda show, cancel: diff_models(
+            before, after, headers_only=headers_only, n_threads=threads, on_progress=show, cancel=cancel
+        ),
+        progress_display("compare"),
+    )
 
 
 def _show(found: ModelDifference, *, headers_only: bool, show_all: bool) -> None:

@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.evaluation import check_complete, run_evaluation
+from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
+from ggufmoe.cli.progress import chunk_display
 from ggufmoe.cli.terminal import note
+from ggufmoe.evaluation.chunks import check_complete
 from ggufmoe.evaluation.imatrix import ImatrixResult, imatrix
 from ggufmoe.options import ImatrixOptions, OffloadOptions
 from ggufmoe.sizes import counted
@@ -39,14 +41,13 @@ def imatrix_command(
     `convert --imatrix`, `quantize --imatrix` and llama-quantize read it. The text should be like what the model will be
     used for. Ctrl-C writes what the chunks that are done gave.
     """
-    result = run_evaluation(
-        "imatrix",
+    at_once = options.context.n_seq_max
+    result = run_job(
         lambda show, cancel: imatrix(
             model, output, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
         ),
-        lambda step: f"{step.n_entries} matrices",
-        at_once=options.context.n_seq_max,
-        quiet=quiet,
+        chunk_display("imatrix", lambda found: f"{found.n_entries} matrices", at_once=at_once, quiet=quiet),
+        gentle=True,
     )
     if as_json:
         print(json.dumps(result.to_dict()))

@@ -7,17 +7,17 @@ that a file says is shown without control characters, so that it cannot play wit
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ggufmoe.cli.console import make_console
-from ggufmoe.cli.convert import Interrupt
+from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
+from ggufmoe.cli.progress import progress_display
 from ggufmoe.errors import GGUFError, InputError
 from ggufmoe.gguf import manifest as manifests
 from ggufmoe.gguf.model import read_model_header
@@ -25,7 +25,6 @@ from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Sha
 from ggufmoe.options import ContextOptions
 from ggufmoe.placement.devices import this_host
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
-from ggufmoe.work import OnProgress, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,23 +97,10 @@ def _print_recipe_alone(model: Path, merge: MergeReport | None) -> None:
 def _compare_experts(model: Path) -> ExpertSimilarity:
     from ggufmoe.inspection.experts import compare_experts
 
-    with work_progress("compare experts") as (show, interrupt):
-        return compare_experts(model, on_progress=show, cancel=interrupt)
-
-
-@contextmanager
-def work_progress(what: str) -> Iterator[tuple[OnProgress, Interrupt]]:
-    """A display for work on a file's bytes, and what stops it."""
-    from ggufmoe.cli.progress import progress_display
-
-    interrupt = Interrupt()
-    with interrupt.handled(), progress_display(what) as display:
-
-        def show(step: Progress) -> None:
-            interrupt.be_gentle()
-            display.update(replace(step, phase=what))
-
-        yield show, interrupt
+    return run_job(
+        lambda show, cancel: compare_experts(model, on_progress=show, cancel=cancel),
+        progress_display("compare experts"),
+    )
 
 
 @dataclass(frozen=True)
@@ -131,8 +117,10 @@ def _verify(model: Path, given: Path | None) -> _Verification:
     paths = read_model_header(model).paths
     where = manifests.default_path(paths[0]) if given is None else given
     expected = manifests.read_manifest(where)
-    with work_progress("verify") as (show, interrupt):
-        differences = manifests.verify(paths, expected, on_progress=show, cancel=interrupt)
+    differences = run_job(
+        lambda show, cancel: manifests.verify(paths, expected, on_progress=show, cancel=cancel),
+        progress_display("verify", phase="hash"),
+    )
     return _Verification(where, sum(len(file.tensors) for file in expected.files), tuple(differences))
 
 

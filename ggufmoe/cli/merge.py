@@ -1,24 +1,17 @@
-"""``ggufmoe merge``: a recipe becomes a merged checkpoint. Owns what is shown; the work is ``ggufmoe.merge``'s."""
+"""``ggufmoe merge``: a recipe becomes a merged checkpoint."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.convert import Interrupt, peak_memory_bytes
+from ggufmoe.cli.conversion import show_result
+from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
-from ggufmoe.cli.router import print_router
 from ggufmoe.options import MergeOptions
-from ggufmoe.sizes import file_size
-from ggufmoe.work import Progress
-
-if TYPE_CHECKING:
-    from ggufmoe.convert import MergeResult
 
 
 @with_options(MergeOptions)
@@ -34,24 +27,10 @@ def merge_command(
 
     For a GGUF file no merge is needed: `ggufmoe convert RECIPE.yaml` goes all the way.
     """
-    result = _merge(recipe, out_dir, options, quiet)
-    if not quiet:
-        print_router(result.router_report)
-        speed = file_size(result.bytes_written / max(result.seconds, 1e-9))
-        size = file_size(result.n_bytes)
-        print(f"{result.directory}: {size}, {result.seconds:.1f} s, {speed}/s", file=sys.stderr)
-    if as_json:
-        print(json.dumps(result.to_dict() | {"peak_memory_bytes": peak_memory_bytes()}))
-
-
-def _merge(recipe: Path, out_dir: Path, options: MergeOptions, quiet: bool) -> MergeResult:
     from ggufmoe.convert import merge
 
-    interrupt = Interrupt()
-    with interrupt.handled(), progress_display("merge", quiet=quiet) as display:
-
-        def show(step: Progress) -> None:
-            interrupt.be_gentle()
-            display.update(step)
-
-        return merge(recipe, out_dir, options=options, on_progress=show, cancel=interrupt)
+    result = run_job(
+        lambda show, cancel: merge(recipe, out_dir, options=options, on_progress=show, cancel=cancel),
+        progress_display("merge", quiet=quiet),
+    )
+    show_result(result, as_json=as_json, quiet=quiet)

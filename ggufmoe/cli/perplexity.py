@@ -12,8 +12,10 @@ from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.evaluation import check_complete, run_evaluation
+from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
+from ggufmoe.cli.progress import chunk_display
+from ggufmoe.evaluation.chunks import check_complete
 from ggufmoe.evaluation.divergence import SHARES, Distribution, Divergence, kl_divergence
 from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity
 from ggufmoe.options import EvaluationOptions, OffloadOptions
@@ -43,25 +45,21 @@ def perplexity_command(
     result: Perplexity | Divergence
     at_once = options.context.n_seq_max
     if against is None:
-        result = alone = run_evaluation(
-            "perplexity",
+        result = alone = run_job(
             lambda show, cancel: perplexity(
                 model, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
-            _so_far,
-            at_once=at_once,
-            quiet=quiet,
+            chunk_display("perplexity", _so_far, at_once=at_once, quiet=quiet),
+            gentle=True,
         )
         lines = _perplexity_lines(alone)
     else:
-        result = beside = run_evaluation(
-            "divergence",
+        result = beside = run_job(
             lambda show, cancel: kl_divergence(
                 model, against, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
-            _divergence_so_far,
-            at_once=at_once,
-            quiet=quiet,
+            chunk_display("divergence", _divergence_so_far, at_once=at_once, quiet=quiet),
+            gentle=True,
         )
         lines = _divergence_lines(beside)
     print(json.dumps(result.to_dict()) if as_json else "\n".join(lines))

@@ -1,15 +1,17 @@
-"""Progress of a long job on stderr: one rich bar on a terminal, a line now and then elsewhere.
+"""Progress of a long job on stderr: a bar or a line that is redrawn on a terminal, a line now and then elsewhere.
 
-Owns the drawing only; it is fed with ``Progress`` reports that count bytes.
+Owns the drawing only; it is fed with the ``Progress`` reports of the library.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ggufmoe.cli.console import StatusLine
 from ggufmoe.sizes import file_size
 from ggufmoe.work import Progress
 
@@ -20,21 +22,35 @@ _LINE_INTERVAL_S = 5.0
 
 
 class ProgressDisplay(Protocol):
-    """Shows steps between ``__enter__`` and ``__exit__``."""
+    """Shows reports between ``__enter__`` and ``__exit__``."""
 
     def __enter__(self) -> ProgressDisplay: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
-    def update(self, step: Progress) -> None: ...
+    def update(self, progress: Progress) -> None: ...
 
 
-def progress_display(what: str, *, quiet: bool = False, stream: TextIO | None = None) -> ProgressDisplay:
-    """The display that suits ``stream`` (stderr by default): a bar, plain lines, or nothing at all."""
+def progress_display(
+    what: str, *, phase: str = "write", quiet: bool = False, stream: TextIO | None = None
+) -> ProgressDisplay:
+    """The display of work on bytes that suits ``stream`` (stderr by default): bars, plain lines, or nothing.
+
+    ``phase`` is the one that is shown as ``what``; others are shown under their own names.
+    """
     stream = sys.stderr if stream is None else stream
     if quiet:
         return NoProgress()
-    return BarProgress(what, stream) if stream.isatty() else LineProgress(what, stream)
+    titles = {phase: what}
+    return BarProgress(titles, stream) if stream.isatty() else LineProgress(titles, stream)
+
+
+def chunk_display(what: str, describe: Callable[[Any], str], *, at_once: int, quiet: bool) -> ProgressDisplay:
+    """The display of an evaluation on stderr; ``describe`` puts the result so far into words.
+
+    ``at_once`` chunks are computed together, and are reported one after another when that is done.
+    """
+    return NoProgress() if quiet else ChunkProgress(what, describe, sys.stderr, at_once=at_once)
 
 
 class NoProgress:
@@ -46,15 +62,15 @@ class NoProgress:
     def __exit__(self, *_: object) -> None:
         """Nothing is left to do."""
 
-    def update(self, step: Progress) -> None:
+    def update(self, progress: Progress) -> None:
         """Show nothing."""
 
 
 class LineProgress:
     """A line every few seconds, for logs and pipes."""
 
-    def __init__(self, what: str, stream: TextIO) -> None:
-        self._what = what
+    def __init__(self, titles: Mapping[str, str], stream: TextIO) -> None:
+        self._titles = titles
         self._stream = stream
         self._started = self._shown = time.monotonic()
         self._phase = ""
@@ -66,29 +82,26 @@ class LineProgress:
     def __exit__(self, *_: object) -> None:
         """Nothing is left to do."""
 
-    def update(self, step: Progress) -> None:
+    def update(self, progress: Progress) -> None:
         """Print a line if the last one is old."""
         now = time.monotonic()
-        if step.phase != self._phase:
-            self._phase, self._first_bytes, self._started = step.phase, step.done, now
+        if progress.phase != self._phase:
+            self._phase, self._first_bytes, self._started = progress.phase, progress.done, now
         if now - self._shown < _LINE_INTERVAL_S:
             return
         self._shown = now
-        speed = (step.done - self._first_bytes) / max(now - self._started, 1e-9)
-        left = f"{(step.total - step.done) / speed:.0f} s left" if speed > 0 else "time left unknown"
-        share = step.done / max(step.total, 1)
-        print(
-            f"{_title(self._what, step.phase)}: {share:.0%}, {file_size(speed)}/s, {left}, {step.item}",
-            file=self._stream,
-            flush=True,
-        )
+        speed = (progress.done - self._first_bytes) / max(now - self._started, 1e-9)
+        left = f"{(progress.total - progress.done) / speed:.0f} s left" if speed > 0 else "time left unknown"
+        share = progress.done / max(progress.total, 1)
+        title = self._titles.get(progress.phase, progress.phase)
+        print(f"{title}: {share:.0%}, {file_size(speed)}/s, {left}, {progress.item}", file=self._stream, flush=True)
 
 
 class BarProgress:
     """One bar with percent, MB/s, time left and the current tensor."""
 
-    def __init__(self, what: str, stream: TextIO) -> None:
-        self._what = what
+    def __init__(self, titles: Mapping[str, str], stream: TextIO) -> None:
+        self._titles = titles
         self._bar = _make_bar(stream)
         self._tasks: dict[str, TaskID] = {}
 
@@ -100,18 +113,46 @@ class BarProgress:
         """Leave the bar as it is and the cursor below it."""
         self._bar.stop()
 
-    def update(self, step: Progress) -> None:
-        """Move the bar of the step's phase; each phase has one."""
-        if step.phase not in self._tasks:
-            title = _title(self._what, step.phase)
-            self._tasks[step.phase] = self._bar.add_task(title, total=None, tensor="")
-        task = self._tasks[step.phase]
-        self._bar.update(task, completed=step.done, total=step.total, tensor=step.item)
+    def update(self, progress: Progress) -> None:
+        """Move the bar of the phase; each phase has one."""
+        if progress.phase not in self._tasks:
+            title = self._titles.get(progress.phase, progress.phase)
+            self._tasks[progress.phase] = self._bar.add_task(title, total=None, tensor="")
+        task = self._tasks[progress.phase]
+        self._bar.update(task, completed=progress.done, total=progress.total, tensor=progress.item)
 
 
-def _title(what: str, phase: str) -> str:
-    """What a phase is called: writing is the job itself."""
-    return what if phase == "write" else phase
+class ChunkProgress:
+    """The chunks of an evaluation: one line that is redrawn on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, what: str, describe: Callable[[Any], str], stream: TextIO, *, at_once: int) -> None:
+        self._what, self._describe, self._stream, self._at_once = what, describe, stream, at_once
+        self._on_terminal = stream.isatty()
+        self._line = StatusLine(stream)
+        self._started = time.monotonic()
+        self._shown = -_LINE_INTERVAL_S  # the first report is shown at once: it tells how long the rest will take
+
+    def __enter__(self) -> ChunkProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal's line empty."""
+        self._line.clear()
+
+    def update(self, progress: Progress) -> None:
+        """Show how many chunks are done, what the result is so far and how long the others will take."""
+        now = time.monotonic()
+        if not (self._on_terminal or now - self._shown > _LINE_INTERVAL_S):
+            return
+        self._shown = now
+        done, total = int(progress.done), int(progress.total)
+        n_computed = min(-(-done // self._at_once) * self._at_once, total)
+        left = (total - n_computed) * (now - self._started) / n_computed
+        line = f"{self._what}: chunk {done} of {total}, {self._describe(progress.result)}, {left:.0f} s left"
+        if self._on_terminal:
+            self._line.show(line)
+        else:
+            print(line, file=self._stream, flush=True)
 
 
 def _make_bar(stream: TextIO) -> Any:

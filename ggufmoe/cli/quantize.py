@@ -1,25 +1,17 @@
-"""``ggufmoe quantize``: a GGUF file becomes one of another type.
-
-Owns what is shown; the work is ``ggufmoe.quantize``'s. The streams are those of ``ggufmoe convert``.
-"""
+"""``ggufmoe quantize``: a GGUF file becomes one of another type."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.convert import Interrupt, peak_memory_bytes, plan_table, summary
+from ggufmoe.cli.conversion import show_plan, show_result
+from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import QuantizeOptions
-from ggufmoe.work import Progress
-
-if TYPE_CHECKING:
-    from ggufmoe.convert import ConvertResult
 
 
 @with_options(QuantizeOptions)
@@ -37,31 +29,13 @@ def quantize_command(
     TYPE may also be COPY, which changes no type: it joins a split model, and mends Mixtral files with one tensor for
     each expert. An interrupted run leaves OUT.partial and a journal; --resume goes on from there.
     """
+    from ggufmoe.quantize import plan_quantize, quantize
+
     if dry_run:
-        _show_plan(source, output, options, as_json)
+        show_plan(plan_quantize(source, output, options=options), as_json=as_json)
         return
-    result = _quantize(source, output, options, quiet)
-    if not quiet:
-        print(summary(result), file=sys.stderr)
-    if as_json:
-        print(json.dumps(result.to_dict() | {"peak_memory_bytes": peak_memory_bytes()}))
-
-
-def _quantize(source: Path, output: Path, options: QuantizeOptions, quiet: bool) -> ConvertResult:
-    from ggufmoe.quantize import quantize
-
-    interrupt = Interrupt()
-    with interrupt.handled(), progress_display(f"quantize {options.quant}", quiet=quiet) as display:
-
-        def show(step: Progress) -> None:
-            interrupt.be_gentle()
-            display.update(step)
-
-        return quantize(source, output, options=options, on_progress=show, cancel=interrupt)
-
-
-def _show_plan(source: Path, output: Path, options: QuantizeOptions, as_json: bool) -> None:
-    from ggufmoe.quantize import plan_quantize
-
-    plan = plan_quantize(source, output, options=options)
-    print(json.dumps(plan.to_dict()) if as_json else plan_table(plan))
+    result = run_job(
+        lambda show, cancel: quantize(source, output, options=options, on_progress=show, cancel=cancel),
+        progress_display(f"quantize {options.quant}", quiet=quiet),
+    )
+    show_result(result, as_json=as_json, quiet=quiet)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,12 +11,11 @@ from typing import Annotated
 
 import typer
 
+from ggufmoe.cli.jobs import interruptible
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import interruptible, load_engine, note, speeds, waiting_shown, why_ended, write_answer
-from ggufmoe.engine import Engine
+from ggufmoe.cli.terminal import load_engine, make_chat, note, speeds, stream_answer, why_ended
 from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
-from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.events import Event, Finished
 from ggufmoe.work import CancelFlag
 
@@ -48,35 +46,22 @@ def run_command(
     if not (text.strip() or run.raw):
         raise InputError("the prompt is empty: there is nothing to answer")
     with load_engine(model, context, offload) as engine:
-        events = interruptible(lambda cancel: _answer(engine, text, run, asking, sampling, cancel))
-        shown = _write_json(events, model, text) if run.json else _write_text(events, text if run.raw else "")
+
+        def answer(cancel: CancelFlag) -> Iterator[Event]:
+            if run.raw:
+                return engine.generate(engine.tokenize(text, parse_special=True), sampling, cancel=cancel)
+            return make_chat(engine, asking, sampling).send(text, cancel=cancel)
+
+        if run.json:
+            shown = _write_json(interruptible(answer), model, text)
+        else:
+            shown = stream_answer(answer, before=text if run.raw else "")
     if not run.quiet:
         if shown.reason != "cancelled" and (why := why_ended(shown, full="--ctx-size gives more room")):
             note(why)
         note(speeds(shown.timing))
     if shown.reason == "cancelled":
         raise Cancelled("stopped")
-
-
-def _answer(
-    engine: Engine,
-    text: str,
-    run: RunOptions,
-    asking: PromptOptions,
-    sampling: SamplingOptions,
-    cancel: CancelFlag,
-) -> Iterator[Event]:
-    if run.raw:
-        return engine.generate(engine.tokenize(text, parse_special=True), sampling, cancel=cancel)
-    chat = Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
-    return chat.send(text, cancel=cancel)
-
-
-def _write_text(events: Iterator[Event], before: str) -> Finished:
-    events = waiting_shown(events)
-    first = next(events)  # raises what is wrong with the prompt, before any of it is printed
-    sys.stdout.write(before)
-    return write_answer(itertools.chain((first,), events))
 
 
 def _write_json(events: Iterator[Event], model: Path, prompt: str) -> Finished:

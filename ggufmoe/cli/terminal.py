@@ -1,35 +1,33 @@
-"""What the verbs that talk to a person share: loading, streaming that Ctrl-C can stop, the line of speeds, the state
-folder."""
+"""What the verbs that run a model share: loading it, streaming an answer, the line of speeds, the folders of state."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import typer
 
 from ggufmoe.cli.console import StatusLine
+from ggufmoe.cli.jobs import interruptible
 from ggufmoe.engine import Engine
 from ggufmoe.folders import user_cache_directory
-from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
+from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.events import Event, Finished, Timing
 from ggufmoe.sizes import counted
 from ggufmoe.work import CancelFlag, Progress
 
-ItemT = TypeVar("ItemT")
 _UNSEEN_S = 0.5
-"""Nobody needs to be told of what takes less."""
+"""Work that takes less is not shown."""
 
 
 def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -> Engine:
-    """The engine of a model; a terminal shows how far it is where that takes a while."""
+    """Load a model; a terminal shows how far the loading is where it takes a while."""
     line, began = StatusLine(sys.stderr), time.monotonic()
 
     def show(progress: Progress) -> None:
@@ -42,32 +40,6 @@ def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -
         return Engine(model, context, offload, on_progress=show)
     finally:
         line.clear()
-
-
-def interruptible(start: Callable[[CancelFlag], Iterator[ItemT]]) -> Iterator[ItemT]:
-    """The events of ``start(cancel)``, or what else comes step by step.
-
-    The first Ctrl-C sets ``cancel``, after which the events end by themselves; another one raises KeyboardInterrupt.
-    """
-    cancel = threading.Event()
-    with interrupt_sets(cancel):
-        yield from start(cancel)
-
-
-@contextlib.contextmanager
-def interrupt_sets(cancel: threading.Event) -> Iterator[None]:
-    """While the block runs, the first Ctrl-C sets ``cancel`` and another one raises KeyboardInterrupt."""
-
-    def interrupt(*_: object) -> None:
-        if cancel.is_set():
-            raise KeyboardInterrupt
-        cancel.set()
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:
@@ -95,6 +67,23 @@ def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:
     finally:
         if isinstance(events, Generator):
             events.close()
+
+
+def make_chat(engine: Engine, asking: PromptOptions, sampling: SamplingOptions) -> Chat:
+    """A conversation as the flags describe it."""
+    return Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
+
+
+def stream_answer(start: Callable[[CancelFlag], Iterator[Event]], before: str = "") -> Finished:
+    """Write the text of ``start(cancel)`` to stdout as it comes, ``before`` in front of it; return the last event.
+
+    Ctrl-C ends the answer. An error in the prompt is raised before anything is written.
+    """
+    events = waiting_shown(interruptible(start))
+    first = next(events)
+    if before:
+        sys.stdout.write(before)
+    return write_answer(itertools.chain((first,), events))
 
 
 def write_answer(events: Iterator[Event]) -> Finished:

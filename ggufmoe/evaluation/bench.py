@@ -9,7 +9,7 @@ begins with an empty cache, or with ``n_depth`` tokens in it, which are not time
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import groupby, product
@@ -27,7 +27,7 @@ from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
 from ggufmoe.remote.places import find_places
-from ggufmoe.work import CancelFlag, memory_bytes
+from ggufmoe.work import CancelFlag, OnProgress, Progress, memory_bytes
 
 _SEED = 1
 
@@ -111,19 +111,6 @@ class Result:
     def spread_s(self) -> float:
         """Standard deviation of the times."""
         return _spread(self.samples_s)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a bench has come: repetitions done of all, in all cases together, and what runs now."""
-
-    n_done: int
-    n_all: int
-    case: Case
-    phase: str
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -224,7 +211,8 @@ class _Bench:
 
     def announce(self, case: Case, phase: str) -> None:
         if self._report is not None:
-            self._report(Progress(self._n_done, self._n_all, case, phase))
+            item = f"{case.model.name[:24]} {case.workload.name}"
+            self._report(Progress(phase, self._n_done, self._n_all, "runs", item))
 
     def results(self, engine: Engine, case: Case, cancel: CancelFlag | None) -> Iterator[Result]:
         """One result; fewer samples in it, and the error behind it, when it was stopped or broken off."""

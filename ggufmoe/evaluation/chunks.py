@@ -27,12 +27,14 @@ _BLOCK_ROWS = 64
 
 
 class ChunkResult(Protocol):
-    """A result that grows chunk by chunk."""
+    """The result of an evaluation over the chunks that are done."""
 
     @property
     def n_chunks(self) -> int: ...
     @property
     def total_chunks(self) -> int: ...
+    @property
+    def is_complete(self) -> bool: ...
 
 
 ResultT = TypeVar("ResultT", bound=ChunkResult)
@@ -52,6 +54,12 @@ def last_result(results: Iterator[ResultT], on_progress: OnProgress | None) -> R
     if last is None:
         raise Cancelled("stopped before the first chunk was done")
     return last
+
+
+def check_complete(result: ChunkResult) -> None:
+    """Raise Cancelled if the evaluation was stopped before its last chunk."""
+    if not result.is_complete:
+        raise Cancelled(f"stopped after {result.n_chunks} of {result.total_chunks} chunks; the result is of these")
 
 
 def read_text(text: str | None, text_file: StrPath | None) -> str:

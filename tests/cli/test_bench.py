@@ -20,7 +20,7 @@ from ggufmoe.cli.bench import BenchOptions
 from ggufmoe.cli.bench_view import make_printer
 from ggufmoe.errors import OptionError
 from ggufmoe.evaluation.bench import Workload, describe_machine, plan_bench, run_bench
-from ggufmoe.options import ContextOptions
+from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ("-p", "8", "-n", "4", "-r", "2", "-t", "1")
@@ -156,6 +156,36 @@ def test_values_of_several_devices_are_parted_by_slashes() -> None:
     assert [offload.device for offload in options.offloads] == ["GPU0,GPU1"] * 2 + ["GPU0"] * 2
     assert options.offloads[0].split_shares == (3, 1)
     assert [offload.override_tensor for offload in options.offloads[:2]] == [("a=CPU", "b=CPU"), ("c=CPU",)]
+
+
+def test_a_listed_option_is_the_option_object_s(capsys: Capture) -> None:
+    assert exit_code(["bench", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "-b, --batch-size N,... Tokens given to llama.cpp at once. [default: 2048]" in text
+    assert "-sm, --split-mode WORD,..." in text
+    assert "One of none, layer, row, tensor. [default: layer]" in text
+    assert "-nkvo, --no-kv-offload 0|1,... Keep the KV cache in main memory. 0 or 1. [default: 0]" in text
+    assert "--repack 0|1,..." in text
+    for kind in (ContextOptions, OffloadOptions):
+        single = BenchOptions().contexts if kind is ContextOptions else BenchOptions().offloads
+        assert single == (kind(),)
+
+
+def test_switches_and_words_make_combinations() -> None:
+    options = BenchOptions(kv_offload=("0,1",), repack=("0",), n_gpu_layers=("all,3",), fit="off", rpc="a:1,b:2")
+    assert options.offloads == tuple(
+        OffloadOptions(n_gpu_layers=layers, kv_offload=kept, repack=False, fit="off", rpc="a:1,b:2")
+        for layers in (ALL_LAYERS, 3)
+        for kept in (True, False)
+    )
+    assert options.given == {"kv_offload", "repack", "n_gpu_layers", "fit", "rpc"}
+    both = BenchOptions(cache_type_k=("f16,q8_0",), n_threads=("1-2",)).contexts
+    assert [(context.cache_type_k, context.n_threads) for context in both] == [
+        ("f16", 1),
+        ("f16", 2),
+        ("q8_0", 1),
+        ("q8_0", 2),
+    ]
 
 
 @pytest.mark.parametrize("output", ["json", "md"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.cli.convert import Interrupt
+from ggufmoe.cli.jobs import Interrupt
 from ggufmoe.cli.progress import BarProgress, LineProgress, NoProgress, progress_display
 from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import read_header
@@ -201,7 +201,7 @@ def test_lines_come_now_and_then_with_speed_and_time_left(monkeypatch: pytest.Mo
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stream = io.StringIO()
-    with LineProgress("convert", stream) as lines:
+    with LineProgress({"write": "convert"}, stream) as lines:
         lines.update(Progress("write", 0, 10**9, "bytes", ""))
         now = 104.0
         lines.update(Progress("write", 10**8, 10**9, "bytes", "token_embd.weight"))

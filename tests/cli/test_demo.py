@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -93,7 +94,7 @@ def test_a_demo_that_was_stopped_leaves_nothing(
         Path(f"{output}.partial.journal").write_bytes(b"")
         raise Cancelled("go on with --resume")
 
-    monkeypatch.setattr("ggufmoe.cli.demo.run_conversion", stop)
+    monkeypatch.setattr(importlib.import_module("ggufmoe.convert"), "convert", stop)
     assert exit_code(["demo"]) == 130
     assert capsys.readouterr().err == "error: stopped; nothing is left behind\n"
     assert list(in_tmp_path.iterdir()) == []

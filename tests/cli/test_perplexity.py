@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ggufmoe
-from ggufmoe.cli import evaluation
+from ggufmoe.cli import progress
 from ggufmoe.cli.app import exit_code
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.work import Progress
@@ -122,7 +122,7 @@ def test_ctrl_c_prints_what_is_done(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("n_chunks", "left"), [(1, 30), (8, 30), (16, 5), (20, 0)])
 def test_the_time_left_counts_what_is_computed(n_chunks: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     screen, clock = io.StringIO(), iter([100.0, 120.0])
-    monkeypatch.setattr(evaluation.time, "monotonic", lambda: next(clock))  # type: ignore[attr-defined]
-    display = evaluation._Display("perplexity", screen, at_once=8, quiet=False)
-    display.update(Progress("chunks", n_chunks, 20, "chunks"), "7.5")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # type: ignore[attr-defined]
+    display = progress.ChunkProgress("perplexity", str, screen, at_once=8)
+    display.update(Progress("chunks", n_chunks, 20, "chunks", result=7.5))
     assert screen.getvalue() == f"perplexity: chunk {n_chunks} of 20, 7.5, {left} s left\n"

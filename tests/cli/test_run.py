@@ -18,7 +18,8 @@ import pytest
 from ggufmoe import ContextOptions, OffloadOptions
 from ggufmoe.cli import terminal
 from ggufmoe.cli.app import exit_code
-from ggufmoe.cli.terminal import interruptible, load_engine, state_directory, waiting_shown, write_answer
+from ggufmoe.cli.jobs import interruptible
+from ggufmoe.cli.terminal import load_engine, state_directory, waiting_shown, write_answer
 from ggufmoe.errors import EngineError
 from ggufmoe.runtime.events import Event, Finished, Timing, Token
 from ggufmoe.work import CancelFlag

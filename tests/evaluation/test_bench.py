@@ -13,7 +13,6 @@ import pytest
 from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, GGUFError, OptionError, WorkerLostError
 from ggufmoe.evaluation.bench import (
-    Progress,
     Result,
     Workload,
     as_record,
@@ -23,6 +22,7 @@ from ggufmoe.evaluation.bench import (
     run_bench,
 )
 from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.work import Progress
 
 ONE = (ContextOptions(n_threads=1),)
 LLAMA_BENCH_FIELDS = """
@@ -81,9 +81,11 @@ def test_each_case_gives_its_repetitions(mixing_path: Path) -> None:
             assert result.tokens_per_s == pytest.approx(statistics.mean(speeds))
             assert result.spread_tokens_per_s == pytest.approx(statistics.stdev(speeds))
             assert result.seconds == pytest.approx(statistics.mean(result.samples_s))
-    assert [step.n_done for step in steps] == sorted(step.n_done for step in steps)
-    assert (steps[0].phase, steps[-1].n_done, steps[-1].n_all) == ("load", 9, 9)
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert (steps[0].phase, steps[-1].done, steps[-1].total) == ("load", 9, 9)
     assert {step.phase for step in steps} == {"load", "warm-up", "run"}
+    assert {step.unit for step in steps} == {"runs"}
+    assert steps[-1].item == f"{mixing_path.name} pp6+tg2 @ d16"
 
 
 def test_a_single_repetition_has_no_spread(mixing_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_what_was_measured_before_a_stop_is_given(mixing_path: Path) -> None:
     cases = plan_bench([mixing_path], [Workload(8, 0), Workload(0, 4)], ONE)
 
     def stop_in_the_second(progress: Progress) -> None:
-        if progress.n_done == 4:
+        if progress.done == 4:
             cancel.set()
 
     results = run_bench(cases, repetitions=3, on_progress=stop_in_the_second, cancel=cancel)

@@ -1,0 +1,73 @@
+"""What ``convert``, ``quantize`` and ``merge`` print: the plan of ``--dry-run``, a summary, the object of ``--json``.
+
+The summary goes to stderr, so that stdout holds only what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from ggufmoe.cli.router import print_router
+from ggufmoe.sizes import file_size
+
+if TYPE_CHECKING:
+    from ggufmoe.convert import ConvertResult, MergeResult
+    from ggufmoe.writing.plan import WritePlan
+
+
+def show_plan(plan: WritePlan, *, as_json: bool) -> None:
+    """Print a plan: one JSON object, or every tensor and what each type amounts to."""
+    print(json.dumps(plan.to_dict()) if as_json else "\n".join(_plan_lines(plan)))
+
+
+def show_result(result: ConvertResult | MergeResult, *, as_json: bool, quiet: bool) -> None:
+    """Print what the recipe's router does and a line about what was written; with ``as_json`` one JSON object too."""
+    if not quiet:
+        if result.router_report is not None:
+            print_router(result.router_report)
+        print(_summary(result), file=sys.stderr)
+    if as_json:
+        print(json.dumps(result.to_dict() | {"peak_memory_bytes": _peak_memory_bytes()}))
+
+
+def _summary(result: ConvertResult | MergeResult) -> str:
+    from ggufmoe.convert import MergeResult
+
+    parts = [file_size(result.n_bytes)]
+    if isinstance(result, MergeResult):
+        where = str(result.directory)
+    else:
+        where = str(result.paths[0]) + (f" and {len(result.paths) - 1} more" if len(result.paths) > 1 else "")
+        parts.append(f"{result.plan.bits_per_weight:.2f} bits per weight")
+    speed = file_size(result.bytes_written / max(result.seconds, 1e-9))
+    return f"{where}: {', '.join([*parts, f'{result.seconds:.1f} s', f'{speed}/s'])}"
+
+
+def _plan_lines(plan: WritePlan) -> list[str]:
+    lines: list[str] = []
+    width = max(len(tensor.name) for tensor in plan.tensors)
+    for file in plan.files:
+        lines.append(f"{file.path}: {file_size(file.n_bytes)}, {len(file.tensors)} tensors")
+        for tensor in file.tensors:
+            shape = " x ".join(map(str, tensor.shape))
+            lines.append(f"  {tensor.name:{width}}  {tensor.type.name:8} {shape:>20}  {file_size(tensor.n_bytes):>10}")
+    for name, total in plan.types.items():
+        lines.append(
+            f"{name:8} {total.n_tensors:5} tensors  {total.n_weights:>14,} weights  {file_size(total.n_bytes):>10}"
+        )
+    lines.append(
+        f"in all {file_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
+    )
+    return lines
+
+
+def _peak_memory_bytes() -> int | None:
+    """The largest resident memory that this process has had; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
