@@ -6,7 +6,6 @@ Owns the contract: what each call gives, what it raises, and where the model is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Concatenate
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.files import StrPath
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, given_or_default
 from ggufmoe.placement.report import Placement
@@ -51,7 +51,7 @@ class Engine:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: StrPath,
         context: ContextOptions | None = None,
         offload: OffloadOptions | None = None,
         *,
@@ -278,7 +278,7 @@ class Engine:
 
     # ---- sessions
 
-    def save_session(self, path: str | os.PathLike[str], tokens: Sequence[int] | None = None, note: str = "") -> int:
+    def save_session(self, path: StrPath, tokens: Sequence[int] | None = None, note: str = "") -> int:
         """Write the KV cache to a file, over an earlier one; the number of tokens in it.
 
         With ``tokens`` the cache is made to hold those first, computing what is missing. ``note`` is stored with it.
@@ -286,7 +286,7 @@ class Engine:
         """
         return self._runner.save_session(path, tokens, note)
 
-    def load_session(self, path: str | os.PathLike[str]) -> tuple[tuple[int, ...], str]:
+    def load_session(self, path: StrPath) -> tuple[tuple[int, ...], str]:
         """Fill the KV cache from a file of ``save_session``; the tokens in it, and the note.
 
         A prompt that begins with those tokens is then answered without computing them. Raises InputError for a file

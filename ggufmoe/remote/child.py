@@ -7,7 +7,6 @@ llama.cpp ends its process when a worker is lost, and waits without end for one 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineError
+from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions
@@ -62,14 +62,14 @@ class ChildEngine:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: StrPath,
         context: ContextOptions,
         offload: OffloadOptions,
         *,
         on_progress: OnProgress | None = None,
         cancel: CancelFlag | None = None,
     ) -> None:
-        model = read_model_header(Path(path))
+        model = read_model_header(user_path(path))
         self.path: Path = model.paths[0]
         self.header: Header = model.shards[0].header
         self._context_options = context
@@ -78,7 +78,7 @@ class ChildEngine:
         level = logging.getLogger("ggufmoe").getEffectiveLevel()
         self._link = EngineLink(self.path, offload)
         try:
-            start = Start(Path(path), context, offload, tuple(endpoints), level)
+            start = Start(user_path(path), context, offload, tuple(endpoints), level)
             self._facts = facts = self._link.load(start, on_progress, cancel)
         except BaseException:
             self._link.close(0.0)
@@ -184,10 +184,10 @@ class ChildEngine:
 
     # ---- sessions and functions of the caller
 
-    def save_session(self, path: str | os.PathLike[str], tokens: Sequence[int] | None = None, note: str = "") -> int:
+    def save_session(self, path: StrPath, tokens: Sequence[int] | None = None, note: str = "") -> int:
         return self._link.ask(SaveSession(path, tokens, note))
 
-    def load_session(self, path: str | os.PathLike[str]) -> tuple[tuple[int, ...], str]:
+    def load_session(self, path: StrPath) -> tuple[tuple[int, ...], str]:
         return self._link.ask(LoadSession(path))
 
     def apply(

@@ -6,7 +6,6 @@ child reads that iterator ahead of the parent. ``Engine`` describes the fields.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.files import StrPath
 from ggufmoe.options import ContextOptions, SamplingOptions
 from ggufmoe.runtime.events import Event
 from ggufmoe.runtime.local import LocalEngine
@@ -165,7 +165,7 @@ class SetContext(Request[int], method="set_context"):
 
 @dataclass(frozen=True)
 class SaveSession(Request[int], method="save_session"):
-    path: str | os.PathLike[str]
+    path: StrPath
     tokens: Sequence[int] | None
     note: str
 
@@ -175,7 +175,7 @@ class SaveSession(Request[int], method="save_session"):
 
 @dataclass(frozen=True)
 class LoadSession(Request[tuple[tuple[int, ...], str]], method="load_session"):
-    path: str | os.PathLike[str]
+    path: StrPath
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> tuple[tuple[int, ...], str]:
         return engine.load_session(self.path)

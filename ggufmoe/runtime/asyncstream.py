@@ -1,6 +1,6 @@
-"""The same streams for ``async for``: an iterator that blocks is read in a thread of its own.
+"""Reading a blocking iterator of events with ``async for``: a thread reads it and passes events to the event loop.
 
-Nothing is computed here and nothing is known of engines; whatever gives events can be read this way.
+It works for any iterator of events, and knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MAX_WAITING_EVENTS = 32
 async def read_async(
     start: Callable[[CancelFlag], Iterator[Event]], cancel: CancelFlag | None = None
 ) -> AsyncIterator[Event]:
-    """The events of ``start(flag)``; the flag is set when ``cancel`` is, or when nobody reads any longer.
+    """The events of the iterator ``start(flag)``. The flag is set when ``cancel`` is, and when this one is closed.
 
-    What ``start`` or the iterator raises is raised here. At the end, also by ``aclose`` or a cancelled task, the
-    iterator has been closed.
+    Exceptions of ``start`` and of the iterator are raised here. When this ends, also by ``aclose`` or because the task
+    was cancelled, that iterator has been closed.
     """
     pump = _Pump(start, cancel, asyncio.get_running_loop())
     try:
@@ -35,7 +35,7 @@ async def read_async(
 
 
 class _Pump:
-    """A thread that reads events and hands them to a loop, a few at a time."""
+    """A thread that reads events, and a queue of a few events from it to the event loop."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class _Pump:
         threading.Thread(target=self._work, name="ggufmoe-async", daemon=True).start()
 
     def is_set(self) -> bool:
-        """Whether the reader has gone, or wants to stop."""
+        """Whether the reader has stopped or the caller's flag is set; this object is the flag that ``start`` gets."""
         return self._stopped or (self._cancel is not None and self._cancel.is_set())
 
     async def take(self) -> list[Event] | None:
-        """The events that are there, at least one; None at the end."""
+        """All events that have arrived, at least one; None after the last. Raises the exception of the iterator."""
         while True:
             with self._lock:
                 self._arrived.clear()
@@ -75,13 +75,13 @@ class _Pump:
             await self._arrived.wait()
 
     async def stop(self) -> None:
-        """Have the iterator closed, and wait for that; a task that is cancelled once more does not wait."""
+        """Have the thread close the iterator, and wait for that; a task that is cancelled again does not wait."""
         with self._lock:
             self._stopped = True
             self._lock.notify()
         while not self._ended:
             self._arrived.clear()
-            if not self._ended:  # it may have come to its end in between
+            if not self._ended:  # the thread may have ended since the first check
                 await self._arrived.wait()
 
     def _work(self) -> None:
@@ -93,7 +93,7 @@ class _Pump:
                 for event in events:
                     if not self._hand_over(event):
                         break
-        except BaseException as error:  # it belongs to the task that reads
+        except BaseException as error:  # raised in the task that reads
             self._error = error
         with self._lock:
             self._ended = True

@@ -1,6 +1,6 @@
-"""A conversation with a model: messages to prompt to events, and the history that grows from them.
+"""``Chat``: a conversation with a model. Messages become a prompt, its answer becomes events and a message.
 
-It knows neither native code nor a terminal. The part of the conversation that the engine has in its cache is not
+Knows nothing of native code and of terminals. The part of the conversation that is in the engine's KV cache is not
 computed again.
 """
 
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ggufmoe.errors import InputError, OutputExistsError, TemplateError
-from ggufmoe.files import decode_text, replacing
+from ggufmoe.files import StrPath, decode_text, replacing, user_path
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.enginelike import EngineLike
@@ -31,22 +30,22 @@ _MAX_FILE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: Literal["user", "assistant"]
     content: str
 
 
 class Chat:
-    """A conversation with the model in ``engine``, which may hold several in turn.
+    """A conversation with the model in ``engine``; several chats may use one engine in turn.
 
-    What the engine does with a text that outgrows its context (``ContextOptions.overflow``) is done here by whole
-    turns: ``shift`` leaves the oldest ones out of the prompt until it fills half of the context, ``truncate-middle``
-    those after the first one. The system message always stays, and ``messages`` keeps everything. A single message
-    that is too long by itself, and an answer that fills the context, are cut by the engine, token by token.
+    A conversation that is longer than the context (``ContextOptions.overflow``) is shortened by whole turns, a message
+    and its answer: ``shift`` leaves the oldest turns out of the prompt until it fills half of the context,
+    ``truncate-middle`` those after the first turn. The system message always stays, and ``messages`` keeps everything.
+    A single message that is too long, and an answer that fills the context, are cut by the engine token by token.
 
-    ``template`` is a ChatTemplate, a name or a file as ``find_template`` takes them; None stands for the model's own.
-    Raises TemplateError when there is none, or none that works.
+    ``template`` is a ChatTemplate, or a name or file as for ``find_template``; None is the model's own template.
+    Raises TemplateError when there is no template, or it cannot be used.
     """
 
     def __init__(
@@ -64,22 +63,24 @@ class Chat:
         self.template = template if isinstance(template, ChatTemplate) else _template(engine, template)
         self.sampling = sampling or SamplingOptions()
         self.messages: tuple[Message, ...] = ()
-        """What has been said, without the system message."""
-        self._n_again = 0
+        """All messages so far, without the system message."""
+        self._n_regenerated = 0
+        """How often the last message was answered again; added to a given seed."""
         self._n_left_out = 0
-        self._n_taken_over = 0
-        """How often the history has been replaced."""
+        """Turns that the prompt leaves out."""
+        self._n_replaced = 0
+        """How often the whole history was replaced, by ``reset`` or ``load``."""
 
     def send(self, text: str, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[Event]:
-        """Say ``text`` and stream the answer: Token events, then one Finished, as ``Engine.generate`` gives them.
+        """Send ``text`` and stream the answer: Token events, then one Finished, as ``Engine.generate`` gives them.
 
-        The turn becomes part of the history when the iterator ends or is closed, also with an answer cut short; a turn
-        that failed or got no answer at all is left out, and so is one that ends when the history has become another.
-        Raises ContextFullError when the conversation no longer fits.
+        Message and answer are added to ``messages`` when the iterator ends or is closed, also if the answer was cut
+        short. They are not added after an exception, if there is no answer at all, or if ``messages`` was changed
+        meanwhile. Raises ContextFullError when the conversation no longer fits.
         """
         if not isinstance(text, str):
             raise TypeError(f"expected a text (str), not {text!r}")
-        self._n_again = 0
+        self._n_regenerated = 0
         return self._answer(Message("user", text), self.messages, self.sampling, cancel=cancel, stop=stop)
 
     def send_async(
@@ -89,19 +90,19 @@ class Chat:
         return read_async(lambda flag: self.send(text, cancel=flag, stop=stop), cancel)
 
     def regenerate(self, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[Event]:
-        """Answer the last message once more. A given seed is counted up, so that the answer can be another one.
+        """Answer the last message again. A given seed is increased each time, so that the answer can differ.
 
-        Raises InputError when there is nothing to answer.
+        Raises InputError before the first message.
         """
         asked = next((i for i in reversed(range(len(self.messages))) if self.messages[i].role == "user"), None)
         if asked is None:
             raise InputError("there is no answer yet that could be given again")
-        self._n_again += 1
+        self._n_regenerated += 1
         seed = self.sampling.seed
         fresh = (
             self.sampling
             if seed is None or seed < 0
-            else replace(self.sampling, seed=(seed + self._n_again) % (MAX_SEED + 1))
+            else replace(self.sampling, seed=(seed + self._n_regenerated) % (MAX_SEED + 1))
         )
         return self._answer(self.messages[asked], self.messages[:asked], fresh, cancel=cancel, stop=stop)
 
@@ -112,11 +113,11 @@ class Chat:
         return read_async(lambda flag: self.regenerate(cancel=flag, stop=stop), cancel)
 
     def reset(self) -> None:
-        """Forget what has been said; the system message stays."""
+        """Forget all messages but the system message."""
         self._replace(self.system, ())
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that the model gets for ``messages``, with exactly one BOS where the model wants one."""
+        """The tokens of the prompt for ``messages``, with exactly one BOS where the model wants one."""
         turns = [asdict(message) for message in messages]
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})
@@ -139,10 +140,10 @@ class Chat:
             prompt, n_keep = self._shortened(asked, prompt, sampling), self._n_opening()
         stops = (*self.template.stop, *stop_strings(stop))
         events = self.engine.generate(prompt, sampling, stop=stops, cancel=cancel, n_keep=n_keep)
-        return self._record(asked, events, (self.messages, self._n_taken_over))
+        return self._record(asked, events, (self.messages, self._n_replaced))
 
     def _shortened(self, asked: tuple[Message, ...], prompt: list[int], sampling: SamplingOptions) -> list[int]:
-        """The prompt without as many old turns as must go; once left out they stay out, so that the rest is reused."""
+        """``prompt`` without as many old turns as necessary. Turns stay left out, so that the KV cache is reused."""
         n_ctx = self.engine.n_ctx
         room = n_ctx // 4 if sampling.n_predict < 0 else min(sampling.n_predict, n_ctx // 4)
         first = 2 if self.engine.overflow == "truncate-middle" else 0
@@ -161,7 +162,7 @@ class Chat:
         return prompt
 
     def _n_opening(self) -> int:
-        """Tokens with which every prompt of this conversation begins: BOS and the system message."""
+        """Number of tokens at the beginning of every prompt of this conversation: BOS and the system message."""
         one, other = (self.prompt((Message("user", text),)) for text in ("a", "b"))
         return common_prefix(one, other)
 
@@ -171,25 +172,25 @@ class Chat:
         parts: list[str] = []
         try:
             for event in events:
-                # templates put a space before the answer, and models learn to begin with it
+                # models often begin with the space that templates put before an answer
                 shown = event if any(parts) else replace(event, text=event.text.lstrip())
                 parts.append(shown.text)
                 yield shown
         except Exception:
             raise
-        except BaseException:  # the reader has had enough
+        except BaseException:  # the reader closed the iterator
             self._keep(asked, parts, before)
             raise
         self._keep(asked, parts, before)
 
     def _keep(self, asked: tuple[Message, ...], parts: Sequence[str], before: tuple[tuple[Message, ...], int]) -> None:
-        answer, (messages, n_taken_over) = "".join(parts).rstrip(), before
-        if answer and self.messages is messages and self._n_taken_over == n_taken_over:
+        answer, (messages, n_replaced) = "".join(parts).rstrip(), before
+        if answer and self.messages is messages and self._n_replaced == n_replaced:
             self.messages = (*asked, Message("assistant", answer))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the conversation as JSON, over an earlier one but over nothing else. Raises OutputError."""
-        path = Path(path)
+        path = user_path(path)
         _check_replaceable(path)
         content = json.dumps(self._content(), ensure_ascii=False, indent=1) + "\n"
         with replacing(path, "the conversation") as file:
@@ -205,37 +206,34 @@ class Chat:
             "messages": [asdict(message) for message in self.messages],
         }
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Take over a conversation that ``save`` wrote, system message included. Raises InputError."""
-        self._take_over(_read_conversation(Path(path)))
-
-    def _take_over(self, conversation: tuple[str | None, tuple[Message, ...]]) -> None:
-        self._replace(*conversation)
+    def load(self, path: StrPath) -> None:
+        """Replace the conversation, system message included, by one from a file of ``save``. Raises InputError."""
+        self._replace(*_read_conversation(user_path(path)))
 
     def _replace(self, system: str | None, messages: tuple[Message, ...]) -> None:
         self.system, self.messages = system, messages
-        self._n_again = self._n_left_out = 0
-        self._n_taken_over += 1
+        self._n_regenerated = self._n_left_out = 0
+        self._n_replaced += 1
 
-    def save_session(self, path: str | os.PathLike[str]) -> None:
-        """Write the conversation together with its KV cache, so that going on with it later computes nothing again.
+    def save_session(self, path: StrPath) -> None:
+        """Write the conversation and its KV cache to a file, so that continuing it later computes nothing again.
 
-        Raises InputError before anything was said, OutputError, and ContextFullError for a conversation whose turns no
-        longer fit the context all together.
+        Raises InputError before the first answer, OutputError, and ContextFullError if all messages together do not fit
+        the context.
         """
         if not self.messages:
             raise InputError("nothing has been said yet that could be kept")
         self.engine.save_session(path, self._said(), json.dumps(self._content()))
 
     def _said(self) -> list[int]:
-        """The tokens that a prompt for one more message would begin with."""
+        """The tokens at the beginning of every prompt for one more message."""
         one, other = (self.prompt((*self.messages, Message("user", text))) for text in ("a", "b"))
         return [x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
-    def load_session(self, path: str | os.PathLike[str]) -> None:
-        """Take over a conversation and its KV cache from a file of ``save_session``. Raises InputError."""
+    def load_session(self, path: StrPath) -> None:
+        """Replace the conversation and the KV cache by those of a file of ``save_session``. Raises InputError."""
         _, note = self.engine.load_session(path)
-        self._take_over(_conversation(Path(path), note))
+        self._replace(*_conversation(user_path(path), note))
 
 
 def _template(engine: EngineLike, choice: str | None) -> ChatTemplate:

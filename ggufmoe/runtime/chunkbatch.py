@@ -1,4 +1,4 @@
-"""Chunks of text side by side in one batch: which tokens go together, the native batch, and the logits that come out.
+"""Several chunks of text in one batch: which tokens are computed together, the native batch, and the logits.
 
 Source: the arrangement of ``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit, so that the same
 products are computed in the same order.
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 
 def batches(n_chunks: int, n_tokens: int, n_seq: int, n_batch: int) -> Iterator[tuple[range, int, int]]:
-    """What is computed at once: the numbers of the chunks, and from which of their positions to which.
+    """The batches for ``n_chunks`` chunks of ``n_tokens``: the numbers of the chunks in it, first and end position.
 
-    ``n_seq`` chunks go together; where even one exceeds ``n_batch`` tokens, it comes in several batches.
+    ``n_seq`` chunks are computed together. A chunk of more than ``n_batch`` tokens takes several batches.
     """
     for begin in range(0, n_chunks, n_seq):
         group = range(begin, min(begin + n_seq, n_chunks))
@@ -27,7 +27,10 @@ def batches(n_chunks: int, n_tokens: int, n_seq: int, n_batch: int) -> Iterator[
 
 
 class SideBySide:
-    """A ``llama_batch``: each of ``pieces`` goes on with its own sequence at position ``begin``."""
+    """A ``llama_batch``: each of ``pieces`` continues a sequence of its own at position ``begin``.
+
+    Logits are wanted from position ``first`` on.
+    """
 
     def __init__(self, api: Any, pieces: Sequence[Sequence[int]], begin: int, first: int) -> None:
         n_tokens = sum(map(len, pieces))
@@ -51,7 +54,7 @@ class SideBySide:
         )
 
     def decode(self, context: Any) -> int:
-        """Compute it; llama.cpp's status."""
+        """Compute the batch; llama.cpp's status."""
         return int(self._api.llama_decode(context, self._batch))
 
 
@@ -61,23 +64,23 @@ def _pointer(array: NDArray[Any], type: Any) -> Any:
 
 @dataclass(frozen=True)
 class ComputedPart:
-    """What was computed last: positions ``begin`` to ``end`` of the chunks ``group``."""
+    """The batch that was computed last: positions ``begin`` to ``end`` of the chunks ``group``."""
 
     group: range
     begin: int
     end: int
     first: int
-    """Logits are there from this position on."""
+    """Logits were computed from this position on."""
     rows: Callable[[int, int], NDArray[np.float32]]
-    """``rows(at, n)`` gives ``n`` rows of logits, those of all chunks one behind the other."""
+    """``rows(at, n)`` gives ``n`` rows of logits; the rows of the chunks stand one after another."""
 
     @property
     def scored(self) -> range:
-        """Positions whose logits are there."""
+        """Positions of this batch that have logits."""
         return range(max(self.begin, self.first), max(self.end, self.first))
 
     def logits(self, chunk: int) -> NDArray[np.float32]:
-        """The logits of one chunk, (positions in ``scored``, n_vocab).
+        """The logits of chunk number ``chunk``: float32, (positions in ``scored``, n_vocab).
 
         Raises EngineError once something else has been computed.
         """

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.files import StrPath
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OverflowPolicy, SamplingOptions
 from ggufmoe.placement.report import Placement
@@ -113,11 +113,9 @@ class EngineLike(Protocol):
         self, observer: TensorObserver, *, on_token: TokenFilter | None = None
     ) -> AbstractContextManager[None]: ...
 
-    def save_session(
-        self, path: str | os.PathLike[str], tokens: Sequence[int] | None = None, note: str = ""
-    ) -> int: ...
+    def save_session(self, path: StrPath, tokens: Sequence[int] | None = None, note: str = "") -> int: ...
 
-    def load_session(self, path: str | os.PathLike[str]) -> tuple[tuple[int, ...], str]: ...
+    def load_session(self, path: StrPath) -> tuple[tuple[int, ...], str]: ...
 
     def apply(
         self, function: Callable[Concatenate[EngineLike, P], ResultT], *arguments: P.args, **keywords: P.kwargs

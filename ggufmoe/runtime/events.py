@@ -1,7 +1,7 @@
-"""What a generation yields: a ``Token`` for each new token, then one ``Finished``.
+"""The events of an answer: a ``Token`` for each new token, then one ``Finished``.
 
-Joining the ``text`` of all events gives the answer. These are plain data for every door (terminal, server, library) and
-for other processes: they can be pickled.
+Joining the ``text`` of all events gives the answer. Events are plain data that can be pickled; terminal, server and
+library all use them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ cancelled: the caller asked to stop."""
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one answer took.
+    """Token counts and times of one answer.
 
-    ``cached_tokens`` of the ``prompt_tokens`` were in the KV cache already; of a prompt that was stopped, only what was
-    computed counts. The first of the ``generated_tokens`` falls out of computing the prompt, so ``evaluated_tokens``,
-    those computed one by one within ``generation_s``, may be one fewer. Time spent waiting for the reader or for other
-    callers of the engine is not counted, nor what it took to come back to this answer after another one.
+    ``cached_tokens`` of the ``prompt_tokens`` were in the KV cache already; of a prompt that was cancelled, only tokens
+    that were computed count. Computing the prompt also gives the first of the ``generated_tokens``, so
+    ``evaluated_tokens``, those computed one by one within ``generation_s``, may be one fewer. Not counted is the time
+    spent waiting for the reader or for other callers, and restoring the cache after another answer.
     """
 
     prompt_tokens: int
@@ -48,22 +48,25 @@ def _rate(n_tokens: int, seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One new token. ``text`` may be empty: a character's bytes may be spread over tokens, and what could become a stop
-    string is held back."""
+    """One new token.
+
+    ``text`` may be empty: the bytes of one character may come in several tokens, and text that could become a stop
+    string is held back.
+    """
 
     text: str
     token_id: int
     logprob: float | None = None
-    """Natural logarithm of the probability that the model gave this token, before any sampling; if it was asked for."""
+    """Natural logarithm of the token's probability before any sampling, if ``SamplingOptions.logprobs`` is set."""
     alternatives: tuple[tuple[int, float], ...] = ()
-    """(token id, logprob) of the likeliest tokens at this place, the likeliest first; if they were asked for."""
+    """(token id, logprob) of the ``SamplingOptions.logprobs`` likeliest tokens at this place, the likeliest first."""
     elapsed_s: float = field(default=0.0, compare=False)
-    """Seconds since computing this answer began."""
+    """Seconds since the computing of this answer began."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end: text that was still held back, why it ended, how long it took and the seed that gives it again."""
+    """The end of an answer: text that was still held back, the reason, times, and the seed that repeats the answer."""
 
     text: str
     reason: FinishReason

@@ -1,7 +1,7 @@
-"""Grammars that bind what a model may say: GBNF, given or made of a JSON schema, checked before llama.cpp sees it.
+"""Grammars for answers: GBNF, given by the caller or made from a JSON schema, checked before llama.cpp reads it.
 
-llama.cpp prints what it dislikes about a grammar on stderr, never returns from a repetition whose limits are the wrong
-way round, and takes brackets as deep as the stack. So the text is read here first, by the rules of llama.cpp's
+llama.cpp prints errors in a grammar to stderr, never returns from a repetition whose limits are in the wrong order, and
+lets brackets nest until the stack overflows. So the text is parsed here first, by the rules of llama.cpp's
 src/llama-grammar.cpp (commit 0c1e57098).
 """
 
@@ -24,7 +24,7 @@ _MAX_RULES = 5000
 _MAX_REPEATED = 2000
 """MAX_REPETITION_THRESHOLD of llama-grammar.cpp."""
 _MAX_SCHEMA_COUNT = 400
-"""A schema's count becomes brackets as deep."""
+"""llama.cpp turns a count in a schema into brackets that are nested as deep."""
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 
 _NAME = re.compile(r"[A-Za-z0-9-]+")
@@ -66,7 +66,7 @@ def _read(path: Path) -> str:
 
 
 def gbnf_of_schema(schema: str) -> str:
-    """The grammar of a JSON schema, as llama-cpp-python makes it. Raises InputError."""
+    """The GBNF grammar of a JSON schema, made by llama-cpp-python. Raises InputError."""
     if len(schema) > MAX_GRAMMAR_CHARS:
         raise InputError(f"the JSON schema has more than {MAX_GRAMMAR_CHARS} characters")
     try:
@@ -113,14 +113,14 @@ def _check_pair(key: str, value: Any) -> None:
 
 
 def check_grammar(text: str) -> None:
-    """Raise InputError, with the line, for a grammar that llama.cpp would not take, or not survive."""
+    """Raise InputError, with the line, for a grammar that llama.cpp would refuse, or that would crash it."""
     if len(text) > MAX_GRAMMAR_CHARS:
         raise InputError(f"the grammar has more than {MAX_GRAMMAR_CHARS} characters")
     _Grammar(text).check()
 
 
 class _Grammar:
-    """A reader of GBNF that remembers nothing but names and sizes."""
+    """A parser of GBNF that keeps only the names of rules and their sizes."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -128,7 +128,7 @@ class _Grammar:
         self._defined: set[str] = set()
         self._used: dict[str, int] = {}
         self._n_made = 0
-        """Rules that llama.cpp makes of brackets and repetitions."""
+        """Rules that llama.cpp makes for brackets and repetitions."""
 
     def check(self) -> None:
         if "\0" in self._text or any("\ud800" <= char <= "\udfff" for char in self._text):
@@ -190,7 +190,7 @@ class _Grammar:
             self._fail("a bracket is not closed")
 
     def _item(self) -> bool | None:
-        """Read one symbol; False if it stands for no character at all, None if there is none."""
+        """Read one symbol. True, or False if the symbol matches no character; None if there is no symbol."""
         at = self._at
         if self._match(_TOKEN) or self._text[at] == ".":
             self._at += self._at == at

@@ -1,7 +1,8 @@
-"""Events on their way from the thread that makes them to the one that reads them.
+"""A queue of events from the thread that computes to the thread that reads.
 
-Between two tokens no core is idle and the weights have pushed everything else out of the processor's caches, so this is
-made of C's deque and queue, and a reader is woken only while it waits: ``threading.Condition`` costs ten times as much.
+It is made for little cost between two tokens, when no core is idle and the weights have displaced everything else from
+the processor's caches: it uses ``deque`` and ``SimpleQueue``, which are in C, and wakes the reader only while it waits.
+``threading.Condition`` costs ten times as much.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from queue import Empty, SimpleQueue
 from ggufmoe.runtime.events import Event
 
 _WAKE_S = 1 / 60
-"""A waiting reader is woken at most so often, which is as often as screens change, unless there is much to read: woken
-for each token of a small model, it would take a core from the next one."""
-_MUCH = 8
+"""Shortest time between two wakings of a waiting reader: a frame of a screen. Woken for each token of a small model, it
+would take a core from the computation."""
+_MANY_EVENTS = 8
+"""So many unread events wake the reader at once."""
 
 
 class Inbox:
@@ -32,29 +34,31 @@ class Inbox:
         return len(self._events)
 
     def put(self, event: Event) -> None:
-        """Hand over an event. A reader who has just been woken finds it with the next one, or when its wait ends."""
+        """Add an event. A reader that was woken just before is not woken again: its wait ends soon anyway."""
         self._events.append(event)
-        if self._reader_waits and (len(self._events) >= _MUCH or time.perf_counter() - self._woken_at >= _WAKE_S):
+        if self._reader_waits and (
+            len(self._events) >= _MANY_EVENTS or time.perf_counter() - self._woken_at >= _WAKE_S
+        ):
             self.wake()
 
     def wake(self) -> None:
-        """Have the reader look again, whether there are events or not."""
+        """End the reader's ``wait``, whether there are events or not."""
         if self._reader_waits:
             self._reader_waits = False
             self._woken_at = time.perf_counter()
             self._signals.put(None)
 
     def take(self) -> list[Event]:
-        """All events that are there, perhaps none."""
+        """All unread events, perhaps none."""
         events, taken = self._events, []
         while events:
             taken.append(events.popleft())
         return taken
 
     def wait(self, seconds: float) -> None:
-        """Until an event is there, or ``wake`` is called, or that time has passed."""
+        """Wait until there are events, ``wake`` is called, or ``seconds`` have passed."""
         self._reader_waits = True
-        if not self._events:  # one may have come before it was known that anybody waits
+        if not self._events:  # one may have come before _reader_waits was set
             with contextlib.suppress(Empty):
                 self._signals.get(timeout=seconds)
         self._reader_waits = False

@@ -1,8 +1,8 @@
-"""``LlamaCpp``: llama-cpp-python's ``Llama``, placed as our offload options say, for programs that take a ``Llama``.
+"""``LlamaCpp``: llama-cpp-python's ``Llama`` with our offload options, for programs that take a ``Llama``.
 
-Owns putting a plan into the parameters that ``Llama`` hands to libllama, and stopping a call. All else is
-llama-cpp-python's own; new programs are better served by ``Engine``. The class is made when it is first asked for,
-because its base may not be imported before.
+Owns putting a plan into the parameters that ``Llama`` passes to libllama, and cancelling a call. Everything else is
+llama-cpp-python's own code; new programs should use ``Engine``. The class is made on first access, because importing
+its base loads the native library.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
+from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
@@ -38,29 +39,27 @@ else:
     Llama = object
 
 _REPLACED = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "use_mlock", "offload_kqv")
-"""Arguments of ``Llama`` whose place ``offload`` takes."""
+"""Arguments of ``Llama`` that ``offload`` replaces."""
 
 _logger = logging.getLogger("ggufmoe")
 
 
 class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
-    """``llama_cpp.Llama`` whose weights go where ``offload`` says, and whose calls can be stopped.
+    """``llama_cpp.Llama`` whose weights are placed as ``offload`` says, and whose calls can be cancelled.
 
-    It takes the arguments of ``Llama`` and its defaults; one that ``Llama`` does not know is an OptionError. With
-    ``offload``, those that it replaces (n_gpu_layers, split_mode, main_gpu, tensor_split, use_mmap, use_mlock,
-    offload_kqv) are errors as well; without it they do what they do in ``Llama``.
+    It takes the arguments of ``Llama`` with its defaults; an argument that ``Llama`` does not know is an OptionError.
+    With ``offload``, the arguments that it replaces (n_gpu_layers, split_mode, main_gpu, tensor_split, use_mmap,
+    use_mlock, offload_kqv) are OptionErrors as well; without it they work as in ``Llama``.
 
     Raises GGUFError for a file that is corrupt or of an old layout, OptionError for options that do not fit the model
     or the machine, ModelLoadError when llama.cpp refuses it, EngineMissingError without llama-cpp-python.
     """
 
     placement: Placement | None = None
-    """Where everything went: the plan, and what libllama reported; None without ``offload``."""
+    """Where weights, KV cache and buffers are: the plan and libllama's report; None without ``offload``."""
     _stack: Any = None
 
-    def __init__(
-        self, model_path: str | os.PathLike[str], *, offload: OffloadOptions | None = None, **arguments: Any
-    ) -> None:
+    def __init__(self, model_path: StrPath, *, offload: OffloadOptions | None = None, **arguments: Any) -> None:
         _check_arguments(arguments, offload)
         self._offload = offload
         self._api = native_api()
@@ -68,7 +67,7 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
         self._model_params: Any = None
         self._context_params: Any = None
         self._plan: OffloadPlan | None = None
-        path = Path(model_path)
+        path = user_path(model_path)
         self._header = read_model_header(path) if arguments.get("vocab_only") else checked_model(path)
         self._machine = find_machine(offload.device if offload else None)
         try:
@@ -95,7 +94,7 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
                 _logger.warning("%s: not placed as planned: %s", path, difference)
 
     def _replacing(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``offload`` says in the words of ``Llama``; the rest goes into the parameters that it makes."""
+        """The arguments of ``Llama`` that express a part of ``offload``; the rest is put into its parameters."""
         if self._offload is None:
             return {}
         replacing: dict[str, Any] = {"offload_kqv": self._offload.kv_offload}
@@ -107,11 +106,11 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
             replacing["kv_overrides"] = {**given, key: self._offload.n_expert_used}
         return replacing
 
-    # ---- what Llama.__init__ makes and hands to libllama
+    # ---- the parameters that Llama.__init__ makes and passes to libllama
 
     @property
     def model_params(self) -> Any:
-        """``llama_model_params``; ``Llama`` reads it once more after the context's, to load the model with it."""
+        """``llama_model_params``. ``Llama`` makes both parameters and then reads this one to load the model."""
         if self._context_params is not None and self._plan is None:
             self._place()
         return self._model_params
@@ -124,7 +123,7 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
 
     @property
     def context_params(self) -> Any:
-        """``llama_context_params``, with the flag that ``cancel`` sets."""
+        """``llama_context_params``, with our abort flag in it."""
         return self._context_params
 
     @context_params.setter
@@ -147,9 +146,9 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     # ---- stopping
 
     def cancel(self) -> None:
-        """Stop the call that computes now, from another thread: there it raises Cancelled, and the model can go on.
+        """Cancel the call that computes now: it raises Cancelled. Meant for another thread; the model stays usable.
 
-        On the CPU and Metal it stops within a fraction of a second, elsewhere after the batch that is being computed.
+        On the CPU and Metal the call ends within a fraction of a second, elsewhere after the batch being computed.
         """
         self._abort_flag[0] = b"\x01"
 
@@ -181,14 +180,14 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
                 if self._abort_flag[0] == b"\x00":
                     raise
         self._abort_flag[0] = b"\x00"
-        # there are no logits to draw the next token from
+        # the logits of this call were not computed, so the next one has to evaluate its tokens
         self._requires_eval = True
         raise Cancelled("the call was cancelled from another thread")
 
     # ---- the end
 
     def close(self) -> None:
-        """Give back all memory; may be called again."""
+        """Give back all memory. May be called again."""
         if self._stack is not None:
             super().close()
 
@@ -223,8 +222,10 @@ def _base() -> Any:
 
 
 def _check_arguments(arguments: Mapping[str, Any], offload: OffloadOptions | None) -> None:
-    """Raises OptionError for what ``Llama`` would swallow and for what ``offload`` says already, TypeError if that is
-    something else."""
+    """Raise OptionError for arguments that ``Llama`` would ignore and for those that ``offload`` replaces.
+
+    Raises TypeError if ``offload`` is not an OffloadOptions.
+    """
     given_or_default(offload, OffloadOptions)
     known = set(inspect.signature(_base()).parameters)
     for name in arguments:
@@ -243,7 +244,7 @@ def _check_arguments(arguments: Mapping[str, Any], offload: OffloadOptions | Non
 
 
 def _context_options(parameters: Any) -> ContextOptions:
-    """``llama_context_params`` as the planner takes them."""
+    """``llama_context_params`` as options for the planner."""
     types: dict[int, Any] = {kind.id: kind.name.lower() for kind in GGMLType}
     # with n_ctx=0 Llama knows its batch only once the model is loaded
     n_batch = parameters.n_batch or ContextOptions.n_batch

@@ -8,7 +8,6 @@ order of computations ``nativethread``'s, an answer ``generation``'s. What llama
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import weakref
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, InputError
+from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, given_or_default
 from ggufmoe.placement.report import Placement
@@ -67,7 +67,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: StrPath,
         context: ContextOptions,
         offload: OffloadOptions,
         *,
@@ -77,7 +77,7 @@ class LocalEngine:
     ) -> None:
         self._context_options = context
         self._offload_options = offload
-        self._model = model = checked_model(Path(path))
+        self._model = model = checked_model(user_path(path))
         self.path: Path = model.paths[0]
         self.header: Header = model.shards[0].header
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
@@ -341,12 +341,12 @@ class LocalEngine:
 
     # ---- sessions
 
-    def save_session(self, path: str | os.PathLike[str], tokens: Sequence[int] | None = None, note: str = "") -> int:
+    def save_session(self, path: StrPath, tokens: Sequence[int] | None = None, note: str = "") -> int:
         ids = None if tokens is None else self._checked_prompt(tokens)
         if ids is not None:
             self._check_fits(ids)
         state = self._native.call(lambda: self._session_state(ids))
-        write_session(Path(path), state, self._session_facts(), note)
+        write_session(user_path(path), state, self._session_facts(), note)
         return len(state.tokens)
 
     def _session_state(self, ids: list[int] | None) -> SavedState:
@@ -357,8 +357,8 @@ class LocalEngine:
             raise EngineError(f"{self.path}: nothing has been computed yet that could be kept")
         return kv.state()
 
-    def load_session(self, path: str | os.PathLike[str]) -> tuple[tuple[int, ...], str]:
-        state, note = read_session(Path(path), self._session_facts(), self.n_ctx)
+    def load_session(self, path: StrPath) -> tuple[tuple[int, ...], str]:
+        state, note = read_session(user_path(path), self._session_facts(), self.n_ctx)
         self._vocabulary.check_tokens(state.tokens)
 
         def restore() -> None:

@@ -1,7 +1,7 @@
-"""Watching llama.cpp compute: what any observer of an engine's graphs has to mind.
+"""The base of observers of llama.cpp's graphs: keeps exceptions away from C.
 
-Nothing can be raised through C, not even Ctrl-C: what goes wrong while looking is kept, stops the computation, and is
-raised by ``check``.
+llama.cpp calls the observer, and nothing can be raised through C, not even KeyboardInterrupt. So an exception is kept,
+cancels the computation, and is raised by ``check``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 class Observer(ABC):
-    """Give it to ``Engine.observed``; ``stop`` (the engine's ``cancel``) ends the computation when looking fails."""
+    """An observer for ``Engine.observed``. After an exception it calls ``stop``, usually the engine's ``cancel``."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
@@ -20,11 +20,11 @@ class Observer(ABC):
 
     @abstractmethod
     def wants(self, tensor: int) -> bool:
-        """Whether the ``ggml_tensor`` at this address is to be seen once it is computed."""
+        """Whether ``take`` is to be called for the ``ggml_tensor`` at this address once it is computed."""
 
     @abstractmethod
     def take(self, tensor: int) -> None:
-        """Look at a tensor that was wanted; its sources hold their values too."""
+        """Called with a wanted tensor when it and its sources hold their values."""
 
     def __call__(self, tensor: int, ask: bool) -> bool:
         if self._failure is not None:
@@ -40,14 +40,14 @@ class Observer(ABC):
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """At the end of the block, raise what went wrong here before what followed from it."""
+        """At the end of the block, call ``check``: its exception hides the one of the cancelled computation."""
         try:
             yield
         finally:
             self.check()
 
     def check(self) -> None:
-        """Raise what went wrong while llama.cpp was computing."""
+        """Raise the exception that ``wants`` or ``take`` raised, if there was one."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

@@ -1,6 +1,6 @@
-"""What becomes of a text that has grown longer than the context: which tokens stay.
+"""Which tokens stay when a text has grown longer than the context.
 
-Both ways of going on keep the beginning and the newest tokens, and leave room for more.
+Both policies that cut keep the beginning and the newest tokens, and leave room for more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Overflow:
     n_keep: int
 
     def cut(self, n_tokens: int, n_ctx: int) -> tuple[int, int]:
-        """Of ``n_tokens`` too many: how many stay at the beginning, and how many after those are dropped."""
+        """For a text of ``n_tokens``: how many tokens stay at its beginning, and how many after those are dropped."""
         if self.policy == "shift":
             head = min(self.n_keep, n_ctx // 2)
             left = head + (n_ctx - head) // 2
@@ -30,7 +30,7 @@ class Overflow:
         return head, n_tokens - left
 
     def fitted(self, prompt: Sequence[int], n_ctx: int) -> list[int]:
-        """``prompt``, cut if it leaves no room for a single token. Raises ContextFullError under the policy error."""
+        """``prompt``, cut if it leaves no room for a single token; with the policy ``error``, ContextFullError then."""
         if len(prompt) < n_ctx:
             return list(prompt)
         if self.policy == "error":

@@ -1,8 +1,8 @@
-"""How the next token is drawn: which settings hold, and llama.cpp's chain of samplers that follows them.
+"""How the next token is drawn: the settings that apply, and llama.cpp's chain of samplers made of them.
 
-The caller's options come first, then what the model's file says (llama.cpp's ``general.sampling.*`` keys), then the
-defaults. The chain belongs to one generation. Order and neutral values follow ``common_sampler_init`` of llama.cpp's
-common/sampling.cpp (commit 0c1e57098).
+A setting comes from the caller's options, else from the model's file (llama.cpp's ``general.sampling.*`` keys), else
+from the defaults. Each generation has its own chain. The order of samplers, and the values that leave one out, follow
+``common_sampler_init`` of llama.cpp's common/sampling.cpp (commit 0c1e57098).
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings without gaps; ``temperature`` 0 draws always the likeliest token. ``options`` has all the others."""
+    """Settings after all defaults are filled in. With ``temperature`` 0 the likeliest token is always drawn.
+
+    ``options`` has the settings that need no filling.
+    """
 
     temperature: float
     top_k: int
@@ -50,7 +53,7 @@ class Sampling:
     mirostat_lr: float = 0.1
     mirostat_ent: float = 5.0
     grammar: str | None = None
-    """In GBNF, the JSON schema's too."""
+    """In GBNF, also where the caller gave a JSON schema."""
     options: SamplingOptions = field(default=SamplingOptions(), compare=False)
 
     @property
@@ -60,7 +63,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class _SettingSource:
-    """Where one setting comes from when the caller leaves it out: a key of the model's file, else a default."""
+    """A setting that the caller left out: the key of the model's file that may give it, and the default."""
 
     key: str
     default: float
@@ -83,10 +86,10 @@ _SOURCES: dict[str, _SettingSource] = {
 
 
 def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Sampling:
-    """Fill what ``options`` leaves out; ``metadata(key)`` gives the model's value, or None.
+    """Fill in what ``options`` leaves out; ``metadata(key)`` gives the model's value, or None.
 
-    A value of the model that makes no sense is left aside with a warning. Without a seed one is drawn. Raises
-    InputError for a grammar or a schema that cannot be used.
+    A value of the model that is out of range is ignored with a warning. Without a seed, one is drawn. Raises InputError
+    for a grammar or a schema that cannot be used.
     """
     filled: dict[str, Any] = {}
     for name, source in _SOURCES.items():
@@ -112,8 +115,8 @@ def _fill(name: str, source: _SettingSource, metadata: Callable[[str], Any]) -> 
 class Sampler:
     """A chain of llama.cpp's samplers, in the order of its own tools; freed by ``close``.
 
-    Penalties see the end of the prompt as well, as in llama.cpp's tools. Raises InputError for a bias of a token that
-    the model does not have, and for a grammar that llama.cpp does not take.
+    Penalties also count the end of the prompt, as in llama.cpp's tools. Raises InputError for a bias of a token that
+    the model does not have, and for a grammar that llama.cpp refuses.
     """
 
     def __init__(self, api: Any, vocabulary: LoadedVocabulary, sampling: Sampling, prompt: Sequence[int]) -> None:
@@ -129,7 +132,7 @@ class Sampler:
         self._is_argmax = self._grammar is None and len(links) == 1 and sampling.temperature <= 0
         self._chain = api.llama_sampler_chain_init(parameters)
         self.close = weakref.finalize(self, _free, api, self._chain, self._grammar)
-        """Gives back its memory; may be called again."""
+        """Frees the native memory. May be called again."""
         # when the interpreter ends, the native thread may still draw from it
         self.close.atexit = False
         for link in links:
@@ -139,9 +142,9 @@ class Sampler:
             api.llama_sampler_accept(self._chain, token)
 
     def sample(self, cache: KVCache) -> int:
-        """Draw from the logits of the last token that was computed.
+        """Draw a token from the logits after the last computed token.
 
-        Raises EngineError where the grammar allows nothing that the model could say.
+        Raises EngineError where the grammar allows none of the model's tokens.
         """
         if self._is_argmax:
             return int(cache.last_logits().argmax())
@@ -167,7 +170,7 @@ class Sampler:
         return int(array.data[array.selected].id)
 
     def _allows(self, token: int) -> bool:
-        # asked of one token first: a grammar takes long over a whole vocabulary, and most tokens fit
+        # one token is tried first: a grammar takes long for a whole vocabulary, and most drawn tokens fit it
         array = self._array(candidate := np.array([(token, 1.0, 0.0)], _CANDIDATE))
         self._api.llama_sampler_apply(self._grammar, ctypes.byref(array))
         return bool(np.isfinite(candidate["logit"][0]))
@@ -237,7 +240,7 @@ def _penalties(api: Any, vocabulary: LoadedVocabulary, sampling: Sampling) -> It
 
 
 def _filters(api: Any, sampling: Sampling) -> Iterator[Any]:
-    # what keeps the likeliest token in any case has no say where that one is drawn
+    # filters that always keep the likeliest token change nothing where that one is drawn
     greedy = sampling.temperature <= 0 and sampling.typical_p >= 1.0 and sampling.xtc_probability <= 0.0
     if sampling.top_k > 0 and not greedy:
         yield api.llama_sampler_init_top_k(sampling.top_k)

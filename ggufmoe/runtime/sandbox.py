@@ -1,9 +1,8 @@
-"""Runs chat templates from files that nobody vouches for.
+"""Runs chat templates from untrusted files within a budget.
 
-A template is a program. Jinja's sandbox keeps it away from Python's insides; this module adds what the sandbox lacks:
-a budget. Loops, calls, filters and every operation that makes text or lists are counted against limits on steps,
-characters and time, before memory is taken. There is no watching thread and no signal, so it works in any thread and
-on any system.
+A template is a program. Jinja's sandbox keeps it away from Python's internals; this module adds limits on steps,
+characters and time. Loops, calls, filters and every operation that makes text or lists are counted before memory is
+allocated. It needs no thread and no signal, so it works in any thread and on any system.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ _WIDE_FORMAT = re.compile(r"\d{4}|\*")
 
 
 class _OverBudget(jinja2.TemplateRuntimeError):
-    """The template asked for more than its budget."""
+    """The template exceeded its budget."""
 
 
 class _Refused(jinja2.TemplateRuntimeError):
@@ -79,9 +78,9 @@ class _Refused(jinja2.TemplateRuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rendering may use; a chat of a thousand messages needs less than a tenth of it.
+    """The budget of one rendering. A chat of a thousand messages needs less than a tenth of it.
 
-    Characters are those of all texts and the elements of all lists that are made on the way.
+    ``chars`` counts the characters of all texts and the elements of all lists that are made during the rendering.
     """
 
     steps: int = 300_000
@@ -91,7 +90,7 @@ class Limits:
 
 
 class _Meter:
-    """What one rendering may still use."""
+    """What is left of the budget of one rendering."""
 
     def __init__(self, limits: Limits, input_chars: int) -> None:
         self._limits = limits
@@ -109,7 +108,7 @@ class _Meter:
             raise _OverBudget(f"more than {self._limits.seconds:g} s")
 
     def check(self, n_chars: int) -> None:
-        """Refuse to make something of this size, before it is made."""
+        """Raise _OverBudget if ``n_chars`` exceed what is left; called before something of this size is made."""
         if n_chars > self._chars:
             raise _OverBudget("too much text")
 
@@ -118,7 +117,7 @@ class _Meter:
         self._chars -= n_chars
 
     def charge(self, value: Any) -> None:
-        """Count a new text or container; one whose contents, shared ones counted each time, are too many is refused."""
+        """Count a new text or container. Parts that a container shares count each time that they occur."""
         if isinstance(value, str):
             self.charge_chars(len(value))
         elif isinstance(value, _CONTAINERS):
@@ -126,7 +125,7 @@ class _Meter:
             self.charge_chars(1 + len(value))
 
     def check_text(self, *values: Any) -> int:
-        """Characters that ``values`` would have as text; refuses too many, and objects that have no text."""
+        """Characters that ``values`` have as text. Raises _OverBudget for too many, and for values without a text."""
         total = 0
         for value in values:
             size, has_text = self.measure(value)
@@ -137,10 +136,10 @@ class _Meter:
         return total
 
     def measure(self, value: Any) -> tuple[int, bool]:
-        """How long ``value`` is as text, at least, and whether it may be made text.
+        """A lower bound for the length of ``value`` as text, and whether it may be converted to text.
 
-        A container is measured once, from its parts: without that, lists of lists that share their parts could stand
-        for more than any computer can compare or print.
+        The size of a container is computed once, from its parts: lists of lists that share parts can stand for more
+        text than any computer can compare or print.
         """
         if isinstance(value, str):
             return len(value), True
@@ -163,7 +162,7 @@ class _Meter:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's part for training; for us it is only what is inside."""
+    """``{% generation %}`` marks the assistant's part for training; here the tag is ignored and its content kept."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
 
@@ -173,7 +172,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Metered(NodeTransformer):
-    """Puts counting into a template's syntax tree, where the environment's methods cannot see what happens."""
+    """Adds counting to a template's syntax tree, for operations that call no method of the environment."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 (named by jinja2)
         tick = _call("tick", nodes.Const(_weight(node)))
@@ -218,7 +217,7 @@ def _call(method: str, *arguments: nodes.Expr) -> nodes.Call:
 
 
 def _weight(node: nodes.Node) -> int:
-    """What one pass through ``node`` can add to memory by itself: its literal text, and its nodes."""
+    """What one run of ``node`` may add to memory by itself: the characters of its literal text, and its nodes."""
     everything = list(node.find_all(nodes.Node))
     return len(everything) + sum(len(n.data) for n in everything if isinstance(n, nodes.TemplateData))
 
@@ -254,7 +253,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def metered_template(self, source: str) -> jinja2.Template:
         tree = self.parse(source)
         _Metered().visit(tree)
-        # nodes that were put in have no line and no environment yet
+        # the nodes that were added have no line and no environment yet
         tree.set_environment(self)
         tree.set_lineno(1)
         return self.from_string(tree)
@@ -270,7 +269,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return "".join(str(value) for value in values)
 
     def passed(self, value: Any) -> Any:
-        """``value``; that it comes through ``call`` is what counts it."""
+        """``value`` itself. Calls from a template go through ``call``, which counts the value."""
         return value
 
     # ---- called by jinja2
@@ -323,7 +322,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         return checked
 
-    # ---- sizes before they are made
+    # ---- checks of a size before the value is made
 
     def _check_add(self, left: Any, right: Any) -> None:
         if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
@@ -405,7 +404,7 @@ def _is_context(value: Any) -> bool:
     return isinstance(value, jinja2.Environment | jinja2.runtime.Context | nodes.EvalContext)
 
 
-# with a context jinja2 does not run it on constants while compiling
+# jinja2 does not run a function that takes the context on constants while compiling
 @jinja2.pass_context
 def _finalize(context: jinja2.runtime.Context, value: Any) -> Any:
     meter = context.environment.meter  # type: ignore[attr-defined]
@@ -439,9 +438,9 @@ class Program:
             raise TemplateError(f"{name}: not a template that can be used: {one_line(error, 300)}") from error
 
     def run(self, variables: Mapping[str, Any], input_chars: int) -> str:
-        """The text that the template makes of ``variables``; not for two threads at once.
+        """Render the template with ``variables``. Two threads must not call this at once.
 
-        ``input_chars`` is the size of what is given in; the budget of characters grows with it. Raises TemplateError.
+        ``input_chars`` is the number of characters in ``variables``; the budget grows with it. Raises TemplateError.
         """
         meter = self._environment.meter = _Meter(self._limits, input_chars)
         parts: list[str] = []

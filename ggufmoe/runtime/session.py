@@ -1,4 +1,4 @@
-"""A KV cache on disk: the file format, and the checks before llama.cpp sees any of it.
+"""Session files, which hold a KV cache: their format, and the checks before llama.cpp reads the state.
 
     "GGMOESES", version and length of the header (uint32), header (JSON), tokens (int32), llama.cpp's state
 
@@ -42,12 +42,12 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class SessionFacts:
-    """What must be the same for a state to fit."""
+    """What must be equal for a saved state to be loaded."""
 
     model: str
     """SHA-256 over the file's metadata and tensors, and over samples of the weights."""
     engine: str
-    """llama.cpp's commit: the layout of its state is its own affair."""
+    """llama.cpp's commit, because the layout of its state may change with any version."""
     architecture: str
     cache_type_k: str
     cache_type_v: str
@@ -114,7 +114,7 @@ def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str)
 
 
 def read_session(path: Path, facts: SessionFacts, n_ctx: int) -> tuple[SavedState, str]:
-    """The state in ``path`` and its note. Raises InputError, or ContextFullError if ``n_ctx`` is too small for it."""
+    """The state in ``path`` and its note. Raises InputError, and ContextFullError if ``n_ctx`` is too small for it."""
     try:
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -188,7 +188,7 @@ def _parts(data: NDArray[np.uint8]) -> Iterator[memoryview]:
 
 
 def _check_plain(path: Path, state: SavedState) -> None:
-    """A checksum can be made for anything. Of a plain transformer's state the cells are known: number and places."""
+    """Check number and positions of the tokens in the state of a plain transformer. Anybody can make a checksum."""
     n = len(state.tokens)
     words = state.data[: (len(state.data) // 4) * 4].view("<u4")
     # a mark of llama.cpp and the sequence's number; then the caches, and the cells of the first

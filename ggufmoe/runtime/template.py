@@ -1,6 +1,6 @@
-"""Chat templates: which one holds for a model, and from messages to the text of a prompt.
+"""Chat templates: finding the one for a model, and rendering messages to the text of a prompt.
 
-The text of a template comes from the GGUF, from a file or from the few that are built in; it runs in ``sandbox``.
+A template comes from the GGUF file, from another file or from the few that are built in; it runs in ``sandbox``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ALWAYS_GIVEN: Mapping[str, Any] = {"tools": None, "documents": None}
 class _Builtin:
     source: str
     stop: tuple[str, ...] = ()
-    """Ends of a turn, for models whose vocabulary does not know them as ends of generation."""
+    """Stop strings that end a turn, for models whose vocabulary does not mark them as ends of generation."""
 
 
 _CHATML = """
@@ -56,7 +56,7 @@ _LLAMA3 = """
 {{ '' -}}
 {%- endif -%}
 """
-# llama.cpp puts the space before the first [INST] and after each </s> by itself
+# llama.cpp's tokenizer itself adds the space before the first [INST] and after each </s>
 _MISTRAL = """
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -78,10 +78,10 @@ BUILTIN = {
 
 
 class ChatTemplate:
-    """A template ready to render, for a model whose special tokens are spelt ``bos``, ``eos``, ``unk`` and ``pad``.
+    """A compiled template for a model whose special tokens are spelt ``bos``, ``eos``, ``unk`` and ``pad``.
 
-    An empty text stands for a token that the model does not have. A byte order mark before the template is left out.
-    Raises TemplateError when ``source`` is too long or no template.
+    An empty text stands for a token that the model does not have. A byte order mark before the template is ignored.
+    Raises TemplateError when ``source`` is too long or not a template.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class ChatTemplate:
         self._lock = threading.Lock()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt for ``messages`` (``role`` and ``content``), ready for the assistant's next answer.
+        """The text of the prompt for ``messages`` (``role`` and ``content``), up to the assistant's next answer.
 
-        Where the template has no place for a system message, that goes before the first user's turn. ``variables`` are
-        given to the template as well (``tools`` and whatever it knows). Raises TemplateError when the template refuses
-        the conversation, fails, or does more than a chat needs.
+        If the template ignores or refuses a system message, its text is put before that of the first user message.
+        ``variables`` are passed to the template (``tools`` and others that it knows). Raises TemplateError when the
+        template refuses the conversation, fails, or exceeds its limits.
         """
         turns = [dict(message) for message in messages]
         if turns and turns[0].get("role") == "system" and not self.takes_system:
@@ -122,7 +122,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether the template gives a system message to the model: some raise, some leave it out without a word."""
+        """Whether a system message appears in the prompt: some templates raise for one, others leave it out."""
         turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hello"}]
         try:
             return _PROBE in self._render(turns, {"add_generation_prompt": True})
@@ -131,7 +131,7 @@ class ChatTemplate:
 
 
 def fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """``messages`` with the leading system message put in front of the first user's turn."""
+    """``messages`` with the text of the leading system message put before that of the first user message."""
     system, *turns = (dict(message) for message in messages)
     for turn in turns:
         if turn["role"] == "user":
@@ -150,11 +150,11 @@ def find_template(
     pad: str = "",
     limits: Limits | None = None,
 ) -> ChatTemplate | None:
-    """The template that ``choice`` names; without one the file's main one, or None if it has none.
+    """The template that ``choice`` names; with None the file's main template, or None if it has none.
 
-    ``choice`` is the name of a template in the file, of a built-in one, or the path of a file with one; the other texts
-    are the model's special tokens. Raises OptionError when it is none of these, TemplateError when the template cannot
-    be used.
+    ``choice`` is the name of a template in the file, the name of a built-in one, or the path of a file with one. The
+    other texts are the model's special tokens. Raises OptionError when ``choice`` is none of these, TemplateError when
+    the template cannot be used.
     """
     stored = stored_templates(header)
     make = partial(ChatTemplate, bos=bos, eos=eos, unk=unk, pad=pad, limits=limits)
@@ -168,7 +168,7 @@ def find_template(
 
 
 def stored_templates(header: Header) -> dict[str, str]:
-    """The templates in a GGUF file by name; the main one is called ``default``."""
+    """The templates in a GGUF file, by name; the main one is called ``default``."""
     prefix = TEMPLATE_KEY + "."
     found = {
         "default" if key == TEMPLATE_KEY else key[len(prefix) :]: value.value

@@ -1,4 +1,4 @@
-"""From the bytes of tokens to text that may be shown: whole characters, and nothing of a stop string."""
+"""Text from the bytes of tokens: only whole characters, and nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections.abc import Sequence
 
 
 def stop_strings(given: str | Sequence[str]) -> tuple[str, ...]:
-    """One text is one stop string, not its letters."""
+    """Stop strings as a tuple: a single string is one of them, not a sequence of characters."""
     return (given,) if isinstance(given, str) else tuple(given)
 
 
 class TextStream:
-    """Decodes UTF-8 as it comes in and watches for stop strings, which may span tokens."""
+    """Decodes UTF-8 token by token, and looks for stop strings, which may span tokens."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._bytes = b""
         self._stop = tuple(word for word in stop if word)
         self._held = ""
         self.stopped = False
-        """Whether a stop string has come; nothing more is given out then."""
+        """Whether a stop string was found; all later text is dropped."""
 
     def push(self, piece: bytes) -> str:
-        """Take a token's bytes, give the text that is certain by now (often that token's, sometimes none)."""
+        """Add a token's bytes; the text that is certain by now, which may be empty or more than this token's."""
         text = self._decoded(piece)
         return self._release(text) if self._stop else text
 
     def flush(self) -> str:
-        """What is held back at the end; bytes that never became a character give U+FFFD."""
+        """The text that was still held back; bytes that are no whole character give U+FFFD."""
         text = self._release(self._decoded(b"", final=True))
         held, self._held = self._held, ""
         return text + ("" if self.stopped else held)
 
     def _decoded(self, piece: bytes, *, final: bool = False) -> str:
-        # what codecs.getincrementaldecoder does in several calls of Python
+        # faster than codecs.getincrementaldecoder, which takes several Python calls
         data = self._bytes + piece
         text, n_used = codecs.utf_8_decode(data, "replace", final)
         self._bytes = data[n_used:]
@@ -53,5 +53,5 @@ class TextStream:
 
 
 def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of ``text`` with which ``word`` begins."""
+    """Length of the longest suffix of ``text`` that is a prefix of ``word``, but not all of it."""
     return next(n for n in range(min(len(text), len(word) - 1), -1, -1) if text.endswith(word[:n]))

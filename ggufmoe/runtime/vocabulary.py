@@ -1,6 +1,6 @@
-"""A loaded model's vocabulary: from text to tokens and back.
+"""The vocabulary of a loaded model: text to tokens and back.
 
-It needs no context, so text can be tokenized while a long prompt is computed; its lock is its own.
+It needs no context and has a lock of its own, so text can be tokenized while a long prompt is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NONE = 0
 
 
 class LoadedVocabulary:
-    """The vocabulary of ``model`` (a ``llama_model *``), loaded from ``path``; of use until ``close``.
+    """The vocabulary of ``model`` (a ``llama_model *``), loaded from ``path``; usable until ``close``.
 
     ``ends`` is the file's ``EOS_TOKEN_IDS``: tokens that end a text besides those that llama.cpp knows.
     """
@@ -32,17 +32,17 @@ class LoadedVocabulary:
         self._drawn: dict[int, tuple[bytes, bool]] = {}
         self._ends = frozenset(end for end in (ends if isinstance(ends, list) else ()) if type(end) is int)
         self.handle: Any = api.llama_model_get_vocab(model)
-        """The ``llama_vocab *``; None once closed."""
+        """The ``llama_vocab *``; None after ``close``."""
         self.n_tokens: int = api.llama_vocab_n_tokens(self.handle)
 
     def close(self) -> None:
-        """Call before the model is freed: waits for who is inside, and raises EngineError for who comes later."""
+        """Call this before the model is freed. Waits for calls that are running; later ones raise EngineError."""
         with self._lock:
             self.handle = None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """While the block runs, ``handle`` stays what it is. Raises EngineError once closed."""
+        """While the block runs, ``handle`` stays valid: ``close`` waits. Raises EngineError once closed."""
         with self._lock:
             self._check_open()
             yield
@@ -78,7 +78,7 @@ class LoadedVocabulary:
         """Token ids of ``text``, as ``Engine.tokenize`` describes them."""
         if not isinstance(text, str):
             raise TypeError(f"expected a text (str), not {text!r}")
-        # llama.cpp ends the process on text that is not UTF-8
+        # on text that is not UTF-8 llama.cpp would abort the process
         data = text.encode("utf-8", "replace")
         room = len(data) + 8
         with self._lock:
@@ -112,7 +112,7 @@ class LoadedVocabulary:
             return token in self._ends or bool(self._api.llama_vocab_is_eog(self.handle, token))
 
     def drawn(self, token: int) -> tuple[bytes, bool]:
-        """``piece`` and ``ends_text`` of a token that was generated, remembered for the next time."""
+        """``piece`` and ``ends_text`` of a generated token, from a cache after the first time."""
         known = self._drawn.get(token)
         if known is None:
             ends = self.ends_text(token)
@@ -120,7 +120,7 @@ class LoadedVocabulary:
         return known
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raise InputError for a number that is no token of this model, TypeError for what is no number."""
+        """Raise InputError for an id outside the vocabulary, TypeError for anything that is not an integer."""
         self._check_open()
         if isinstance(tokens, (str, bytes)):
             raise TypeError("expected token ids, not text: engine.tokenize(text) gives those of a text")
@@ -129,7 +129,7 @@ class LoadedVocabulary:
                 raise InputError(f"{token} is not a token: this model has ids from 0 to {self.n_tokens - 1}")
 
     def _check_tokenizer(self) -> None:
-        # llama.cpp ends the process when it is asked without one
+        # without a tokenizer llama.cpp would abort the process
         self._check_open()
         if self._api.llama_vocab_type(self.handle) == _NONE:
             raise EngineError(f"{self._path}: the file has no tokenizer; convert it again with one")

@@ -358,12 +358,26 @@ def test_another_context_for_the_same_weights(mixing_path: Path) -> None:
         assert cached == [0, 1, 1]
 
 
-def test_a_context_that_cannot_be_made_leaves_an_engine_without_one(mixing_path: Path) -> None:
+needs_known_memory = pytest.mark.skipif(
+    not memory_bytes(), reason="this system promises no more memory than it has, and llama.cpp itself finds out"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(ContextOptions(n_ctx=2**30, n_threads=1), "takes .* TiB", marks=needs_known_memory),
+        (ContextOptions(cache_type_v="q8_0", flash_attn="off", n_threads=1), "no such context can be made"),
+    ],
+)
+def test_a_context_that_cannot_be_made_leaves_an_engine_without_one(
+    mixing_path: Path, options: ContextOptions, message: str
+) -> None:
     with Engine(mixing_path, ONE_THREAD) as engine:
         prompt = engine.tokenize(" w1 w9 w3 w4")
         answer = text_of(engine.generate(prompt, GREEDY))
-        with pytest.raises(ModelLoadError, match="context"):
-            engine.set_context(ContextOptions(cache_type_v="q8_0", flash_attn="off", n_threads=1))
+        with pytest.raises(ModelLoadError, match=message):
+            engine.set_context(options)
         with pytest.raises(EngineError, match=r"there is no context since .*set_context"):
             list(engine.generate(prompt, GREEDY))
         engine.set_context(ONE_THREAD)
@@ -501,11 +515,6 @@ def test_context_sizes(story_path: Path, write_model: Callable[[Scripted], Path]
         assert engine.n_ctx == DEFAULT_MAX_CTX
 
 
-needs_known_memory = pytest.mark.skipif(
-    not memory_bytes(), reason="this system promises no more memory than it has, and llama.cpp itself finds out"
-)
-
-
 @needs_known_memory
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("n_ctx", [2**30, 2**31 - 1])
@@ -528,6 +537,18 @@ def test_the_buffers_of_a_context_count_as_its_cache_does(story_path: Path, monk
     monkeypatch.setattr(loading, "memory_bytes", lambda: host.kv_bytes + host.compute_bytes - 1)
     with pytest.raises(ModelLoadError, match="a context of 4096 tokens takes"):
         Engine(story_path, wide)
+
+
+def test_a_tilde_is_the_home_directory(story_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(story_path.parent))
+    monkeypatch.setenv("USERPROFILE", str(story_path.parent))
+    with Engine(f"~/{story_path.name}", ONE_THREAD) as engine:
+        assert engine.path == story_path
+        engine.prefill(engine.tokenize(" once"))
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("USERPROFILE", str(tmp_path))
+        assert engine.save_session("~/session") == 2
+        assert engine.load_session(tmp_path / "session") == engine.load_session("~/session")
 
 
 @pytest.mark.parametrize("mode", ["none", "mmap", "dio"])

@@ -76,12 +76,12 @@ def test_who_has_just_been_woken_is_left_alone_until_there_is_much(monkeypatch: 
     box = Inbox()
     box._woken_at = time.perf_counter()
     reader = Reader(box)
-    for number in range(inbox._MUCH - 1):
+    for number in range(inbox._MANY_EVENTS - 1):
         box.put(event(number))
     assert box._reader_waits
-    box.put(event(inbox._MUCH - 1))
+    box.put(event(inbox._MANY_EVENTS - 1))
     assert reader.has_left()
-    assert len(box.take()) == inbox._MUCH
+    assert len(box.take()) == inbox._MANY_EVENTS
 
 
 def test_nothing_is_lost_between_two_threads() -> None:
