@@ -95,6 +95,11 @@ IGNORES_IMATRIX = frozenset(GGMLType[name] for name in ("Q8_0", "TQ1_0", "TQ2_0"
 ABORTS_WITHOUT_IMATRIX = frozenset({GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S})
 """Types for which ``ggml_quantize_requires_imatrix`` holds: ggml aborts the process when it is given none."""
 
+ABORTS_ON_HUGE_WEIGHTS = frozenset(
+    GGMLType[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+)
+"""Types for which ggml aborts the process if no grid point is at a finite distance: cubes of weights overflow."""
+
 
 def parse_tensor_type(name: str) -> GGMLType:
     """The tensor type called ``name`` (in any case: ``q4_k``, ``F16``) among those that can be written.

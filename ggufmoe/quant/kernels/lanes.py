@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 F32, _I1, I8, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (1, 8, 32, 64))
 POINTER = ir.PointerType()
@@ -75,6 +76,9 @@ class Value:
 
     def __or__(self, other: Value | int) -> Value:
         return self._binary(other, "", "or_")
+
+    def __xor__(self, other: Value | int) -> Value:
+        return self._binary(other, "", "xor")
 
     def __lshift__(self, bits: int) -> Value:
         return self._binary(bits, "", "shl")
@@ -163,6 +167,12 @@ class Rows:
     def first(self, count: int) -> list[Value]:
         """The first ``count`` rows."""
         return [self[i] for i in range(count)]
+
+    def element(self, i: int | Index, lane: Index) -> Any:
+        """The address of one lane's number in row ``i``."""
+        row = ir.Constant(I64, i) if isinstance(i, int) else i.ir
+        position = self.k.b.add(self.k.b.mul(row, ir.Constant(I64, self.k.width)), lane.ir)
+        return self.k.b.gep(self.base, [position], inbounds=True, source_etype=self.type.element)
 
     def _address(self, i: int | Index) -> Any:
         position = ir.Constant(I64, i) if isinstance(i, int) else i.ir
@@ -327,6 +337,11 @@ class Lanes:
         function = self._declared("llvm.x86.avx512.vpermi2var.ps.512", [self.floats, self.ints, self.floats])
         return Value(self, self.b.call(function, [low, index.ir, high]))
 
+    def chosen(self, table: Value, index: Value) -> Value:
+        """``table[index & 15]`` of 16 floats, one per lane; only where ``permutes`` says that the machine can."""
+        function = self._declared("llvm.x86.avx512.permvar.sf.512", [self.floats, self.ints])
+        return Value(self, self.b.call(function, [table.ir, index.ir]))
+
     # control
 
     @contextmanager
@@ -379,6 +394,16 @@ class Lanes:
         table.initializer = ir.Constant(kind, [float(np.float32(number)) for number in numbers])
         table.global_constant, table.linkage = True, "internal"
         return Constants(self, table)
+
+    def words_table(self, words: NDArray[np.int64]) -> Any:
+        """The address of a read-only table of 32-bit words within the code, aligned to a cache line."""
+        self._tables += 1
+        data = words.astype("<i4").tobytes()
+        kind = ir.ArrayType(I8, len(data))
+        table = ir.GlobalVariable(self.module, kind, f"table{self._tables}")
+        table.initializer, table.align = ir.Constant(kind, bytearray(data)), 64
+        table.global_constant, table.linkage = True, "internal"
+        return table
 
     def splat(self, scalar: Any) -> Value:
         """One scalar in every lane."""

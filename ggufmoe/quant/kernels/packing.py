@@ -35,3 +35,9 @@ def pack_fifth_bits(levels: Sequence[Value]) -> Value:
     for j, level in enumerate(levels[1:], 1):
         word = word | ((level >> 4) << j)
     return word
+
+
+def pack_scale_nibbles(levels: Sequence[Value]) -> list[Value]:
+    """Levels below 16 into words, two neighbours a byte, the first in its low half."""
+    packed = [levels[j] | (levels[j + 1] << 4) for j in range(0, len(levels), 2)]
+    return [join_bytes(packed[i : i + 4]) for i in range(0, len(packed), 4)]

@@ -127,6 +127,36 @@ HASHES = {
     "Q6_K from BF16 with importances": ProbeHashes(
         "533d059cd5bc216cd2e586d00344c4ee", "533d059cd5bc216cd2e586d00344c4ee"
     ),
+    "IQ2_XXS from F32 with importances": ProbeHashes(
+        "d864022c048da280d64c7615c32644b4", "d864022c048da280d64c7615c32644b4"
+    ),
+    "IQ2_XXS from F16 with importances": ProbeHashes(
+        "c5072c93962319b6fa7c965bbdc28698", "c5072c93962319b6fa7c965bbdc28698"
+    ),
+    "IQ2_XXS from BF16 with importances": ProbeHashes(
+        "569acc6a0d66cb5a1bbdee985f5de3db", "569acc6a0d66cb5a1bbdee985f5de3db"
+    ),
+    "IQ2_XS from F32 with importances": ProbeHashes(
+        "1d3805c382218ec4fdac6935e9879254", "1d3805c382218ec4fdac6935e9879254"
+    ),
+    "IQ2_XS from F16 with importances": ProbeHashes(
+        "e23d16960605305e7feca8a2665ab2a3", "e23d16960605305e7feca8a2665ab2a3"
+    ),
+    "IQ2_XS from BF16 with importances": ProbeHashes(
+        "6052190c139f1e58dd129ce1f30aeb08", "6052190c139f1e58dd129ce1f30aeb08"
+    ),
+    "IQ3_XXS from F32": ProbeHashes("e6fa2bb66469f2d98f077c2204154d32", "e6fa2bb66469f2d98f077c2204154d32"),
+    "IQ3_XXS from F32 with importances": ProbeHashes(
+        "f32a260aa7866ce5c4619b94bb3c37fa", "f32a260aa7866ce5c4619b94bb3c37fa"
+    ),
+    "IQ3_XXS from F16": ProbeHashes("4b226e967d9d3e898ab475b4b1585517", "4b226e967d9d3e898ab475b4b1585517"),
+    "IQ3_XXS from F16 with importances": ProbeHashes(
+        "c21ffe657fc34c4c932c7da57f98e8e3", "c21ffe657fc34c4c932c7da57f98e8e3"
+    ),
+    "IQ3_XXS from BF16": ProbeHashes("502e4f7baee01a0f0e3f08f6af745b61", "502e4f7baee01a0f0e3f08f6af745b61"),
+    "IQ3_XXS from BF16 with importances": ProbeHashes(
+        "06612c52e8e8fe32cf86919e6f7b9e3e", "06612c52e8e8fe32cf86919e6f7b9e3e"
+    ),
     "IQ4_NL from F32": ProbeHashes("566a902f9db9b65c0c5e9108306a8c69", "566a902f9db9b65c0c5e9108306a8c69"),
     "IQ4_NL from F32 with importances": ProbeHashes(
         "32e3a24463960616d57c1205a12b999d", "32e3a24463960616d57c1205a12b999d"
@@ -138,6 +168,30 @@ HASHES = {
     "IQ4_NL from BF16": ProbeHashes("ebb98805100be603b1cff52c533bc810", "ebb98805100be603b1cff52c533bc810"),
     "IQ4_NL from BF16 with importances": ProbeHashes(
         "a3821ae91400140f4a661905c829195c", "a3821ae91400140f4a661905c829195c"
+    ),
+    "IQ3_S from F32": ProbeHashes("9f18d3a3a048af5e1abcaf7703500ad7", "e784757ba2b8f899b0c24300e5175b51"),
+    "IQ3_S from F32 with importances": ProbeHashes(
+        "44fe6296807bf87fb6e3c7d0eaa5fe98", "f3b43b2506972b8d666fbb520b45fcce"
+    ),
+    "IQ3_S from F16": ProbeHashes("7d64b004ffb69ac9ab717e44a7e05fa5", "e430ebac45d1cc4171946aaefe381f47"),
+    "IQ3_S from F16 with importances": ProbeHashes(
+        "4601111dd886e0f6fb7c4d82091a9867", "13931ec193dda7693f18767d4f8a1fe3"
+    ),
+    "IQ3_S from BF16": ProbeHashes("5a7ef164ac22d96f0e1779059f121ff7", "5a7ef164ac22d96f0e1779059f121ff7"),
+    "IQ3_S from BF16 with importances": ProbeHashes(
+        "b20e439b3779c0df4313778a8dc6da1d", "b20e439b3779c0df4313778a8dc6da1d"
+    ),
+    "IQ2_S from F32": ProbeHashes("c15841c064d53cc20d6001959aa5399e", "c15841c064d53cc20d6001959aa5399e"),
+    "IQ2_S from F32 with importances": ProbeHashes(
+        "0895e5b41465c71d4683857ac3aa2a0a", "0895e5b41465c71d4683857ac3aa2a0a"
+    ),
+    "IQ2_S from F16": ProbeHashes("8b29d101de2a57fee9136f45dbf0b46c", "8b29d101de2a57fee9136f45dbf0b46c"),
+    "IQ2_S from F16 with importances": ProbeHashes(
+        "116402444cbbe102b643d0be9ed9bf7f", "116402444cbbe102b643d0be9ed9bf7f"
+    ),
+    "IQ2_S from BF16": ProbeHashes("17b86d3b0bfb9387f05e53120eb375ef", "17b86d3b0bfb9387f05e53120eb375ef"),
+    "IQ2_S from BF16 with importances": ProbeHashes(
+        "6f4529cf9d5bf1362f0e9f48457507a6", "6f4529cf9d5bf1362f0e9f48457507a6"
     ),
     "IQ4_XS from F32": ProbeHashes("4e09dd98698df68fd294261c7d263b2a", "4e09dd98698df68fd294261c7d263b2a"),
     "IQ4_XS from F32 with importances": ProbeHashes(

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.filetypes import ABORTS_ON_HUGE_WEIGHTS
 
 N_ROWS, N_COLS = 16, 1024
-_GRID_TYPES = frozenset(GGMLType[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"))
 _HUGE, _HUGE_FOR_GRIDS = (1e15, 1e30, 1e37), (1e3, 1e6, 1e9)
 """Sizes of weights. The distances of larger ones from a grid overflow, and ggml ends the process."""
 _N_NORMAL = 12
@@ -59,7 +59,7 @@ def probe(type: GGMLType, source: str) -> NDArray[Any]:
 
     ``source`` is F32, F16 or BF16, whose bits come as uint16. What is huge is less so for ``type`` IQ1 to IQ3.
     """
-    return _probe(source, _HUGE_FOR_GRIDS if type in _GRID_TYPES else _HUGE)
+    return _probe(source, _HUGE_FOR_GRIDS if type in ABORTS_ON_HUGE_WEIGHTS else _HUGE)
 
 
 @cache

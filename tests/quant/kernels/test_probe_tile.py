@@ -51,6 +51,11 @@ def test_the_probe_has_what_kernels_stumble_over() -> None:
     assert 0.9 < weights[0].std() / 0.02 < 1.1
 
 
+def test_formats_that_cannot_stand_huge_weights_get_none() -> None:
+    assert np.abs(probe(GGMLType.IQ3_S, "F32")).max() < 1e10
+    assert np.abs(probe(GGMLType.Q4_K, "F32")).max() > 1e37
+
+
 def test_every_kernel_has_its_fingerprints() -> None:
     assert set(HASHES) == set(VARIANTS)
 

@@ -144,7 +144,7 @@ def test_reports_say_what_was_used() -> None:
     assert report.compile_s > 0
     assert report in kernel_report()
     assert prepare(GGMLType.Q4_K, quantizer="ggml") is None
-    assert prepare(GGMLType.IQ2_XXS, weighted=True) is None
+    assert prepare(GGMLType.TQ1_0) is None
 
 
 def test_choices_of_the_quantizer_give_the_same_bytes() -> None:
@@ -219,7 +219,9 @@ def test_wrong_layouts_are_refused() -> None:
             call()
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q5_1"])
+@pytest.mark.parametrize(
+    "name", ["Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q5_1", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XXS"]
+)
 def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
     """The code of machines without AVX-512."""
     type_ = GGMLType[name]
@@ -255,6 +257,6 @@ def test_nothing_is_fused_and_nothing_called() -> None:
 
 
 def test_formats_without_a_kernel_are_known() -> None:
-    assert not has_kernel(GGMLType.IQ3_S)
+    assert not has_kernel(GGMLType.TQ1_0)
     with pytest.raises(OptionError, match="quantizer is slow, expected auto, fast or ggml"):
         quantize_rows(GGMLType.Q4_K, rows(0, "zero"), np.zeros((4, 288), np.uint8), quantizer="slow")  # type: ignore[arg-type]
