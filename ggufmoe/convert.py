@@ -97,12 +97,12 @@ def convert(
 ) -> ConvertResult:
     """Turn a checkpoint or a merge recipe into a GGUF file.
 
-    ``source`` is a Hugging Face directory, a hub id (``org/name`` or ``org/name@revision``) or a recipe (``.yaml``);
-    converting a recipe writes the same bytes as ``merge`` followed by ``convert``. The options are given as one object
-    (``options=ConvertOptions(threads=4)``) or by name (``threads=4``), where ``quant`` may be the third argument; its
-    default is Q4_K_M. ``on_progress`` is called a few times a second, never by two threads at once: for the router of a
-    recipe, then for the bytes written and, if a manifest is made, for the bytes hashed. ``cancel`` is checked before
-    each tile. The source is read once; memory does not grow with the model.
+    ``source`` is a Hugging Face directory, a recipe (``.yaml``) or, as a str, a hub id (``org/name`` or
+    ``org/name@revision``); converting a recipe writes the same bytes as ``merge`` followed by ``convert``. The options
+    are given as one object (``options=ConvertOptions(threads=4)``) or by name (``threads=4``), where ``quant`` may be
+    the third argument; its default is Q4_K_M. ``on_progress`` is called a few times a second, never by two threads at
+    once: for the router of a recipe, then for the bytes written and, if a manifest is made, for the bytes hashed.
+    ``cancel`` is checked before each tile. The source is read once; memory does not grow with the model.
 
     Raises a class of ``ggufmoe.errors``: CheckpointError, RecipeError, TokenizerError, OptionError, ImatrixError and
     OutputError before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when asked to stop.
@@ -161,7 +161,7 @@ def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSour
     elif options.router_report is not None or options.allow_identical_experts:
         raise OptionError(f"{source} is no recipe; --router-report and --allow-identical-experts belong to recipes")
     else:
-        model = open_checkpoint(str(source))
+        model = open_checkpoint(source if isinstance(source, str) and not source.startswith("~") else user_path(source))
     try:
         yield model
     finally:

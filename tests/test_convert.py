@@ -17,6 +17,7 @@ import pytest
 import ggufmoe
 from ggufmoe.convert import plan_convert
 from ggufmoe.errors import (
+    CheckpointError,
     ImatrixError,
     NoSpaceError,
     OptionError,
@@ -275,6 +276,16 @@ def test_the_attention_scale_of_yarn_reaches_the_logits(tmp_path: Path) -> None:
 def test_a_recipe_is_told_from_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="recipe"):
         ggufmoe.convert(tmp_path / "recipe.yaml", tmp_path / "a.gguf")
+
+
+def test_a_path_is_a_path_and_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    make_checkpoint(tmp_path / "model", n_layer=1)
+    for source in ("~/model", Path("~/model")):
+        assert plan_convert(source, "~/m.gguf").output == tmp_path / "m.gguf"
+    with pytest.raises(CheckpointError, match="does not exist"):  # and no repository of the hub
+        plan_convert(Path("org/name"), "m.gguf")
 
 
 def test_the_result_says_what_was_done(tiny_checkpoint: Make, tmp_path: Path) -> None:

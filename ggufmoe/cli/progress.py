@@ -142,6 +142,10 @@ class ChunkProgress:
     def update(self, progress: Progress) -> None:
         """Show how many chunks are done, what the result is so far and how long the others will take."""
         now = time.monotonic()
+        if progress.phase == "load":
+            self._started = now
+            self._line.show(f"loading {progress.item}: {progress.done / progress.total:.0%}")
+            return
         if not (self._on_terminal or now - self._shown > _LINE_INTERVAL_S):
             return
         self._shown = now

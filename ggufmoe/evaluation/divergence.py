@@ -136,8 +136,8 @@ def kl_divergence(
     content = read_text(text, text_file)
     _check_vocabularies(user_path(model), user_path(reference))
     with (
-        Engine(user_path(reference), options.context, offload, cancel=cancel) as base,
-        Engine(user_path(model), options.context, offload, cancel=cancel) as engine,
+        Engine(user_path(reference), options.context, offload, on_progress=on_progress, cancel=cancel) as base,
+        Engine(user_path(model), options.context, offload, on_progress=on_progress, cancel=cancel) as engine,
     ):
         chunks = cut_chunks(engine, content, options)
         return last_result(_compared(base, engine, chunks, options.n_ctx, round_reference, cancel), on_progress)

@@ -116,9 +116,10 @@ def imatrix(
 
     The text is given itself (``text``) or as a file in UTF-8 (``text_file``), whose name is then written into
     ``output``. The options are given as one object (``options=ImatrixOptions(n_ctx=256)``) or by name (``n_ctx=256``).
-    ``on_progress`` is called after each chunk; the ``result`` of its Progress is the ImatrixResult over the chunks
-    done. When ``cancel`` is set, the sums over the complete chunks are written, and ``is_complete`` is False. Memory:
-    as for ``perplexity``, and two sums for each column of each expert.
+    ``on_progress`` is called while the model is loaded (phase ``load``, in a thread of the engine) and after each chunk
+    (phase ``chunks``), when the ``result`` of its Progress is the ImatrixResult over the chunks done. When ``cancel``
+    is set, the sums over the complete chunks are written, and ``is_complete`` is False. Memory: as for ``perplexity``,
+    and two sums for each column of each expert.
 
     Raises InputError for a text that is too short or not readable, OutputError, what ``Engine`` raises, and Cancelled
     if no chunk was done.
@@ -129,7 +130,7 @@ def imatrix(
     check_output_file(path, read, replace=options.force)
     content = read_text(text, text_file)
     started, result, entries = time.monotonic(), None, None
-    with Engine(model, options.context, offload, cancel=cancel) as engine:
+    with Engine(model, options.context, offload, on_progress=on_progress, cancel=cancel) as engine:
         for step in engine.iterate(_gathered, content, options, cancel=cancel):
             seconds = time.monotonic() - started
             result = ImatrixResult(

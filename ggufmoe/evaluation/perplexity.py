@@ -102,16 +102,17 @@ def perplexity(
 
     The text is given itself (``text``) or as a file in UTF-8 (``text_file``), whose last newline is left out. The
     options are given as one object (``options=EvaluationOptions(n_ctx=256)``) or by name (``n_ctx=256``).
-    ``on_progress`` is called after each chunk; the ``result`` of its Progress is the Perplexity over the chunks done.
-    When ``cancel`` is set, the result over the chunks done is returned, and its ``is_complete`` is False. Memory: the
-    model, and the logits of one batch.
+    ``on_progress`` is called while the model is loaded (phase ``load``, in a thread of the engine) and after each chunk
+    (phase ``chunks``), when the ``result`` of its Progress is the Perplexity over the chunks done. When ``cancel`` is
+    set, the result over the chunks done is returned, and its ``is_complete`` is False. Memory: the model, and the
+    logits of one batch.
 
     Raises InputError for a text that is too short or not readable, OptionError, what ``Engine`` raises, and Cancelled
     if no chunk was done.
     """
     options = options_of(EvaluationOptions, options, keywords)
     content = read_text(text, text_file)
-    with Engine(user_path(model), options.context, offload, cancel=cancel) as engine:
+    with Engine(user_path(model), options.context, offload, on_progress=on_progress, cancel=cancel) as engine:
         return last_result(engine.iterate(_scored, content, options, cancel=cancel), on_progress)
 
 

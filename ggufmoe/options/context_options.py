@@ -26,8 +26,8 @@ class ComputeOptions:
         None,
         "-c",
         "--ctx-size",
-        help="Context in tokens, rounded up to a multiple of 256; 0: all that the model was trained for. "
-        "Left out: that, but at most 4096.",
+        help="Context size in tokens, rounded up to a multiple of 256; 0: the size that the model was trained with. "
+        "Default: that size, but at most 4096.",
         metavar="N",
         between=(0, MAX_INT32),
     )
@@ -41,7 +41,7 @@ class ComputeOptions:
         None,
         "-t",
         "--threads",
-        help="Threads; one for each physical core by default.",
+        help="Number of threads; default: one for each physical core.",
         metavar="N",
         between=(1, MAX_THREADS),
     )
@@ -63,13 +63,13 @@ class ContextOptions(ComputeOptions):
     overflow: OverflowPolicy = option(
         "error",
         "--overflow",
-        help="When the context is full: end; drop the oldest tokens (shift); or those in the middle.",
+        help="When the context is full: end the answer (error), drop the oldest tokens (shift) or those in the middle.",
     )
     context_shift: bool = option(False, "--context-shift/--no-context-shift", help="The same as --overflow shift.")
     n_keep: int = option(
         0,
         "--keep",
-        help="Tokens at the beginning that are never dropped; BOS never is. -1: the prompt.",
+        help="Number of tokens at the beginning that are never dropped (BOS never is); -1: the prompt.",
         metavar="N",
         between=(-1, MAX_INT32),
     )
@@ -77,12 +77,12 @@ class ContextOptions(ComputeOptions):
         1024,
         "-cram",
         "--cache-ram",
-        help="Main memory for the caches of conversations that others took turns with, in MiB; 0: none.",
+        help="Main memory that keeps the caches of other conversations, in MiB; 0: none.",
         metavar="MiB",
         between=(0, MAX_INT32),
     )
     n_seq_max: int = option(
-        1, help="Texts that share the context, each with an equal part of it.", between=(1, MAX_SEQUENCES)
+        1, help="Number of texts that share the context, each with an equal part of it.", between=(1, MAX_SEQUENCES)
     )
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class EvaluationOptions(ComputeOptions):
     n_ctx: int = option(
         512, "-c", "--ctx-size", help="Tokens of a chunk.", metavar="N", between=(MIN_CHUNK_TOKENS, MAX_INT32)
     )
-    chunks: int = option(-1, "--chunks", help="At most so many chunks; -1: all that the text fills.", metavar="N")
+    chunks: int = option(-1, "--chunks", help="Evaluate at most N chunks; -1: all that the text fills.", metavar="N")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,19 +17,29 @@ Quantizer = Literal["auto", "fast", "ggml"]
 
 def _identical_experts() -> Any:
     return option(
-        False, "--allow-identical-experts", help="Take a recipe whose experts or prompts are all the same, to train it."
+        False,
+        "--allow-identical-experts",
+        help="Accept a recipe whose experts or prompts are all the same, as a start for training.",
     )
 
 
 def _worker_threads() -> Any:
     return option(
-        None, "-t", "--threads", help="Worker threads; all cores by default.", metavar="N", between=(1, MAX_THREADS)
+        None,
+        "-t",
+        "--threads",
+        help="Number of threads; default: one for each usable core.",
+        metavar="N",
+        between=(1, MAX_THREADS),
     )
 
 
 def _router_report() -> Any:
     return option(
-        None, "--router-report", help="Write what the recipe's router will do, layer by layer, as JSON.", metavar="FILE"
+        None,
+        "--router-report",
+        help="Write a JSON report of what the recipe's router does, layer by layer.",
+        metavar="FILE",
     )
 
 
@@ -42,7 +52,7 @@ def _file_bytes(size: str) -> int:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a GGUF file is made, whatever it is made from. Raises OptionError for unknown words."""
+    """How a GGUF file is made, whatever it is made from. Raises OptionError for values out of range."""
 
     quant: str = option("Q4_K_M", "-q", "--quant", help="File type, as llama-quantize names it.", metavar="TYPE")
     imatrix: Path | None = option(
@@ -55,16 +65,20 @@ class ExportOptions:
     token_embedding_type: str | None = option(
         None, "--token-embedding-type", help="Type of token_embd.weight.", metavar="TYPE"
     )
-    pure: bool = option(False, "--pure", help="One type for all tensors, without the mix.")
+    pure: bool = option(False, "--pure", help="Use one type for all tensors, without the mix of the file type.")
     threads: int | None = _worker_threads()
     split_max_size: str | None = option(
         None, "--split-max-size", help="Write shards of at most this size, for example 4G.", metavar="SIZE"
     )
-    resume: bool = option(False, "--resume", help="Go on with the partial file of an interrupted run.")
+    resume: bool = option(False, "--resume", help="Continue the partial file of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing output.")
-    manifest: bool = option(False, "--manifest", help="Write OUT.manifest.json beside it, with a hash of each tensor.")
+    manifest: bool = option(
+        False, "--manifest", help="Write OUT.manifest.json beside the output, with a hash of each tensor."
+    )
     quantizer: Quantizer = option(
-        "auto", "--quantizer", help="ggml: only llama.cpp's routines; fast: only ours, or none at all. Same bytes."
+        "auto",
+        "--quantizer",
+        help="auto: our kernels where there are some; fast: only those; ggml: only llama.cpp's routines. Same bytes.",
     )
     cache: bool = option(
         True, "--cache/--no-cache", help="Keep compiled quantizers in the user's cache folder for later runs."
@@ -117,7 +131,9 @@ class QuantizeOptions(ExportOptions):
     """How a GGUF file becomes another one."""
 
     allow_requantize: bool = option(
-        False, "--allow-requantize", help="Quantize what is quantized already; it loses more than from the original."
+        False,
+        "--allow-requantize",
+        help="Quantize tensors that are quantized already, which loses more than quantizing the original.",
     )
 
 
@@ -132,11 +148,11 @@ class MergeOptions:
     """How a recipe becomes a merged checkpoint."""
 
     layout: Literal["classic", "fused"] = option(
-        "classic", "--layout", help="classic is read by every tool, fused by transformers 5."
+        "classic", "--layout", help="classic: every tool reads it; fused: transformers 5 reads it."
     )
     max_shard_size: str = option("5G", "--max-shard-size", help="Largest safetensors file.", metavar="SIZE")
     threads: int | None = _worker_threads()
-    resume: bool = option(False, "--resume", help="Go on with the partial directory of an interrupted run.")
+    resume: bool = option(False, "--resume", help="Continue the partial directory of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
     allow_identical_experts: bool = _identical_experts()
     router_report: Path | None = _router_report()

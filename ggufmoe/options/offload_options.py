@@ -29,31 +29,32 @@ def _layers(typed: str) -> int:
 
 @dataclass(frozen=True)
 class OffloadOptions:
-    """Where a model's weights go. Raises OptionError for unknown words and impossible numbers."""
+    """Which device holds which weights, and how the file is loaded. Raises OptionError for values out of range."""
 
     n_gpu_layers: int = option(
         AUTO_LAYERS,
         "-ngl",
         "--gpu-layers",
         "--n-gpu-layers",
-        help="The last N layers go to the GPU, the output being one; all; or auto: as many as fit. [default: auto]",
+        help="Number of layers on the GPU, from the last one (the output) backwards; all; auto: as many as fit. "
+        "[default: auto]",
         metavar="N",
         parse=_layers,
         between=(ALL_LAYERS, MAX_INT32),
     )
-    load_mode: LoadMode = option("auto", "-lm", "--load-mode", help="How the file comes into memory.")
+    load_mode: LoadMode = option("auto", "-lm", "--load-mode", help="How the file is read into memory.")
     repack: bool = option(
         True,
         "--repack/--no-repack",
         " /-nr",
         help="Rearrange weights in a second buffer for faster arithmetic on the CPU (costs memory).",
     )
-    cpu_moe: bool = option(False, "-cmoe", "--cpu-moe", help="Keep the experts of all layers in the CPU's memory.")
+    cpu_moe: bool = option(False, "-cmoe", "--cpu-moe", help="Keep the experts of all layers in main memory.")
     n_cpu_moe: int | None = option(
         None,
         "-ncmoe",
         "--n-cpu-moe",
-        help="Keep the experts of the first N layers in the CPU's memory.",
+        help="Keep the experts of the first N layers in main memory.",
         metavar="N",
         between=(0, MAX_INT32),
     )
@@ -68,22 +69,33 @@ class OffloadOptions:
         None, "-ts", "--tensor-split", help="Shares of the layers for each GPU, for example 3,1.", metavar="N0,N1,..."
     )
     main_gpu: int = option(
-        0, "-mg", "--main-gpu", help="The GPU that --split-mode none uses.", metavar="INDEX", between=(0, MAX_INT32)
+        0,
+        "-mg",
+        "--main-gpu",
+        help="The GPU that is used with --split-mode none.",
+        metavar="INDEX",
+        between=(0, MAX_INT32),
     )
     split_mode: Literal["none", "layer", "row", "tensor"] = option(
-        "layer", "-sm", "--split-mode", help="How several GPUs share a model: one alone, by layers, rows or tensors."
+        "layer",
+        "-sm",
+        "--split-mode",
+        help="How several GPUs share a model: by layers, rows or tensors; none: one GPU has all.",
     )
     device: str | None = option(
-        None, "-dev", "--device", help="The devices to use, by name; none: only the CPU.", metavar="DEV1,DEV2,..."
+        None, "-dev", "--device", help="Devices to use, by name; none: only the CPU.", metavar="DEV1,DEV2,..."
     )
     kv_offload: bool = option(
         True, "--kv-offload/--no-kv-offload", "-kvo/-nkvo", help="Keep the KV cache beside the layers it belongs to."
     )
     no_host: bool = option(
-        False, "--no-host", help="Do not pin the CPU's share of the weights for a GPU; it can then be repacked."
+        False, "--no-host", help="Do not pin the weights in main memory for a GPU; they can then be repacked."
     )
     fit: Literal["on", "off"] = option(
-        "on", "-fit", "--fit", help="Choose what was not given so that the model fits the memory of the GPUs."
+        "on",
+        "-fit",
+        "--fit",
+        help="Choose the options that are not given so that the model fits into the memory of the GPUs.",
     )
     fit_target: int = option(
         1024,
@@ -96,7 +108,7 @@ class OffloadOptions:
     n_expert_used: int | None = option(
         None,
         "--n-expert-used",
-        help="Experts for each token; fewer than the model was made for are faster and worse.",
+        help="Number of experts for each token; fewer than the model was trained with are faster and less accurate.",
         metavar="N",
         between=(1, MAX_INT32),
     )
@@ -110,7 +122,7 @@ class OffloadOptions:
     rpc_timeout: float = option(
         30.0,
         "--rpc-timeout",
-        help="Seconds without a sign of life after which a worker is given up; ten times that for loading and prompts.",
+        help="Seconds without an answer after which a worker counts as lost; ten times that for loading and prompts.",
         metavar="S",
         between=(0.1, MAX_INT32),
     )

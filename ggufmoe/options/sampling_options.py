@@ -19,51 +19,52 @@ _BIAS = re.compile(r"(\d{1,9})([+-](?:inf|\d+\.?\d*|\.\d+))")
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn; None stands for the model's own value, else the default named in the help.
+    """How the next token is drawn; None stands for the value that the model's file suggests, else for the default named
+    in the help.
 
-    Raises OptionError for numbers that are no probabilities, counts or penalties.
+    Raises OptionError for values out of range.
     """
 
     temperature: float | None = option(
         None,
         "--temp",
         "--temperature",
-        help="0: always the likeliest token. [default: the model's, else 0.7]",
+        help="Randomness of the choice; 0: always the most likely token. [default: the model's, else 0.7]",
         metavar="T",
         between=(0, 100),
     )
     top_k: int | None = option(
         None,
         "--top-k",
-        help="Only the K likeliest tokens; 0: all. [default: the model's, else 50]",
+        help="Keep only the K most likely tokens; 0: all. [default: the model's, else 50]",
         metavar="K",
         between=(0, MAX_INT32),
     )
     top_p: float | None = option(
         None,
         "--top-p",
-        help="Only the likeliest that sum to P; 1: all. [default: the model's, else 0.95]",
+        help="Keep the most likely tokens that sum to P; 1: all. [default: the model's, else 0.95]",
         metavar="P",
         between=(0, 1),
     )
     min_p: float | None = option(
         None,
         "--min-p",
-        help="Only those of P times the likeliest's probability. [default: the model's, else 0]",
+        help="Drop tokens less likely than P times the most likely one. [default: the model's, else 0]",
         metavar="P",
         between=(0, 1),
     )
     repeat_penalty: float | None = option(
         None,
         "--repeat-penalty",
-        help="Against the last tokens; 1: none. [default: the model's, else 1]",
+        help="Penalty on tokens that came before; 1: none. [default: the model's, else 1]",
         metavar="X",
         between=(0.01, 100),
     )
     seed: int | None = option(
         None,
         "--seed",
-        help="Same seed, same answer on the same devices; -1: by chance. [default: -1]",
+        help="The same seed gives the same answer on the same devices; -1: random. [default: -1]",
         metavar="N",
         between=(-1, MAX_SEED),
     )
@@ -72,7 +73,7 @@ class SamplingOptions:
         "-n",
         "--n-predict",
         "--predict",
-        help="At most so many new tokens; -1: until the context is full.",
+        help="Generate at most N tokens; -1: until the context is full.",
         metavar="N",
         between=(-1, MAX_INT32),
     )
@@ -88,7 +89,7 @@ class SamplingOptions:
     repeat_last_n: int | None = option(
         None,
         "--repeat-last-n",
-        help="So many last tokens count for the penalties. [default: the model's, else 64]",
+        help="Number of last tokens that the penalties look at. [default: the model's, else 64]",
         metavar="N",
         panel=_MORE,
         between=(0, MAX_PENALTY_TOKENS),
@@ -96,7 +97,7 @@ class SamplingOptions:
     presence_penalty: float = option(
         0.0,
         "--presence-penalty",
-        help="Against tokens that came before.",
+        help="Penalty on tokens that came before, however often.",
         metavar="X",
         panel=_MORE,
         between=(-100, 100),
@@ -104,7 +105,7 @@ class SamplingOptions:
     frequency_penalty: float = option(
         0.0,
         "--frequency-penalty",
-        help="Against tokens, as often as they came.",
+        help="Penalty on tokens that came before, for each time.",
         metavar="X",
         panel=_MORE,
         between=(-100, 100),
@@ -112,18 +113,23 @@ class SamplingOptions:
     dry_multiplier: float = option(
         0.0,
         "--dry-multiplier",
-        help="Against repeating sequences (DRY); 0: off.",
+        help="Strength of the penalty on repeated sequences (DRY); 0: off.",
         metavar="X",
         panel=_MORE,
         between=(0, 100),
     )
     dry_base: float = option(
-        1.75, "--dry-base", help="How fast DRY grows with their length.", metavar="X", panel=_MORE, between=(1, 100)
+        1.75,
+        "--dry-base",
+        help="How fast DRY's penalty grows with their length.",
+        metavar="X",
+        panel=_MORE,
+        between=(1, 100),
     )
     dry_allowed_length: int = option(
         2,
         "--dry-allowed-length",
-        help="Sequences so long may be repeated.",
+        help="Longest sequence that may be repeated without a penalty.",
         metavar="N",
         panel=_MORE,
         between=(0, MAX_INT32),
@@ -131,7 +137,7 @@ class SamplingOptions:
     dry_penalty_last_n: int = option(
         64,
         "--dry-penalty-last-n",
-        help="Tokens that DRY looks back.",
+        help="Number of last tokens in which DRY looks for repetitions.",
         metavar="N",
         panel=_MORE,
         between=(0, MAX_PENALTY_TOKENS),
@@ -139,25 +145,30 @@ class SamplingOptions:
     dry_sequence_breakers: tuple[str, ...] = option(
         (),
         "--dry-sequence-breaker",
-        help="Where DRY's sequences end, in place of newline, colon, quote and star; none: nowhere.",
+        help="String that ends a sequence for DRY, in place of newline, colon, quote and star; none: no string does.",
         metavar="STRING",
         panel=_MORE,
     )
     xtc_probability: float | None = option(
         None,
         "--xtc-probability",
-        help="How often all but the last of the likely tokens are left out (XTC); 0: never. [default: 0]",
+        help="How often all likely tokens but the least likely of them are dropped (XTC); 0: never. [default: 0]",
         metavar="P",
         panel=_MORE,
         between=(0, 1),
     )
     xtc_threshold: float | None = option(
-        None, "--xtc-threshold", help="What is likely for XTC. [default: 0.1]", metavar="P", panel=_MORE, between=(0, 1)
+        None,
+        "--xtc-threshold",
+        help="Probability from which on XTC counts a token as likely. [default: 0.1]",
+        metavar="P",
+        panel=_MORE,
+        between=(0, 1),
     )
     mirostat: int | None = option(
         None,
         "--mirostat",
-        help="1 or 2: hold the surprise constant; of the others only temperature, grammar and biases count then.",
+        help="1 or 2: keep the surprise constant; then only temperature, grammar and biases apply besides.",
         metavar="N",
         panel=_MORE,
         between=(0, 2),
@@ -171,7 +182,12 @@ class SamplingOptions:
         between=(0, 100),
     )
     mirostat_ent: float | None = option(
-        None, "--mirostat-ent", help="Mirostat's surprise. [default: 5]", metavar="X", panel=_MORE, between=(0, 100)
+        None,
+        "--mirostat-ent",
+        help="Mirostat's target surprise. [default: 5]",
+        metavar="X",
+        panel=_MORE,
+        between=(0, 100),
     )
     logit_bias: tuple[str, ...] = option(
         (),
@@ -182,20 +198,20 @@ class SamplingOptions:
         panel=_MORE,
     )
     grammar: str | None = option(
-        None, "--grammar", help="Only text that this grammar (GBNF) allows.", metavar="GBNF", panel=_MORE
+        None, "--grammar", help="Generate only text that this grammar (GBNF) accepts.", metavar="GBNF", panel=_MORE
     )
     grammar_file: Path | None = option(
-        None, "--grammar-file", help="A file with such a grammar.", metavar="FILE", panel=_MORE
+        None, "--grammar-file", help="Read the grammar from a file.", metavar="FILE", panel=_MORE
     )
     json_schema: str | None = option(
-        None, "-j", "--json-schema", help="Only JSON that follows this schema.", metavar="SCHEMA", panel=_MORE
+        None, "-j", "--json-schema", help="Generate only JSON that this schema accepts.", metavar="SCHEMA", panel=_MORE
     )
     json_schema_file: Path | None = option(
-        None, "-jf", "--json-schema-file", help="A file with such a schema.", metavar="FILE", panel=_MORE
+        None, "-jf", "--json-schema-file", help="Read the schema from a file.", metavar="FILE", panel=_MORE
     )
     logprobs: int | None = option(
         None,
-        help="Give each token's logprob, and those of so many of the likeliest ones; 0: only its own.",
+        help="Report each token's log-probability and those of the N most likely tokens; 0: only its own.",
         between=(0, _MAX_LOGPROBS),
     )
 
@@ -222,12 +238,12 @@ class PromptOptions:
     """How a question becomes a prompt."""
 
     system_prompt: str | None = option(
-        None, "-sys", "--system-prompt", help="What the model is told before the conversation.", metavar="TEXT"
+        None, "-sys", "--system-prompt", help="System message, which precedes the conversation.", metavar="TEXT"
     )
     chat_template: str | None = option(
         None,
         "--chat-template",
-        help="A template of the file by name, chatml, llama3, mistral, or a file with one; else the model's own.",
+        help="Chat template: a name stored in the model, chatml, llama3, mistral, or a file; default: the model's own.",
         metavar="NAME|FILE",
     )
 

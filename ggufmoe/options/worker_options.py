@@ -16,14 +16,18 @@ class WorkerOptions:
     """
 
     host: str = option(
-        "127.0.0.1", "-H", "--host", help="Address to listen at; other machines need another one.", metavar="HOST"
+        "127.0.0.1",
+        "-H",
+        "--host",
+        help="Address to listen at; the default one cannot be reached from other machines.",
+        metavar="HOST",
     )
     port: int = option(50052, "-p", "--port", help="Port to listen at.", metavar="PORT", between=(1, MAX_PORT))
     n_threads: int | None = option(
         None,
         "-t",
         "--threads",
-        help="Threads of the CPU; one for each physical core by default.",
+        help="Number of CPU threads; default: one for each physical core.",
         metavar="N",
         between=(1, MAX_THREADS),
     )
@@ -31,7 +35,7 @@ class WorkerOptions:
         None,
         "-d",
         "--device",
-        help="Devices to serve, by name; by default all GPUs, or the CPU where there is none.",
+        help="Devices to serve, by name; default: all GPUs, or the CPU where there is none.",
         metavar="DEV1,DEV2,...",
     )
     cache: bool = option(False, "-c", "--cache", help="Keep large tensors on disk, so that loading again is faster.")

@@ -22,6 +22,11 @@ TEXT = "the model reads a number and writes the sum of two numbers " * 6
 FLAGS = ["-c", "32", "-t", "1", "-b", "64"]
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
@@ -126,3 +131,14 @@ def test_the_time_left_counts_what_is_computed(n_chunks: int, left: int, monkeyp
     display = progress.ChunkProgress("perplexity", str, screen, at_once=8)
     display.update(Progress("chunks", n_chunks, 20, "chunks", result=7.5))
     assert screen.getvalue() == f"perplexity: chunk {n_chunks} of 20, 7.5, {left} s left\n"
+
+
+def test_a_terminal_shows_the_loading_and_the_chunks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run("perplexity", model) == 0
+    shown = [line.strip() for line in screen.getvalue().split("\r")]
+    assert "loading Q4_0.gguf: 0%" in shown
+    assert any(line.startswith("perplexity: chunk 1 of ") for line in shown)
+    assert shown[-1] == ""

@@ -125,6 +125,8 @@ def test_who_cancels_gets_whole_chunks(mixtral: tuple[Path, Path], tmp_path: Pat
     cancel = threading.Event()
 
     def stop(step: Progress) -> None:
+        if step.phase == "load":
+            return
         assert isinstance(step.result, ImatrixResult)
         assert (step.phase, step.done, step.unit) == ("chunks", step.result.n_chunks, "chunks")
         if step.done == 2:
