@@ -63,7 +63,7 @@ class Finding:
     way_out: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
@@ -331,7 +331,7 @@ def answer() -> None:
         findings += check_engine() if topic == "engine" else check_kernels(int(part[0]))
     except GgufmoeError as error:
         findings.append(Finding(topic, "engine", "wrong", one_line(error, _MAX_CHARS), reinstall()))
-    print(json.dumps([finding.as_dict() for finding in findings]))
+    print(json.dumps([finding.to_dict() for finding in findings]))
 
 
 def _answers(child: subprocess.Popen[str], topic: str, timeout_s: float = _TIMEOUT_S) -> list[Finding]:

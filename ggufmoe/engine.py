@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ggufmoe.files import StrPath
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, given_or_default
-from ggufmoe.placement.report import Placement
+from ggufmoe.placement.load_report import Placement
 from ggufmoe.remote.child import ChildEngine
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.chunkbatch import ComputedPart

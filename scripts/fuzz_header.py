@@ -97,7 +97,7 @@ def _read(path: Path) -> str:
     if not raw[8:].startswith(again[8:].rstrip(b"\0")) and not _has_nan(header):
         raise AssertionError("encoded again, the header differs")
     try:
-        inspect_model(path).as_dict()
+        inspect_model(path).to_dict()
     except GGUFError:
         return "read, shards refused"
     return "read"

@@ -17,7 +17,7 @@ from pathlib import Path
 from ggufmoe import Cancelled, ContextOptions, Engine, GgufmoeError, OffloadOptions, SamplingOptions
 from ggufmoe.evaluation.bench import Workload, plan_bench, run_bench
 from ggufmoe.gguf.model import read_model_header
-from ggufmoe.placement.devices import find_machine
+from ggufmoe.placement.devices import find_devices
 from ggufmoe.placement.footprint import Footprint
 from ggufmoe.placement.offload import OffloadPlan
 from ggufmoe.remote.places import find_places
@@ -108,7 +108,7 @@ def main() -> int:
     if not places:
         print("no GPU here, or an engine without support for it (GGUFMOE_ENGINE=cuda scripts/setup)", file=sys.stderr)
         return 1
-    described = {} if arguments.rpc else find_machine().descriptions
+    described = {} if arguments.rpc else find_devices().descriptions
     for place in places:
         sizes = f"{place.free_bytes / _MIB:.0f} of {place.total_bytes / _MIB:.0f} MiB free"
         print(f"{place.name}: {described.get(place.name, 'a worker')}, {sizes}")

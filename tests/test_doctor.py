@@ -43,7 +43,7 @@ def test_this_machine_is_well(findings: list[Finding]) -> None:
 
 
 def test_findings_are_plain_data(findings: list[Finding]) -> None:
-    assert [Finding(**found) for found in json.loads(json.dumps([f.as_dict() for f in findings]))] == findings
+    assert [Finding(**found) for found in json.loads(json.dumps([f.to_dict() for f in findings]))] == findings
 
 
 def test_each_kernel_is_listed_once_with_what_it_did(findings: list[Finding]) -> None:

@@ -62,7 +62,7 @@ def diff_command(
     """
     found = _compare(before, after, headers_only, threads)
     if as_json:
-        print(json.dumps(found.as_dict()))
+        print(json.dumps(found.to_dict()))
     else:
         _show(found, headers_only=headers_only, show_all=show_all)
     if tells and not found.is_same:

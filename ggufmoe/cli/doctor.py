@@ -45,7 +45,7 @@ def doctor_command(
     findings = list(found) if as_json else list(_shown(found))
     wrong = [finding for finding in findings if finding.status == "wrong"]
     if as_json:
-        print(json.dumps({"ok": not wrong, "checks": [finding.as_dict() for finding in findings]}))
+        print(json.dumps({"ok": not wrong, "checks": [finding.to_dict() for finding in findings]}))
     if wrong:
         first = wrong[0]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

@@ -79,11 +79,11 @@ def inspect_command(
 
 
 def _as_dict(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> dict[str, Any]:
-    found = report.as_dict()
+    found = report.to_dict()
     if similarity is not None:
-        found["experts"] = similarity.as_dict()
+        found["experts"] = similarity.to_dict()
     if checked is not None:
-        found["verification"] = checked.as_dict()
+        found["verification"] = checked.to_dict()
     return found
 
 
@@ -109,7 +109,7 @@ class _Verification:
     n_tensors: int
     differences: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"manifest": str(self.manifest), "tensors": self.n_tensors, "differences": list(self.differences)}
 
 

@@ -16,12 +16,11 @@ from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.devices import this_host
 from ggufmoe.placement.offload import (
+    BufferOverride,
     DeviceShare,
-    Host,
+    HostMemory,
     OffloadPlan,
-    Override,
     Place,
-    as_dict,
     plan_offload,
 )
 from ggufmoe.remote.places import find_places
@@ -54,15 +53,15 @@ def plan_command(
     devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
     if ram is not None:
         n_bytes = _memory(ram, "--ram")
-        host = Host(n_bytes, n_bytes, host.repacked, host.name, host.alignment)
+        host = HostMemory(n_bytes, n_bytes, host.repacked, host.name, host.alignment)
     plan = plan_offload(header, context, offload, devices, host)
     if as_json:
-        typer.echo(json.dumps(as_dict(plan)))
+        typer.echo(json.dumps(plan.to_dict()))
     else:
         _show(plan)
 
 
-def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
+def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Place, ...], HostMemory]:
     if not imagined:
         return find_places(offload)
     places = tuple(
@@ -141,7 +140,7 @@ def _flags(plan: OffloadPlan, split: str) -> str:
     return " ".join(flags + [_override_flag(item, plan.n_layer) for item in plan.overrides])
 
 
-def _override_flag(item: Override, n_layer: int) -> str:
+def _override_flag(item: BufferOverride, n_layer: int) -> str:
     for n_first in range(1, n_layer + 1):
         if item.pattern == experts_pattern(range(n_first)):
             return f"-ncmoe {n_first}"

@@ -23,6 +23,7 @@ from ggufmoe.gguf.model import read_model_header
 from ggufmoe.inspection.inspect import ModelReport, inspect_model
 from ggufmoe.native import backends
 from ggufmoe.native import library as native
+from ggufmoe.native.wording import CPU_BACKEND, RPC_BACKEND
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
@@ -133,13 +134,13 @@ def describe_machine() -> Machine:
     described = [(device, backends.device_facts(device).description or device.name) for device in devices]
     gpus = tuple(text for device, text in described if device.type is not backends.DeviceType.CPU)
     cpu = next((text for device, text in described if device.type is backends.DeviceType.CPU), "unknown")
-    names = tuple(dict.fromkeys(device.backend for device in devices if device.backend != "CPU"))
+    names = tuple(dict.fromkeys(device.backend for device in devices if device.backend != CPU_BACKEND))
     return Machine(
         cpu=cpu,
         n_cores=default_threads(),
         memory_bytes=memory_bytes(),
         gpus=gpus,
-        backends=names or ("CPU",),
+        backends=names or (CPU_BACKEND,),
         package=engine.package,
         llama_cpp_commit=engine.llama_cpp_commit,
     )
@@ -277,7 +278,7 @@ def as_record(result: Result, machine: Machine) -> dict[str, Any]:
         "llama_cpp_python": machine.package,
         "cpu_info": machine.cpu,
         "gpu_info": ", ".join(machine.gpus),
-        "backends": ",".join(("RPC", *machine.backends) if offload.workers else machine.backends),
+        "backends": ",".join((RPC_BACKEND, *machine.backends) if offload.workers else machine.backends),
         "model_filename": str(case.model),
         "model_type": model_type(report),
         "model_size": sum(part.n_bytes for part in report.parts),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.names import is_expert_stack
+from ggufmoe.gguf.sampling_keys import SAMPLING_KEYS
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
 from ggufmoe.quant.filetypes import FileType
@@ -122,30 +122,6 @@ def _rounded(n_weights: int) -> str:
     return f"{scaled:.{decimals}f}{letter}"
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """One key of generation_config.json that is recommended sampling, and how GGUF spells it."""
-
-    key: str
-    gguf: str
-    type: ValueType
-
-
-_SAMPLING = (
-    _Setting("top_k", "top_k", ValueType.INT32),
-    _Setting("top_p", "top_p", ValueType.FLOAT32),
-    _Setting("min_p", "min_p", ValueType.FLOAT32),
-    _Setting("xtc_probability", "xtc_probability", ValueType.FLOAT32),
-    _Setting("xtc_threshold", "xtc_threshold", ValueType.FLOAT32),
-    _Setting("temperature", "temp", ValueType.FLOAT32),
-    _Setting("penalty_last_n", "penalty_last_n", ValueType.INT32),
-    _Setting("repetition_penalty", "penalty_repeat", ValueType.FLOAT32),
-    _Setting("mirostat", "mirostat", ValueType.INT32),
-    _Setting("mirostat_tau", "mirostat_tau", ValueType.FLOAT32),
-    _Setting("mirostat_eta", "mirostat_eta", ValueType.FLOAT32),
-)
-
-
 def sampling_metadata(directory: Path) -> dict[str, Value]:
     """The sampling that the model's authors recommend in generation_config.json, as ``general.sampling.*``.
 
@@ -153,14 +129,14 @@ def sampling_metadata(directory: Path) -> dict[str, Value]:
     """
     given = read_optional(directory / "generation_config.json", allow_broken=True)
     keys: dict[str, Value] = {}
-    for setting in _SAMPLING:
-        value: Any = given.get(setting.key)
+    for setting in SAMPLING_KEYS:
+        value: Any = given.get(setting.generation_config)
         if type(value) not in (int, float) or not math.isfinite(value):
             continue
         whole = setting.type is ValueType.INT32
         if whole and not (value == int(value) and abs(value) < 2**31):
             continue
-        keys[f"general.sampling.{setting.gguf}"] = Value(setting.type, int(value) if whole else float(value), None)
+        keys[setting.key] = Value(setting.type, int(value) if whole else float(value), None)
     return keys
 
 

@@ -117,7 +117,7 @@ class ModelDifference:
         by_size = sorted(groups.items(), key=lambda item: -sum(tensor.n_weights for tensor in item[1]))
         return tuple(_part(name, group) for name, group in by_size)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; numbers that are not finite as strings."""
         return {
             "same": self.is_same,

@@ -73,7 +73,7 @@ class ExpertSimilarity:
         """Numbers of the layers that have experts."""
         return tuple(sorted({matrix.layer for matrix in self.matrices}))
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: every cosine, rounded to eight digits."""
         return {
             "n_expert": self.n_expert,

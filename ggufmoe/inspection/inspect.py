@@ -20,10 +20,12 @@ from ggufmoe.gguf.hyper import Hyper, TypedMetadata
 from ggufmoe.gguf.model import NO_MODELS, ModelHeader, read_model_header
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, legacy_experts, part_of
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
+from ggufmoe.gguf.sampling_keys import SAMPLING_PREFIX
 from ggufmoe.gguf.types import FILE_TYPES
 from ggufmoe.gguf.upstream import Keys
+from ggufmoe.native.wording import is_repack_buffer
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.offload import Host, plan_offload
+from ggufmoe.placement.offload import HostMemory, plan_offload
 from ggufmoe.sizes import all_experts_run
 
 _SPECIAL_TOKENS = {
@@ -131,7 +133,7 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """All that the header of a model says; ``as_dict`` gives it for JSON.
+    """All that the header of a model says; ``to_dict`` gives it for JSON.
 
     ``n_active_parameters`` is what one token passes through: everything but the experts that are not chosen for it.
     ``memory`` is for the context that was asked for and, last, for all that the model was trained for; empty for files
@@ -165,7 +167,7 @@ class ModelReport:
         """Bits of tensor data for each weight."""
         return Share("", 0, self.n_parameters, sum(part.n_bytes for part in self.parts)).bits_per_weight
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain dictionaries, lists, strings and finite numbers (NaN and infinity as strings)."""
         fields = asdict(self)
         fields["hyper"] = {name: fields["hyper"][name] for name in _REPORTED_HYPER}
@@ -187,7 +189,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def inspect_model(path: Path, context: ContextOptions | None = None, host: Host | None = None) -> ModelReport:
+def inspect_model(path: Path, context: ContextOptions | None = None, host: HostMemory | None = None) -> ModelReport:
     """Describe a GGUF file, or a split model given any of its shards, and what running it with ``context`` takes.
 
     ``host`` tells which weights this CPU's backend rearranges (``devices.this_host``). Raises GGUFError as
@@ -212,11 +214,11 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: Host 
         types=_shares(model.tensors, lambda tensor: tensor.type.name),
         tokenizer=tokenizer,
         template=template,
-        sampling=_below(model, "general.sampling."),
+        sampling=_below(model, SAMPLING_PREFIX),
         provenance={key: value for key, value in _below(model, "general.").items() if not _ELSEWHERE.fullmatch(key)},
         base_models=_base_models(keys),
         merge=merge,
-        memory=_memory(model, context or ContextOptions(), host or Host()),
+        memory=_memory(model, context or ContextOptions(), host or HostMemory()),
         other=_other(model, merge),
         warnings=tuple(_warnings(model, tokenizer, template)),
     )
@@ -299,7 +301,7 @@ def _merge(keys: TypedMetadata) -> MergeReport | None:
     return MergeReport(recipe, keys.text(GATE_MODE), keys.text(VERSION))
 
 
-def _memory(model: ModelHeader, context: ContextOptions, host: Host) -> tuple[MemoryNeed, ...]:
+def _memory(model: ModelHeader, context: ContextOptions, host: HostMemory) -> tuple[MemoryNeed, ...]:
     is_model = model.get(Keys.General.TYPE, "model") == "model" and bool(model.get(Keys.General.ARCHITECTURE))
     if not model.tensors or not is_model:
         return ()
@@ -310,9 +312,9 @@ def _memory(model: ModelHeader, context: ContextOptions, host: Host) -> tuple[Me
     return tuple(need for i, need in enumerate(needs) if need.n_ctx and need not in needs[:i])
 
 
-def _memory_need(model: ModelHeader, context: ContextOptions, host: Host) -> MemoryNeed:
+def _memory_need(model: ModelHeader, context: ContextOptions, host: HostMemory) -> MemoryNeed:
     plan = plan_offload(model, context, OffloadOptions(device="none"), (), host)
-    repacked = sum(buffer.n_bytes for buffer in plan.host.buffers if buffer.name.endswith("_REPACK"))
+    repacked = sum(buffer.n_bytes for buffer in plan.host.buffers if is_repack_buffer(buffer.name))
     weights = plan.host.weight_bytes - repacked
     return MemoryNeed(plan.n_ctx, weights, repacked, plan.host.kv_bytes, plan.host.compute_bytes)
 

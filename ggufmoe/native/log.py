@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ggufmoe.native import library as native
+from ggufmoe.native.wording import is_vague, without_function
 
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUED = 5
@@ -81,10 +82,10 @@ class NativeLog:
         """The line after ``mark`` that says best what went wrong, without the name of the C++ function."""
         lines = self.since(mark)
         errors = [line.text for line in lines if line.level >= logging.ERROR]
-        telling = [text for text in errors if not text.endswith(("failed to load model", "failed to create context"))]
+        telling = [text for text in errors if not is_vague(text)]
         for texts in (telling, errors, [line.text for line in lines]):
             if texts:
-                return _without_function(texts[-1])
+                return without_function(texts[-1])
         return "it gave no reason"
 
     def _receive(self, level: int, text: bytes | None, _user_data: Any) -> None:
@@ -105,11 +106,6 @@ class NativeLog:
             if pattern.search(line.text):
                 found.append(line.text)
         return line
-
-
-def _without_function(line: str) -> str:
-    function, separator, message = line.partition(": ")
-    return message.strip() if separator and function.replace("_", "").replace(":", "").isalnum() else line
 
 
 def no_wait_callback(api: Any) -> tuple[Any, ctypes.Array[ctypes.c_char]]:

@@ -11,23 +11,24 @@ from dataclasses import dataclass
 from ggufmoe.errors import EngineError, EngineMissingError, OptionError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import backends
-from ggufmoe.placement.offload import Host, Place
+from ggufmoe.native.wording import RPC_BACKEND
+from ggufmoe.placement.offload import HostMemory, Place
 
 _GPU_TYPES = (backends.DeviceType.GPU, backends.DeviceType.IGPU)
 
 
 @dataclass(frozen=True)
-class Machine:
+class DeviceTable:
     """Devices that layers can go to, the CPU's memory, and ggml's handles: of devices and of buffers, by name."""
 
     places: tuple[Place, ...]
-    host: Host
+    host: HostMemory
     descriptions: Mapping[str, str]
     device_handles: Mapping[str, int]
     buffer_handles: Mapping[str, int]
 
 
-def find_machine(named: str | None = None, *, remote: bool = False) -> Machine:
+def find_devices(named: str | None = None, *, remote: bool = False) -> DeviceTable:
     """The GPUs of this machine, or the devices that are ``named`` (with commas between them, as for ``--device``).
 
     Workers' devices that were registered in this process are used only with ``remote``, or when they are named: asking
@@ -41,7 +42,7 @@ def find_machine(named: str | None = None, *, remote: bool = False) -> Machine:
     used = [device for device in registered if device.type in _GPU_TYPES]
     used = _default(used, remote=remote) if named is None else _named(named, used)
     facts = {device.name: backends.device_facts(device) for device in (cpu, *used)}
-    return Machine(
+    return DeviceTable(
         places=tuple(_place(device.name, facts[device.name]) for device in used),
         host=_host(facts[cpu.name]),
         descriptions={name: fact.description for name, fact in facts.items()},
@@ -50,12 +51,12 @@ def find_machine(named: str | None = None, *, remote: bool = False) -> Machine:
     )
 
 
-def this_host() -> Host:
+def this_host() -> HostMemory:
     """The CPU's memory of this machine, and what its backend rearranges; nothing is known of it without an engine."""
     try:
-        return find_machine("none").host
+        return find_devices("none").host
     except EngineMissingError:
-        return Host()
+        return HostMemory()
 
 
 def _named(named: str, gpus: list[backends.Device]) -> list[backends.Device]:
@@ -71,8 +72,8 @@ def _named(named: str, gpus: list[backends.Device]) -> list[backends.Device]:
 
 def _default(gpus: list[backends.Device], *, remote: bool) -> list[backends.Device]:
     """As llama.cpp chooses: workers first, and an integrated GPU only if there is no other here."""
-    workers = [device for device in gpus if device.backend == "RPC" and remote]
-    local = [device for device in gpus if device.backend != "RPC"]
+    workers = [device for device in gpus if device.backend == RPC_BACKEND and remote]
+    local = [device for device in gpus if device.backend != RPC_BACKEND]
     discrete = [device for device in local if device.type is backends.DeviceType.GPU]
     return workers + (discrete or local[:1])
 
@@ -90,8 +91,8 @@ def _place(name: str, facts: backends.DeviceFacts) -> Place:
     )
 
 
-def _host(facts: backends.DeviceFacts) -> Host:
-    return Host(
+def _host(facts: backends.DeviceFacts) -> HostMemory:
+    return HostMemory(
         free_bytes=facts.free_bytes,
         total_bytes=facts.total_bytes,
         repacked=repacked_types(),

@@ -11,7 +11,7 @@ import difflib
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +21,7 @@ from ggufmoe.gguf.hyper import largest
 from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.native.wording import CPU_BACKEND, is_repack_buffer, mapped_buffer, repack_buffer
 from ggufmoe.options import ALL_LAYERS, AUTO_LAYERS, ContextOptions, OffloadOptions
 from ggufmoe.placement.footprint import Footprint, WeightTensor
 from ggufmoe.sizes import all_experts_run, counted, memory_size
@@ -48,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Host:
+class HostMemory:
     """The CPU's memory; ``repacked`` gives the types that its backend rearranges, each with the rows it takes at once.
 
     Zero bytes mean that the memory is not known.
@@ -57,12 +58,12 @@ class Host:
     free_bytes: int = 0
     total_bytes: int = 0
     repacked: Mapping[GGMLType, int] = field(default_factory=dict)
-    name: str = "CPU"
+    name: str = CPU_BACKEND
     alignment: int = 32
 
 
 @dataclass(frozen=True)
-class Override:
+class BufferOverride:
     """Tensors that go elsewhere than their layer: a pattern of their names, the buffer, and how many they are."""
 
     pattern: str
@@ -120,7 +121,7 @@ class OffloadPlan:
     n_layer: int
     n_gpu_layers: int
     tensor_split: tuple[float, ...]
-    overrides: tuple[Override, ...]
+    overrides: tuple[BufferOverride, ...]
     n_ctx: int
     n_expert: int
     n_expert_used: int
@@ -135,9 +136,16 @@ class OffloadPlan:
         """The CPU's share."""
         return self.shares[-1]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for JSON; sums of each device included."""
+        plan = asdict(self)
+        for entry, share in zip(plan["shares"], self.shares, strict=True):
+            entry |= {"weight_bytes": share.weight_bytes, "total_needed_bytes": share.n_bytes}
+        return plan
+
 
 def plan_offload(
-    model: ModelHeader, context: ContextOptions, offload: OffloadOptions, devices: Sequence[Place], host: Host
+    model: ModelHeader, context: ContextOptions, offload: OffloadOptions, devices: Sequence[Place], host: HostMemory
 ) -> OffloadPlan:
     """Plan a model onto ``devices``, of which ``offload.device`` and ``offload.main_gpu`` may leave some out.
 
@@ -197,7 +205,7 @@ class _Choice:
 class _Setting:
     """Model, options and devices together: the questions that have one answer whatever is chosen."""
 
-    def __init__(self, facts: Footprint, offload: OffloadOptions, devices: tuple[Place, ...], host: Host) -> None:
+    def __init__(self, facts: Footprint, offload: OffloadOptions, devices: tuple[Place, ...], host: HostMemory) -> None:
         self.facts = facts
         self.offload = offload
         self.devices = devices
@@ -252,7 +260,7 @@ class _Setting:
             return self.pinned
         rows = self.host.repacked.get(tensor.type, 0)
         if tensor.is_product and rows and tensor.shape[-2] % rows == 0 and not self.skips_repack:
-            return f"{self.host.name}_REPACK"
+            return repack_buffer(self.host.name)
         return self.host.name
 
 
@@ -406,7 +414,7 @@ class _Placing:
         assert device is not None, "without a device the host's buffer is taken"
         return setting.devices[device].buffer
 
-    def overrides(self) -> tuple[Override, ...]:
+    def overrides(self) -> tuple[BufferOverride, ...]:
         """The explicit ones first, then the experts that were moved; each with the tensors that it is the first for."""
         setting = self.setting
         patterns = list(setting.patterns)
@@ -418,7 +426,8 @@ class _Placing:
             if hit is not None:
                 counts[hit] += 1
         return tuple(
-            Override(pattern.pattern, buffer, count) for (pattern, buffer), count in zip(patterns, counts, strict=True)
+            BufferOverride(pattern.pattern, buffer, count)
+            for (pattern, buffer), count in zip(patterns, counts, strict=True)
         )
 
     def buffer_shares(self, names: Sequence[str], *, can_map: bool, alignment: int) -> tuple[BufferShare, ...]:
@@ -429,7 +438,7 @@ class _Placing:
             if tensors:
                 is_mapped = can_map and self.setting.uses_mmap and name == names[0]
                 n_bytes = _mapped_bytes(tensors) if is_mapped else sum(padded(t.n_bytes, alignment) for t in tensors)
-                shares.append(BufferShare(f"{name}_Mapped" if is_mapped else name, n_bytes, is_mapped))
+                shares.append(BufferShare(mapped_buffer(name) if is_mapped else name, n_bytes, is_mapped))
         return tuple(shares)
 
 
@@ -488,7 +497,7 @@ def _host_share(placing: _Placing) -> DeviceShare:
     setting, facts = placing.setting, placing.setting.facts
     layers = tuple(layer for layer, where in enumerate(placing.devices) if where is None)
     pinned = [device.host_buffer for device in setting.devices if device.host_buffer]
-    names = [setting.host.name, f"{setting.host.name}_REPACK", *dict.fromkeys(pinned)]
+    names = [setting.host.name, repack_buffer(setting.host.name), *dict.fromkeys(pinned)]
     expert_layers = _expert_layers(placing, set(names))
     kv_layers = layers if setting.offload.kv_offload else range(facts.n_layer)
     return DeviceShare(
@@ -559,7 +568,7 @@ def _notes(plan: OffloadPlan, setting: _Setting) -> Iterator[str]:
         yield f"{left} of each GPU are left free: --fit-target takes another number"
     if plan.uses_mmap and any(override.buffer == host.device for override in plan.overrides):
         yield "what is kept with the CPU lies in the mapped file: with memory to spare, -lm none makes it faster"
-    repacked = sum(buffer.n_bytes for buffer in host.buffers if buffer.name.endswith("_REPACK"))
+    repacked = sum(buffer.n_bytes for buffer in host.buffers if is_repack_buffer(buffer.name))
     is_short = 0 < host.total_bytes < host.n_bytes
     if is_short:
         yield f"the CPU's memory is {memory_size(host.total_bytes)}, and {memory_size(host.n_bytes)} are wanted of it"
@@ -584,13 +593,3 @@ def _expert_note(plan: OffloadPlan) -> str:
         f"{plan.n_expert_used} of {plan.n_expert} experts run for every token: in the CPU's memory only "
         f"{plan.n_expert_used / plan.n_expert:.0%} of their bytes are read for it"
     )
-
-
-def as_dict(plan: OffloadPlan) -> dict[str, Any]:
-    """The plan as plain values, for JSON; sums of each device included."""
-    from dataclasses import asdict
-
-    sums = [{"weight_bytes": share.weight_bytes, "total_needed_bytes": share.n_bytes} for share in plan.shares]
-    result = asdict(plan)
-    result["shares"] = [share | more for share, more in zip(result["shares"], sums, strict=True)]
-    return result

@@ -20,7 +20,7 @@ from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions
-from ggufmoe.placement.report import Placement
+from ggufmoe.placement.load_report import Placement
 from ggufmoe.remote.link import EngineLink
 from ggufmoe.remote.requests import (
     Apply,

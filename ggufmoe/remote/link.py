@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ggufmoe.errors import Cancelled, EngineError, WorkerLostError
+from ggufmoe.native.wording import is_worker_abort
 from ggufmoe.options import OffloadOptions
 from ggufmoe.remote.process import ChildProcess
 from ggufmoe.remote.requests import Request, StreamRequest
@@ -58,7 +59,6 @@ _WAIT_S = 0.2
 """Length of one wait: Windows notices Ctrl-C only between waits."""
 _CANCEL_S = 0.02
 """Length of one wait of a caller with a cancel flag."""
-_RPC_ABORTS = ("RPC", "Failed to connect")
 """Words in the messages with which llama.cpp ends its process when it loses a worker."""
 
 
@@ -199,7 +199,7 @@ class EngineLink:
         self._process.end()
         abort = self._process.abort_message()
         silence = self._silence
-        if silence is None and not any(sign in abort for sign in _RPC_ABORTS):
+        if silence is None and not is_worker_abort(abort):
             return EngineError(f"{self._path}: the process that computes has ended: {self._process.how_it_ended()}")
         when = "while it was in use" if self._is_loaded else "while the model was being loaded"
         cause = abort if silence is None else f"no sign of life for {silence.seconds:.1f} s ({silence.limit})"

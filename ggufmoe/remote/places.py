@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from ggufmoe.options import OffloadOptions
-from ggufmoe.placement.devices import find_machine
-from ggufmoe.placement.offload import Host, Place
+from ggufmoe.placement.devices import find_devices
+from ggufmoe.placement.offload import HostMemory, Place
 from ggufmoe.remote.rpc import answer_seconds, find_workers
 
 
-def find_places(offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
+def find_places(offload: OffloadOptions) -> tuple[tuple[Place, ...], HostMemory]:
     """Devices of the workers of ``offload.rpc`` and of this machine, and the memory of this machine's CPU.
 
-    Workers are asked in Python and not registered with llama.cpp. Raises what ``find_machine`` and ``find_workers``
+    Workers are asked in Python and not registered with llama.cpp. Raises what ``find_devices`` and ``find_workers``
     raise.
     """
     found = find_workers(offload.workers, answer_seconds(offload)) if offload.workers else ()
@@ -20,5 +20,5 @@ def find_places(offload: OffloadOptions) -> tuple[tuple[Place, ...], Host]:
     local = offload.device
     if local is not None:
         local = ",".join(name for name in local.split(",") if name not in names) or "none"
-    machine = find_machine(local)
+    machine = find_devices(local)
     return remote + machine.places, machine.host

@@ -11,7 +11,6 @@ import logging
 import multiprocessing.spawn
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from typing import IO, Any, Literal
 
 from ggufmoe.errors import EngineError
+from ggufmoe.native.wording import abort_message
 from ggufmoe.remote.wire import encode_message, read_messages
 
 TaskName = Literal["engine", "worker"]
@@ -36,7 +36,6 @@ _ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
 """Without it ggml starts a debugger before it ends its process, which takes seconds."""
 _MAX_LINES = 100
 _MAX_LINE_CHARS = 2000
-_NATIVE_ABORT = re.compile(r"\.(?:c|cc|cpp|cu|h|hpp|m|mm):\d+: (.+)$")
 _JOIN_S = 2.0
 _KILLED_S = 10.0
 """A killed process that waits for a disk or a network drive is still there after so long, and is left."""
@@ -116,7 +115,7 @@ class ChildProcess:
 
     def abort_message(self) -> str:
         """The message of the failed assertion with which native code ended the child; empty if there was none."""
-        return next((match[1] for line in self._lines if (match := _NATIVE_ABORT.search(line))), "")
+        return next(filter(None, map(abort_message, self._lines)), "")
 
     def how_it_ended(self) -> str:
         """Exit code or signal of a child that has ended, with the line that tells why, if there is one."""

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from ggufmoe.errors import WorkerError
 from ggufmoe.native import rpc_calls
+from ggufmoe.native.wording import rpc_buffer, rpc_device
 from ggufmoe.options import OffloadOptions
 from ggufmoe.options.limits import MAX_DEVICES
 from ggufmoe.placement.offload import Place
@@ -61,7 +62,7 @@ class RemoteDevice:
     @property
     def place(self) -> Place:
         """The device for the planner, with the names that llama.cpp will give it."""
-        buffer = f"RPC{self.index}[{self.endpoint}]"
+        buffer = rpc_buffer(self.index, self.endpoint)
         return Place(self.name, buffer, self.free_bytes, self.total_bytes, alignment=self.alignment)
 
 
@@ -83,7 +84,7 @@ def find_workers(workers: Sequence[tuple[str, int]], answer_s: float = ANSWER_S)
     if wrong:
         raise WorkerError("; ".join(wrong))
     found = [
-        RemoteDevice(f"RPC{number}", f"{host}:{port}", answer.endpoint, index, *facts)
+        RemoteDevice(rpc_device(number), f"{host}:{port}", answer.endpoint, index, *facts)
         for number, (host, port, answer, index, facts) in enumerate(_devices(workers, answers))
     ]
     if len(found) > MAX_DEVICES:

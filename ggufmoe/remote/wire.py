@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from ggufmoe.errors import EngineError
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.report import Placement
+from ggufmoe.placement.load_report import Placement
 from ggufmoe.work import Progress
 
 LOADING = 0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ggufmoe.files import StrPath
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OverflowPolicy, SamplingOptions
-from ggufmoe.placement.report import Placement
+from ggufmoe.placement.load_report import Placement
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.runtime.events import Event, Token
 from ggufmoe.work import CancelFlag

@@ -26,10 +26,12 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native import library as native
 from ggufmoe.native.log import no_wait_callback
+from ggufmoe.native.wording import PLACEMENT_LINES, is_refusal, lacks_pinned_memory
 from ggufmoe.options import ContextOptions, OffloadOptions, given_or_default
-from ggufmoe.placement.devices import find_machine
+from ggufmoe.placement.devices import find_devices
+from ggufmoe.placement.load_report import Placement, placement_of
+from ggufmoe.placement.model_params import device_list, set_parameters
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
-from ggufmoe.placement.report import REPORT_LINES, Placement, device_list, placement_of, set_parameters
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.loading import checked_model, loading_lock
 
@@ -69,7 +71,7 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
         self._plan: OffloadPlan | None = None
         path = user_path(model_path)
         self._header = read_model_header(path) if arguments.get("vocab_only") else checked_model(path)
-        self._machine = find_machine(offload.device if offload else None)
+        self._machine = find_devices(offload.device if offload else None)
         try:
             self._load(path, arguments)
         except BaseException:
@@ -78,14 +80,14 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
 
     def _load(self, path: Path, arguments: Mapping[str, Any]) -> None:
         mark = native_log().mark()
-        with loading_lock, native_log().collecting(REPORT_LINES) as lines:
+        with loading_lock, native_log().collecting(PLACEMENT_LINES) as lines:
             try:
                 super().__init__(os.fspath(path), **{**arguments, **self._replacing(arguments)})
             except ValueError as error:
-                if not str(error).startswith("Failed to "):
+                if not is_refusal(str(error)):
                     raise
                 cause = native_log().cause_since(mark)
-                hint = "; OffloadOptions(no_host=True) does without pinned memory" if "_Host buffer" in cause else ""
+                hint = "; OffloadOptions(no_host=True) does without pinned memory" if lacks_pinned_memory(cause) else ""
                 raise ModelLoadError(f"{path}: llama.cpp cannot load it: {cause}{hint}") from error
         self.kv_overrides = arguments.get("kv_overrides")
         if self._plan is not None:

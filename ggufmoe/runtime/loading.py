@@ -24,12 +24,14 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.native.openmp import SpinLimit
+from ggufmoe.native.wording import PLACEMENT_LINES, lacks_pinned_memory
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads
-from ggufmoe.placement.devices import Machine, find_machine
+from ggufmoe.placement.devices import DeviceTable, find_devices
 from ggufmoe.placement.footprint import Footprint, context_tokens
+from ggufmoe.placement.load_report import Placement, placement_of
+from ggufmoe.placement.model_params import set_parameters
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
-from ggufmoe.placement.report import REPORT_LINES, Placement, placement_of, set_parameters
 from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.kvcache import ComputedBy, KVCache, SavedStates
 from ggufmoe.runtime.vocabulary import LoadedVocabulary
@@ -118,12 +120,12 @@ class LoadedModel:
         Raises ModelLoadError, Cancelled, and what ``on_progress`` raised.
         """
         request = self._request
-        machine = find_machine(request.offload.device, remote=bool(request.offload.workers))
+        machine = find_devices(request.offload.device, remote=bool(request.offload.workers))
         plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
         for warning in plan.warnings:
             _logger.warning("%s: %s", self.path, warning)
         self._check_memory(request.context, plan)
-        with loading_lock, self.log.collecting(REPORT_LINES) as lines:
+        with loading_lock, self.log.collecting(PLACEMENT_LINES) as lines:
             self._check_not_cancelled(callback)
             self._model = self._load_model(machine, plan, callback)
             self._check_not_cancelled(callback)
@@ -158,7 +160,7 @@ class LoadedModel:
 
     # ---- the model
 
-    def _load_model(self, machine: Machine, plan: OffloadPlan, callback: LoadCallback) -> Any:
+    def _load_model(self, machine: DeviceTable, plan: OffloadPlan, callback: LoadCallback) -> Any:
         mark = self.log.mark()
         parameters = self.api.llama_model_default_params()
         key = self._request.model.hyper.key(Keys.LLM.EXPERT_USED_COUNT)
@@ -167,7 +169,7 @@ class LoadedModel:
         model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not model and not callback.stopped:
             cause = self.log.cause_since(mark)
-            if "_Host buffer" in cause and not parameters.no_host:
+            if lacks_pinned_memory(cause) and not parameters.no_host:
                 _logger.warning("%s: %s; trying again as with --no-host", self.path, cause)
                 parameters.no_host = True
                 model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)

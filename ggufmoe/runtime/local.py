@@ -26,7 +26,7 @@ from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError
 from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, given_or_default
-from ggufmoe.placement.report import Placement
+from ggufmoe.placement.load_report import Placement
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
 from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ggufmoe.errors import EngineError, InputError
+from ggufmoe.gguf.sampling_keys import SAMPLING_KEYS
 from ggufmoe.options import MAX_SEED, SamplingOptions, bounds
 from ggufmoe.runtime.grammar import grammar_of
 from ggufmoe.runtime.kvcache import KVCache
@@ -61,28 +62,22 @@ class Sampling:
         return self.options.logprobs
 
 
-@dataclass(frozen=True)
-class _SettingSource:
-    """A setting that the caller left out: the key of the model's file that may give it, and the default."""
-
-    key: str
-    default: float
-
-
-_SOURCES: dict[str, _SettingSource] = {
-    "temperature": _SettingSource("general.sampling.temp", 0.7),
-    "top_k": _SettingSource("general.sampling.top_k", 50),
-    "top_p": _SettingSource("general.sampling.top_p", 0.95),
-    "min_p": _SettingSource("general.sampling.min_p", 0.0),
-    "typical_p": _SettingSource("", 1.0),
-    "repeat_penalty": _SettingSource("general.sampling.penalty_repeat", 1.0),
-    "repeat_last_n": _SettingSource("general.sampling.penalty_last_n", 64),
-    "xtc_probability": _SettingSource("general.sampling.xtc_probability", 0.0),
-    "xtc_threshold": _SettingSource("general.sampling.xtc_threshold", 0.1),
-    "mirostat": _SettingSource("general.sampling.mirostat", 0),
-    "mirostat_lr": _SettingSource("general.sampling.mirostat_eta", 0.1),
-    "mirostat_ent": _SettingSource("general.sampling.mirostat_tau", 5.0),
+_DEFAULTS: dict[str, float] = {
+    "temperature": 0.7,
+    "top_k": 50,
+    "top_p": 0.95,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repeat_penalty": 1.0,
+    "repeat_last_n": 64,
+    "xtc_probability": 0.0,
+    "xtc_threshold": 0.1,
+    "mirostat": 0,
+    "mirostat_lr": 0.1,
+    "mirostat_ent": 5.0,
 }
+"""What holds where neither the caller nor the model's file says anything; a whole number means that it must be one."""
+_KEYS = {setting.option: setting.key for setting in SAMPLING_KEYS}
 
 
 def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Sampling:
@@ -92,24 +87,26 @@ def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Samplin
     for a grammar or a schema that cannot be used.
     """
     filled: dict[str, Any] = {}
-    for name, source in _SOURCES.items():
+    for name, default in _DEFAULTS.items():
         given = getattr(options, name)
-        filled[name] = type(source.default)(_fill(name, source, metadata) if given is None else given)
+        filled[name] = type(default)(_recommended(name, default, metadata) if given is None else given)
     seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None or options.seed < 0 else options.seed
     return Sampling(**filled, seed=seed, n_predict=options.n_predict, grammar=grammar_of(options), options=options)
 
 
-def _fill(name: str, source: _SettingSource, metadata: Callable[[str], Any]) -> float:
-    value = metadata(source.key)
+def _recommended(name: str, default: float, metadata: Callable[[str], Any]) -> float:
+    """What the model's file says of a setting, ``default`` where that is nothing, or makes no sense."""
+    key = _KEYS.get(name)
+    value = None if key is None else metadata(key)
     if value is None:
-        return source.default
-    kind = type(source.default)
+        return default
+    kind = type(default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     low, high = bounds(SamplingOptions, name)
     if is_number and math.isfinite(value) and low <= value <= high and value == kind(value):
         return float(value)
-    _log.warning("the model's %s is %r, which makes no sense; using %s", source.key, value, source.default)
-    return source.default
+    _log.warning("the model's %s is %r, which makes no sense; using %s", key, value, default)
+    return default
 
 
 class Sampler:

@@ -149,7 +149,7 @@ def test_metadata(tmp_path: Path) -> None:
     assert (by_key["a"].after, by_key["e"].before) == (None, None)
     assert (by_key["c"].n_items, by_key["c"].first_item) == (2, 1)
     assert by_key["d"].n_items is None
-    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["metadata"][1] == {
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["metadata"][1] == {
         "key": "b",
         "before": {"type": "UINT32", "value": 1},
         "after": {"type": "UINT32", "value": 2},
@@ -171,7 +171,7 @@ def test_numbers_at_the_edge(
     found = compare(tmp_path, {"x.weight": (F32, before)}, {"x.weight": (F32, after)})
     assert found.tensors[0].relative_error == pytest.approx(error, nan_ok=True)
     assert found.tensors[0].max_difference == pytest.approx(largest, nan_ok=True)
-    json.dumps(found.as_dict(), allow_nan=False)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_a_type_without_values_is_compared_by_bytes(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_equal_experts_and_empty_ones(tmp_path: Path) -> None:
     found = compare_experts(tmp_path / "m.gguf")
     assert of(found, 0, "up")[0, 1] == pytest.approx(1, abs=1e-12)
     assert np.isnan(of(found, 0, "up")[0, 2])
-    report = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert report["matrices"][0]["cosines"][0][2] is None
     assert report["matrices"][0]["rows"] == 16
 

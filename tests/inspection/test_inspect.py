@@ -14,7 +14,7 @@ from ggufmoe.gguf.names import part_of
 from ggufmoe.gguf.types import FILE_TYPES, GGMLType, ValueType
 from ggufmoe.inspection.inspect import MergeReport, Share, inspect_model
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.offload import Host, plan_offload
+from ggufmoe.placement.offload import HostMemory, plan_offload
 from ggufmoe.quant.filetypes import FileType
 from tests.gguf_files import (
     ARRAY,
@@ -90,7 +90,7 @@ def test_hyper_parameters_tokenizer_and_provenance(tmp_path: Path) -> None:
 
 def test_a_report_is_json(tmp_path: Path) -> None:
     strange = {"x.nan": Value(ValueType.FLOAT32, float("nan")), "x.bytes": text("\udcff")}
-    report = inspect_model(write_mixtral(tmp_path / "m.gguf", changes=strange)).as_dict()
+    report = inspect_model(write_mixtral(tmp_path / "m.gguf", changes=strange)).to_dict()
     found = json.loads(json.dumps(report, allow_nan=False))
     assert found["other"] == {"merge.gate_mode": "hidden", "x.nan": "nan", "x.bytes": "\udcff"}
     assert found["parts"][0]["bits_per_weight"] == pytest.approx(5.1875)
@@ -192,7 +192,7 @@ def test_two_of_two_experts_is_pointed_out(tmp_path: Path) -> None:
 
 def test_memory_is_the_plan_s(tmp_path: Path) -> None:
     path = write_mixtral(tmp_path / "m.gguf")
-    host = Host(repacked={GGMLType.Q4_K: 8})
+    host = HostMemory(repacked={GGMLType.Q4_K: 8})
     context = ContextOptions(n_ctx=1000, cache_type_v="q8_0")
     asked, full = inspect_model(path, context, host).memory
     plan = plan_offload(read_model_header(path), context, OffloadOptions(device="none"), (), host)
@@ -232,8 +232,8 @@ def test_the_recipe_of_a_merge(tmp_path: Path) -> None:
     report = inspect_model(write_mixtral(tmp_path / "m.gguf", changes=keys))
     assert report.merge == MergeReport(recipe, "hidden", "0.1.0")
     assert report.other == {"merge.gate_mode": "hidden"}
-    assert report.as_dict()["merge"]["recipe"] == recipe
-    assert report.as_dict()["memory"][0]["n_bytes"] == report.memory[0].n_bytes
+    assert report.to_dict()["merge"]["recipe"] == recipe
+    assert report.to_dict()["memory"][0]["n_bytes"] == report.memory[0].n_bytes
     assert inspect_model(write_mixtral(tmp_path / "n.gguf")).merge is None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ggufmoe import ContextOptions, Engine, OffloadOptions, SamplingOptions
 from ggufmoe.native import library as native
-from ggufmoe.placement.devices import find_machine
+from ggufmoe.placement.devices import find_devices
 from ggufmoe.runtime.events import Token
 
 TEXT = "the model reads a number and writes"
@@ -44,7 +44,7 @@ def limited(model: Path) -> OffloadOptions:
     with Engine(model, SMALL, OffloadOptions(**ON_RPC, cpu_moe=True)) as engine:
         share = engine.placement.plan.shares[0]
         experts = sum(tensor.n_bytes for tensor in engine.header.tensors if "_exps" in tensor.name) / 4
-    free = find_machine("RPC0").places[0].free_bytes
+    free = find_devices("RPC0").places[0].free_bytes
     target = (free - share.n_bytes - int(2.3 * experts)) // MIB
     return OffloadOptions(**{**ON_RPC, "fit": "on"}, fit_target=target)
 

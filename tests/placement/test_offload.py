@@ -17,11 +17,11 @@ from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.gguf.names import experts_pattern
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
-from ggufmoe.placement.offload import Host, OffloadPlan, Place, as_dict, chosen_devices, plan_offload
+from ggufmoe.placement.offload import HostMemory, OffloadPlan, Place, chosen_devices, plan_offload
 from tests.placement.shapes import N_EMBD, N_FF, N_HEAD_KV, model_of
 
 MIB, GIB = 2**20, 2**30
-CPU = Host(16 * GIB, 16 * GIB, {GGMLType.Q4_K: 8})
+CPU = HostMemory(16 * GIB, 16 * GIB, {GGMLType.Q4_K: 8})
 EXPERT = 3 * 2 * N_FF * GGMLType.Q4_K.row_bytes(N_EMBD)
 """Bytes of the two experts of a layer."""
 KV = 2 * 2 * 4096 * N_HEAD_KV * 64
@@ -44,7 +44,7 @@ def gpu(n_mib: float, number: int = 0, **more: Any) -> Place:
 
 
 def plan_of(
-    model: ModelHeader, devices: Sequence[Place] = (), n_ctx: int | None = None, host: Host = CPU, **offload: Any
+    model: ModelHeader, devices: Sequence[Place] = (), n_ctx: int | None = None, host: HostMemory = CPU, **offload: Any
 ) -> OffloadPlan:
     options = OffloadOptions(**{"fit_target": 0, **offload})
     return plan_offload(model, ContextOptions(n_ctx=n_ctx), options, devices, host)
@@ -283,7 +283,7 @@ def test_a_context_beyond_what_was_trained_is_told(model: ModelHeader) -> None:
 
 
 def test_a_small_memory_is_told(model: ModelHeader) -> None:
-    notes = plan_of(model, host=Host(MIB, MIB, CPU.repacked)).notes
+    notes = plan_of(model, host=HostMemory(MIB, MIB, CPU.repacked)).notes
     assert any("are wanted of it" in note for note in notes)
     assert any("leave it out with --no-repack" in note for note in notes)
 
@@ -312,7 +312,7 @@ def test_other_caches_are_called_estimates(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_plain_values(model: ModelHeader) -> None:
-    found = json.loads(json.dumps(as_dict(plan_of(model, [gpu(4096)]))))
+    found = json.loads(json.dumps(plan_of(model, [gpu(4096)]).to_dict()))
     assert found["shares"][0]["weight_bytes"] == plan_of(model, [gpu(4096)]).shares[0].weight_bytes
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from ggufmoe import EngineError, OffloadOptions, OptionError, WorkerError
 from ggufmoe.native import backends, rpc_calls
-from ggufmoe.placement.devices import find_machine
+from ggufmoe.placement.devices import find_devices
 from ggufmoe.remote import rpc
 from ggufmoe.remote.places import find_places
 from ggufmoe.remote.rpc import find_workers, guard_connections, lost_workers
@@ -47,7 +47,7 @@ def test_a_worker_tells_what_it_has(worker: Worker) -> None:
     assert found[0].total_bytes == worker.devices[0].total_bytes > 2**28
     assert 0 < found[0].free_bytes <= found[0].total_bytes
     assert found[0].place.buffer == f"RPC0[{worker.endpoint}]"
-    assert found[0].alignment == find_machine("none").host.alignment
+    assert found[0].alignment == find_devices("none").host.alignment
 
 
 def test_asking_leaves_the_worker_free_for_the_next(worker: Worker) -> None:

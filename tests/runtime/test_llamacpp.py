@@ -28,7 +28,7 @@ from ggufmoe import (
     OptionError,
     SamplingOptions,
 )
-from tests.placement.test_report import ROOT, Outcomes, wait_for, worker
+from tests.placement.test_load_report import ROOT, Outcomes, wait_for, worker
 from tests.scripted import Scripted
 
 SMALL: dict[str, Any] = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}

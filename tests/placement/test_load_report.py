@@ -20,9 +20,10 @@ import ggufmoe
 from ggufmoe import ContextOptions, Engine, OffloadOptions, OptionError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import backends
-from ggufmoe.placement.devices import Machine, find_machine, repacked_types
-from ggufmoe.placement.offload import Host, OffloadPlan, Place, plan_offload
-from ggufmoe.placement.report import placement_of, read_report, set_parameters
+from ggufmoe.placement.devices import DeviceTable, find_devices, repacked_types
+from ggufmoe.placement.load_report import placement_of, read_report
+from ggufmoe.placement.model_params import set_parameters
+from ggufmoe.placement.offload import HostMemory, OffloadPlan, Place, plan_offload
 from tests.placement.shapes import model_of
 
 TIED: dict[str, Any] = {
@@ -212,7 +213,7 @@ def test_what_cannot_be_is_refused_before_loading(model: Path, offload: OffloadO
 
 
 def test_this_machine_is_found() -> None:
-    machine = find_machine("none")
+    machine = find_devices("none")
     assert machine.places == ()
     assert machine.host.total_bytes > 2**28
     assert machine.host.name == "CPU"
@@ -226,8 +227,8 @@ def test_an_engine_whose_amx_code_crashes_uses_no_extra_buffers(
     monkeypatch.setattr(backends, "has_broken_amx", lambda: True)
     assert repacked_types() == {}
     parameters = SimpleNamespace()
-    machine = Machine((), Host(), {}, {}, {})
-    plan = plan_offload(model_of(tmp_path / "m.gguf"), ContextOptions(), OffloadOptions(), (), Host(name="CPU"))
+    machine = DeviceTable((), HostMemory(), {}, {}, {})
+    plan = plan_offload(model_of(tmp_path / "m.gguf"), ContextOptions(), OffloadOptions(), (), HostMemory(name="CPU"))
     set_parameters(None, parameters, machine, plan, OffloadOptions(), "llama.expert_used_count")
     assert parameters.use_extra_bufts is False
     assert "llama.cpp#20824" in caplog.text
@@ -239,13 +240,13 @@ def test_an_engine_whose_amx_code_crashes_uses_no_extra_buffers(
 def simple_plan(tmp_path: Path) -> OffloadPlan:
     devices = (Place("GPU0", "GPU0", 2**33, 2**33),)
     return plan_offload(
-        model_of(tmp_path / "m.gguf"), ContextOptions(), OffloadOptions(cpu_moe=True), devices, Host(name="CPU")
+        model_of(tmp_path / "m.gguf"), ContextOptions(), OffloadOptions(cpu_moe=True), devices, HostMemory(name="CPU")
     )
 
 
 def test_a_difference_names_both_numbers(tmp_path: Path) -> None:
     plan = simple_plan(tmp_path)
-    machine = Machine((Place("GPU0", "GPU0", 2**33, 2**33),), Host(), {}, {}, {})
+    machine = DeviceTable((Place("GPU0", "GPU0", 2**33, 2**33),), HostMemory(), {}, {}, {})
     lines = [
         "load_tensors: offloaded 3/9 layers to GPU",
         "tensor blk.0.ffn_up_exps.weight (0 MiB q4_K) buffer type overridden to CPU",

@@ -1,0 +1,124 @@
+"""What llama.cpp says in words, as far as decisions depend on it: log lines, messages of aborts, names of buffers.
+
+The words are those of the pinned commit (0c1e57098), and the tests hold every one of them against the pinned build.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+# ---- where a load has put things
+
+PLACEMENT_LINES = re.compile(r"buffer size = |buffer type overridden to |: offloaded \d+/\d+ layers")
+"""The log lines that ``buffer_size``, ``overridden_tensor`` and ``offloaded_layers`` read."""
+SIZE_STEP_BYTES = 0.005 * 2**20
+"""Sizes are logged in MiB with two decimals: by so much they may be wrong."""
+
+_BUFFER = re.compile(r": +(?P<name>\S+) +(?P<content>model|KV|compute) buffer size = +(?P<mib>[\d.]+) MiB")
+_OVERRIDDEN = re.compile(r"tensor (\S+) .*buffer type overridden to (\S+)")
+_OFFLOADED = re.compile(r": offloaded (\d+)/\d+ layers")
+
+Content = Literal["model", "KV", "compute"]
+"""What a buffer is for."""
+
+
+@dataclass(frozen=True)
+class BufferSize:
+    """A buffer that llama.cpp has allocated, or a range of a file that it has mapped."""
+
+    name: str
+    content: Content
+    n_bytes: int
+
+
+def buffer_size(line: str) -> BufferSize | None:
+    """The buffer that a log line tells of, if it does."""
+    found = _BUFFER.search(line)
+    if found is None:
+        return None
+    content: Content = found["content"]  # type: ignore[assignment]  # one of the three by the pattern
+    return BufferSize(found["name"], content, round(float(found["mib"]) * 2**20))
+
+
+def overridden_tensor(line: str) -> tuple[str, str] | None:
+    """Name and buffer of a tensor that an override has moved, if a log line tells of one."""
+    found = _OVERRIDDEN.search(line)
+    return (found[1], found[2]) if found else None
+
+
+def offloaded_layers(line: str) -> int | None:
+    """The number of layers on GPUs, the output counted, if a log line tells it."""
+    found = _OFFLOADED.search(line)
+    return int(found[1]) if found else None
+
+
+# ---- names of backends and buffers
+
+CPU_BACKEND = "CPU"
+RPC_BACKEND = "RPC"
+
+
+def mapped_buffer(buffer: str) -> str:
+    """The name under which a mapped range of the file is logged in the place of a buffer."""
+    return f"{buffer}_Mapped"
+
+
+def repack_buffer(buffer: str) -> str:
+    """The CPU's buffer for weights that are rearranged for its vector units."""
+    return f"{buffer}_REPACK"
+
+
+def is_repack_buffer(buffer: str) -> bool:
+    """Whether weights in this buffer are a rearranged copy."""
+    return buffer.endswith("_REPACK")
+
+
+def rpc_device(number: int) -> str:
+    """The name of a worker's device; they are numbered over all workers."""
+    return f"RPC{number}"
+
+
+def rpc_buffer(index: int, endpoint: str) -> str:
+    """The name of the buffer of a worker's device; ``index`` counts the devices of this worker."""
+    return f"RPC{index}[{endpoint}]"
+
+
+# ---- what went wrong
+
+_VAGUE = ("failed to load model",)
+"""Ends of error lines that follow a line with the cause."""
+_SOURCE_LINE = re.compile(r"\.(?:c|cc|cpp|cu|h|hpp|m|mm):\d+: (.+)$")
+
+
+def is_vague(error: str) -> bool:
+    """Whether an error line only repeats that something went wrong."""
+    return error.endswith(_VAGUE)
+
+
+def without_function(line: str) -> str:
+    """A log line without the name of the C++ function that most begin with."""
+    function, separator, message = line.partition(": ")
+    return message.strip() if separator and function.replace("_", "").replace(":", "").isalnum() else line
+
+
+def lacks_pinned_memory(error: str) -> bool:
+    """Whether memory that a GPU reads by itself (``CUDA_Host``) could not be had; plain memory does as well."""
+    return "_Host buffer" in error
+
+
+def abort_message(line: str) -> str:
+    """The message of an abort or a failed assertion, without file and line number; empty for other lines of stderr."""
+    found = _SOURCE_LINE.search(line)
+    return found[1] if found else ""
+
+
+def is_worker_abort(message: str) -> bool:
+    """Whether llama.cpp has ended its process because a worker was lost, or could not be reached."""
+    return "RPC" in message or "Failed to connect" in message
+
+
+def is_refusal(error: str) -> bool:
+    """Whether a ValueError of llama-cpp-python means that llama.cpp gave it no model or context."""
+    return error.startswith("Failed to ")
