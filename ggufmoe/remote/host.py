@@ -125,7 +125,7 @@ class EngineHost:
         """Free the engine and leave the process; within ``_LEAVE_S`` even if workers hang."""
         if self._engine is None:  # it is loading
             os._exit(0)
-        _in_thread(_exit_later)
+        _in_thread(_exit_later)  # the parent kills a child that does not leave, unless it has ended itself
         for stream in list(self._streams.values()):
             stream.stop()
         self._engine.cancel()
@@ -298,7 +298,6 @@ def _facts_of(engine: LocalEngine) -> EngineFacts:
 
 
 def _exit_later() -> None:
-    # the parent kills a child that does not leave, unless it has ended itself
     time.sleep(_LEAVE_S)
     os._exit(1)
 

@@ -71,7 +71,10 @@ class Worker:
         self.endpoint = f"{address}:{options.port}"
         """The address that it listens at, as IPv4:PORT."""
         self.n_threads = options.n_threads or default_threads()
-        self.devices = tuple(_described(device) for device in devices)
+        facts = [(device.name, backends.device_facts(device)) for device in devices]
+        self.devices = tuple(
+            ServedDevice(name, about.description, about.free_bytes, about.total_bytes) for name, about in facts
+        )
         self._client_host = _LOOPBACK if address == _ANYWHERE else address
         self._port = options.port
         names = tuple(device.name for device in devices)
@@ -161,11 +164,6 @@ def _served(named: str | None) -> list[backends.Device]:
     plain = (backends.DeviceType.CPU, backends.DeviceType.ACCEL)
     gpus = [device for device in there if device.type not in plain]
     return gpus or [device for device in there if device.type is backends.DeviceType.CPU]
-
-
-def _described(device: backends.Device) -> ServedDevice:
-    facts = backends.device_facts(device)
-    return ServedDevice(device.name, facts.description, facts.free_bytes, facts.total_bytes)
 
 
 def serve_here(incoming: IO[bytes], _outgoing: IO[bytes]) -> None:

@@ -6,7 +6,6 @@ computed again.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -137,7 +136,8 @@ class Chat:
         asked = (*history, question)
         prompt, n_keep = self.prompt(asked), None
         if self.engine.overflow != "error":
-            prompt, n_keep = self._shortened(asked, prompt, sampling), self._n_opening()
+            # BOS and the system message always stay
+            prompt, n_keep = self._shortened(asked, prompt, sampling), len(self._prompt_before_next(()))
         stops = (*self.template.stop, *stop_strings(stop))
         events = self.engine.generate(prompt, sampling, stop=stops, cancel=cancel, n_keep=n_keep)
         return self._record(asked, events, (self.messages, self._n_replaced))
@@ -161,10 +161,10 @@ class Chat:
         self._n_left_out = n
         return prompt
 
-    def _n_opening(self) -> int:
-        """Number of tokens at the beginning of every prompt of this conversation: BOS and the system message."""
-        one, other = (self.prompt((Message("user", text),)) for text in ("a", "b"))
-        return common_prefix(one, other)
+    def _prompt_before_next(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens at the beginning of every prompt that continues ``messages`` with one more."""
+        one, other = (self.prompt((*messages, Message("user", text))) for text in ("a", "b"))
+        return one[: common_prefix(one, other)]
 
     def _record(
         self, asked: tuple[Message, ...], events: Iterator[Event], before: tuple[tuple[Message, ...], int]
@@ -223,12 +223,7 @@ class Chat:
         """
         if not self.messages:
             raise InputError("nothing has been said yet that could be kept")
-        self.engine.save_session(path, self._said(), json.dumps(self._content()))
-
-    def _said(self) -> list[int]:
-        """The tokens at the beginning of every prompt for one more message."""
-        one, other = (self.prompt((*self.messages, Message("user", text))) for text in ("a", "b"))
-        return [x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+        self.engine.save_session(path, self._prompt_before_next(self.messages), json.dumps(self._content()))
 
     def load_session(self, path: StrPath) -> None:
         """Replace the conversation and the KV cache by those of a file of ``save_session``. Raises InputError."""

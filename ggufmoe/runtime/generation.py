@@ -83,8 +83,9 @@ class Generation:
                         n_given += 1
                         yield event
                     else:
-                        # an answer that was cancelled counts the tokens that its reader got
-                        yield _with_count(event, n_given) if _is_cancelled(event) else event
+                        if _is_cancelled(event):  # it counts the tokens that its reader got
+                            event = replace(event, timing=replace(event.timing, generated_tokens=n_given))
+                        yield event
                         return
         finally:
             self.close()
@@ -270,10 +271,6 @@ class Generation:
 
 def _is_cancelled(event: Event) -> bool:
     return isinstance(event, Finished) and event.reason == "cancelled"
-
-
-def _with_count(last: Finished, n_given: int) -> Finished:
-    return replace(last, timing=replace(last.timing, generated_tokens=n_given))
 
 
 @dataclass

@@ -82,6 +82,7 @@ class KVCache:
         self,
         api: Any,
         context: Any,
+        *,
         n_vocab: int,
         log: NativeLog,
         path: Path,

@@ -33,7 +33,7 @@ from ggufmoe.placement.load_report import Placement, placement_of
 from ggufmoe.placement.model_params import set_parameters
 from ggufmoe.placement.offload import OffloadPlan, plan_offload
 from ggufmoe.runtime.events import Token
-from ggufmoe.runtime.kvcache import ComputedBy, KVCache, SavedStates
+from ggufmoe.runtime.kvcache import KVCache, SavedStates
 from ggufmoe.runtime.vocabulary import LoadedVocabulary
 from ggufmoe.sizes import memory_size
 from ggufmoe.work import OnProgress, Progress, memory_bytes
@@ -147,16 +147,18 @@ class LoadedModel:
             raise Cancelled(f"{self.path}: loading was stopped")
 
     def _new_cache(self) -> KVCache:
-        n_vocab = self.vocabulary.n_tokens
-        flag, computed_by = self.abort_flag, self._computed_by()
+        elsewhere = any(share.layers or share.buffers for share in self.placement.plan.shares[:-1])
         return KVCache(
-            self.api, self._context, n_vocab, self.log, self.path, self._saved, flag, computed_by, self._spin_limit
+            self.api,
+            self._context,
+            n_vocab=self.vocabulary.n_tokens,
+            log=self.log,
+            path=self.path,
+            saved=self._saved,
+            abort_flag=self.abort_flag,
+            computed_by=("worker" if self._request.offload.workers else "gpu") if elsewhere else "cpu",
+            spin_limit=self._spin_limit,
         )
-
-    def _computed_by(self) -> ComputedBy:
-        if not any(share.layers or share.buffers for share in self.placement.plan.shares[:-1]):
-            return "cpu"
-        return "worker" if self._request.offload.workers else "gpu"
 
     # ---- the model
 

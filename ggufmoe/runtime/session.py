@@ -12,17 +12,14 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ggufmoe.errors import ContextFullError, InputError, OutputError
 from ggufmoe.files import replacing
-from ggufmoe.gguf.header import TensorInfo
 from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
@@ -84,13 +81,9 @@ def _identity(model: ModelHeader) -> str:
         digest.update(repr(tensors).encode())
         with open(shard.path, "rb") as file:
             for info in tensors[:: max(1, len(tensors) // _SAMPLED_TENSORS)]:
-                digest.update(_sample(file, shard.header.data_offset, info))
+                file.seek(shard.header.data_offset + info.offset)
+                digest.update(file.read(min(info.n_bytes, _SAMPLE_BYTES)))
     return digest.hexdigest()
-
-
-def _sample(file: BinaryIO, start: int, info: TensorInfo) -> bytes:
-    file.seek(start + info.offset)
-    return file.read(min(info.n_bytes, _SAMPLE_BYTES))
 
 
 # ---- writing
@@ -173,18 +166,14 @@ def _read_state(path: Path, file: BinaryIO, header: dict[str, Any], file_bytes: 
     raw = file.read(4 * n_tokens)
     digest.update(raw)
     data = np.empty(n_bytes, np.uint8)
-    for part in _parts(data):
+    for begin in range(0, n_bytes, _CHUNK):
+        part = data.data[begin : begin + _CHUNK]
         if file.readinto(part) != len(part):  # type: ignore[attr-defined]
             raise _damaged(path, "it ends too early")
         digest.update(part)
     if digest.hexdigest() != header["sha256"]:
         raise _damaged(path, "its checksum is wrong")
     return SavedState(tuple(np.frombuffer(raw, "<i4").tolist()), data)
-
-
-def _parts(data: NDArray[np.uint8]) -> Iterator[memoryview]:
-    view = data.data
-    return (view[begin : begin + _CHUNK] for begin in range(0, len(view), _CHUNK))
 
 
 def _check_plain(path: Path, state: SavedState) -> None:
