@@ -40,6 +40,8 @@ def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSo
         errors += [f"{name}: {difference}" for difference in _errors(base.config, expert.config)]
         errors += [f"{name}: {difference}" for difference in _vocabulary_errors(base, expert)]
         warnings += [f"{name}: {difference}" for difference in _warnings(base, expert)]
+        if recipe.tokenizer_source in (None, "base"):
+            warnings += [f"{name}: {difference}" for difference in _token_warnings(base, expert)]
     if errors:
         raise RecipeError(f"the models do not fit together: {'; '.join(dict.fromkeys(errors))}")
     return tuple(dict.fromkeys(warnings))
@@ -65,19 +67,26 @@ def _vocabulary_errors(base: ModelSource, expert: ModelSource) -> Iterator[str]:
 
 
 def _warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
-    if expert.config.n_vocab != base.config.n_vocab:
-        yield f"has {expert.config.n_vocab} vocabulary rows, the base {base.config.n_vocab}; the base's are kept"
     if expert.config.n_ctx != base.config.n_ctx:
         yield f"was made for a context of {expert.config.n_ctx}, the base for {base.config.n_ctx}; the base's is kept"
+    yield from _template_warning(base, expert)
+
+
+def _token_warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
+    """Differences between the tokens of an expert and those of the base, where the base's are kept."""
+    if expert.config.n_vocab != base.config.n_vocab:
+        yield f"has {expert.config.n_vocab} vocabulary rows, the base {base.config.n_vocab}; the base's are kept"
     for field, name in (("bos_token_id", "BOS"), ("eos_token_id", "EOS")):
         ours, theirs = getattr(base.config, field), getattr(expert.config, field)
         if ours != theirs:
             yield f"its {name} token is {theirs}, the base's is {ours}; the base's is kept"
-    yield from _template_warning(base, expert)
     extra = sorted(_added_tokens(expert) - _added_tokens(base))
     if extra:
         shown = ", ".join(extra[:5]) + (", …" if len(extra) > 5 else "")
-        yield f"knows tokens that the base does not ({shown}); the base's tokenizer is kept"
+        yield (
+            f"knows tokens that the base does not ({shown}); the base's tokenizer is kept "
+            "(tokenizer_source: union takes them)"
+        )
 
 
 def _template_warning(base: ModelSource, expert: ModelSource) -> Iterator[str]:

@@ -8,7 +8,7 @@ GGUF and going through a merged checkpoint give the same bytes. Nothing is opene
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,11 +30,13 @@ from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.model_card import model_card
 from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import check_prompts, make_router
+from ggufmoe.merge.tokens import BASE, GatheredRows, KnownTokens, TokenPlan, plan_tokens
 from ggufmoe.version import __version__
 from ggufmoe.work import CancelFlag, OnProgress
 
 log = logging.getLogger("ggufmoe")
 
+_TOKEN_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 _EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -128,8 +130,9 @@ class MergedModel:
             self._sources = tuple(opened.values())
             self.warnings = compare_sources(self._base, recipe, self._experts)
             self._dtype = recipe.storage_dtype or _own_dtype(self._base)
-            self.config = _config(self._base.config, recipe, self._dtype)
-            self.tokenizer_dir = self._tokenizer().tokenizer_dir
+            self._tokens = plan_tokens(recipe.tokenizer_source, self._base, self._experts)
+            self.config = _config(self._base.config, recipe, self._dtype, self._tokens)
+            self.tokenizer_dir = self._tokens.directory
             self.chat_template = self._chosen_template()
             self.provenance = _provenance(recipe, text, path, opened)
             self._routers = list(self._router_tensors())
@@ -176,13 +179,14 @@ class MergedModel:
         """Close every source."""
         for source in self._sources:
             source.close()
-
-    def _tokenizer(self) -> ModelSource:
-        choice = self.recipe.tokenizer_source
-        return self._base if choice in (None, "base") else self._experts[int(str(choice).removeprefix("expert:"))]
+        if self._tokens.scratch is not None:
+            self._tokens.scratch.cleanup()
 
     def _chosen_template(self) -> str | None:
-        """The recipe's choice; else the tokenizer's own (None); else the first expert's that has one."""
+        """The recipe's choice; else the tokenizer's own (None); else that of the first expert whose template fits.
+
+        A template fits if the result has every token of the expert that it writes.
+        """
         choice = self.recipe.chat_template
         if choice is not None and choice.startswith("expert:"):
             return self._template_of(int(choice.removeprefix("expert:")))
@@ -190,11 +194,17 @@ class MergedModel:
             return _template_file(self._path.parent / choice)
         if choice == "base" or default_chat_template(self.tokenizer_dir) is not None:
             return None
+        known = self._tokens.ids or KnownTokens(self._base).ids
+        lacking: dict[int, list[str]] = {}
         for i, expert in enumerate(self._experts):
             template = default_chat_template(expert.tokenizer_dir)
-            if template is not None:
+            if template is not None and not (found := KnownTokens(expert).lacking_in(known)):
                 log.warning("the base model has no chat template; using that of expert %d", i)
                 return template
+            if template is not None:
+                lacking[i] = found
+        if lacking:
+            raise RecipeError(_no_template_fits(self._path, lacking))
         return None
 
     def _template_of(self, expert: int) -> str:
@@ -210,7 +220,9 @@ class MergedModel:
 
     def _named_tensors(self) -> Iterator[tuple[str, SourceTensor]]:
         for name, tensor in self._base.tensors.items():
-            if ".mlp." not in name:
+            if name in _TOKEN_ROWS and self._tokens.runs:
+                yield name, self._gathered_rows(name)
+            elif ".mlp." not in name:
                 yield name, RoundedTensor(name, tensor, self._dtype)
         for router in self._routers:
             yield router.name, router
@@ -223,6 +235,16 @@ class MergedModel:
                     changes = _changes(spec, part, (self.recipe.seed, tensor_number))
                     yield name, RoundedTensor(name, tensor, self._dtype, changes)
 
+    def _gathered_rows(self, name: str) -> GatheredRows:
+        sources = {BASE: self._base, **dict(enumerate(self._experts))}
+        used = {source for run in self._tokens.runs for source, _ in run.sources}
+        tensors: dict[int, SourceTensor] = {}
+        for source in used:
+            # a model whose output is its embedding has one tensor for both
+            tensor = sources[source].tensors.get(name) or sources[source].tensors[_TOKEN_ROWS[0]]
+            tensors[source] = RoundedTensor(name, tensor, self._dtype)
+        return GatheredRows(name, self._dtype, self._tokens.runs, tensors, self.config.n_embd)
+
 
 def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedModel:
     """Open a recipe and all it names, and check that they fit together; nothing is computed yet.
@@ -234,6 +256,16 @@ def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedM
     for warning in model.warnings:
         log.warning("%s", warning)
     return model
+
+
+def _no_template_fits(path: Path, lacking: Mapping[int, Sequence[str]]) -> str:
+    told = "; ".join(f"that of expert {i} writes {', '.join(tokens)}" for i, tokens in lacking.items())
+    first = next(iter(lacking))
+    return (
+        f"{path}: the base has no chat template, and no expert's fits the base's tokens: {told}. Write "
+        f"tokenizer_source: union (or expert:{first}) to take these tokens with their embedding rows, "
+        "chat_template: base to go without a template, chat_template: FILE or expert:N to take one all the same"
+    )
 
 
 def _open(
@@ -288,7 +320,7 @@ _ORIGINAL = "original_max_position_embeddings"
 _TORCH_DTYPES = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
 
 
-def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype) -> ModelConfig:
+def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype, tokens: TokenPlan) -> ModelConfig:
     """The base's hyper-parameters as a Mixtral's; ``raw`` is readable by transformers 4 and 5."""
     n_expert, n_expert_used = len(recipe.experts), recipe.experts_per_token
     dropped = ("pretraining_tp", "attention_bias", "mlp_bias", "auto_map", "_name_or_path", "transformers_version")
@@ -310,12 +342,16 @@ def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype) -> ModelConfig:
         "router_aux_loss_coef": 0.001,
         "torch_dtype": _TORCH_DTYPES[dtype],
         "dtype": _TORCH_DTYPES[dtype],
+        **tokens.config,
     }
     return replace(
         base,
         architecture="MixtralForCausalLM",
         n_expert=n_expert,
         n_expert_used=n_expert_used,
+        n_vocab=tokens.n_vocab,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
         raw=MappingProxyType(raw),
     )
 

@@ -294,17 +294,18 @@ def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
             yield place, "names no model"
         elif "+" in model:
             yield place, f"{model!r} adds a LoRA; merge the adapter into the model first"
-    yield from _bad_choice("tokenizer_source", recipe.tokenizer_source, recipe)
+    if recipe.tokenizer_source != "union":
+        yield from _bad_choice("tokenizer_source", recipe.tokenizer_source, recipe, ", nor union")
     if recipe.chat_template is not None and recipe.chat_template.startswith("expert:"):
         yield from _bad_choice("chat_template", recipe.chat_template, recipe)
 
 
-def _bad_choice(key: str, value: str | None, recipe: Recipe) -> Iterator[_Problem]:
+def _bad_choice(key: str, value: str | None, recipe: Recipe, others: str = "") -> Iterator[_Problem]:
     if value is None or value == "base":
         return
     match = re.fullmatch(r"expert:(\d+)", value)
     if match is None or int(match[1]) >= len(recipe.experts):
-        yield (key,), f"{value!r} is neither base nor expert:0 to expert:{len(recipe.experts) - 1}"
+        yield (key,), f"{value!r} is neither base nor expert:0 to expert:{len(recipe.experts) - 1}{others}"
 
 
 def _prompt_problems(recipe: Recipe) -> Iterator[_Problem]:

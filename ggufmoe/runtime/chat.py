@@ -7,6 +7,7 @@ computed again.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from ggufmoe.errors import InputError, OutputExistsError, TemplateError
 from ggufmoe.files import StrPath, decode_text, replacing, user_path
+from ggufmoe.gguf.special_texts import ENDS_BY_TEXT, special_literals
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.enginelike import EngineLike
@@ -23,6 +25,7 @@ from ggufmoe.runtime.template import ChatTemplate, find_template, stored_templat
 from ggufmoe.runtime.textstream import stop_strings
 from ggufmoe.work import CancelFlag
 
+_logger = logging.getLogger("ggufmoe")
 _FORMAT = "ggufmoe-chat"
 _MAX_FILE_BYTES = 64 << 20
 
@@ -244,7 +247,23 @@ def _template(engine: EngineLike, choice: str | None) -> ChatTemplate:
             f"{engine.path}: the file {which}: name one with --chat-template NAME|FILE, "
             "or continue plain text with 'run --raw'"
         )
+    template.stop += _foreign_ends(engine, template, warn=choice is not None)
     return template
+
+
+def _foreign_ends(engine: EngineLike, template: ChatTemplate, *, warn: bool) -> tuple[str, ...]:
+    """Ends of a turn that the template writes and the vocabulary has no token for: to be watched for as text."""
+    foreign = [
+        literal
+        for literal in special_literals(template.source)
+        if len(engine.tokenize(literal, add_bos=False, parse_special=True)) != 1
+    ]
+    if foreign and warn:
+        _logger.warning(
+            "%s: %s writes %s, which the model does not have as tokens: it reads them in pieces, as text",
+            *(engine.path, template.name, ", ".join(foreign)),
+        )
+    return tuple(literal for literal in foreign if literal in ENDS_BY_TEXT and literal not in template.stop)
 
 
 def _stated_token(engine: EngineLike, role: str, default: int | None) -> str:

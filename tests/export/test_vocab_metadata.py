@@ -274,6 +274,24 @@ def test_chat_template_file(tmp_path: Path) -> None:
     assert plain(tokenizer_metadata(directory, config(N_PIECES)))["tokenizer.chat_template"] == "{{ messages }}"
 
 
+def test_what_a_template_writes_and_the_vocabulary_lacks_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chatml = "<|im_start|>user\n{{ messages[0].content }}<|im_end|></s>"
+    directory = write_tokenizer(tmp_path / "plain", "spm")
+    tokenizer_metadata(directory, config(N_PIECES), chat_template=chatml)
+    assert "the chat template writes <|im_start|>, <|im_end|>, which this vocabulary does not have" in caplog.text
+    caplog.clear()
+    named = {"chat_template": {"default": "x", "tool_use": "<|tool|>"}}
+    tokenizer_metadata(write_tokenizer(tmp_path / "named", "spm", tokenizer_config_json=named), config(N_PIECES))
+    assert "the chat template 'tool_use' writes <|tool|>, which" in caplog.text
+    caplog.clear()
+    added = {"<|im_start|>": 400, "<|im_end|>": 401}
+    known = write_tokenizer(tmp_path / "known", "spm", added_tokens_json=added)
+    tokenizer_metadata(known, config(402), chat_template=chatml)
+    assert caplog.text == ""
+
+
 def test_what_llama_cpp_cannot_do_quite_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="ggufmoe")
     strips = added_token(384, "<mask>", special=True) | {"lstrip": True}

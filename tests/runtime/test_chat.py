@@ -116,6 +116,26 @@ def test_a_file_with_templates_for_some_uses_names_them(write_model: Callable[[S
         assert Chat(engine, template="rag").template.source == "x"
 
 
+def test_the_end_of_a_turn_that_is_no_token_is_watched_for_as_text(
+    write_model: Callable[[Scripted], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = Scripted(
+        {"[assistant]": " hi", " hi": "<|im_", "<|im_": "end|>", "end|>": " more", " more": " more"},
+        pieces=["<", "|"],
+        chat_template="[assistant]{# <|im_end|> #}",
+    )
+    with Engine(write_model(spec), ONE_THREAD) as engine:
+        sampling = replace(GREEDY, n_predict=8)
+        assert said(Chat(engine, sampling=sampling).send("")) == "hi<|im_end|> more more more more more"
+        assert caplog.text == ""
+        chat = Chat(engine, sampling=sampling, template="chatml")
+        assert chat.template.stop == ("<|im_end|>",)
+        assert "chatml writes <|im_start|>, <|im_end|>, which the model does not have as tokens" in caplog.text
+    file = replace(spec, chat_template="{{ messages[0].content }}[assistant]{% if false %}<|im_end|>{% endif %}")
+    with Engine(write_model(file), ONE_THREAD) as engine:
+        assert said(Chat(engine, sampling=replace(GREEDY, n_predict=8)).send("")) == "hi"
+
+
 def test_a_template_gets_the_models_special_tokens(write_model: Callable[[Scripted], Path]) -> None:
     source = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}"
     for metadata, text in (

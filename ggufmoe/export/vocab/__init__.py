@@ -6,6 +6,8 @@ error and never a guess. One module for each kind of tokenizer; ``special`` and 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from ggufmoe.checkpoint.chat_template import chat_templates
@@ -13,11 +15,14 @@ from ggufmoe.checkpoint.source import ModelConfig
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.export.vocab import bytelevel, spm_json, spm_model
 from ggufmoe.export.vocab.metadata import metadata
-from ggufmoe.export.vocab.rows import Vocabulary
+from ggufmoe.export.vocab.rows import TokenType, Vocabulary
 from ggufmoe.export.vocab.special import special_tokens
 from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.special_texts import special_literals
 
 __all__ = ["tokenizer_metadata"]
+
+_LOG = logging.getLogger("ggufmoe")
 
 
 def tokenizer_metadata(tokenizer_dir: Path, config: ModelConfig, chat_template: str | None = None) -> dict[str, Value]:
@@ -31,7 +36,25 @@ def tokenizer_metadata(tokenizer_dir: Path, config: ModelConfig, chat_template: 
     files = TokenizerFiles.read(tokenizer_dir)
     vocabulary = _vocabulary(files, config)
     templates = {"default": chat_template} if chat_template is not None else chat_templates(tokenizer_dir)
+    _tell_foreign_literals(templates, vocabulary, tokenizer_dir)
     return metadata(vocabulary, special_tokens(files, config, vocabulary), templates, tokenizer_dir)
+
+
+def _tell_foreign_literals(templates: Mapping[str, str], vocabulary: Vocabulary, directory: Path) -> None:
+    """Warn of what a template writes like a special token and the vocabulary cannot read as one."""
+    whole = {
+        text
+        for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    }
+    for name, template in templates.items():
+        foreign = [literal for literal in special_literals(template) if literal not in whole]
+        if foreign:
+            _LOG.warning(
+                "%s: the chat template%s writes %s, which this vocabulary does not have as tokens: the model reads "
+                "them in pieces, and an answer may not end where it should",
+                *(directory, "" if name == "default" else f" {name!r}", ", ".join(foreign)),
+            )
 
 
 def _vocabulary(files: TokenizerFiles, config: ModelConfig) -> Vocabulary:

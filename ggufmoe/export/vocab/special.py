@@ -17,6 +17,7 @@ from ggufmoe.checkpoint.source import ModelConfig
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.rows import Vocabulary
+from ggufmoe.gguf.special_texts import ENDS_BY_TEXT
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -24,15 +25,6 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _CODELLAMA_ROWS = 32016
 _CODELLAMA_EOT = 32010
 _STARCODER_ROWS = 49152
-
-_ENDS_BY_TEXT = frozenset(
-    (
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
-        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
-        *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~["),
-    )
-)
-"""Tokens that llama.cpp takes as ends of generation by their text (``special_eog_ids`` of ``src/llama-vocab.cpp``)."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +219,7 @@ def _name_ends(ids: dict[str, int], stated: Sequence[int], vocabulary: Vocabular
     """
     ends = [token for token in stated if 0 <= token < len(vocabulary.tokens)]
     known = {ids.get(role) for role in ("eos", "eot", "eom")}
-    unknown = [token for token in ends if token not in known and vocabulary.tokens[token] not in _ENDS_BY_TEXT]
+    unknown = [token for token in ends if token not in known and vocabulary.tokens[token] not in ENDS_BY_TEXT]
     free = [role for role in ("eot", "eom") if role not in ids]
     ids.update(zip(free, unknown, strict=False))
     return tuple(ends) if len(unknown) > len(free) else ()
