@@ -1,8 +1,8 @@
 """Safetensors files: their headers checked to the letter of the specification, their bytes read by position.
 
-The specification is the README of huggingface/safetensors ("Format"); the checks are those of its Rust reader, with
-messages that name the file and the tensor. Which files belong to a checkpoint is ``shards``' affair, what the tensors
-mean is that of ``layouts``.
+The specification is the README of huggingface/safetensors ("Format"). The reader of the ``safetensors`` library checks
+every header first. It tells no offsets and names no tensor in its errors, so the header is parsed here as well, with
+the same checks. Which files belong to a checkpoint is decided in ``shards``, what the tensors mean in ``layouts``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError, safe_open
 
 from ggufmoe.errors import SafetensorsError, one_line
 from ggufmoe.files import PositionalFile
@@ -63,7 +65,7 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Header:
+class SafetensorsHeader:
     """The checked header of one file."""
 
     path: Path
@@ -72,26 +74,42 @@ class Header:
     file_bytes: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> SafetensorsHeader:
     """Read and check the header of a safetensors file; no tensor byte is touched.
 
     Raises SafetensorsError, in one line, for a file that cannot be read or breaks the specification in any way.
     """
     try:
         with open(path, "rb") as file:
-            return parse_header(path, file, os.fstat(file.fileno()).st_size)
+            return _checked_header(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def parse_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
-    """``read_header`` of an open file of known size; ``path`` is for the messages."""
+def _checked_header(path: Path, file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
+    refusal = _refusal(path)
+    header = _parse_header(path, file, file_bytes)
+    if refusal:
+        raise SafetensorsError(f"{path} is refused by the safetensors library: {refusal}; fetch it again")
+    return header
+
+
+def _refusal(path: Path) -> str:
+    """What the library's reader says against a file; empty if it opens it. It maps the file and reads the header."""
+    try:
+        with safe_open(path, framework="numpy"):
+            return ""
+    except (SafetensorError, OSError) as error:
+        return " ".join(str(error).split())[:200]
+
+
+def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
     text, data_begin = _header_text(path, file, file_bytes)
     table = _json_object(path, text)
     metadata = _metadata(path, table.pop("__metadata__", {}))
     entries = {name: _entry(path, name, value, data_begin) for name, value in table.items()}
     _check_coverage(path, entries, data_begin, file_bytes)
-    return Header(path, entries, metadata, file_bytes)
+    return SafetensorsHeader(path, entries, metadata, file_bytes)
 
 
 def _header_text(path: Path, file: BinaryIO, file_bytes: int) -> tuple[bytes, int]:
@@ -187,7 +205,7 @@ class TensorFile(PositionalFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path, SafetensorsError)
         try:
-            self.header = parse_header(path, self._file, self.n_bytes)
+            self.header = _checked_header(path, self._file, self.n_bytes)
         except OSError as error:
             self.close()
             raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error

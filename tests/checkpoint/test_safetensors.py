@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +116,34 @@ def test_a_broken_header_is_one_line_that_names_the_file(case: str, tmp_path: Pa
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_what_only_the_library_refuses_is_refused(tmp_path: Path) -> None:
+    # half of a surrogate pair: no text, but Python's JSON takes it
+    path = file_of(tmp_path / "x", b'{"\\ud800": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"x")
+    with pytest.raises(SafetensorsError, match="refused by the safetensors library") as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+    assert "invalid JSON in header" in str(caught.value)
+    assert "invalid JSON in header" in str(caught.value)
+    with pytest.raises(SafetensorsError, match="refused by the safetensors library"):
+        TensorFile(path)
+
+
+def test_opening_a_large_file_takes_no_memory(tmp_path: Path) -> None:
+    n_bytes = 2**31
+    path = file_of(tmp_path / "large", {"a": tensor("U8", [n_bytes], 0, n_bytes)})
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + n_bytes)
+    code = (
+        "import sys\nfrom pathlib import Path\nimport psutil\n"
+        "from ggufmoe.checkpoint.safetensors import TensorFile\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "file = TensorFile(Path(sys.argv[1]))\n"
+        "print(psutil.Process().memory_info().rss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 16 * 2**20
 
 
 @pytest.mark.parametrize(
