@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion gave: the files, what it cost, and the plan that was followed.
+    """The result of a conversion: the files, their cost, and the plan that was executed.
 
     ``bytes_read`` and ``bytes_written`` are those of this run; a resumed one counts only what was left to do.
     """
@@ -58,7 +58,7 @@ class ConvertResult:
     """What quantized each format, and why: a kernel of ours or ggml's routine. The bytes are the same."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as what JSON can hold."""
+        """The result as plain values for JSON."""
         return {
             "files": [{"path": str(file.path), "bytes": file.n_bytes} for file in self.plan.files],
             "file_type": self.plan.file_type,
@@ -239,7 +239,7 @@ def convert_result(
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge gave: the directory, its weight files, and where its router sends the recipe's prompts."""
+    """The result of a merge: the directory, its weight files, and the router's report on the recipe's prompts."""
 
     directory: Path
     paths: tuple[Path, ...]
@@ -251,7 +251,7 @@ class MergeResult:
     router_report: RouterReport
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as what JSON can hold."""
+        """The result as plain values for JSON."""
         return {
             "directory": str(self.directory),
             "files": [str(path) for path in self.paths],

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.files import StrPath
 from ggufmoe.gguf.header import Header
-from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, given_or_default
+from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, options_of
 from ggufmoe.placement.load_report import Placement
 from ggufmoe.remote.child import ChildEngine
 from ggufmoe.runtime.asyncstream import read_async
@@ -59,8 +59,8 @@ class Engine:
         cancel: CancelFlag | None = None,
     ) -> None:
         checked_flag(cancel)
-        context = given_or_default(context, ContextOptions)
-        offload = given_or_default(offload, OffloadOptions)
+        context = options_of(ContextOptions, context)
+        offload = options_of(OffloadOptions, offload)
         runner = ChildEngine if offload.workers else LocalEngine
         self._runner = runner(path, context, offload, on_progress=on_progress, cancel=cancel)
 

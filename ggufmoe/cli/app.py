@@ -1,7 +1,7 @@
-"""The one door of the command line: the table of verbs, ``main`` and what becomes of errors.
+"""The entry of the command line: the table of verbs, ``main``, and how errors become exit codes.
 
-A verb's module is imported only when the verb is called, so that help is there at once. Everything that ends a command
-passes through ``main``, which turns it into an exit code and one line on stderr.
+A verb's module is imported only when the verb is called, so that help appears at once. Every error of a command ends
+in ``main`` as an exit code and one line on stderr.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ VERBS = (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line with ``args`` (those of the process when None) and leave with its exit code."""
+    """Run the command line with ``args`` (default: those of the process) and exit with its exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115 (for as long as the process)
     sys.exit(exit_code(arguments))
 
 
 def exit_code(arguments: Sequence[str]) -> int:
-    """Run one command; errors are printed on stderr.
+    """Run one command, print its error on stderr and return the exit code.
 
-    0 done, 1 a known error or a defect of ours, 2 wrong usage, 130 interrupted.
+    0: done, 1: a known error or a defect of ours, 2: wrong usage, 130: interrupted.
     """
     arguments = _debug_first(arguments)
     debug = arguments[:1] == ["--debug"]
@@ -132,14 +132,14 @@ def _print_version() -> None:
 
 
 def _placeholder() -> None:
-    """Stands for a verb in the list of commands."""
+    """The function of a verb whose module is not imported yet."""
 
 
 class _LazyGroup(typer.core.TyperGroup):
     """A group that shows its verbs without importing them."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The verbs with their whole line."""
+        """Write each verb with its whole summary."""
         del ctx
         with formatter.section(typer.style("Commands", bold=True)):
             formatter.write_dl([(verb.name, verb.summary) for verb in VERBS])
@@ -168,7 +168,7 @@ def _load(name: str) -> Any:
 
 
 def _debug_first(arguments: Sequence[str]) -> list[str]:
-    """``--debug`` may stand anywhere before ``--``, as it is often added to a command that has just failed."""
+    """Move ``--debug`` to the front, from anywhere before ``--``: people append it to a command that has failed."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     rest = [argument for i, argument in enumerate(arguments) if i >= end or argument != "--debug"]
     return rest if len(rest) == len(arguments) else ["--debug", *rest]
@@ -224,7 +224,7 @@ def _accept_all_characters(*streams: Any) -> None:
 
 
 class _LogHandler(_StreamHandler):
-    """Shows the library's warnings; with ``debug`` everything, llama.cpp's own lines included."""
+    """Prints the library's warnings on stderr; with ``debug`` all log records, including llama.cpp's lines."""
 
     def __init__(self, debug: bool) -> None:
         super().__init__(sys.stderr)

@@ -73,12 +73,12 @@ class BenchOptions:
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the fields that were given."""
+        """Names of the fields that were given on the command line."""
         return frozenset(field.name for field in fields(self) if getattr(self, field.name) != field.default)
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """What is timed, for each depth: prompts first, then generations, then both together."""
+        """The workloads for each depth: prompts first, then generations, then both together."""
         depths = numbers(self.n_depth or ("0",))
         prompts, answers = numbers(self.n_prompt or ("512",)), numbers(self.n_gen or ("128",))
         if self.pg and not self.n_prompt and not self.n_gen:
@@ -115,7 +115,8 @@ def bench_command(
 ) -> None:
     """Measure the speed of prompts (pp) and of generation (tg), as llama-bench does, over a grid of options.
 
-    Mean and standard deviation of the repetitions, in tokens per second. Ctrl-C ends it and prints what is there.
+    Prints mean and standard deviation of the repetitions, in tokens per second. Ctrl-C ends the run and prints what was
+    measured so far.
     """
     cases = plan_bench(models, bench.workloads, bench.contexts, bench.offloads)
     printer = make_printer(bench.output, sys.stdout, describe_machine(), cases, bench.given)
@@ -134,7 +135,7 @@ def bench_command(
 
 
 class _Bar:
-    """A bar on stderr that moves between repetitions only, so that drawing it is never in what is timed."""
+    """A progress bar on stderr that is drawn between repetitions only, so that drawing it is never timed."""
 
     def __init__(self, n_all: int) -> None:
         from rich.console import Console
@@ -162,18 +163,18 @@ class _Bar:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """While the block runs, the bar leaves its line to others."""
+        """Remove the bar within the block, so that other output can use its line."""
         self.stop()
         yield
         self.start()
 
     def start(self) -> None:
-        """Draw it, where anyone sees it."""
+        """Show the bar if stderr is a terminal."""
         if self._is_seen:
             self._bar.start()
 
     def stop(self) -> None:
-        """Take it away."""
+        """Remove the bar."""
         if self._is_seen:
             self._bar.stop()
 

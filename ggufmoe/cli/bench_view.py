@@ -1,6 +1,6 @@
 """What ``ggufmoe bench`` prints: a Markdown table as llama-bench's, CSV, JSON or JSON lines, row by row.
 
-A row is out as soon as it is known, and the end is always printed, so an interrupted run leaves a whole document.
+A row is printed as soon as it is measured, and the end always, so that an interrupted run leaves a complete document.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from ggufmoe.cli.inspect import active_parameters, printable
-from ggufmoe.evaluation.bench import Case, Machine, Result, as_record, model_type
+from ggufmoe.evaluation.bench import Case, MeasuredMachine, Result, as_record, model_type
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
 
 _SPEED_WIDTH = 20
@@ -30,7 +30,9 @@ class Printer(Protocol):
     def add(self, result: Result) -> None: ...
 
 
-def make_printer(kind: str, stream: TextIO, machine: Machine, cases: Sequence[Case], given: Collection[str]) -> Printer:
+def make_printer(
+    kind: str, stream: TextIO, machine: MeasuredMachine, cases: Sequence[Case], given: Collection[str]
+) -> Printer:
     """The printer for ``md``, ``csv``, ``json`` or ``jsonl``; ``given`` names the options that deserve a column."""
     if kind == "md":
         return MarkdownPrinter(stream, machine, cases, given)
@@ -42,7 +44,7 @@ def make_printer(kind: str, stream: TextIO, machine: Machine, cases: Sequence[Ca
 class CsvPrinter:
     """llama-bench's columns, and ours among them; samples are joined with semicolons."""
 
-    def __init__(self, stream: TextIO, machine: Machine) -> None:
+    def __init__(self, stream: TextIO, machine: MeasuredMachine) -> None:
         self._stream = stream
         self._machine = machine
         self._writer: csv.DictWriter[str] | None = None
@@ -72,7 +74,7 @@ def _csv_value(value: Any) -> Any:
 class JsonPrinter:
     """One array of objects, or one object a line."""
 
-    def __init__(self, stream: TextIO, machine: Machine, *, lines: bool) -> None:
+    def __init__(self, stream: TextIO, machine: MeasuredMachine, *, lines: bool) -> None:
         self._stream = stream
         self._machine = machine
         self._lines = lines
@@ -130,9 +132,9 @@ _TEXTS = {"model", "backend", "dev", "ts", "ot", "sm", "lm", "fa", "type_k", "ty
 
 
 class MarkdownPrinter:
-    """A table as llama-bench prints it, then what the models and the machine are."""
+    """A table as llama-bench prints it, then lines that describe the models and the machine."""
 
-    def __init__(self, stream: TextIO, machine: Machine, cases: Sequence[Case], given: Collection[str]) -> None:
+    def __init__(self, stream: TextIO, machine: MeasuredMachine, cases: Sequence[Case], given: Collection[str]) -> None:
         self._stream = stream
         self._machine = machine
         self._cases = cases
@@ -173,7 +175,7 @@ class MarkdownPrinter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Describe what was measured."""
+        """Print the lines that describe the models and the machine."""
         self._print("")
         for note in self._short:
             self._print(note)
@@ -219,7 +221,7 @@ class MarkdownPrinter:
 
 
 def _columns(stream: TextIO) -> float:
-    """Of the terminal; what goes elsewhere may be of any width."""
+    """Number of columns of the terminal; infinite for a file or a pipe."""
     return shutil.get_terminal_size().columns if stream.isatty() else math.inf
 
 

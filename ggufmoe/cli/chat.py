@@ -54,15 +54,16 @@ def chat_command(
 
 
 def converse(chat: Chat, make_engine: Callable[[], Engine] | None = None, *, quiet: bool) -> None:
-    """Hold a conversation until the person leaves; without a terminal each line of stdin is a message.
+    """Hold a conversation until the user leaves; without a terminal each line of stdin is a message.
 
-    ``make_engine`` gives another engine where one has ended with its worker or its process; ``chat`` has it then.
+    ``make_engine`` loads the model again where the engine was lost with its worker or its process; ``chat`` then has
+    the new engine.
     """
     _Conversation(chat, make_engine, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
 
 
 class _Left(Exception):
-    """The person wants to leave."""
+    """Raised when the user leaves the conversation."""
 
 
 @dataclass
@@ -72,9 +73,9 @@ class _Conversation:
     quiet: bool
     last: Timing | None = None
     is_lost: bool = False
-    """The engine was, with a worker or the process that computes."""
+    """Whether the engine was lost, with a worker or the process that computes."""
     unanswered: str | None = None
-    """The message that is being answered, or was when that happened."""
+    """The message that is being answered, or was being answered when the engine was lost."""
 
     def hold(self, lines: Iterator[str]) -> None:
         for line in lines:
@@ -202,7 +203,7 @@ def _is_terminal() -> bool:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines as they are typed, with editing and a history that lasts; ends at Ctrl-D."""
+    """Yield the lines that the user types, with editing and a stored history, until Ctrl-D."""
     from prompt_toolkit import PromptSession
 
     session: PromptSession[str] = PromptSession("> ", history=_history())
@@ -216,7 +217,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _history() -> History:
-    """The lines typed in earlier conversations; none where the folder cannot be used."""
+    """The history of lines typed in earlier conversations; it is not stored where the folder cannot be used."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     folder = state_directory()

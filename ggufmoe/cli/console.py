@@ -1,5 +1,5 @@
-"""What verbs print on: a console for tables and notes, as wide as the terminal and plain where there is none, and a
-line that tells how far something is."""
+"""Output of all verbs: a console for tables and notes, as wide as the terminal and plain text elsewhere, and a status
+line that is redrawn."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ _PADDING = re.compile(r"[ \t]+(?=\n)")
 
 
 def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Console:
-    """For ``stream``, or stdout. What goes to a file or a pipe is not wrapped, unless COLUMNS says how wide it may be,
-    and its lines do not end with spaces."""
+    """A console for ``stream`` (default: stdout).
+
+    In a file or a pipe lines are not wrapped, unless COLUMNS limits their width, and do not end with spaces.
+    """
     from rich.console import Console
 
     stream = sys.stdout if stream is None else stream
@@ -29,7 +31,7 @@ def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Conso
 
 
 class StatusLine:
-    """One line of a terminal that is written over again and again; nothing is shown anywhere else."""
+    """One line of a terminal that is redrawn; nothing is written to a stream that is no terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,14 +39,14 @@ class StatusLine:
         self._width = 0
 
     def show(self, text: str) -> None:
-        """Put ``text`` in the place of what stands there, as far as it fits."""
+        """Replace the line by ``text``, cut to the width of the terminal."""
         if self._on_terminal:
             text = text[: shutil.get_terminal_size().columns - 1]
             self._write("\r" + text.ljust(self._width))
             self._width = len(text)
 
     def clear(self) -> None:
-        """Leave the line empty, and the cursor at its beginning."""
+        """Erase the line and put the cursor at its beginning."""
         if self._width:
             self._write("\r" + " " * self._width + "\r")
             self._width = 0
@@ -55,7 +57,7 @@ class StatusLine:
 
 
 class _Trimmed:
-    """A stream without the spaces that fill up the cells of a table."""
+    """A stream that drops the spaces at the end of lines, with which the cells of a table are padded."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -26,7 +26,7 @@ def convert_command(
 ) -> None:
     """Turn a checkpoint or a merge recipe into a quantized GGUF file, in one pass.
 
-    An interrupted run leaves OUT.partial and a journal; --resume goes on from there and gives the same file.
+    An interrupted run leaves OUT.partial and a journal; --resume continues from there and writes the same bytes.
     """
     from ggufmoe.convert import convert, plan_convert
 

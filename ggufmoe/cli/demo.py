@@ -1,6 +1,6 @@
-"""``ggufmoe demo``: the whole story on the embedded models, offline: merge, quantize, ask, and see who answers.
+"""``ggufmoe demo``: merge, quantize and ask the embedded models, offline, and show which expert answers.
 
-Owns how the story is told; every step is one that a user can take alone, and the last lines say how.
+Owns what is printed; every step is one that a user can take by hand, and the last lines say how.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def demo_command(
     quant: Annotated[str, typer.Option("-q", "--quant", help="File type.", metavar="TYPE")] = "Q4_K_M",
     chat: Annotated[bool, typer.Option("--chat", help="Go on with a conversation.")] = False,
 ) -> None:
-    """Make a mixture of experts of two tiny models that come with ggufmoe, quantize it and ask it; offline."""
+    """Merge two tiny models that come with ggufmoe into a mixture of experts, quantize it and ask it; offline."""
     console = make_console(markup=True)
     _make(console, output, quant)
     _ask(console, output, chat)
@@ -74,7 +74,7 @@ def _make(console: Console, output: Path, quant: str) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Replace an earlier demo only."""
+    """Raise OutputExistsError if ``output`` exists and is not the model of an earlier demo."""
     from ggufmoe.demo import NAME
     from ggufmoe.gguf.header import read_header
 
@@ -99,7 +99,7 @@ def _check_quant(output: Path, options: ConvertOptions) -> None:
 
 
 def _ask(console: Console, path: Path, chat_after: bool) -> None:
-    """Ask every question; then talk, or say how to go on."""
+    """Ask every question; then start a conversation, or print how to continue by hand."""
     from ggufmoe.demo import questions
     from ggufmoe.engine import Engine
     from ggufmoe.routing import RoutingTracer
@@ -123,7 +123,7 @@ def _ask(console: Console, path: Path, chat_after: bool) -> None:
 
 
 def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> str:
-    """Stream one answer, then the strip of its tokens; gives the answer."""
+    """Stream one answer and print the strip of its tokens below; return the answer."""
     from ggufmoe.routing import RoutedToken
 
     console.print(f"{_INDENT}{text}", style="bold", markup=False)
@@ -144,7 +144,7 @@ def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> s
 
 
 def _strip(pieces: list[tuple[str, float]]) -> Text:
-    """Under each token a bar as wide as the token, as high as the math expert's weight."""
+    """A bar for each token, as wide as the token and as high as the math expert's weight."""
     from rich.text import Text
 
     line = Text(_INDENT)
@@ -178,7 +178,7 @@ def _go_on(console: Console, path: Path) -> None:
 
 
 def _say_command(console: Console, command: str) -> None:
-    """``command`` as it can be typed here, where the program may lie in an environment that is not active."""
+    """Print ``command`` as it can be typed here, also where the program is not on the PATH."""
     if shutil.which("ggufmoe") is None:
         command = command.replace("ggufmoe", f"{_quoted(Path(sys.executable))} -m ggufmoe", 1)
     console.print(f"{_INDENT}{command}", markup=False, soft_wrap=True)

@@ -1,6 +1,6 @@
 """``ggufmoe diff``: how two GGUF files differ, for people or as JSON.
 
-Owns the tables only; what they say comes from ``runtime.diff``. What files say is shown without control characters.
+Owns the tables; ``inspection.diff`` compares. Text from the files is shown without control characters.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _summary(found: ModelDifference, headers_only: bool) -> str:
 
 
 def _kinds(found: ModelDifference) -> str:
-    """In what the tensors differ, unless it is in their values alone."""
+    """In words, how the tensors differ; empty if only in their values."""
     counts = Counter(tensor.verdict for tensor in found.different)
     if len(counts) == 1:
         (verdict,) = counts
@@ -154,7 +154,7 @@ def _change(found: KeyDifference, before: Value, after: Value) -> str:
 
 
 def _text_change(before: str, after: str) -> str:
-    """Long texts from the place on where they part."""
+    """Two long texts, from shortly before the first character that differs."""
     n = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
     start = max(0, n - 10)
     lead = "…" if start else ""
@@ -207,7 +207,7 @@ def _print_tensors(console: Console, found: ModelDifference, show_all: bool) -> 
 
 
 def _gravity(tensor: TensorDifference) -> tuple[bool, float]:
-    """What has no number first (missing, of another shape), then the largest errors."""
+    """Sort key: tensors without a number first (missing, of another shape), then the largest errors."""
     error = tensor.relative_error
     return (error is not None, -error if error is not None and error == error else float("-inf"))
 

@@ -1,6 +1,6 @@
-"""``ggufmoe doctor``: whether everything that ggufmoe stands on works on this machine.
+"""``ggufmoe doctor``: whether everything that ggufmoe depends on works on this machine.
 
-Owns the table and the exit code; what is examined, and what to do about it, is said in ``ggufmoe.doctor``.
+Owns the table and the exit code; ``ggufmoe.doctor`` examines and advises.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``ggufmoe VERB --help`` looks like: plain text in parts, whole words at any width.
+"""The layout of ``ggufmoe VERB --help``: plain text in sections, wrapped at words at any width.
 
 Rich's tables, which typer draws by default, cut the names of flags on narrow terminals.
 """
@@ -16,7 +16,7 @@ _OWN = "Options"
 
 
 class PlainCommand(typer.core.TyperCommand):
-    """A command whose help has one part for each panel that its options name (``rich_help_panel``)."""
+    """A command whose help has one section for each panel that its options name (``rich_help_panel``)."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """``[OPTIONS] MODEL [PROMPT]``."""

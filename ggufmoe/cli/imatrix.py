@@ -1,6 +1,6 @@
-"""``ggufmoe imatrix``: what matters in a model, measured on a text and written for ``convert --imatrix``.
+"""``ggufmoe imatrix``: make an importance matrix from a text, for ``convert --imatrix``.
 
-Owns what is shown; the work is ``ggufmoe.imatrix``'s. The summary goes to stderr, as for ``convert``.
+Owns what is printed; ``evaluation.imatrix`` measures. The summary goes to stderr, as for ``convert``.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def imatrix_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
 ) -> None:
-    """Measure on a text which columns of which matrices matter, expert by expert: the file that llama-imatrix writes.
+    """Make an importance matrix: measure on a text how much each column of each matrix matters, expert by expert.
 
-    `convert --imatrix`, `quantize --imatrix` and llama-quantize read it. The text should be like what the model will be
-    used for. Ctrl-C writes what the chunks that are done gave.
+    It is the file that llama-imatrix writes; `convert --imatrix`, `quantize --imatrix` and llama-quantize read it. The
+    text should resemble what the model will be used for. Ctrl-C writes the result over the chunks that are done.
     """
     at_once = options.context.n_seq_max
     result = run_job(

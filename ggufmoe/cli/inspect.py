@@ -1,7 +1,7 @@
-"""``ggufmoe inspect``: what is in a GGUF file, for people or as JSON, and whether it still is what it was.
+"""``ggufmoe inspect``: what is in a GGUF file, for people or as JSON, and whether it still fits its manifest.
 
-Owns the tables only; what they say comes from ``runtime.inspect``, ``runtime.experts`` and ``manifest``. Everything
-that a file says is shown without control characters, so that it cannot play with the terminal.
+Owns the tables; ``inspection`` and ``gguf.manifest`` read the files. Text from a file is shown without control
+characters, which would steer the terminal.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _print_recipe(console: Console, merge: MergeReport) -> None:
 
 
 def _print_similarity(console: Console, similarity: ExpertSimilarity) -> None:
-    """Cosines by layer and kind of matrix; of more than two experts, the mean of all pairs."""
+    """Print the cosines by layer and kind of matrix; with more than two experts, the mean of all pairs."""
     some = similarity.matrices[0]
     of = "mean of all pairs of experts, " if similarity.n_expert > 2 else ""
     _print_title(console, "similarity of experts", f", cosine: {of}{some.n_rows} of {some.of_rows} rows of a matrix")
@@ -266,7 +266,7 @@ def _print_title(console: Console, title: str, more: str) -> None:
 
 
 def _cosine(value: float) -> str:
-    """Four digits; more where they would all be nines."""
+    """A cosine with four digits, or more where all four would be nines."""
     if abs(value) < 0.99995:
         return f"{value:.4f}".replace("-0.0000", "0.0000")
     return "1" if value >= 1 - 1e-9 else f"{value:.7f}"
@@ -300,7 +300,7 @@ def _overview(report: ModelReport) -> list[tuple[str, str | None]]:
 
 
 def active_parameters(report: ModelReport, noun: str = " parameters") -> str:
-    """``12.9 B parameters, 12.9 B of them for each token``; of a dense model the first half."""
+    """``46.7 B parameters, 12.9 B of them for each token``; for a dense model only the first part."""
     active = f", {short_count(report.n_active_parameters)} of them for each token" if report.hyper.n_expert else ""
     return f"{short_count(report.n_parameters)}{noun}{active}"
 
@@ -377,7 +377,7 @@ def _text(value: Any) -> str:
 
 
 def printable(text: str, limit: int = _MAX_TEXT) -> str:
-    """One line without anything that a terminal would obey or cannot encode, cut to ``limit`` characters."""
+    """``text`` in one line of at most ``limit`` characters, without control characters and what cannot be encoded."""
     plain = "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text[: limit + 1])
     return plain if len(plain) <= limit else plain[: limit - 1] + "…"
 

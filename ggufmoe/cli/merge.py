@@ -23,9 +23,9 @@ def merge_command(
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
 ) -> None:
-    """Follow a recipe to a Mixtral checkpoint that transformers reads.
+    """Merge the models of a recipe into a Mixtral checkpoint that transformers reads.
 
-    For a GGUF file no merge is needed: `ggufmoe convert RECIPE.yaml` goes all the way.
+    A GGUF file needs no merge before it: `ggufmoe convert RECIPE.yaml` writes it directly.
     """
     from ggufmoe.convert import merge
 

@@ -1,7 +1,7 @@
 """Command-line parameters made from option objects.
 
-Owns the way from a frozen dataclass of ``options.py`` to typer's parameters, so that a flag is written down once. What
-the options mean is said there; which verb takes which of them is said in the verb's module.
+Owns the way from a frozen dataclass of ``options`` to typer's parameters, so that a flag is defined once. Each verb's
+module says which option objects it takes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
 def _number(kind: type, what: str) -> Callable[[str], Any]:
-    """A parser that says what was typed where it is no number, which typer's own does not."""
+    """A parser whose error quotes what was typed, which that of typer's own parser does not."""
 
     def parse(typed: str) -> Any:
         try:

@@ -1,6 +1,6 @@
 """``ggufmoe perplexity``: how well a model predicts a text, alone or compared with a reference.
 
-Owns what is shown; the work is ``ggufmoe.perplexity``'s and ``ggufmoe.kl_divergence``'s.
+Owns what is printed; ``evaluation.perplexity`` and ``evaluation.divergence`` measure.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``ggufmoe plan``: what goes where and how many bytes, for the devices that are there or for imagined ones."""
+"""``ggufmoe plan``: which device would hold which part of a model, for real devices or imagined ones."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ def quantize_command(
 ) -> None:
     """Turn a GGUF file into one of another type, with the bytes that llama-quantize writes.
 
-    TYPE may also be COPY, which changes no type: it joins a split model, and mends Mixtral files with one tensor for
-    each expert. An interrupted run leaves OUT.partial and a journal; --resume goes on from there.
+    TYPE may also be COPY, which changes no type: it joins a split model and stacks the experts of old Mixtral files. An
+    interrupted run leaves OUT.partial and a journal; --resume continues from there.
     """
     from ggufmoe.quantize import plan_quantize, quantize
 

@@ -104,7 +104,7 @@ def _prompts(prompt: str | None, compare: tuple[str, str] | None, route: RouteOp
 
 
 def _read_prompts(path: Path) -> Labelled:
-    """Labelled prompts of a JSONL file. Raises InputError with the number of the line."""
+    """The labelled prompts of a JSONL file. Raises InputError, which names the line."""
     try:
         if path.stat().st_size > _MAX_PROMPTS_BYTES:
             raise InputError(f"{path}: more than {_MAX_PROMPTS_BYTES >> 20} MiB of prompts; take a part of them")
@@ -128,7 +128,7 @@ def _labelled(path: Path, number: int, line: str) -> tuple[str, str]:
 
 
 def _check_outputs(model: Path, route: RouteOptions) -> None:
-    """Refuse before anything is computed what could not be written afterwards."""
+    """Raise OutputError if a file could not be written, before anything is computed."""
     if route.png is not None and route.png.suffix.lower() != ".png":
         raise OptionError(f"--png writes a PNG: give {route.png} the ending .png")
     for path in (route.html, route.png, route.json):
@@ -180,7 +180,7 @@ def _write_files(traced: _Traced, route: RouteOptions) -> None:
 
 
 def _titles(labels: list[str]) -> list[str]:
-    """Each label, with its number among its like where there are several."""
+    """The label of each prompt, numbered where several prompts have the same label."""
     seen: dict[str, int] = {}
     titles = []
     for label in labels:

@@ -1,6 +1,6 @@
 """The terminal's view of a routing trace: coloured text, heat maps, summary.
 
-What colours say is always said by marks as well, so the view works over pipes, with NO_COLOR and for everyone's eyes.
+Marks repeat what the colours say, so that the view is readable in pipes, with NO_COLOR and without seeing colours.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _CELL = 8
 
 
 class RouteView:
-    """Writes to a stream, in colour if it is a terminal that shows them, as wide as the terminal."""
+    """Writes a trace to a stream: in colour on a terminal that shows colours, as wide as the terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._console = make_console(stream)
         self._ascii = self._console.options.ascii_only
 
     def model(self, name: str, trace: RoutingTrace) -> None:
-        """The first lines: what the model is like, and the legend."""
+        """Write the first lines: the model's experts and the legend."""
         runs = (
             "all run on every token, so their weights are shown"
             if trace.every_expert_runs
@@ -48,7 +48,7 @@ class RouteView:
         self._console.print(legend)
 
     def text(self, trace: RoutingTrace, layer: int | None, title: str = "Text") -> None:
-        """The tokens, each coloured and marked by the expert with the highest weight."""
+        """Write the tokens, each coloured and marked by the expert with the highest weight."""
         where = "mean of all layers" if layer is None else f"layer {layer}"
         self._title(f"{visible(title)}, {where}")
         line, column = Text(), 0
@@ -69,7 +69,7 @@ class RouteView:
             )
 
     def _units(self, trace: RoutingTrace, layer: int | None) -> Iterator[tuple[Text, bool]]:
-        """Each token with its mark, and whether a line ends after it."""
+        """Each token with its mark, and whether the line ends after it."""
         weights = trace.mean_weights(layer)
         for i, text in enumerate(trace.texts):
             unit = Text((" >> " if self._ascii else " » ") if i == trace.n_prompt else "")
@@ -79,7 +79,7 @@ class RouteView:
             yield unit, text.endswith("\n")
 
     def summary(self, trace: RoutingTrace, summary: Summary, layer: int | None) -> None:
-        """Heat map, numbers, and the tokens that each expert likes."""
+        """Write the heat map, the numbers, and the tokens that each expert gets most."""
         what = "weight" if trace.every_expert_runs else "choices"
         self._title(f"Share of {what} by layer and expert, %")
         rows = [*zip(map(str, trace.layers), summary.share, strict=True), ("mean", summary.mean_share)]
@@ -94,7 +94,7 @@ class RouteView:
             self._print(f"expert {expert}: {words or 'none'}")
 
     def comparison(self, shares: LabelledShares) -> None:
-        """Share of every expert by label, in the mean of all layers and where labels differ most."""
+        """Write the share of every expert by label: the mean over all layers, and where labels differ most."""
         what = "weight" if shares.by_weight else "choices"
         names = [f"{visible(label)} ({n})" for label, n in zip(shares.labels, shares.n_tokens, strict=True)]
         self._title(f"Share of {what} by label (tokens) and expert, mean of all layers, %")
@@ -104,7 +104,7 @@ class RouteView:
         self._heat("label", zip(names, shares.by_layer[:, shares.layers.index(layer)], strict=True))
 
     def _heat(self, corner: str, rows: Iterable[tuple[str, Numbers]]) -> None:
-        """A table of shares, folded into several below each other where the terminal is narrow."""
+        """Write a table of shares, split into several tables on a narrow terminal."""
         listed = list(rows)
         n_expert = len(listed[0][1])
         width = self._console.width
@@ -138,7 +138,7 @@ class RouteView:
 
 
 def _word(text: str) -> str:
-    """A token in a list of them: quoted where it could be taken for a part of the list."""
+    """A token as an item of a list: quoted where it could be mistaken for a separator."""
     shown = visible(text).strip()
     return shown if any(map(str.isalnum, shown)) else f"'{shown or text}'"
 
@@ -148,6 +148,6 @@ def _tint(expert: int, strength: float) -> Style:
 
 
 def _hex(expert: int, strength: float) -> str:
-    """The expert's colour, paler the less its strength (0 to 1)."""
+    """The expert's colour, the paler the smaller its ``strength`` (0 to 1)."""
     channels = (round(235 + (channel - 235) * strength) for channel in expert_colour(expert))
     return "#" + "".join(f"{channel:02x}" for channel in channels)

@@ -1,4 +1,4 @@
-"""The router's report on a terminal: how far apart the experts' rows are, and where each prompt of the recipe goes."""
+"""A recipe's router report as text: how far apart the experts' rows are, and which experts each prompt goes to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FRAME = 3
 
 
 def print_router(report: RouterReport, stream: TextIO | None = None) -> None:
-    """Two small tables on ``stream`` (stderr by default), as wide as it is."""
+    """Print the report as two tables on ``stream`` (default: stderr)."""
     console = make_console(sys.stderr if stream is None else stream)
     console.print(f"Router rows ({report.gate_mode})")
     console.print(_layers(report))
@@ -53,7 +53,7 @@ def _condition(value: float) -> str:
 
 
 def _prompts(preferences: tuple[PromptPreference, ...], width: int) -> object:
-    """One row for each prompt; every expert's share where there is room for it, else the favourite's."""
+    """The table of prompts: every expert's share where there is room for it, else the largest one."""
     from rich.table import Table
     from rich.text import Text
 
@@ -74,7 +74,7 @@ def _prompts(preferences: tuple[PromptPreference, ...], width: int) -> object:
 
 
 def _room(width: int, titles: list[str], rows: list[list[str]]) -> int:
-    """Columns left for the prompt."""
+    """Number of columns that are left for the prompt."""
     shares = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     return width - len("for") - sum(shares) - _FRAME * (len(shares) + 2) - 1
 
@@ -86,5 +86,5 @@ def _favourite(preference: PromptPreference) -> str:
 
 
 def _printable(text: str) -> str:
-    """One line of ``text``, without what would steer a terminal."""
+    """``text`` in one line, without control characters."""
     return "".join(character if character.isprintable() else " " for character in text)

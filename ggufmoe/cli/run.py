@@ -22,7 +22,7 @@ from ggufmoe.work import CancelFlag
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is done with the prompt and the answer."""
+    """How the prompt is used and the answer is printed."""
 
     raw: bool = option(False, "--raw", help="Continue the text as it is, without a template; it is printed first.")
     json: bool = option(False, "--json", help="Print one JSON object at the end instead of the text.")

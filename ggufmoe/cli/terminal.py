@@ -33,7 +33,7 @@ def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -
     def show(progress: Progress) -> None:
         if progress.done < 1 and time.monotonic() - began > _UNSEEN_S:
             line.show(f"loading {model.name}: {progress.done:.0%}")
-        elif progress.done == 1:  # what is said of it afterwards stands on a line of its own
+        elif progress.done == 1:  # later output begins on a line of its own
             line.clear()
 
     try:
@@ -43,7 +43,7 @@ def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -
 
 
 def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:
-    """The events, and closed with them; until the first one comes, a terminal shows for how long that has taken."""
+    """Yield ``events`` and close them at the end; a terminal shows the seconds until the first one comes."""
     line, began, has_come = StatusLine(sys.stderr), time.monotonic(), threading.Event()
 
     def show() -> None:
@@ -70,7 +70,7 @@ def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:
 
 
 def make_chat(engine: Engine, asking: PromptOptions, sampling: SamplingOptions) -> Chat:
-    """A conversation as the flags describe it."""
+    """A conversation with the system message, template and sampling of the flags."""
     return Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
 
 
@@ -87,7 +87,7 @@ def stream_answer(start: Callable[[CancelFlag], Iterator[Event]], before: str = 
 
 
 def write_answer(events: Iterator[Event]) -> Finished:
-    """Stream the text of ``events`` to stdout and end the line; gives the last event."""
+    """Write the text of ``events`` to stdout as it comes and end the line; return the last event."""
     text, last = "", None
     try:
         for event in events:
@@ -96,7 +96,7 @@ def write_answer(events: Iterator[Event]) -> Finished:
                 sys.stdout.write(text)
                 sys.stdout.flush()
             last = event
-    finally:  # what is said of an error stands on a line of its own
+    finally:  # an error is printed on a line of its own
         if not text.endswith("\n") and (text or last):
             sys.stdout.write("\n")
             sys.stdout.flush()
@@ -105,7 +105,7 @@ def write_answer(events: Iterator[Event]) -> Finished:
 
 
 def why_ended(last: Finished, full: str) -> str | None:
-    """What is said of an answer that does not end by itself; ``full`` tells what to do about a full context."""
+    """A line on why an answer was cut off, or None; ``full`` says what to do about a full context."""
     if last.reason == "length":
         return "(stopped at the limit of new tokens: --n-predict)"
     if last.reason == "context":
@@ -114,7 +114,7 @@ def why_ended(last: Finished, full: str) -> str | None:
 
 
 def speeds(timing: Timing) -> str:
-    """One line: how many tokens, and how many a second, of the prompt and of the answer."""
+    """One line with the tokens of the prompt and of the answer, and the tokens per second of both."""
     computed = timing.prompt_tokens - timing.cached_tokens
     reused = f" ({timing.cached_tokens} reused)" if timing.cached_tokens else ""
     prompt = f"prompt: {counted(computed, 'token')}{reused}{_speed(timing.prompt_tokens_per_s)}"
@@ -122,17 +122,17 @@ def speeds(timing: Timing) -> str:
 
 
 def _speed(tokens_per_s: float) -> str:
-    """Nothing where nothing was computed."""
+    """``, 12.3 tok/s``; empty where nothing was computed."""
     return f", {tokens_per_s:.1f} tok/s" if tokens_per_s else ""
 
 
 def note(line: str) -> None:
-    """A line for the person, on stderr."""
+    """Print a line on stderr."""
     typer.echo(line, err=True)
 
 
 def state_directory() -> Path:
-    """Where this system wants programs to keep what they remember, for example the history of lines."""
+    """The user's folder for state that programs keep, for example the history of typed lines."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -143,7 +143,7 @@ def state_directory() -> Path:
 
 
 def rpc_cache_directory() -> Path:
-    """Where llama.cpp's own workers keep tensors too."""
+    """The folder in which llama.cpp's own RPC server caches tensors."""
     if given := os.environ.get("LLAMA_CACHE"):
         return Path(given) / "rpc"
     return user_cache_directory() / "llama.cpp" / "rpc"

@@ -16,7 +16,8 @@ from ggufmoe.sizes import counted, memory_size
 def worker_command(worker: WorkerOptions) -> None:
     """Serve this machine's devices to 'ggufmoe run --rpc HOST:PORT' on other machines, until Ctrl-C.
 
-    One client at a time is served. There is no authentication and no encryption: whoever reaches the port can use it.
+    One client at a time is served. There is no authentication and no encryption: everyone who can reach the port can
+    use it.
     """
     cache_dir = rpc_cache_directory() if worker.cache else None
     if cache_dir is not None:

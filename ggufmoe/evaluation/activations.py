@@ -1,6 +1,6 @@
 """Sums of squared inputs of every weight matrix, expert by expert, gathered while llama.cpp computes a text.
 
-The inputs are looked at where they lie and squared in single precision; over a text they are summed in double.
+The inputs are read in place and squared in single precision; over a text they are summed in double.
 Source: ``tools/imatrix/imatrix.cpp`` of llama.cpp at the pinned commit, which sums in single precision throughout.
 """
 
@@ -32,7 +32,7 @@ _BACKEND = re.compile(r"[^#]*#([^#]*)(?:#.*)?")
 
 
 class ActivationSums(Observer):
-    """Watches the products of a graph; ``commit`` counts what was seen since the last one, ``drop`` forgets it."""
+    """Observes the matrix products of a graph; ``commit`` adds what was observed to the sums, ``drop`` discards it."""
 
     def __init__(self, stop: Callable[[], None], *, process_output: bool = False) -> None:
         super().__init__(stop)
@@ -42,7 +42,7 @@ class ActivationSums(Observer):
 
     @property
     def entries(self) -> Mapping[str, tuple[Doubles, Doubles]]:
-        """By name of the weight: sums (n, columns of each), and tokens counted (n,); n is 1, or the experts."""
+        """By name of the weight: sums (n, n_columns) and numbers of tokens (n,); n is 1 or the number of experts."""
         return self._sums
 
     def wants(self, tensor: int) -> bool:
@@ -69,7 +69,7 @@ class ActivationSums(Observer):
         _add(self._pending, _weight_name(weights), seen)
 
     def commit(self) -> None:
-        """Count what was seen. Raises EngineError if any of it is NaN or infinite."""
+        """Add what was observed to the sums. Raises EngineError if any of it is NaN or infinite."""
         for name, seen in self._pending.items():
             if not np.isfinite(seen[0]).all():
                 raise EngineError(f"the inputs of {name} are NaN or infinite: the model cannot compute this text")
@@ -77,14 +77,14 @@ class ActivationSums(Observer):
         self._pending.clear()
 
     def drop(self) -> None:
-        """Forget what was not counted yet."""
+        """Discard what was observed since the last ``commit``."""
         self._pending.clear()
 
 
 def collect(
     engine: Engine, chunks: Sequence[Sequence[int]], sums: ActivationSums, cancel: CancelFlag | None = None
 ) -> Iterator[int]:
-    """Compute ``chunks`` and gather what they give; yields how many are done, whenever some are.
+    """Compute ``chunks`` and add their activations to ``sums``; yield the number of chunks done after each step.
 
     A chunk that was not completed is not counted. Ends early when ``cancel`` is set. The engine's KV cache is lost.
     """

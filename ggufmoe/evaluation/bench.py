@@ -1,4 +1,4 @@
-"""Speed of prompts and of generation, measured as llama-bench measures it, on the engine that answers people.
+"""Speed of prompts and of generation, measured as llama-bench measures it, with the engine that also chats.
 
 pp N: N random tokens are computed in batches, logits of each batch's last one. tg N: N random tokens one by one, each
 waited for. Both begin with BOS where the model wants it. One run to warm up (of tg: one token), then each repetition
@@ -35,7 +35,7 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: so many tokens of prompt, then so many one by one, after ``n_depth`` tokens that are not timed.
+    """What is timed: ``n_prompt`` tokens in batches, then ``n_gen`` one by one, after ``n_depth`` that are not timed.
 
     Raises OptionError where there is nothing to time.
     """
@@ -50,19 +50,19 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """As llama-bench names it: pp512, tg128, pp512+tg128 @ d1024."""
+        """The name in llama-bench's table: pp512, tg128, pp512+tg128 @ d1024."""
         parts = [f"pp{self.n_prompt}"] * bool(self.n_prompt) + [f"tg{self.n_gen}"] * bool(self.n_gen)
         return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
 
     @property
     def n_ctx(self) -> int:
-        """Tokens of context that it takes."""
+        """Tokens of context that the workload needs."""
         return self.n_prompt + self.n_gen + self.n_depth
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: a workload of a model under some options; the context is as long as it takes."""
+    """One line of the table: a model, a workload and options; the context is as long as the workload needs."""
 
     model: Path
     report: ModelReport
@@ -72,13 +72,13 @@ class Case:
 
     @property
     def n_threads(self) -> int:
-        """Threads that compute."""
+        """Number of threads that compute."""
         return self.context.n_threads or default_threads()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a case gave: seconds of each repetition that was made, of the ``repetitions`` that were to be made."""
+    """The measurement of a case: the seconds of each repetition that was made, at most ``repetitions``."""
 
     case: Case
     plan: OffloadPlan
@@ -115,8 +115,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The machine and the engine that was measured, for whoever reads the table elsewhere."""
+class MeasuredMachine:
+    """The machine and the engine that were measured."""
 
     cpu: str
     n_cores: int
@@ -127,15 +127,15 @@ class Machine:
     llama_cpp_commit: str
 
 
-def describe_machine() -> Machine:
-    """What the engine and the system say. Raises EngineMissingError."""
+def describe_machine() -> MeasuredMachine:
+    """The machine and the engine, as the system and llama.cpp describe them. Raises EngineMissingError."""
     devices = backends.devices()
     engine = native.engine_version()
     described = [(device, backends.device_facts(device).description or device.name) for device in devices]
     gpus = tuple(text for device, text in described if device.type is not backends.DeviceType.CPU)
     cpu = next((text for device, text in described if device.type is backends.DeviceType.CPU), "unknown")
     names = tuple(dict.fromkeys(device.backend for device in devices if device.backend != CPU_BACKEND))
-    return Machine(
+    return MeasuredMachine(
         cpu=cpu,
         n_cores=default_threads(),
         memory_bytes=memory_bytes(),
@@ -152,7 +152,7 @@ def plan_bench(
     contexts: Sequence[ContextOptions] = (ContextOptions(),),
     offloads: Sequence[OffloadOptions] = (OffloadOptions(),),
 ) -> tuple[Case, ...]:
-    """The grid, in the order in which a model is loaded least often; nothing is loaded for it.
+    """All combinations, in the order in which a model is loaded least often. Nothing is loaded.
 
     Raises what a load would find wrong with header and options: GGUFError, OptionError, EngineMissingError.
     """
@@ -176,11 +176,11 @@ def run_bench(
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
 ) -> Iterator[Result]:
-    """Measure ``cases`` in turn; a result as soon as it is there. Neighbours with one model and place share a load.
+    """Measure ``cases`` in turn and yield each result as soon as it is complete.
 
-    When ``cancel`` is set, what the case at work has given so far comes as a last result with fewer samples, if there
-    are any, and then Cancelled is raised; likewise when a worker is lost. Raises as Engine does, OptionError for no
-    repetition.
+    Consecutive cases with the same model and placement share one load. When ``cancel`` is set or a worker is lost, the
+    samples of the unfinished case are yielded as a last result, if there are any; then Cancelled or WorkerLostError is
+    raised. Raises what Engine raises, and OptionError for fewer than one repetition.
     """
     if repetitions < 1:
         raise OptionError(f"repetitions must be at least 1, not {repetitions}")
@@ -200,7 +200,7 @@ def _context(case: Case) -> ContextOptions:
 
 
 class _Bench:
-    """The repetitions of one case after another, and how far they have come."""
+    """Runs the repetitions of one case after another and reports their progress."""
 
     def __init__(self, n_cases: int, repetitions: int, warm_up: bool, on_progress: OnProgress | None) -> None:
         self._repetitions = repetitions
@@ -216,7 +216,7 @@ class _Bench:
             self._report(Progress(phase, self._n_done, self._n_all, "runs", item))
 
     def results(self, engine: Engine, case: Case, cancel: CancelFlag | None) -> Iterator[Result]:
-        """One result; fewer samples in it, and the error behind it, when it was stopped or broken off."""
+        """Yield one result; where an error ends the case early, yield the samples so far and raise the error."""
         begun = datetime.now(timezone.utc)
         samples: list[float] = []
         try:
@@ -244,7 +244,7 @@ class _Bench:
         return Result(case, engine.placement.plan, self._repetitions, tuple(samples), begun)
 
     def _timed(self, engine: Engine, workload: Workload, cancel: CancelFlag | None) -> float:
-        """Seconds of one run, whose cache begins empty."""
+        """Seconds of one run, which begins with an empty cache."""
         engine.forget()
         before, prompt, answer = (
             self._tokens(engine, n) for n in (workload.n_depth, workload.n_prompt, workload.n_gen)
@@ -258,7 +258,7 @@ class _Bench:
         return timed_s
 
     def _tokens(self, engine: Engine, n: int) -> list[int]:
-        """Random ones; the first is BOS where the model wants it."""
+        """``n`` random tokens; the first is BOS where the model wants one."""
         ids = [self._random.randrange(engine.n_vocab) for _ in range(n)]
         if ids and engine.adds_bos and engine.bos_token is not None:
             ids[0] = engine.bos_token
@@ -269,8 +269,8 @@ def _spread(samples: Sequence[float]) -> float:
     return stdev(samples) if len(samples) > 1 else 0.0
 
 
-def as_record(result: Result, machine: Machine) -> dict[str, Any]:
-    """A result as plain values under the names that llama-bench gives them in JSON and CSV, and a few of ours."""
+def as_record(result: Result, machine: MeasuredMachine) -> dict[str, Any]:
+    """A result as plain values, named as llama-bench names them in JSON and CSV, with a few names of our own."""
     case, report, plan = result.case, result.case.report, result.plan
     context, offload = case.context, case.offload
     return {
@@ -318,6 +318,6 @@ def as_record(result: Result, machine: Machine) -> dict[str, Any]:
 
 
 def model_type(report: ModelReport) -> str:
-    """What kind of model: ``llama 2x7.2B Q4_K_M``."""
+    """Architecture, size and file type of a model: ``llama 2x7.2B Q4_K_M``."""
     words = (report.architecture, report.provenance.get("size_label"), report.file_type)
     return " ".join(str(word) for word in words if word) or "unknown"

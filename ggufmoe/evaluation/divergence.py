@@ -1,6 +1,6 @@
-"""How far a model has moved from another one, token by token: what a quantization costs.
+"""KL divergence of a model's predictions from those of a reference, token by token: what a quantization costs.
 
-Both compute the same chunks in turn in one process, so nothing is stored but a number or two for each scored token.
+Both models compute the same chunks in turn in one process, so only four numbers are stored for each scored token.
 Source of the definitions: ``tools/perplexity/perplexity.cpp`` (``--kl-divergence``) of llama.cpp at the pinned commit,
 which rounds the reference to 16 bits on its way through a file; here it keeps its precision unless that is asked for.
 """
@@ -44,7 +44,7 @@ _STEPS = np.float32(65535)
 
 @dataclass(frozen=True)
 class Distribution:
-    """A number that every scored token has: its mean, and quantiles by share (``SHARES``)."""
+    """The distribution of one number over all scored tokens: its mean, and quantiles by share (``SHARES``)."""
 
     mean: Estimate
     quantiles: Mapping[float, float]
@@ -60,7 +60,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A model beside its reference, over the chunks that are done."""
+    """A model compared with its reference, over the chunks that are done."""
 
     model: Path
     reference: Path
@@ -95,7 +95,7 @@ class Divergence:
         return self.n_chunks == self.total_chunks
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as what JSON can hold."""
+        """The result as plain values for JSON."""
         out: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Estimate):
@@ -136,8 +136,8 @@ def kl_divergence(
     content = read_text(text, text_file)
     _check_vocabularies(user_path(model), user_path(reference))
     with (
-        Engine(user_path(reference), options.context, offload, on_progress=on_progress, cancel=cancel) as base,
-        Engine(user_path(model), options.context, offload, on_progress=on_progress, cancel=cancel) as engine,
+        Engine(reference, options.context, offload, on_progress=on_progress, cancel=cancel) as base,
+        Engine(model, options.context, offload, on_progress=on_progress, cancel=cancel) as engine,
     ):
         chunks = cut_chunks(engine, content, options)
         return last_result(_compared(base, engine, chunks, options.n_ctx, round_reference, cancel), on_progress)
@@ -187,14 +187,14 @@ def _in_words(key: str, ours: Header, theirs: Header) -> str:
 
 
 class _Scores:
-    """Four numbers for every scored token, and how often both models named the same likeliest one."""
+    """Four numbers for every scored token, and how often both models agreed on the most likely token."""
 
     def __init__(self, n_tokens: int) -> None:
         self._nll, self._nll_base, self._kl, self._delta_p = (np.empty(n_tokens, np.float64) for _ in range(4))
         self._n = self._n_same_top = 0
 
     def add(self, theirs: ComputedPart, ours: ComputedPart, number: int, chunk: list[int], rounded: bool) -> None:
-        """Score what was computed of one chunk."""
+        """Score the computed part of one chunk."""
         blocks = zip(scored_blocks(theirs, number, chunk), scored_blocks(ours, number, chunk), strict=True)
         for (their_rows, targets), (our_rows, _) in blocks:
             base = _rounded(their_rows) if rounded else Normalized.of(their_rows)
@@ -207,7 +207,7 @@ class _Scores:
             self._n = span.stop
 
     def statistics(self) -> dict[str, Any]:
-        """All numbers of a Divergence that come from scores."""
+        """The fields of a Divergence that are computed from the scores."""
         nll, base, kl, delta_p = (x[: self._n] for x in (self._nll, self._nll_base, self._kl, self._delta_p))
         log_ppl, log_base = _mean(nll), _mean(base)
         covariance = float((nll * base).mean() - nll.mean() * base.mean()) / (self._n - 1)

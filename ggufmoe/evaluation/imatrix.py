@@ -81,7 +81,7 @@ class ImatrixResult:
         return tuple(f"{text}; more text, or other text, would help" for text in found)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as what JSON can hold."""
+        """The result as plain values for JSON."""
         return {
             "path": str(self.path),
             "n_ctx": self.n_ctx,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.engine import Engine
 from ggufmoe.evaluation.chunks import cut_chunks, last_result, read_text, scored_blocks
-from ggufmoe.files import StrPath, user_path
+from ggufmoe.files import StrPath
 from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -74,7 +74,7 @@ class Perplexity:
         return self.n_chunks == self.total_chunks
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as what JSON can hold."""
+        """The result as plain values for JSON."""
         return {
             "model": str(self.model),
             "n_ctx": self.n_ctx,
@@ -112,7 +112,7 @@ def perplexity(
     """
     options = options_of(EvaluationOptions, options, keywords)
     content = read_text(text, text_file)
-    with Engine(user_path(model), options.context, offload, on_progress=on_progress, cancel=cancel) as engine:
+    with Engine(model, options.context, offload, on_progress=on_progress, cancel=cancel) as engine:
         return last_result(engine.iterate(_scored, content, options, cancel=cancel), on_progress)
 
 

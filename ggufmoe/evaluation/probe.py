@@ -1,6 +1,6 @@
-"""A tiny Mixtral whose answer is known: whether llama.cpp computes here what it computes elsewhere.
+"""A tiny Mixtral with a known answer, which tests whether llama.cpp computes the same here as elsewhere.
 
-Owns the model, which is made of nothing but names, and the tokens that it must give. It has the types of a Q4_K_M
+Owns the model, whose weights are generated from names, and the tokens of its answer. It has the types of a Q4_K_M
 file, two layers and four experts, so attention, rope, routing and the K formats all have a part in every token.
 """
 

@@ -25,7 +25,7 @@ from ggufmoe.options.convert_options import (
     QuantizeOptions,
     Quantizer,
 )
-from ggufmoe.options.fields import bounds, given_or_default, option, options_of
+from ggufmoe.options.fields import bounds, option, options_of
 from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
 from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
 from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions
@@ -60,7 +60,6 @@ __all__ = [
     "SamplingOptions",
     "WorkerOptions",
     "bounds",
-    "given_or_default",
     "option",
     "options_of",
 ]

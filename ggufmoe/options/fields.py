@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ggufmoe.errors import OptionError
@@ -48,11 +48,13 @@ def option(
 OptionsT = TypeVar("OptionsT")
 
 
-def options_of(kind: type[OptionsT], options: OptionsT | None, keywords: Mapping[str, object]) -> OptionsT:
-    """The options of a public function that takes them as one object or as keywords; the defaults where none is given.
+def options_of(
+    kind: type[OptionsT], options: OptionsT | None, keywords: Mapping[str, object] = MappingProxyType({})
+) -> OptionsT:
+    """The options of a public function, given as one object or as keywords; the defaults where neither is given.
 
     Raises OptionError where both are given and for a keyword that is no field of ``kind``; TypeError where ``options``
-    is an object of another class.
+    is no ``kind``, for example a dict.
     """
     if options is not None and keywords:
         found = ", ".join(keywords)
@@ -63,14 +65,9 @@ def options_of(kind: type[OptionsT], options: OptionsT | None, keywords: Mapping
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
             raise OptionError(f"{kind.__name__} has no option {name!r}; {hint}")
-    return kind(**keywords) if keywords else given_or_default(options, kind)
-
-
-def given_or_default(options: OptionsT | None, kind: type[OptionsT]) -> OptionsT:
-    """``options``, or the defaults of ``kind`` for None. Raises TypeError for anything else, for example a dict."""
     if options is not None and not isinstance(options, kind):
         raise TypeError(f"expected {kind.__name__}(...), not {options!r}")
-    return kind() if options is None else options
+    return kind(**keywords) if options is None else options
 
 
 def check(condition: bool, message: str) -> None:

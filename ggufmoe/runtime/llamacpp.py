@@ -27,7 +27,7 @@ from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native import library as native
 from ggufmoe.native.log import no_wait_callback
 from ggufmoe.native.wording import PLACEMENT_LINES, is_refusal, lacks_pinned_memory
-from ggufmoe.options import ContextOptions, OffloadOptions, given_or_default
+from ggufmoe.options import ContextOptions, OffloadOptions, options_of
 from ggufmoe.placement.devices import find_devices
 from ggufmoe.placement.load_report import Placement, placement_of
 from ggufmoe.placement.model_params import device_list, set_parameters
@@ -228,7 +228,7 @@ def _check_arguments(arguments: Mapping[str, Any], offload: OffloadOptions | Non
 
     Raises TypeError if ``offload`` is not an OffloadOptions.
     """
-    given_or_default(offload, OffloadOptions)
+    options_of(OffloadOptions, offload)
     known = set(inspect.signature(_base()).parameters)
     for name in arguments:
         if name not in known:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, InputError
 from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.header import Header
-from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, given_or_default
+from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, options_of
 from ggufmoe.placement.load_report import Placement
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
@@ -160,7 +160,7 @@ class LocalEngine:
             self._context_options.overflow_policy, len(tokens) if n_keep < 0 else max(n_keep, int(begins_with_bos))
         )
         tokens = overflow.fitted(tokens, self.n_ctx)
-        settings = resolve(given_or_default(sampling, SamplingOptions), self.header.get)
+        settings = resolve(options_of(SamplingOptions, sampling), self.header.get)
         # made now, so that an error in a grammar is raised here and not when the first token is asked for
         sampler = Sampler(self._api, self._vocabulary, settings, tokens)
         return self._read(GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow), sampler)

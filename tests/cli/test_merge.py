@@ -123,7 +123,7 @@ def test_a_hub_that_does_not_answer_is_told_with_the_place(
 
 def test_the_current_directory_is_no_place_for_a_checkpoint(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["merge", str(recipe), "."]) == 1
-    assert "give the name of a directory" in capsys.readouterr().err
+    assert "no name of a new directory; give one" in capsys.readouterr().err
 
 
 SLOWED = """
