@@ -83,10 +83,11 @@ def find_workers(workers: Sequence[tuple[str, int]], answer_s: float = ANSWER_S)
     wrong = [str(answer) for answer in answers if isinstance(answer, WorkerError)]
     if wrong:
         raise WorkerError("; ".join(wrong))
-    found = [
-        RemoteDevice(rpc_device(number), f"{host}:{port}", answer.endpoint, index, *facts)
-        for number, (host, port, answer, index, facts) in enumerate(_devices(workers, answers))
-    ]
+    found: list[RemoteDevice] = []
+    for (host, port), answer in zip(workers, answers, strict=True):
+        assert isinstance(answer, _Answer), "errors have been raised"
+        for index, facts in enumerate(answer.devices):
+            found.append(RemoteDevice(rpc_device(len(found)), f"{host}:{port}", answer.endpoint, index, *facts))
     if len(found) > MAX_DEVICES:
         raise WorkerError(f"the workers have {len(found)} devices, and llama.cpp takes {MAX_DEVICES}: name fewer")
     return tuple(found)
@@ -106,15 +107,6 @@ def register_workers(endpoints: Sequence[str]) -> None:
     """Register the workers' devices with llama.cpp, which may end this process from now on. Raises EngineError."""
     for endpoint in endpoints:
         rpc_calls.register_rpc_server(endpoint)
-
-
-def _devices(
-    workers: Sequence[tuple[str, int]], answers: Sequence[_Answer | WorkerError]
-) -> Iterator[tuple[str, int, _Answer, int, tuple[int, int, int]]]:
-    for (host, port), answer in zip(workers, answers, strict=True):
-        assert isinstance(answer, _Answer), "the others have been raised"
-        for index, facts in enumerate(answer.devices):
-            yield host, port, answer, index, facts
 
 
 def _ask_all(workers: Sequence[tuple[str, int]], answer_s: float) -> list[_Answer | WorkerError]:

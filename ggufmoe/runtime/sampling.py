@@ -76,7 +76,7 @@ _DEFAULTS: dict[str, float] = {
     "mirostat_lr": 0.1,
     "mirostat_ent": 5.0,
 }
-"""What holds where neither the caller nor the model's file says anything; a whole number means that it must be one."""
+"""Used where neither the caller nor the model's file gives a value. An int as default: every value must be an int."""
 _KEYS = {setting.option: setting.key for setting in SAMPLING_KEYS}
 
 
@@ -95,7 +95,7 @@ def resolve(options: SamplingOptions, metadata: Callable[[str], Any]) -> Samplin
 
 
 def _recommended(name: str, default: float, metadata: Callable[[str], Any]) -> float:
-    """What the model's file says of a setting, ``default`` where that is nothing, or makes no sense."""
+    """The value of a setting in the model's file; ``default`` if there is none, or it is out of range."""
     key = _KEYS.get(name)
     value = None if key is None else metadata(key)
     if value is None:

@@ -339,6 +339,21 @@ def test_what_cannot_go_to_the_other_process_is_an_error(remote_story: Engine, m
     assert remote_story.apply(operator.attrgetter("n_ctx")) == remote_story.n_ctx
 
 
+def is_public(engine: Engine) -> bool:
+    return type(engine) is Engine and len(engine.tokenize(" once")) == 2
+
+
+def yields_is_public(engine: Engine, *, cancel: object) -> Iterator[bool]:
+    yield is_public(engine)
+
+
+def test_functions_get_a_public_engine_wherever_they_run(remote_story: Engine, story: Engine) -> None:
+    for engine in (story, remote_story):
+        assert engine.apply(is_public)
+        assert list(engine.iterate(yields_is_public)) == [True]
+        assert engine.tokenize(" once")  # the engine that the function got did not close this one
+
+
 def leave(_: Engine) -> int:
     sys.exit(3)
 
