@@ -1,5 +1,5 @@
 """Hugging Face checkpoints: opened, checked as a whole, and read by rows."""
 
-from ggufmoe.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ggufmoe.checkpoint.opening import Checkpoint, open_checkpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]

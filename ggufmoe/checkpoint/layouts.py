@@ -28,7 +28,7 @@ _NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPiece:
     """A classic tensor and where it is stored: ``first_row`` of the tensor ``stored``, of shape ``stored_shape``."""
 
     name: str
@@ -73,7 +73,7 @@ class StoredRows:
             self.file.read_into(begin, out.data.cast("B"))
 
 
-def pieces(config: ModelConfig, layout: ExpertLayout, *, with_output: bool) -> Iterator[Piece]:
+def pieces(config: ModelConfig, layout: ExpertLayout, *, with_output: bool) -> Iterator[TensorPiece]:
     """Every tensor of a model of this configuration: the embedding, layer after layer, the final norm, the output.
 
     ``with_output`` says whether there is an ``lm_head.weight``.
@@ -88,11 +88,11 @@ def pieces(config: ModelConfig, layout: ExpertLayout, *, with_output: bool) -> I
         yield _whole("lm_head.weight", embedding)
 
 
-def _whole(name: str, shape: Shape, stored: str | None = None) -> Piece:
-    return Piece(name, shape, stored or name, shape)
+def _whole(name: str, shape: Shape, stored: str | None = None) -> TensorPiece:
+    return TensorPiece(name, shape, stored or name, shape)
 
 
-def _attention(config: ModelConfig, layer: str) -> Iterator[Piece]:
+def _attention(config: ModelConfig, layer: str) -> Iterator[TensorPiece]:
     n_embd, q_rows = config.n_embd, config.n_head * config.head_dim
     kv_rows = config.n_head_kv * config.head_dim
     yield _whole(f"{layer}.input_layernorm.weight", (n_embd,))
@@ -103,7 +103,7 @@ def _attention(config: ModelConfig, layer: str) -> Iterator[Piece]:
     yield _whole(f"{layer}.self_attn.o_proj.weight", (n_embd, q_rows))
 
 
-def _feed_forward(config: ModelConfig, layout: ExpertLayout, layer: str) -> Iterator[Piece]:
+def _feed_forward(config: ModelConfig, layout: ExpertLayout, layer: str) -> Iterator[TensorPiece]:
     rows, columns = (config.n_ff, config.n_embd), (config.n_embd, config.n_ff)
     if not config.n_expert:
         yield _whole(f"{layer}.mlp.gate_proj.weight", rows)
@@ -122,13 +122,13 @@ def _feed_forward(config: ModelConfig, layout: ExpertLayout, layer: str) -> Iter
             yield _whole(f"{classic}.{word}.weight", shape, f"{stored}.{_EXPERT_WORDS[word][layout.words]}.weight")
 
 
-def _fused_expert(config: ModelConfig, stored: str, classic: str, expert: int) -> Iterator[Piece]:
+def _fused_expert(config: ModelConfig, stored: str, classic: str, expert: int) -> Iterator[TensorPiece]:
     n_ff, n_embd = config.n_ff, config.n_embd
     gate_up, down = (config.n_expert, 2 * n_ff, n_embd), (config.n_expert, n_embd, n_ff)
     first = expert * 2 * n_ff
-    yield Piece(f"{classic}.w1.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first)
-    yield Piece(f"{classic}.w3.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first + n_ff)
-    yield Piece(f"{classic}.w2.weight", (n_embd, n_ff), f"{stored}.down_proj", down, expert * n_embd)
+    yield TensorPiece(f"{classic}.w1.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first)
+    yield TensorPiece(f"{classic}.w3.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first + n_ff)
+    yield TensorPiece(f"{classic}.w2.weight", (n_embd, n_ff), f"{stored}.down_proj", down, expert * n_embd)
 
 
 def find_expert_layout(where: str, names: Iterable[str]) -> ExpertLayout:
@@ -172,7 +172,7 @@ def arrange(
     return {piece.name: _rows(piece, *stored[piece.stored], dtypes[piece.stored]) for piece in wanted}
 
 
-def _rows(piece: Piece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> StoredRows:
+def _rows(piece: TensorPiece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> StoredRows:
     begin = entry.begin + piece.first_row * piece.shape[-1] * dtype.n_bytes
     return StoredRows(piece.name, dtype, piece.shape, file, begin)
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
-from ggufmoe.checkpoint.checkpoint import open_directory
 from ggufmoe.checkpoint.dtypes import narrow, widen
 from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
+from ggufmoe.checkpoint.opening import open_directory
 from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, RouterReport, SourceTensor
 from ggufmoe.errors import CheckpointError, RecipeError
 from ggufmoe.files import decode_text

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, ImatrixResult, LayerCoverage
-from ggufmoe.checkpoint.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
+from ggufmoe.checkpoint.opening import open_checkpoint
 from ggufmoe.errors import Cancelled, EngineError, InputError, OptionError, OutputError, OutputExistsError
 from ggufmoe.evaluation.activations import ActivationSums
 from ggufmoe.gguf.header import read_header

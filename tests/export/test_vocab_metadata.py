@@ -11,8 +11,8 @@ import pytest
 
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.export.vocab.bytelevel import byte_alphabet
-from ggufmoe.export.vocab.rows import TokenType
 from ggufmoe.export.vocab.spm_model import parse
+from ggufmoe.export.vocab.token_rows import TokenType
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.types import ValueType
 from tests.export.vocab_files import added_token, config, edit_json, write_tokenizer

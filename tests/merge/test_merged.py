@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.checkpoint import Checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
+from ggufmoe.checkpoint.opening import Checkpoint
 from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.forward import ForwardPass

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, RoutingTrace, RoutingTracer, SamplingOptions, trace_routing
-from ggufmoe.checkpoint.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.dtypes import read_f32
+from ggufmoe.checkpoint.opening import open_checkpoint
 from ggufmoe.errors import ContextFullError, EngineError, InputError, OptionError
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.native import graph_tensors

@@ -14,9 +14,9 @@ from ggufmoe.checkpoint.chat_template import chat_templates
 from ggufmoe.checkpoint.source import ModelConfig
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.export.vocab import bytelevel, spm_json, spm_model
-from ggufmoe.export.vocab.metadata import metadata
-from ggufmoe.export.vocab.rows import TokenType, Vocabulary
+from ggufmoe.export.vocab.keys import metadata
 from ggufmoe.export.vocab.special import special_tokens
+from ggufmoe.export.vocab.token_rows import TokenType, Vocabulary
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.special_texts import special_literals
 

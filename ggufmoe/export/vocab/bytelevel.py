@@ -9,7 +9,7 @@ from ggufmoe.checkpoint.tokenizer_files import AddedToken, TokenizerFiles, nodes
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.bpe import BPE, apply_merges, read_bpe
 from ggufmoe.export.vocab.pretokenizer import recognise
-from ggufmoe.export.vocab.rows import Rows, TokenType, Vocabulary
+from ggufmoe.export.vocab.token_rows import TokenRows, TokenType, Vocabulary
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -53,8 +53,8 @@ def byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def _rows(bpe: BPE, added: dict[int, AddedToken], n_vocab: int, path: Path) -> Rows:
-    rows = Rows(n_vocab, path)
+def _rows(bpe: BPE, added: dict[int, AddedToken], n_vocab: int, path: Path) -> TokenRows:
+    rows = TokenRows(n_vocab, path)
     for token, token_id in bpe.vocab.items():
         rows.put(token_id, token, TokenType.NORMAL)
     rows.put_all_added(added.values())

@@ -16,7 +16,7 @@ from typing import Any
 from ggufmoe.checkpoint.source import ModelConfig
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.rows import Vocabulary
+from ggufmoe.export.vocab.token_rows import Vocabulary
 from ggufmoe.gguf.special_texts import ENDS_BY_TEXT
 
 _LOG = logging.getLogger("ggufmoe")

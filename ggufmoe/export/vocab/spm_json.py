@@ -17,7 +17,7 @@ from typing import Any
 from ggufmoe.checkpoint.tokenizer_files import AddedToken, TokenizerFiles, nodes
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.bpe import BPE, read_bpe
-from ggufmoe.export.vocab.rows import SPACE, Rows, TokenType, Vocabulary, require_bytes
+from ggufmoe.export.vocab.token_rows import SPACE, TokenRows, TokenType, Vocabulary, require_bytes
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -51,7 +51,7 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     return _by_merges(rows, bpe)
 
 
-def _by_score(rows: Rows, add_space_prefix: bool | None) -> Vocabulary:
+def _by_score(rows: TokenRows, add_space_prefix: bool | None) -> Vocabulary:
     return Vocabulary(
         model="llama",
         pre="default",
@@ -63,7 +63,7 @@ def _by_score(rows: Rows, add_space_prefix: bool | None) -> Vocabulary:
     )
 
 
-def _by_merges(rows: Rows, bpe: BPE) -> Vocabulary:
+def _by_merges(rows: TokenRows, bpe: BPE) -> Vocabulary:
     return Vocabulary(
         model="gpt2",
         pre=MERGE_DRIVEN_PRE,
@@ -74,8 +74,8 @@ def _by_merges(rows: Rows, bpe: BPE) -> Vocabulary:
     )
 
 
-def _rows(bpe: BPE, added: Mapping[int, AddedToken], n_vocab: int, path: Path) -> Rows:
-    rows = Rows(n_vocab, path)
+def _rows(bpe: BPE, added: Mapping[int, AddedToken], n_vocab: int, path: Path) -> TokenRows:
+    rows = TokenRows(n_vocab, path)
     scores = rank_scores(bpe)
     for token, token_id in bpe.vocab.items():
         kind = TokenType.BYTE if _BYTE.fullmatch(token) else TokenType.NORMAL

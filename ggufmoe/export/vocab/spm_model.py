@@ -14,13 +14,13 @@ from pathlib import Path
 
 from ggufmoe.checkpoint.tokenizer_files import AddedToken, TokenizerFiles
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.rows import ADDED_SCORE, SPACE, Rows, TokenType, Vocabulary, require_bytes
+from ggufmoe.export.vocab.token_rows import ADDED_SCORE, SPACE, TokenRows, TokenType, Vocabulary, require_bytes
 
 _KINDS = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
 
 
 @dataclass(frozen=True)
-class Piece:
+class SentencePiece:
     """One entry of the model; ``type`` is numbered as in GGUF."""
 
     text: str
@@ -32,7 +32,7 @@ class Piece:
 class SentencePieceModel:
     """The parts of a model that decide about token ids."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SentencePiece, ...]
     kind: str
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
@@ -50,7 +50,7 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     path = files.directory / "tokenizer.model"
     model = parse(files.model or b"", path)
     _check_expressible(model, path)
-    rows = Rows(n_vocab, path)
+    rows = TokenRows(n_vocab, path)
     texts = {piece.text for piece in model.pieces}
     for token_id, piece in enumerate(model.pieces):
         _put_piece(rows, token_id, piece, texts)
@@ -90,7 +90,7 @@ def _control_ids(model: SentencePieceModel) -> dict[str, int]:
     }
 
 
-def _put_piece(rows: Rows, id: int, piece: Piece, texts: set[str]) -> None:
+def _put_piece(rows: TokenRows, id: int, piece: SentencePiece, texts: set[str]) -> None:
     if piece.type is not TokenType.USER_DEFINED:
         rows.put(id, piece.text, piece.type, piece.score)
     elif _merges_by_itself(piece.text, texts):
@@ -107,7 +107,7 @@ def _merges_by_itself(text: str, texts: set[str]) -> bool:
     return len(text) == 1 or (not text.strip(SPACE) and all(SPACE * n in texts for n in range(1, len(text))))
 
 
-def _left_out(added: list[AddedToken], rows: Rows, path: Path) -> list[AddedToken]:
+def _left_out(added: list[AddedToken], rows: TokenRows, path: Path) -> list[AddedToken]:
     """Tokens that only ``tokenizer.json`` knows; TokenizerError where it gives an id to another token."""
     for token in added:
         if rows.has(token.id) and token.content.replace(SPACE, " ") != rows.texts[token.id].replace(SPACE, " "):
@@ -138,7 +138,7 @@ def _check_expressible(model: SentencePieceModel, path: Path) -> None:
 
 def parse(data: bytes, path: Path) -> SentencePieceModel:
     """Read a serialized ``ModelProto``; TokenizerError if it is not one."""
-    pieces: list[Piece] = []
+    pieces: list[SentencePiece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     try:
@@ -168,12 +168,12 @@ def parse(data: bytes, path: Path) -> SentencePieceModel:
     )
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes) -> SentencePiece:
     fields = dict(_fields(data))
     text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
         raise ValueError("a piece whose fields are of other types")
-    return Piece(text.decode("utf-8"), float(struct.unpack("<f", score)[0]), TokenType(kind))
+    return SentencePiece(text.decode("utf-8"), float(struct.unpack("<f", score)[0]), TokenType(kind))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

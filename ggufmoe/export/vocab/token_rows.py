@@ -57,7 +57,7 @@ class Vocabulary:
         return self.tokens.index(text) if text in self.tokens else None
 
 
-class Rows:
+class TokenRows:
     """``n_vocab`` rows, all padding at first, as many as the embedding has."""
 
     def __init__(self, n_vocab: int, path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import TokenizerError
-from ggufmoe.export.vocab.rows import Vocabulary
 from ggufmoe.export.vocab.special import SpecialTokens
+from ggufmoe.export.vocab.token_rows import Vocabulary
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import ValueType
