@@ -77,11 +77,12 @@ def _check_output(output: Path) -> None:
     """Raise OutputExistsError if ``output`` exists and is not the model of an earlier demo."""
     from ggufmoe.demo import NAME
     from ggufmoe.gguf.header import read_header
+    from ggufmoe.gguf.upstream import Keys
 
     if not output.exists():
         return
     try:
-        ours = read_header(output).get("general.name") == NAME
+        ours = read_header(output).get(Keys.General.NAME) == NAME
     except GGUFError:
         ours = False
     if not ours:

@@ -28,6 +28,7 @@ from ggufmoe.evaluation.perplexity import (
 from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.work import CancelFlag, OnProgress
@@ -167,8 +168,8 @@ def _compared(
 
 def _check_vocabularies(model: Path, reference: Path) -> None:
     ours, theirs = (read_model_header(path).shards[0].header for path in (model, reference))
-    for key in ("model", "tokens", "bos_token_id", "add_bos_token"):
-        a, b = (header.get(f"tokenizer.ggml.{key}") for header in (ours, theirs))
+    for key in (Keys.Tokenizer.MODEL, Keys.Tokenizer.LIST, Keys.Tokenizer.BOS_ID, Keys.Tokenizer.ADD_BOS):
+        a, b = (header.get(key) for header in (ours, theirs))
         if a != b:
             raise InputError(
                 f"{model} and {reference} have different vocabularies ({_in_words(key, ours, theirs)}): "
@@ -177,9 +178,9 @@ def _check_vocabularies(model: Path, reference: Path) -> None:
 
 
 def _in_words(key: str, ours: Header, theirs: Header) -> str:
-    a, b = (header.get(f"tokenizer.ggml.{key}") for header in (ours, theirs))
+    a, b = (header.get(key) for header in (ours, theirs))
     if not (isinstance(a, list) and isinstance(b, list)):
-        return f"tokenizer.ggml.{key} is {str(a)[:40]} and {str(b)[:40]}"
+        return f"{key} is {str(a)[:40]} and {str(b)[:40]}"
     if len(a) != len(b):
         return f"{len(a)} and {len(b)} tokens"
     i = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)

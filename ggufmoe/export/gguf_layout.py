@@ -12,6 +12,7 @@ from pathlib import Path
 from ggufmoe.errors import GGUFError, OptionError
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import TensorInfo, Value, read_header
+from ggufmoe.gguf.model import SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS
 from ggufmoe.gguf.names import OUTPUT
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
@@ -66,9 +67,9 @@ def lay_out_files(
     files: list[PlannedFile] = []
     for number, group in enumerate(groups):
         keys = dict(metadata) if number == 0 else {}
-        keys["split.no"] = Value(ValueType.UINT16, number, None)
-        keys["split.count"] = Value(ValueType.UINT16, n_files, None)
-        keys["split.tensors.count"] = Value(ValueType.INT32, len(tensors), None)
+        keys[SPLIT_NUMBER] = Value(ValueType.UINT16, number, None)
+        keys[SPLIT_COUNT] = Value(ValueType.UINT16, n_files, None)
+        keys[SPLIT_TENSORS] = Value(ValueType.INT32, len(tensors), None)
         path = output.with_name(f"{stem}-{number + 1:05d}-of-{n_files:05d}.gguf")
         files.append(_gguf_file(path, keys, group))
     return tuple(files)

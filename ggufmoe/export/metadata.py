@@ -16,8 +16,8 @@ from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.key_tables import SAMPLING_KEYS
 from ggufmoe.gguf.names import is_expert_stack
-from ggufmoe.gguf.sampling_keys import SAMPLING_KEYS
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
 from ggufmoe.quant.filetypes import FileType

@@ -63,13 +63,11 @@ class ModelHeader:
         return self.shards[0].header.get(key, default)
 
 
-SPLIT_KEYS: tuple[str, ...] = (
-    Keys.Split.LLM_KV_SPLIT_NO,
-    Keys.Split.LLM_KV_SPLIT_COUNT,
-    Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT,
-)
-"""Keys that tell of the files of a split model, and nothing of the model."""
-_NUMBER_KEY, _COUNT_KEY, _TENSORS_KEY = SPLIT_KEYS
+SPLIT_NUMBER: str = Keys.Split.LLM_KV_SPLIT_NO
+SPLIT_COUNT: str = Keys.Split.LLM_KV_SPLIT_COUNT
+SPLIT_TENSORS: str = Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
+SPLIT_KEYS = (SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS)
+"""Keys that describe the files of a split model, and not the model."""
 _SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -99,10 +97,10 @@ def read_model_header(path: Path) -> ModelHeader:
 
 
 def _shard_paths(path: Path, header: Header) -> tuple[Path, ...]:
-    count = _uint16(path, header, _COUNT_KEY, 1)
+    count = _uint16(path, header, SPLIT_COUNT, 1)
     if count <= 1:
         return (path,)
-    number = _uint16(path, header, _NUMBER_KEY, None)
+    number = _uint16(path, header, SPLIT_NUMBER, None)
     name = _SHARD_NAME.fullmatch(path.name)
     if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
         raise GGUFError(
@@ -128,7 +126,7 @@ def _uint16(path: Path, header: Header, key: str, default: int | None) -> int:
 
 
 def _check_shard(shard: Shard, number: int, count: int) -> None:
-    for key, expected in ((_NUMBER_KEY, number), (_COUNT_KEY, count)):
+    for key, expected in ((SPLIT_NUMBER, number), (SPLIT_COUNT, count)):
         found = _uint16(shard.path, shard.header, key, None)
         if found != expected:
             raise GGUFError(f"{shard.path}: {key} is {found}, expected {expected}; this shard is of another model")
@@ -136,10 +134,10 @@ def _check_shard(shard: Shard, number: int, count: int) -> None:
 
 def _check_shard_tensors(model: ModelHeader) -> None:
     first = model.shards[0]
-    expected = first.header.get(_TENSORS_KEY)
+    expected = first.header.get(SPLIT_TENSORS)
     if expected != len(model.tensors):
         raise GGUFError(
-            f"{first.path}: {_TENSORS_KEY} is {expected}, but the shards hold {len(model.tensors)} tensors; "
+            f"{first.path}: {SPLIT_TENSORS} is {expected}, but the shards hold {len(model.tensors)} tensors; "
             "a shard is of another model"
         )
     home: dict[str, Path] = {}

@@ -17,10 +17,10 @@ from typing import Any
 from ggufmoe.errors import GGUFError
 from ggufmoe.gguf.header import TensorInfo
 from ggufmoe.gguf.hyper import Hyper, TypedMetadata
+from ggufmoe.gguf.key_tables import SAMPLING_PREFIX, TOKEN_ID_KEYS
 from ggufmoe.gguf.model import NO_MODELS, ModelHeader, read_model_header
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, legacy_experts, part_of
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
-from ggufmoe.gguf.sampling_keys import SAMPLING_PREFIX
 from ggufmoe.gguf.types import FILE_TYPES
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.wording import is_repack_buffer
@@ -28,17 +28,8 @@ from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.offload import HostMemory, plan_offload
 from ggufmoe.sizes import all_experts_run
 
-_SPECIAL_TOKENS = {
-    "bos": Keys.Tokenizer.BOS_ID,
-    "eos": Keys.Tokenizer.EOS_ID,
-    "eot": Keys.Tokenizer.EOT_ID,
-    "eom": Keys.Tokenizer.EOM_ID,
-    "unknown": Keys.Tokenizer.UNK_ID,
-    "padding": Keys.Tokenizer.PAD_ID,
-    "seperator": Keys.Tokenizer.SEP_ID,
-    "mask": Keys.Tokenizer.MASK_ID,
-}
-"""By the names in the keys, ``seperator`` included."""
+_SPECIAL_TOKENS = {key.removeprefix("tokenizer.ggml.").removesuffix("_token_id"): key for key in TOKEN_ID_KEYS.values()}
+"""By the names in the keys: bos, eos, eot, eom, unknown, padding, seperator (sic), mask."""
 
 _REPORTED_HYPER = (
     "n_layer",

@@ -27,12 +27,12 @@ from ggufmoe.files import replacing
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import Header, TensorInfo, Value, padded, read_header
 from ggufmoe.gguf.types import GGMLType, ValueType
-from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
+from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
 from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
 
 _F32 = np.dtype("<f4")
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE = Keys.IMatrix.DATASETS, Keys.IMatrix.CHUNK_COUNT, Keys.IMatrix.CHUNK_SIZE
 _CHECK_FLOATS = 1 << 20
 _MAX_NAME_BYTES = 4096
 
@@ -152,7 +152,7 @@ def save(
         arrays[name + _SUMS] = sums.reshape(counts.size, -1) if counts.size > 1 else sums.reshape(-1)
         arrays[name + _COUNTS] = counts.reshape(-1, 1) if counts.size > 1 else counts.reshape(1)
     metadata = {
-        "general.type": Value(ValueType.STRING, "imatrix"),
+        Keys.General.TYPE: Value(ValueType.STRING, "imatrix"),
         _DATASETS: Value(ValueType.ARRAY, list(datasets), ValueType.STRING),
         _CHUNK_COUNT: Value(ValueType.UINT32, chunk_count),
         _CHUNK_SIZE: Value(ValueType.UINT32, chunk_size),

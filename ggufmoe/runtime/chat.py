@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ggufmoe.errors import InputError, OutputExistsError, TemplateError
 from ggufmoe.files import StrPath, decode_text, replacing, user_path
 from ggufmoe.gguf.special_texts import ENDS_BY_TEXT, special_literals
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.enginelike import EngineLike
@@ -236,9 +237,10 @@ class Chat:
 
 def _template(engine: EngineLike, choice: str | None) -> ChatTemplate:
     bos, eos = engine.token_text(engine.bos_token), engine.token_text(engine.eos_token)
-    pad = _stated_token(engine, "padding", None)
+    pad = _stated_token(engine, Keys.Tokenizer.PAD_ID, None)
     # llama.cpp takes token 0 of a sentencepiece vocabulary as the unknown one
-    unk = _stated_token(engine, "unknown", 0 if engine.header.get("tokenizer.ggml.model") == "llama" else None)
+    default_unk = 0 if engine.header.get(Keys.Tokenizer.MODEL) == "llama" else None
+    unk = _stated_token(engine, Keys.Tokenizer.UNK_ID, default_unk)
     template = find_template(choice, engine.header, bos=bos, eos=eos, unk=unk, pad=pad)
     if template is None:
         named = sorted(stored_templates(engine.header))
@@ -266,9 +268,9 @@ def _foreign_ends(engine: EngineLike, template: ChatTemplate, *, warn: bool) -> 
     return tuple(literal for literal in foreign if literal in ENDS_BY_TEXT and literal not in template.stop)
 
 
-def _stated_token(engine: EngineLike, role: str, default: int | None) -> str:
-    """The text of the token that the header gives this role; empty where there is no such token."""
-    token = engine.header.get(f"tokenizer.ggml.{role}_token_id", default)
+def _stated_token(engine: EngineLike, key: str, default: int | None) -> str:
+    """The text of the token whose id stands under a key of the header; empty where there is no such token."""
+    token = engine.header.get(key, default)
     return engine.token_text(token) if type(token) is int and 0 <= token < engine.n_vocab else ""
 
 

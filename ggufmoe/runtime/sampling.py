@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ggufmoe.errors import EngineError, InputError
-from ggufmoe.gguf.sampling_keys import SAMPLING_KEYS
+from ggufmoe.gguf.key_tables import SAMPLING_KEYS
 from ggufmoe.options import MAX_SEED, SamplingOptions, bounds
 from ggufmoe.runtime.grammar import grammar_of
 from ggufmoe.runtime.kvcache import KVCache

@@ -21,6 +21,7 @@ import numpy as np
 from ggufmoe.errors import ContextFullError, InputError, OutputError
 from ggufmoe.files import replacing
 from ggufmoe.gguf.model import ModelHeader
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.kvcache import SavedState
@@ -55,7 +56,7 @@ class SessionFacts:
         return cls(
             model=_identity(model),
             engine=native.engine_version().llama_cpp_commit,
-            architecture=str(model.get("general.architecture")),
+            architecture=str(model.get(Keys.General.ARCHITECTURE)),
             cache_type_k=context.cache_type_k,
             cache_type_v=context.cache_type_v,
             n_expert_used=offload.n_expert_used,

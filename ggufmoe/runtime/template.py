@@ -15,11 +15,12 @@ from typing import Any
 from ggufmoe.errors import OptionError, TemplateError
 from ggufmoe.files import decode_text, user_path
 from ggufmoe.gguf.header import Header
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Limits, Program
 
 Message = Mapping[str, Any]
 
-TEMPLATE_KEY = "tokenizer.chat_template"
+TEMPLATE_KEY: str = Keys.Tokenizer.CHAT_TEMPLATE
 _PROBE = "ggufmoeSystemProbe"
 _ALWAYS_GIVEN: Mapping[str, Any] = {"tools": None, "documents": None}
 """Variables that transformers gives to every template, whether or not the caller names them."""

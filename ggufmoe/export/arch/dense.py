@@ -16,6 +16,7 @@ from ggufmoe.export.metadata import f32, text, u32
 from ggufmoe.export.rows import Computed, RopeOrdered
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.own_keys import SLIDING_WINDOW
+from ggufmoe.gguf.upstream import Keys
 
 NAME = "llama"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -92,33 +93,33 @@ def llama3_rope_factors(config: ModelConfig) -> list[float]:
 def llama_parameters(config: ModelConfig, *, with_head_size: bool) -> dict[str, Value]:
     """The ``llama.*`` keys in the converter's order, and the sliding window that llama.cpp does not apply."""
     keys: dict[str, Value | None] = {
-        "block_count": u32(config.n_layer),
-        "context_length": u32(config.n_ctx),
-        "embedding_length": u32(config.n_embd),
-        "feed_forward_length": u32(config.n_ff),
-        "attention.head_count": u32(config.n_head),
-        "attention.head_count_kv": u32(config.n_head_kv),
+        Keys.LLM.BLOCK_COUNT: u32(config.n_layer),
+        Keys.LLM.CONTEXT_LENGTH: u32(config.n_ctx),
+        Keys.LLM.EMBEDDING_LENGTH: u32(config.n_embd),
+        Keys.LLM.FEED_FORWARD_LENGTH: u32(config.n_ff),
+        Keys.Attention.HEAD_COUNT: u32(config.n_head),
+        Keys.Attention.HEAD_COUNT_KV: u32(config.n_head_kv),
         **_rope_scaling_keys(config.rope_scaling),
-        "rope.freq_base": f32(config.rope_theta),
-        "attention.layer_norm_rms_epsilon": f32(config.rms_norm_eps),
-        "expert_count": u32(config.n_expert) if config.n_expert else None,
-        "expert_used_count": u32(config.n_expert_used) if config.n_expert else None,
-        "attention.key_length": u32(config.head_dim) if with_head_size else None,
-        "attention.value_length": u32(config.head_dim) if with_head_size else None,
-        "vocab_size": u32(config.n_vocab),
-        "rope.dimension_count": u32(config.head_dim),
+        Keys.Rope.FREQ_BASE: f32(config.rope_theta),
+        Keys.Attention.LAYERNORM_RMS_EPS: f32(config.rms_norm_eps),
+        Keys.LLM.EXPERT_COUNT: u32(config.n_expert) if config.n_expert else None,
+        Keys.LLM.EXPERT_USED_COUNT: u32(config.n_expert_used) if config.n_expert else None,
+        Keys.Attention.KEY_LENGTH: u32(config.head_dim) if with_head_size else None,
+        Keys.Attention.VALUE_LENGTH: u32(config.head_dim) if with_head_size else None,
+        Keys.LLM.VOCAB_SIZE: u32(config.n_vocab),
+        Keys.Rope.DIMENSION_COUNT: u32(config.head_dim),
     }
     window = unapplied_window(config)
     ours = {} if window is None else {SLIDING_WINDOW: u32(window)}
-    return {f"{NAME}.{key}": value for key, value in keys.items() if value is not None} | ours
+    return {key.format(arch=NAME): value for key, value in keys.items() if value is not None} | ours
 
 
 _YARN_KEYS = {
-    "extrapolation_factor": "yarn_ext_factor",
-    "attn_factor": "yarn_attn_factor",
-    "attention_factor": "yarn_attn_factor",
-    "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
+    "extrapolation_factor": Keys.Rope.SCALING_YARN_EXT_FACTOR,
+    "attn_factor": Keys.Rope.SCALING_YARN_ATTN_FACTOR,
+    "attention_factor": Keys.Rope.SCALING_YARN_ATTN_FACTOR,
+    "beta_fast": Keys.Rope.SCALING_YARN_BETA_FAST,
+    "beta_slow": Keys.Rope.SCALING_YARN_BETA_SLOW,
 }
 """Parameters of YaRN to the keys of the converter. llama.cpp's ``llama`` architecture reads none of these keys."""
 
@@ -130,14 +131,14 @@ def _rope_scaling_keys(scaling: RopeScaling) -> dict[str, Value]:
     if scaling.kind not in ("linear", "yarn"):
         return {}
     given: Mapping[str, float] = scaling.parameters
-    keys = {"type": text(scaling.kind), "factor": f32(given["factor"])}
+    keys = {Keys.Rope.SCALING_TYPE: text(scaling.kind), Keys.Rope.SCALING_FACTOR: f32(given["factor"])}
     if scaling.kind == "yarn":
-        keys["original_context_length"] = u32(int(given["original_max_position_embeddings"]))
+        keys[Keys.Rope.SCALING_ORIG_CTX_LEN] = u32(int(given["original_max_position_embeddings"]))
         keys |= {ours: f32(given[theirs]) for theirs, ours in _YARN_KEYS.items() if theirs in given}
         default = _yarn_scale(given["factor"], 1.0)
         if (scale := yarn_attention_scale(given)) != default:
-            keys["attn_factor"] = f32(scale / default)
-    return {f"rope.scaling.{key}": value for key, value in keys.items()}
+            keys[Keys.Rope.SCALING_ATTN_FACTOR] = f32(scale / default)
+    return keys
 
 
 def yarn_attention_scale(given: Mapping[str, float]) -> float:

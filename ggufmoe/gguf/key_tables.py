@@ -1,4 +1,4 @@
-"""The sampling that a model's authors recommend: metadata keys, and what each setting is called elsewhere."""
+"""Tables of metadata keys that several rooms need: recommended sampling, and special tokens."""
 
 from __future__ import annotations
 
@@ -37,3 +37,15 @@ SAMPLING_KEYS = (
     SamplingKey(_General.SAMPLING_MIROSTAT_ETA, _FLOAT, "mirostat_eta", "mirostat_lr"),
 )
 """In the order in which llama.cpp's converter writes them."""
+
+TOKEN_ID_KEYS = {
+    "bos": Keys.Tokenizer.BOS_ID,
+    "eos": Keys.Tokenizer.EOS_ID,
+    "eot": Keys.Tokenizer.EOT_ID,
+    "eom": Keys.Tokenizer.EOM_ID,
+    "unk": Keys.Tokenizer.UNK_ID,
+    "pad": Keys.Tokenizer.PAD_ID,
+    "sep": Keys.Tokenizer.SEP_ID,
+    "mask": Keys.Tokenizer.MASK_ID,
+}
+"""The key of the id of each special token, by its name in Hugging Face's configurations."""
