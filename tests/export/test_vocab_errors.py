@@ -141,7 +141,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (adding({"id": "1", "content": "x"}), "the id of an added token should be a int"),
         (adding({"id": 1}), "the content of an added token should be a str"),
         (adding(added_token(1, "<other>", special=True)), "token 1 is '<s>' and also added as '<other>'"),
-        (adding(added_token(500, "<late>", special=True)), "'<late>' has id 500, but the embedding has only 500 rows"),
+        (model(vocab={"a": 500}, merges=[]), "'a' has id 500, but the embedding has only 500 rows"),
         (adding(added_token(-1, "<early>", special=True)), "'<early>' has id -1"),
         (adding(added_token(450, "a\0b", special=True)), "holds NUL"),
         (adding(added_token(450, "\ud800", special=True)), "half a surrogate pair"),
@@ -352,7 +352,7 @@ def test_a_sentencepiece_model_that_is_cut_short(tmp_path: Path) -> None:
 
 def test_fewer_rows_than_pieces(tmp_path: Path) -> None:
     refuse(write_tokenizer(tmp_path, "spm"), "has id 399, but the embedding has only 399 rows", N_PIECES - 1)
-    refuse(write_tokenizer(tmp_path / "b", "bpe"), "has only 383 rows", N_BYTE_LEVEL - 1)
+    refuse(write_tokenizer(tmp_path / "b", "bpe"), "has only 380 rows", N_BYTE_LEVEL - 4)
 
 
 def test_two_files_that_disagree(tmp_path: Path) -> None:

@@ -111,6 +111,29 @@ def test_tokens_added_to_a_sentencepiece_model(tmp_path: Path) -> None:
     assert plain(metadata)["eos_token_id"] == 400
 
 
+@pytest.mark.parametrize("kind", ["spm", "json", "bpe", "smollm"])
+def test_an_added_token_past_the_embedding_is_left_out_aloud(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    n_vocab = N_PIECES if kind in ("spm", "json") else N_BYTE_LEVEL
+    plain = tokenizer_metadata(write_tokenizer(tmp_path / "plain", kind), config(n_vocab))
+    pad = added_token(n_vocab, "[PAD]", special=True)
+
+    def adding(settings: dict[str, Any]) -> None:
+        settings |= {"pad_token": "[PAD]", "added_tokens_decoder": {str(n_vocab): pad}}
+
+    directory = edit_json(write_tokenizer(tmp_path / "padded", kind), adding, "tokenizer_config.json")
+    if kind != "spm":
+        edit_json(directory, lambda tokenizer: tokenizer["added_tokens"].append(pad))
+    else:
+        (directory / "added_tokens.json").write_text(json.dumps({"[PAD]": n_vocab, "<|im_end|>": n_vocab + 7}))
+    assert tokenizer_metadata(directory, config(n_vocab)) == plain
+    assert caplog.text.count("token '[PAD]' has id") == 1
+    assert f"has id {n_vocab}, past the {n_vocab} rows of the embedding; it is left out" in caplog.text
+    padded = tokenizer_metadata(directory, config(n_vocab + 1))
+    assert padded[PREFIX + "tokens"].value[-1] == "[PAD]"
+
+
 def test_what_the_configuration_says_of_the_space_prefix_is_kept(tmp_path: Path) -> None:
     for stated in (True, False):
         directory = write_tokenizer(tmp_path / str(stated), "spm", tokenizer_config_json={"add_prefix_space": stated})

@@ -54,7 +54,7 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     texts = {piece.text for piece in model.pieces}
     for token_id, piece in enumerate(model.pieces):
         _put_piece(rows, token_id, piece, texts)
-    for token in files.added_in_file():
+    for token in filter(rows.has_row_for, files.added_in_file()):
         rows.put(token.id, token.content, TokenType.USER_DEFINED, ADDED_SCORE)
     for token in files.added_in_config():
         rows.put_added(token)

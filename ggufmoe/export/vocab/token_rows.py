@@ -66,6 +66,7 @@ class TokenRows:
         self.types = [TokenType.UNUSED] * n_vocab
         self.scores = [UNUSED_SCORE] * n_vocab
         self._named: set[int] = set()
+        self._dropped: set[str] = set()
 
     def has(self, id: int) -> bool:
         """Whether a token has been put there."""
@@ -86,8 +87,25 @@ class TokenRows:
         self.texts[id], self.types[id], self.scores[id] = text, type, score
         self._named.add(id)
 
+    def has_row_for(self, token: AddedToken) -> bool:
+        """Whether the embedding reaches to an added token; one past its end is left out, and a warning says so.
+
+        Fine-tunes often have such a ``[PAD]``, which transformers and llama.cpp's converter take.
+        """
+        if token.id < len(self.texts):
+            return True
+        if token.content not in self._dropped:
+            self._dropped.add(token.content)
+            _LOG.warning(
+                "%s: token %r has id %d, past the %d rows of the embedding; it is left out",
+                *(self._path, token.content[:40], token.id, len(self.texts)),
+            )
+        return False
+
     def put_added(self, token: AddedToken, score: float = ADDED_SCORE) -> None:
         """Set the row of an added token: control if special or looking so, user-defined with plain spaces if not."""
+        if not self.has_row_for(token):
+            return
         if token.strips:
             _LOG.warning(
                 "%s: token %r swallows spaces or matches whole words only; llama.cpp cannot, "
