@@ -121,14 +121,10 @@ def _root(
 ) -> None:
     del debug  # read by exit_code, which has to know it even when parsing fails
     if version:
-        _print_version()
+        from ggufmoe.version import __version__
 
-
-def _print_version() -> None:
-    from ggufmoe.version import __version__
-
-    typer.echo(f"ggufmoe {__version__}")
-    raise typer.Exit
+        typer.echo(f"ggufmoe {__version__}")
+        raise typer.Exit
 
 
 def _placeholder() -> None:

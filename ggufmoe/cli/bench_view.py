@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import shutil
 from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from ggufmoe.cli.inspect import active_parameters, printable
+from ggufmoe.cli.console import printable
+from ggufmoe.cli.inspect import active_parameters
 from ggufmoe.evaluation.bench import Case, MeasuredMachine, Result, as_record, model_type
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
 
@@ -143,8 +143,8 @@ class MarkdownPrinter:
         self._options = [*(["n_gpu_layers"] if has_gpu or "n_gpu_layers" in given else []), *shown]
         options = [*map(_heading, self._options), "threads", "test", "t/s"]
         self._headings = ["model", "size", "params", "backend", *options]
-        if self._line_width > _columns(stream):
-            # what is the same in all rows stands below the table as well
+        if stream.isatty() and self._line_width > shutil.get_terminal_size().columns:
+            # what is the same in all rows is printed below the table as well
             self._headings = ["model", *options] if len({case.model for case in cases}) > 1 else options
         self._short: list[str] = []
 
@@ -218,11 +218,6 @@ class MarkdownPrinter:
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
-
-
-def _columns(stream: TextIO) -> float:
-    """Number of columns of the terminal; infinite for a file or a pipe."""
-    return shutil.get_terminal_size().columns if stream.isatty() else math.inf
 
 
 def _heading(option: str) -> str:

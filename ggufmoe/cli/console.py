@@ -1,5 +1,5 @@
-"""Output of all verbs: a console for tables and notes, as wide as the terminal and plain text elsewhere, and a status
-line that is redrawn."""
+"""Output of all verbs: a console for tables and notes, as wide as the terminal and plain text elsewhere, a status
+line that is redrawn, and text from files made safe to print."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ class StatusLine:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """``text`` in one line of at most ``limit`` characters, without control characters and what cannot be encoded."""
+    plain = "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text[: limit + 1])
+    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
 
 
 class _Trimmed:

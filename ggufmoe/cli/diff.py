@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ggufmoe.cli.console import make_console
-from ggufmoe.cli.inspect import printable
+from ggufmoe.cli.console import make_console, printable
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.inspection.diff import KeyDifference, ModelDifference, PartDifference, TensorDifference, diff_models
@@ -60,22 +59,18 @@ def diff_command(
     The error is the root mean square of the differences over that of A's values. Shards and the order of tensors do not
     matter. Values are computed only where bytes differ.
     """
-    found = _compare(before, after, headers_only, threads)
+    found = run_job(
+        lambda show, cancel: diff_models(
+            before, after, headers_only=headers_only, n_threads=threads, on_progress=show, cancel=cancel
+        ),
+        progress_display("compare"),
+    )
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
         _show(found, headers_only=headers_only, show_all=show_all)
     if tells and not found.is_same:
         raise typer.Exit(1)
-
-
-def _compare(before: Path, after: Path, headers_only: bool, threads: int | None) -> ModelDifference:
-    return run_job(
-        lambda show, cancel: diff_models(
-            before, after, headers_only=headers_only, n_threads=threads, on_progress=show, cancel=cancel
-        ),
-        progress_display("compare"),
-    )
 
 
 def _show(found: ModelDifference, *, headers_only: bool, show_all: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ggufmoe.cli.console import make_console
+from ggufmoe.cli.console import make_console, printable
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from ggufmoe.inspection.experts import ExpertSimilarity
 
 _NARROW_COLUMNS = 64
-_MAX_TEXT = 200
 _SHOWN_RECIPE_LINES = 24
+_MAX_ITEMS = 200
 _MATRIX_OF_EXPERTS = 8
 """With more of them, only the pairs that are most and least alike are named."""
 
@@ -373,13 +373,7 @@ def _base_model(base: dict[str, Any] | Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value[:_MAX_TEXT])) if isinstance(value, list) else str(value)
-
-
-def printable(text: str, limit: int = _MAX_TEXT) -> str:
-    """``text`` in one line of at most ``limit`` characters, without control characters and what cannot be encoded."""
-    plain = "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text[: limit + 1])
-    return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+    return ", ".join(map(str, value[:_MAX_ITEMS])) if isinstance(value, list) else str(value)
 
 
 def _number(value: int | tuple[int, ...] | None) -> str | None:

@@ -98,7 +98,8 @@ def _check_names(names: list[str]) -> None:
 
 def _parameters(group: type) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(group)
-    return [_parameter(field, hints[field.name], _panel(group)) for field in fields(group) if field.metadata["flags"]]
+    panel = re.sub(r"(?<!^)(?=[A-Z])", " ", group.__name__).capitalize()
+    return [_parameter(field, hints[field.name], panel) for field in fields(group) if field.metadata["flags"]]
 
 
 def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
@@ -136,10 +137,6 @@ def _parser(parse: Callable[[str], Any] | None) -> Callable[[Any], Any] | None:
 def _repeated(hint: Any) -> Any:
     """X for tuple[X, ...], else None."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
-
-
-def _panel(group: type) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", " ", group.__name__).capitalize()
 
 
 def _build(group: type, values: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -43,40 +44,30 @@ def perplexity_command(
     Ctrl-C prints the result over the chunks that are done.
     """
     result: Perplexity | Divergence
-    at_once = options.context.n_seq_max
+    display = partial(chunk_display, at_once=options.context.n_seq_max, quiet=quiet)
     if against is None:
         result = alone = run_job(
             lambda show, cancel: perplexity(
                 model, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
-            chunk_display("perplexity", _so_far, at_once=at_once, quiet=quiet),
+            display("perplexity", lambda found: f"perplexity {_shown(found.estimate)}"),
             gentle=True,
         )
-        lines = _perplexity_lines(alone)
+        lines = [f"perplexity  {_shown(alone.estimate)}", _extent(alone)]
     else:
         result = beside = run_job(
             lambda show, cancel: kl_divergence(
                 model, against, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
-            chunk_display("divergence", _divergence_so_far, at_once=at_once, quiet=quiet),
+            display(
+                "divergence",
+                lambda found: f"KL divergence {_shown(found.kl.mean, 5)}, same top {_percent(found.same_top)}",
+            ),
             gentle=True,
         )
-        lines = _divergence_lines(beside)
+        lines = list(_divergence_lines(beside))
     print(json.dumps(result.to_dict()) if as_json else "\n".join(lines))
     check_complete(result)
-
-
-def _so_far(step: Perplexity) -> str:
-    return f"perplexity {_shown(step.estimate)}"
-
-
-def _divergence_so_far(step: Divergence) -> str:
-    return f"KL divergence {_shown(step.kl.mean, 5)}, same top {_percent(step.same_top)}"
-
-
-def _perplexity_lines(result: Perplexity) -> Iterator[str]:
-    yield f"perplexity  {_shown(result.estimate)}"
-    yield _extent(result)
 
 
 def _extent(result: Perplexity | Divergence) -> str:

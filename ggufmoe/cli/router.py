@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from ggufmoe.cli.console import make_console
+from ggufmoe.cli.console import make_console, printable
 
 if TYPE_CHECKING:
     from ggufmoe.checkpoint.source import PromptPreference, RouterReport
@@ -69,7 +69,7 @@ def _prompts(preferences: tuple[PromptPreference, ...], width: int) -> object:
     for preference, cells in zip(preferences, rows, strict=True):
         sign = "+" if preference.positive else "−"
         # Text, because what is in brackets belongs to the prompt
-        table.add_row(f"{sign}{preference.expert}", Text(_printable(preference.prompt)), *cells)
+        table.add_row(f"{sign}{preference.expert}", Text(printable(preference.prompt, len(preference.prompt))), *cells)
     return table
 
 
@@ -83,8 +83,3 @@ def _favourite(preference: PromptPreference) -> str:
     weights = preference.mean_weights
     best = max(range(len(weights)), key=weights.__getitem__)
     return f"{best} ({weights[best]:.0%})"
-
-
-def _printable(text: str) -> str:
-    """``text`` in one line, without control characters."""
-    return "".join(character if character.isprintable() else " " for character in text)

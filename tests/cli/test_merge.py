@@ -232,7 +232,7 @@ def test_few_layers_are_shown_with_the_last_and_the_degenerate_marked(monkeypatc
 def test_prompts_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets are no markup, and nothing in a recipe steers the terminal."""
     text = "\n".join(drawn(report_of(2, "[/INST] [bold]two[/bold]\n\x1b[31mlines"), 80, monkeypatch))
-    assert "[/INST] [bold]two[/bold]  [31mlines" in text
+    assert "[/INST] [bold]two[/bold] \ufffd[31mlines" in text
     assert "\x1b" not in text
 
 
