@@ -1,14 +1,14 @@
-"""The convert half, wired: a source is opened, its export planned, the plan written.
+"""Conversion to GGUF, and merging: opens the source, plans the files, and has the plan written. Nothing is printed.
 
-Rooms to the left know nothing of each other; what passes between them is named here. Nothing is printed.
+Every kind of source is a ``ModelSource``; only ``_open_source`` tells them apart.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ggufmoe.export.export_plan import plan_export
 from ggufmoe.files import StrPath, check_output_file, replacing, user_path
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.merge.checkpoint_plan import checkpoint_index, plan_checkpoint
 from ggufmoe.merge.merged import open_recipe
 from ggufmoe.merge.sidecars import sidecar_files
@@ -31,7 +32,7 @@ from ggufmoe.work import CancelFlag, OnProgress
 from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
 from ggufmoe.writing.formats import routines
 from ggufmoe.writing.plan import WritePlan
-from ggufmoe.writing.writer import WriteOptions, WriteReport, write_plan
+from ggufmoe.writing.writer import WriteOptions, write_plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 class ConvertResult:
     """The result of a conversion: the files, their cost, and the plan that was executed.
 
-    ``bytes_read`` and ``bytes_written`` are those of this run; a resumed one counts only what was left to do.
+    ``bytes_read`` and ``bytes_written`` are those of this run; a resumed run counts only what was left to do.
     """
 
     paths: tuple[Path, ...]
@@ -55,7 +56,7 @@ class ConvertResult:
     router_report: RouterReport | None = None
     """Where the recipe's router sends its prompts; None for any other source."""
     quantizers: tuple[KernelReport, ...] = ()
-    """What quantized each format, and why: a kernel of ours or ggml's routine. The bytes are the same."""
+    """What has quantized each format, a kernel of ours or ggml's routine, and why; both give the same bytes."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values for JSON."""
@@ -108,24 +109,12 @@ def convert(
     OutputError before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when asked to stop.
     """
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
-    path = output_path(output)
-    check_output_file(path, replace=options.force or options.resume or options.split_max_size is not None)
+    path = checked_output(output, options)
     _check_report(options.router_report)
     with _open_source(source, options) as model:
         plan = _plan(model, path, options)
-        write = WriteOptions(
-            threads=options.threads,
-            quantizer=options.quantizer,
-            cache=options.cache,
-            resume=options.resume,
-            force=options.force,
-            on_progress=on_progress,
-            cancel=cancel,
-            prepare=lambda: _prepare(model, options, on_progress, cancel),
-        )
-        report = write_plan(plan, write)
-    manifest = write_plan_manifest(plan, options, on_progress, cancel)
-    return convert_result(plan, report, options, manifest, model.router_report)
+        result = write_gguf(plan, options, on_progress, cancel, lambda: _prepare(model, options, on_progress, cancel))
+        return replace(result, router_report=model.router_report)
 
 
 def plan_convert(
@@ -152,7 +141,7 @@ def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, o
 
 @contextlib.contextmanager
 def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSource]:
-    """The model that ``source`` names, closed at the end. Every kind of source is told apart here and nowhere else."""
+    """The model that ``source`` names: a recipe, a directory or a hub id. It is closed at the end."""
     if str(source).lower().endswith((".yaml", ".yml")):
         model: ModelSource = open_recipe(
             user_path(source),
@@ -176,6 +165,13 @@ def output_path(output: StrPath) -> Path:
     return path
 
 
+def checked_output(output: StrPath, options: ExportOptions) -> Path:
+    """The path of an output that can be written there; checked before the source is opened. Raises OutputError."""
+    path = output_path(output)
+    check_output_file(path, replace=options.force or options.resume or options.split_max_size is not None)
+    return path
+
+
 def _plan(model: ModelSource, output: Path, options: ConvertOptions) -> WritePlan:
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     policy = type_policy(options)
@@ -193,37 +189,37 @@ def type_policy(options: ExportOptions) -> TypePolicy:
     )
 
 
-def _tensor_type(name: str | None) -> Any:
+def _tensor_type(name: str | None) -> GGMLType | None:
     return None if name is None else parse_tensor_type(name)
 
 
-def write_plan_manifest(
+def write_gguf(
     plan: WritePlan,
     options: ExportOptions,
     on_progress: OnProgress | None,
     cancel: CancelFlag | None,
-) -> Path | None:
-    """The manifest that was asked for; one that is there already is renewed, lest it speak of an older file.
-
-    Tiles are written in any order, so the finished files are read once more, most of it from the system's cache; what
-    is hashed is what came back.
-    """
-    paths = [file.path for file in plan.files]
-    if not options.manifest and not manifest_path(plan.output).exists():
-        return None
-
-    target = manifest_path(plan.output)
-    return write_manifest(paths, target, threads=options.threads, on_progress=on_progress, cancel=cancel)
-
-
-def convert_result(
-    plan: WritePlan,
-    report: WriteReport,
-    options: ExportOptions,
-    manifest: Path | None,
-    router: RouterReport | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> ConvertResult:
-    """What a plan that was written has given."""
+    """Write the files of a plan, and their manifest if one is asked for; ``prepare`` is that of ``WriteOptions``.
+
+    A manifest that exists is written anew: it would be that of an older output. Tiles are written in any order, so the
+    finished files are read once more for it, mostly from the system's page cache.
+    """
+    write = WriteOptions(
+        threads=options.threads,
+        quantizer=options.quantizer,
+        cache=options.cache,
+        resume=options.resume,
+        force=options.force,
+        on_progress=on_progress,
+        cancel=cancel,
+        prepare=prepare,
+    )
+    report = write_plan(plan, write)
+    manifest = manifest_path(plan.output)
+    has_manifest = options.manifest or manifest.exists()
+    if has_manifest:
+        write_manifest(report.paths, manifest, threads=options.threads, on_progress=on_progress, cancel=cancel)
     return ConvertResult(
         report.paths,
         plan.n_bytes,
@@ -231,9 +227,8 @@ def convert_result(
         report.bytes_written,
         report.seconds,
         plan,
-        manifest,
-        router,
-        routines(plan, options.quantizer),
+        manifest if has_manifest else None,
+        quantizers=routines(plan, options.quantizer),
     )
 
 
@@ -322,6 +317,6 @@ def _prepare(
 
 
 def _check_report(path: Path | None) -> None:
-    """Refuse a place for the router's report where it cannot be, before a long job ends with that."""
+    """Raise OutputError if the router's report cannot be written at ``path``."""
     if path is not None:
         check_output_file(path, replace=True)

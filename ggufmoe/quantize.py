@@ -1,7 +1,4 @@
-"""GGUF to GGUF, wired: a model file is opened, its quantization planned, the plan written as a conversion's is.
-
-Nothing is printed.
-"""
+"""Quantization from GGUF to GGUF: opens the model, plans the files, and has the plan written. Nothing is printed."""
 
 from __future__ import annotations
 
@@ -9,24 +6,16 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggufmoe.convert import (
-    ConvertResult,
-    convert_result,
-    output_path,
-    type_policy,
-    with_quant,
-    write_plan_manifest,
-)
+from ggufmoe.convert import ConvertResult, checked_output, output_path, type_policy, with_quant, write_gguf
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import COPY, plan_requantize
-from ggufmoe.files import StrPath, check_output_file, user_path
+from ggufmoe.files import StrPath, user_path
 from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import CancelFlag, OnProgress
 from ggufmoe.writing.plan import WritePlan
-from ggufmoe.writing.writer import WriteOptions, write_plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,21 +44,9 @@ def quantize(
     and NoSpaceError on the way, Cancelled when asked to stop.
     """
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
-    path = output_path(output)
-    check_output_file(path, replace=options.force or options.resume or options.split_max_size is not None)
+    path = checked_output(output, options)
     with contextlib.closing(GGUFSource(user_path(source))) as model:
-        plan = _plan(model, path, options)
-        write = WriteOptions(
-            threads=options.threads,
-            quantizer=options.quantizer,
-            cache=options.cache,
-            resume=options.resume,
-            force=options.force,
-            on_progress=on_progress,
-            cancel=cancel,
-        )
-        report = write_plan(plan, write)
-    return convert_result(plan, report, options, write_plan_manifest(plan, options, on_progress, cancel))
+        return write_gguf(_plan(model, path, options), options, on_progress, cancel)
 
 
 def plan_quantize(
@@ -103,7 +80,7 @@ def _plan(model: GGUFSource, output: Path, options: QuantizeOptions) -> WritePla
 
 
 def _policy(options: QuantizeOptions) -> TypePolicy | None:
-    """What types to choose by; None for a copy, with which no other word about types goes."""
+    """The policy that chooses the types; None for a copy. Raises OptionError for a copy with options about types."""
     if options.quant.strip().upper() != COPY:
         return type_policy(options)
     told = {

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe.convert import convert
 from ggufmoe.quantize import quantize
-from ggufmoe.writing import place, tiles, writer
+from ggufmoe.writing import place, tiling, writer
 
 
 class Stages:
@@ -55,9 +55,9 @@ class Stages:
 def watch_all() -> Stages:
     """Every stage of the pipeline."""
     stages = Stages()
-    stages.watch(tiles.TileMaker, "read", "read")
-    stages.watch(tiles, "_first_damaged", "check")
-    stages.watch(tiles, "quantize_rows", "kernels")
+    stages.watch(tiling.TileMaker, "read", "read")
+    stages.watch(tiling, "_first_damaged", "check")
+    stages.watch(tiling, "quantize_rows", "kernels")
     stages.watch(place.PartialFile, "write_at", "write")
     stages.watch(place.PartialFile, "sync", "flush")
     stages.watch(writer, "prepare_kernels", "compile kernels")

@@ -1,4 +1,4 @@
-"""The door: a directory or a hub id becomes an open ``Checkpoint``, whose every tensor is accounted for."""
+"""Opens a checkpoint, from a directory or from the hub, and checks that its files hold every tensor of its config."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
 
 
 def _inputs(directory: Path) -> tuple[Path, ...]:
-    """Every file of the directory: to be careful about, whether or not this model needs it."""
+    """Every file of the directory, so that no output replaces one of them, whether or not it is read."""
     return tuple(sorted(path for path in directory.rglob("*") if path.is_file()))
 
 

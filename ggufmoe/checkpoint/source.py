@@ -132,7 +132,7 @@ DEGENERATE_CONDITION = 5.0
 
 @dataclass(frozen=True)
 class PromptPreference:
-    """What one prompt would choose: per layer the softmax weight of every expert.
+    """The softmax weight that every expert of each layer gets from one prompt.
 
     Measured on the base model's own hidden states where the gate mode computes them, else on embeddings; the merged
     model's states drift from these as its experts differ.
@@ -152,7 +152,7 @@ class PromptPreference:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """What a maker should see before shipping: twin experts, dead experts, and where each prompt goes."""
+    """What a router will do: how alike its experts' rows are, and which experts each prompt goes to."""
 
     gate_mode: str
     cosines: tuple[tuple[tuple[float, ...], ...], ...]
@@ -167,7 +167,7 @@ class RouterReport:
         return tuple(i for i, c in enumerate(self.condition_numbers) if not c <= DEGENERATE_CONDITION)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-able data."""
+        """The report as plain values for JSON."""
         return {**asdict(self), "degenerate_layers": list(self.degenerate_layers)}
 
 
@@ -208,10 +208,10 @@ class ModelSource(Protocol):
 
     @property
     def router_report(self) -> RouterReport | None:
-        """What is known of a router that ``prepare`` has computed; None for a router that was read, and before."""
+        """The report of a router that ``prepare`` has computed; None before, and for a router that is read."""
 
     @property
     def model_card(self) -> str | None:
-        """The README.md of a checkpoint that this model is written as; None leaves it out."""
+        """The README.md to write beside the weights when the model is written as a checkpoint; None for no README."""
 
     def close(self) -> None: ...

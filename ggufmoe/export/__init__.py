@@ -1,1 +1,1 @@
-"""From a model source to the bytes of a GGUF file: names and layout, tokenizer, plan and writer."""
+"""Plans GGUF files: names, metadata, tokenizer and layout of the files that a model of any source becomes."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.export.arch import family_of
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
-from ggufmoe.export.metadata import imatrix_metadata, model_metadata
-from ggufmoe.export.rows import source_part
+from ggufmoe.export.model_keys import imatrix_metadata, model_metadata
+from ggufmoe.export.source_rows import source_part
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.quant.importances import Imatrix
@@ -30,8 +30,8 @@ def plan_export(
 ) -> WritePlan:
     """Plan the GGUF file of a model, or its shards of at most ``split_max_bytes`` of tensors each.
 
-    Reads the tokenizer's files and no weights. Raises ArchitectureError, TokenizerError, OptionError or ImatrixError:
-    whatever can be known to fail.
+    Reads the tokenizer's files and no weights. Raises ArchitectureError, TokenizerError, OptionError or ImatrixError
+    for all that can be known to fail before weights are read.
     """
     family = family_of(source.config)
     tensors = sorted(family.tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))

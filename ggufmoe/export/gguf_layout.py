@@ -94,9 +94,9 @@ def reads_back_as_gguf(file: PlannedFile, path: Path) -> bool:
 
 
 def fit_imatrix(imatrix: Imatrix | None, shapes: Mapping[str, Sequence[int]]) -> frozenset[str] | None:
-    """The tensors that the importance matrix has weights for, None without one; what it never saw is logged.
+    """Names of the tensors that the importance matrix has weights for; None without an importance matrix.
 
-    Raises ImatrixError where it is of another model.
+    Experts that it never saw are logged. Raises ImatrixError if it is of another model.
     """
     if imatrix is None:
         return None
@@ -113,9 +113,9 @@ def fit_imatrix(imatrix: Imatrix | None, shapes: Mapping[str, Sequence[int]]) ->
 def warn_of_missing_importances(
     imatrix: Imatrix | None, types: Mapping[str, GGMLType], weighted: Collection[str] | None
 ) -> None:
-    """Log quantized matrices for which the importance matrix has nothing, as one of a smaller model.
+    """Log quantized tensors that the importance matrix lacks, for example because it is of a smaller model.
 
-    Embeddings and output are left out of most: llama-imatrix does not measure them unless it is asked to.
+    Embeddings and output are not counted: llama-imatrix does not measure them unless it is asked to.
     """
     if imatrix is None or weighted is None:
         return

@@ -1,7 +1,7 @@
-"""A GGUF file as a source: its tensors by rows as they are stored, its keys, and what its architecture says of it.
+"""A GGUF model as a source: its tensors by rows as they are stored, its metadata, and its hyper-parameters.
 
-Split models are read through any of their files. Mixtral files from before April 2024, with one tensor for each expert,
-are shown with their experts stacked, as llama.cpp wants them today. What the tensors become is ``requantize``'s affair.
+A split model is opened by any of its files. Mixtral files from before April 2024, with one tensor for each expert,
+appear with their experts stacked, as llama.cpp expects them today. ``requantize`` plans what the tensors become.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ALIGNMENT_KEY = Keys.General.ALIGNMENT
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor of the model: ``parts`` one after another are its rows, one part for each matrix of a stack.
+    """A tensor of the model; ``parts`` one after another are its rows, one part for each matrix of a stack.
 
     ``shape`` is in numpy's order, without leading ones, which ggml does not count.
     """
@@ -39,18 +39,23 @@ class GGUFTensor:
 
     @property
     def type(self) -> GGMLType:
-        """The type of its rows; the experts of a legacy file may differ, then that of the first."""
+        """The type of the first part; parts differ in type only in a legacy file whose experts do."""
         return self.parts[0].type
 
 
 class GGUFSource:
-    """An open model file, or all files of a split one. Raises GGUFError where they cannot be read or do not fit."""
+    """An open GGUF model: one file, or all files of a split model.
+
+    Raises GGUFError if a file cannot be read or the files do not belong together, TensorMismatchError for experts that
+    are missing or differ in shape.
+    """
 
     def __init__(self, path: Path) -> None:
         self._model = OpenModel(path)
         self._header = self._model.header
         try:
-            given = (_tensor(rows) for rows in self._model.tensors.values())
+            stored = self._model.tensors.values()
+            given = (GGUFTensor(rows.name, without_leading_ones(rows.shape), rows.matrices()) for rows in stored)
             self.tensors = tuple(_stacked(given, self.model_shape.n_expert, path))
         except BaseException:
             self.close()
@@ -66,10 +71,10 @@ class GGUFSource:
 
     @property
     def metadata(self) -> dict[str, Value]:
-        """The keys of the model in their order, without those of the files that it came in."""
+        """The keys of the model in their order, without those that number the files of a split model."""
         keys = {key: value for key, value in self._header.metadata.items() if key not in SPLIT_KEYS}
         if _ALIGNMENT_KEY in keys and keys[_ALIGNMENT_KEY].value != DEFAULT_ALIGNMENT:
-            del keys[_ALIGNMENT_KEY]  # what is written is aligned as is usual
+            del keys[_ALIGNMENT_KEY]  # files that are written have the default alignment
         return keys
 
     @property
@@ -97,12 +102,8 @@ class GGUFSource:
         self._model.close()
 
 
-def _tensor(rows: GGUFRows) -> GGUFTensor:
-    return GGUFTensor(rows.name, without_leading_ones(rows.shape), rows.matrices())
-
-
 def _stacked(tensors: Iterable[GGUFTensor], n_expert: int, path: Path) -> list[GGUFTensor]:
-    """The tensors, those with one expert each put together."""
+    """All tensors, those with one expert each stacked."""
     whole: list[GGUFTensor] = []
     stacks: dict[str, dict[int, GGUFTensor]] = {}
     for tensor in tensors:
@@ -122,7 +123,7 @@ def _stack(
     name: str, experts: Mapping[int, GGUFTensor], n_expert: int, path: Path, names: Sequence[str] | set[str]
 ) -> GGUFTensor:
     if name in names:
-        raise TensorMismatchError(f"{path}: holds {name} and its experts one by one; which is meant cannot be known")
+        raise TensorMismatchError(f"{path}: holds {name} and its experts one by one; expected only one of the two")
     if sorted(experts) != list(range(n_expert)):
         missing = ", ".join(map(str, sorted(set(range(n_expert)) - set(experts)))) or "none"
         raise TensorMismatchError(f"{path}: {name} needs {n_expert} experts, found {len(experts)}; missing: {missing}")

@@ -1,7 +1,7 @@
-"""The plan of a quantization from GGUF to GGUF: the same plan as an export's, over tensors that bear their names.
+"""The plan of a quantization from GGUF to GGUF: the GGUF files that a GGUF model of another type becomes.
 
-Owns what ``llama_model_quantize`` does to keys and what it refuses; the bytes are the writer's. ``COPY`` changes no
-type: it joins the files of a split model, and stacks the experts of a legacy one.
+Owns what ``llama_model_quantize`` does to metadata keys, and what it refuses. ``COPY`` changes no type: it joins the
+files of a split model, and stacks the experts of a legacy one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
-from ggufmoe.export.metadata import imatrix_metadata, u32
+from ggufmoe.export.model_keys import imatrix_metadata, u32
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.types import GGMLType
@@ -36,10 +36,11 @@ def plan_requantize(
     split_max_bytes: int | None = None,
     allow_requantize: bool = False,
 ) -> WritePlan:
-    """Plan the quantized file of a GGUF model, or its shards; ``policy`` None changes no type.
+    """Plan the quantized file of a GGUF model, or its shards of at most ``split_max_bytes`` of tensors each.
 
-    Reads no weights. Raises OptionError, ImatrixError, ArchitectureError or TensorMismatchError: whatever can be known
-    to fail, as ``llama_model_quantize`` fails.
+    ``policy`` None changes no type. Reads no weights. Raises OptionError, ImatrixError, ArchitectureError or
+    TensorMismatchError for all that can be known to fail before weights are read; ``llama_model_quantize`` fails for
+    the same reasons.
     """
     tensors = sorted(source.tensors, key=lambda tensor: llama_quantize_order(tensor.name))
     weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
@@ -74,7 +75,7 @@ def plan_requantize(
 
 
 def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) -> None:
-    """Refuse a change of type that ggml cannot make, and one that loses twice unless it is allowed."""
+    """Raise OptionError if ggml cannot make the change of type, or if it quantizes twice and that is not allowed."""
     for stored in {part.type for part in tensor.parts} - {target}:
         if stored in PLAIN_DTYPES:
             continue
@@ -85,13 +86,13 @@ def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) 
             )
         if not allow_requantize:
             raise OptionError(
-                f"{tensor.name} is quantized already ({stored.name}), to make it {target.name} loses twice; start "
+                f"{tensor.name} is quantized already ({stored.name}), making it {target.name} loses twice; start "
                 "from the unquantized file, or give --allow-requantize"
             )
 
 
 def _metadata(source: GGUFSource, policy: TypePolicy | None, imatrix: Imatrix | None) -> dict[str, Value]:
-    """The source's keys in their order and, last, those that say how it was quantized."""
+    """The keys of the source in their order and, last, the keys that describe the quantization."""
     metadata = source.metadata
     told = {Keys.General.QUANTIZATION_VERSION: u32(QUANTIZATION_VERSION)}
     if policy is not None:

@@ -1,1 +1,1 @@
-"""Recipes become merged models: recipe, router, forward pass."""
+"""Merges dense models into a mixture of experts: recipe, router, forward pass, merged model, and its checkpoint."""

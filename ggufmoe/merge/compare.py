@@ -1,4 +1,7 @@
-"""Do the models of a recipe fit together? What would change the result is an error, what may be meant a warning."""
+"""Whether the models of a recipe fit together.
+
+A difference that would make the merge wrong is an error, one that may be intended is a warning.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ _MUST_AGREE = {
 
 
 def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSource]) -> tuple[str, ...]:
-    """Warnings, one for each difference that may be meant.
+    """Warnings, one for each difference that may be intended.
 
-    Raises RecipeError naming every difference that would change the result.
+    Raises RecipeError, naming all of them, for differences that would make the merge wrong.
     """
     errors: list[str] = []
     warnings: list[str] = []
@@ -55,7 +58,7 @@ def _errors(base: ModelConfig, expert: ModelConfig) -> Iterator[str]:
 
 
 def _vocabulary_errors(base: ModelSource, expert: ModelSource) -> Iterator[str]:
-    """The MLPs of a model that counts its tokens otherwise were trained on another language."""
+    """Tokens with another id: the MLPs of such an expert were trained on other inputs than the base's."""
     ours, theirs = read_vocabulary(base.tokenizer_dir), read_vocabulary(expert.tokenizer_dir)
     different = [i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]]
     if different:

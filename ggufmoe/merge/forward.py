@@ -28,12 +28,12 @@ TILE_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class LayerState:
-    """What passes one layer, (n_tokens, n_embd) float32 each, rows being the prompts' tokens one after another."""
+    """Activations of one layer: (n_tokens, n_embd) float32 each; rows are the tokens of all prompts in turn."""
 
     input: Floats
     """The residual stream before the layer."""
     router_input: Floats
-    """The normalized stream after attention: what this layer's router, or dense MLP, is given."""
+    """The normalized residual stream after attention, which is the input of this layer's router or dense MLP."""
 
 
 class ForwardPass:
@@ -61,7 +61,7 @@ class ForwardPass:
         return out
 
     def layers(self, prompts: Sequence[Sequence[int]]) -> Iterator[LayerState]:
-        """The ``n_layer`` states of a pass. The last layer's MLP is not read: nothing here needs what it gives."""
+        """The ``n_layer`` states of a pass. The MLP of the last layer is not read: no state depends on it."""
         hidden = self.embed([token for prompt in prompts for token in prompt])
         with _one_blas_thread():
             for layer in range(self._config.n_layer):
@@ -81,7 +81,7 @@ class ForwardPass:
             return self._multiply(head, self._norm("model.norm.weight", hidden))
 
     def _attended(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
-        """The residual stream after attention, and the same normalized for what follows."""
+        """The residual stream after attention, and the same normalized for the MLP or the experts."""
         prefix = f"model.layers.{layer}."
         hidden = hidden + self._attention(prefix, self._norm(prefix + "input_layernorm.weight", hidden), prompts)
         return hidden, self._norm(prefix + "post_attention_layernorm.weight", hidden)
@@ -107,7 +107,7 @@ class ForwardPass:
         return self._multiply(down, activated)
 
     def _experts(self, prefix: str, hidden: Floats) -> Floats:
-        """Softmax over all experts, the ``n_expert_used`` best, their weights rescaled to sum to one."""
+        """The output of the ``n_expert_used`` best experts of each token, weighted by their rescaled router weights."""
         prefix += "block_sparse_moe."
         scores = _softmax(self._multiply(prefix + "gate.weight", hidden))
         chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : self._config.n_expert_used]

@@ -1,8 +1,8 @@
-"""The merged model as a checkpoint: base, experts and router behind one ``ModelSource``.
+"""The merged model: base, experts and router as one ``ModelSource``.
 
 Attention, norms, embeddings and head come from the base, each expert's MLP from its source, router rows from
-``router``. Every weight is rounded to the recipe's dtype as it streams by, as mergekit does, so that going straight to
-GGUF and going through a merged checkpoint give the same bytes. Nothing is opened twice and nothing is held.
+``router``. Every weight is rounded to the recipe's dtype when it is read, as mergekit does, so that converting the
+recipe and converting the merged checkpoint give the same bytes. Each source is opened once; no weights stay in memory.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Changes:
 
 
 class RouterTensor:
-    """One layer's router rows, (n_expert, n_embd); readable once the merged model is prepared."""
+    """One layer's router rows, (n_expert, n_embd); they can be read once ``fill`` has been called."""
 
     def __init__(self, name: str, shape: tuple[int, int], dtype: Dtype) -> None:
         self.name = name
@@ -101,7 +101,7 @@ class RouterTensor:
         self.rows: NDArray[Any] | None = None
 
     def fill(self, rows: Floats) -> None:
-        """Take ``rows`` (n_expert, n_embd) float32, rounded to the dtype."""
+        """Set the rows, (n_expert, n_embd) float32, which are rounded to the dtype."""
         self.rows = np.empty(self.shape, dtype=self.dtype.numpy)
         narrow(np.ascontiguousarray(rows), self.dtype, self.rows)
 
@@ -112,9 +112,9 @@ class RouterTensor:
 
 
 class MergedModel:
-    """A recipe, opened: a ``ModelSource`` whose router is computed by ``prepare``.
+    """An opened recipe: a ``ModelSource`` whose router is computed by ``prepare``.
 
-    ``warnings`` are the differences between the sources that may be meant.
+    ``warnings`` are the differences between the sources that may be intended.
     """
 
     def __init__(self, recipe: Recipe, text: str, path: Path) -> None:
@@ -146,7 +146,7 @@ class MergedModel:
 
     @property
     def model_card(self) -> str:
-        """A README.md that tells what was merged, and how."""
+        """The README.md of the merged checkpoint."""
         return model_card(self.recipe, self.provenance)
 
     @property
@@ -247,9 +247,9 @@ class MergedModel:
 
 
 def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedModel:
-    """Open a recipe and all it names, and check that they fit together; nothing is computed yet.
+    """Open a recipe and its models, and check that they fit together; nothing is computed yet.
 
-    Raises RecipeError, CheckpointError or TokenizerError: everything that can be known before the first weight is read.
+    Raises RecipeError, CheckpointError or TokenizerError for all that can be known before the first weight is read.
     """
     recipe, text = load_recipe(path, allow_identical_experts=allow_identical_experts)
     model = MergedModel(recipe, text, path)
@@ -271,7 +271,7 @@ def _no_template_fits(path: Path, lacking: Mapping[int, Sequence[str]]) -> str:
 def _open(
     reference: str, recipe_path: Path, text: str, place: tuple[str | int, ...], opened: dict[str, ModelSource]
 ) -> ModelSource:
-    """A directory, relative to the recipe's, or a hub id; each is opened once. Errors name the place in the recipe."""
+    """Open a directory, relative to the recipe's, or a hub id, once each. Errors name the place in the recipe."""
     directory = recipe_path.parent / Path(reference).expanduser()
     from_hub = is_hub_id(reference) and not directory.exists()
     key = reference if from_hub else str(directory.resolve())
@@ -294,12 +294,12 @@ def _open_hub(reference: str) -> ModelSource:
 
 
 def _own_dtype(base: ModelSource) -> Dtype:
-    """The dtype of the base's matrices (its largest tensor speaks for all)."""
+    """The dtype of the base's largest tensor, which is that of all its matrices."""
     return max(base.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape))).dtype
 
 
 def _changes(spec: ExpertRecipe, part: str, key: tuple[int, int]) -> Changes | None:
-    """Noise goes on all three projections, the scale on what is added to the residual stream (w2) alone."""
+    """The changes of one projection: noise for each of them, the residual scale for w2 alone."""
     residual_scale = spec.residual_scale if part == "w2" else None
     if spec.noise_scale is None and residual_scale is None:
         return None
@@ -315,7 +315,7 @@ def _round(rows: Floats, dtype: Dtype) -> None:
 
 
 _ORIGINAL = "original_max_position_embeddings"
-"""The one parameter of rope scaling that transformers wants as a whole number."""
+"""The only parameter of rope scaling that transformers expects as a whole number."""
 
 _TORCH_DTYPES = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
 
@@ -357,7 +357,7 @@ def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype, tokens: TokenPlan) 
 
 
 def _rope_scaling(base: ModelConfig) -> dict[str, Any] | None:
-    """In the words of transformers 4; a base of transformers 5 keeps its ``rope_parameters`` besides."""
+    """Rope scaling as transformers 4 spells it; a base of transformers 5 keeps its ``rope_parameters`` as well."""
     scaling = base.rope_scaling
     if scaling.kind == "none":
         return None
@@ -388,7 +388,7 @@ def _provenance(recipe: Recipe, text: str, path: Path, opened: Mapping[str, Mode
 
 
 def _base_model(key: str, source: ModelSource) -> BaseModel:
-    """A source's name; for a hub id also its organization and page."""
+    """The name of a source; of one from the hub also its organization and page."""
     if Path(key).is_absolute():
         return BaseModel(name=source.provenance.name)
     hub_id, _, revision = key.partition("@")

@@ -1,6 +1,6 @@
 """Token ids of router prompts: BOS and the text, exactly as the base model's own tokenizer gives them.
 
-Which tokenizer speaks is decided as transformers decides it: ``tokenizer.json`` where there is one, else
+Which tokenizer is used is decided as transformers decides it: ``tokenizer.json`` where there is one, else
 ``tokenizer.model``. Router rows depend on it: another rule for the leading space gives other rows.
 """
 

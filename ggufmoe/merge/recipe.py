@@ -106,10 +106,10 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: Path, *, allow_identical_experts: bool = False) -> tuple[Recipe, str]:
-    """Read and check a recipe; gives it with its text.
+    """Read and check a recipe; returns it and its text.
 
-    Raises RecipeError: unreadable, not YAML, not a mapping, unknown key, wrong type, missing prompts, experts that are
-    all the same (unless allowed), or something a Mixtral cannot express.
+    Raises RecipeError for a file that cannot be read, is not YAML or not a mapping, for unknown keys, wrong types and
+    missing prompts, for experts that are all the same unless they are allowed, and for what a Mixtral cannot express.
     """
     text = _read_text(path)
     node = _compose(path, text)
@@ -137,7 +137,7 @@ def _read_text(path: Path) -> str:
 
 
 def _compose(path: Path, text: str) -> yaml.MappingNode:
-    """The document as nodes, which know their lines; refuses what is not one mapping without repeated keys."""
+    """The document as nodes, which have line numbers. Raises RecipeError if it is no mapping or repeats a key."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         yaml.safe_load(text)
@@ -186,7 +186,7 @@ def place_of(path: Path, text: str, place: Sequence[str | int]) -> str:
 
 
 def _at(node: yaml.Node, place: Sequence[str | int]) -> str:
-    """``:LINE: key`` of a place, as far as the document reaches."""
+    """``:LINE: key`` of a place in the document; the line of the nearest enclosing key if the place is absent."""
     line = node.start_mark.line
     for step in place:
         child = _child(node, step)
@@ -266,7 +266,7 @@ _Problem = tuple[tuple[str | int, ...], str]
 
 
 def _problems(recipe: Recipe, allow_identical: bool) -> Iterator[_Problem]:
-    """What is well-formed but cannot be followed, as (place, message)."""
+    """Reasons why a well-formed recipe cannot be merged, as (place, message)."""
     yield from _unsupported(recipe)
     if recipe.experts_per_token > len(recipe.experts):
         yield (

@@ -1,7 +1,6 @@
-"""Router rows: the vectors that decide which expert answers, made from a recipe's prompts.
+"""Router rows: the vectors that decide which expert computes a token, made from a recipe's prompts.
 
-Owns the gate modes, with mergekit-moe's semantics, and the report that shows what a router will do before anyone
-downloads the model.
+Owns the gate modes, with mergekit-moe's semantics, and makes the report that shows what a router will do.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def make_router(
 
 
 def check_prompts(recipe: Recipe, base: ModelSource) -> int:
-    """Tokenize every prompt without computing anything; gives the number of tokens. Raises what a real run would."""
+    """The number of tokens of all prompts. Raises RecipeError or TokenizerError, as ``make_router`` would."""
     if not recipe.gate_mode.needs_prompts:
         return 0
     return sum(len(prompt.tokens) for prompt in _tokenized(recipe, base))
@@ -139,7 +138,7 @@ def _combine_means(vectors: Floats, prompts: Sequence[_Prompt], n_expert: int) -
 
 
 def _combine_sums(vectors: Floats, prompts: Sequence[_Prompt], n_expert: int) -> Floats:
-    """Both sides are normalized before they are subtracted, as mergekit does for cheap_embed."""
+    """Rows from sums of embeddings; both sides are normalized before they are subtracted, as in mergekit."""
 
     def direction(expert: int, positive: bool) -> Floats | None:
         chosen = _select(prompts, expert, positive)

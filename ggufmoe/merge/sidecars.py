@@ -1,4 +1,4 @@
-"""What stands beside the weights of a checkpoint that is written: config, tokenizer, chat template, model card, record.
+"""The files beside the weights of a checkpoint that is written: config, tokenizer, chat template, model card, record.
 
 Owns their content only; the weights are planned by ``checkpoint_plan``, and ``convert.merge`` writes all of it.
 """
@@ -29,7 +29,7 @@ _TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def sidecar_files(model: ModelSource, index: Mapping[str, Any] | None) -> dict[str, bytes]:
-    """Every file but the weights, by its name in the directory: name to content. ``index`` is None for a single shard.
+    """Name and content of every file but the weights. ``index`` is that of the shards, None for a single file.
 
     Raises CheckpointError if a file of the tokenizer's directory cannot be read.
     """
@@ -47,7 +47,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def _generation_config(model: ModelSource) -> dict[str, bytes]:
-    """The tokenizer's own where there is one, else the ids that every generation needs, all ends of a text included."""
+    """generation_config.json: that of the tokenizer's directory if it has one, else the ids of BOS and of every EOS."""
     path = model.tokenizer_dir / "generation_config.json"
     if read_optional(path, allow_broken=True, warn=False):
         return {path.name: read_capped(path)}

@@ -17,7 +17,7 @@ from typing import Any
 from ggufmoe.errors import OutputError, ResumeError
 from ggufmoe.version import __version__
 from ggufmoe.writing.plan import WritePlan
-from ggufmoe.writing.tiles import TILE_WEIGHTS
+from ggufmoe.writing.tiling import TILE_WEIGHTS
 
 _VERSION = 1
 _MAX_BYTES = 1 << 28

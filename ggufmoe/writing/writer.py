@@ -33,7 +33,7 @@ from ggufmoe.writing.place import (
     output_errors,
 )
 from ggufmoe.writing.plan import WritePlan
-from ggufmoe.writing.tiles import ImportanceCache, Tile, TileMaker, tiles
+from ggufmoe.writing.tiling import ImportanceCache, Tile, TileMaker, tiles
 
 _LOG = logging.getLogger("ggufmoe")
 

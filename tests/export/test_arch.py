@@ -20,7 +20,7 @@ from ggufmoe.checkpoint.source import Dtype, ModelConfig, ModelSource, RopeScali
 from ggufmoe.errors import ArchitectureError
 from ggufmoe.export.arch import ModelTensor, family_of
 from ggufmoe.export.arch.dense import llama3_rope_factors
-from ggufmoe.export.rows import Computed, RopeOrdered
+from ggufmoe.export.source_rows import Computed, RopeOrdered
 from ggufmoe.gguf.types import GGMLType, ValueType
 
 Make = Callable[..., Path]

@@ -41,7 +41,7 @@ from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import Progress
-from ggufmoe.writing import place, tiles
+from ggufmoe.writing import place, tiling
 from ggufmoe.writing.journal import Journal, fingerprint
 from ggufmoe.writing.place import PartialFile, journal_path
 from ggufmoe.writing.plan import WritePlan
@@ -104,14 +104,14 @@ def test_a_row_longer_than_a_tile_is_a_tile(
 ) -> None:
     directory = tiny_checkpoint(n_layer=1)
     whole = write(directory, tmp_path / "whole.gguf").read_bytes()
-    monkeypatch.setattr(tiles, "TILE_WEIGHTS", 100)
+    monkeypatch.setattr(tiling, "TILE_WEIGHTS", 100)
     assert write(directory, tmp_path / "small.gguf").read_bytes() == whole
 
 
 def test_a_tile_never_crosses_from_one_expert_to_the_next(tiny_checkpoint: Make, tmp_path: Path) -> None:
     with planned(tiny_checkpoint(n_expert=3), tmp_path / "a.gguf") as plan:
         position: dict[str, int] = {}
-        for tile in tiles.tiles(plan):
+        for tile in tiling.tiles(plan):
             assert tile.stop <= tile.tensor.parts[tile.part].n_rows
             assert tile.offset == position.get(tile.tensor.name, tile.tensor.offset)
             position[tile.tensor.name] = tile.offset + tile.n_bytes
@@ -214,7 +214,7 @@ def test_a_killed_process_loses_little_and_is_resumed_to_the_same_file(tiny_chec
     whole = write(directory, tmp_path / "whole.gguf").read_bytes()
     with planned(directory, output) as plan:
         journal = Journal(journal_path(output), fingerprint(plan))
-        n_tiles = len(list(tiles.tiles(plan)))
+        n_tiles = len(list(tiling.tiles(plan)))
     done = 0
     for lines_to_live in (0, 1, 3):
         process = subprocess.run(slowed(directory, output, lines_to_live), check=False, timeout=120)
@@ -504,7 +504,7 @@ def test_a_run_that_died_while_shards_got_their_names_is_resumed(tiny_checkpoint
     with planned(directory, output, split=300_000) as plan:
         journal = Journal(journal_path(output), fingerprint(plan))
         journal.begin()
-        journal.add(tile.number for tile in tiles.tiles(plan))
+        journal.add(tile.number for tile in tiling.tiles(plan))
         journal.close()
         for file in plan.files[2:]:
             file.path.rename(partial_path(file.path))

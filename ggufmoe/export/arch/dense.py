@@ -12,8 +12,8 @@ import numpy as np
 
 from ggufmoe.checkpoint.source import ModelConfig, ModelSource, RopeScaling
 from ggufmoe.export.arch import ModelTensor
-from ggufmoe.export.metadata import f32, text, u32
-from ggufmoe.export.rows import Computed, RopeOrdered
+from ggufmoe.export.model_keys import f32, text, u32
+from ggufmoe.export.source_rows import Computed, RopeOrdered
 from ggufmoe.gguf.header import Value
 from ggufmoe.gguf.own_keys import SLIDING_WINDOW
 from ggufmoe.gguf.upstream import Keys

@@ -1,7 +1,7 @@
-"""Every metadata key of a GGUF file that is not the tokenizer's, in the order of llama.cpp's converter.
+"""Every metadata key of a GGUF file but the tokenizer's, in the order of llama.cpp's converter.
 
-What a model *is* (hyper-parameters) comes from its family in ``arch``; this module adds what the file says about
-itself: name and origin, size, recommended sampling, file type and the importance matrix that was used.
+The hyper-parameters come from the model's family in ``arch``; this module adds what the file says about itself: name
+and origin, size, recommended sampling, file type and the importance matrix that was used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ggufmoe.quant.importances import Imatrix
 _LOG = logging.getLogger("ggufmoe")
 
 _MAX_OVERRIDE_BYTES = 127
-"""What llama-quantize keeps of a string that it adds to a file's metadata."""
+"""llama-quantize cuts a string that it adds to a file's metadata to so many bytes."""
 
 
 def text(value: str) -> Value:
@@ -52,9 +52,9 @@ def texts(values: Iterable[str]) -> Value:
 def model_metadata(
     source: ModelSource, tensors: Sequence[ModelTensor], file_type: FileType, tokenizer: Mapping[str, Value]
 ) -> dict[str, Value]:
-    """All keys of the file of a model: ``general.*``, the family's and, last, the ``tokenizer`` keys as given.
+    """All keys of a model's file: ``general.*``, the keys of its family and, last, the keys of ``tokenizer``.
 
-    What of the model's configuration no key can express is logged as warnings.
+    Each part of the model's configuration that no key can express is logged as a warning.
     """
     family = family_of(source.config)
     for clause in family.unexpressed(source.config):
@@ -73,7 +73,7 @@ def model_metadata(
 
 
 def _provenance_metadata(provenance: Provenance, size: str) -> dict[str, Value]:
-    """What is known of where the model comes from; unknown things have no key."""
+    """The keys of name, size, license, base models, tags and languages; what is unknown has no key."""
     keys: dict[str, Value | None] = {
         Keys.General.NAME: text(provenance.name),
         Keys.General.SIZE_LABEL: text(size),
@@ -98,9 +98,10 @@ def _known(value: str | None) -> Value | None:
 
 
 def size_label(tensors: Iterable[ModelTensor]) -> str:
-    """The size class of a model: ``2x7.2B`` for experts, ``7.2B`` for a dense one.
+    """The size class of a model: ``2x7.2B`` for a mixture of experts, ``7.2B`` for a dense model.
 
-    An expert counts with all that is shared. Source: ``size_label`` of ``gguf-py/gguf/utility.py``.
+    The number behind the x counts the weights of one expert and all that the experts share. Source: ``size_label`` of
+    ``gguf-py/gguf/utility.py``.
     """
     shared = expert = n_expert = 0
     for tensor in tensors:
@@ -115,7 +116,7 @@ def size_label(tensors: Iterable[ModelTensor]) -> str:
 
 
 def _rounded(n_weights: int) -> str:
-    """A count of weights with at least two digits and a letter: 12M, 7.2B."""
+    """A number of weights with at least two digits and a unit: 12M, 7.2B."""
     scale, letter = next((s for s in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if n_weights > s[0]), (1e3, "K"))
     scaled = n_weights / scale
     decimals = max(2 - len(str(round(scaled)).lstrip("0")), 0)
@@ -125,7 +126,7 @@ def _rounded(n_weights: int) -> str:
 def sampling_metadata(directory: Path) -> dict[str, Value]:
     """The sampling that the model's authors recommend in generation_config.json, as ``general.sampling.*``.
 
-    A file that is absent or unreadable recommends nothing, as in llama.cpp's converter.
+    No keys if the file is absent or cannot be read, as in llama.cpp's converter.
     """
     given = read_optional(directory / "generation_config.json", allow_broken=True)
     keys: dict[str, Value] = {}

@@ -1,4 +1,4 @@
-"""Rows that no checkpoint holds as a GGUF file needs them: reordered for rotary embeddings, or computed."""
+"""Rows that differ from those of a checkpoint: reordered for rotary embeddings, or computed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ggufmoe.writing.plan import Part
 
 
 def source_part(tensor: SourceTensor) -> Part:
-    """All rows of a tensor of a checkpoint as a part of a planned tensor."""
+    """A tensor of a model source as a part of a planned tensor."""
     source_row = tensor.source_row if isinstance(tensor, RopeOrdered) else int
     return Part(tensor, GGMLType[tensor.dtype.value], source_row)
 
 
 class RopeOrdered:
-    """Rows of a query or key projection in llama.cpp's order.
+    """Rows of a query or key projection in llama.cpp's order; a ``SourceTensor``.
 
-    transformers rotates the first half of a head against the second half, llama.cpp each row against the next: within
-    a head, rows (i, half + i) become rows (2 i, 2 i + 1). Source: ``permute`` of ``conversion/llama.py``.
+    transformers rotates row i of the first half of a head with row i of the second half, llama.cpp each row with the
+    next: within a head, rows (i, half + i) become rows (2 i, 2 i + 1). Source: ``permute`` of ``conversion/llama.py``.
     """
 
     def __init__(self, source: SourceTensor, head_dim: int) -> None:
@@ -34,7 +34,7 @@ class RopeOrdered:
         self._head_dim = head_dim
 
     def source_row(self, row: int) -> int:
-        """The row of the source that became ``row``."""
+        """The row of the source that is read as ``row``."""
         head, place = divmod(row, self._head_dim)
         return head * self._head_dim + place % 2 * (self._head_dim // 2) + place // 2
 
@@ -66,7 +66,7 @@ class RopeOrdered:
 
 
 class Computed:
-    """A small float32 vector that no checkpoint holds."""
+    """A small float32 vector that is computed and not read; a ``SourceTensor`` of one row."""
 
     dtype = Dtype.F32
 
@@ -76,5 +76,5 @@ class Computed:
         self._values = np.array(values, dtype=np.float32)
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Fill ``out`` (1, n): there is one row."""
+        """Fill ``out`` (1, n) with the vector."""
         out[...] = self._values[None][start:stop]

@@ -15,7 +15,7 @@ from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import GGUFError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import plan_requantize
-from ggufmoe.export.rows import Computed, RopeOrdered, source_part
+from ggufmoe.export.source_rows import Computed, RopeOrdered, source_part
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType
 from tests.quant.llama_quantize import Specimen, write_model

@@ -14,7 +14,7 @@ import pytest
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.source import BaseModel, ModelSource, Provenance
 from ggufmoe.export.arch import ModelTensor, family_of
-from ggufmoe.export.metadata import imatrix_metadata, model_metadata, sampling_metadata, size_label, text
+from ggufmoe.export.model_keys import imatrix_metadata, model_metadata, sampling_metadata, size_label, text
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix
