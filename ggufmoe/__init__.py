@@ -64,9 +64,11 @@ if TYPE_CHECKING:
     from ggufmoe.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
     from ggufmoe.runtime.chat import Chat
     from ggufmoe.runtime.llamacpp import LlamaCpp as LlamaCpp
+    from ggufmoe.work import CancelFlag, Progress
 
 __all__ = [
     "ArchitectureError",
+    "CancelFlag",
     "Cancelled",
     "Chat",
     "CheckpointError",
@@ -99,6 +101,7 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "Perplexity",
+    "Progress",
     "QuantizeOptions",
     "RecipeError",
     "ResumeError",
@@ -127,6 +130,7 @@ __all__ = [
 logging.getLogger("ggufmoe").addHandler(logging.NullHandler())
 
 _HOMES = {
+    "CancelFlag": "ggufmoe.work",
     "Chat": "ggufmoe.runtime.chat",
     "ContextOptions": "ggufmoe.options",
     "ConvertOptions": "ggufmoe.options",
@@ -142,6 +146,7 @@ _HOMES = {
     "MergeOptions": "ggufmoe.options",
     "OffloadOptions": "ggufmoe.options",
     "Perplexity": "ggufmoe.evaluation.perplexity",
+    "Progress": "ggufmoe.work",
     "QuantizeOptions": "ggufmoe.options",
     "RoutedToken": "ggufmoe.routing",
     "RoutingTrace": "ggufmoe.routing",

@@ -16,13 +16,17 @@ import ggufmoe
 
 CALLS = """\
 from pathlib import Path
+from threading import Event
 
 from ggufmoe import (
-    ConvertOptions, EvaluationOptions, ImatrixOptions, MergeOptions, QuantizeOptions,
+    ConvertOptions, EvaluationOptions, ImatrixOptions, MergeOptions, Progress, QuantizeOptions,
     convert, imatrix, kl_divergence, merge, perplexity, quantize,
 )
 from ggufmoe.convert import plan_convert
 from ggufmoe.quantize import plan_quantize
+
+def show(progress: Progress) -> None: ...
+def show_float(part: float) -> None: ...
 
 convert("a", "b")
 convert("a", Path("b"), "Q4_K_M")
@@ -34,6 +38,9 @@ convert("a", "b", quantizer="quick")  # refused
 convert("a", "b", options=QuantizeOptions())  # refused
 convert("a", "b", options={"threads": 4})  # refused
 convert("a", "b", "Q4_K_M", 4)  # refused
+convert("a", "b", on_progress=show, cancel=Event())
+convert("a", "b", on_progress=show_float)  # refused
+convert("a", "b", cancel=True)  # refused
 
 plan_convert("a", "b", quant="Q4_K_M", threads=4)
 plan_convert("a", "b", options=ConvertOptions(threads=4))
@@ -45,6 +52,7 @@ quantize("a", "b", options=QuantizeOptions(threads=4))
 quantize("a", "b", thread=4)  # refused
 quantize("a", "b", threads="x")  # refused
 quantize("a", "b", options=ConvertOptions())  # refused
+quantize("a", "b", on_progress=show, cancel=Event())
 
 plan_quantize("a", "b", quant="Q4_K_M", threads=4)
 plan_quantize("a", "b", options=QuantizeOptions(threads=4))
@@ -56,9 +64,11 @@ merge("a", "b", options=MergeOptions(threads=4))
 merge("a", "b", thread=4)  # refused
 merge("a", "b", threads="x")  # refused
 merge("a", "b", quant="Q4_K_M")  # refused
+merge("a", "b", on_progress=show, cancel=Event())
 
 perplexity("a", "a text", n_ctx=256, flash_attn="off")
 perplexity("a", text_file=Path("b"), options=EvaluationOptions(n_ctx=256))
+perplexity("a", "a text", on_progress=show, cancel=Event())
 perplexity("a", Path("b"))  # refused
 perplexity("a", "a text", n_context=256)  # refused
 perplexity("a", "a text", n_ctx=None)  # refused
@@ -66,12 +76,14 @@ perplexity("a", "a text", overflow="shift")  # refused
 
 kl_divergence("a", "b", "a text", n_ctx=256, round_reference=True)
 kl_divergence("a", "b", text_file="c", options=EvaluationOptions(n_ctx=256))
+kl_divergence("a", "b", "a text", on_progress=show, cancel=Event())
 kl_divergence("a", "b", Path("c"))  # refused
 kl_divergence("a", "b", "a text", n_context=256)  # refused
 kl_divergence("a", "b", "a text", n_ctx="x")  # refused
 
 imatrix("a", "b", "a text", n_ctx=256, process_output=True)
 imatrix("a", Path("b"), text_file="c", options=ImatrixOptions(n_ctx=256))
+imatrix("a", "b", "a text", on_progress=show, cancel=Event())
 imatrix("a", "b", Path("c"))  # refused
 imatrix("a", "b", text_file="c", options=EvaluationOptions())  # refused
 imatrix("a", "b", "a text", n_context=256)  # refused
