@@ -8,7 +8,6 @@ from ggufmoe.quant.kernels.grid_search import (
     ScaleSearch,
     free_signs,
     largest_of,
-    point_number,
     scale_levels,
 )
 from ggufmoe.quant.kernels.lanes import Rows, Value
@@ -43,7 +42,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
         fit = search.fit(magnitudes, weights, top, top / float(FORM.top), active)
         scales[j] = k.where(active, fit.scale, 0.0)
         signs[j] = k.where(active, sign_bits, 0)
-        first, second = (point_number(fit.words[g], 10) for g in range(2))
+        first, second = (fit.points[g] for g in range(2))
         pairs[j] = k.where(active, first | (second << 16), 0)
     d, some, levels = scale_levels(k, scales, _N_BLOCKS)
     k.store_half(0, k.where(some, k.half_bits(d * 0.9875), 0))

@@ -8,7 +8,6 @@ from ggufmoe.quant.kernels.grid_search import (
     ScaleSearch,
     even_signs,
     largest_of,
-    point_number,
     scale_levels,
 )
 from ggufmoe.quant.kernels.lanes import Rows
@@ -39,7 +38,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
         fit = search.fit(magnitudes, weights, top, top / float(FORM.top), active)
         scales[j] = k.where(active, k.magnitude(fit.scale), 0.0)
         inverted = k.where(fit.scale < 0.0, k.i32(0x7F), 0)
-        first, second = (point_number(fit.words[g], 9) | ((signs[g] ^ inverted) << 9) for g in range(2))
+        first, second = (fit.points[g] | ((signs[g] ^ inverted) << 9) for g in range(2))
         words[j] = k.where(active, first | (second << 16), 0)
     d, some, levels = scale_levels(k, scales, _N_BLOCKS)
     k.store_half(0, k.where(some, k.half_bits(d), 0))

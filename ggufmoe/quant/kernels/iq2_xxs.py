@@ -8,7 +8,6 @@ from ggufmoe.quant.kernels.grid_search import (
     ScaleSearch,
     even_signs,
     largest_of,
-    point_number,
     scale_levels,
 )
 from ggufmoe.quant.kernels.lanes import Rows
@@ -45,7 +44,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
         word = k.i32(0)
         for i, seven in enumerate(signs):
             word = word | ((seven ^ inverted) << (7 * i))
-        numbers = [point_number(found, 8) for found in fit.words.first(FORM.n_groups)]
+        numbers = fit.points
         words[j * 2], words[j * 2 + 1] = k.where(active, join_bytes(numbers), 0), k.where(active, word, 0)
     d, some, levels = scale_levels(k, scales, _N_BLOCKS)
     for i, level in enumerate(levels):

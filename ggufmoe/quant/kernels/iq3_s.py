@@ -8,7 +8,6 @@ from ggufmoe.quant.kernels.grid_search import (
     ScaleSearch,
     free_signs,
     largest_of,
-    point_number,
     scale_levels,
 )
 from ggufmoe.quant.kernels.lanes import Rows
@@ -41,7 +40,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
         active = top.differs(0.0)
         fit = search.fit(magnitudes, weights, top, top / float(FORM.top), active)
         scales[j], some[j] = k.where(active, fit.scale, 0.0), k.where(active, k.i32(1), 0)
-        numbers = [point_number(fit.words[g], 9) for g in range(FORM.n_groups)]
+        numbers = fit.points
         for half in range(2):
             words[j * 2 + half] = join_bytes([number & 0xFF for number in numbers[4 * half : 4 * half + 4]])
         ninth = numbers[0] >> 8

@@ -8,7 +8,6 @@ from ggufmoe.quant.kernels.grid_search import (
     ScaleSearch,
     even_signs,
     largest_of,
-    point_number,
     scale_levels,
 )
 from ggufmoe.quant.kernels.lanes import Rows
@@ -46,7 +45,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
         for i, seven in enumerate(signs):
             word = word | ((seven ^ inverted) << (7 * i))
         words[j + _SIGN_WORD] = k.where(active, word, 0)
-        numbers = [k.where(active, point_number(fit.words[g], 8), 0) for g in range(FORM.n_groups)]
+        numbers = [k.where(active, fit.points[g], 0) for g in range(FORM.n_groups)]
         for half in range(2):
             words[j * 2 + half] = join_bytes(numbers[4 * half : 4 * half + 4])
     d, some, levels = scale_levels(k, scales, _N_BLOCKS)

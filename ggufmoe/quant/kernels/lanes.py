@@ -405,6 +405,15 @@ class Lanes:
         table.global_constant, table.linkage = True, "internal"
         return table
 
+    def gathered(self, table: Any, index: Value) -> Value:
+        """``table[index]`` of a ``words_table``, one lane after another."""
+        found = ir.Constant(self.ints, ir.Undefined)
+        for lane in range(self.width):
+            place = self.b.zext(self.b.extract_element(index.ir, ir.Constant(I32, lane)), I64)
+            word = self.b.load(self.b.gep(table, [place], inbounds=True, source_etype=I32), typ=I32)
+            found = self.b.insert_element(found, word, ir.Constant(I32, lane))
+        return Value(self, found)
+
     def splat(self, scalar: Any) -> Value:
         """One scalar in every lane."""
         kind = ir.VectorType(scalar.type, self.width)
