@@ -19,7 +19,7 @@ from ggufmoe.evaluation.bench import Workload, plan_bench, run_bench
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.placement.devices import find_devices
 from ggufmoe.placement.footprint import Footprint
-from ggufmoe.placement.offload import OffloadPlan
+from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.remote.places import find_places
 from ggufmoe.runtime.events import Token
 

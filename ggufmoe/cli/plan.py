@@ -15,14 +15,8 @@ from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.devices import this_host
-from ggufmoe.placement.offload import (
-    BufferOverride,
-    DeviceShare,
-    HostMemory,
-    OffloadPlan,
-    Place,
-    plan_offload,
-)
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import BufferOverride, DeviceShare, HostMemory, OffloadPlan, Place
 from ggufmoe.remote.places import find_places
 from ggufmoe.sizes import memory_size, parse_size
 

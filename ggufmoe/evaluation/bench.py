@@ -26,7 +26,8 @@ from ggufmoe.native import library as native
 from ggufmoe.native.wording import CPU_BACKEND, RPC_BACKEND
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.cpu import default_threads
-from ggufmoe.placement.offload import OffloadPlan, plan_offload
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.remote.places import find_places
 from ggufmoe.work import CancelFlag, OnProgress, Progress, memory_bytes
 

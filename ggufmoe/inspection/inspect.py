@@ -23,9 +23,9 @@ from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, legacy_experts, part_of
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.types import FILE_TYPES
 from ggufmoe.gguf.upstream import Keys
-from ggufmoe.native.wording import is_repack_buffer
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.offload import HostMemory, plan_offload
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import HostMemory
 from ggufmoe.sizes import all_experts_run
 
 _SPECIAL_TOKENS = {key.removeprefix("tokenizer.ggml.").removesuffix("_token_id"): key for key in TOKEN_ID_KEYS.values()}
@@ -305,7 +305,7 @@ def _memory(model: ModelHeader, context: ContextOptions, host: HostMemory) -> tu
 
 def _memory_need(model: ModelHeader, context: ContextOptions, host: HostMemory) -> MemoryNeed:
     plan = plan_offload(model, context, OffloadOptions(device="none"), (), host)
-    repacked = sum(buffer.n_bytes for buffer in plan.host.buffers if is_repack_buffer(buffer.name))
+    repacked = plan.host.repacked_bytes
     weights = plan.host.weight_bytes - repacked
     return MemoryNeed(plan.n_ctx, weights, repacked, plan.host.kv_bytes, plan.host.compute_bytes)
 

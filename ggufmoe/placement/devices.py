@@ -12,7 +12,7 @@ from ggufmoe.errors import EngineError, EngineMissingError, OptionError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import backends
 from ggufmoe.native.wording import RPC_BACKEND
-from ggufmoe.placement.offload import HostMemory, Place
+from ggufmoe.placement.offload_plan import HostMemory, Place
 
 _GPU_TYPES = (backends.DeviceType.GPU, backends.DeviceType.IGPU)
 

@@ -14,7 +14,7 @@ from ggufmoe.native.wording import (
     overridden_tensor,
 )
 from ggufmoe.placement.devices import DeviceTable
-from ggufmoe.placement.offload import DeviceShare, OffloadPlan
+from ggufmoe.placement.offload_plan import DeviceShare, OffloadPlan
 
 _MIB = 2**20
 

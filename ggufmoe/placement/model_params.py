@@ -11,7 +11,8 @@ from ggufmoe.native import backends
 from ggufmoe.options import OffloadOptions
 from ggufmoe.options.limits import MAX_DEVICES
 from ggufmoe.placement.devices import DeviceTable
-from ggufmoe.placement.offload import OffloadPlan, chosen_devices
+from ggufmoe.placement.offload_plan import OffloadPlan
+from ggufmoe.placement.rules import chosen_devices
 
 _logger = logging.getLogger("ggufmoe")
 _LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "mlock": 2, "mmap+mlock": 3, "dio": 4}

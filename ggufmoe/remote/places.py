@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ggufmoe.options import OffloadOptions
 from ggufmoe.placement.devices import find_devices
-from ggufmoe.placement.offload import HostMemory, Place
+from ggufmoe.placement.offload_plan import HostMemory, Place
 from ggufmoe.remote.rpc import answer_seconds, find_workers
 
 

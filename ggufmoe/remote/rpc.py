@@ -27,7 +27,7 @@ from ggufmoe.native import rpc_calls
 from ggufmoe.native.wording import rpc_buffer, rpc_device
 from ggufmoe.options import OffloadOptions
 from ggufmoe.options.limits import MAX_DEVICES
-from ggufmoe.placement.offload import Place
+from ggufmoe.placement.offload_plan import Place
 
 ANSWER_S = 5.0
 """Time limit for each of: resolving a worker's name, connecting to it, its answers."""

@@ -31,7 +31,8 @@ from ggufmoe.options import ContextOptions, OffloadOptions, options_of
 from ggufmoe.placement.devices import find_devices
 from ggufmoe.placement.load_report import Placement, placement_of
 from ggufmoe.placement.model_params import device_list, set_parameters
-from ggufmoe.placement.offload import OffloadPlan, plan_offload
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.loading import checked_model, loading_lock
 

@@ -31,7 +31,8 @@ from ggufmoe.placement.devices import DeviceTable, find_devices
 from ggufmoe.placement.footprint import Footprint, context_tokens
 from ggufmoe.placement.load_report import Placement, placement_of
 from ggufmoe.placement.model_params import set_parameters
-from ggufmoe.placement.offload import OffloadPlan, plan_offload
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.kvcache import KVCache, SavedStates
 from ggufmoe.runtime.vocabulary import LoadedVocabulary

@@ -14,7 +14,8 @@ from ggufmoe.gguf.names import part_of
 from ggufmoe.gguf.types import FILE_TYPES, GGMLType, ValueType
 from ggufmoe.inspection.inspect import MergeReport, Share, inspect_model
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.placement.offload import HostMemory, plan_offload
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import HostMemory
 from ggufmoe.quant.filetypes import FileType
 from tests.gguf_files import (
     ARRAY,

@@ -23,7 +23,8 @@ from ggufmoe.native import backends
 from ggufmoe.placement.devices import DeviceTable, find_devices, repacked_types
 from ggufmoe.placement.load_report import placement_of, read_report
 from ggufmoe.placement.model_params import set_parameters
-from ggufmoe.placement.offload import HostMemory, OffloadPlan, Place, plan_offload
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import HostMemory, OffloadPlan, Place
 from tests.placement.shapes import model_of
 
 TIED: dict[str, Any] = {

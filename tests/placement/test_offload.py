@@ -17,7 +17,9 @@ from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.gguf.names import experts_pattern
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.options import ALL_LAYERS, ContextOptions, OffloadOptions
-from ggufmoe.placement.offload import HostMemory, OffloadPlan, Place, chosen_devices, plan_offload
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import HostMemory, OffloadPlan, Place
+from ggufmoe.placement.rules import chosen_devices
 from tests.placement.shapes import N_EMBD, N_FF, N_HEAD_KV, model_of
 
 MIB, GIB = 2**20, 2**30
