@@ -1,1 +1,1 @@
-"""What a GGUF file says: types, header, manifest. Needs no engine; trusts nothing that it reads."""
+"""What a GGUF file says: types, header, hyper-parameters, names, rows, manifest. Needs no engine."""

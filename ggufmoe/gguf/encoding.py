@@ -1,6 +1,6 @@
-"""The bytes of a GGUF header, for those who write files.
+"""Encoding: the bytes of a GGUF header, which modules that write files put in front of the tensors.
 
-Follows the rules that ``header`` checks, so that what is written here can be read there.
+Follows the rules that ``header`` checks when it reads.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _U32, _I32, _U64, _I64 = (struct.Struct(code) for code in ("<I", "<i", "<Q", "<q
 def encode_header(
     metadata: Mapping[str, Value], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
 ) -> bytes:
-    """The bytes of a GGUF version 3 header, little-endian and padded, so that tensor data follows at once.
+    """The bytes of a GGUF version 3 header, little-endian, padded so that the first tensor can follow.
 
-    Offsets must be as ``read_header`` demands them. An alignment other than 32 must stand in ``metadata`` as well.
-    Raises GGUFError for what no reader would take.
+    The offsets of ``tensors`` must be those that ``read_header`` accepts. An alignment other than 32 must stand in
+    ``metadata`` as well. Raises GGUFError for content that no reader would accept.
     """
     stated = alignment_of("new header", metadata)
     if stated != alignment:

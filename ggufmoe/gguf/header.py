@@ -1,9 +1,9 @@
-"""The header of a GGUF file, read from a file that nobody vouches for.
+"""The header of a GGUF file, which is read as untrusted input.
 
-Owns what a header holds, the rules that it must follow and the limits of what is read. Our own code, because the
-reader of the ``gguf`` package hangs on an array length of 2^63 and accepts zero dimensions, overlapping tensors and
-unaligned offsets. Writing headers is in ``encoding``, the files of a split model in ``model``; tensor bytes are read by
-offset, elsewhere.
+Owns the content of a header, the rules that it must follow and the limits of what is read. It is our own code, because
+the reader of the ``gguf`` package hangs on an array length of 2^63 and accepts zero dimensions, overlapping tensors and
+unaligned offsets. Headers are written by ``encoding``; the files of a split model are joined in ``model``; rows of
+tensors are read by ``stored_rows``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """All that a GGUF file says before its tensor bytes, checked: see ``read_header``."""
+    """The checked content of a GGUF file before its tensor bytes; made by ``read_header``."""
 
     version: int
     metadata: Mapping[str, Value]
@@ -93,17 +93,17 @@ class Header:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes from the first tensor's beginning to the last one's end."""
+        """Bytes from the beginning of the first tensor to the end of the last one."""
         return self.tensors[-1].offset + self.tensors[-1].n_bytes if self.tensors else 0
 
     @property
     def trailing_bytes(self) -> int:
-        """Bytes behind the last tensor and its padding, which nothing in the header accounts for."""
+        """Bytes after the last tensor and its padding; the header does not account for them."""
         return max(0, self.file_bytes - padded(self.data_offset + self.data_bytes, self.alignment))
 
 
 def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` from its first dimension that is not 1 on; the last dimension stays in any case."""
+    """``shape`` without the dimensions of 1 at its beginning; the last dimension always stays."""
     n_ones = next((i for i, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
     return shape[n_ones:]
 
@@ -117,8 +117,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of one GGUF file (version 2 or 3, little-endian).
 
     Reads no tensor bytes and at most MAX_HEADER_BYTES. Refuses with GGUFError all that llama.cpp's ``gguf.cpp`` and
-    model loader refuse (commit 0c1e57098), and besides: zero dimensions, tensors without dimensions or name, bools
-    other than 0 and 1, keys beyond the format's 65535 bytes, keys and names that are not UTF-8. Bytes behind the last
+    model loader refuse (commit 0c1e57098), and also: zero dimensions, tensors without dimensions or name, bools other
+    than 0 and 1, keys longer than the format's 65535 bytes, keys and names that are not UTF-8. Bytes after the last
     tensor are allowed, as in llama.cpp; ``Header.trailing_bytes`` counts them.
     """
     path = Path(path)
@@ -144,7 +144,7 @@ def _regular_file_bytes(path: Path) -> int:
 
 
 class _Cursor:
-    """Bytes of a header from front to back; every length is checked against the file before it is believed."""
+    """Reads a header from front to back; every length is compared with the size of the file before it is used."""
 
     def __init__(self, file: io.RawIOBase | io.FileIO, path: Path, file_bytes: int) -> None:
         self.path = path
@@ -162,7 +162,7 @@ class _Cursor:
         return self.file_bytes - self.position
 
     def require(self, n_bytes: int, what: str) -> None:
-        """Have the next ``n_bytes`` in the buffer, or say that ``what`` lies beyond the file's end."""
+        """Have the next ``n_bytes`` in the buffer. Raises GGUFError if ``what`` would end after the end of the file."""
         if n_bytes > self.remaining:
             raise self.error(
                 f"{what} needs {n_bytes} bytes at byte {self.position}, but {self.remaining} are left; "

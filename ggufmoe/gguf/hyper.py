@@ -1,11 +1,11 @@
-"""The hyper-parameters of a model as its header states them: read once, with one set of defaults, for every reader.
+"""The hyper-parameters of a model as its header states them, with one set of defaults for every reader.
 
-Nothing is believed that does not have its type. What a number means for memory is said in ``placement``.
+Values of a wrong type count as absent. The memory that a model takes is computed from these in ``placement``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,55 +21,62 @@ _COUNT_LIMIT = 2**31
 
 
 class TypedMetadata:
-    """Metadata by key and expected type; None for values of another type, as for keys that are not there."""
+    """Metadata by key and expected type. Each method returns None for an absent key and for a value of another type."""
 
     def __init__(self, metadata: Mapping[str, Value]) -> None:
         self.metadata = metadata
 
     def text(self, key: str) -> str | None:
-        """A string."""
+        """The value of a key that should be a string."""
         value = self.plain(key)
         return value if isinstance(value, str) else None
 
     def flag(self, key: str) -> bool | None:
-        """A bool."""
+        """The value of a key that should be a bool."""
         value = self.plain(key)
         return value if isinstance(value, bool) else None
 
     def whole(self, key: str) -> int | None:
-        """An integer."""
+        """The value of a key that should be an integer."""
         value = self.plain(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def number(self, key: str) -> float | None:
-        """An integer or a float, as a float."""
+        """The value of a key that should be an integer or a float, as a float."""
         value = self.plain(key)
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def items(self, key: str, kind: type) -> list[Any] | None:
-        """An array, all of whose items are of this Python type."""
+        """The value of a key that should be an array whose items all have the Python type ``kind``."""
         value = self.plain(key)
         fits = isinstance(value, list) and all(type(item) is kind for item in value)
         return value if fits else None
 
     def per_layer(self, key: str) -> Layers:
-        """One integer, or one for each layer; where all layers have the same, one integer."""
+        """The value of a key that may be an integer or an array with one for each layer; an integer if all are equal."""
         layers = self.items(key, int)
         if layers is None:
             return self.whole(key)
         return layers[0] if layers and len(set(layers)) == 1 else tuple(layers)
 
+    def has_count(self, key: str) -> bool:
+        """Whether the value of a key is a count or an array that begins with one; also true for an absent key."""
+        value = self.plain(key)
+        first = value[0] if isinstance(value, list) and value else value
+        return value is None or (type(first) is int and first >= 0)
+
     def plain(self, key: str) -> Any:
-        """Whatever the header has."""
+        """The value of a key, of any type."""
         found = self.metadata.get(key)
         return None if found is None else found.value
 
 
 @dataclass(frozen=True)
 class Hyper:
-    """The numbers of a network; None where the header does not state them, a tuple where layers differ.
+    """The hyper-parameters of a model. None: the header does not state it. A tuple: one number for each layer.
 
-    They are given as stated, however absurd: ``largest`` and ``at_layer`` make counts of them.
+    Numbers are what the header states, even if no model can have them; ``largest`` and ``at_layer`` replace those by a
+    default.
     """
 
     architecture: str | None
@@ -95,9 +102,9 @@ class Hyper:
     """0 for a dense model."""
     n_expert_used: int
     has_plain_cache: bool
-    """Whether every layer with attention keeps the keys and values of all tokens."""
+    """Whether each layer with attention keeps the keys and values of all tokens, as in a plain transformer."""
     malformed: frozenset[str]
-    """Keys of counts whose value is no count."""
+    """Keys that should hold a count, or one for each layer, and hold something else."""
 
     @classmethod
     def of(cls, metadata: Mapping[str, Value]) -> Hyper:
@@ -130,7 +137,7 @@ class Hyper:
             n_expert=max(typed.whole(key(Keys.LLM.EXPERT_COUNT)) or 0, 0),
             n_expert_used=max(typed.whole(key(Keys.LLM.EXPERT_USED_COUNT)) or 0, 0),
             has_plain_cache=architecture == "llama" or not any(typed.plain(key(other)) for other in _OTHER_CACHES),
-            malformed=frozenset(_malformed(metadata, map(key, _COUNTS))),
+            malformed=frozenset(stated for stated in map(key, _COUNTS) if not typed.has_count(stated)),
         )
 
     def key(self, template: str) -> str:
@@ -138,7 +145,7 @@ class Hyper:
         return template.format(arch=self.architecture)
 
     def cached_values(self, layer: int) -> tuple[int, int]:
-        """Numbers that one token adds to the KV cache of a layer with attention: of its keys, and of its values."""
+        """Elements that one token adds to the KV cache of a layer with attention: of keys, and of values."""
         n_head = at_layer(self.n_head, layer)
         n_head_kv = at_layer(self.n_head_kv, layer, n_head)
         width = largest(self.n_embd) // max(n_head, 1)
@@ -161,21 +168,13 @@ _COUNTS = (
 
 
 def largest(layers: Layers, default: int = 0) -> int:
-    """The largest count where layers differ; ``default`` where none is stated that can be."""
+    """The count, the largest one where layers differ; ``default`` where the header states none, or an absurd one."""
     counts = layers if isinstance(layers, tuple) else (layers,)
     return max((count for count in counts if count is not None and 0 <= count < _COUNT_LIMIT), default=default)
 
 
 def at_layer(layers: Layers, layer: int, default: int = 0) -> int:
-    """The count of one layer, numbered from 0; ``default`` where none is stated that can be."""
+    """The count of the layer with this number, from 0; ``default`` where the header states none, or an absurd one."""
     if isinstance(layers, tuple):
         layers = layers[layer] if layer < len(layers) else None
     return largest(layers, default)
-
-
-def _malformed(metadata: Mapping[str, Value], keys: Iterator[str]) -> Iterator[str]:
-    for key in keys:
-        value = metadata[key].value if key in metadata else 0
-        first = value[0] if isinstance(value, list) and value else value
-        if type(first) is not int or first < 0:
-            yield key

@@ -12,7 +12,7 @@ SAMPLING_PREFIX = "general.sampling."
 
 @dataclass(frozen=True)
 class SamplingKey:
-    """One recommended setting."""
+    """One sampling setting that a file can recommend."""
 
     key: str
     type: ValueType

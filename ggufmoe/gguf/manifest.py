@@ -53,7 +53,7 @@ class Manifest:
 
 
 def default_path(gguf_path: Path) -> Path:
-    """Where the manifest of a GGUF stands: ``OUT.manifest.json`` beside ``OUT.gguf`` or ``OUT-00001-of-0000N.gguf``."""
+    """The path of the manifest of a GGUF: ``OUT.manifest.json`` beside ``OUT.gguf`` or ``OUT-00001-of-0000N.gguf``."""
     gguf_path = Path(gguf_path)
     stem = gguf_path.name.removesuffix(".gguf")
     return gguf_path.with_name(re.sub(r"-\d{5}-of-\d{5}$", "", stem) + ".manifest.json")
@@ -69,8 +69,8 @@ def write_manifest(
 ) -> Path:
     """Hash finished GGUF files (the shards of one model, in order) and write their manifest; returns its path.
 
-    It appears whole or not at all. ``threads`` is None for all usable cores. Raises GGUFError if a file cannot be read,
-    OutputError if the manifest cannot be written, Cancelled when ``cancel`` is set meanwhile.
+    The manifest is written completely or not at all. ``threads`` is None for all usable cores. Raises GGUFError if a
+    file cannot be read, OutputError if the manifest cannot be written, Cancelled when ``cancel`` is set meanwhile.
     """
     target = default_path(paths[0]) if manifest_path is None else Path(manifest_path)
     manifest = make_manifest(paths, threads=threads, on_progress=on_progress, cancel=cancel)
@@ -173,7 +173,7 @@ def encode_manifest(manifest: Manifest) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest, trusting nothing; raises InputError if it is not one."""
+    """Read a manifest, which is untrusted input. Raises InputError if it is not a manifest of ggufmoe."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -236,10 +236,10 @@ def verify(
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
 ) -> list[str]:
-    """What differs between GGUF files (or one) and their manifest, a sentence each; an empty list means nothing.
+    """Compare GGUF files, or one, with their manifest; returns a sentence for each difference.
 
-    Files are told apart by their order and not by name, so a renamed copy verifies. Padding between tensors is not
-    compared. Raises GGUFError if a header cannot even be read.
+    Files are matched by their order and not by name, so a renamed copy verifies. Padding between tensors is not
+    compared. Raises GGUFError if a header cannot be read.
     """
     files = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
     if len(files) != len(manifest.files):

@@ -45,7 +45,7 @@ class ModelHeader:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files, the first one (which llama.cpp is given) in front."""
+        """The files in order; llama.cpp is given the first one."""
         return tuple(shard.path for shard in self.shards)
 
     @property
@@ -72,7 +72,7 @@ _SHARD_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\
 
 
 def shard_paths(path: Path) -> tuple[Path, ...]:
-    """All files of the model that ``path`` is, or is one shard of, in order; a file that is not split stands alone.
+    """All files of the model that ``path`` belongs to, in order: its shards, or the file alone if it is not split.
 
     Raises GGUFError if the header cannot be read, contradicts the file's name, or files are missing.
     """
@@ -82,7 +82,7 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 def read_model_header(path: Path) -> ModelHeader:
     """Read the headers of all shards of a model, given any of them, as llama.cpp writes and checks them.
 
-    Raises GGUFError as ``read_header`` does, and for missing or mistaken shards.
+    Raises GGUFError as ``read_header`` does, and if shards are missing or belong to another model.
     """
     path = Path(path)
     given = read_header(path)
@@ -153,11 +153,11 @@ NO_MODELS = {
     "adapter": "an adapter (LoRA), not a model; it has to be merged into its model first",
     "mmproj": "the projector of a model for pictures or sound, not a model by itself",
 }
-"""What is in a file whose ``general.type`` is not ``model`` (gguf-py's GGUFType), and what it is for."""
+"""What a file is whose ``general.type`` is not ``model`` (gguf-py's GGUFType), and what to do with it."""
 
 
 def check_kind(model: ModelHeader) -> None:
-    """Raise GGUFError if the file says that it is something else than a model."""
+    """Raise GGUFError if the file says that it is not a model, but for example an importance matrix."""
     kind = model.get(Keys.General.TYPE)
     if isinstance(kind, str) and kind in NO_MODELS:
         raise GGUFError(f"{model.paths[0]}: {NO_MODELS[kind]}")

@@ -39,7 +39,7 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """What the name of a stack of experts or of a router says; ``kind`` is gate, up, down, gate_up or router."""
+    """Layer and kind of a stack of experts or of a router; ``kind`` is gate, up, down, gate_up or router."""
 
     layer: int
     kind: str
@@ -47,7 +47,7 @@ class ExpertMatrix:
 
 @dataclass(frozen=True)
 class LegacyExpert:
-    """What the name of one expert's own tensor says: its number, and the name of the stack that it belongs into."""
+    """The number of an expert that has tensors of its own, and the name of the stack that this tensor belongs to."""
 
     stack: str
     expert: int
@@ -65,7 +65,7 @@ def without_layer(name: str) -> str:
 
 
 def llama_quantize_order(name: str) -> tuple[int, str]:
-    """The place of a tensor in the files that llama-quantize writes, to sort by: layer by layer, others first."""
+    """Key for sorting tensors as llama-quantize writes them: those outside of layers first, then layer by layer."""
     layer = layer_of(name)
     return (-1 if layer is None else layer, name)
 
@@ -91,19 +91,19 @@ def is_expert_stack(name: str) -> bool:
 
 
 def expert_matrix(name: str) -> ExpertMatrix | None:
-    """Layer and kind of a stack of experts or of a router; None for every other tensor."""
+    """Layer and kind of a stack of experts or of a router; None for other tensors."""
     found = _EXPERT_MATRIX.fullmatch(name)
     return ExpertMatrix(int(found[1]), found[2] or "router") if found else None
 
 
 def legacy_expert(name: str) -> LegacyExpert | None:
-    """What the name of one expert's own tensor says, as Mixtral files had them before April 2024; None for others."""
+    """Stack and number of an expert's own tensor, which Mixtral files had before April 2024; None for other tensors."""
     found = _LEGACY_EXPERT.fullmatch(name)
     return LegacyExpert(f"{found[1]}_exps.weight", int(found[2])) if found else None
 
 
 def legacy_experts(names: Iterable[str]) -> tuple[str, ...]:
-    """Those names that belong to one expert each: llama.cpp at the pinned commit does not load files with such."""
+    """The names among ``names`` that ``legacy_expert`` knows; the pinned llama.cpp does not load files with such."""
     return tuple(name for name in names if _LEGACY_EXPERT.fullmatch(name))
 
 

@@ -1,8 +1,8 @@
-"""Rows of the tensors of GGUF files as they are stored, bytes of blocks for quantized types.
+"""Rows of the tensors of GGUF files as they are stored; for quantized types these are the bytes of their blocks.
 
-Owns opening the files of a model and reading rows by position, from any number of threads. Memory is what the caller's
-rows take: the ``gguf`` package maps whole files instead, which counts as memory of the process. What rows mean as
-numbers is said in ``native.quantizing``.
+Owns opening the files of a model and reading rows by position, from any number of threads. It is our own code, because
+the reader of the ``gguf`` package maps whole files, which counts as memory of the process. Stored rows are converted to
+float32 in ``native.quantizing``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class GGUFRows:
-    """Rows of one tensor in an open file; of a stack of matrices, the rows of each follow those of the one before.
+    """The rows of one tensor in an open file. The rows of a stack of matrices are those of its matrices in order.
 
     ``shape`` is in numpy's order. A 1-D tensor is a single row.
     """
@@ -80,7 +80,7 @@ class GGUFRows:
         return out
 
     def matrices(self) -> tuple[GGUFRows, ...]:
-        """The matrices of a stack one by one, such as the experts; of any other tensor itself."""
+        """The matrices of a stack, for example of experts; for any other tensor, the tensor itself."""
         shape = without_leading_ones(self.shape)
         matrix = replace(self, shape=shape[-2:])
         n_matrices = math.prod(shape[:-2])
@@ -94,7 +94,7 @@ class GGUFRows:
 
 
 class OpenModel:
-    """The tensors of a model by name, in all files of it that are open until ``close``; use it with ``with``.
+    """The tensors of a model by name; its files stay open until ``close``, or the end of a ``with`` block.
 
     ``path`` is any file of the model. Raises GGUFError as ``read_model_header`` does.
     """

@@ -1,1 +1,1 @@
-"""What is in model files: inspect, diff, experts. Needs no engine."""
+"""What is in model files: inspect, diff, experts. Nothing here loads a model."""

@@ -1,7 +1,7 @@
 """How two model files differ: metadata, tensors, types, shapes, and how far the values of each tensor are apart.
 
-Files are compared by names, so shards and the order of tensors do not matter. Bytes are compared first; only where they
-differ are values computed, tile by tile, so memory is a few MB for each thread. Nothing is printed here.
+Tensors are matched by name, so shards and their order do not matter. Bytes are compared first; only where they differ
+are values computed, tile by tile, so memory is a few MB for each thread. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ it; removed: only the first; unread: of one type and shape, its bytes were not l
 
 @dataclass(frozen=True)
 class KeyDifference:
-    """A metadata key that is not the same in both; None where a file has none.
+    """A metadata key whose values differ; None for a file that lacks it.
 
-    ``n_items`` and ``first_item``: of arrays of one length, how many items differ and which is the first of them.
+    ``n_items`` and ``first_item``, for arrays of the same length: how many items differ, and the index of the first.
     """
 
     key: str
@@ -45,11 +45,11 @@ class KeyDifference:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor in both files; what only one of them has is None for the other.
+    """One tensor in both files; None for a file that lacks it.
 
-    ``relative_error`` is the root mean square of the differences over that of the first file's values, and
-    ``max_difference`` the largest of them; None where values were not, or cannot be, compared. Where the first file's
-    values are all zero the error is infinite; NaN in either file makes both NaN.
+    ``relative_error`` is the root mean square of the differences divided by that of the first file's values,
+    ``max_difference`` the largest difference; both are None where values were not, or cannot be, compared. Where the
+    first file's values are all zero the error is infinite; NaN in either file makes both NaN.
     """
 
     name: str
@@ -73,7 +73,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class PartDifference:
-    """All tensors of a part (experts, attention, ...) that both files have: bits for each weight, relative error."""
+    """Tensors of one part of the model (experts, attention, ...) that both files have, together."""
 
     name: str
     n_tensors: int
@@ -85,7 +85,7 @@ class PartDifference:
 
 @dataclass(frozen=True)
 class ModelDifference:
-    """What ``diff_models`` found. Tensors stand in the first file's order, those of the second alone behind them."""
+    """The result of ``diff_models``. Tensors in the first file's order, then those that only the second file has."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -94,22 +94,22 @@ class ModelDifference:
 
     @property
     def is_same(self) -> bool:
-        """Whether nothing was found that differs."""
+        """Whether no difference was found."""
         return not self.keys and not self.different
 
     @property
     def different(self) -> tuple[TensorDifference, ...]:
-        """The tensors that differ."""
+        """The tensors that differ in any way."""
         return tuple(tensor for tensor in self.tensors if tensor.verdict not in ("same", "unread"))
 
     @property
     def relative_error(self) -> float | None:
-        """Of all values that were compared together; None if there were none."""
+        """Relative error over all compared values together; None if none were compared."""
         return _together(self.tensors)
 
     @property
     def parts(self) -> tuple[PartDifference, ...]:
-        """Sums by part, the largest first."""
+        """Tensors summed by part of the model, the largest part first."""
         groups: dict[str, list[TensorDifference]] = {}
         for tensor in self.tensors:
             if tensor.before is not None and tensor.after is not None:
@@ -167,14 +167,10 @@ def _key_differences(first: ModelHeader, second: ModelHeader) -> tuple[KeyDiffer
     found = []
     for key in dict.fromkeys((*first.metadata, *second.metadata)):
         before, after = first.metadata.get(key), second.metadata.get(key)
-        if key not in SPLIT_KEYS and not _same_value(before, after):
+        # by their texts NaN equals NaN
+        if key not in SPLIT_KEYS and before != after and repr(before) != repr(after):
             found.append(_key_difference(key, before, after))
     return tuple(found)
-
-
-def _same_value(before: Value | None, after: Value | None) -> bool:
-    # NaN is the same as NaN here
-    return before == after or (before is not None and after is not None and repr(before) == repr(after))
 
 
 def _key_difference(key: str, before: Value | None, after: Value | None) -> KeyDifference:
@@ -240,7 +236,8 @@ def _measured(found: TensorDifference, first: GGUFRows, second: GGUFRows, work: 
             b -= a
             square += _sum_of_squares(a)
             error_square += _sum_of_squares(b)
-            largest = _larger(largest, float(np.abs(b, out=b).max()))
+            # np.maximum keeps NaN
+            largest = float(np.maximum(largest, np.abs(b, out=b).max()))
         work.advance((stop - start) * (first.row_bytes + second.row_bytes), first.name)
     return replace(
         found,
@@ -252,12 +249,8 @@ def _measured(found: TensorDifference, first: GGUFRows, second: GGUFRows, work: 
 
 
 def _sum_of_squares(values: NDArray[np.float32]) -> float:
-    """Summed in double precision, on this thread alone (a BLAS would start its own)."""
+    """Sum in double precision, without BLAS, which would start threads of its own."""
     return float(np.square(values).sum(dtype=np.float64))
-
-
-def _larger(a: float, b: float) -> float:
-    return b if math.isnan(b) or b > a else a
 
 
 def _ratio(error_square: float, square: float) -> float:
@@ -297,14 +290,12 @@ def _key_as_dict(found: KeyDifference) -> dict[str, Any]:
     entry: dict[str, Any] = {"key": found.key}
     for side, value in (("before", found.before), ("after", found.after)):
         if value is not None:
-            entry[side] = {"type": value.type.name, "value": _plain(value.value)}
+            plain = value.value
+            plain = [_finite(item) for item in plain] if isinstance(plain, list) else _finite(plain)
+            entry[side] = {"type": value.type.name, "value": plain}
     if found.n_items is not None:
         entry |= {"n_items": found.n_items, "first_item": found.first_item}
     return entry
-
-
-def _plain(value: Any) -> Any:
-    return [_finite(item) for item in value] if isinstance(value, list) else _finite(value)
 
 
 def _tensor_as_dict(found: TensorDifference) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""How alike the experts of a model are: cosines between their weights, layer by layer, from a sample of rows.
+"""Similarity of a model's experts: cosines between their weights, layer by layer, from a sample of rows.
 
-Experts of a merge that come from one base are nearly the same; experts that were trained together are not. Rows are
-read and widened a few at a time, the same ones of every expert, so memory does not grow with the model.
+Experts of a merge that come from one base are nearly the same; experts that were trained together are not. A few rows
+are read at a time, the same ones of every expert, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Cosines = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class MatrixSimilarity:
-    """One kind of matrix in one layer. ``kind``: gate, up, down, gate_up, or router, whose row is an expert's.
+    """One kind of matrix in one layer. ``kind``: gate, up, down, gate_up, or router, which has a row for each expert.
 
     ``cosines``: (n_expert, n_expert), symmetric with a diagonal of ones; NaN where an expert's weights are all zero.
-    ``n_rows`` of ``of_rows`` rows of each expert were looked at.
+    ``n_rows`` of the ``of_rows`` rows of each expert were compared.
     """
 
     layer: int
@@ -44,28 +44,28 @@ class MatrixSimilarity:
 
     @property
     def pairs(self) -> Cosines:
-        """Of each two experts once."""
+        """The cosine of each pair of experts, once."""
         pairs: Cosines = self.cosines[np.triu_indices(len(self.cosines), 1)]
         return pairs
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertSimilarity:
-    """All matrices of a model, by layer and kind; ``mean`` leaves the routers out, which are no experts."""
+    """The similarity of experts in all matrices of a model, by layer and kind; ``mean`` excludes the routers."""
 
     n_expert: int
     matrices: tuple[MatrixSimilarity, ...]
 
     @property
     def mean(self) -> Cosines:
-        """Mean over layers and kinds: (n_expert, n_expert)."""
+        """Mean of the cosines over layers and kinds without routers: (n_expert, n_expert)."""
         own = [matrix.cosines for matrix in self.matrices if matrix.kind != "router"]
         mean: Cosines = np.mean(own, axis=0)
         return mean
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that there are, the router's last."""
+        """The kinds of matrices that were compared, the router last."""
         return tuple(dict.fromkeys(matrix.kind for matrix in sorted(self.matrices, key=_place)))
 
     @property
@@ -153,7 +153,7 @@ def _similarity(stack: GGUFRows, n_rows: int, work: Work) -> MatrixSimilarity:
 
 
 def _runs(rows: list[int], longest: int) -> Iterable[tuple[int, int]]:
-    """Ranges of consecutive numbers."""
+    """Ranges [start, stop) of consecutive row numbers, of at most ``longest`` rows."""
     start = previous = rows[0]
     for row in rows[1:]:
         if row != previous + 1 or row - start >= longest:

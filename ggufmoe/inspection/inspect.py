@@ -1,8 +1,7 @@
 """What is in a GGUF file, from its header alone: sizes, parts, hyper-parameters, tokenizer, template, provenance.
 
-Owns counting and naming; works on any architecture and on files that others made. Metadata is believed only where it
-has the type that it should have. How much memory it takes is ``offload``'s answer. Nothing is printed here, and no
-tensor byte is read.
+Works on any architecture and on files that other tools made. Metadata of a wrong type counts as absent. The memory that
+running takes comes from ``placement``. Nothing is printed here, and no tensor byte is read.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ _OLD_THETA = 10000.0
 
 @dataclass(frozen=True)
 class Share:
-    """What one part of the model, or one tensor type, takes."""
+    """Tensors, weights and bytes of one part of the model, or of one tensor type."""
 
     name: str
     n_tensors: int
@@ -72,7 +71,7 @@ class Share:
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """The tokenizer: kind, pre-tokenizer, size, special tokens (name to id) and the flags, None where left unsaid."""
+    """The tokenizer: kind, pre-tokenizer, size, special tokens (name to id) and flags; None where not stated."""
 
     model: str | None
     pre: str | None
@@ -86,7 +85,7 @@ class TokenizerReport:
 
 @dataclass(frozen=True)
 class TemplateReport:
-    """The chat template: its first line and length in characters (None without one), and the names of further ones."""
+    """The chat template: first line and length in characters (None without one), and the names of other templates."""
 
     first_line: str | None
     n_chars: int | None
@@ -118,17 +117,17 @@ class MemoryNeed:
 
     @property
     def n_bytes(self) -> int:
-        """All of it."""
+        """Bytes of weights, their copy, KV cache and compute buffers together."""
         return self.weight_bytes + self.repacked_bytes + self.kv_bytes + self.compute_bytes
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """All that the header of a model says; ``to_dict`` gives it for JSON.
+    """The content of a model's header; ``to_dict`` gives it for JSON.
 
-    ``n_active_parameters`` is what one token passes through: everything but the experts that are not chosen for it.
-    ``memory`` is for the context that was asked for and, last, for all that the model was trained for; empty for files
-    that cannot be run.
+    ``n_active_parameters`` counts the weights that are used for one token: all but those of experts that are not
+    chosen. ``memory`` is for the context that was asked for and, last, for the longest that the model was trained for;
+    empty for files that cannot be run.
     """
 
     files: tuple[str, ...]
@@ -181,22 +180,23 @@ def _finite(value: Any) -> Any:
 
 
 def inspect_model(path: Path, context: ContextOptions | None = None, host: HostMemory | None = None) -> ModelReport:
-    """Describe a GGUF file, or a split model given any of its shards, and what running it with ``context`` takes.
+    """Describe a GGUF file, or a split model given any of its shards, and the memory to run it with ``context``.
 
-    ``host`` tells which weights this CPU's backend rearranges (``devices.this_host``). Raises GGUFError as
+    ``host`` tells which weights this CPU's backend rearranges (``placement.devices.this_host``). Raises GGUFError as
     ``read_model_header`` does.
     """
     model = read_model_header(path)
     keys, hyper = TypedMetadata(model.metadata), model.hyper
     parts = _shares(model.tensors, lambda tensor: part_of(tensor.name))
     tokenizer, template, merge = _tokenizer(keys, hyper), _template(keys), _merge(keys)
+    file_type = keys.whole(Keys.General.FILE_TYPE)
     return ModelReport(
         files=tuple(file.name for file in model.paths),
         n_bytes=model.file_bytes,
         gguf_version=model.shards[0].header.version,
         architecture=hyper.architecture,
         name=keys.text(Keys.General.NAME),
-        file_type=_file_type(keys.whole(Keys.General.FILE_TYPE)),
+        file_type=None if file_type is None else FILE_TYPES.get(file_type, f"file type {file_type}"),
         n_parameters=sum(part.n_parameters for part in parts),
         n_active_parameters=_active_parameters(parts, hyper),
         n_tensors=len(model.tensors),
@@ -213,10 +213,6 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: HostM
         other=_other(model, merge),
         warnings=tuple(_warnings(model, tokenizer, template)),
     )
-
-
-def _file_type(number: int | None) -> str | None:
-    return None if number is None else FILE_TYPES.get(number, f"file type {number}")
 
 
 def _shares(tensors: Iterable[TensorInfo], key: Callable[[TensorInfo], str]) -> tuple[Share, ...]:
@@ -271,12 +267,12 @@ _ELSEWHERE = re.compile(r"architecture|name|file_type|quantization_version|align
 
 
 def _below(model: ModelHeader, prefix: str) -> dict[str, Any]:
-    """Metadata whose key begins with ``prefix``, which is taken off."""
+    """Metadata whose key begins with ``prefix``, by the rest of the key."""
     return {key.removeprefix(prefix): value.value for key, value in model.metadata.items() if key.startswith(prefix)}
 
 
 def _base_models(keys: TypedMetadata) -> tuple[dict[str, Any], ...]:
-    """``general.base_model.N.*``, gathered by N."""
+    """``general.base_model.N.*``, grouped by N."""
     found: dict[int, dict[str, Any]] = {}
     for key, value in keys.metadata.items():
         match = re.fullmatch(r"general\.base_model\.(\d{1,4})\.(\w+)", key)
@@ -296,22 +292,22 @@ def _memory(model: ModelHeader, context: ContextOptions, host: HostMemory) -> tu
     is_model = model.get(Keys.General.TYPE, "model") == "model" and bool(model.get(Keys.General.ARCHITECTURE))
     if not model.tensors or not is_model:
         return ()
-    try:
-        needs = [_memory_need(model, options, host) for options in (context, replace(context, n_ctx=0))]
-    except GGUFError:  # what it says of itself cannot be
-        return ()
-    return tuple(need for i, need in enumerate(needs) if need.n_ctx and need not in needs[:i])
-
-
-def _memory_need(model: ModelHeader, context: ContextOptions, host: HostMemory) -> MemoryNeed:
-    plan = plan_offload(model, context, OffloadOptions(device="none"), (), host)
-    repacked = plan.host.repacked_bytes
-    weights = plan.host.weight_bytes - repacked
-    return MemoryNeed(plan.n_ctx, weights, repacked, plan.host.kv_bytes, plan.host.compute_bytes)
+    needs: list[MemoryNeed] = []
+    for options in (context, replace(context, n_ctx=0)):
+        try:
+            plan = plan_offload(model, options, OffloadOptions(device="none"), (), host)
+        except GGUFError:  # no model can have the numbers in this header
+            return ()
+        repacked = plan.host.repacked_bytes
+        weights = plan.host.weight_bytes - repacked
+        need = MemoryNeed(plan.n_ctx, weights, repacked, plan.host.kv_bytes, plan.host.compute_bytes)
+        if need.n_ctx and need not in needs:
+            needs.append(need)
+    return tuple(needs)
 
 
 def _other(model: ModelHeader, merge: MergeReport | None) -> dict[str, Any]:
-    """Plain values that no standard section holds: how a merge was made, what imatrix was used, and so on."""
+    """Metadata outside of the standard sections, arrays left out: how a merge was made, which imatrix was used."""
     standard = ("general.", "tokenizer.", "split.", f"{model.hyper.architecture}.", *(["ggufmoe."] if merge else []))
     return {
         key: value.value
@@ -343,6 +339,7 @@ def _warnings(model: ModelHeader, tokenizer: TokenizerReport, template: Template
 
 def _context_warnings(hyper: Hyper) -> Iterable[str]:
     n_ctx, window = hyper.n_ctx_train, hyper.unapplied_window
+    is_scaled = hyper.rope_scaling not in (None, "none")
     if n_ctx is None:
         yield "says no context length: llama.cpp does not load such a file"
     elif not _SMALLEST_CONTEXT <= n_ctx <= _LARGEST_CONTEXT:
@@ -352,17 +349,11 @@ def _context_warnings(hyper: Hyper) -> Iterable[str]:
             f"each token of the original attends to the last {window} tokens only, and llama.cpp has no such window "
             f"for this model: past position {window} the answers are another model's, so keep --ctx-size at {window}"
         )
-    elif _is_without_its_window(hyper):
+    elif n_ctx >= 32768 and hyper.rope_theta == _OLD_THETA and not is_scaled and not hyper.sliding_window:
         yield (
             f"a context of {n_ctx} tokens with rope theta {_OLD_THETA:g} and no sliding window: Mistral 7B v0.1 has "
             "these numbers and a window of 4096; beyond that the answers may fall apart, so keep --ctx-size below"
         )
-
-
-def _is_without_its_window(hyper: Hyper) -> bool:
-    is_long = hyper.n_ctx_train is not None and hyper.n_ctx_train >= 32768
-    scaled = hyper.rope_scaling not in (None, "none")
-    return is_long and hyper.rope_theta == _OLD_THETA and not scaled and not hyper.sliding_window
 
 
 def _expert_warnings(model: ModelHeader, hyper: Hyper) -> Iterable[str]:
@@ -389,13 +380,12 @@ def _token_warnings(model: ModelHeader, tokenizer: TokenizerReport) -> Iterable[
     beyond = [name for name, number in tokenizer.special.items() if not 0 <= number < n_vocab]
     if beyond:
         yield f"the {', '.join(beyond)} token is beyond the vocabulary of {n_vocab}"
-    for tensor in model.tensors:
-        if tensor.name in _TOKEN_ROWS and len(tensor.shape) == 2 and tensor.shape[0] != n_vocab:
-            yield _rows_warning(_TOKEN_ROWS[tensor.name], tensor.shape[0], n_vocab)
-
-
-def _rows_warning(what: str, n_rows: int, n_vocab: int) -> str:
     refused = "llama.cpp does not load such a file; convert it again"
-    if n_rows < n_vocab:
-        return f"{n_vocab - n_rows} added tokens (from {n_rows} on) have no row in the {what}: {refused}"
-    return f"the {what} has {n_rows} rows for {n_vocab} tokens: {refused}"
+    for tensor in model.tensors:
+        if tensor.name not in _TOKEN_ROWS or len(tensor.shape) != 2 or tensor.shape[0] == n_vocab:
+            continue
+        what, n_rows = _TOKEN_ROWS[tensor.name], tensor.shape[0]
+        if n_rows < n_vocab:
+            yield f"{n_vocab - n_rows} added tokens (from {n_rows} on) have no row in the {what}: {refused}"
+        else:
+            yield f"the {what} has {n_rows} rows for {n_vocab} tokens: {refused}"

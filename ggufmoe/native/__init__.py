@@ -1,1 +1,1 @@
-"""llama.cpp's libraries through ctypes: declarations, limits, and the log lines that this package relies on."""
+"""llama.cpp's libraries through ctypes: declarations, devices, quantizers, graphs, and the wording of its log."""

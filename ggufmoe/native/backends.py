@@ -72,9 +72,9 @@ class BufferType:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a device says of itself. ``host_buffer`` is the main memory that it can read by itself, if it has such.
+    """What a device reports. ``host_buffer`` is main memory that the device can read by itself, if there is such.
 
-    ``maps_files`` tells that weights in a mapped file need no copy for it (Metal, the CPU).
+    ``maps_files``: the device computes with weights in a mapped file without copying them (Metal, the CPU).
     """
 
     description: str
@@ -87,7 +87,7 @@ class DeviceFacts:
 
 
 def device_facts(device: Device) -> DeviceFacts:
-    """Memory and buffers of a device. A remote one is asked over the network, for as long as that takes."""
+    """Memory and buffers of a device. For a worker's device this waits for the network, without a limit."""
     lib, props = library(), _DeviceProps()
     lib.ggml_backend_dev_get_props(device.handle, ctypes.addressof(props))
     host = lib.ggml_backend_dev_host_buffer_type(device.handle)

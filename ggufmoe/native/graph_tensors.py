@@ -1,4 +1,4 @@
-"""Tensors in the graphs that llama.cpp computes, seen by their addresses: name, shape, operation and values."""
+"""Tensors of the graphs that llama.cpp computes, by their addresses: name, shape, operation and values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Tensor(ctypes.Structure):
 
 
 class Operation(IntEnum):
-    """What a node of a graph computes, of ``enum ggml_op``: the products with weights."""
+    """The operations of ``enum ggml_op`` that multiply by weights."""
 
     MUL_MAT = 29
     """``src[0]`` times the rows of ``src[1]``."""
@@ -72,7 +72,7 @@ def tensor_type_is(tensor: int, type: GGMLType) -> bool:
 
 
 def tensor_operation(tensor: int) -> int:
-    """What computes the ``ggml_tensor`` at an address; compare it with ``Operation``."""
+    """Number of the operation that computes the ``ggml_tensor`` at an address; compare it with ``Operation``."""
     return int(_Tensor.from_address(tensor).op)
 
 
@@ -83,10 +83,10 @@ def tensor_sources(tensor: int) -> tuple[int, ...]:
 
 
 def tensor_values(tensor: int, *, copy: bool = True) -> NDArray[Any]:
-    """A copy of a computed F32 or I32 ``ggml_tensor``, on whatever device it lies: four dimensions, in numpy order.
+    """The values of a computed F32 or I32 ``ggml_tensor`` on any device: four dimensions, in numpy order.
 
-    Views with gaps between their rows are read as such. Without ``copy`` a tensor in main memory is looked at where it
-    lies, which holds only until llama.cpp computes on.
+    Gaps between the rows of a view are left out. Without ``copy`` the array of a tensor in main memory is that memory
+    itself, which llama.cpp overwrites when it continues. Raises ValueError for other types.
     """
     head = _Tensor.from_address(tensor)
     dtype = {GGMLType.F32.id: np.float32, GGMLType.I32.id: np.int32}.get(head.type)

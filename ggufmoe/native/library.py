@@ -74,7 +74,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 @cache
 def library() -> ctypes.CDLL:
-    """libllama as llama-cpp-python loaded it, with the prototypes above.
+    """The loaded libllama, with the prototypes above.
 
     Raises EngineMissingError if llama-cpp-python is not installed or lacks one of the symbols.
     """
@@ -95,13 +95,13 @@ def library() -> ctypes.CDLL:
 
 
 def has_symbol(name: str) -> bool:
-    """Whether the installed engine exports ``name`` (``ggml_backend_rpc_add_server`` tells an RPC build)."""
+    """Whether the installed engine exports a symbol; one with RPC has ``ggml_backend_rpc_add_server``."""
     return hasattr(library(), name)
 
 
 @dataclass(frozen=True)
 class EngineVersion:
-    """Which engine: the version of llama-cpp-python, the commit of llama.cpp inside it, the version of ggml."""
+    """Version of llama-cpp-python, commit of the llama.cpp inside it, version of ggml."""
 
     package: str
     llama_cpp_commit: str
@@ -109,7 +109,7 @@ class EngineVersion:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it is PINNED_ENGINE. A build outside of git knows no commit; then the versions decide."""
+        """Whether this is PINNED_ENGINE. A build outside of git knows no commit; then the versions decide."""
         commit = self.llama_cpp_commit.split("-")[0]  # builds from a source package add "-dirty"
         same_commit = commit == "unknown" or (bool(commit) and PINNED_ENGINE.llama_cpp_commit.startswith(commit))
         return same_commit and (self.package, self.ggml) == (PINNED_ENGINE.package, PINNED_ENGINE.ggml)
@@ -120,7 +120,7 @@ PINNED_ENGINE = EngineVersion("0.3.36", "0c1e57098bba43ac29e6e3b677cdceebdd22334
 
 
 def engine_version() -> EngineVersion:
-    """The engine that is installed. Raises EngineMissingError."""
+    """The version of the installed engine. Raises EngineMissingError."""
     lib = library()
     return EngineVersion(version("llama-cpp-python"), lib.ggml_commit().decode(), lib.ggml_version().decode())
 
@@ -133,7 +133,7 @@ def build_flags() -> str:
 
 @cache
 def c_library() -> ctypes.CDLL:
-    """The C library, whose functions serve as callbacks that never wait for the interpreter."""
+    """The C library; its functions serve as callbacks that never wait for Python's interpreter lock."""
     return ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
 
 

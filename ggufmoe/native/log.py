@@ -35,7 +35,7 @@ class LogLine:
 
 
 class NativeLog:
-    """Collects what llama.cpp says, line by line; called by it from any thread."""
+    """Collects llama.cpp's log line by line; llama.cpp calls it from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class NativeLog:
         self._logger.addHandler(logging.NullHandler())
 
     def attach(self, api: Any) -> None:
-        """Become llama.cpp's log for the rest of the process; ``api`` is the module of its bindings."""
+        """Receive llama.cpp's log from now on, until the process ends; ``api`` is the module of its bindings."""
         self._callback = api.llama_log_callback(self._receive)
         api.llama_log_set(self._callback, None)
         # after the interpreter's end a Python callback would crash the process; the C function `abs` takes any level
@@ -57,7 +57,7 @@ class NativeLog:
         atexit.register(api.llama_log_set, quiet, None)
 
     def mark(self) -> int:
-        """A point in the log, for ``since``."""
+        """The current position in the log, for ``since`` and ``cause_since``."""
         return self._n_lines
 
     def since(self, mark: int) -> list[LogLine]:
@@ -67,7 +67,7 @@ class NativeLog:
 
     @contextmanager
     def collecting(self, pattern: re.Pattern[str]) -> Iterator[list[str]]:
-        """While the block runs, the texts of all lines that match, however many others come between."""
+        """Collect the texts of all lines that match ``pattern`` while the block runs; the list grows meanwhile."""
         found: list[str] = []
         entry = (pattern, found)
         with self._lock:
@@ -79,7 +79,7 @@ class NativeLog:
                 self._collected = [other for other in self._collected if other is not entry]
 
     def cause_since(self, mark: int) -> str:
-        """The line after ``mark`` that says best what went wrong, without the name of the C++ function."""
+        """The most telling line after ``mark``: the last error that names a cause, without the C++ function's name."""
         lines = self.since(mark)
         errors = [line.text for line in lines if line.level >= logging.ERROR]
         telling = [text for text in errors if not is_vague(text)]
@@ -109,10 +109,10 @@ class NativeLog:
 
 
 def no_wait_callback(api: Any) -> tuple[Any, ctypes.Array[ctypes.c_char]]:
-    """An abort callback that never waits for the interpreter, and its flag.
+    """An abort callback that never waits for Python's interpreter lock, and the flag that it reads.
 
-    It is C's ``strlen`` on a buffer of two bytes: as soon as the first byte is not zero, it returns non-zero and
-    llama.cpp stops. A Python function there would be called for every node of the graph.
+    The callback is C's ``strlen`` on the flag, a buffer of two bytes: as soon as the first byte is not zero, it returns
+    non-zero and llama.cpp stops. llama.cpp calls it for every node of the graph, too often for a Python function.
     """
     flag = ctypes.create_string_buffer(2)
     return api.ggml_abort_callback(native.function_address(native.c_library().strlen)), flag

@@ -57,12 +57,12 @@ def quantize_chunk(
 
 
 def requires_imatrix(type: GGMLType) -> bool:
-    """Whether ggml refuses (by abort) to quantize to this type without an importance matrix."""
+    """Whether ggml aborts the process when it quantizes to this type without an importance matrix."""
     return bool(library().ggml_quantize_requires_imatrix(type.id))
 
 
 def validate_rows(type: GGMLType, data: NDArray[np.uint8]) -> bool:
-    """ggml's check of quantized bytes: no NaN and no infinity among the scales."""
+    """Whether quantized rows pass ggml's check: no scale is NaN or infinite."""
     return bool(library().ggml_validate_row_data(type.id, _address(data, np.uint8), data.nbytes))
 
 
@@ -82,7 +82,7 @@ class _TypeTraits(ctypes.Structure):
 
 @cache
 def _to_float(type: GGMLType) -> Any:
-    """ggml's ``void (*)(const void * x, float * y, int64_t k)`` for a type; None where it has none."""
+    """ggml's dequantizer for a type, ``void (*)(const void * x, float * y, int64_t k)``; None if there is none."""
     traits = _TypeTraits.from_address(library().ggml_get_type_traits(type.id))
     if (traits.blck_size, traits.type_size) != (type.block_size, type.block_bytes):
         raise EngineMissingError(f"this llama-cpp-python describes {type.name} otherwise; install the pinned version")
@@ -90,19 +90,20 @@ def _to_float(type: GGMLType) -> Any:
 
 
 def can_dequantize(type: GGMLType) -> bool:
-    """Whether ggml can make float32 of this quantized type."""
+    """Whether this is a quantized type that ggml can convert to float32."""
     return type.is_quantized and _to_float(type) is not None
 
 
 def can_widen(type: GGMLType) -> bool:
-    """Whether ``widened`` can make float32 of this type."""
+    """Whether ``widened`` can convert this type to float32."""
     return type in _PLAIN or type in (GGMLType.F16, GGMLType.BF16) or can_dequantize(type)
 
 
 def widened(type: GGMLType, stored: NDArray[np.uint8], n_cols: int) -> NDArray[np.float32]:
     """Rows as float32, (rows, n_cols); ``stored`` are their bytes in a GGUF file, uint8 (rows, row_bytes).
 
-    Exact but for integers and F64, whose values beyond float32 become infinite. Only for types that ``can_widen``.
+    Integers and F64 are rounded, and become infinite beyond the range of float32; other types are exact. Raises
+    ValueError for a type that ``can_widen`` denies.
     """
     if type in _PLAIN:
         with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""llama.cpp's RPC: devices of other machines, and serving this machine's devices to them.
+"""llama.cpp's RPC: using the devices of other machines, and serving the devices of this one.
 
 Only engines that were built with RPC have these functions.
 """
@@ -30,7 +30,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def rpc_function(name: str) -> Any:
-    """A function of ``_PROTOTYPES``. Raises EngineError for an engine that was built without RPC."""
+    """One of llama.cpp's RPC functions by name. Raises EngineError for an engine that was built without RPC."""
     lib = library()
     if not hasattr(lib, name):
         raise EngineError(
@@ -43,9 +43,9 @@ def rpc_function(name: str) -> Any:
 
 
 def register_rpc_server(endpoint: str) -> None:
-    """Make the devices of the worker at ``endpoint`` (IPv4:PORT) devices of this process, for as long as it lives.
+    """Register the devices of the worker at ``endpoint`` (IPv4:PORT) in this process; they stay until it ends.
 
-    ggml ends the process if the worker cannot be reached, and waits without end for one that is silent.
+    ggml ends the process if the worker cannot be reached, and waits without a limit for one that is silent.
     Raises EngineError.
     """
     add = rpc_function("ggml_backend_rpc_add_server")
@@ -56,9 +56,9 @@ def register_rpc_server(endpoint: str) -> None:
 
 
 def start_rpc_server(endpoint: str, cache_dir: str | None, n_threads: int, served: Sequence[Device]) -> None:
-    """Serve devices at ``endpoint`` (IPv4:PORT), one client after the other; returns only if it cannot.
+    """Serve devices at ``endpoint`` (IPv4:PORT), one client after the other; returns only when serving fails.
 
-    ggml prints to stdout what it does. Raises EngineError.
+    ggml prints its progress to stdout. Raises EngineError for an engine that was built without RPC.
     """
     start = rpc_function("ggml_backend_rpc_start_server")
     handles = (_VOID * len(served))(*(device.handle for device in served))

@@ -1,6 +1,6 @@
-"""What llama.cpp says in words, as far as decisions depend on it: log lines, messages of aborts, names of buffers.
+"""Texts of llama.cpp that decisions depend on: log lines, messages of aborts, names of backends and buffers.
 
-The words are those of the pinned commit (0c1e57098), and the tests hold every one of them against the pinned build.
+They are those of the pinned commit (0c1e57098); the tests compare every one with the installed engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BufferSize:
 
 
 def buffer_size(line: str) -> BufferSize | None:
-    """The buffer that a log line tells of, if it does."""
+    """Name, content and size of the buffer in a log line about one; None for other lines."""
     found = _BUFFER.search(line)
     if found is None:
         return None
@@ -43,13 +43,13 @@ def buffer_size(line: str) -> BufferSize | None:
 
 
 def overridden_tensor(line: str) -> tuple[str, str] | None:
-    """Name and buffer of a tensor that an override has moved, if a log line tells of one."""
+    """Name of the tensor, and of its buffer, in a log line about an override; None for other lines."""
     found = _OVERRIDDEN.search(line)
     return (found[1], found[2]) if found else None
 
 
 def offloaded_layers(line: str) -> int | None:
-    """The number of layers on GPUs, the output counted, if a log line tells it."""
+    """Number of layers on GPUs, the output included, in the log line about it; None for other lines."""
     found = _OFFLOADED.search(line)
     return int(found[1]) if found else None
 
@@ -61,12 +61,12 @@ RPC_BACKEND = "RPC"
 
 
 def mapped_buffer(buffer: str) -> str:
-    """The name under which a mapped range of the file is logged in the place of a buffer."""
+    """Name in the log of the mapped range of a file that takes the place of a buffer."""
     return f"{buffer}_Mapped"
 
 
 def repack_buffer(buffer: str) -> str:
-    """The CPU's buffer for weights that are rearranged for its vector units."""
+    """Name of the buffer for weights that the CPU's backend rearranges for its vector units."""
     return f"{buffer}_REPACK"
 
 
@@ -76,12 +76,12 @@ def is_repack_buffer(buffer: str) -> bool:
 
 
 def rpc_device(number: int) -> str:
-    """The name of a worker's device; they are numbered over all workers."""
+    """Name of a worker's device; devices are numbered over all workers."""
     return f"RPC{number}"
 
 
 def rpc_buffer(index: int, endpoint: str) -> str:
-    """The name of the buffer of a worker's device; ``index`` counts the devices of this worker."""
+    """Name of the buffer of a worker's device; ``index`` counts the devices of this worker."""
     return f"RPC{index}[{endpoint}]"
 
 
@@ -98,27 +98,27 @@ def is_vague(error: str) -> bool:
 
 
 def without_function(line: str) -> str:
-    """A log line without the name of the C++ function that most begin with."""
+    """A log line without the name of a C++ function at its beginning."""
     function, separator, message = line.partition(": ")
     return message.strip() if separator and function.replace("_", "").replace(":", "").isalnum() else line
 
 
 def lacks_pinned_memory(error: str) -> bool:
-    """Whether memory that a GPU reads by itself (``CUDA_Host``) could not be had; plain memory does as well."""
+    """Whether a load failed to allocate memory that a GPU reads by itself (``CUDA_Host``), which is optional."""
     return "_Host buffer" in error
 
 
 def abort_message(line: str) -> str:
-    """The message of an abort or a failed assertion, without file and line number; empty for other lines of stderr."""
+    """The message in a line of stderr about an abort or a failed assertion; empty for other lines."""
     found = _SOURCE_LINE.search(line)
     return found[1] if found else ""
 
 
 def is_worker_abort(message: str) -> bool:
-    """Whether llama.cpp has ended its process because a worker was lost, or could not be reached."""
+    """Whether the message of an abort says that a worker was lost, or could not be reached."""
     return "RPC" in message or "Failed to connect" in message
 
 
 def is_refusal(error: str) -> bool:
-    """Whether a ValueError of llama-cpp-python means that llama.cpp gave it no model or context."""
+    """Whether the text of a ValueError of llama-cpp-python says that llama.cpp made no model or context."""
     return error.startswith("Failed to ")

@@ -1,1 +1,1 @@
-"""What goes where: how large a model's parts are, which devices there are, the plan, and libllama's report."""
+"""Where the parts of a model go: their sizes, the devices, the plan, and libllama's report of a load."""

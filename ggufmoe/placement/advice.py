@@ -15,7 +15,7 @@ _MIB = 2**20
 
 
 def warnings_of(plan: OffloadPlan, rules: PlacementRules, choice: LayerChoice) -> Iterator[str]:
-    """What is likely not meant, or will not work, in words for the user."""
+    """Warnings for the user: options that have no effect, lower the quality, or do not fit the memory."""
     footprint, offload = rules.footprint, rules.offload
     made_for = largest(footprint.hyper.n_expert_used)
     if plan.n_expert_used != made_for:
@@ -42,7 +42,7 @@ def warnings_of(plan: OffloadPlan, rules: PlacementRules, choice: LayerChoice) -
 
 
 def notes_of(plan: OffloadPlan, rules: PlacementRules) -> Iterator[str]:
-    """What is worth knowing about a plan, and the flags that change it."""
+    """Facts about a plan that help the user choose, with the flags that change it."""
     footprint, host = rules.footprint, plan.host
     if plan.n_expert:
         yield _expert_note(plan)

@@ -16,7 +16,7 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use; at least 1."""
+    """Number of physical cores that this process may use; at least 1."""
     if sys.platform == "darwin":
         return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -27,7 +27,7 @@ def default_threads() -> int:
 
 
 def physical_cores(allowed: Iterable[int], topology: Path) -> int:
-    """Distinct cores among the logical CPUs ``allowed``, by Linux's sysfs at ``topology``; 0 where it does not tell."""
+    """Number of physical cores among the logical CPUs ``allowed``, by Linux's sysfs at ``topology``; 0 if unknown."""
     cores = set()
     for cpu in allowed:
         try:

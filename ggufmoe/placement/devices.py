@@ -1,6 +1,6 @@
-"""The devices of this machine as the planner sees them, and the handles by which libllama knows them.
+"""The devices that a model can be placed on, as ggml reports them, with the handles that libllama is given.
 
-Owns asking ggml; what goes where is said in ``offload``.
+Which part of a model goes to which device is planned in ``offload``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GPU_TYPES = (backends.DeviceType.GPU, backends.DeviceType.IGPU)
 
 @dataclass(frozen=True)
 class DeviceTable:
-    """Devices that layers can go to, the CPU's memory, and ggml's handles: of devices and of buffers, by name."""
+    """Devices that layers can go to, the CPU's memory, and ggml's handles of devices and of buffers by name."""
 
     places: tuple[Place, ...]
     host: HostMemory
@@ -29,11 +29,11 @@ class DeviceTable:
 
 
 def find_devices(named: str | None = None, *, remote: bool = False) -> DeviceTable:
-    """The GPUs of this machine, or the devices that are ``named`` (with commas between them, as for ``--device``).
+    """The GPUs of this machine, or the devices in ``named`` (separated by commas, as for ``--device``).
 
-    Workers' devices that were registered in this process are used only with ``remote``, or when they are named: asking
-    one that has gone would never return. Raises OptionError for names of no device, EngineMissingError without
-    llama-cpp-python.
+    Devices of workers that were registered in this process are used only with ``remote``, or when they are named:
+    a request to a worker that has gone would never return. Raises OptionError for an unknown device,
+    EngineMissingError without llama-cpp-python.
     """
     registered = backends.devices()
     cpu = next((device for device in registered if device.type is backends.DeviceType.CPU), None)
@@ -44,7 +44,13 @@ def find_devices(named: str | None = None, *, remote: bool = False) -> DeviceTab
     facts = {device.name: backends.device_facts(device) for device in (cpu, *used)}
     return DeviceTable(
         places=tuple(_place(device.name, facts[device.name]) for device in used),
-        host=_host(facts[cpu.name]),
+        host=HostMemory(
+            free_bytes=facts[cpu.name].free_bytes,
+            total_bytes=facts[cpu.name].total_bytes,
+            repacked=repacked_types(),
+            name=facts[cpu.name].buffer.name,
+            alignment=facts[cpu.name].buffer.alignment,
+        ),
         descriptions={name: fact.description for name, fact in facts.items()},
         device_handles={device.name: device.handle for device in used},
         buffer_handles={b.name: b.handle for fact in facts.values() for b in (fact.buffer, fact.host_buffer) if b},
@@ -52,7 +58,7 @@ def find_devices(named: str | None = None, *, remote: bool = False) -> DeviceTab
 
 
 def this_host() -> HostMemory:
-    """The CPU's memory of this machine, and what its backend rearranges; nothing is known of it without an engine."""
+    """The CPU's memory of this machine and the types that its backend rearranges; empty without an engine."""
     try:
         return find_devices("none").host
     except EngineMissingError:
@@ -71,7 +77,7 @@ def _named(named: str, gpus: list[backends.Device]) -> list[backends.Device]:
 
 
 def _default(gpus: list[backends.Device], *, remote: bool) -> list[backends.Device]:
-    """As llama.cpp chooses: workers first, and an integrated GPU only if there is no other here."""
+    """The devices that llama.cpp would choose: workers first, an integrated GPU only if there is no other GPU here."""
     workers = [device for device in gpus if device.backend == RPC_BACKEND and remote]
     local = [device for device in gpus if device.backend != RPC_BACKEND]
     discrete = [device for device in local if device.type is backends.DeviceType.GPU]
@@ -91,18 +97,8 @@ def _place(name: str, facts: backends.DeviceFacts) -> Place:
     )
 
 
-def _host(facts: backends.DeviceFacts) -> HostMemory:
-    return HostMemory(
-        free_bytes=facts.free_bytes,
-        total_bytes=facts.total_bytes,
-        repacked=repacked_types(),
-        name=facts.buffer.name,
-        alignment=facts.buffer.alignment,
-    )
-
-
 def repacked_types() -> dict[GGMLType, int]:
-    """Types that ggml's CPU backend rearranges on this CPU, each with the number of rows that it takes together.
+    """Types that ggml's CPU backend rearranges on this CPU, with the number of rows that it interleaves.
 
     Follows ``ggml_repack_get_optimal_repack_type`` in ggml-cpu/repack.cpp (commit 0c1e57098).
     """

@@ -25,9 +25,9 @@ DEFAULT_MAX_CTX = 4096
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """One tensor of the file, or a second use of it (an embedding that is the output too); ``offset`` in its shard.
+    """A tensor of the file, or its second use: an embedding that is the output, too. ``offset`` counts in its shard.
 
-    ``layer``: -1 for the input, the number of layers for the output, None where every layer's device has a copy.
+    ``layer`` is -1 for the input, the number of layers for the output, None where every layer's device has a copy.
     """
 
     name: str
@@ -42,9 +42,9 @@ class WeightTensor:
 
 
 class Footprint:
-    """What header and options say about the memory that a model takes.
+    """The memory that a model takes, by its header and the options.
 
-    Raises GGUFError for a file that is no model, OptionError for experts that it does not have.
+    Raises GGUFError for a file that is no model, OptionError for more experts than the model has.
     """
 
     def __init__(self, model: ModelHeader, context: ContextOptions, offload: OffloadOptions) -> None:
@@ -117,9 +117,9 @@ class Footprint:
 
 
 def context_tokens(context: ContextOptions, n_ctx_train: int) -> int:
-    """Tokens of context that are asked for: all that the model was trained for where ``n_ctx`` is 0.
+    """Number of tokens of context to make; ``n_ctx`` 0 means all that the model was trained for.
 
-    Where the caller names none, DEFAULT_MAX_CTX, or fewer if the model was trained for fewer.
+    Without ``n_ctx`` it is DEFAULT_MAX_CTX, or fewer if the model was trained for fewer.
     """
     if context.n_ctx is None:
         return min(n_ctx_train, DEFAULT_MAX_CTX)

@@ -21,7 +21,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What libllama said: bytes by buffer (to a hundredth of a MiB), tensors overridden, layers offloaded."""
+    """What libllama logged: bytes by buffer (to 0.01 MiB), buffers of overridden tensors, number of layers on GPUs."""
 
     weight_bytes: Mapping[str, int]
     kv_bytes: Mapping[str, int]
@@ -32,7 +32,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a loaded model is: the plan, what libllama reported, and how the two differ (both numbers in each line)."""
+    """Where a loaded model is: the plan, libllama's report, and a line with both numbers for each difference."""
 
     plan: OffloadPlan
     report: LoadReport
@@ -85,7 +85,7 @@ def _names(buffer: str) -> set[str]:
 def _sums(
     share: DeviceShare, report: LoadReport, mine: set[str] | None, gpu_buffers: set[str]
 ) -> Iterator[tuple[str, int, int]]:
-    """Weights and KV cache: planned and reported bytes. All buffers that are no GPU's belong to the CPU."""
+    """Planned and reported bytes of weights and of the KV cache. Buffers that belong to no GPU count for the CPU."""
     for what, planned, reported in (
         ("weights", share.weight_bytes, report.weight_bytes),
         ("KV cache", share.kv_bytes, report.kv_bytes),

@@ -1,4 +1,4 @@
-"""A plan as libllama wants it: the fields of ``llama_model_params`` and the arrays that they point at."""
+"""``llama_model_params`` for a plan: its fields, and the arrays that they point at."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _TensorOverride(ctypes.Structure):
 
 
 def device_list(handles: Collection[int]) -> ctypes.Array[ctypes.c_void_p]:
-    """The ``devices`` of ``llama_model_params``: handles of devices, ended by NULL."""
+    """The array for ``llama_model_params.devices``: handles of devices, terminated by NULL."""
     return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
 
 

@@ -25,13 +25,13 @@ from ggufmoe.placement.rules import PlacementRules, chosen_devices, device_of_la
 def plan_offload(
     model: ModelHeader, context: ContextOptions, offload: OffloadOptions, devices: Sequence[Place], host: HostMemory
 ) -> OffloadPlan:
-    """Plan a model onto ``devices``, of which ``offload.device`` and ``offload.main_gpu`` may leave some out.
+    """Plan where the parts of a model go on ``devices``; ``offload`` may exclude some of these.
 
-    With ``offload.fit``, what was not given explicitly is chosen: dense parts and KV cache of as many layers as fit go
-    to the GPUs first, then experts as far as memory goes, those of the first layers staying with the CPU.
+    With ``offload.fit``, numbers that are not given explicitly are chosen: as many layers as fit go to the GPUs with
+    their dense parts and KV cache, then as many experts as fit; those of the first layers stay with the CPU.
 
-    Raises OptionError for devices, buffers and layers that are not there, for patterns that match no tensor, and for
-    expert options that the model cannot follow.
+    Raises OptionError for devices, buffers and layers that do not exist, for patterns that match no tensor, and for
+    expert options that do not suit the model.
     """
     rules = PlacementRules(Footprint(model, context, offload), offload, chosen_devices(offload, devices), host)
     choice = choose_layers(rules)
