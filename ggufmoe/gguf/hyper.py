@@ -53,7 +53,7 @@ class TypedMetadata:
         return value if fits else None
 
     def per_layer(self, key: str) -> Layers:
-        """The value of a key that may be an integer or an array with one for each layer; an integer if all are equal."""
+        """The value of a key that may be an integer or an array with one for each layer; an integer if all agree."""
         layers = self.items(key, int)
         if layers is None:
             return self.whole(key)
