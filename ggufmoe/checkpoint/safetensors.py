@@ -100,7 +100,7 @@ def _refusal(path: Path) -> str:
         with safe_open(path, framework="numpy"):
             return ""
     except (SafetensorError, OSError) as error:
-        return " ".join(str(error).split())[:200]
+        return one_line(error)
 
 
 def _parse_header(path: Path, file: BinaryIO, file_bytes: int) -> SafetensorsHeader:

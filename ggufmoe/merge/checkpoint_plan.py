@@ -28,7 +28,11 @@ def plan_checkpoint(model: ModelSource, directory: Path, layout: Layout, max_sha
     A larger tensor gets a shard of its own. ``classic`` has one tensor per expert projection and is read by every tool;
     ``fused`` is how transformers 5 and mergekit stack them.
     """
-    tensors = [_planned(*named) for named in (_fused(model) if layout == "fused" else _classic(model))]
+    stored = _fused(model) if layout == "fused" else ((name, one.shape, (one,)) for name, one in model.tensors.items())
+    tensors = []
+    for name, shape, sources in stored:
+        parts = tuple(Part(source, GGMLType[source.dtype.value]) for source in sources)
+        tensors.append(PlannedTensor(name, parts[0].type, shape, parts))
     groups = split_tensors(tensors, max_shard_bytes)
     names = (
         ["model.safetensors"]
@@ -67,16 +71,6 @@ def reads_back_as_safetensors(file: PlannedFile, path: Path) -> bool:
 
 _Stored = tuple[str, tuple[int, ...], tuple[SourceTensor, ...]]
 """A tensor of the checkpoint: name, shape, and the tensors of the model that follow one another in it."""
-
-
-def _planned(name: str, shape: tuple[int, ...], tensors: Sequence[SourceTensor]) -> PlannedTensor:
-    parts = tuple(Part(tensor, GGMLType[tensor.dtype.value]) for tensor in tensors)
-    return PlannedTensor(name, parts[0].type, shape, parts)
-
-
-def _classic(model: ModelSource) -> Iterator[_Stored]:
-    for name, tensor in model.tensors.items():
-        yield name, tensor.shape, (tensor,)
 
 
 def _fused(model: ModelSource) -> Iterator[_Stored]:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
-from ggufmoe.checkpoint.source import ModelConfig, ModelSource
+from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.prompts import read_vocabulary
 from ggufmoe.merge.recipe import Recipe
@@ -40,7 +40,10 @@ def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSo
         if expert is base:
             continue
         name = f"expert {index} ({recipe.experts[index].source_model})"
-        errors += [f"{name}: {difference}" for difference in _errors(base.config, expert.config)]
+        for field, called in _MUST_AGREE.items():
+            ours, theirs = getattr(base.config, field), getattr(expert.config, field)
+            if ours != theirs:
+                errors.append(f"{name}: {called} is {theirs}, the base has {ours}")
         errors += [f"{name}: {difference}" for difference in _vocabulary_errors(base, expert)]
         warnings += [f"{name}: {difference}" for difference in _warnings(base, expert)]
         if recipe.tokenizer_source in (None, "base"):
@@ -48,13 +51,6 @@ def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSo
     if errors:
         raise RecipeError(f"the models do not fit together: {'; '.join(dict.fromkeys(errors))}")
     return tuple(dict.fromkeys(warnings))
-
-
-def _errors(base: ModelConfig, expert: ModelConfig) -> Iterator[str]:
-    for field, name in _MUST_AGREE.items():
-        ours, theirs = getattr(base, field), getattr(expert, field)
-        if ours != theirs:
-            yield f"{name} is {theirs}, the base has {ours}"
 
 
 def _vocabulary_errors(base: ModelSource, expert: ModelSource) -> Iterator[str]:
@@ -72,7 +68,9 @@ def _vocabulary_errors(base: ModelSource, expert: ModelSource) -> Iterator[str]:
 def _warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
     if expert.config.n_ctx != base.config.n_ctx:
         yield f"was made for a context of {expert.config.n_ctx}, the base for {base.config.n_ctx}; the base's is kept"
-    yield from _template_warning(base, expert)
+    ours, theirs = default_chat_template(base.tokenizer_dir), default_chat_template(expert.tokenizer_dir)
+    if ours is not None and theirs is not None and ours != theirs:
+        yield "its chat template differs from the base's; the base's is kept (chat_template: expert:N takes another)"
 
 
 def _token_warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
@@ -90,12 +88,6 @@ def _token_warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
             f"knows tokens that the base does not ({shown}); the base's tokenizer is kept "
             "(tokenizer_source: union takes them)"
         )
-
-
-def _template_warning(base: ModelSource, expert: ModelSource) -> Iterator[str]:
-    ours, theirs = default_chat_template(base.tokenizer_dir), default_chat_template(expert.tokenizer_dir)
-    if ours is not None and theirs is not None and ours != theirs:
-        yield "its chat template differs from the base's; the base's is kept (chat_template: expert:N takes another)"
 
 
 def _added_tokens(source: ModelSource) -> set[str]:

@@ -88,17 +88,15 @@ class ForwardPass:
 
     def _feed_forward(self, layer: int, normed: Floats) -> Floats:
         prefix = f"model.layers.{layer}."
-        return self._experts(prefix, normed) if self._config.n_expert else self._mlp(prefix, normed)
+        if self._config.n_expert:
+            return self._experts(prefix, normed)
+        return self._swiglu(normed, *(f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down")))
 
     def _norm(self, name: str, hidden: Floats) -> Floats:
         weight = read_f32(self._tensors[name], 0, 1)[0]
         variance = np.mean(hidden * hidden, axis=-1, keepdims=True, dtype=np.float32)
         out: Floats = hidden * (np.float32(1.0) / np.sqrt(variance + np.float32(self._config.rms_norm_eps))) * weight
         return out
-
-    def _mlp(self, prefix: str, hidden: Floats) -> Floats:
-        names = (f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-        return self._swiglu(hidden, *names)
 
     def _swiglu(self, hidden: Floats, gate: str, up: str, down: str) -> Floats:
         activated = self._multiply(gate, hidden)

@@ -129,13 +129,22 @@ class MergedModel:
             ]
             self._sources = tuple(opened.values())
             self.warnings = compare_sources(self._base, recipe, self._experts)
-            self._dtype = recipe.storage_dtype or _own_dtype(self._base)
+            # the largest tensor has the dtype of all matrices
+            largest = max(self._base.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape)))
+            self._dtype = recipe.storage_dtype or largest.dtype
             self._tokens = plan_tokens(recipe.tokenizer_source, self._base, self._experts)
             self.config = _config(self._base.config, recipe, self._dtype, self._tokens)
             self.tokenizer_dir = self._tokens.directory
             self.chat_template = self._chosen_template()
             self.provenance = _provenance(recipe, text, path, opened)
-            self._routers = list(self._router_tensors())
+            self._routers = [
+                RouterTensor(
+                    f"model.layers.{layer}.block_sparse_moe.gate.weight",
+                    (self.config.n_expert, self.config.n_embd),
+                    self._dtype,
+                )
+                for layer in range(self.config.n_layer)
+            ]
             self.tensors: Mapping[str, SourceTensor] = MappingProxyType(dict(self._named_tensors()))
             check_prompts(recipe, self._base)
         except BaseException:
@@ -213,11 +222,6 @@ class MergedModel:
             raise RecipeError(f"{self._path}: chat_template: expert {expert} has none; name another or a file")
         return template
 
-    def _router_tensors(self) -> Iterator[RouterTensor]:
-        shape = (self.config.n_expert, self.config.n_embd)
-        for layer in range(self.config.n_layer):
-            yield RouterTensor(f"model.layers.{layer}.block_sparse_moe.gate.weight", shape, self._dtype)
-
     def _named_tensors(self) -> Iterator[tuple[str, SourceTensor]]:
         for name, tensor in self._base.tensors.items():
             if name in _TOKEN_ROWS and self._tokens.runs:
@@ -291,11 +295,6 @@ def _open(
 def _open_hub(reference: str) -> ModelSource:
     repo_id, revision = split_id(reference, None)
     return open_directory(fetch(repo_id, revision), repo_id=repo_id)
-
-
-def _own_dtype(base: ModelSource) -> Dtype:
-    """The dtype of the base's largest tensor, which is that of all its matrices."""
-    return max(base.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape))).dtype
 
 
 def _changes(spec: ExpertRecipe, part: str, key: tuple[int, int]) -> Changes | None:

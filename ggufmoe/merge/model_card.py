@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -15,7 +14,9 @@ from ggufmoe.merge.recipe import Recipe
 def model_card(recipe: Recipe, provenance: Provenance) -> str:
     """The README.md of a merged checkpoint: where it comes from, the recipe, how to use it."""
     rows = f"`{recipe.gate_mode.value}`" + (" from the prompts below" if recipe.gate_mode.needs_prompts else "")
-    sources = "\n".join(f"* {_link(base)}" for base in map(asdict, provenance.base_models))
+    sources = "\n".join(
+        f"* [{base.name}]({base.repo_url})" if base.repo_url else f"* `{base.name}`" for base in provenance.base_models
+    )
     return f"""---
 {yaml.safe_dump(_front_matter(provenance), sort_keys=False, allow_unicode=True)}---
 
@@ -55,7 +56,3 @@ def _front_matter(provenance: Provenance) -> dict[str, Any]:
         "tags": list(provenance.tags),
     }
     return {key: value for key, value in known.items() if value}
-
-
-def _link(base: dict[str, Any]) -> str:
-    return f"[{base['name']}]({base['repo_url']})" if base["repo_url"] else f"`{base['name']}`"

@@ -147,14 +147,12 @@ def _compose(path: Path, text: str) -> yaml.MappingNode:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{path}: expected a mapping with base_model and experts, found {_kind(node)}")
+        kinds = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}
+        found = kinds.get(type(node), "an empty file")
+        raise RecipeError(f"{path}: expected a mapping with base_model and experts, found {found}")
     for mapping in _mappings(node):
         _refuse_repeated_keys(path, mapping)
     return node
-
-
-def _kind(node: yaml.Node | None) -> str:
-    return {"ScalarNode": "a single value", "SequenceNode": "a list"}.get(type(node).__name__, "an empty file")
 
 
 def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:

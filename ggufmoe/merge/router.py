@@ -64,7 +64,7 @@ def make_router(
     work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
     forward = ForwardPass(base, threads=threads, work=work)
     if recipe.gate_mode is GateMode.CHEAP_EMBED:
-        sums = _embedding_sums(forward, prompts)[None]
+        sums = np.stack([forward.embed(prompt.tokens).sum(axis=0) for prompt in prompts])[None]
         work.advance(layer_bytes * n_layer, f"layer {n_layer} of {n_layer}")
         rows = np.repeat(_combine_sums(sums, prompts, n_expert), n_layer, axis=0)
         return Router(rows, _report(recipe, rows, prompts, np.repeat(sums, n_layer, axis=0)))
@@ -122,11 +122,6 @@ def _hidden_vectors(
         router_inputs.append(pick(state.router_input))
         on_layer(done)
     return np.stack(inputs), np.stack(router_inputs)
-
-
-def _embedding_sums(forward: ForwardPass, prompts: Sequence[_Prompt]) -> Floats:
-    """Sum of each prompt's token embeddings: (n_prompt, n_embd) float32."""
-    return np.stack([forward.embed(prompt.tokens).sum(axis=0) for prompt in prompts])
 
 
 def _combine_means(vectors: Floats, prompts: Sequence[_Prompt], n_expert: int) -> Floats:

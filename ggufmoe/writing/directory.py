@@ -67,7 +67,12 @@ def place_directory(partial: Path, target: Path, files: Mapping[str, bytes]) -> 
     """
     try:
         for name, content in files.items():
-            _write(partial / name, content)
+            path = partial / name
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         sync_directory(partial)
         replaced = target.with_name(target.name + ".replaced")
         with contextlib.suppress(FileNotFoundError):
@@ -78,11 +83,3 @@ def place_directory(partial: Path, target: Path, files: Mapping[str, bytes]) -> 
             shutil.rmtree(replaced)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}; all is in {partial}") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

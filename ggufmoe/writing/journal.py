@@ -25,17 +25,14 @@ _MAX_BYTES = 1 << 28
 
 def fingerprint(plan: WritePlan) -> str:
     """A hash of what determines the bytes: headers, inputs (path, size, time of change), tile size, version."""
-    identities = [_identity(path) for path in plan.input_paths]
+    identities = [
+        [str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns] for path in plan.input_paths
+    ]
     about = [_VERSION, __version__, TILE_WEIGHTS, identities, str(plan.imatrix and plan.imatrix.path)]
     digest = hashlib.sha256(json.dumps(about).encode())
     for file in plan.files:
         digest.update(file.header)
     return digest.hexdigest()
-
-
-def _identity(path: Path) -> list[Any]:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 class Journal:
