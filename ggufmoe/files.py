@@ -11,9 +11,8 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
-import sys
-import threading
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Union
 
@@ -42,40 +41,58 @@ def decode_text(data: bytes) -> str:
 
 
 class PositionalFile:
-    """An open file of known size; whatever goes wrong with it is raised as ``error``."""
+    """A file that is read by position; whatever goes wrong with it is raised as ``error``.
+
+    It is open only while it is read: a checkpoint may have more shards than a process may have open files (256 on
+    macOS). That it is still the file it was is checked at each reading, which takes some 10 microseconds.
+    """
 
     def __init__(self, path: Path, error: type[InputError]) -> None:
         self.path = path
         self._error = error
-        self._lock = threading.Lock()
+        self._closed = False
+        self._identity: tuple[int, ...] | None = None
+        with self.opened() as file:
+            self.n_bytes = os.fstat(file.fileno()).st_size
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[FileIO]:
+        """The open file, without a buffer; ``error`` if it is another one than before, or cannot be read."""
+        if self._closed:
+            raise ValueError(f"{self.path} has been closed")
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - owned by this object, closed by close()
-            self.n_bytes = os.fstat(self._file.fileno()).st_size
+            with open(self.path, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                identity = (status.st_size, status.st_mtime_ns)  # inodes are not stable on every network file system
+                if self._identity not in (None, identity):
+                    raise self._error(self._changed(status.st_size))
+                self._identity = identity
+                yield file
         except OSError as reason:
-            raise error(f"{path} cannot be read: {reason.strerror}") from reason
+            raise self._error(f"{self.path} cannot be read: {reason.strerror}") from reason
+
+    def _changed(self, n_bytes: int) -> str:
+        if n_bytes < self.n_bytes:
+            return f"{self.path} became shorter than its header says; fetch it again"
+        return f"{self.path} has been changed or replaced since its header was read; start again"
 
     def read_into(self, begin: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` (bytes, contiguous) from byte ``begin`` on; the file's error if it ends before."""
-        done = 0
-        while done < len(buffer):
-            try:
-                count = self._read_at(begin + done, buffer[done:])
-            except OSError as reason:
-                raise self._error(f"{self.path} cannot be read: {reason.strerror}") from reason
-            if count == 0:
-                raise self._error(f"{self.path} became shorter than its header says; fetch it again")
-            done += count
+        """Fill ``buffer`` (bytes, contiguous) from byte ``begin`` on; safe from several threads at once.
 
-    def _read_at(self, position: int, buffer: memoryview) -> int:
-        if sys.platform == "win32":  # it has no preadv: one reader at a time
-            with self._lock:
-                self._file.seek(position)
-                return self._file.readinto(buffer) or 0
-        return os.preadv(self._file.fileno(), [buffer], position)
+        Raises the file's error if it ends before that, or is not the file any more whose header was read.
+        """
+        done = 0
+        with self.opened() as file:
+            file.seek(begin)
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise self._error(f"{self.path} became shorter than its header says; fetch it again")
+                done += count
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
+        """No more reading after this; a second call does nothing."""
+        self._closed = True
 
 
 def partial_path(path: Path) -> Path:

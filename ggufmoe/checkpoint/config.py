@@ -23,7 +23,10 @@ _LOG = logging.getLogger("ggufmoe")
 ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 """``model_type`` to the architecture it stands for: all that is supported."""
 
-_ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+_ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"} | {
+    name.replace("ForCausalLM", "Model"): name for name in ARCHITECTURES.values()
+}
+"""Old spellings, and models saved without their head, which lack only the output's name or, if it is tied, nothing."""
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
     "MistralForCausalLM": {

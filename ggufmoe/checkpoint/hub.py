@@ -60,9 +60,10 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     directory = _snapshot(repo_id, revision, SMALL_FILES)
     read_config(directory)
     index = directory / shards.INDEX
-    names = [shards.SINGLE, *sorted(set(shards.parse_index(index).values()))] if index.is_file() else [shards.SINGLE]
+    others = sorted(set(shards.parse_index(index).values())) if index.is_file() else [shards.NUMBERED]
+    names = [shards.SINGLE, *others]
     directory = _snapshot(repo_id, directory.name, ("config.json", *names))
-    if not any((directory / name).is_file() for name in names):
+    if not any((directory / name).is_file() for name in names) and not any(directory.glob(shards.NUMBERED)):
         raise CheckpointError(
             f"{repo_id} has neither {shards.SINGLE} nor {shards.INDEX}; weights in pickle files (.bin, .pth) are "
             "refused because they can run any code: look for a safetensors copy of the model"

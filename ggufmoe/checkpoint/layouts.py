@@ -23,7 +23,12 @@ Shape = tuple[int, ...]
 
 _EXPERT_WORDS = {"w1": ("w1", "gate_proj"), "w3": ("w3", "up_proj"), "w2": ("w2", "down_proj")}
 _EXPERT_NAME = re.compile(r"model\.layers\.\d+\.(block_sparse_moe|mlp)\.experts\.(?:(\d+)\.(\w+)\.weight|(\w+))")
-_HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.masked_bias|attention\.bias)")
+_HARMLESS = re.compile(r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.masked_bias|attention\.bias)")
+"""Buffers of old checkpoints that no model needs."""
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and checkpointing put into names, at any depth."""
+_EMBEDDING = "embed_tokens.weight"
+_INNER = re.compile(r"(embed_tokens|layers|norm)\.")
 _NAMES_SHOWN = 8
 
 
@@ -154,15 +159,43 @@ def _layout_of(match: re.Match[str]) -> ExpertLayout | None:
     return ExpertLayout(prefix, words=spellings[0]) if spellings else None
 
 
+def is_harmless(name: str) -> bool:
+    """Whether a tensor of this name changes nothing, there or not: a buffer that is computed anyway."""
+    return _HARMLESS.fullmatch(name) is not None
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Stored names to those of transformers: without what wrappers put before or into them.
+
+    The prefix is told from the embedding's name: ``module.`` (DDP), ``base_model.model.`` (PEFT), ``model.`` twice, or
+    none at all where a model was saved without its head. Names stay as they are if there is not one embedding.
+    """
+    without = {name: _WRAPPERS.sub("", name) for name in names}
+    embeddings = [name for name in without.values() if name == _EMBEDDING or name.endswith("." + _EMBEDDING)]
+    if len(embeddings) != 1 or embeddings[0] == f"model.{_EMBEDDING}":
+        return without
+    inner = embeddings[0].removesuffix(_EMBEDDING)
+    outer = inner.removesuffix("model.") if inner == "model." or inner.endswith(".model.") else inner
+    return {name: _plain_name(plain, inner, outer) for name, plain in without.items()}
+
+
+def _plain_name(name: str, inner: str, outer: str) -> str:
+    rest = name.removeprefix(inner)
+    if name.startswith(inner) and _INNER.match(rest):
+        return f"model.{rest}"
+    return name.removeprefix(outer)
+
+
 def arrange(
     where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
 ) -> dict[str, StoredRows]:
-    """Every tensor of the model by its classic name, out of what the files hold.
+    """Every tensor of the model by its classic name, out of what the files hold under that name or with a prefix.
 
     An ``lm_head.weight`` that is there although the config ties the embeddings is kept, as llama.cpp's converter does
     (``conversion/llama.py``; transformers would keep it too if it differs). Raises TensorMismatchError naming all
     that is missing, left over or wrongly shaped, and CheckpointError for weights that are not BF16, F16 or F32.
     """
+    stored = _by_plain_name(where, stored)
     layout = find_expert_layout(where, stored) if config.n_expert else ExpertLayout()
     _check_count(where, config, layout, len(stored))
     with_output = not config.tie_embeddings or "lm_head.weight" in stored
@@ -170,6 +203,18 @@ def arrange(
     _check_shapes(where, {piece.stored: piece.stored_shape for piece in wanted}, stored)
     dtypes = _dtypes(where, {piece.stored for piece in wanted}, stored)
     return {piece.name: _rows(piece, *stored[piece.stored], dtypes[piece.stored]) for piece in wanted}
+
+
+def _by_plain_name(
+    where: str, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
+) -> Mapping[str, tuple[TensorFile, TensorEntry]]:
+    plain: dict[str, tuple[TensorFile, TensorEntry]] = {}
+    for name, new in plain_names(stored).items():
+        if new in plain:
+            first = _shown(plain[new][1].name)
+            raise TensorMismatchError(f"{where} holds {_shown(new)} twice: as {first} and as {_shown(name)}")
+        plain[new] = stored[name]
+    return plain
 
 
 def _rows(piece: TensorPiece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> StoredRows:
@@ -188,7 +233,7 @@ def _check_shapes(
     where: str, wanted: Mapping[str, Shape], stored: Mapping[str, tuple[TensorFile, TensorEntry]]
 ) -> None:
     missing = [name for name in wanted if name not in stored]
-    extra = [name for name in stored if name not in wanted and not _HARMLESS.fullmatch(name)]
+    extra = [name for name in stored if name not in wanted and not is_harmless(name)]
     misshaped = [
         f"{name} is {list(stored[name][1].shape)} where config.json makes it {list(shape)}"
         for name, shape in wanted.items()

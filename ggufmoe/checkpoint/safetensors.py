@@ -200,15 +200,9 @@ def _check_coverage(path: Path, entries: Mapping[str, TensorEntry], data_begin: 
 
 
 class TensorFile(PositionalFile):
-    """An open safetensors file whose header is checked; its bytes are read by position."""
+    """A safetensors file whose header is checked; its bytes are read by position."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, SafetensorsError)
-        try:
-            self.header = _checked_header(path, self._file, self.n_bytes)
-        except OSError as error:
-            self.close()
-            raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error
-        except SafetensorsError:
-            self.close()
-            raise
+        with self.opened() as file:
+            self.header = _checked_header(path, file, self.n_bytes)

@@ -1,21 +1,29 @@
 """Which files of a directory hold a checkpoint's tensors: one ``model.safetensors``, or an index and its shards.
 
-Nothing in an index is believed: shard names stay inside the directory, and what the index says of each tensor is
-compared with what the shards hold. Weights in other formats are recognised, and refused with the way out.
+Nothing in an index is believed: it names files of its own directory only (which may be links, as huggingface_hub makes
+them), and what it says of each tensor is compared with what the shards hold. Weights in other formats are recognised,
+and refused with the way out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from ggufmoe.checkpoint.jsonfile import read_object
+from ggufmoe.checkpoint.layouts import is_harmless
 from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
 from ggufmoe.errors import CheckpointError, SafetensorsError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+NUMBERED = "model-*-of-*.safetensors"
+"""A pattern of the names of shards."""
+
+_NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_MAX_SHARDS = 10_000
 
 Stored = Mapping[str, tuple[TensorFile, TensorEntry]]
 
@@ -23,11 +31,13 @@ Stored = Mapping[str, tuple[TensorFile, TensorEntry]]
 def open_tensor_files(directory: Path) -> tuple[tuple[TensorFile, ...], Stored]:
     """Open every tensor file of a checkpoint; returns them, and each stored tensor by its name.
 
-    A single ``model.safetensors`` comes before an index, as in transformers. Raises SafetensorsError for files that
-    break the specification or do not fit the index, CheckpointError where there are no such files.
+    A single ``model.safetensors`` comes before an index, as in transformers; without an index all numbered shards are
+    taken, or the only file whose name begins with ``model``. Raises SafetensorsError for files that break the
+    specification or do not fit the index, CheckpointError where there are no such files.
     """
-    weight_map = None if (directory / SINGLE).is_file() else read_index(directory)
-    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    has_index = not (directory / SINGLE).is_file() and (directory / INDEX).is_file()
+    weight_map = read_index(directory) if has_index else None
+    names = _unindexed(directory) if weight_map is None else sorted(set(weight_map.values()))
     with ExitStack() as stack:
         files = []
         for name in names:
@@ -41,21 +51,42 @@ def open_tensor_files(directory: Path) -> tuple[tuple[TensorFile, ...], Stored]:
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """Tensor name to shard name from the directory's index; every shard is a file inside the directory.
+    """Tensor name to shard name from the directory's index; every shard is a file of the directory.
 
-    Raises CheckpointError if there is no index, SafetensorsError if it is malformed or leads elsewhere.
+    Raises SafetensorsError if the index is malformed or shards are missing.
     """
-    if not (directory / INDEX).is_file():
-        raise _no_weights(directory)
     weight_map = parse_index(directory / INDEX)
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (directory / name).is_file()]
     if missing:
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        raise SafetensorsError(f"{directory} lacks {len(missing)} of the {len(shards)} shards of its index: {shown}")
-    for name in shards:
-        _check_inside(directory, name)
+        raise SafetensorsError(
+            f"{directory} lacks {len(missing)} of the {len(shards)} shards of its index: {_listed(missing)}"
+        )
     return weight_map
+
+
+def _unindexed(directory: Path) -> list[str]:
+    """The names of the tensor files of a directory without an index."""
+    if (directory / SINGLE).is_file():
+        return [SINGLE]
+    names = sorted(path.name for path in directory.glob("model*.safetensors") if path.is_file())
+    numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    if not numbered:
+        if len(names) == 1:
+            return names
+        raise _no_weights(directory)
+    counts = {int(match[2]) for match in numbered}
+    wanted = [f"model-{i:05d}-of-{max(counts):05d}.safetensors" for i in range(1, min(max(counts), _MAX_SHARDS) + 1)]
+    missing = [name for name in wanted if name not in names]
+    if missing or len(counts) > 1:
+        raise SafetensorsError(
+            f"{directory} has no {INDEX}, and of its numbered shards these are missing: {_listed(missing or wanted)}"
+        )
+    return wanted
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def parse_index(path: Path) -> dict[str, str]:
@@ -75,15 +106,6 @@ def _is_plain_name(name: str) -> bool:
     return plain and name.endswith(".safetensors") and not name.startswith(".")
 
 
-def _check_inside(directory: Path, name: str) -> None:
-    """A shard may be a link only within its directory, or from a Hugging Face cache's snapshot into its blobs."""
-    home, target = directory.resolve(), (directory / name).resolve()
-    blobs = home.parent.parent / "blobs"
-    in_cache = home.parent.name == "snapshots" and target.is_relative_to(blobs)
-    if not target.is_relative_to(home) and not in_cache:
-        raise SafetensorsError(f"{directory / name} is a link out of the checkpoint; copy the file there instead")
-
-
 def _stored(directory: Path, files: list[TensorFile]) -> Stored:
     stored: dict[str, tuple[TensorFile, TensorEntry]] = {}
     for file in files:
@@ -97,9 +119,11 @@ def _stored(directory: Path, files: list[TensorFile]) -> Stored:
 
 def _check_index(directory: Path, weight_map: Mapping[str, str], stored: Stored) -> None:
     for name, shard in weight_map.items():
+        if name not in stored and (is_harmless(name) or name.endswith("lm_head.weight")):
+            continue  # a buffer, or an output that is the embedding: whether it is needed is judged with the others
         if name not in stored or stored[name][0].path.name != shard:
             raise SafetensorsError(f"{directory / INDEX} puts {name!r:.100} into {shard}, which does not hold it")
-    unlisted = [name for name in stored if name not in weight_map]
+    unlisted = [name for name in stored if name not in weight_map and not is_harmless(name)]
     if unlisted:
         shard = stored[unlisted[0]][0].path.name
         raise SafetensorsError(

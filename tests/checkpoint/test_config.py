@@ -97,6 +97,8 @@ def test_the_architecture_may_be_known_by_its_model_type() -> None:
     assert config_of(architectures=...).architecture == "MixtralForCausalLM"
     assert config_of(architectures=[], model_type="llama").architecture == "LlamaForCausalLM"
     assert config_of(architectures=["LLaMAForCausalLM"]).architecture == "LlamaForCausalLM"
+    for family in ("Llama", "Mistral", "Mixtral"):
+        assert config_of(architectures=[f"{family}Model"]).architecture == f"{family}ForCausalLM"
 
 
 @pytest.mark.parametrize("named", ["Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", 7])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,54 @@ def test_other_spellings_that_transformers_reads(
             for part in ("w1", "w2", "w3"):
                 name = f"{MOE.format(1)}.experts.{expert}.{part}.weight"
                 np.testing.assert_array_equal(whole(model.tensors[name]), expected[name])
+
+
+def _per_layer(name: str) -> str:
+    return re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),
+        lambda name: "module." + name,
+        lambda name: "module." + name.removeprefix("model."),
+        lambda name: "_orig_mod." + name,
+        lambda name: "module._orig_mod." + name,
+        lambda name: "base_model.model." + name,
+        lambda name: "model." + name,
+        lambda name: "my.wrapper." + name,
+        _per_layer,
+        lambda name: "_fsdp_wrapped_module." + _per_layer(name).replace("_orig_mod", "_checkpoint_wrapped_module"),
+    ],
+)
+@pytest.mark.parametrize("fields", [{"arch": "llama"}, {"layout": "fused"}, {"arch": "mistral", "tie": True}])
+def test_what_wrappers_put_into_names_is_left_out(
+    rename: Callable[[str], str], fields: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = Tiny(**fields)
+    expected = tiny.classic_weights(spec)
+    with open_checkpoint(stored_as(tmp_path, spec, rename)) as model:
+        assert set(model.tensors) == set(expected)
+        for name, tensor in model.tensors.items():
+            np.testing.assert_array_equal(whole(tensor), expected[name])
+
+
+def test_names_that_become_the_same_are_an_error(tmp_path: Path) -> None:
+    def add(tensors: dict[str, tuple[str, NDArray[Any]]]) -> None:
+        tensors["_orig_mod.model.norm.weight"] = tensors["model.norm.weight"]
+
+    message = r"holds model\.norm\.weight twice: as model\.norm\.weight and as _orig_mod\.model\.norm\.weight"
+    with pytest.raises(TensorMismatchError, match=message):
+        open_checkpoint(changed(tmp_path, Tiny(), add))
+
+
+def test_prefixes_of_two_models_are_left_alone(tmp_path: Path) -> None:
+    def add(tensors: dict[str, tuple[str, NDArray[Any]]]) -> None:
+        tensors["teacher.model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+
+    with pytest.raises(TensorMismatchError, match=r"left over: teacher\.model\.embed_tokens\.weight$"):
+        open_checkpoint(changed(tmp_path, Tiny(), add))
 
 
 def test_rows_are_read_from_the_middle(tmp_path: Path) -> None:

@@ -9,13 +9,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ggufmoe import files
 from ggufmoe.checkpoint import safetensors
 from ggufmoe.checkpoint.safetensors import MAX_HEADER_BYTES, TensorFile, read_header
 from ggufmoe.errors import SafetensorsError
@@ -201,7 +199,6 @@ def test_reads_from_many_threads(tmp_path: Path) -> None:
 
 
 def test_without_positional_reads_the_bytes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
     monkeypatch.delattr(os, "preadv", raising=False)
     data = np.arange(64, dtype=np.uint8)
     tiny.write_safetensors(tmp_path / "x", {"a": ("U8", data)})
@@ -222,6 +219,18 @@ def test_a_file_that_shrinks_or_is_closed_is_an_error(tmp_path: Path) -> None:
         file.read_into(file.header.entries["a"].begin, memoryview(bytearray(64)))
     file.close()
     with pytest.raises(ValueError, match="closed"):
+        file.read_into(0, memoryview(bytearray(8)))
+
+
+def test_a_file_that_was_replaced_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    tiny.write_safetensors(path, {"a": ("U8", np.zeros(64, np.uint8))})
+    file = TensorFile(path)
+    os.utime(path, ns=(0, 7))
+    with pytest.raises(SafetensorsError, match="has been changed or replaced since its header was read"):
+        file.read_into(file.header.entries["a"].begin, memoryview(bytearray(64)))
+    path.unlink()
+    with pytest.raises(SafetensorsError, match="cannot be read: No such file"):
         file.read_into(0, memoryview(bytearray(8)))
 
 

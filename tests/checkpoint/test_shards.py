@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,12 +123,79 @@ def test_a_tensor_may_be_in_one_shard_only(sharded: Path) -> None:
         open_tensor_files(sharded)
 
 
-def test_links_may_not_leave_the_checkpoint(sharded: Path, tmp_path: Path) -> None:
-    shard = sharded / "model-00001-of-00002.safetensors"
-    shutil.move(shard, tmp_path / "elsewhere.safetensors")
-    shard.symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(SafetensorsError, match="is a link out of the checkpoint"):
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head.weight", "module.lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "h.attention.bias"],
+)
+def test_an_index_may_list_what_no_model_needs(sharded: Path, name: str) -> None:
+    change_index(sharded, lambda index: index["weight_map"].update({name: "model-00001-of-00002.safetensors"}))
+    assert sorted(open_tensor_files(sharded)[1]) == ["t0", "t1", "t2", "t3"]
+
+
+def test_buffers_need_not_be_in_the_index(sharded: Path) -> None:
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = {name: ("F32", np.zeros((4, 4), np.float32)) for name in ("t2", "t3", buffer)}
+    tiny.write_safetensors(sharded / "model-00002-of-00002.safetensors", tensors)
+    assert buffer in open_tensor_files(sharded)[1]
+
+
+def test_numbered_shards_need_no_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    assert sorted(open_tensor_files(sharded)[1]) == ["t0", "t1", "t2", "t3"]
+    (sharded / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(SafetensorsError, match=r"these are missing: model-00001-of-00002\.safetensors"):
         open_tensor_files(sharded)
+    (sharded / "model-00002-of-00002.safetensors").rename(sharded / "model-99999-of-99999.safetensors")
+    with pytest.raises(SafetensorsError, match=r"model-00008-of-99999\.safetensors and 9992 more"):
+        open_tensor_files(sharded)
+
+
+def test_shards_of_two_checkpoints_are_not_mixed(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    shutil.copy(sharded / "model-00001-of-00002.safetensors", sharded / "model-00001-of-00003.safetensors")
+    with pytest.raises(SafetensorsError, match=r"of its numbered shards these are missing: model-00002-of-00003"):
+        open_tensor_files(sharded)
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00001.safetensors", "model.fp16.safetensors", "model_ema.safetensors"]
+)
+def test_a_lone_file_needs_no_index(tmp_path: Path, name: str) -> None:
+    tiny.write_safetensors(tmp_path / name, {"only": ("F32", np.zeros(2, np.float32))})
+    assert list(open_tensor_files(tmp_path)[1]) == ["only"]
+    other = tmp_path / "model.bf16.safetensors"
+    tiny.write_safetensors(other, {"only": ("F32", np.zeros(2, np.float32))})
+    if "-of-" not in name:
+        with pytest.raises(CheckpointError, match="safetensors files but neither"):
+            open_tensor_files(tmp_path)
+
+
+def test_shards_may_be_links_to_elsewhere(sharded: Path, tmp_path: Path) -> None:
+    """As huggingface_hub below 0.23 makes them with ``--local-dir``."""
+    for shard in sharded.glob("*.safetensors"):
+        shutil.move(shard, tmp_path / f"blob-{shard.name}")
+        shard.symlink_to(tmp_path / f"blob-{shard.name}")
+    assert sorted(open_tensor_files(sharded)[1]) == ["t0", "t1", "t2", "t3"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not limit open files this way")
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    tensors = {f"t{i}": ("U8", np.full(8, i, np.uint8)) for i in range(120)}
+    tiny.write_shards(tmp_path, tensors, max_bytes=8)
+    code = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from ggufmoe.checkpoint.shards import open_tensor_files\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "files, stored = open_tensor_files(Path(sys.argv[1]))\n"
+        "out = bytearray(8)\n"
+        "for i in range(120):\n"
+        "    file, entry = stored[f't{i}']\n"
+        "    file.read_into(entry.begin, memoryview(out))\n"
+        "    assert bytes(out) == bytes([i] * 8)\n"
+        "print(len(files))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "120\n"
 
 
 def test_the_links_of_a_hub_cache_are_followed(sharded: Path, tmp_path: Path) -> None:
