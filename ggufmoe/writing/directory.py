@@ -23,7 +23,7 @@ def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> Non
     """
     place = target.resolve()
     if not target.name:
-        raise OutputError(f"{target} cannot be made; give the name of a directory that is to be made")
+        raise OutputError(f"{target} is no name of a new directory; give one, for example merged-model")
     for given in inputs:
         if place == given.resolve().parent or place in given.resolve().parents:
             raise OutputExistsError(f"{target} holds {given}, which is read; choose another output directory")
