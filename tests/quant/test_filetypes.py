@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
-from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES, FileType, parse_tensor_type
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, WRITABLE_TYPES, FileType, parse_tensor_type
 
 NAMES = (
     "F32 F16 BF16 Q8_0 Q1_0 Q2_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q2_K_S Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K "
@@ -80,19 +78,6 @@ def test_types_that_ggml_cannot_make_are_refused(name: str) -> None:
 def test_a_tensor_type_names_its_neighbours() -> None:
     with pytest.raises(OptionError, match=r"did you mean .*Q4_K"):
         parse_tensor_type("q4_k_m")
-
-
-def test_types_that_ignore_importances_are_those_of_ggml() -> None:
-    rng = np.random.default_rng(1)
-    rows, importances = rng.standard_normal((4, 512)).astype(np.float32), rng.gamma(0.5, 2, 512).astype(np.float32)
-
-    def quantized(kind: GGMLType, weights: NDArray[np.float32] | None) -> bytes:
-        made = np.zeros((4, kind.row_bytes(512)), np.uint8)
-        quantizing.quantize_chunk(kind, rows, made, weights)
-        return made.tobytes()
-
-    kinds = {kind for kind in WRITABLE_TYPES - ABORTS_WITHOUT_IMATRIX if kind.is_quantized}
-    assert {kind for kind in kinds if quantized(kind, None) == quantized(kind, importances)} == IGNORES_IMATRIX
 
 
 def test_types_that_abort_are_those_of_ggml() -> None:

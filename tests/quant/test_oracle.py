@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.quant.filetypes import WRITABLE_TYPES, FileType
+from ggufmoe.native import quantizing
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES, FileType
 from ggufmoe.quant.kernels import quantize_rows
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
 from tests.quant.llama_quantize import Specimen, compare_types, quantize, read_tensors, stored, write_model
@@ -125,6 +126,19 @@ def test_bytes_without_an_importance_matrix(file_type: str, source: GGMLType, tm
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "Q6_K", "IQ2_XXS", "TQ1_0", "Q2_0", "MXFP4_MOE"])
 def test_bytes_of_rows_that_do_not_fit(file_type: str, tmp_path: Path) -> None:
     assert_same_file(ODD_BYTES, TypePolicy(FileType[file_type]), tmp_path, imatrix=True)
+
+
+def test_types_that_ignore_importances_are_those_of_ggml() -> None:
+    rng = np.random.default_rng(1)
+    rows, importances = rng.standard_normal((4, 512)).astype(np.float32), rng.gamma(0.5, 2, 512).astype(np.float32)
+
+    def quantized(kind: GGMLType, weights: NDArray[np.float32] | None) -> bytes:
+        made = np.zeros((4, kind.row_bytes(512)), np.uint8)
+        quantizing.quantize_chunk(kind, rows, made, weights)
+        return made.tobytes()
+
+    kinds = {kind for kind in WRITABLE_TYPES - ABORTS_WITHOUT_IMATRIX if kind.is_quantized}
+    assert {kind for kind in kinds if quantized(kind, None) == quantized(kind, importances)} == IGNORES_IMATRIX
 
 
 def test_bytes_under_overrides(tmp_path: Path) -> None:
