@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ggufmoe.errors import GGUFError
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import Header, TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, padded, read_header
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.inspection.inspect import inspect_model
 
@@ -137,15 +137,15 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
 
 def _made_header(rng: random.Random) -> bytes:
     """A small header with values of all types and some tensors, followed by their bytes."""
-    metadata = {"general.architecture": Value(ValueType.STRING, "llama")}
+    metadata = {"general.architecture": GGUFValue(ValueType.STRING, "llama")}
     for kind in set(ValueType) - {ValueType.ARRAY}:
         item = {ValueType.STRING: "text", ValueType.BOOL: True}.get(kind, 1)
-        metadata[f"llama.{kind.name.lower()}"] = Value(kind, item)
-        metadata[f"tokenizer.{kind.name.lower()}s"] = Value(ValueType.ARRAY, [item] * rng.randrange(5), kind)
-    metadata["general.alignment"] = Value(ValueType.UINT32, rng.choice((8, 32)))
-    metadata["split.count"] = Value(ValueType.UINT16, 1)
-    metadata["tokenizer.ggml.tokens"] = Value(ValueType.ARRAY, ["a", "b", "c"], ValueType.STRING)
-    metadata["llama.expert_count"] = metadata["llama.expert_used_count"] = Value(ValueType.UINT32, 2)
+        metadata[f"llama.{kind.name.lower()}"] = GGUFValue(kind, item)
+        metadata[f"tokenizer.{kind.name.lower()}s"] = GGUFValue(ValueType.ARRAY, [item] * rng.randrange(5), kind)
+    metadata["general.alignment"] = GGUFValue(ValueType.UINT32, rng.choice((8, 32)))
+    metadata["split.count"] = GGUFValue(ValueType.UINT16, 1)
+    metadata["tokenizer.ggml.tokens"] = GGUFValue(ValueType.ARRAY, ["a", "b", "c"], ValueType.STRING)
+    metadata["llama.expert_count"] = metadata["llama.expert_used_count"] = GGUFValue(ValueType.UINT32, 2)
     alignment = int(metadata["general.alignment"].value)
     tensors, offset = [], 0
     for number in range(rng.randrange(1, 6)):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import TensorInfo, Value, padded
+from ggufmoe.gguf.header import GGUFValue, TensorInfo, padded
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.native import quantizing
 
@@ -25,27 +25,27 @@ Tensors = Sequence[tuple[str, GGMLType, tuple[int, ...]]]
 N_LAYER, N_EMBD, N_FF, N_VOCAB = 2, 256, 512, 40
 
 
-def text(value: str) -> Value:
-    return Value(STRING, value)
+def text(value: str) -> GGUFValue:
+    return GGUFValue(STRING, value)
 
 
-def u32(value: int) -> Value:
-    return Value(U32, value)
+def u32(value: int) -> GGUFValue:
+    return GGUFValue(U32, value)
 
 
-def mixtral_metadata(n_expert: int, n_used: int) -> dict[str, Value]:
+def mixtral_metadata(n_expert: int, n_used: int) -> dict[str, GGUFValue]:
     tokens = [f"t{number}" for number in range(N_VOCAB)]
     return {
         "general.architecture": text("llama"),
         "general.type": text("model"),
         "general.name": text("Tiny 2x"),
         "general.license": text("apache-2.0"),
-        "general.tags": Value(ARRAY, ["moe", "merge"], STRING),
+        "general.tags": GGUFValue(ARRAY, ["moe", "merge"], STRING),
         "general.base_model.count": u32(1),
         "general.base_model.0.name": text("Mistral 7B"),
         "general.base_model.0.organization": text("Mistralai"),
         "general.base_model.0.repo_url": text("https://example.org/m"),
-        "general.sampling.top_k": Value(ValueType.INT32, 40),
+        "general.sampling.top_k": GGUFValue(ValueType.INT32, 40),
         "general.file_type": u32(15),
         "general.quantization_version": u32(2),
         "llama.block_count": u32(N_LAYER),
@@ -55,19 +55,19 @@ def mixtral_metadata(n_expert: int, n_used: int) -> dict[str, Value]:
         "llama.attention.head_count": u32(4),
         "llama.attention.head_count_kv": u32(2),
         "llama.attention.key_length": u32(64),
-        "llama.rope.freq_base": Value(F32, 1e6),
+        "llama.rope.freq_base": GGUFValue(F32, 1e6),
         "llama.rope.dimension_count": u32(64),
         "llama.rope.scaling.type": text("yarn"),
-        "llama.rope.scaling.factor": Value(F32, 4.0),
+        "llama.rope.scaling.factor": GGUFValue(F32, 4.0),
         "llama.expert_count": u32(n_expert),
         "llama.expert_used_count": u32(n_used),
         "tokenizer.ggml.model": text("llama"),
         "tokenizer.ggml.pre": text("default"),
-        "tokenizer.ggml.tokens": Value(ARRAY, tokens, STRING),
+        "tokenizer.ggml.tokens": GGUFValue(ARRAY, tokens, STRING),
         "tokenizer.ggml.bos_token_id": u32(1),
         "tokenizer.ggml.eos_token_id": u32(2),
-        "tokenizer.ggml.add_bos_token": Value(BOOL, True),
-        "tokenizer.ggml.add_space_prefix": Value(BOOL, False),
+        "tokenizer.ggml.add_bos_token": GGUFValue(BOOL, True),
+        "tokenizer.ggml.add_space_prefix": GGUFValue(BOOL, False),
         "tokenizer.chat_template": text("\n  {% for m in messages %}\n{{ m }}{% endfor %}"),
         "tokenizer.chat_template.tool_use": text("{{ tools }}"),
         "merge.gate_mode": text("hidden"),
@@ -88,7 +88,7 @@ def mixtral_tensors(n_expert: int) -> Tensors:
     return tensors
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Tensors = (), trailing: bytes = b"") -> Path:
+def write_gguf(path: Path, metadata: Mapping[str, GGUFValue], tensors: Tensors = (), trailing: bytes = b"") -> Path:
     infos, offset = [], 0
     for name, kind, shape in tensors:
         n_bytes = kind.row_bytes(shape[-1])
@@ -103,7 +103,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Tensors = (),
 Arrays = Mapping[str, tuple[GGMLType, NDArray[np.float32]]]
 
 
-def write_weights(path: Path, metadata: Mapping[str, Value], tensors: Arrays) -> Path:
+def write_weights(path: Path, metadata: Mapping[str, GGUFValue], tensors: Arrays) -> Path:
     """A file whose tensors have these values, rounded to their types."""
     infos, blobs, offset = [], [], 0
     for name, (kind, values) in tensors.items():
@@ -131,20 +131,23 @@ def stored(kind: GGMLType, values: NDArray[np.float32]) -> bytes:
     return out.tobytes()
 
 
-def write_shards(folder: Path, metadata: Mapping[str, Value], shards: Sequence[Arrays]) -> list[Path]:
+def write_shards(folder: Path, metadata: Mapping[str, GGUFValue], shards: Sequence[Arrays]) -> list[Path]:
     """A split model; the first file has the metadata, as llama.cpp writes it."""
     paths, n_tensors = [], sum(map(len, shards))
     for number, tensors in enumerate(shards):
         keys = dict(metadata) if number == 0 else {}
-        keys |= {"split.no": Value(ValueType.UINT16, number), "split.count": Value(ValueType.UINT16, len(shards))}
-        keys["split.tensors.count"] = Value(ValueType.INT32, n_tensors)
+        keys |= {
+            "split.no": GGUFValue(ValueType.UINT16, number),
+            "split.count": GGUFValue(ValueType.UINT16, len(shards)),
+        }
+        keys["split.tensors.count"] = GGUFValue(ValueType.INT32, n_tensors)
         path = folder / f"m-{number + 1:05d}-of-{len(shards):05d}.gguf"
         paths.append(write_weights(path, keys, tensors))
     return paths
 
 
-def write_mixtral(path: Path, n_expert: int = 4, n_used: int = 2, changes: Mapping[str, Value | None] = {}) -> Path:
+def write_mixtral(path: Path, n_expert: int = 4, n_used: int = 2, changes: Mapping[str, GGUFValue | None] = {}) -> Path:
     """A Mixtral with these experts; ``changes`` replaces metadata keys, or removes those that are None."""
-    metadata: dict[str, Value | None] = {**mixtral_metadata(n_expert, n_used), **changes}
+    metadata: dict[str, GGUFValue | None] = {**mixtral_metadata(n_expert, n_used), **changes}
     kept = {key: value for key, value in metadata.items() if value is not None}
     return write_gguf(path, kept, mixtral_tensors(n_expert))

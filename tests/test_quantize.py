@@ -23,7 +23,7 @@ from ggufmoe.errors import (
     TensorMismatchError,
 )
 from ggufmoe.files import partial_path
-from ggufmoe.gguf.header import Value, read_header
+from ggufmoe.gguf.header import GGUFValue, read_header
 from ggufmoe.gguf.manifest import read_manifest, verify
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType, ValueType
@@ -85,16 +85,16 @@ def test_the_file_is_the_one_that_llama_cpp_writes(tmp_path: Path, specimen: Spe
 def test_every_key_is_carried_over_in_its_order(tmp_path: Path) -> None:
     metadata, tensors = load(model(tmp_path, DENSE))
     number = {"UINT8": 200, "INT8": -3, "UINT16": 60000, "INT16": -5, "UINT64": 2**63, "INT64": -(2**40)}
-    more = {f"some.{name}": Value(ValueType[name], value) for name, value in number.items()}
+    more = {f"some.{name}": GGUFValue(ValueType[name], value) for name, value in number.items()}
     more |= {
-        "general.file_type": Value(ValueType.UINT32, 32),
-        "general.quantization_version": Value(ValueType.UINT32, 1),
-        "some.float": Value(ValueType.FLOAT64, math.pi),
-        "some.truth": Value(ValueType.BOOL, True),
-        "some.truths": Value(ValueType.ARRAY, [True, False], ValueType.BOOL),
-        "some.empty": Value(ValueType.ARRAY, [], ValueType.FLOAT32),
-        "tokenizer.ggml.tokens": Value(ValueType.ARRAY, ["a", "\udcff\udcfe", "語", ""], ValueType.STRING),
-        "tokenizer.ggml.scores": Value(ValueType.ARRAY, [0.0, -1.5, 3e-9, 7.0], ValueType.FLOAT32),
+        "general.file_type": GGUFValue(ValueType.UINT32, 32),
+        "general.quantization_version": GGUFValue(ValueType.UINT32, 1),
+        "some.float": GGUFValue(ValueType.FLOAT64, math.pi),
+        "some.truth": GGUFValue(ValueType.BOOL, True),
+        "some.truths": GGUFValue(ValueType.ARRAY, [True, False], ValueType.BOOL),
+        "some.empty": GGUFValue(ValueType.ARRAY, [], ValueType.FLOAT32),
+        "tokenizer.ggml.tokens": GGUFValue(ValueType.ARRAY, ["a", "\udcff\udcfe", "語", ""], ValueType.STRING),
+        "tokenizer.ggml.scores": GGUFValue(ValueType.ARRAY, [0.0, -1.5, 3e-9, 7.0], ValueType.FLOAT32),
     }
     first = dict(list(metadata.items())[:1])
     source = store(tmp_path / "in.gguf", first | more | metadata, tensors)
@@ -118,7 +118,7 @@ def test_leading_dimensions_of_one_are_not_written(tmp_path: Path) -> None:
 def test_another_alignment_becomes_the_usual_one(tmp_path: Path) -> None:
     metadata, tensors = load(model(tmp_path, DENSE))
     ggufmoe.quantize(tmp_path / "in.gguf", tmp_path / "plain.gguf", "Q8_0")
-    aligned = {"general.alignment": Value(ValueType.UINT32, 128)}
+    aligned = {"general.alignment": GGUFValue(ValueType.UINT32, 128)}
     source = store(tmp_path / "aligned.gguf", metadata | aligned, tensors, alignment=128)
     ggufmoe.quantize(source, tmp_path / "out.gguf", "Q8_0")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
@@ -255,13 +255,19 @@ def test_experts_that_are_missing_misshapen_or_there_twice_are_refused(tmp_path:
     [
         ({"general.architecture": None}, GGUFError, "does not say its architecture"),
         ({"llama.block_count": None}, GGUFError, "block_count is missing"),
-        ({"llama.block_count": Value(ValueType.STRING, "two")}, GGUFError, "expected a count"),
-        ({"general.architecture": Value(ValueType.STRING, "falcon"), "falcon.block_count": Value(ValueType.UINT32, 1)},
-         ArchitectureError, "rules of its own"),
+        ({"llama.block_count": GGUFValue(ValueType.STRING, "two")}, GGUFError, "expected a count"),
+        (
+            {
+                "general.architecture": GGUFValue(ValueType.STRING, "falcon"),
+                "falcon.block_count": GGUFValue(ValueType.UINT32, 1),
+            },
+            ArchitectureError,
+            "rules of its own",
+        ),
     ],
 )  # fmt: skip
 def test_files_that_are_no_models_are_refused(
-    tmp_path: Path, changes: dict[str, Value | None], error: type[Exception], message: str
+    tmp_path: Path, changes: dict[str, GGUFValue | None], error: type[Exception], message: str
 ) -> None:
     metadata, tensors = load(model(tmp_path, DENSE))
     kept = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
@@ -274,7 +280,7 @@ def test_files_that_are_no_models_are_refused(
 
 def test_heads_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
     metadata, tensors = load(model(tmp_path, dataclasses.replace(DENSE, n_layer=2, n_head_kv=1)))
-    heads = {"llama.attention.head_count_kv": Value(ValueType.ARRAY, [1, 4], ValueType.INT32)}
+    heads = {"llama.attention.head_count_kv": GGUFValue(ValueType.ARRAY, [1, 4], ValueType.INT32)}
     source = store(tmp_path / "in.gguf", metadata | heads, tensors)
     ggufmoe.quantize(source, tmp_path / "out.gguf", "IQ4_NL")
     assert load(tmp_path / "out.gguf")[1]["blk.0.attn_v.weight"].type is GGMLType.Q5_K

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ggufmoe.gguf.header import TensorInfo, Value
+    from ggufmoe.gguf.header import GGUFValue, TensorInfo
 
 _SHOWN_TENSORS = 12
 _MAX_VALUE = 60
@@ -135,7 +135,7 @@ def _key(found: KeyDifference) -> tuple[str, str]:
     return "~", _change(found, found.before, found.after)
 
 
-def _change(found: KeyDifference, before: Value, after: Value) -> str:
+def _change(found: KeyDifference, before: GGUFValue, after: GGUFValue) -> str:
     if found.n_items and found.first_item is not None:
         i, items = found.first_item, before.value
         first = f"[{i}] {_shown(items[i])} -> {_shown(after.value[i])}"
@@ -157,7 +157,7 @@ def _text_change(before: str, after: str) -> str:
     return f"{sizes}: {lead}{_shown(before[start:], 40)} -> {lead}{_shown(after[start:], 40)}"
 
 
-def _value(value: Value) -> str:
+def _value(value: GGUFValue) -> str:
     if isinstance(value.value, list):
         few = ", ".join(_shown(item, 20) for item in value.value[:4])
         return f"{counted(len(value.value), 'item')}: {few}{', …' if len(value.value) > 4 else ''}"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ggufmoe.engine import Engine
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import TensorInfo, Value, padded
+from ggufmoe.gguf.header import GGUFValue, TensorInfo, padded
 from ggufmoe.gguf.types import GGMLType, ValueType
-from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
+from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, LLAMA, Keys
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.events import Token
 
@@ -67,30 +67,31 @@ def write_probe_model(path: Path) -> Path:
     return path
 
 
-def _metadata() -> dict[str, Value]:
+def _metadata() -> dict[str, GGUFValue]:
     u32, f32, text = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(_N_VOCAB - 3))]
-    return {
-        "general.architecture": Value(text, "llama"),
-        "general.name": Value(text, "ggufmoe probe"),
-        "llama.block_count": Value(u32, _N_LAYER),
-        "llama.context_length": Value(u32, _CONTEXT_TOKENS),
-        "llama.embedding_length": Value(u32, _N_EMBD),
-        "llama.feed_forward_length": Value(u32, _N_FF),
-        "llama.attention.head_count": Value(u32, _N_HEAD),
-        "llama.attention.head_count_kv": Value(u32, _N_HEAD_KV),
-        "llama.attention.layer_norm_rms_epsilon": Value(f32, 1e-5),
-        "llama.rope.dimension_count": Value(u32, _N_EMBD // _N_HEAD),
-        "llama.expert_count": Value(u32, _N_EXPERT),
-        "llama.expert_used_count": Value(u32, _N_EXPERT_USED),
-        "llama.vocab_size": Value(u32, _N_VOCAB),
-        "tokenizer.ggml.model": Value(text, "llama"),
-        "tokenizer.ggml.tokens": Value(ValueType.ARRAY, tokens, text),
-        "tokenizer.ggml.scores": Value(ValueType.ARRAY, [0.0] * _N_VOCAB, f32),
-        "tokenizer.ggml.token_type": Value(ValueType.ARRAY, [2, 3, 3] + [6] * (_N_VOCAB - 3), ValueType.INT32),
-        "tokenizer.ggml.bos_token_id": Value(u32, 1),
-        "tokenizer.ggml.eos_token_id": Value(u32, 2),
+    values = {
+        Keys.General.ARCHITECTURE: GGUFValue(text, LLAMA),
+        Keys.General.NAME: GGUFValue(text, "ggufmoe probe"),
+        Keys.LLM.BLOCK_COUNT: GGUFValue(u32, _N_LAYER),
+        Keys.LLM.CONTEXT_LENGTH: GGUFValue(u32, _CONTEXT_TOKENS),
+        Keys.LLM.EMBEDDING_LENGTH: GGUFValue(u32, _N_EMBD),
+        Keys.LLM.FEED_FORWARD_LENGTH: GGUFValue(u32, _N_FF),
+        Keys.Attention.HEAD_COUNT: GGUFValue(u32, _N_HEAD),
+        Keys.Attention.HEAD_COUNT_KV: GGUFValue(u32, _N_HEAD_KV),
+        Keys.Attention.LAYERNORM_RMS_EPS: GGUFValue(f32, 1e-5),
+        Keys.Rope.DIMENSION_COUNT: GGUFValue(u32, _N_EMBD // _N_HEAD),
+        Keys.LLM.EXPERT_COUNT: GGUFValue(u32, _N_EXPERT),
+        Keys.LLM.EXPERT_USED_COUNT: GGUFValue(u32, _N_EXPERT_USED),
+        Keys.LLM.VOCAB_SIZE: GGUFValue(u32, _N_VOCAB),
+        Keys.Tokenizer.MODEL: GGUFValue(text, "llama"),
+        Keys.Tokenizer.LIST: GGUFValue(ValueType.ARRAY, tokens, text),
+        Keys.Tokenizer.SCORES: GGUFValue(ValueType.ARRAY, [0.0] * _N_VOCAB, f32),
+        Keys.Tokenizer.TOKEN_TYPE: GGUFValue(ValueType.ARRAY, [2, 3, 3] + [6] * (_N_VOCAB - 3), ValueType.INT32),
+        Keys.Tokenizer.BOS_ID: GGUFValue(u32, 1),
+        Keys.Tokenizer.EOS_ID: GGUFValue(u32, 2),
     }
+    return {key.format(arch=LLAMA): value for key, value in values.items()}
 
 
 def _tensors() -> Iterator[tuple[str, GGMLType, tuple[int, ...]]]:

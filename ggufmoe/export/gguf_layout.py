@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ggufmoe.errors import GGUFError, OptionError
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import TensorInfo, Value, read_header
+from ggufmoe.gguf.header import GGUFValue, TensorInfo, read_header
 from ggufmoe.gguf.model import SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS
 from ggufmoe.gguf.names import OUTPUT
 from ggufmoe.gguf.types import GGMLType, ValueType
@@ -29,7 +29,7 @@ _MAX_FILES = 99_999
 
 def plan_gguf(
     output: Path,
-    metadata: Mapping[str, Value],
+    metadata: Mapping[str, GGUFValue],
     tensors: Sequence[PlannedTensor],
     *,
     input_paths: Sequence[Path],
@@ -47,7 +47,7 @@ def plan_gguf(
 
 
 def lay_out_files(
-    output: Path, metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor], split_max_bytes: int | None
+    output: Path, metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor], split_max_bytes: int | None
 ) -> tuple[PlannedFile, ...]:
     """Distribute tensors over files and give each its offset; the metadata goes into the first.
 
@@ -67,15 +67,15 @@ def lay_out_files(
     files: list[PlannedFile] = []
     for number, group in enumerate(groups):
         keys = dict(metadata) if number == 0 else {}
-        keys[SPLIT_NUMBER] = Value(ValueType.UINT16, number, None)
-        keys[SPLIT_COUNT] = Value(ValueType.UINT16, n_files, None)
-        keys[SPLIT_TENSORS] = Value(ValueType.INT32, len(tensors), None)
+        keys[SPLIT_NUMBER] = GGUFValue(ValueType.UINT16, number, None)
+        keys[SPLIT_COUNT] = GGUFValue(ValueType.UINT16, n_files, None)
+        keys[SPLIT_TENSORS] = GGUFValue(ValueType.INT32, len(tensors), None)
         path = output.with_name(f"{stem}-{number + 1:05d}-of-{n_files:05d}.gguf")
         files.append(_gguf_file(path, keys, group))
     return tuple(files)
 
 
-def _gguf_file(path: Path, metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> PlannedFile:
+def _gguf_file(path: Path, metadata: Mapping[str, GGUFValue], tensors: Sequence[PlannedTensor]) -> PlannedFile:
     def header(placed: Sequence[PlannedTensor]) -> bytes:
         infos = [TensorInfo(tensor.name, tensor.type, tensor.shape, tensor.offset, tensor.n_bytes) for tensor in placed]
         return encode_header(metadata, infos, DEFAULT_ALIGNMENT)

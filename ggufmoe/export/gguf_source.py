@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggufmoe.errors import GGUFError, TensorMismatchError
-from ggufmoe.gguf.header import Value, without_leading_ones
+from ggufmoe.gguf.header import GGUFValue, without_leading_ones
 from ggufmoe.gguf.hyper import at_layer
 from ggufmoe.gguf.model import SPLIT_KEYS, check_kind
 from ggufmoe.gguf.names import legacy_expert
@@ -70,7 +70,7 @@ class GGUFSource:
         return self._header.paths
 
     @property
-    def metadata(self) -> dict[str, Value]:
+    def metadata(self) -> dict[str, GGUFValue]:
         """The keys of the model in their order, without those that number the files of a split model."""
         keys = {key: value for key, value in self._header.metadata.items() if key not in SPLIT_KEYS}
         if _ALIGNMENT_KEY in keys and keys[_ALIGNMENT_KEY].value != DEFAULT_ALIGNMENT:

@@ -15,7 +15,7 @@ from typing import Any
 from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.export.arch import ModelTensor, family_of
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.key_tables import SAMPLING_KEYS
 from ggufmoe.gguf.names import is_expert_stack
 from ggufmoe.gguf.types import ValueType
@@ -29,29 +29,29 @@ _MAX_OVERRIDE_BYTES = 127
 """llama-quantize cuts a string that it adds to a file's metadata to so many bytes."""
 
 
-def text(value: str) -> Value:
+def text(value: str) -> GGUFValue:
     """A STRING metadata value."""
-    return Value(ValueType.STRING, value, None)
+    return GGUFValue(ValueType.STRING, value, None)
 
 
-def u32(value: int) -> Value:
+def u32(value: int) -> GGUFValue:
     """A UINT32 metadata value."""
-    return Value(ValueType.UINT32, value, None)
+    return GGUFValue(ValueType.UINT32, value, None)
 
 
-def f32(value: float) -> Value:
+def f32(value: float) -> GGUFValue:
     """A FLOAT32 metadata value."""
-    return Value(ValueType.FLOAT32, float(value), None)
+    return GGUFValue(ValueType.FLOAT32, float(value), None)
 
 
-def texts(values: Iterable[str]) -> Value:
+def texts(values: Iterable[str]) -> GGUFValue:
     """An array of strings as a metadata value."""
-    return Value(ValueType.ARRAY, list(values), ValueType.STRING)
+    return GGUFValue(ValueType.ARRAY, list(values), ValueType.STRING)
 
 
 def model_metadata(
-    source: ModelSource, tensors: Sequence[ModelTensor], file_type: FileType, tokenizer: Mapping[str, Value]
-) -> dict[str, Value]:
+    source: ModelSource, tensors: Sequence[ModelTensor], file_type: FileType, tokenizer: Mapping[str, GGUFValue]
+) -> dict[str, GGUFValue]:
     """All keys of a model's file: ``general.*``, the keys of its family and, last, the keys of ``tokenizer``.
 
     Each part of the model's configuration that no key can express is logged as a warning.
@@ -72,9 +72,9 @@ def model_metadata(
     }
 
 
-def _provenance_metadata(provenance: Provenance, size: str) -> dict[str, Value]:
+def _provenance_metadata(provenance: Provenance, size: str) -> dict[str, GGUFValue]:
     """The keys of name, size, license, base models, tags and languages; what is unknown has no key."""
-    keys: dict[str, Value | None] = {
+    keys: dict[str, GGUFValue | None] = {
         Keys.General.NAME: text(provenance.name),
         Keys.General.SIZE_LABEL: text(size),
         Keys.General.LICENSE: _known(provenance.license),
@@ -93,7 +93,7 @@ def _provenance_metadata(provenance: Provenance, size: str) -> dict[str, Value]:
     return {key: value for key, value in keys.items() if value is not None}
 
 
-def _known(value: str | None) -> Value | None:
+def _known(value: str | None) -> GGUFValue | None:
     return text(value) if value else None
 
 
@@ -123,13 +123,13 @@ def _rounded(n_weights: int) -> str:
     return f"{scaled:.{decimals}f}{letter}"
 
 
-def sampling_metadata(directory: Path) -> dict[str, Value]:
+def sampling_metadata(directory: Path) -> dict[str, GGUFValue]:
     """The sampling that the model's authors recommend in generation_config.json, as ``general.sampling.*``.
 
     No keys if the file is absent or cannot be read, as in llama.cpp's converter.
     """
     given = read_optional(directory / "generation_config.json", allow_broken=True)
-    keys: dict[str, Value] = {}
+    keys: dict[str, GGUFValue] = {}
     for setting in SAMPLING_KEYS:
         value: Any = given.get(setting.generation_config)
         if type(value) not in (int, float) or not math.isfinite(value):
@@ -137,11 +137,11 @@ def sampling_metadata(directory: Path) -> dict[str, Value]:
         whole = setting.type is ValueType.INT32
         if whole and not (value == int(value) and abs(value) < 2**31):
             continue
-        keys[setting.key] = Value(setting.type, int(value) if whole else float(value), None)
+        keys[setting.key] = GGUFValue(setting.type, int(value) if whole else float(value), None)
     return keys
 
 
-def imatrix_metadata(imatrix: Imatrix) -> dict[str, Value]:
+def imatrix_metadata(imatrix: Imatrix) -> dict[str, GGUFValue]:
     """The ``quantize.imatrix.*`` keys that llama-quantize writes."""
     keys = {"quantize.imatrix.file": text(_cut(str(imatrix.path)))}
     if imatrix.datasets:

@@ -12,7 +12,7 @@ from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
 from ggufmoe.export.model_keys import imatrix_metadata, u32
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
@@ -91,7 +91,7 @@ def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) 
             )
 
 
-def _metadata(source: GGUFSource, policy: TypePolicy | None, imatrix: Imatrix | None) -> dict[str, Value]:
+def _metadata(source: GGUFSource, policy: TypePolicy | None, imatrix: Imatrix | None) -> dict[str, GGUFValue]:
     """The keys of the source in their order and, last, the keys that describe the quantization."""
     metadata = source.metadata
     told = {Keys.General.QUANTIZATION_VERSION: u32(QUANTIZATION_VERSION)}

@@ -14,8 +14,8 @@ from ggufmoe.gguf.header import (
     MAGIC,
     MAX_KEY_BYTES,
     MAX_TENSOR_NAME_BYTES,
+    GGUFValue,
     TensorInfo,
-    Value,
     alignment_of,
     check_layout,
     padded,
@@ -29,7 +29,7 @@ _U32, _I32, _U64, _I64 = (struct.Struct(code) for code in ("<I", "<i", "<Q", "<q
 
 
 def encode_header(
-    metadata: Mapping[str, Value], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
+    metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
 ) -> bytes:
     """The bytes of a GGUF version 3 header, little-endian, padded so that the first tensor can follow.
 
@@ -74,7 +74,7 @@ def _encode_name(name: str, max_bytes: int) -> bytes:
     return _encode_string(name)
 
 
-def _encode_value(key: str, value: Value) -> bytes:
+def _encode_value(key: str, value: GGUFValue) -> bytes:
     try:
         if value.type is not ValueType.ARRAY:
             return _I32.pack(value.type) + _encode_items(value.type, [value.value])

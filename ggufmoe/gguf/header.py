@@ -41,7 +41,7 @@ _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
 
 @dataclass(frozen=True)
-class Value:
+class GGUFValue:
     """One metadata value with the type that it has in the file.
 
     ``value`` is an int, float, bool or str, and for arrays a list of one of them, whose type is ``item_type``. Bytes
@@ -80,7 +80,7 @@ class Header:
     """The checked content of a GGUF file before its tensor bytes; made by ``read_header``."""
 
     version: int
-    metadata: Mapping[str, Value]
+    metadata: Mapping[str, GGUFValue]
     tensors: tuple[TensorInfo, ...]
     alignment: int
     data_offset: int
@@ -246,8 +246,8 @@ def _read_count(cursor: _Cursor, what: str, min_bytes: int) -> int:
     return count
 
 
-def _read_metadata(cursor: _Cursor, n_kv: int) -> dict[str, Value]:
-    metadata: dict[str, Value] = {}
+def _read_metadata(cursor: _Cursor, n_kv: int) -> dict[str, GGUFValue]:
+    metadata: dict[str, GGUFValue] = {}
     for index in range(n_kv):
         key = cursor.identifier(f"metadata key {index}", MAX_KEY_BYTES)
         if key in metadata:
@@ -256,16 +256,16 @@ def _read_metadata(cursor: _Cursor, n_kv: int) -> dict[str, Value]:
     return metadata
 
 
-def _read_value(cursor: _Cursor, what: str) -> Value:
+def _read_value(cursor: _Cursor, what: str) -> GGUFValue:
     kind = _read_value_type(cursor, what)
     if kind is ValueType.STRING:
-        return Value(kind, cursor.string(what))
+        return GGUFValue(kind, cursor.string(what))
     if kind is ValueType.ARRAY:
         item_type = _read_value_type(cursor, what)
         if item_type is ValueType.ARRAY:
             raise cursor.error(f"{what} is an array of arrays, which GGUF readers do not support")
-        return Value(kind, _read_array(cursor, item_type, what), item_type)
-    return Value(kind, _read_numbers(cursor, kind, 1, what)[0])
+        return GGUFValue(kind, _read_array(cursor, item_type, what), item_type)
+    return GGUFValue(kind, _read_numbers(cursor, kind, 1, what)[0])
 
 
 def _read_value_type(cursor: _Cursor, what: str) -> ValueType:
@@ -314,7 +314,7 @@ def _read_numbers(cursor: _Cursor, type: ValueType, count: int, what: str) -> li
     return [byte == 1 for byte in raw]
 
 
-def alignment_of(where: str, metadata: Mapping[str, Value]) -> int:
+def alignment_of(where: str, metadata: Mapping[str, GGUFValue]) -> int:
     """Bytes that tensors are aligned to, by ``general.alignment``. Raises GGUFError unless it is a power of two."""
     key = Keys.General.ALIGNMENT
     value = metadata.get(key)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.own_keys import SLIDING_WINDOW
-from ggufmoe.gguf.upstream import Keys
+from ggufmoe.gguf.upstream import LLAMA, Keys
 
 Layers = int | tuple[int, ...] | None
 """One number for all layers, one for each layer where they differ, or None where the header states none."""
@@ -23,7 +23,7 @@ _COUNT_LIMIT = 2**31
 class TypedMetadata:
     """Metadata by key and expected type. Each method returns None for an absent key and for a value of another type."""
 
-    def __init__(self, metadata: Mapping[str, Value]) -> None:
+    def __init__(self, metadata: Mapping[str, GGUFValue]) -> None:
         self.metadata = metadata
 
     def text(self, key: str) -> str | None:
@@ -107,7 +107,7 @@ class Hyper:
     """Keys that should hold a count, or one for each layer, and hold something else."""
 
     @classmethod
-    def of(cls, metadata: Mapping[str, Value]) -> Hyper:
+    def of(cls, metadata: Mapping[str, GGUFValue]) -> Hyper:
         """The hyper-parameters in a model's metadata."""
         typed = TypedMetadata(metadata)
         architecture = typed.text(Keys.General.ARCHITECTURE)
@@ -136,7 +136,7 @@ class Hyper:
             rope_scaling_factor=typed.number(key(Keys.Rope.SCALING_FACTOR)),
             n_expert=max(typed.whole(key(Keys.LLM.EXPERT_COUNT)) or 0, 0),
             n_expert_used=max(typed.whole(key(Keys.LLM.EXPERT_USED_COUNT)) or 0, 0),
-            has_plain_cache=architecture == "llama" or not any(typed.plain(key(other)) for other in _OTHER_CACHES),
+            has_plain_cache=architecture == LLAMA or not any(typed.plain(key(other)) for other in _OTHER_CACHES),
             malformed=frozenset(stated for stated in map(key, _COUNTS) if not typed.has_count(stated)),
         )
 

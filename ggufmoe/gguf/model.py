@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.gguf.header import Header, TensorInfo, Value, read_header
+from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, read_header
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import Keys
@@ -34,7 +34,7 @@ class ModelHeader:
     shards: tuple[Shard, ...]
 
     @property
-    def metadata(self) -> Mapping[str, Value]:
+    def metadata(self) -> Mapping[str, GGUFValue]:
         """The model's metadata, which the first shard holds."""
         return self.shards[0].header.metadata
 

@@ -35,7 +35,9 @@ GGML_QUANT_SIZES = _module.GGML_QUANT_SIZES
 GGMLQuantizationType = _module.GGMLQuantizationType
 GGUFValueType = _module.GGUFValueType
 LlamaFileType = _module.LlamaFileType
-MODEL_ARCH_NAMES = _module.MODEL_ARCH_NAMES
+TokenType = _module.TokenType
+LLAMA: str = _module.MODEL_ARCH_NAMES[_module.MODEL_ARCH.LLAMA]
+"""The architecture of Llama, Mistral and Mixtral models."""
 MODEL_TENSOR = _module.MODEL_TENSOR
 TENSOR_NAMES = _module.TENSOR_NAMES
 """Names of tensors, for example ``blk.{bid}.attn_q``, by ``MODEL_TENSOR``."""

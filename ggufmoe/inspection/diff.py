@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.gguf.header import TensorInfo, Value
+from ggufmoe.gguf.header import GGUFValue, TensorInfo
 from ggufmoe.gguf.model import SPLIT_KEYS, ModelHeader
 from ggufmoe.gguf.names import part_of
 from ggufmoe.gguf.stored_rows import GGUFRows, OpenModel
@@ -37,8 +37,8 @@ class KeyDifference:
     """
 
     key: str
-    before: Value | None
-    after: Value | None
+    before: GGUFValue | None
+    after: GGUFValue | None
     n_items: int | None = None
     first_item: int | None = None
 
@@ -173,7 +173,7 @@ def _key_differences(first: ModelHeader, second: ModelHeader) -> tuple[KeyDiffer
     return tuple(found)
 
 
-def _key_difference(key: str, before: Value | None, after: Value | None) -> KeyDifference:
+def _key_difference(key: str, before: GGUFValue | None, after: GGUFValue | None) -> KeyDifference:
     if before is None or after is None or not (isinstance(before.value, list) and isinstance(after.value, list)):
         return KeyDifference(key, before, after)
     if len(before.value) != len(after.value):

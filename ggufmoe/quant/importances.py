@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import GGUFError, ImatrixError
 from ggufmoe.files import replacing
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import Header, TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, padded, read_header
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
 from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
@@ -152,10 +152,10 @@ def save(
         arrays[name + _SUMS] = sums.reshape(counts.size, -1) if counts.size > 1 else sums.reshape(-1)
         arrays[name + _COUNTS] = counts.reshape(-1, 1) if counts.size > 1 else counts.reshape(1)
     metadata = {
-        Keys.General.TYPE: Value(ValueType.STRING, "imatrix"),
-        _DATASETS: Value(ValueType.ARRAY, list(datasets), ValueType.STRING),
-        _CHUNK_COUNT: Value(ValueType.UINT32, chunk_count),
-        _CHUNK_SIZE: Value(ValueType.UINT32, chunk_size),
+        Keys.General.TYPE: GGUFValue(ValueType.STRING, "imatrix"),
+        _DATASETS: GGUFValue(ValueType.ARRAY, list(datasets), ValueType.STRING),
+        _CHUNK_COUNT: GGUFValue(ValueType.UINT32, chunk_count),
+        _CHUNK_SIZE: GGUFValue(ValueType.UINT32, chunk_size),
     }
     with replacing(Path(path), "the importance matrix") as file:
         file.write(encode_header(metadata, _layout(arrays)))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from ggufmoe.errors import ArchitectureError, ImatrixError, OptionError, TensorMismatchError
 from ggufmoe.gguf.names import OUTPUT, PER_LAYER_TOKEN_EMBEDDING, layer_of, llama_quantize_order, without_layer
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.gguf.upstream import LLAMA
 from ggufmoe.quant import mixes
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, FileType, parse_tensor_type, suggest
 from ggufmoe.quant.mixes import Role, Rule
@@ -60,7 +61,7 @@ class ModelShape:
     n_head: int
     n_head_kv: int
     n_expert: int = 0
-    architecture: str = "llama"
+    architecture: str = LLAMA
 
     @property
     def n_gqa(self) -> int:
@@ -71,7 +72,7 @@ class ModelShape:
     def is_70b(self) -> bool:
         """Whether libllama takes the model for Llama 70B (it asks only for the layers and for grouped heads)."""
         grouped = self.n_head != self.n_head_kv
-        return self.architecture == "llama" and self.n_layer == 80 and grouped and self.n_expert != 8
+        return self.architecture == LLAMA and self.n_layer == 80 and grouped and self.n_expert != 8
 
 
 @dataclass(frozen=True)

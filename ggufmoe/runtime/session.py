@@ -21,7 +21,7 @@ import numpy as np
 from ggufmoe.errors import ContextFullError, InputError, OutputError
 from ggufmoe.files import replacing
 from ggufmoe.gguf.model import ModelHeader
-from ggufmoe.gguf.upstream import Keys
+from ggufmoe.gguf.upstream import LLAMA, Keys
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.runtime.kvcache import SavedState
@@ -117,7 +117,7 @@ def read_session(path: Path, facts: SessionFacts, n_ctx: int) -> tuple[SavedStat
             state = _read_state(path, file, header, file_bytes, n_ctx)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if facts.architecture == "llama":
+    if facts.architecture == LLAMA:
         _check_plain(path, state)
     return state, header["note"]
 

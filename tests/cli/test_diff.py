@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.types import GGMLType, ValueType
 from tests.gguf_files import Arrays, text, u32, write_weights
 
@@ -20,7 +20,7 @@ F32, Q8_0, Q4_K = GGMLType.F32, GGMLType.Q8_0, GGMLType.Q4_K
 KEYS = {"general.architecture": text("llama"), "llama.block_count": u32(9)}
 
 
-def model(path: Path, kind: GGMLType = F32, n_layer: int = 9, keys: Mapping[str, Value] = {}) -> Path:
+def model(path: Path, kind: GGMLType = F32, n_layer: int = 9, keys: Mapping[str, GGUFValue] = {}) -> Path:
     random = np.random.default_rng(3)
     tensors: dict[str, tuple[GGMLType, Any]] = {
         f"blk.{layer}.ffn_{name}_exps.weight": (kind, random.normal(0, 1, (2, 4, 256)).astype(np.float32))
@@ -107,13 +107,13 @@ def test_missing_tensors_and_shapes_stand_on_top(tmp_path: Path, capsys: Capture
 
 
 def test_values_of_all_kinds(tmp_path: Path, capsys: Capture) -> None:
-    def array(*items: str) -> Value:
-        return Value(ValueType.ARRAY, list(items), ValueType.STRING)
+    def array(*items: str) -> GGUFValue:
+        return GGUFValue(ValueType.ARRAY, list(items), ValueType.STRING)
 
     keys = {"list": array("a", "b", "c"), "s": text("same " * 20 + "end"), "gone": u32(1)}
     a = model(tmp_path / "a.gguf", keys=keys)
     changed = {"list": array("a", "B", "C"), "s": text("same " * 20 + "other"), "longer": array(*"pqrstu")}
-    b = model(tmp_path / "b.gguf", keys={**changed, "llama.block_count": Value(ValueType.INT32, 9)})
+    b = model(tmp_path / "b.gguf", keys={**changed, "llama.block_count": GGUFValue(ValueType.INT32, 9)})
     lines = [line.rstrip() for line in run(capsys, a, b)[1].splitlines()]
     assert "~ list: 2 of 3 items differ, first [1] b -> B" in lines
     assert "- gone: 1" in lines

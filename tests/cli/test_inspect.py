@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ggufmoe.cli.app import exit_code
-from ggufmoe.gguf.header import Value, read_header
+from ggufmoe.gguf.header import GGUFValue, read_header
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType, ValueType
 from tests.gguf_files import text, write_gguf, write_mixtral, write_weights
@@ -188,9 +188,9 @@ def test_an_empty_file_of_the_format_is_shown(tmp_path: Path, capsys: Capture) -
 
 def test_split_and_layered_models_are_shown(tmp_path: Path, capsys: Capture) -> None:
     for number in range(2):
-        split = {"split.no": Value(ValueType.UINT16, number), "split.count": Value(ValueType.UINT16, 2)}
-        split |= {"split.tensors.count": Value(ValueType.INT32, 0), "general.architecture": text("x")}
-        split |= {"x.attention.head_count": Value(ValueType.ARRAY, [4, 8], ValueType.INT32)}
+        split = {"split.no": GGUFValue(ValueType.UINT16, number), "split.count": GGUFValue(ValueType.UINT16, 2)}
+        split |= {"split.tensors.count": GGUFValue(ValueType.INT32, 0), "general.architecture": text("x")}
+        split |= {"x.attention.head_count": GGUFValue(ValueType.ARRAY, [4, 8], ValueType.INT32)}
         path = write_gguf(tmp_path / f"m-0000{number + 1}-of-00002.gguf", split)
     shown = rows(run(capsys, path)[1])
     assert (shown["file"], shown["heads"]) == ("m-00001-of-00002.gguf and 1 more", "4 to 8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.header import GGUFValue, TensorInfo, padded, read_header
 from ggufmoe.gguf.types import GGMLType
 
 
@@ -20,7 +20,7 @@ class Stored:
     data: bytes
 
 
-def load(path: Path) -> tuple[dict[str, Value], dict[str, Stored]]:
+def load(path: Path) -> tuple[dict[str, GGUFValue], dict[str, Stored]]:
     """Keys and tensors of a file."""
     header, content = read_header(path), path.read_bytes()
     tensors = {}
@@ -30,7 +30,7 @@ def load(path: Path) -> tuple[dict[str, Value], dict[str, Stored]]:
     return dict(header.metadata), tensors
 
 
-def store(path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, Stored], alignment: int = 32) -> Path:
+def store(path: Path, metadata: Mapping[str, GGUFValue], tensors: Mapping[str, Stored], alignment: int = 32) -> Path:
     """A file of these keys and tensors."""
     infos, offset, data = [], 0, b""
     for name, tensor in tensors.items():

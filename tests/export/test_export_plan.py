@@ -14,7 +14,7 @@ from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.errors import ImatrixError, OptionError
 from ggufmoe.export.export_plan import plan_export
 from ggufmoe.export.gguf_layout import lay_out_files
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
@@ -91,7 +91,7 @@ def test_a_model_that_fits_into_one_shard_is_not_marked(tiny_checkpoint: Make) -
 def test_more_shards_than_names_are_refused() -> None:
     tensors = [PlannedTensor(f"blk.{i}.x.weight", GGMLType.F32, (8,), ()) for i in range(100_000)]
     with pytest.raises(OptionError, match="100000 files"):
-        lay_out_files(Path("x.gguf"), {"general.type": Value(ValueType.STRING, "model")}, tensors, 1)
+        lay_out_files(Path("x.gguf"), {"general.type": GGUFValue(ValueType.STRING, "model")}, tensors, 1)
 
 
 def test_a_type_that_needs_an_importance_matrix_is_refused_while_planning(tiny_checkpoint: Make) -> None:

@@ -13,7 +13,7 @@ from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.export.vocab.bytelevel import byte_alphabet
 from ggufmoe.export.vocab.spm_model import parse
 from ggufmoe.export.vocab.token_rows import TokenType
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.types import ValueType
 from tests.export.vocab_files import added_token, config, edit_json, write_tokenizer
 from tests.tiny_tokenizers import N_BYTE_LEVEL, N_PIECES, sentencepiece_model
@@ -21,7 +21,7 @@ from tests.tiny_tokenizers import N_BYTE_LEVEL, N_PIECES, sentencepiece_model
 PREFIX = "tokenizer.ggml."
 
 
-def plain(metadata: dict[str, Value]) -> dict[str, Any]:
+def plain(metadata: dict[str, GGUFValue]) -> dict[str, Any]:
     """Values without their types, and without the long arrays."""
     return {key.removeprefix(PREFIX): value.value for key, value in metadata.items() if value.item_type is None}
 
@@ -139,10 +139,10 @@ def test_what_the_configuration_says_of_the_space_prefix_is_kept(tmp_path: Path)
         directory = write_tokenizer(tmp_path / str(stated), "spm", tokenizer_config_json={"add_prefix_space": stated})
         metadata = tokenizer_metadata(directory, config(N_PIECES))
         assert next(iter(metadata)) == PREFIX + "add_space_prefix"
-        assert metadata[PREFIX + "add_space_prefix"] == Value(ValueType.BOOL, stated)
+        assert metadata[PREFIX + "add_space_prefix"] == GGUFValue(ValueType.BOOL, stated)
 
 
-def special(metadata: dict[str, Value]) -> dict[str, Any]:
+def special(metadata: dict[str, GGUFValue]) -> dict[str, Any]:
     """Only the ids and switches of special tokens."""
     return {key: value for key, value in plain(metadata).items() if key not in ("model", "pre", "add_space_prefix")}
 
@@ -223,7 +223,7 @@ def test_every_end_that_the_files_list_is_told(
     metadata = tokenizer_metadata(directory, config(N_PIECES, eos_token_id=model))
     found = special(metadata)
     assert {role: found[key] for role in ("eos", "eot", "eom") if (key := f"{role}_token_id") in found} == named
-    expected = None if further is None else Value(ValueType.ARRAY, further, ValueType.UINT32)
+    expected = None if further is None else GGUFValue(ValueType.ARRAY, further, ValueType.UINT32)
     assert metadata.get("ggufmoe.eos_token_ids") == expected
 
 
@@ -285,7 +285,7 @@ def test_chat_templates(tmp_path: Path) -> None:
     metadata = tokenizer_metadata(directory, config(N_PIECES))
     assert plain(metadata)["tokenizer.chat_template"] == "D"
     assert plain(metadata)["tokenizer.chat_template.tool_use"] == "T"
-    assert metadata["tokenizer.chat_templates"] == Value(ValueType.ARRAY, ["rag", "tool_use"], ValueType.STRING)
+    assert metadata["tokenizer.chat_templates"] == GGUFValue(ValueType.ARRAY, ["rag", "tool_use"], ValueType.STRING)
     override = tokenizer_metadata(directory, config(N_PIECES), chat_template="mine")
     assert [value.value for key, value in override.items() if "chat_template" in key] == ["mine"]
 

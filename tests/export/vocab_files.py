@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from tests.llama_log import llama_log_to
 from tests.tiny_tokenizers import tokenizer_config, tokenizer_files
 
@@ -89,7 +89,7 @@ Tokenize = Callable[..., list[int]]
 
 
 @contextmanager
-def llama_cpp_vocabulary(path: Path, metadata: Mapping[str, Value]) -> Iterator[Tokenize]:
+def llama_cpp_vocabulary(path: Path, metadata: Mapping[str, GGUFValue]) -> Iterator[Tokenize]:
     """llama.cpp's tokenizer for this metadata: ``tokenize(text, special=False, parse=False)`` gives ids."""
     from llama_cpp import llama_cpp as lib
 
@@ -113,7 +113,7 @@ def llama_cpp_vocabulary(path: Path, metadata: Mapping[str, Value]) -> Iterator[
         lib.llama_model_free(model)
 
 
-def _write(path: Path, metadata: Mapping[str, Value]) -> None:
+def _write(path: Path, metadata: Mapping[str, GGUFValue]) -> None:
     """A file of nothing but metadata, by the format's reference writer."""
     from gguf import GGUFValueType, GGUFWriter
 

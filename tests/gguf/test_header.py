@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ggufmoe.errors import GGUFError
 from ggufmoe.gguf import header as ggufheader
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.header import GGUFValue, TensorInfo, padded, read_header
 from ggufmoe.gguf.model import read_model_header, shard_paths
 from ggufmoe.gguf.names import legacy_experts
 from ggufmoe.gguf.types import GGMLType, ValueType
@@ -85,7 +85,7 @@ def test_literal_bytes_are_read(write: Callable[[bytes], Path]) -> None:
     )
     raw += bytes(padded(len(raw), 32) - len(raw)) + bytes(68)
     header = read_header(write(raw))
-    assert header.metadata == {"x": Value(U32, 42), "y": Value(ARRAY, ["hi", "\udcff"], STRING)}
+    assert header.metadata == {"x": GGUFValue(U32, 42), "y": GGUFValue(ARRAY, ["hi", "\udcff"], STRING)}
     assert header.tensors == (TensorInfo("w", GGMLType.Q8_0, (2, 32), 0, 68),)
     assert (header.version, header.alignment, header.data_offset, header.file_bytes) == (3, 32, 128, 196)
     assert (header.get("x"), header.get("z"), header.get("z", 7), header.data_bytes) == (42, None, 7, 68)
@@ -109,10 +109,10 @@ NUMBERS: dict[ValueType, list[Any]] = {
 }
 
 
-def _content() -> tuple[dict[str, Value], list[tuple[str, np.ndarray[Any, Any], GGMLType]]]:
-    metadata = {"general.architecture": Value(STRING, "llama")}
-    metadata |= {f"one.{kind.name}": Value(kind, values[1]) for kind, values in NUMBERS.items()}
-    metadata |= {f"all.{kind.name}": Value(ARRAY, values, kind) for kind, values in NUMBERS.items()}
+def _content() -> tuple[dict[str, GGUFValue], list[tuple[str, np.ndarray[Any, Any], GGMLType]]]:
+    metadata = {"general.architecture": GGUFValue(STRING, "llama")}
+    metadata |= {f"one.{kind.name}": GGUFValue(kind, values[1]) for kind, values in NUMBERS.items()}
+    metadata |= {f"all.{kind.name}": GGUFValue(ARRAY, values, kind) for kind, values in NUMBERS.items()}
     arrays: list[tuple[str, np.ndarray[Any, Any], GGMLType]] = [
         ("norm.weight", np.arange(9, dtype=np.float32), GGMLType.F32),
         ("matrix.weight", np.arange(21, dtype=np.float16).reshape(3, 7), GGMLType.F16),
@@ -358,9 +358,9 @@ def test_a_device_is_refused() -> None:
 def test_large_vocabularies_are_read_across_buffers(write: Callable[[bytes], Path]) -> None:
     tokens = [f"▁token{number}" for number in range(150_000)]
     metadata = {
-        "tokenizer.ggml.tokens": Value(ARRAY, tokens, STRING),
-        "tokenizer.ggml.scores": Value(ARRAY, [float(-n) for n in range(150_000)], F32),
-        "tokenizer.ggml.token_type": Value(ARRAY, [1] * 150_000, I32),
+        "tokenizer.ggml.tokens": GGUFValue(ARRAY, tokens, STRING),
+        "tokenizer.ggml.scores": GGUFValue(ARRAY, [float(-n) for n in range(150_000)], F32),
+        "tokenizer.ggml.token_type": GGUFValue(ARRAY, [1] * 150_000, I32),
     }
     path = write(encode_header(metadata, []))
     assert path.stat().st_size > 8 * ggufheader._FIRST_READ_BYTES
@@ -391,16 +391,16 @@ def test_a_file_that_shrinks_while_it_is_read(write: Callable[[bytes], Path]) ->
             cursor.take(path.stat().st_size + 1, "it")
 
 
-ENCODE_WRONG: list[tuple[dict[str, Value], list[TensorInfo], int, str]] = [
-    ({"k": Value(U8, 256)}, [], 32, "'k' cannot be written as UINT8"),
-    ({"k": Value(U32, "text")}, [], 32, "'k' cannot be written as UINT32"),
-    ({"k": Value(STRING, 3)}, [], 32, "'k' cannot be written as STRING"),
-    ({"k": Value(BOOL, 2)}, [], 32, "'k' cannot be written as BOOL"),
-    ({"k": Value(ARRAY, [1])}, [], 32, "an array needs an item type"),
-    ({"k": Value(ARRAY, [[1]], ARRAY)}, [], 32, "an array needs an item type"),
-    ({"": Value(U8, 1)}, [], 32, "the name '' has 0 bytes"),
-    ({"\ud800": Value(U8, 1)}, [], 32, "is not UTF-8"),
-    ({"k": Value(STRING, "\ud800")}, [], 32, "'k' cannot be written as STRING"),
+ENCODE_WRONG: list[tuple[dict[str, GGUFValue], list[TensorInfo], int, str]] = [
+    ({"k": GGUFValue(U8, 256)}, [], 32, "'k' cannot be written as UINT8"),
+    ({"k": GGUFValue(U32, "text")}, [], 32, "'k' cannot be written as UINT32"),
+    ({"k": GGUFValue(STRING, 3)}, [], 32, "'k' cannot be written as STRING"),
+    ({"k": GGUFValue(BOOL, 2)}, [], 32, "'k' cannot be written as BOOL"),
+    ({"k": GGUFValue(ARRAY, [1])}, [], 32, "an array needs an item type"),
+    ({"k": GGUFValue(ARRAY, [[1]], ARRAY)}, [], 32, "an array needs an item type"),
+    ({"": GGUFValue(U8, 1)}, [], 32, "the name '' has 0 bytes"),
+    ({"\ud800": GGUFValue(U8, 1)}, [], 32, "is not UTF-8"),
+    ({"k": GGUFValue(STRING, "\ud800")}, [], 32, "'k' cannot be written as STRING"),
     ({}, [TensorInfo("n" * 64, GGMLType.F32, (8,), 0, 32)], 32, "has 64 bytes, expected 1 to 63"),
     ({}, [TensorInfo("a", GGMLType.F32, (8,), 32, 32)], 32, "leaves a hole"),
     ({}, [TensorInfo("a", GGMLType.F32, (8,), 0, 31)], 32, "has 31 bytes, expected 32"),
@@ -409,13 +409,13 @@ ENCODE_WRONG: list[tuple[dict[str, Value], list[TensorInfo], int, str]] = [
     ({}, [TensorInfo("a", GGMLType.Q4_K, (100,), 0, 4)], 32, "not a multiple of Q4_K's block"),
     ({}, [TensorInfo("a", GGMLType.F32, (8,), 0, 32), TensorInfo("a", GGMLType.F32, (8,), 32, 32)], 32, "twice"),
     ({}, [], 64, "general.alignment says 32"),
-    ({"general.alignment": Value(U32, 13)}, [], 13, "expected a power of two"),
+    ({"general.alignment": GGUFValue(U32, 13)}, [], 13, "expected a power of two"),
 ]
 
 
 @pytest.mark.parametrize(("metadata", "tensors", "alignment", "message"), ENCODE_WRONG)
 def test_nothing_unreadable_is_encoded(
-    metadata: dict[str, Value], tensors: list[TensorInfo], alignment: int, message: str
+    metadata: dict[str, GGUFValue], tensors: list[TensorInfo], alignment: int, message: str
 ) -> None:
     with pytest.raises(GGUFError, match=message):
         encode_header(metadata, tensors, alignment)
@@ -448,10 +448,10 @@ _SCALARS = {
 }
 
 
-def _value_of(kind: ValueType) -> st.SearchStrategy[Value]:
+def _value_of(kind: ValueType) -> st.SearchStrategy[GGUFValue]:
     items = _SCALARS[kind]
-    return items.map(lambda item: Value(kind, item)) | st.lists(items, max_size=5).map(
-        lambda listed: Value(ARRAY, listed, kind)
+    return items.map(lambda item: GGUFValue(kind, item)) | st.lists(items, max_size=5).map(
+        lambda listed: GGUFValue(ARRAY, listed, kind)
     )
 
 
@@ -475,7 +475,7 @@ def _laid_out(shapes: Mapping[str, tuple[GGMLType, list[int]]]) -> list[TensorIn
 @_QUICK
 @given(metadata=_METADATA, shapes=_TENSORS)
 def test_what_is_encoded_is_read_back(
-    write: Callable[[bytes], Path], metadata: dict[str, Value], shapes: dict[str, tuple[GGMLType, list[int]]]
+    write: Callable[[bytes], Path], metadata: dict[str, GGUFValue], shapes: dict[str, tuple[GGMLType, list[int]]]
 ) -> None:
     metadata.pop("general.alignment", None)
     tensors = _laid_out(shapes)
@@ -503,14 +503,16 @@ def test_mutated_headers_are_read_or_refused(write: Callable[[bytes], Path], dat
     assert llama_cpp_reads(path)
 
 
-def _write_shards(directory: Path, count: int, changes: Mapping[int, Mapping[str, Value]] | None = None) -> list[Path]:
+def _write_shards(
+    directory: Path, count: int, changes: Mapping[int, Mapping[str, GGUFValue]] | None = None
+) -> list[Path]:
     paths = []
     for number in range(count):
-        metadata = {"general.architecture": Value(STRING, "llama")} if number == 0 else {}
+        metadata = {"general.architecture": GGUFValue(STRING, "llama")} if number == 0 else {}
         metadata |= {
-            "split.no": Value(U16, number),
-            "split.count": Value(U16, count),
-            "split.tensors.count": Value(I32, count),
+            "split.no": GGUFValue(U16, number),
+            "split.count": GGUFValue(U16, count),
+            "split.tensors.count": GGUFValue(I32, count),
         }
         metadata |= (changes or {}).get(number, {})
         info = TensorInfo(f"t{number}", GGMLType.F32, (8,), 0, 32)
@@ -551,11 +553,11 @@ def test_a_renamed_shard_is_refused(tmp_path: Path) -> None:
         read_model_header(first)
 
 
-SHARDS_WRONG: dict[str, tuple[Mapping[int, Mapping[str, Value]], str]] = {
-    "number": ({1: {"split.no": Value(U16, 0)}}, "split.no is 0, expected 1"),
-    "count": ({1: {"split.count": Value(U16, 4)}}, "split.count is 4, expected 2"),
-    "type": ({0: {"split.count": Value(U32, 2)}}, "split.count is UINT32, expected UINT16"),
-    "tensors": ({0: {"split.tensors.count": Value(I32, 9)}}, "split.tensors.count is 9, but the shards hold 2"),
+SHARDS_WRONG: dict[str, tuple[Mapping[int, Mapping[str, GGUFValue]], str]] = {
+    "number": ({1: {"split.no": GGUFValue(U16, 0)}}, "split.no is 0, expected 1"),
+    "count": ({1: {"split.count": GGUFValue(U16, 4)}}, "split.count is 4, expected 2"),
+    "type": ({0: {"split.count": GGUFValue(U32, 2)}}, "split.count is UINT32, expected UINT16"),
+    "tensors": ({0: {"split.tensors.count": GGUFValue(I32, 9)}}, "split.tensors.count is 9, but the shards hold 2"),
 }
 
 
@@ -569,7 +571,7 @@ def test_contradicting_shards_are_refused(tmp_path: Path, case: str) -> None:
 
 def test_shards_without_a_number_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model-00001-of-00002.gguf"
-    path.write_bytes(encode_header({"split.count": Value(U16, 2)}, []))
+    path.write_bytes(encode_header({"split.count": GGUFValue(U16, 2)}, []))
     with pytest.raises(GGUFError, match=r"split\.no is missing"):
         read_model_header(path)
 

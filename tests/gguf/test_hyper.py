@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.hyper import Hyper, Layers, at_layer, largest
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import ValueType
 from tests.gguf_files import ARRAY, mixtral_metadata, text, u32, write_mixtral
 
 
-def layers(*counts: int) -> Value:
-    return Value(ARRAY, list(counts), ValueType.INT32)
+def layers(*counts: int) -> GGUFValue:
+    return GGUFValue(ARRAY, list(counts), ValueType.INT32)
 
 
-def hyper(**changes: Value | None) -> Hyper:
+def hyper(**changes: GGUFValue | None) -> Hyper:
     """The hyper-parameters of a Mixtral with these keys changed, ``__`` standing for a dot; None removes one."""
-    metadata: dict[str, Value | None] = {**mixtral_metadata(4, 2)}
+    metadata: dict[str, GGUFValue | None] = {**mixtral_metadata(4, 2)}
     metadata |= {f"llama.{name.replace('__', '.')}": value for name, value in changes.items()}
     return Hyper.of({key: value for key, value in metadata.items() if value is not None})
 
@@ -53,9 +53,9 @@ def test_nothing_is_read_from_an_empty_header() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [text("two"), Value(ValueType.BOOL, True), Value(ValueType.FLOAT32, 2.0), layers(2, 2)]
+    "value", [text("two"), GGUFValue(ValueType.BOOL, True), GGUFValue(ValueType.FLOAT32, 2.0), layers(2, 2)]
 )
-def test_what_has_another_type_is_not_stated(value: Value) -> None:
+def test_what_has_another_type_is_not_stated(value: GGUFValue) -> None:
     found = hyper(block_count=value, expert_count=value)
     assert (found.n_layer, found.n_expert) == (None, 0)
 
@@ -93,7 +93,7 @@ def test_caches_that_keep_less_are_told_apart() -> None:
     assert not Hyper.of(window).has_plain_cache
 
 
-@pytest.mark.parametrize("value", [text("8"), Value(ValueType.INT32, -1), layers(), layers(-2, 4)])
-def test_counts_that_are_none_are_named(value: Value) -> None:
+@pytest.mark.parametrize("value", [text("8"), GGUFValue(ValueType.INT32, -1), layers(), layers(-2, 4)])
+def test_counts_that_are_none_are_named(value: GGUFValue) -> None:
     found = hyper(attention__head_count=value, attention__key_length=text("wide"))
     assert found.malformed == {"llama.attention.head_count"}

@@ -14,7 +14,7 @@ from ggufmoe import __version__
 from ggufmoe.errors import Cancelled, GGUFError, InputError, OutputError
 from ggufmoe.gguf import manifest
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import TensorInfo, Value, padded, read_header
+from ggufmoe.gguf.header import GGUFValue, TensorInfo, padded, read_header
 from ggufmoe.gguf.manifest import default_path, hash_files, make_manifest, read_manifest, verify, write_manifest
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.work import Progress
@@ -29,7 +29,7 @@ def write_gguf(path: Path, sizes: dict[str, int] = SIZES, *, name: str = "model"
         infos.append(TensorInfo(tensor, GGMLType.I8, (n_bytes,), offset, n_bytes))
         contents[tensor] = hashlib.shake_128(bytes([seed, index])).digest(n_bytes)
         offset = padded(offset + n_bytes, 32)
-    content = encode_header({"general.name": Value(ValueType.STRING, name)}, infos)
+    content = encode_header({"general.name": GGUFValue(ValueType.STRING, name)}, infos)
     for data in contents.values():
         content += data + bytes(padded(len(data), 32) - len(data))
     path.write_bytes(content)

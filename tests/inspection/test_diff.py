@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.errors import Cancelled, GGUFError
-from ggufmoe.gguf.header import Value, read_header
+from ggufmoe.gguf.header import GGUFValue, read_header
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.inspection.diff import ModelDifference, TensorDifference, diff_models
 from ggufmoe.work import Progress
@@ -136,13 +136,13 @@ def test_headers_alone(tmp_path: Path) -> None:
 
 
 def test_metadata(tmp_path: Path) -> None:
-    def array(*items: str) -> Value:
-        return Value(ValueType.ARRAY, list(items), ValueType.STRING)
+    def array(*items: str) -> GGUFValue:
+        return GGUFValue(ValueType.ARRAY, list(items), ValueType.STRING)
 
-    nan = Value(ValueType.FLOAT32, math.nan)
+    nan = GGUFValue(ValueType.FLOAT32, math.nan)
     before = KEYS | {"a": text("x"), "b": u32(1), "c": array("p", "q", "r"), "d": array("p"), "n": nan, "t": u32(7)}
     after = KEYS | {"b": u32(2), "c": array("p", "Q", "R"), "d": array("p", "q"), "n": nan, "e": text("new")}
-    after |= {"t": Value(ValueType.INT32, 7)}
+    after |= {"t": GGUFValue(ValueType.INT32, 7)}
     found = diff_models(write_gguf(tmp_path / "a", before), write_gguf(tmp_path / "b", after))
     by_key = {key.key: key for key in found.keys}
     assert list(by_key) == ["a", "b", "c", "d", "t", "e"]

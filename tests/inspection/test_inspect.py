@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import part_of
 from ggufmoe.gguf.types import FILE_TYPES, GGMLType, ValueType
@@ -90,7 +90,7 @@ def test_hyper_parameters_tokenizer_and_provenance(tmp_path: Path) -> None:
 
 
 def test_a_report_is_json(tmp_path: Path) -> None:
-    strange = {"x.nan": Value(ValueType.FLOAT32, float("nan")), "x.bytes": text("\udcff")}
+    strange = {"x.nan": GGUFValue(ValueType.FLOAT32, float("nan")), "x.bytes": text("\udcff")}
     report = inspect_model(write_mixtral(tmp_path / "m.gguf", changes=strange)).to_dict()
     found = json.loads(json.dumps(report, allow_nan=False))
     assert found["other"] == {"merge.gate_mode": "hidden", "x.nan": "nan", "x.bytes": "\udcff"}
@@ -138,7 +138,7 @@ def test_a_file_without_tensors_is_said_to_be_one(tmp_path: Path) -> None:
     assert inspect_model(path).warnings == ("no tensors: only a vocabulary or metadata, which cannot be run",)
 
 
-def _warnings(tmp_path: Path, changes: dict[str, Value | None], n_expert: int = 4, n_used: int = 2) -> str:
+def _warnings(tmp_path: Path, changes: dict[str, GGUFValue | None], n_expert: int = 4, n_used: int = 2) -> str:
     return " | ".join(inspect_model(write_mixtral(tmp_path / "m.gguf", n_expert, n_used, changes)).warnings)
 
 
@@ -151,16 +151,19 @@ def _warnings(tmp_path: Path, changes: dict[str, Value | None], n_expert: int = 
         ({"llama.expert_used_count": u32(5)}, "says that 5 of 4 are used"),
         ({"llama.expert_count": None}, "says that 2 of 0 are used"),
         ({"tokenizer.ggml.eos_token_id": u32(99)}, "the eos token is beyond the vocabulary of 40"),
-        ({"tokenizer.ggml.tokens": Value(ARRAY, ["a"] * 39, ValueType.STRING)}, "embedding has 40 rows for 39 tokens"),
         (
-            {"tokenizer.ggml.tokens": Value(ARRAY, ["a"] * 42, ValueType.STRING)},
+            {"tokenizer.ggml.tokens": GGUFValue(ARRAY, ["a"] * 39, ValueType.STRING)},
+            "embedding has 40 rows for 39 tokens",
+        ),
+        (
+            {"tokenizer.ggml.tokens": GGUFValue(ARRAY, ["a"] * 42, ValueType.STRING)},
             "2 added tokens (from 40 on) have no row in the output: llama.cpp does not load such a file",
         ),
         ({"llama.context_length": None}, "says no context length"),
         ({"llama.context_length": u32(0)}, "a context of 0 tokens cannot be meant"),
         ({"llama.context_length": u32(2**31)}, "a context of 2147483648 tokens cannot be meant"),
         (
-            {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4), "llama.rope.scaling.type": None},
+            {"llama.rope.freq_base": GGUFValue(ValueType.FLOAT32, 1e4), "llama.rope.scaling.type": None},
             "Mistral 7B v0.1 has these numbers and a window of 4096",
         ),
         (
@@ -169,20 +172,20 @@ def _warnings(tmp_path: Path, changes: dict[str, Value | None], n_expert: int = 
         ),
     ],
 )
-def test_faults_are_pointed_out(tmp_path: Path, changes: dict[str, Value | None], message: str) -> None:
+def test_faults_are_pointed_out(tmp_path: Path, changes: dict[str, GGUFValue | None], message: str) -> None:
     assert message in _warnings(tmp_path, changes)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4)},
-        {"llama.rope.freq_base": Value(ValueType.FLOAT32, 1e4), "llama.context_length": u32(8192)},
+        {"llama.rope.freq_base": GGUFValue(ValueType.FLOAT32, 1e4)},
+        {"llama.rope.freq_base": GGUFValue(ValueType.FLOAT32, 1e4), "llama.context_length": u32(8192)},
         {"llama.context_length": u32(10 * 2**20)},
         {"ggufmoe.sliding_window": u32(32768)},
     ],
 )
-def test_long_contexts_may_be_meant(tmp_path: Path, changes: dict[str, Value | None]) -> None:
+def test_long_contexts_may_be_meant(tmp_path: Path, changes: dict[str, GGUFValue | None]) -> None:
     assert "context" not in _warnings(tmp_path, changes)
 
 
@@ -222,7 +225,7 @@ def test_memory_of_the_default_context_and_of_a_short_one(tmp_path: Path) -> Non
         {"llama.context_length": None},
     ],
 )
-def test_what_cannot_be_run_needs_no_memory(tmp_path: Path, changes: dict[str, Value | None]) -> None:
+def test_what_cannot_be_run_needs_no_memory(tmp_path: Path, changes: dict[str, GGUFValue | None]) -> None:
     memory = inspect_model(write_mixtral(tmp_path / "m.gguf", changes=changes)).memory
     assert [need.n_ctx for need in memory if need.n_ctx] == []
 
@@ -251,15 +254,15 @@ def test_trailing_bytes_are_pointed_out(tmp_path: Path) -> None:
 
 
 def test_layers_that_differ_and_types_that_are_wrong(tmp_path: Path) -> None:
-    changes: dict[str, Value | None] = {
-        "llama.attention.head_count": Value(ARRAY, [4, 4], ValueType.INT32),
-        "llama.attention.head_count_kv": Value(ARRAY, [2, 4], ValueType.INT32),
-        "llama.feed_forward_length": Value(ARRAY, [], ValueType.INT32),
+    changes: dict[str, GGUFValue | None] = {
+        "llama.attention.head_count": GGUFValue(ARRAY, [4, 4], ValueType.INT32),
+        "llama.attention.head_count_kv": GGUFValue(ARRAY, [2, 4], ValueType.INT32),
+        "llama.feed_forward_length": GGUFValue(ARRAY, [], ValueType.INT32),
         "llama.context_length": text("long"),
-        "llama.rope.freq_base": Value(ValueType.BOOL, True),
+        "llama.rope.freq_base": GGUFValue(ValueType.BOOL, True),
         "general.name": u32(7),
         "general.file_type": u32(99),
-        "tokenizer.ggml.tokens": Value(ARRAY, [1, 2], ValueType.INT32),
+        "tokenizer.ggml.tokens": GGUFValue(ARRAY, [1, 2], ValueType.INT32),
         "tokenizer.ggml.add_bos_token": u32(1),
         "llama.vocab_size": u32(40),
     }
@@ -278,8 +281,8 @@ def test_a_file_with_nothing_in_it(tmp_path: Path) -> None:
 def test_split_models_are_counted_together(tmp_path: Path) -> None:
     paths = []
     for number in range(2):
-        split = {"split.no": Value(ValueType.UINT16, number), "split.count": Value(ValueType.UINT16, 2)}
-        split |= {"split.tensors.count": Value(ValueType.INT32, 2)}
+        split = {"split.no": GGUFValue(ValueType.UINT16, number), "split.count": GGUFValue(ValueType.UINT16, 2)}
+        split |= {"split.tensors.count": GGUFValue(ValueType.INT32, 2)}
         metadata = (mixtral_metadata(2, 1) if number == 0 else {}) | split
         tensor = (f"blk.{number}.ffn_up_exps.weight", GGMLType.F32, (2, 8, 8))
         paths.append(write_gguf(tmp_path / f"m-0000{number + 1}-of-00002.gguf", metadata, [tensor]))

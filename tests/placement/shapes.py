@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import TensorInfo, Value, padded
+from ggufmoe.gguf.header import GGUFValue, TensorInfo, padded
 from ggufmoe.gguf.model import ModelHeader, read_model_header
 from ggufmoe.gguf.types import GGMLType, ValueType
 
@@ -16,11 +16,11 @@ N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB = 512, 1024, 8, 4, 2048
 Shapes = Iterator[tuple[str, GGMLType, tuple[int, ...]]]
 
 
-def _word(number: int) -> Value:
-    return Value(ValueType.UINT32, number)
+def _word(number: int) -> GGUFValue:
+    return GGUFValue(ValueType.UINT32, number)
 
 
-def metadata(n_layer: int, n_expert: int, n_used: int) -> dict[str, Value]:
+def metadata(n_layer: int, n_expert: int, n_used: int) -> dict[str, GGUFValue]:
     numbers = {
         "block_count": n_layer,
         "context_length": 32768,
@@ -33,7 +33,7 @@ def metadata(n_layer: int, n_expert: int, n_used: int) -> dict[str, Value]:
     if n_expert:
         numbers |= {"expert_count": n_expert, "expert_used_count": n_used}
     words = {f"llama.{key}": _word(number) for key, number in numbers.items()}
-    return {"general.architecture": Value(ValueType.STRING, "llama"), **words}
+    return {"general.architecture": GGUFValue(ValueType.STRING, "llama"), **words}
 
 
 def tensors(n_layer: int, n_expert: int, *, tied: bool) -> Shapes:
@@ -65,7 +65,7 @@ def model_of(
     n_expert: int = 2,
     n_used: int = 2,
     tied: bool = False,
-    changes: Mapping[str, Value] = {},
+    changes: Mapping[str, GGUFValue] = {},
 ) -> ModelHeader:
     """Write a file whose weights are a hole, and read its header."""
     infos, position = [], 0

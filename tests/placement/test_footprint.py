@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.options import ContextOptions, OffloadOptions
@@ -25,8 +25,8 @@ UNEQUAL_WIDTHS = {"attention.key_length": 96, "attention.value_length": 64}
 
 
 def llama(**numbers: int) -> Hyper:
-    keys = {f"llama.{key}": Value(ValueType.UINT32, number) for key, number in numbers.items()}
-    return Hyper.of({"general.architecture": Value(ValueType.STRING, "llama"), **keys})
+    keys = {f"llama.{key}": GGUFValue(ValueType.UINT32, number) for key, number in numbers.items()}
+    return Hyper.of({"general.architecture": GGUFValue(ValueType.STRING, "llama"), **keys})
 
 
 @pytest.mark.parametrize(

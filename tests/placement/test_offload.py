@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ggufmoe.errors import GGUFError, OptionError
-from ggufmoe.gguf.header import Value, padded
+from ggufmoe.gguf.header import GGUFValue, padded
 from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.gguf.names import experts_pattern
 from ggufmoe.gguf.types import GGMLType, ValueType
@@ -272,7 +272,7 @@ def test_what_is_left_free_is_told(model: ModelHeader) -> None:
 
 def test_a_file_of_another_kind_has_no_plan(model: ModelHeader) -> None:
     shard = model.shards[0]
-    metadata = {**shard.header.metadata, "general.type": Value(ValueType.STRING, "imatrix")}
+    metadata = {**shard.header.metadata, "general.type": GGUFValue(ValueType.STRING, "imatrix")}
     other = replace(model, shards=(replace(shard, header=replace(shard.header, metadata=metadata)),))
     with pytest.raises(GGUFError, match="an importance matrix, not a model"):
         plan_of(other)
@@ -304,10 +304,10 @@ def test_mapped_experts_could_be_faster(model: ModelHeader) -> None:
 
 def test_other_caches_are_called_estimates(tmp_path: Path) -> None:
     changes = {
-        "general.architecture": Value(ValueType.STRING, "gemma2"),
-        "gemma2.block_count": Value(ValueType.UINT32, 2),
-        "gemma2.attention.sliding_window": Value(ValueType.UINT32, 512),
-        "gemma2.attention.head_count": Value(ValueType.ARRAY, [8, 4], ValueType.UINT32),
+        "general.architecture": GGUFValue(ValueType.STRING, "gemma2"),
+        "gemma2.block_count": GGUFValue(ValueType.UINT32, 2),
+        "gemma2.attention.sliding_window": GGUFValue(ValueType.UINT32, 512),
+        "gemma2.attention.head_count": GGUFValue(ValueType.ARRAY, [8, 4], ValueType.UINT32),
     }
     plan = plan_of(model_of(tmp_path / "m.gguf", n_layer=2, changes=changes))
     assert any("gemma2 is not that of a plain transformer" in note for note in plan.notes)
@@ -350,7 +350,9 @@ def test_tensor_mode_needs_a_gpu(model: ModelHeader) -> None:
 
 
 def test_absurd_numbers_of_layers_are_refused(tmp_path: Path) -> None:
-    model = model_of(tmp_path / "m.gguf", n_layer=1, changes={"llama.block_count": Value(ValueType.UINT32, 2**31 - 1)})
+    model = model_of(
+        tmp_path / "m.gguf", n_layer=1, changes={"llama.block_count": GGUFValue(ValueType.UINT32, 2**31 - 1)}
+    )
     with pytest.raises(GGUFError, match="2147483647 layers"):
         plan_of(model)
 

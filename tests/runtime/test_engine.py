@@ -30,7 +30,7 @@ from ggufmoe import (
     convert,
 )
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.native import backends
 from ggufmoe.native import library as native
@@ -581,7 +581,7 @@ def test_an_old_file_with_one_tensor_per_expert(write_model: Callable[[Scripted]
 
 def test_a_file_without_weights(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.gguf"
-    path.write_bytes(encode_header({"general.architecture": Value(ValueType.STRING, "llama")}, ()))
+    path.write_bytes(encode_header({"general.architecture": GGUFValue(ValueType.STRING, "llama")}, ()))
     with pytest.raises(GGUFError, match="holds no weights"):
         Engine(path)
 
@@ -589,7 +589,7 @@ def test_a_file_without_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "what"), [("imatrix", "an importance matrix"), ("adapter", "LoRA")])
 def test_a_file_of_another_kind(tmp_path: Path, kind: str, what: str) -> None:
     path = tmp_path / "other.gguf"
-    path.write_bytes(encode_header({"general.type": Value(ValueType.STRING, kind)}, ()))
+    path.write_bytes(encode_header({"general.type": GGUFValue(ValueType.STRING, kind)}, ()))
     with pytest.raises(GGUFError, match=f"other.gguf: .*{what}.*, not a model"):
         Engine(path)
 

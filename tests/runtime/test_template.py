@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ggufmoe import OptionError, TemplateError
-from ggufmoe.gguf.header import Header, Value
+from ggufmoe.gguf.header import GGUFValue, Header
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.runtime.template import BUILTIN, ChatTemplate, find_template, fold_system
 
@@ -24,7 +24,7 @@ DROPPING = "{% for m in messages if m.role != 'system' %}{{ m.role }}={{ m.conte
 
 
 def header(**metadata: Any) -> Header:
-    values = {f"tokenizer.{key}": Value(ValueType.STRING, text, None) for key, text in metadata.items()}
+    values = {f"tokenizer.{key}": GGUFValue(ValueType.STRING, text, None) for key, text in metadata.items()}
     return Header(version=3, metadata=values, tensors=(), alignment=32, data_offset=0, file_bytes=0)
 
 

@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from ggufmoe.checkpoint.source import Dtype, ModelConfig, ModelSource, SourceTensor
 from ggufmoe.errors import ArchitectureError
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.types import GGMLType
 
 
@@ -50,7 +50,7 @@ class Family(Protocol):
     def tensors(self, source: ModelSource) -> Iterator[ModelTensor]:
         """Every tensor of the GGUF file, in any order."""
 
-    def hyper_parameters(self, config: ModelConfig) -> dict[str, Value]:
+    def hyper_parameters(self, config: ModelConfig) -> dict[str, GGUFValue]:
         """The keys that begin with the family's name, in the order of llama.cpp's converter; last, keys of ours."""
 
     def unexpressed(self, config: ModelConfig) -> Iterator[str]:

@@ -14,11 +14,11 @@ from ggufmoe.checkpoint.source import ModelConfig, ModelSource, RopeScaling
 from ggufmoe.export.arch import ModelTensor
 from ggufmoe.export.model_keys import f32, text, u32
 from ggufmoe.export.source_rows import Computed, RopeOrdered
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.own_keys import SLIDING_WINDOW
-from ggufmoe.gguf.upstream import Keys
+from ggufmoe.gguf.upstream import LLAMA, Keys
 
-NAME = "llama"
+NAME = LLAMA
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
@@ -31,7 +31,7 @@ def tensors(source: ModelSource) -> Iterator[ModelTensor]:
             yield plain(source, f"blk.{layer}.ffn_{name}.weight", f"model.layers.{layer}.mlp.{projection}.weight")
 
 
-def hyper_parameters(config: ModelConfig) -> dict[str, Value]:
+def hyper_parameters(config: ModelConfig) -> dict[str, GGUFValue]:
     """The ``llama.*`` keys of a dense model; transformers always knows a head size here, so it is always written."""
     return llama_parameters(config, with_head_size=True)
 
@@ -90,9 +90,9 @@ def llama3_rope_factors(config: ModelConfig) -> list[float]:
     return factors
 
 
-def llama_parameters(config: ModelConfig, *, with_head_size: bool) -> dict[str, Value]:
+def llama_parameters(config: ModelConfig, *, with_head_size: bool) -> dict[str, GGUFValue]:
     """The ``llama.*`` keys in the converter's order, and the sliding window that llama.cpp does not apply."""
-    keys: dict[str, Value | None] = {
+    keys: dict[str, GGUFValue | None] = {
         Keys.LLM.BLOCK_COUNT: u32(config.n_layer),
         Keys.LLM.CONTEXT_LENGTH: u32(config.n_ctx),
         Keys.LLM.EMBEDDING_LENGTH: u32(config.n_embd),
@@ -127,7 +127,7 @@ _YARN_DEFAULTS = {"extrapolation_factor": 1.0, "attn_factor": 1.0, "beta_fast": 
 """What llama.cpp computes with whatever a file says."""
 
 
-def _rope_scaling_keys(scaling: RopeScaling) -> dict[str, Value]:
+def _rope_scaling_keys(scaling: RopeScaling) -> dict[str, GGUFValue]:
     if scaling.kind not in ("linear", "yarn"):
         return {}
     given: Mapping[str, float] = scaling.parameters

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from ggufmoe.checkpoint.source import ModelConfig, ModelSource
 from ggufmoe.export.arch import ModelTensor
 from ggufmoe.export.arch.dense import attention_tensors, llama_parameters, outer_tensors, unexpressed
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
+from ggufmoe.gguf.upstream import LLAMA
 
 __all__ = ["ARCHITECTURES", "NAME", "hyper_parameters", "tensors", "unexpressed"]
 
-NAME = "llama"
+NAME = LLAMA
 ARCHITECTURES = ("MixtralForCausalLM",)
 
 _STACKS = {"gate": "w1", "down": "w2", "up": "w3"}
@@ -38,6 +39,6 @@ def _expert_tensors(source: ModelSource, layer: int) -> Iterator[ModelTensor]:
         yield ModelTensor(f"{block}.ffn_{name}_exps.weight", (len(parts), *parts[0].shape), parts)
 
 
-def hyper_parameters(config: ModelConfig) -> dict[str, Value]:
+def hyper_parameters(config: ModelConfig) -> dict[str, GGUFValue]:
     """The ``llama.*`` keys of a Mixtral; its head size is written only where the config gives one, as upstream does."""
     return llama_parameters(config, with_head_size=config.raw.get("head_dim") is not None)

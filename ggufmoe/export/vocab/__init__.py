@@ -17,7 +17,7 @@ from ggufmoe.export.vocab import bytelevel, spm_json, spm_model
 from ggufmoe.export.vocab.keys import metadata
 from ggufmoe.export.vocab.special import special_tokens
 from ggufmoe.export.vocab.token_rows import TokenType, Vocabulary
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.special_texts import special_literals
 
 __all__ = ["tokenizer_metadata"]
@@ -25,7 +25,9 @@ __all__ = ["tokenizer_metadata"]
 _LOG = logging.getLogger("ggufmoe")
 
 
-def tokenizer_metadata(tokenizer_dir: Path, config: ModelConfig, chat_template: str | None = None) -> dict[str, Value]:
+def tokenizer_metadata(
+    tokenizer_dir: Path, config: ModelConfig, chat_template: str | None = None
+) -> dict[str, GGUFValue]:
     """Every ``tokenizer.*`` key of a model, in the order in which llama.cpp's converter writes them.
 
     ``tokenizer.model`` is preferred to ``tokenizer.json``, as there. The number of tokens is ``config.n_vocab``: rows

@@ -9,68 +9,64 @@ from typing import Any
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.special import SpecialTokens
 from ggufmoe.export.vocab.token_rows import Vocabulary
-from ggufmoe.gguf.header import Value
+from ggufmoe.gguf.header import GGUFValue
+from ggufmoe.gguf.key_tables import TOKEN_ID_KEYS
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import ValueType
+from ggufmoe.gguf.upstream import Keys
 
-_ID_KEYS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "eot": "eot_token_id",
-    "eom": "eom_token_id",
-    "unk": "unknown_token_id",
-    "sep": "seperator_token_id",
-    "pad": "padding_token_id",
-    "mask": "mask_token_id",
-}
+_ADDED_KEYS = {"bos": Keys.Tokenizer.ADD_BOS, "eos": Keys.Tokenizer.ADD_EOS, "sep": Keys.Tokenizer.ADD_SEP}
 
 
 def metadata(
     vocabulary: Vocabulary, special: SpecialTokens, templates: Mapping[str, str], directory: Path
-) -> dict[str, Value]:
+) -> dict[str, GGUFValue]:
     """All ``tokenizer.*`` keys, and ``EOS_TOKEN_IDS`` where a text has many ends.
 
     Raises TokenizerError if a chat template is not text that UTF-8 can hold.
     """
-    keys: dict[str, Value] = {}
+    keys: dict[str, GGUFValue] = {}
     if vocabulary.add_space_prefix is not None:
-        keys["tokenizer.ggml.add_space_prefix"] = Value(ValueType.BOOL, vocabulary.add_space_prefix)
+        keys[Keys.Tokenizer.ADD_PREFIX] = GGUFValue(ValueType.BOOL, vocabulary.add_space_prefix)
     keys |= _vocabulary_keys(vocabulary)
     for role, token_id in special.ids.items():
-        if role in _ID_KEYS:
-            keys[f"tokenizer.ggml.{_ID_KEYS[role]}"] = Value(ValueType.UINT32, token_id)
+        if role in TOKEN_ID_KEYS:
+            keys[TOKEN_ID_KEYS[role]] = GGUFValue(ValueType.UINT32, token_id)
     for role, added in special.added.items():
-        if role in ("bos", "eos", "sep"):
-            keys[f"tokenizer.ggml.add_{role}_token"] = Value(ValueType.BOOL, added)
+        if role in _ADDED_KEYS:
+            keys[_ADDED_KEYS[role]] = GGUFValue(ValueType.BOOL, added)
     if special.further_ends:
         keys[EOS_TOKEN_IDS] = _array(ValueType.UINT32, list(special.further_ends))
     return keys | _template_keys(templates, directory)
 
 
-def _vocabulary_keys(vocabulary: Vocabulary) -> dict[str, Value]:
+def _vocabulary_keys(vocabulary: Vocabulary) -> dict[str, GGUFValue]:
     keys = {
-        "tokenizer.ggml.model": Value(ValueType.STRING, vocabulary.model),
-        "tokenizer.ggml.pre": Value(ValueType.STRING, vocabulary.pre),
-        "tokenizer.ggml.tokens": _array(ValueType.STRING, list(vocabulary.tokens)),
+        Keys.Tokenizer.MODEL: GGUFValue(ValueType.STRING, vocabulary.model),
+        Keys.Tokenizer.PRE: GGUFValue(ValueType.STRING, vocabulary.pre),
+        Keys.Tokenizer.LIST: _array(ValueType.STRING, list(vocabulary.tokens)),
     }
     if vocabulary.scores is not None:
-        keys["tokenizer.ggml.scores"] = _array(ValueType.FLOAT32, list(vocabulary.scores))
-    keys["tokenizer.ggml.token_type"] = _array(ValueType.INT32, [int(kind) for kind in vocabulary.types])
+        keys[Keys.Tokenizer.SCORES] = _array(ValueType.FLOAT32, list(vocabulary.scores))
+    keys[Keys.Tokenizer.TOKEN_TYPE] = _array(ValueType.INT32, [int(kind) for kind in vocabulary.types])
     if vocabulary.merges:
-        keys["tokenizer.ggml.merges"] = _array(ValueType.STRING, list(vocabulary.merges))
+        keys[Keys.Tokenizer.MERGES] = _array(ValueType.STRING, list(vocabulary.merges))
     return keys
 
 
-def _template_keys(templates: Mapping[str, str], directory: Path) -> dict[str, Value]:
+def _template_keys(templates: Mapping[str, str], directory: Path) -> dict[str, GGUFValue]:
     named = {_plain(name): text for name, text in templates.items() if _plain(name) and name != "default"}
     for name, text in templates.items():
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise TokenizerError(f"{directory}: chat template {name!r} holds half a surrogate pair; correct it")
-    keys = {f"tokenizer.chat_template.{name}": Value(ValueType.STRING, text) for name, text in named.items()}
+    keys = {
+        Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): GGUFValue(ValueType.STRING, text)
+        for name, text in named.items()
+    }
     if named:
-        keys["tokenizer.chat_templates"] = _array(ValueType.STRING, sorted(named))
+        keys[Keys.Tokenizer.CHAT_TEMPLATES] = _array(ValueType.STRING, sorted(named))
     if "default" in templates:
-        keys["tokenizer.chat_template"] = Value(ValueType.STRING, templates["default"])
+        keys[Keys.Tokenizer.CHAT_TEMPLATE] = GGUFValue(ValueType.STRING, templates["default"])
     return keys
 
 
@@ -78,5 +74,5 @@ def _plain(name: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
 
 
-def _array(type: ValueType, values: list[Any]) -> Value:
-    return Value(ValueType.ARRAY, values, type)
+def _array(type: ValueType, values: list[Any]) -> GGUFValue:
+    return GGUFValue(ValueType.ARRAY, values, type)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ggufmoe.checkpoint.tokenizer_files import AddedToken
 from ggufmoe.errors import TokenizerError
+from ggufmoe.gguf import upstream
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -26,12 +27,12 @@ ADDED_SCORE = -1000.0
 class TokenType(IntEnum):
     """Kinds of tokens, numbered as in ``tokenizer.ggml.token_type``."""
 
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+    NORMAL = upstream.TokenType.NORMAL
+    UNKNOWN = upstream.TokenType.UNKNOWN
+    CONTROL = upstream.TokenType.CONTROL
+    USER_DEFINED = upstream.TokenType.USER_DEFINED
+    UNUSED = upstream.TokenType.UNUSED
+    BYTE = upstream.TokenType.BYTE
 
 
 @dataclass(frozen=True)
