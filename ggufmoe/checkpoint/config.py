@@ -92,6 +92,14 @@ def _no_config(directory: Path) -> CheckpointError:
     return CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
 
 
+def quantization_method(raw: Mapping[str, Any]) -> str | None:
+    """How config.json says that the weights are quantized; None if it says nothing. The weights tell if it is so."""
+    stated = raw.get("quantization_config")
+    if not stated:
+        return None
+    return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
+
+
 def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
     """``read_config`` of a JSON object; ``path`` is for the messages."""
     architecture = _architecture(path, raw)
@@ -199,11 +207,7 @@ def _architecture(path: Path, raw: Mapping[str, Any]) -> str:
 
 
 def _refuse_inexpressible(keys: _Keys) -> None:
-    raw, path = keys.raw, keys.path
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise CheckpointError(f"{path}: this checkpoint is quantized already ({method!r:.40}); use the original one")
+    raw = keys.raw
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise keys.error("hidden_act", "'silu', the only activation that llama.cpp has for this family")
     for key in ("attention_bias", "mlp_bias"):

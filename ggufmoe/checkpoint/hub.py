@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ggufmoe.checkpoint import shards
-from ggufmoe.checkpoint.config import read_config
+from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.errors import CheckpointError, HubError, one_line
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
@@ -58,7 +58,12 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     before any weights are fetched, if the model is not one that can be converted.
     """
     directory = _snapshot(repo_id, revision, SMALL_FILES)
-    read_config(directory)
+    method = quantization_method(read_config(directory).raw)
+    if method not in (
+        None,
+        "bitsandbytes",
+    ):  # which fine-tuning leaves in the config of weights that it did not quantize
+        raise CheckpointError(f"{repo_id} is quantized already ({method!r:.40}); use the original model")
     index = directory / shards.INDEX
     others = sorted(set(shards.parse_index(index).values())) if index.is_file() else [shards.NUMBERED]
     names = [shards.SINGLE, *others]

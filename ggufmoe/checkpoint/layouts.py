@@ -14,7 +14,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ggufmoe.checkpoint.config import quantization_method
 from ggufmoe.checkpoint.dtypes import row_count
+from ggufmoe.checkpoint.foreign_weights import way_out_of, what_made
 from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
 from ggufmoe.checkpoint.source import Dtype, ModelConfig
 from ggufmoe.errors import CheckpointError, TensorMismatchError
@@ -195,7 +197,22 @@ def arrange(
     (``conversion/llama.py``; transformers would keep it too if it differs). Raises TensorMismatchError naming all
     that is missing, left over or wrongly shaped, and CheckpointError for weights that are not BF16, F16 or F32.
     """
-    stored = _by_plain_name(where, stored)
+    if (made := what_made(stored)) is not None:
+        raise CheckpointError(f"{where} {made}")
+    try:
+        return _arrange(where, config, _by_plain_name(where, stored))
+    except CheckpointError as error:
+        if (method := quantization_method(config.raw)) is None:
+            raise
+        raise CheckpointError(
+            f"{where}: config.json says that this checkpoint is quantized already ({method!r:.40}); "
+            f"use the original one ({error})"
+        ) from error
+
+
+def _arrange(
+    where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
+) -> dict[str, StoredRows]:
     layout = find_expert_layout(where, stored) if config.n_expert else ExpertLayout()
     _check_count(where, config, layout, len(stored))
     with_output = not config.tie_embeddings or "lm_head.weight" in stored
@@ -250,7 +267,8 @@ def _dtypes(where: str, names: set[str], stored: Mapping[str, tuple[TensorFile, 
     odd = [f"{name} ({stored[name][1].dtype})" for name in sorted(names) if stored[name][1].dtype not in known]
     if odd:
         raise CheckpointError(
-            f"{where} has weights that are not BF16, F16 or F32: {_listed(odd)}; use the model's unquantized checkpoint"
+            f"{where} has weights that are not BF16, F16 or F32: {_listed(odd)}; "
+            f"{way_out_of(stored[name][1].dtype for name in names if stored[name][1].dtype not in known)}"
         )
     return {name: Dtype(stored[name][1].dtype) for name in names}
 

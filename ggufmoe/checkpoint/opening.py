@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from ggufmoe.checkpoint import hub
-from ggufmoe.checkpoint.config import read_config
+from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.checkpoint.layouts import arrange
 from ggufmoe.checkpoint.provenance import read_provenance
 from ggufmoe.checkpoint.safetensors import TensorFile
@@ -16,6 +17,8 @@ from ggufmoe.checkpoint.shards import open_tensor_files
 from ggufmoe.checkpoint.source import ModelConfig, Provenance, SourceTensor
 from ggufmoe.errors import CheckpointError
 from ggufmoe.work import CancelFlag, OnProgress
+
+_LOG = logging.getLogger("ggufmoe")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
     files, stored = open_tensor_files(directory)
     try:
         tensors = arrange(str(directory), config, stored)
+        if (method := quantization_method(config.raw)) is not None:
+            _LOG.warning(
+                "%s has a quantization_config (%s), but its weights are not quantized; it is ignored",
+                *(directory / "config.json", method[:40]),
+            )
         config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
         provenance = read_provenance(directory, repo_id)
         return Checkpoint(directory, config, tensors, provenance, _inputs(directory), files)

@@ -316,14 +316,26 @@ def _round(rows: Floats, dtype: Dtype) -> None:
 _ORIGINAL = "original_max_position_embeddings"
 """The only parameter of rope scaling that transformers expects as a whole number."""
 
+_DROPPED = frozenset(
+    [
+        "pretraining_tp",
+        "attention_bias",
+        "mlp_bias",
+        "auto_map",
+        "quantization_config",
+        "_name_or_path",
+        "transformers_version",
+    ]
+)
+"""Keys of the base's config.json that do not hold for what is made of it."""
+
 _TORCH_DTYPES = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
 
 
 def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype, tokens: TokenPlan) -> ModelConfig:
     """The base's hyper-parameters as a Mixtral's; ``raw`` is readable by transformers 4 and 5."""
     n_expert, n_expert_used = len(recipe.experts), recipe.experts_per_token
-    dropped = ("pretraining_tp", "attention_bias", "mlp_bias", "auto_map", "_name_or_path", "transformers_version")
-    raw = {key: value for key, value in base.raw.items() if key not in dropped}
+    raw = {key: value for key, value in base.raw.items() if key not in _DROPPED}
     raw |= {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",

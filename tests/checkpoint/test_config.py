@@ -220,8 +220,6 @@ def test_rope_that_cannot_be_expressed_is_refused(given: Any, message: str) -> N
         ("eos_token_id", "</s>", "eos_token_id is '</s>', expected a token id"),
         ("hidden_act", "gelu", "hidden_act is 'gelu', expected 'silu'"),
         ("attention_bias", True, "attention_bias is True, expected false: biases are not supported"),
-        ("quantization_config", {"quant_method": "gptq"}, r"quantized already \('gptq'\); use the original"),
-        ("quantization_config", ["fp8"], "quantized already"),
         ("layer_types", ["full_attention", "sliding_attention"], "one kind of attention in all layers"),
     ],
 )

@@ -108,6 +108,24 @@ def test_an_unsupported_model_costs_no_weights(tiny_checkpoint: Callable[..., Pa
     assert not any(name.endswith(".safetensors") for name in running.fetched)
 
 
+def test_a_quantized_model_costs_no_weights(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with fake_hub.serving(directory) as running:
+        (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
+    assert answer["message"] == "org/tiny is quantized already ('awq'); use the original model"
+    assert not any(name.endswith(".safetensors") for name in running.fetched)
+
+
+def test_numbered_shards_without_an_index_are_fetched(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_checkpoint(max_shard_bytes=2_000_000), tmp_path / "model")
+    (directory / "model.safetensors.index.json").unlink()
+    with fake_hub.serving(directory) as running:
+        (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
+    assert answer["n"] == 29
+
+
 def test_a_model_with_pickled_weights_only_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.safetensors import DTYPE_BITS
 from ggufmoe.checkpoint.source import Dtype, SourceTensor
 from ggufmoe.errors import CheckpointError, TensorMismatchError
 from tests import tiny
@@ -250,6 +251,69 @@ def test_weights_of_other_types_are_an_error_that_names_them(tmp_path: Path) -> 
     eight_bit = ("F8_E4M3", np.zeros((400, 256), np.uint8))
     with pytest.raises(CheckpointError, match=r"not BF16, F16 or F32: lm_head\.weight \(F8_E4M3\); use the model's"):
         open_checkpoint(changed(tmp_path, Tiny(), lambda tensors: tensors.update({"lm_head.weight": eight_bit})))
+
+
+def _quantized(suffixes: dict[str, str]) -> Callable[[dict[str, tuple[str, NDArray[Any]]]], None]:
+    """Puts tensors with these suffixes and dtypes in the place of each projection."""
+
+    def change(tensors: dict[str, tuple[str, NDArray[Any]]]) -> None:
+        for name in [name for name in tensors if "_proj.weight" in name]:
+            del tensors[name]
+            for suffix, dtype in suffixes.items():
+                tensors[name.removesuffix(".weight") + suffix] = (dtype, np.zeros(4, WIDTHS[DTYPE_BITS[dtype]]))
+
+    return change
+
+
+WIDTHS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "message"),
+    [
+        ({".qweight": "I32", ".qzeros": "I32", ".scales": "F16", ".g_idx": "I32"}, "is quantized with GPTQ .*g_idx"),
+        ({".qweight": "I32", ".qzeros": "I32", ".scales": "F16"}, "is quantized with GPTQ or AWQ .*qweight"),
+        ({".weight": "U8", ".weight.absmax": "U8", ".weight.quant_map": "F32"}, "by bitsandbytes to 4 bits"),
+        ({".weight": "I8", ".SCB": "F32", ".weight_format": "U8"}, "by bitsandbytes to 8 bits"),
+        ({".weight": "F8_E4M3", ".weight_scale_inv": "F32"}, "is quantized to FP8 .*weight_scale_inv"),
+        ({".weight": "I8", ".weight_scale": "BF16"}, "is quantized to FP8 or 8 bits"),
+        ({".weight_packed": "I32", ".weight_scale": "BF16", ".weight_shape": "I64"}, "llm-compressor"),
+        ({".weight": "U32", ".scales": "BF16", ".biases": "BF16"}, "is quantized by MLX"),
+        ({".base_layer.weight": "BF16", ".lora_A.default.weight": "F32"}, r"holds an adapter .*; load it with peft"),
+        ({".modules_to_save.default.weight": "BF16"}, r"holds an adapter"),
+    ],
+)
+def test_what_made_the_tensors_is_told_before_any_is_missing(
+    suffixes: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(changed(tmp_path, Tiny(arch="llama"), _quantized(suffixes)))
+    assert "missing" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_64_bits_can_be_saved_again(tmp_path: Path) -> None:
+    wide = ("F64", np.zeros((400, 256), np.float64))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight \(F64\); save it again with transformers in float32"):
+        open_checkpoint(changed(tmp_path, Tiny(), lambda tensors: tensors.update({"lm_head.weight": wide})))
+
+
+@pytest.mark.parametrize("stated", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"bits": 4}, ["fp8"]])
+def test_a_quantization_that_only_the_config_knows_is_ignored_aloud(
+    stated: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else "unknown"
+    with open_checkpoint(tiny.make_checkpoint(tmp_path, config={"quantization_config": stated})) as model:
+        assert len(model.tensors) == 29
+    assert f"has a quantization_config ({method}), but its weights are not quantized" in caplog.text
+
+
+def test_a_quantization_of_the_config_explains_what_is_wrong_with_the_weights(tmp_path: Path) -> None:
+    spec = Tiny(config={"quantization_config": {"quant_method": "gptq"}})
+    integers = ("I32", np.zeros((400, 32), np.int32))
+    for name, message in (("lm_head.weight", r"lm_head\.weight is \[400, 32\]"), ("lm_head.odd", "left over")):
+        with pytest.raises(CheckpointError, match=rf"quantized already \('gptq'\); use the original one .*{message}"):
+            open_checkpoint(changed(tmp_path, spec, lambda tensors, name=name: tensors.update({name: integers})))  # type: ignore[misc]
 
 
 def test_dtypes_may_differ_between_tensors(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""What made tensors that no plain checkpoint has: quantizers, adapters, other dtypes.
+
+Asked before tensors are called missing or left over, so that a message names the cause. Told from names and dtypes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_UNQUANTIZED = "use the model's unquantized checkpoint"
+_UNMERGED = (
+    "load it with peft and save what merge_and_unload() gives, or, for an adapter alone, merge it into its base model"
+)
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """Names that only one kind of tool writes."""
+
+    pattern: str
+    what: str
+    way_out: str = _UNQUANTIZED
+
+
+_SIGNS = (
+    _Sign(r"\.(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer)\b", "holds an adapter", _UNMERGED),
+    _Sign(r"\.(modules_to_save|ia3_l|vera_lambda_[bd]|hada_w[12]_[ab]|boft_[RS])\b", "holds an adapter", _UNMERGED),
+    _Sign(r"\.g_idx$", "is quantized with GPTQ"),
+    _Sign(r"\.q(weight|zeros)$", "is quantized with GPTQ or AWQ"),
+    _Sign(r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.)", "is quantized by bitsandbytes to 4 bits"),
+    _Sign(r"\.(SCB|weight_format)$", "is quantized by bitsandbytes to 8 bits"),
+    _Sign(r"\.weight_(packed|zero_point)$", "is quantized by llm-compressor (compressed-tensors)"),
+    _Sign(r"\.weight_scale_2$", "is quantized to NVFP4"),
+    _Sign(r"\.(weight_scale(_inv)?|input_scale)$", "is quantized to FP8 or 8 bits, with scales beside the weights"),
+    _Sign(r"(gate_up|down)_proj_(blocks|scales)$", "is quantized to MXFP4"),
+    _Sign(r"\.W_q$", "is quantized with HQQ"),
+    _Sign(r"\.weight\._(data|scale)$", "is quantized by quanto"),
+    _Sign(r"_proj\.(scales|biases)$", "is quantized by MLX"),
+)
+
+
+def what_made(names: Iterable[str]) -> str | None:
+    """What wrote tensors of these names, as a clause with one of them and the way out; None for plain weights."""
+    listed = sorted(names)
+    for sign in _SIGNS:
+        pattern = re.compile(sign.pattern)
+        first = next((name for name in listed if pattern.search(name)), None)
+        if first is not None:
+            shown = first[:200] if first.isprintable() else f"{first!r:.200}"
+            return f"{sign.what} ({shown}); {sign.way_out}"
+    return None
+
+
+def way_out_of(dtypes: Iterable[str]) -> str:
+    """What to do about weights of dtypes other than BF16, F16 and F32."""
+    if set(dtypes) == {"F64"}:
+        return "save it again with transformers in float32 or bfloat16 (model.float().save_pretrained(DIRECTORY))"
+    return _UNQUANTIZED
