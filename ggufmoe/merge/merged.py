@@ -316,17 +316,8 @@ def _round(rows: Floats, dtype: Dtype) -> None:
 _ORIGINAL = "original_max_position_embeddings"
 """The only parameter of rope scaling that transformers expects as a whole number."""
 
-_DROPPED = frozenset(
-    [
-        "pretraining_tp",
-        "attention_bias",
-        "mlp_bias",
-        "auto_map",
-        "quantization_config",
-        "_name_or_path",
-        "transformers_version",
-    ]
-)
+_ABOUT_THE_FILES = ("quantization_config", "_name_or_path", "transformers_version")
+_DROPPED = frozenset(("pretraining_tp", "attention_bias", "mlp_bias", "auto_map", *_ABOUT_THE_FILES))
 """Keys of the base's config.json that do not hold for what is made of it."""
 
 _TORCH_DTYPES = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
