@@ -6,7 +6,6 @@ Source: ``tools/imatrix/imatrix.cpp`` of llama.cpp at the pinned commit, which s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from ggufmoe.gguf.names import OUTPUT, layer_of
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import graph_tensors
 from ggufmoe.native.graph_tensors import Operation
+from ggufmoe.native.wording import weight_of_copy
 from ggufmoe.runtime.observer import Observer
 from ggufmoe.work import CancelFlag
 
@@ -27,8 +27,6 @@ Doubles = NDArray[np.float64]
 
 _MIN_ROWS = 16
 """llama-imatrix passes over smaller products; experts are counted whatever their size."""
-_BACKEND = re.compile(r"[^#]*#([^#]*)(?:#.*)?")
-"""Copies of a weight on a device are called ``CUDA0#blk.0.attn_k.weight#0``."""
 
 
 class ActivationSums(Observer):
@@ -101,9 +99,7 @@ def collect(
 
 
 def _weight_name(tensor: int) -> str:
-    name = graph_tensors.tensor_name(tensor).decode("utf-8", "replace")
-    found = _BACKEND.fullmatch(name)
-    return found[1] if found else name
+    return weight_of_copy(graph_tensors.tensor_name(tensor).decode("utf-8", "replace"))
 
 
 def _by_expert(inputs: Floats, experts: NDArray[np.int32], n_expert: int) -> tuple[Doubles, Doubles]:

@@ -1,4 +1,4 @@
-"""Texts of llama.cpp that decisions depend on: log lines, messages of aborts, names of backends and buffers.
+"""Texts of llama.cpp that decisions depend on: log lines, aborts, names of backends, buffers and graph nodes.
 
 They are those of the pinned commit (0c1e57098); the tests compare every one with the installed engine.
 """
@@ -83,6 +83,30 @@ def rpc_device(number: int) -> str:
 def rpc_buffer(index: int, endpoint: str) -> str:
     """Name of the buffer of a worker's device; ``index`` counts the devices of this worker."""
     return f"RPC{index}[{endpoint}]"
+
+
+# ---- names in graphs
+
+ROUTING_NODES = ("probs", "topk", "weights", "weights_softmax", "weights_norm", "weights_scaled")
+"""Steps of a router. Experts' outputs are multiplied by the last of the weights that a model's graph computes."""
+
+_ROUTING_PREFIX = b"ffn_moe_"
+_ROUTING_NODE = re.compile(_ROUTING_PREFIX + rb"(%s)-(\d+)" % "|".join(ROUTING_NODES).encode())
+_COPY = re.compile(r"[^#]*#([^#]*)(?:#.*)?")
+
+
+def routing_node(name: bytes) -> tuple[str, int] | None:
+    """Step and layer of a router's node in a graph (``ffn_moe_topk-3``); None for other nodes. Cheap for those."""
+    if not name.startswith(_ROUTING_PREFIX):
+        return None
+    found = _ROUTING_NODE.fullmatch(name)
+    return (found[1].decode(), int(found[2])) if found else None
+
+
+def weight_of_copy(name: str) -> str:
+    """The name of the weight that a tensor in a graph is, or is a copy of (``CUDA0#blk.0.attn_k.weight#0``)."""
+    found = _COPY.fullmatch(name)
+    return found[1] if found else name
 
 
 # ---- what went wrong

@@ -7,7 +7,6 @@ the name of the last step that it takes).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,13 +20,12 @@ from ggufmoe.engine import Engine
 from ggufmoe.errors import EngineError, InputError
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.native import graph_tensors
+from ggufmoe.native.wording import routing_node
 from ggufmoe.options import SamplingOptions
 from ggufmoe.routing.trace import Floats, RoutingTrace
 from ggufmoe.runtime.events import Event, Token
 from ggufmoe.runtime.observer import Observer
 
-_PREFIX = b"ffn_moe_"
-_WANTED = re.compile(rb"ffn_moe_(probs|topk|weights|weights_softmax|weights_norm|weights_scaled)-(\d+)")
 _LAST_STEP_FIRST = ("weights_scaled", "weights_norm", "weights_softmax", "weights")
 
 
@@ -181,13 +179,12 @@ class _Recorder(Observer):
         self._rows: dict[tuple[str, int], list[NDArray[Any]]] = {}
 
     def wants(self, tensor: int) -> bool:
-        name = graph_tensors.tensor_name(tensor)
-        return name.startswith(_PREFIX) and _WANTED.fullmatch(name) is not None
+        return routing_node(graph_tensors.tensor_name(tensor)) is not None
 
     def take(self, tensor: int) -> None:
-        found = _WANTED.fullmatch(graph_tensors.tensor_name(tensor))
-        assert found is not None, "only what was wanted is shown"
-        self._take(found[1].decode(), int(found[2]), graph_tensors.tensor_values(tensor))
+        node = routing_node(graph_tensors.tensor_name(tensor))
+        assert node is not None, "llama.cpp shows only nodes that were wanted"
+        self._take(*node, graph_tensors.tensor_values(tensor))
 
     def _take(self, kind: str, layer: int, values: NDArray[Any]) -> None:
         if not values.size:

@@ -11,6 +11,7 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import graph_tensors, quantizing
 from ggufmoe.native import library as native
 from ggufmoe.native.graph_tensors import Operation
+from ggufmoe.options import limits
 from ggufmoe.quant.filetypes import WRITABLE_TYPES
 
 SLOW = ("IQ1", "IQ2", "IQ3")
@@ -36,6 +37,12 @@ def test_what_ggml_cannot_dequantize_is_told() -> None:
         quantizing.dequantize_rows(GGMLType.Q8_1, np.zeros((1, 36), np.uint8), np.empty((1, 32), np.float32))
     with pytest.raises(ValueError, match=r"src has shape \(1, 18\), expected \(2, 18\)"):
         quantizing.dequantize_rows(GGMLType.Q4_0, np.zeros((1, 18), np.uint8), np.empty((2, 32), np.float32))
+
+
+def test_limits_are_those_of_the_engine() -> None:
+    lib = native.library()
+    assert lib.llama_max_devices() == limits.MAX_DEVICES
+    assert lib.llama_max_parallel_sequences() == limits.MAX_SEQUENCES
 
 
 def test_the_tensor_of_ggml_is_declared_as_it_is() -> None:

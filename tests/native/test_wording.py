@@ -78,6 +78,17 @@ def test_what_only_gpus_and_workers_make_it_say_is_in_the_library() -> None:
     assert wording.is_worker_abort("Remote RPC server crashed or returned malformed response")
 
 
+def test_nodes_of_graphs_bear_the_names_that_are_looked_for() -> None:
+    said = phrases()
+    for step in wording.ROUTING_NODES:
+        assert f"\0ffn_moe_{step}\0".encode() in said
+        assert wording.routing_node(f"ffn_moe_{step}-31".encode()) == (step, 31)
+    assert [wording.routing_node(name) for name in (b"ffn_moe_gate-0", b"ffn_moe_topk", b"l_out-3")] == [None] * 3
+    assert b"\0%s#%s#%d\0" in said
+    assert wording.weight_of_copy("CUDA0#blk.0.attn_k.weight#0") == "blk.0.attn_k.weight"
+    assert wording.weight_of_copy("blk.0.attn_k.weight") == "blk.0.attn_k.weight"
+
+
 def test_backends_bear_the_names_that_are_looked_for() -> None:
     assert wording.CPU_BACKEND in {device.backend for device in backends.devices()}
     if native.has_symbol("ggml_backend_rpc_add_server"):
