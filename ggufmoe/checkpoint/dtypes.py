@@ -1,4 +1,4 @@
-"""Rows of source weights made float32, whatever they are stored as, and back."""
+"""Converts rows of source weights to float32, whatever they are stored as, and back."""
 
 from __future__ import annotations
 

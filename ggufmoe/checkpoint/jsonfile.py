@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, read with a cap: whatever is wrong with one is a CheckpointError in one line."""
+"""Reads the JSON files of a checkpoint, up to a bounded size; any fault is a CheckpointError in one line."""
 
 from __future__ import annotations
 

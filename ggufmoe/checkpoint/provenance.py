@@ -33,7 +33,7 @@ _CACHE_FOLDER = re.compile(r"models--(.+?)--(.+)")
 
 
 def read_provenance(directory: Path, repo_id: str | None = None) -> Provenance:
-    """What is known about the checkpoint in ``directory``; ``repo_id`` is its id on the hub, if it came from there.
+    """The provenance of the checkpoint in ``directory``; ``repo_id`` is its id on the hub, if it came from there.
 
     Raises CheckpointError only if there is a ``ggufmoe.json`` and it is malformed.
     """
@@ -62,13 +62,13 @@ def base_model(id: str) -> BaseModel:
 
 
 def record_json(provenance: Provenance) -> bytes:
-    """The content of ``ggufmoe.json`` from which ``read_provenance`` gives back the very same object."""
+    """The content of ``ggufmoe.json``, from which ``read_provenance`` makes an equal object."""
     value = asdict(replace(provenance, extra=dict(provenance.extra)))
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_record(directory: Path) -> Provenance:
-    """The provenance in ``ggufmoe.json``; CheckpointError for anything that ``record_json`` does not give."""
+    """The provenance in ``ggufmoe.json``; CheckpointError for content that ``record_json`` does not write."""
     path = directory / RECORD
     value = read_object(path)
     try:
@@ -121,7 +121,7 @@ def _front_matter(path: Path) -> Mapping[str, Any]:
 
 
 def _plain_loader() -> Any:
-    """PyYAML's safe loader without what is costly: aliases, which can expand to gigabytes, and deep nesting."""
+    """PyYAML's safe loader without aliases, which can expand to gigabytes, and without deep nesting."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):

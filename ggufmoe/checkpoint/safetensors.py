@@ -21,7 +21,7 @@ from ggufmoe.errors import SafetensorsError, one_line
 from ggufmoe.files import PositionalFile
 
 MAX_HEADER_BYTES = 100_000_000
-"""The cap of the reference implementation."""
+"""The limit of the reference implementation."""
 
 DTYPE_BITS = {
     "BOOL": 8,
@@ -47,7 +47,7 @@ DTYPE_BITS = {
     "I64": 64,
     "U64": 64,
 }
-"""Every dtype of the format, with its bits per value; which of them can be weights is decided elsewhere."""
+"""Every dtype of the format, with its bits per value; ``layouts`` decides which of them can be weights."""
 
 _MAX_DIMENSION = 2**63 - 1
 _KEYS = frozenset(("dtype", "shape", "data_offsets"))
@@ -95,7 +95,7 @@ def _checked_header(path: Path, file: BinaryIO, file_bytes: int) -> SafetensorsH
 
 
 def _refusal(path: Path) -> str:
-    """What the library's reader says against a file; empty if it opens it. It maps the file and reads the header."""
+    """Why the library's reader refuses a file; empty if it opens it. It maps the file and reads the header."""
     try:
         with safe_open(path, framework="numpy"):
             return ""

@@ -1,4 +1,4 @@
-"""What the convert half passes around: a model as named tensors that are read by rows.
+"""What the convert half passes from room to room: a model as named tensors that are read by rows.
 
 ``Checkpoint`` (this room) and ``MergedModel`` (merge) both give a ``ModelSource``; whoever consumes one cannot tell
 which it was given. Tensor names are Hugging Face's classic ones, whatever the layout on disk: for Mixtral
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.work import CancelFlag, OnProgress
 
 _NUMPY: Mapping[str, np.dtype[Any]] = {
@@ -26,7 +27,7 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
 
 
 class Dtype(Enum):
-    """Storage types of source weights; numpy has no bfloat16, so BF16 rows travel as their uint16 bits."""
+    """Storage types of source weights; numpy has no bfloat16, so BF16 rows are arrays of their uint16 bits."""
 
     BF16 = "BF16"
     F16 = "F16"
@@ -36,6 +37,11 @@ class Dtype(Enum):
     def numpy(self) -> np.dtype[Any]:
         """The numpy dtype in which rows of this type are stored: uint16, float16 or float32."""
         return _NUMPY[self.value]
+
+    @property
+    def ggml_type(self) -> GGMLType:
+        """The tensor type of GGUF files that stores weights of this dtype as they are."""
+        return GGMLType[self.value]
 
     @property
     def n_bytes(self) -> int:
@@ -113,7 +119,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from; everything that is known goes into the GGUF's ``general.*`` keys."""
+    """Where a model comes from; all that is known of it is written to the ``general.*`` keys of a GGUF file."""
 
     name: str
     license: str | None = None
@@ -163,7 +169,7 @@ class RouterReport:
 
     @property
     def degenerate_layers(self) -> tuple[int, ...]:
-        """Layers whose rows are nearly dependent: some experts there will hardly be told apart."""
+        """Layers whose rows are nearly linearly dependent, so that the router hardly distinguishes some experts."""
         return tuple(i for i, c in enumerate(self.condition_numbers) if not c <= DEGENERATE_CONDITION)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +188,7 @@ class ModelSource(Protocol):
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The directory with tokenizer.model or tokenizer.json, tokenizer_config.json and so on."""
+        """The directory with the tokenizer's files: tokenizer.model or tokenizer.json, tokenizer_config.json, ..."""
 
     @property
     def chat_template(self) -> str | None:

@@ -25,14 +25,14 @@ _LOOKED_FOR = "tokenizer.model, tokenizer.json"
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of the text before anything else happens to it."""
+    """An added token: it is cut out of a text before the rest of the text is split."""
 
     id: int
     content: str
     special: bool
     normalized: bool = False
     strips: bool = False
-    """Whether it also swallows the spaces around it, or matches whole words only; llama.cpp can do neither."""
+    """Whether it also takes the spaces around it, or matches whole words only; llama.cpp can do neither."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import Dtype, SourceTensor
-from ggufmoe.gguf.types import GGMLType
 from ggufmoe.writing.plan import Part
 
 
 def source_part(tensor: SourceTensor) -> Part:
     """A tensor of a model source as a part of a planned tensor."""
     source_row = tensor.source_row if isinstance(tensor, RopeOrdered) else int
-    return Part(tensor, GGMLType[tensor.dtype.value], source_row)
+    return Part(tensor, tensor.dtype.ggml_type, source_row)
 
 
 class RopeOrdered:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from ggufmoe.checkpoint.safetensors import read_header
 from ggufmoe.checkpoint.source import ModelSource, SourceTensor
 from ggufmoe.errors import SafetensorsError
-from ggufmoe.gguf.types import GGMLType
 from ggufmoe.writing.plan import Part, PlannedFile, PlannedTensor, WritePlan, plan_file, split_tensors
 
 Layout = Literal["classic", "fused"]
@@ -31,7 +30,7 @@ def plan_checkpoint(model: ModelSource, directory: Path, layout: Layout, max_sha
     stored = _fused(model) if layout == "fused" else ((name, one.shape, (one,)) for name, one in model.tensors.items())
     tensors = []
     for name, shape, sources in stored:
-        parts = tuple(Part(source, GGMLType[source.dtype.value]) for source in sources)
+        parts = tuple(Part(source, source.dtype.ggml_type) for source in sources)
         tensors.append(PlannedTensor(name, parts[0].type, shape, parts))
     groups = split_tensors(tensors, max_shard_bytes)
     names = (

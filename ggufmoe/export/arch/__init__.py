@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, cast
 
-from ggufmoe.checkpoint.source import Dtype, ModelConfig, ModelSource, SourceTensor
+from ggufmoe.checkpoint.source import ModelConfig, ModelSource, SourceTensor
 from ggufmoe.errors import ArchitectureError
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.types import GGMLType
@@ -38,7 +38,7 @@ class ModelTensor:
         dtypes = {part.dtype for part in self.parts}
         if self.delicate or len(self.shape) == 1 or len(dtypes) > 1:
             return GGMLType.F32
-        return ggml_type(dtypes.pop())
+        return dtypes.pop().ggml_type
 
 
 class Family(Protocol):
@@ -55,11 +55,6 @@ class Family(Protocol):
 
     def unexpressed(self, config: ModelConfig) -> Iterator[str]:
         """What of the model's configuration llama.cpp leaves out for this family, a clause each."""
-
-
-def ggml_type(dtype: Dtype) -> GGMLType:
-    """The tensor type that stores weights of this dtype as they are."""
-    return GGMLType[dtype.value]
 
 
 def family_of(config: ModelConfig) -> Family:
