@@ -21,6 +21,7 @@ from PySide6.QtCore import Qt  # noqa: E402
 from PySide6.QtTest import QTest  # noqa: E402
 from PySide6.QtWidgets import QApplication, QLabel  # noqa: E402
 
+from ggufmoe import EngineError  # noqa: E402
 from tests.scripted import Scripted  # noqa: E402
 
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}[assistant]"
@@ -122,7 +123,7 @@ def test_another_model_is_opened_in_the_middle_of_an_answer(window: ChatWindow, 
     assert first is not None
     load(window, brief)
     assert first is not window._talker._engine
-    with pytest.raises(Exception, match="closed"):
+    with pytest.raises(EngineError, match="closed"):
         first.tokenize("a")
     ask(window, "and now")
     wait(lambda: window.busy is None)

@@ -48,7 +48,10 @@ def test_json_ends_with_one_object(tiny_checkpoint: Make, tmp_path: Path, capsys
     assert content["file_type"] == "Q4_K_M"
     assert content["types"].keys() == {"Q4_K", "Q6_K", "F32"}
     assert content["seconds"] > 0
-    assert content["peak_memory_bytes"] is None or content["peak_memory_bytes"] > 10**7
+    if sys.platform == "win32":
+        assert content["peak_memory_bytes"] is None
+    else:
+        assert 10**7 < content["peak_memory_bytes"] < 10**10
     assert Path(content["manifest"]).exists()
 
 

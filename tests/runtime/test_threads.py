@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from ggufmoe import Cancelled, ContextOptions, Engine, EngineError, SamplingOptions
+from ggufmoe.errors import InputError
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.work import Progress
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
@@ -133,7 +134,7 @@ def test_errors_come_through_the_async_twin(story: Engine) -> None:
         async for _ in story.generate_async([]):
             pass
 
-    with pytest.raises(Exception, match="the prompt is empty"):
+    with pytest.raises(InputError, match="the prompt is empty"):
         asyncio.run(read())
 
 
