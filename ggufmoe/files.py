@@ -40,6 +40,34 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
+_FOREIGN = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a git-lfs pointer in the place of the file; run `git lfs pull` in its repository, or download the file itself",
+    ),
+    (b"<!doctype html", "an HTML page that was saved in the place of the file; download the file itself"),
+    (b"<html", "an HTML page that was saved in the place of the file; download the file itself"),
+    (b"gguf", "a GGUF file"),
+    (b"pk\x03\x04", "a zip archive, as PyTorch's pickles are"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+)
+
+
+def what_instead(path: Path) -> str | None:
+    """What there is at a path in place of the expected file, and what to do; None if that cannot be told.
+
+    Knows links to nothing, git-lfs pointers, pages that were saved instead of files, and archives.
+    """
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, which does not exist; fetch the file again"
+    try:
+        with path.open("rb") as file:
+            head = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError:
+        return None
+    return next((what for beginning, what in _FOREIGN if head.startswith(beginning)), None)
+
+
 class PositionalFile:
     """A file that is read by position; whatever goes wrong with it is raised as ``error``.
 
@@ -69,7 +97,7 @@ class PositionalFile:
                 self._identity = identity
                 yield file
         except OSError as reason:
-            raise self._error(f"{self.path} cannot be read: {reason.strerror}") from reason
+            raise self._error(f"{self.path} {_unreadable(self.path, reason)}") from reason
 
     def _changed(self, n_bytes: int) -> str:
         if n_bytes < self.n_bytes:
@@ -93,6 +121,11 @@ class PositionalFile:
     def close(self) -> None:
         """No more reading after this; a second call does nothing."""
         self._closed = True
+
+
+def _unreadable(path: Path, reason: OSError) -> str:
+    instead = what_instead(path) if path.is_symlink() else None
+    return f"is {instead}" if instead else f"cannot be read: {reason.strerror}"
 
 
 def partial_path(path: Path) -> Path:

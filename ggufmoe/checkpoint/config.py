@@ -7,8 +7,10 @@ llama.cpp does a little differently is told by the export.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from ggufmoe.checkpoint.jsonfile import read_object
 from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
 from ggufmoe.errors import ArchitectureError, CheckpointError
+from ggufmoe.files import what_instead
 from ggufmoe.options.limits import MAX_EXPERTS
 
 _LOG = logging.getLogger("ggufmoe")
@@ -49,6 +52,9 @@ _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama.cpp (src/llama-hparams.h)."""
 
+_MAX_FOLDERS = 1000
+"""Folders below a directory that are looked into for a config.json that it lacks."""
+
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE_KEYS = {
     "none": (frozenset[str](), frozenset[str]()),
@@ -79,6 +85,15 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def _no_config(directory: Path) -> CheckpointError:
+    config = directory / "config.json"
+    if config.is_symlink():
+        return CheckpointError(f"{config} is {what_instead(config)}")
+    cached = re.fullmatch(r"models--(.+?)--(.+)", directory.resolve().name)
+    if cached and (directory / "snapshots").is_dir():
+        return CheckpointError(
+            f"{directory} is a model's folder in a Hugging Face cache; give its id, {cached[1]}/{cached[2]}, or one of "
+            f"the folders in {directory / 'snapshots'}"
+        )
     if (directory / "params.json").is_file():
         return CheckpointError(
             f"{directory} is in Mistral's own format (params.json); use the same model in Hugging Face's format"
@@ -89,7 +104,11 @@ def _no_config(directory: Path) -> CheckpointError:
         return CheckpointError(
             f"{directory} holds GGUF files, which need no conversion; give one of them to run or chat"
         )
-    return CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
+    deeper = sorted(path.parent for path in itertools.islice(directory.glob("*/config.json"), _MAX_FOLDERS))
+    if deeper:
+        return CheckpointError(f"{directory} has no config.json, but {deeper[0]} has one; give that folder")
+    lacks = "; fetch it with the weights" if any(directory.glob("*.safetensors")) else ""
+    return CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint{lacks}")
 
 
 def quantization_method(raw: Mapping[str, Any]) -> str | None:

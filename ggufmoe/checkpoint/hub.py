@@ -58,17 +58,19 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     before any weights are fetched, if the model is not one that can be converted.
     """
     directory = _snapshot(repo_id, revision, SMALL_FILES)
+    shards.check_links(directory)
     method = quantization_method(read_config(directory).raw)
-    if method not in (
-        None,
-        "bitsandbytes",
-    ):  # which fine-tuning leaves in the config of weights that it did not quantize
+    # fine-tuning leaves bitsandbytes in the config of weights that are not quantized
+    if method not in (None, "bitsandbytes"):
         raise CheckpointError(f"{repo_id} is quantized already ({method!r:.40}); use the original model")
     index = directory / shards.INDEX
     others = sorted(set(shards.parse_index(index).values())) if index.is_file() else [shards.NUMBERED]
     names = [shards.SINGLE, *others]
     directory = _snapshot(repo_id, directory.name, ("config.json", *names))
+    shards.check_links(directory)
     if not any((directory / name).is_file() for name in names) and not any(directory.glob(shards.NUMBERED)):
+        if _is_offline():
+            raise HubError(f"{repo_id}: its weights are not in the cache, and HF_HUB_OFFLINE forbids to fetch them")
         raise CheckpointError(
             f"{repo_id} has neither {shards.SINGLE} nor {shards.INDEX}; weights in pickle files (.bin, .pth) are "
             "refused because they can run any code: look for a safetensors copy of the model"
@@ -87,6 +89,12 @@ def _snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> 
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=_silent()))
     except failures as error:
         raise _explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _silent() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import CheckpointError, one_line
-from ggufmoe.files import decode_text
+from ggufmoe.files import decode_text, what_instead
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -54,7 +54,8 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(decode_text(read_capped(path)))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from error
+        instead = what_instead(path)
+        raise CheckpointError(f"{path} is {instead or f'not JSON: {one_line(error)}'}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value

@@ -16,6 +16,7 @@ from ggufmoe.checkpoint.safetensors import TensorFile
 from ggufmoe.checkpoint.shards import open_tensor_files
 from ggufmoe.checkpoint.source import ModelConfig, Provenance, SourceTensor
 from ggufmoe.errors import CheckpointError
+from ggufmoe.files import what_instead
 from ggufmoe.work import CancelFlag, OnProgress
 
 _LOG = logging.getLogger("ggufmoe")
@@ -126,8 +127,12 @@ def _check_directory(directory: Path) -> None:
             f"{directory} is a GGUF file, not a checkpoint directory; `ggufmoe run` takes it as it is, "
             "`ggufmoe quantize` makes another type of it"
         )
+    if is_file and (directory.parent / "config.json").is_file():
+        raise CheckpointError(f"{directory} is a file; give the checkpoint's directory, {directory.parent}")
     if is_file:
         raise CheckpointError(
             f"{directory} is a file; give the checkpoint's directory, or a recipe, whose name ends in .yaml"
         )
+    if directory.is_symlink():
+        raise CheckpointError(f"{directory} is {what_instead(directory)}")
     raise CheckpointError(f"{directory} does not exist; give a checkpoint directory or a hub id such as org/name")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from ggufmoe.errors import SafetensorsError, one_line
-from ggufmoe.files import PositionalFile
+from ggufmoe.files import PositionalFile, what_instead
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
@@ -88,7 +88,12 @@ def read_header(path: Path) -> SafetensorsHeader:
 
 def _checked_header(path: Path, file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
     refusal = _refusal(path)
-    header = _parse_header(path, file, file_bytes)
+    try:
+        header = _parse_header(path, file, file_bytes)
+    except SafetensorsError as error:
+        if (instead := what_instead(path)) is None:
+            raise
+        raise SafetensorsError(f"{path} is {instead}") from error
     if refusal:
         raise SafetensorsError(f"{path} is refused by the safetensors library: {refusal}; fetch it again")
     return header

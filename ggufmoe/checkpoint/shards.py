@@ -58,6 +58,7 @@ def read_index(directory: Path) -> dict[str, str]:
     weight_map = parse_index(directory / INDEX)
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (directory / name).is_file()]
+    check_links(directory)
     if missing:
         raise SafetensorsError(
             f"{directory} lacks {len(missing)} of the {len(shards)} shards of its index: {_listed(missing)}"
@@ -132,7 +133,18 @@ def _check_index(directory: Path, weight_map: Mapping[str, str], stored: Stored)
         )
 
 
+def check_links(directory: Path) -> None:
+    """Raise CheckpointError if files of a directory are links to nothing, as in a cache that has lost its blobs."""
+    broken = sorted(path.name for path in directory.iterdir() if path.is_symlink() and not path.exists())
+    if broken:
+        raise CheckpointError(
+            f"{directory} has links that lead nowhere: {_listed(broken)}; their targets were moved or deleted: fetch "
+            "these files again"
+        )
+
+
 def _no_weights(directory: Path) -> CheckpointError:
+    check_links(directory)
     names = sorted(path.name for path in directory.iterdir())
     if any(name.endswith((".bin", ".bin.index.json", ".pth", ".pt")) for name in names):
         return CheckpointError(

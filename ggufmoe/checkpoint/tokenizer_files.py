@@ -14,7 +14,7 @@ from typing import Any
 
 from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.errors import CheckpointError, TokenizerError
-from ggufmoe.files import decode_text
+from ggufmoe.files import decode_text, what_instead
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -150,7 +150,10 @@ def _bytes(path: Path) -> bytes | None:
             raise TokenizerError(
                 f"{path}: {size} bytes, more than the {MAX_TOKENIZER_BYTES} that a tokenizer file may have"
             )
-        return path.read_bytes()
+        content = path.read_bytes()
+        if len(content) < 4096 and (instead := what_instead(path)) is not None:
+            raise TokenizerError(f"{path} is {instead}")
+        return content
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
+from ggufmoe.files import what_instead
 from ggufmoe.gguf.types import REMOVED_TYPES, STRUCT_CODES, GGMLType, ValueType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
 
@@ -127,14 +129,29 @@ def read_header(path: Path) -> Header:
         with path.open("rb", buffering=0) as file:
             return _read(_Cursor(file, path, size))
     except OSError as error:
-        raise GGUFError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise GGUFError(f"{path}: cannot be read: {error.strerror or error}{_meant(path)}") from error
+
+
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]*\w", re.ASCII)
+
+
+def _meant(path: Path) -> str:
+    """What a path that cannot be read may be instead of a GGUF file, and how to make one; empty if nothing."""
+    if path.is_symlink():
+        return f"; it is {what_instead(path)}"
+    if not path.exists() and _HUB_ID.fullmatch(str(path)):
+        return f"; for a model of the hub make a file first: `ggufmoe convert {path} -o {path.name}.gguf`"
+    return ""
 
 
 def _regular_file_bytes(path: Path) -> int:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
-        is_checkpoint = (path / "config.json").is_file()
-        way_out = "make a .gguf file of it with `ggufmoe convert`" if is_checkpoint else "give a .gguf file"
+        inside = next(iter(sorted(path.glob("*.gguf"))), None)
+        way_out = "give a .gguf file" if inside is None else f"give a .gguf file, for example {inside}"
+        if (path / "config.json").is_file() and inside is None:
+            output = f"{path.absolute().name}.gguf"
+            way_out = f"make a .gguf file of it first: `ggufmoe convert {path} -o {output}`"
         raise GGUFError(f"{path}: is a directory; {way_out}")
     if not stat.S_ISREG(status.st_mode):
         raise GGUFError(f"{path}: is not a regular file; give a .gguf file")
@@ -228,6 +245,13 @@ def _read(cursor: _Cursor) -> Header:
 def _read_version(cursor: _Cursor) -> int:
     magic = bytes(cursor.take(4, "the magic number"))
     if magic != MAGIC:
+        if cursor.path.suffix.lower() in (".yaml", ".yml"):
+            output = cursor.path.with_suffix(".gguf").name
+            raise cursor.error(
+                f"is a merge recipe; make a file of it first: `ggufmoe convert {cursor.path} -o {output}`"
+            )
+        if (instead := what_instead(cursor.path)) is not None:
+            raise cursor.error(f"is {instead}")
         raise cursor.error(f"starts with {magic!r}, expected {MAGIC!r}; this is not a GGUF file")
     version = cursor.number(_U32, "the version")
     if version and not version & 0xFFFF:

@@ -66,6 +66,59 @@ def test_things_that_are_not_a_checkpoint_directory(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / name)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4943162240\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS_POINTER, "is a git-lfs pointer in the place of the file; run `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html><body>403</body></html>", "is an HTML page that was saved in the place of the file"),
+        (b"<html>", "is an HTML page"),
+        (b"GGUF" + bytes(64), "is a GGUF file"),
+        (b"PK\x03\x04" + bytes(64), "is a zip archive"),
+        (b"\x1f\x8b" + bytes(64), "is a gzip archive; unpack it"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_there_is_instead_of_a_file_is_told(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path / "model")
+    (directory / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} {message}") as caught:
+        open_checkpoint(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_to_nothing_is_called_one(name: str, tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path / "model")
+    (directory / name).unlink()
+    (directory / name).symlink_to("../blobs/gone")
+    with pytest.raises(
+        CheckpointError, match=r"\.\./blobs/gone, which does not exist|links that lead nowhere: "
+    ) as caught:
+        open_checkpoint(directory)
+    assert name in str(caught.value)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=f"link is a link to {tmp_path / 'gone'}, which does not exist"):
+        open_checkpoint(tmp_path / "link")
+
+
+def test_a_place_near_the_checkpoint_names_the_checkpoint(tmp_path: Path) -> None:
+    directory = tiny.make_checkpoint(tmp_path / "outer" / "model")
+    with pytest.raises(CheckpointError, match=f"has no config.json, but {directory} has one; give that folder"):
+        open_checkpoint(tmp_path / "outer")
+    with pytest.raises(CheckpointError, match=f"is a file; give the checkpoint's directory, {directory}$"):
+        open_checkpoint(directory / "model.safetensors")
+    snapshot = tmp_path / "models--org--na--me" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"in a Hugging Face cache; give its id, org/na--me, or one of"):
+        open_checkpoint(snapshot.parent.parent)
+    (directory / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="so it is not a Hugging Face checkpoint; fetch it with the weights"):
+        open_checkpoint(directory)
+
+
 def test_nothing_stays_open_after_an_error(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
     directory = tiny.make_checkpoint(tmp_path, max_shard_bytes=1_000_000)
     shard = sorted(tmp_path.glob("model-*"))[-1]

@@ -98,6 +98,13 @@ def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path, encoding: str) -
     assert tokenizer_metadata(directory, config(500)) == plain
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    directory = write_tokenizer(tmp_path, "spm" if name == "tokenizer.model" else "json")
+    (directory / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 499723\n")
+    refuse(directory, f"{name} is a git-lfs pointer in the place of the file")
+
+
 def test_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_files, "MAX_TOKENIZER_BYTES", 1000)
     refuse(write_tokenizer(tmp_path, "json"), "more than the 1000 that a tokenizer file may have")

@@ -343,6 +343,42 @@ def test_padding_of_the_last_tensor_may_be_missing_and_more_is_counted(write: Ca
     assert read_header(write(content + bytes(20) + b"garbage")).trailing_bytes == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.gguf", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer"),
+        ("m.gguf", b"<!DOCTYPE html>\n<html></html>", "is an HTML page that was saved in the place of the file"),
+        ("m.gguf.gz", b"\x1f\x8b\x08\x00", "is a gzip archive; unpack it"),
+        ("recipe.yaml", b"base_model: x\n", r"is a merge recipe; .*`ggufmoe convert .*recipe.yaml -o recipe.gguf`"),
+        ("m.gguf", b"abcd", r"starts with b'abcd', expected b'GGUF'; this is not a GGUF file"),
+    ],
+)
+def test_what_a_file_is_instead_is_told(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(GGUFError, match=message):
+        read_header(tmp_path / name)
+
+
+def test_what_a_path_may_mean_instead_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        GGUFError, match=r"model of the hub make a file first: `ggufmoe convert org/name -o name\.gguf`"
+    ):
+        read_header(Path("org/name"))
+    Path("link.gguf").symlink_to("gone.gguf")
+    with pytest.raises(GGUFError, match=r"it is a link to gone\.gguf, which does not exist"):
+        read_header(Path("link.gguf"))
+    Path("model").mkdir()
+    with pytest.raises(GGUFError, match=r"is a directory; give a \.gguf file$"):
+        read_header(Path("model"))
+    Path("model/config.json").touch()
+    with pytest.raises(GGUFError, match=r"make a \.gguf file of it first: `ggufmoe convert model -o model\.gguf`"):
+        read_header(Path("model"))
+    Path("model/a.gguf").touch()
+    with pytest.raises(GGUFError, match=r"is a directory; give a \.gguf file, for example model/a\.gguf"):
+        read_header(Path("model"))
+
+
 def test_a_path_that_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(GGUFError, match="is a directory"):
         read_header(tmp_path)
