@@ -77,7 +77,7 @@ class GridForm:
 
 
 @dataclass(frozen=True)
-class _Table:
+class ListTable:
     """The lists of neighbours as a kernel reads them.
 
     ``heads`` (of each code; its second half is for codes whose list must not be abridged): the word of a code on the
@@ -91,16 +91,16 @@ class _Table:
 
 
 @cache
-def _table(form: GridForm, chunk: int) -> _Table:
+def _table(form: GridForm, chunk: int) -> ListTable:
     whole, abridged = neighbours(form.name, form.n_shells), undominated(form.name, form.n_shells)
     same = np.diff(abridged.starts) == np.diff(whole.starts)
-    usual = _chunked(form, abridged, chunk)
-    others = _chunked(form, whole.selected(~same[whole.codes]), chunk)
+    usual = chunked(form, abridged, chunk)
+    others = chunked(form, whole.selected(~same[whole.codes]), chunk)
     other_heads = np.where(same, usual.heads, others.heads + (len(usual.words) << _MORE_BITS))
-    return _Table(np.concatenate([usual.heads, other_heads]), np.concatenate([usual.words, others.words]))
+    return ListTable(np.concatenate([usual.heads, other_heads]), np.concatenate([usual.words, others.words]))
 
 
-def _chunked(form: GridForm, lists: Neighbours, chunk: int) -> _Table:
+def chunked(form: GridForm, lists: Neighbours, chunk: int) -> ListTable:
     grid = form.grid
     order = np.arange(grid.group)
     levels = (grid.levels << (4 * order)).sum(axis=1)
@@ -115,7 +115,7 @@ def _chunked(form: GridForm, lists: Neighbours, chunk: int) -> _Table:
     points[firsts[kept.codes] + kept.positions // chunk, kept.positions % chunk] = kept.points
     heads = (firsts[:-1] << _MORE_BITS) | np.maximum(counts - 1, 0) | _OFF_GRID
     heads[grid.codes] = levels
-    return _Table(heads, levels[points] | places | _OFF_GRID)
+    return ListTable(heads, levels[points] | places | _OFF_GRID)
 
 
 class GroupSearch:
@@ -132,8 +132,21 @@ class GroupSearch:
         self.highest, self.places = float(points.n_levels - 1), points.place_values
         self.codes, self.found = (k.int_rows(n_scales * form.n_groups) for _ in range(2))
         self.scales = k.float_rows(n_scales)
-        table = _table(form, k.width)
+        table = self._table()
         self.heads, self.chunks = k.words_table(table.heads), k.words_table(table.words)
+
+    def _table(self) -> ListTable:
+        """The lists that are searched."""
+        return _table(self.form, self.k.width)
+
+    def _values(self) -> Value:
+        """What the levels stand for, at the places of a table."""
+        slots = self.form.level_mask + 1
+        return Value(self.k, ir.Constant(self.k.floats, [2.0 * (place % slots) + 1 for place in range(16)]))
+
+    def _value(self, words: Value, i: int) -> Value:
+        """What the level of weight ``i`` stands for."""
+        return point_value(self.k, self.form, words, i)
 
     def encode(self, x: Rows, at: Index, inverse: Value, scale: Value, *, far: bool) -> None:
         """Round a block's weights with scale number ``at``; ``far`` where they may be out of range of rounding."""
@@ -158,6 +171,7 @@ class GroupSearch:
         k, b, n_groups = self.k, self.k.b, self.form.n_groups
         per_value = self.form.per_table if k.permutes else 1
         with k.loop(k.width) as lane, k.loop(n_groups) as group:
+            self._begin(group, lane)
             numbers = [group * self.group + i for i in range(0, self.group, per_value)]
             terms = [_Term(*(self._spread(rows, i, lane, per_value) for rows in (x, weights))) for i in numbers]
             with k.loop(n_scales) as at:
@@ -168,6 +182,9 @@ class GroupSearch:
                 b.store(head, output)
                 with k.when(b.icmp_signed("<", head, ir.Constant(I32, 0))):
                     self._search_list(terms, self._spread(self.scales, at, lane, 1), head, output)
+
+    def _begin(self, group: Index, lane: Index) -> None:
+        """Called where the search of a group begins."""
 
     def _spread(self, rows: Rows, i: Index, lane: Index, count: int) -> Value:
         """``count`` rows' numbers, each in as many places of a vector."""
@@ -181,8 +198,7 @@ class GroupSearch:
     def _search_list(self, terms: list[_Term], scale: Value, head: Any, output: Any) -> None:
         k, b = self.k, self.k.b
         if k.permutes:
-            slots = self.form.level_mask + 1
-            scaled = scale * Value(k, ir.Constant(k.floats, [2.0 * (place % slots) + 1 for place in range(16)]))
+            scaled = scale * self._values()
             errors = partial(self._looked_up, [term.share(scaled) for term in terms])
         else:
             errors = partial(self._computed, terms, scale)
@@ -213,7 +229,7 @@ class GroupSearch:
     def _computed(self, terms: list[_Term], scale: Value, words: Value) -> Value:
         total = self.k.f32(0.0)
         for i, term in enumerate(terms):
-            total = total + term.share(scale * point_value(self.k, self.form, words, i))
+            total = total + term.share(scale * self._value(words, i))
         return total
 
     def _nearest(self, errors: Callable[[Value], Value], chunk: Any) -> tuple[Value, Any]:

@@ -157,6 +157,15 @@ HASHES = {
     "IQ3_XXS from BF16 with importances": ProbeHashes(
         "06612c52e8e8fe32cf86919e6f7b9e3e", "06612c52e8e8fe32cf86919e6f7b9e3e"
     ),
+    "IQ1_S from F32 with importances": ProbeHashes(
+        "fc00504f372ba42c1cec5d6e5e838886", "fc00504f372ba42c1cec5d6e5e838886"
+    ),
+    "IQ1_S from F16 with importances": ProbeHashes(
+        "ce4dd7cb92029ebd76202b2e829b2ea1", "ce4dd7cb92029ebd76202b2e829b2ea1"
+    ),
+    "IQ1_S from BF16 with importances": ProbeHashes(
+        "26cade976f370378e4de9def086fb32d", "26cade976f370378e4de9def086fb32d"
+    ),
     "IQ4_NL from F32": ProbeHashes("566a902f9db9b65c0c5e9108306a8c69", "566a902f9db9b65c0c5e9108306a8c69"),
     "IQ4_NL from F32 with importances": ProbeHashes(
         "32e3a24463960616d57c1205a12b999d", "32e3a24463960616d57c1205a12b999d"
@@ -204,6 +213,18 @@ HASHES = {
     "IQ4_XS from BF16": ProbeHashes("8dc34baec87f895e7ccf03f17f0640ac", "8dc34baec87f895e7ccf03f17f0640ac"),
     "IQ4_XS from BF16 with importances": ProbeHashes(
         "337413afa9bec402981d58341c40374f", "337413afa9bec402981d58341c40374f"
+    ),
+    "IQ1_M from F32": ProbeHashes("774dd8274d80cfe1ea84a075eeb4b29d", "9bd553045812240b16707a10c0b5fc80"),
+    "IQ1_M from F32 with importances": ProbeHashes(
+        "da308e530fc9ff7771fe66bf1b73fdca", "da308e530fc9ff7771fe66bf1b73fdca"
+    ),
+    "IQ1_M from F16": ProbeHashes("4dfa31d32dcd283f1a06f142f1aba582", "4dfa31d32dcd283f1a06f142f1aba582"),
+    "IQ1_M from F16 with importances": ProbeHashes(
+        "30afb6dcc681527c5aa96765048da3bb", "30afb6dcc681527c5aa96765048da3bb"
+    ),
+    "IQ1_M from BF16": ProbeHashes("a0e71d6bfe02d2e9aa1d2af23291ef44", "ba394e2f4e7c7c109b5f316b06a9703c"),
+    "IQ1_M from BF16 with importances": ProbeHashes(
+        "4df384065b835bf5c687ce8ceb9ab6a7", "4df384065b835bf5c687ce8ceb9ab6a7"
     ),
     "NVFP4 from F32": ProbeHashes("931a3db683a8b1251a97f0a2679ea0a7", "931a3db683a8b1251a97f0a2679ea0a7"),
     "NVFP4 from F16": ProbeHashes("75ff431d3bb7b82084dfa39934378c7c", "75ff431d3bb7b82084dfa39934378c7c"),

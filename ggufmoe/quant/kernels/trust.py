@@ -35,8 +35,9 @@ PATIENCE_S = 0.4  # of ggml's routine before a kernel is compiled, which takes a
 _ALIGNMENT = 64  # bytes of the widest vector
 _SOURCES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
-_NAMES = "Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 NVFP4 IQ4_NL IQ4_XS IQ3_S IQ3_XXS IQ2_S IQ2_XS IQ2_XXS"
-_MODULES = {GGMLType[name]: name.lower() for name in _NAMES.split()}
+_NAMES = "Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 NVFP4 IQ4_NL IQ4_XS"
+_GRID_NAMES = "IQ3_S IQ3_XXS IQ2_S IQ2_XS IQ2_XXS IQ1_S IQ1_M"
+_MODULES = {GGMLType[name]: name.lower() for name in f"{_NAMES} {_GRID_NAMES}".split()}
 # here ggml spreads importances by the mean square of the whole row
 _ROW_ENERGY = frozenset({GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1})
 

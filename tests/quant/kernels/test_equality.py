@@ -31,7 +31,7 @@ few = settings(max_examples=12, deadline=None, derandomize=True)
 def test_the_formats_that_have_kernels() -> None:
     k_quants = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
     others = {"IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "NVFP4"}
-    grids = {"IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"}
+    grids = {"IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M"}
     assert {member.name for member in FORMATS} == k_quants | others | grids
 
 

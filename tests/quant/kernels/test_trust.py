@@ -220,7 +220,8 @@ def test_wrong_layouts_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q5_1", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XXS"]
+    "name",
+    ["Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q5_1", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XXS", "IQ1_S", "IQ1_M"],
 )
 def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
     """The code of machines without AVX-512."""
