@@ -11,6 +11,7 @@ import importlib
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -21,7 +22,8 @@ def _constants() -> Any:
     package = find_spec("gguf")
     folders = None if package is None else package.submodule_search_locations
     spec = PathFinder.find_spec("constants", folders) if folders else None
-    if spec is None or spec.loader is None:  # packed in a way that only the package itself can read
+    if spec is None or spec.loader is None or not Path(spec.origin or "").is_file():
+        # in an archive, as those of frozen apps, the package has to be imported as a whole
         return importlib.import_module("gguf.constants")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

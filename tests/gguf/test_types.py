@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import gguf
 
@@ -54,15 +56,17 @@ def test_constants_are_those_of_the_package_and_load_nothing_else() -> None:
     assert names == {kind.name: text for kind, text in gguf.TENSOR_NAMES.items()}
 
 
-def test_the_package_alone_is_asked_where_its_files_cannot_be_found() -> None:
+def test_the_package_is_imported_where_its_files_are_in_an_archive(tmp_path: Path) -> None:
+    package = Path(gguf.__file__).parent
+    with zipfile.ZipFile(tmp_path / "gguf.zip", "w") as archive:
+        for path in package.glob("*.py"):
+            archive.write(path, f"gguf/{path.name}")
     code = (
         "import sys\n"
-        "from importlib.machinery import PathFinder\n"
-        "found = PathFinder.find_spec.__func__\n"
-        "hidden = lambda cls, name, path=None, target=None: None if name == 'constants' else found(cls, name, path)\n"
-        "PathFinder.find_spec = classmethod(hidden)\n"
+        "sys.path.insert(0, sys.argv[1])\n"
         "from ggufmoe.gguf import upstream\n"
-        "print(upstream.Keys is sys.modules['gguf.constants'].Keys)"
+        "print(upstream.Keys is sys.modules['gguf.constants'].Keys, sys.modules['gguf'].__file__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    command = [sys.executable, "-c", code, str(tmp_path / "gguf.zip")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", str(tmp_path / "gguf.zip" / "gguf" / "__init__.py")]
