@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import (
-    load_engine,
-    make_chat,
-    note,
-    speeds,
-    state_directory,
-    stream_answer,
-    why_ended,
-)
+from ggufmoe.cli.console import note, printable
+from ggufmoe.cli.params import option_named, with_options, with_typed
+from ggufmoe.cli.terminal import load_engine, make_chat, speeds, state_directory, stream_answer, why_ended
 from ggufmoe.engine import Engine
-from ggufmoe.errors import GgufmoeError, InputError
-from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
-from ggufmoe.runtime.chat import Chat
+from ggufmoe.errors import ContextFullError, GgufmoeError, InputError, OptionError
+from ggufmoe.options import ChatContextOptions, OffloadOptions, PromptOptions, SamplingOptions, StopOptions
+from ggufmoe.runtime.chat import Chat, Message
 from ggufmoe.runtime.events import Event, Timing
 from ggufmoe.sizes import counted
 from ggufmoe.work import CancelFlag
@@ -32,13 +26,17 @@ from ggufmoe.work import CancelFlag
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
+_QUOTES = '"""'
+_DEFAULT = re.compile(r"\[default: (.*)\]")
 
-@with_options(PromptOptions, SamplingOptions, ContextOptions, OffloadOptions)
+
+@with_options(PromptOptions, StopOptions, SamplingOptions, ChatContextOptions, OffloadOptions)
 def chat_command(
     model: Annotated[Path, typer.Argument(help="GGUF file.")],
     asking: PromptOptions,
+    stop: StopOptions,
     sampling: SamplingOptions,
-    context: ContextOptions,
+    context: ChatContextOptions,
     offload: OffloadOptions,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
 ) -> None:
@@ -48,18 +46,24 @@ def chat_command(
         if not quiet:
             note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
         try:
-            converse(chat, lambda: load_engine(model, context, offload), quiet=quiet)
+            converse(chat, lambda: load_engine(model, context, offload), quiet=quiet, stop=stop.texts)
         finally:
             chat.engine.close()  # it may be another one by now
 
 
-def converse(chat: Chat, make_engine: Callable[[], Engine] | None = None, *, quiet: bool) -> None:
+def converse(
+    chat: Chat, make_engine: Callable[[], Engine] | None = None, *, quiet: bool, stop: tuple[str, ...] = ()
+) -> None:
     """Hold a conversation until the user leaves; without a terminal each line of stdin is a message.
+
+    A message that begins with three quotation marks goes on over several lines, until the next three. ``stop`` are
+    texts that end an answer.
 
     ``make_engine`` loads the model again where the engine was lost with its worker or its process; ``chat`` then has
     the new engine.
     """
-    _Conversation(chat, make_engine, quiet).hold(_typed_lines() if _is_terminal() else sys.stdin)
+    lines = _typed_lines() if _is_terminal() else _joined_lines(sys.stdin)
+    _Conversation(chat, make_engine, quiet, stop).hold(lines)
 
 
 class _Left(Exception):
@@ -71,7 +75,9 @@ class _Conversation:
     chat: Chat
     make_engine: Callable[[], Engine] | None
     quiet: bool
+    stop: tuple[str, ...] = ()
     last: Timing | None = None
+    has_told_overflow: bool = False
     is_lost: bool = False
     """Whether the engine was lost, with a worker or the process that computes."""
     unanswered: str | None = None
@@ -101,22 +107,51 @@ class _Conversation:
             self.unanswered = None
 
     def _take(self, line: str) -> None:
-        if not line:
-            return
-        if not line.startswith("/"):
+        if line.startswith(_QUOTES):
+            line = line.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\r\n")
+            if line.strip():
+                self._say(line)
+        elif line.startswith("/"):
+            self._do(line)
+        elif line in ("exit", "quit") and _is_terminal():
+            raise _Left
+        elif line:
             self._say(line)
-            return
-        word, _, argument = line[1:].partition(" ")
-        command = _COMMANDS.get(word)
+
+    def _do(self, line: str) -> None:
+        """Follow a command, which begins with a slash."""
+        word, argument = (*line[1:].split(maxsplit=1), "", "")[:2]
+        command = _COMMANDS.get(_ALIASES.get(word, word))
         if command is None:
             near = difflib.get_close_matches(word, _COMMANDS, n=1)
-            raise InputError(f"there is no /{word}; " + (f"did you mean /{near[0]}?" if near else "/help lists them"))
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            if _is_option(word):
+                hint = f"did you mean /set {word}?"
+            raise InputError(f"there is no /{word}; {hint}")
         command.act(self, argument.strip())
 
     def _say(self, text: str) -> None:
+        def ask(cancel: CancelFlag) -> Iterator[Event]:
+            self._check_length(text)
+            return self.chat.send(text, cancel=cancel, stop=self.stop)
+
         self.unanswered = text
-        self._show(lambda cancel: self.chat.send(text, cancel=cancel))
+        self._show(ask)
         self.unanswered = None
+
+    def _check_length(self, text: str) -> None:
+        """Raise ContextFullError for a message that does not fit the context even alone.
+
+        Leaving old turns out makes room for a message; a part of the message itself must not be left out unsaid.
+        """
+        n_ctx = self.chat.engine.n_ctx
+        if self.chat.engine.overflow == "shift" and len(text.encode("utf-8", "replace")) > n_ctx // 2:
+            n_tokens = len(self.chat.prompt((Message("user", text),)))
+            if n_tokens >= n_ctx:
+                raise ContextFullError(
+                    f"the message has {n_tokens} tokens and the context holds {n_ctx}: shorten it, or start again with "
+                    "a larger --ctx-size"
+                )
 
     def _show(self, start: Callable[[CancelFlag], Iterator[Event]]) -> None:
         if self.is_lost and self.make_engine is not None:
@@ -126,14 +161,55 @@ class _Conversation:
             note("the model is loaded again")
         finished = stream_answer(start)
         self.last = finished.timing
-        if why := why_ended(finished, full="/reset begins anew, --ctx-size gives more room"):
+        full = "/reset begins anew, --ctx-size gives more room"
+        if why := why_ended(finished, full, "--n-predict, or /set n-predict N here"):
             note(why)
+        self._tell_overflow(finished.timing)
         if not self.quiet:
             note(speeds(finished.timing))
 
+    def _tell_overflow(self, timing: Timing) -> None:
+        """Say, once, that the model no longer sees all of the conversation."""
+        engine = self.chat.engine
+        cut = self.chat.n_turns_left_out or timing.prompt_tokens + timing.generated_tokens > engine.n_ctx
+        if not cut or self.has_told_overflow or engine.overflow == "error":
+            return
+        self.has_told_overflow = True
+        gone = "the oldest turns are" if engine.overflow == "shift" else "turns after the first are"
+        trained = f" (the model was trained with {engine.n_ctx_train})" if engine.n_ctx_train > engine.n_ctx else ""
+        note(
+            f"(the conversation is longer than the context of {engine.n_ctx} tokens: {gone} no longer seen by the "
+            f"model; --ctx-size gives more room{trained}, /reset begins anew)"
+        )
+
     def help(self, _: str) -> None:
         for word, command in _COMMANDS.items():
-            note(f"/{word + ' ' + command.argument:<14} {command.help}")
+            note(f"/{word + ' ' + command.argument:<18} {command.help}", indent=20)
+        note(f"{_QUOTES}TEXT{_QUOTES:<12} a message of several lines", indent=20)
+
+    def set(self, text: str) -> None:
+        """Change a sampling option, or show one, or all."""
+        name, typed = (*re.split(r"[\s=]+", text, maxsplit=1), "")[:2]
+        if not name:
+            self._list_options()
+            return
+        field = option_named(SamplingOptions, name)
+        if typed:
+            self.chat.sampling = with_typed(self.chat.sampling, field, typed)
+        note(_setting(self.chat.sampling, field))
+
+    def _list_options(self) -> None:
+        rare = []
+        for field in _sampling_fields():
+            if field.metadata["panel"] is None or getattr(self.chat.sampling, field.name) != field.default:
+                note(_setting(self.chat.sampling, field))
+            else:
+                rare.append(_name(field))
+        note("also: " + ", ".join(rare))
+
+    def undo(self, _: str) -> None:
+        message = self.chat.undo()
+        note(f"taken back: {printable(message.content, 60)}")
 
     def reset(self, _: str) -> None:
         self.chat.reset()
@@ -149,7 +225,7 @@ class _Conversation:
         if self.is_lost and self.unanswered is not None:
             self._say(self.unanswered)
             return
-        self._show(lambda cancel: self.chat.regenerate(cancel=cancel))
+        self._show(lambda cancel: self.chat.regenerate(cancel=cancel, stop=self.stop))
 
     def save(self, path: str) -> None:
         self.chat.save(_given(path))
@@ -181,12 +257,46 @@ _COMMANDS = {
     "help": _Command(_Conversation.help, "", "this list"),
     "reset": _Command(_Conversation.reset, "", "forget what has been said"),
     "system": _Command(_Conversation.system, "[TEXT]", "show or set the system message"),
+    "undo": _Command(_Conversation.undo, "", "take back the last message and its answer"),
     "regen": _Command(_Conversation.regen, "", "answer the last message again"),
+    "set": _Command(
+        _Conversation.set, "[NAME VALUE]", "show or change how answers are made, for example: /set temp 0.5"
+    ),
     "save": _Command(_Conversation.save, "FILE", "write the conversation as JSON"),
     "load": _Command(_Conversation.load, "FILE", "go on with a saved conversation"),
     "stats": _Command(_Conversation.stats, "", "speeds, and how full the context is"),
     "exit": _Command(_Conversation.leave, "", "leave (Ctrl-D does too)"),
 }
+
+
+_ALIASES = {"quit": "exit", "bye": "exit", "q": "exit", "?": "help", "h": "help", "clear": "reset"}
+
+
+def _sampling_fields() -> list[Field[Any]]:
+    return [field for field in fields(SamplingOptions) if field.metadata["flags"]]
+
+
+def _is_option(word: str) -> bool:
+    try:
+        option_named(SamplingOptions, word)
+    except OptionError:
+        return False
+    return True
+
+
+def _name(field: Field[Any]) -> str:
+    """What an option is called in ``/set``."""
+    flags: tuple[str, ...] = field.metadata["flags"]
+    return max(flags, key=len).lstrip("-")
+
+
+def _setting(options: SamplingOptions, field: Field[Any]) -> str:
+    """``temperature = 0.5``; for a default that the model decides, what it is."""
+    value = getattr(options, field.name)
+    if value is None:
+        stated = _DEFAULT.search(field.metadata["help"])
+        value = f"default ({stated[1]})" if stated else "none"
+    return f"{_name(field)} = {' '.join(value) if isinstance(value, tuple) else value}"
 
 
 def _given(path: str) -> Path:
@@ -202,11 +312,34 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _typed_lines() -> Iterator[str]:
-    """Yield the lines that the user types, with editing and a stored history, until Ctrl-D."""
-    from prompt_toolkit import PromptSession
+def _is_open(text: str) -> bool:
+    """Whether ``text`` begins with three quotation marks and the closing three are still to come."""
+    text = text.strip()
+    return text.startswith(_QUOTES) and (len(text) < 2 * len(_QUOTES) or not text.endswith(_QUOTES))
 
-    session: PromptSession[str] = PromptSession("> ", history=_history())
+
+def _joined_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Yield ``lines``, those between three quotation marks as one."""
+    held = ""
+    for line in lines:
+        held += line
+        if not _is_open(held):
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+def _typed_lines() -> Iterator[str]:
+    """Yield what the user types, with editing and a stored history, until Ctrl-D."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
+
+    is_open = Condition(lambda: _is_open(get_app().current_buffer.text))
+    session: PromptSession[str] = PromptSession(
+        "> ", history=_history(), multiline=is_open, prompt_continuation=lambda *_: "  "
+    )
     while True:
         try:
             yield session.prompt()

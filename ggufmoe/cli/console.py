@@ -1,5 +1,9 @@
 """Output of all verbs: a console for tables and notes, as wide as the terminal and plain text elsewhere, a status
-line that is redrawn, and text from files made safe to print."""
+line that is redrawn, and foreign text made safe to print.
+
+Text from files, models and templates may hold escape sequences, which would set the clipboard, the title or the state
+of a terminal. All that a verb prints goes through ``make_console``, ``note``, ``printable`` or ``without_controls``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,19 @@ import os
 import re
 import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.measure import Measurement
+    from rich.segment import Segment
 
 _UNLIMITED = 10_000
 _PADDING = re.compile(r"[ \t]+(?=\n)")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and those that turn the direction of the text around them."""
 
 
 def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Console:
@@ -25,9 +35,30 @@ def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Conso
 
     stream = sys.stdout if stream is None else stream
     if stream.isatty():
-        return Console(file=stream, highlight=False, emoji=False, markup=markup)
-    width = None if os.environ.get("COLUMNS") else _UNLIMITED
-    return Console(file=cast(TextIO, _Trimmed(stream)), highlight=False, emoji=False, markup=markup, width=width)
+        console = Console(file=stream, highlight=False, emoji=False, markup=markup)
+    else:
+        width = None if os.environ.get("COLUMNS") else _UNLIMITED
+        trimmed = cast(TextIO, _Trimmed(stream))
+        console = Console(file=trimmed, highlight=False, emoji=False, markup=markup, width=width)
+    console.push_render_hook(cast(Any, _CleaningHook()))
+    return console
+
+
+def note(line: str, indent: int = 0) -> None:
+    """Print a line on stderr without control characters.
+
+    A terminal gets it wrapped at words; the lines after the first begin with ``indent`` spaces.
+    """
+    line = without_controls(line)
+    if sys.stderr.isatty():
+        wrapper = textwrap.TextWrapper(
+            shutil.get_terminal_size().columns,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        line = "\n".join(wrapper.fill(part) for part in line.split("\n"))
+    print(line, file=sys.stderr, flush=True)
 
 
 class StatusLine:
@@ -41,7 +72,7 @@ class StatusLine:
     def show(self, text: str) -> None:
         """Replace the line by ``text``, cut to the width of the terminal."""
         if self._on_terminal:
-            text = text[: shutil.get_terminal_size().columns - 1]
+            text = printable(text, len(text))[: shutil.get_terminal_size().columns - 1]
             self._write("\r" + text.ljust(self._width))
             self._width = len(text)
 
@@ -60,6 +91,34 @@ def printable(text: str, limit: int = 200) -> str:
     """``text`` in one line of at most ``limit`` characters, without control characters and what cannot be encoded."""
     plain = "".join(char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in text[: limit + 1])
     return plain if len(plain) <= limit else plain[: limit - 1] + "…"
+
+
+def without_controls(text: str) -> str:
+    """``text`` with its lines, but without what would change the state of a terminal or turn text around."""
+    return _CONTROLS.sub(lambda found: "" if found[0] == "\r" else "\ufffd", text)
+
+
+class _CleaningHook:
+    """Takes the control characters out of all that a console of rich prints, but not those that rich itself writes."""
+
+    def process_renderables(self, renderables: list[RenderableType]) -> list[RenderableType]:
+        return [_Cleaned(renderable) for renderable in renderables]
+
+
+class _Cleaned:
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else Segment(without_controls(segment.text), segment.style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement.get(console, options, self._renderable)
 
 
 class _Trimmed:

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
+from ggufmoe.cli.console import note
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import chunk_display
-from ggufmoe.cli.terminal import note
 from ggufmoe.evaluation.chunks import check_complete
 from ggufmoe.evaluation.imatrix import ImatrixResult, imatrix
 from ggufmoe.options import ImatrixOptions, OffloadOptions

@@ -1,25 +1,28 @@
 """Command-line parameters made from option objects.
 
 Owns the way from a frozen dataclass of ``options`` to typer's parameters, so that a flag is defined once. Each verb's
-module says which option objects it takes.
+module says which option objects it takes, and chat changes them by name while it runs.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any
+from dataclasses import MISSING, Field, fields, replace
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ggufmoe.errors import OptionError
 
 Command = Callable[..., None]
+OptionsT = TypeVar("OptionsT")
 # newer typers carry a click of their own; the exceptions are reached through what is public in all of them
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -147,3 +150,37 @@ def _build(group: type, values: dict[str, Any]) -> Any:
         return group(**given)
     except OptionError as error:  # it names the flag itself
         raise USAGE_ERROR(str(error)) from error
+
+
+def option_named(group: type, name: str) -> Field[Any]:
+    """The option of ``group`` that a flag or field is called ``name``, dashes left out or not.
+
+    Raises OptionError that names a similar option.
+    """
+    names: dict[str, Field[Any]] = {}
+    for field in fields(group):
+        for called in (*field.metadata["flags"], *([field.name] if field.metadata["flags"] else ())):
+            names[_plain(called)] = field
+    if _plain(name) not in names:
+        near = difflib.get_close_matches(_plain(name), names, n=1)
+        raise OptionError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return names[_plain(name)]
+
+
+def with_typed(options: OptionsT, field: Field[Any], typed: str) -> OptionsT:
+    """``options`` with one option changed to what was typed; ``default`` gives its default. Raises OptionError."""
+    if typed == "default":
+        return replace(options, **{field.name: field.default})  # type: ignore[type-var]
+    hint = typing.get_type_hints(type(options))[field.name]
+    if _repeated(hint) is not None:
+        try:
+            value: Any = tuple(shlex.split(typed))
+        except ValueError as error:
+            raise OptionError(f"{typed}: a quotation mark is not closed") from error
+    else:
+        value = (field.metadata["parse"] or _NUMBERS.get(hint) or str)(typed)
+    return replace(options, **{field.name: value})  # type: ignore[type-var]
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("_", "-").lower()

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ggufmoe.cli.console import note
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.route_view import RouteView
-from ggufmoe.cli.terminal import load_engine, note
+from ggufmoe.cli.terminal import load_engine
 from ggufmoe.engine import Engine
 from ggufmoe.errors import InputError, OptionError
 from ggufmoe.files import check_output_file, decode_text, replacing

@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
+from ggufmoe.cli.console import note
 from ggufmoe.cli.jobs import interruptible
-from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import load_engine, make_chat, note, speeds, stream_answer, why_ended
+from ggufmoe.cli.params import USAGE_ERROR, with_options
+from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.errors import Cancelled, InputError
-from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, option
+from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, StopOptions, option
 from ggufmoe.runtime.events import Event, Finished
 from ggufmoe.work import CancelFlag
 
@@ -29,28 +30,36 @@ class RunOptions:
     quiet: bool = option(False, "--quiet", help="Leave out why the answer ended, and the speeds.")
 
 
-@with_options(RunOptions, PromptOptions, SamplingOptions, ContextOptions, OffloadOptions)
+@with_options(RunOptions, PromptOptions, StopOptions, SamplingOptions, ContextOptions, OffloadOptions)
 def run_command(
     model: Annotated[Path, typer.Argument(help="GGUF file.")],
-    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to say; - reads it from stdin, as does a pipe without a prompt.")
+    ] = None,
+    *,
     run: RunOptions,
     asking: PromptOptions,
+    stop: StopOptions,
     sampling: SamplingOptions,
     context: ContextOptions,
     offload: OffloadOptions,
 ) -> None:
     """Print one answer of a model."""
     if run.raw and asking != PromptOptions():
-        raise typer.BadParameter("--raw takes the text as it is: leave out --system-prompt and --chat-template")
-    text = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
+        raise USAGE_ERROR("--raw takes the text as it is: leave out --system-prompt and --chat-template")
+    if prompt is None and sys.stdin.isatty():
+        raise USAGE_ERROR("there is no prompt: say something, as in 'ggufmoe run MODEL \"Hello\"', or use chat")
+    text = sys.stdin.read().rstrip("\r\n") if prompt in (None, "-") else prompt
     if not (text.strip() or run.raw):
         raise InputError("the prompt is empty: there is nothing to answer")
     with load_engine(model, context, offload) as engine:
 
         def answer(cancel: CancelFlag) -> Iterator[Event]:
             if run.raw:
-                return engine.generate(engine.tokenize(text, parse_special=True), sampling, cancel=cancel)
-            return make_chat(engine, asking, sampling).send(text, cancel=cancel)
+                return engine.generate(
+                    engine.tokenize(text, parse_special=True), sampling, stop=stop.texts, cancel=cancel
+                )
+            return make_chat(engine, asking, sampling).send(text, cancel=cancel, stop=stop.texts)
 
         if run.json:
             shown = _write_json(interruptible(answer), model, text)

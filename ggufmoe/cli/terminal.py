@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-import typer
-
-from ggufmoe.cli.console import StatusLine
+from ggufmoe.cli.console import StatusLine, without_controls
 from ggufmoe.cli.jobs import interruptible
+from ggufmoe.cli.wordwrap import WordWrap
 from ggufmoe.engine import Engine
 from ggufmoe.folders import user_cache_directory
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
@@ -81,33 +81,45 @@ def stream_answer(start: Callable[[CancelFlag], Iterator[Event]], before: str = 
     """
     events = waiting_shown(interruptible(start))
     first = next(events)
-    if before:
-        sys.stdout.write(before)
-    return write_answer(itertools.chain((first,), events))
+    return write_answer(itertools.chain((first,), events), before)
 
 
-def write_answer(events: Iterator[Event]) -> Finished:
-    """Write the text of ``events`` to stdout as it comes and end the line; return the last event."""
-    text, last = "", None
+def write_answer(events: Iterator[Event], before: str = "") -> Finished:
+    """Write ``before`` and the text of ``events`` to stdout as it comes, and end the line; return the last event.
+
+    A terminal gets the text wrapped at words and without control characters; a file or a pipe as the model wrote it.
+    """
+    wrap = WordWrap(lambda: shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    last, has_ended_line = None, False
+
+    def write(text: str) -> None:
+        sys.stdout.write(text if wrap is None else wrap.push(without_controls(text)))
+        sys.stdout.flush()
+
     try:
+        if before:
+            write(before)
         for event in events:
             if event.text:
-                text = event.text
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                write(event.text)
+                has_ended_line = event.text.endswith("\n")
             last = event
     finally:  # an error is printed on a line of its own
-        if not text.endswith("\n") and (text or last):
-            sys.stdout.write("\n")
+        held = wrap.flush() if wrap else ""
+        if last or held:
+            sys.stdout.write(held if has_ended_line else held + "\n")
             sys.stdout.flush()
     assert isinstance(last, Finished), "events end with Finished"
     return last
 
 
-def why_ended(last: Finished, full: str) -> str | None:
-    """A line on why an answer was cut off, or None; ``full`` says what to do about a full context."""
+def why_ended(last: Finished, full: str, length: str = "--n-predict") -> str | None:
+    """A line on why an answer was cut off, or None.
+
+    ``full`` says what to do about a full context, ``length`` about the limit of new tokens.
+    """
     if last.reason == "length":
-        return "(stopped at the limit of new tokens: --n-predict)"
+        return f"(stopped at the limit of new tokens: {length})"
     if last.reason == "context":
         return f"(the context is full: {full})"
     return "(stopped)" if last.reason == "cancelled" else None
@@ -124,11 +136,6 @@ def speeds(timing: Timing) -> str:
 def _speed(tokens_per_s: float) -> str:
     """``, 12.3 tok/s``; empty where nothing was computed."""
     return f", {tokens_per_s:.1f} tok/s" if tokens_per_s else ""
-
-
-def note(line: str) -> None:
-    """Print a line on stderr."""
-    typer.echo(line, err=True)
 
 
 def state_directory() -> Path:

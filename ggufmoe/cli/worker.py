@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
+from ggufmoe.cli.console import note
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.terminal import note, rpc_cache_directory
+from ggufmoe.cli.terminal import rpc_cache_directory
 from ggufmoe.errors import OutputError
 from ggufmoe.options import WorkerOptions
 from ggufmoe.remote.worker import ServedDevice, Worker, is_local_only

@@ -6,6 +6,7 @@ One module a subject; all public names can be imported from here. Nothing is rea
 from ggufmoe.options.context_options import (
     MIN_CHUNK_TOKENS,
     CacheType,
+    ChatContextOptions,
     ComputeOptions,
     ContextOptions,
     EvaluationKeywords,
@@ -28,7 +29,7 @@ from ggufmoe.options.convert_options import (
 from ggufmoe.options.fields import bounds, option, options_of
 from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
 from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
-from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions
+from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions, StopOptions
 from ggufmoe.options.worker_options import WorkerOptions
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "MAX_SEQUENCES",
     "MIN_CHUNK_TOKENS",
     "CacheType",
+    "ChatContextOptions",
     "ComputeOptions",
     "ContextOptions",
     "ConvertKeywords",
@@ -58,6 +60,7 @@ __all__ = [
     "QuantizeOptions",
     "Quantizer",
     "SamplingOptions",
+    "StopOptions",
     "WorkerOptions",
     "bounds",
     "option",

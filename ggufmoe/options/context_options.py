@@ -65,7 +65,9 @@ class ContextOptions(ComputeOptions):
         "--overflow",
         help="When the context is full: end the answer (error), drop the oldest tokens (shift) or those in the middle.",
     )
-    context_shift: bool = option(False, "--context-shift/--no-context-shift", help="The same as --overflow shift.")
+    context_shift: bool | None = option(
+        None, "--context-shift/--no-context-shift", help="The same as --overflow shift, or --overflow error."
+    )
     n_keep: int = option(
         0,
         "--keep",
@@ -94,6 +96,23 @@ class ContextOptions(ComputeOptions):
     def overflow_policy(self) -> OverflowPolicy:
         """What happens to a text that is longer than the context."""
         return "shift" if self.context_shift else self.overflow
+
+
+@dataclass(frozen=True)
+class ChatContextOptions(ContextOptions):
+    """The context of a conversation in the terminal, which goes on when the context is full."""
+
+    overflow: OverflowPolicy = option(
+        "shift",
+        "--overflow",
+        help="When the context is full: leave out the oldest turns (shift) or those after the first (truncate-middle), "
+        "or end the answer (error).",
+    )
+
+    @property
+    def overflow_policy(self) -> OverflowPolicy:
+        """What happens to a conversation that is longer than the context."""
+        return "error" if self.context_shift is False else super().overflow_policy
 
 
 @dataclass(frozen=True)

@@ -249,3 +249,24 @@ class PromptOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+@dataclass(frozen=True)
+class StopOptions:
+    """Texts that end an answer."""
+
+    stop: tuple[str, ...] = option(
+        (),
+        "--stop",
+        help="End the answer before this text, which is not printed; may be repeated. \\n stands for a new line.",
+        metavar="TEXT",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        check(all(self.stop), "--stop: an empty text would end every answer at once")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts, with new lines where ``\\n`` was typed."""
+        return tuple(text.replace("\\n", "\n") for text in self.stop)

@@ -97,7 +97,7 @@ class Chat:
 
         Raises InputError before the first message.
         """
-        asked = next((i for i in reversed(range(len(self.messages))) if self.messages[i].role == "user"), None)
+        asked = self._last_asked()
         if asked is None:
             raise InputError("there is no answer yet that could be given again")
         self._n_regenerated += 1
@@ -118,6 +118,24 @@ class Chat:
     def reset(self) -> None:
         """Forget all messages but the system message."""
         self._replace(self.system, ())
+
+    @property
+    def n_turns_left_out(self) -> int:
+        """How many turns the latest prompt left out because the context could not hold them."""
+        return self._n_left_out
+
+    def _last_asked(self) -> int | None:
+        """The place of the user's last message."""
+        return next((i for i in reversed(range(len(self.messages))) if self.messages[i].role == "user"), None)
+
+    def undo(self) -> Message:
+        """Forget the last message and its answer; return the message. Raises InputError where there is none."""
+        asked = self._last_asked()
+        if asked is None:
+            raise InputError("there is no message yet that could be taken back")
+        message = self.messages[asked]
+        self._replace(self.system, self.messages[:asked])
+        return message
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of the prompt for ``messages``, with exactly one BOS where the model wants one."""

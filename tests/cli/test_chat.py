@@ -68,8 +68,9 @@ def test_quiet(talk: Talk) -> None:
 def test_help_lists_every_command(talk: Talk) -> None:
     _, out, err = talk("/help")
     assert out == ""
-    for word in ("help", "reset", "system", "regen", "save", "load", "stats", "exit"):
+    for word in ("help", "reset", "system", "undo", "regen", "set", "save", "load", "stats", "exit"):
         assert any(line.startswith(f"/{word} ") for line in err)
+    assert any(line.startswith('"""') for line in err)
 
 
 def test_exit_leaves_at_once(talk: Talk) -> None:
@@ -118,6 +119,98 @@ def test_regen(talk: Talk) -> None:
     assert err[1] == "error: there is no answer yet that could be given again"
 
 
+def test_undo_takes_back_the_last_message_and_its_answer(talk: Talk) -> None:
+    _, _, err = talk("hello", "hello hello", "/undo", "/stats", "/undo", "/undo", options=("--quiet",))
+    assert err[0] == "taken back: hello hello"
+    assert err[1].endswith("; 2 messages")
+    assert err[3:] == ["taken back: hello", "error: there is no message yet that could be taken back"]
+
+
+def test_set_changes_how_answers_are_made(talk: Talk) -> None:
+    _, out, err = talk("/set n-predict 1", "hello", "/set n_predict=default", "hello", options=("--quiet",))
+    assert out == "hi\nhi there\n"
+    assert err[0] == "n-predict = 1"
+    assert err[2] == "n-predict = 256"
+
+
+def test_set_alone_shows_the_options(talk: Talk) -> None:
+    _, _, err = talk("/set top-k 7", "/set xtc-threshold 0.5", "/set", "/set temp", options=("--quiet",))
+    shown = err[2:]
+    assert "temperature = 0.0" in shown
+    assert "top-k = 7" in shown
+    assert "top-p = default (the model's, else 0.95)" in shown
+    assert "xtc-threshold = 0.5" in shown
+    assert any(line.startswith("also: typical-p, ") and "xtc-threshold" not in line for line in shown)
+    assert shown[-1] == "temperature = 0.0"
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("/set temprature 1", "error: there is no option temprature; did you mean temperature?"),
+        ("/set zzz 1", "error: there is no option zzz"),
+        ("/set temp warm", "error: expected a number, not 'warm'"),
+        ("/set top-k 1.5", "error: expected a whole number, not '1.5'"),
+        ("/set temp 200", "error: --temperature must be between 0 and 100, not 200.0"),
+        ("/set logit-bias 'a", "error: 'a: a quotation mark is not closed"),
+        ("/set logit-bias a", "error: --logit-bias: expected a token id and a signed number, as 15043+1, not 'a'"),
+        ("/temp 0.5", "error: there is no /temp; did you mean /set temp?"),
+    ],
+)
+def test_a_wrong_set_changes_nothing(talk: Talk, typed: str, answer: str) -> None:
+    _, out, err = talk(typed, "hello", options=("--quiet",))
+    assert (out, err) == ("hi there\n", [answer])
+
+
+def test_other_words_for_a_command(talk: Talk) -> None:
+    assert talk("/?", options=("--quiet",))[2][0].startswith("/help ")
+    for word in ("/quit", "/bye", "/q"):
+        assert talk(word, "hello")[1] == ""
+
+
+def test_a_message_of_several_lines(talk: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    talk('"""hello', " hello", '"""', '"""/help"""', '""""""', f"/save {path}", '"""hello', "the end")
+    messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["hello\n hello", "/help"]
+
+
+def test_a_message_that_is_never_closed_ends_with_the_input(talk: Talk) -> None:
+    assert talk('"""hello', "hello")[1] == "hi there\n"
+
+
+def test_a_stop_text_ends_the_answer(talk: Talk) -> None:
+    assert talk("hello", "/regen", options=("--quiet", "--stop", "xyz", "--stop", " th"))[1] == "hi\nhi\n"
+
+
+def test_a_full_context_does_not_end_the_conversation(talk: Talk) -> None:
+    code, out, err = talk(*["hello"] * 60, "/stats", options=("-c", "256"))
+    assert (code, out) == (0, "hi there\n" * 60)
+    (told,) = (line for line in err if line.startswith("(the conversation is longer"))
+    assert "the context of 256 tokens" in told
+    assert "the model was trained with 512" in told
+    assert "--ctx-size" in told
+    assert any(line.endswith("; 120 messages") for line in err)
+
+
+@pytest.mark.parametrize("options", [("--overflow", "error"), ("--no-context-shift",)])
+def test_the_conversation_ends_with_the_context_where_that_is_wanted(talk: Talk, options: tuple[str, ...]) -> None:
+    _, out, err = talk(*["hello"] * 60, options=("-c", "256", *options))
+    assert 0 < out.count("hi there\n") < 60
+    assert any("the context holds 256" in line for line in err)
+
+
+def test_an_answer_longer_than_the_context_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    endless = Scripted({"[assistant]": " on", " on": " on"}, pieces=["[user]"], chat_template=TEMPLATE)
+    path = str(endless.write(tmp_path / "model.gguf"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        assert exit_code(["chat", path, "--temp", "0", "-c", "256", "-n", "300"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("on") == 300
+    assert err.count("(the conversation is longer than the context of 256 tokens") == 1
+
+
 def test_save_and_load(talk: Talk, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     _, _, err = talk("hello", f"/save {path}")
@@ -146,7 +239,7 @@ def test_mistakes_do_not_end_the_conversation(talk: Talk, tmp_path: Path) -> Non
 def test_why_an_answer_ended(talk: Talk) -> None:
     _, out, err = talk("hello", options=("-n", "1"))
     assert out == "hi\n"
-    assert err[1] == "(stopped at the limit of new tokens: --n-predict)"
+    assert err[1] == "(stopped at the limit of new tokens: --n-predict, or /set n-predict N here)"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +280,20 @@ def test_typed_lines_are_edited_and_remembered(
     assert capsys.readouterr().err == "(Ctrl-D or /exit leaves)\n"
     assert list(chat_module._history().load_history_strings()) == ["again", "hello"]
     assert (tmp_path / "state" / "chat_history").is_file()
+
+
+def test_several_lines_are_typed_between_quotation_marks(keys: PipeInput) -> None:
+    keys.send_text('"""one\ntwo\n"""\nthree\n\x04')
+    assert list(chat_module._typed_lines()) == ['"""one\ntwo\n"""', "three"]
+
+
+def test_the_word_exit_leaves_a_terminal(
+    keys: PipeInput, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_module, "_is_terminal", lambda: True)
+    keys.send_text("exit\nhello\n")
+    assert exit_code(["chat", model, "--temp", "0", "--quiet", "-t", "1"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_without_a_folder_for_the_history(keys: PipeInput, tmp_path: Path) -> None:

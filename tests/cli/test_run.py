@@ -85,6 +85,59 @@ def test_a_prompt_from_stdin(
     assert (code, json.loads(out)["prompt"]) == (0, prompt)
 
 
+def test_a_pipe_without_a_prompt_is_the_prompt(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" once\n"))
+    code, out, _ = run("--json", "--raw")
+    assert (code, json.loads(out)["prompt"]) == (0, " once")
+
+
+def test_without_a_prompt_and_a_pipe(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Screen())
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: there is no prompt")
+
+
+def test_a_stop_text_ends_the_answer(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run("hi", "--quiet", "--stop", "no", "--stop", "ll")[1] == "hé\n"
+    assert run(" once", "--raw", "--quiet", "--stop", " a")[1] == " once upon\n"
+    assert run("hi", "--stop", "")[0] == 2
+
+
+def test_a_stop_text_may_hold_a_new_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Scripted({" once": "<0x0A>", "<0x0A>": " upon"}).write(tmp_path / "m.gguf")
+    assert exit_code(["run", str(model), " once", "--raw", "--quiet", "--stop", r"\n", *GREEDY]) == 0
+    assert capsys.readouterr().out == " once\n"
+
+
+HOSTILE = "\x1b]52;c;cm0gLXJmIH4K\x07a\rb\x1bc\x9b2J\u202ec"
+
+
+def test_a_terminal_never_gets_the_models_escape_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(Scripted({" once": HOSTILE}).write(tmp_path / "m.gguf"))
+    arguments = ["run", path, " once", "--raw", "--quiet", *GREEDY]
+    assert exit_code(arguments) == 0
+    assert capsys.readouterr().out == f" once{HOSTILE}\n"  # a pipe gets what the model wrote
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert exit_code(arguments) == 0
+    assert screen.getvalue() == " once\ufffd]52;c;cm0gLXJmIH4K\ufffdab\ufffdc\ufffd2J\ufffdc\n"
+
+
+def test_a_terminal_gets_the_answer_wrapped_at_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = Scripted({" once": " upon", " upon": " a", " a": " time"}).write(tmp_path / "m.gguf")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "10")
+    assert exit_code(["run", str(path), "once", "--raw", "--quiet", "-n", "0", *GREEDY]) == 0
+    assert exit_code(["run", str(path), " once", "--raw", "--quiet", *GREEDY]) == 0
+    assert screen.getvalue() == "once\n once upon\na time\n"
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, mark: bytes
