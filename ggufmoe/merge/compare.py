@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
-from ggufmoe.checkpoint.source import ModelSource
+from ggufmoe.checkpoint.source import ModelSource, RopeScaling
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.prompts import read_vocabulary
 from ggufmoe.merge.recipe import Recipe
@@ -22,11 +22,11 @@ _MUST_AGREE = {
     "n_head": "num_attention_heads",
     "n_head_kv": "num_key_value_heads",
     "head_dim": "head_dim",
-    "rope_theta": "rope_theta",
-    "rope_scaling": "rope scaling",
-    "rms_norm_eps": "rms_norm_eps",
 }
-"""Fields of ModelConfig, with the names that users know from config.json."""
+"""Fields of ModelConfig that the result depends on, with the names that users know from config.json."""
+
+_BASES_ALONE = {"rope_theta": "rope_theta", "rope_scaling": "rope scaling", "rms_norm_eps": "rms_norm_eps"}
+"""Fields that only the base's attention and norms need: Mistral v0.1 and v0.2 differ in the first, and mix well."""
 
 
 def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSource]) -> tuple[str, ...]:
@@ -66,11 +66,23 @@ def _vocabulary_errors(base: ModelSource, expert: ModelSource) -> Iterator[str]:
 
 
 def _warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
+    for field, name in _BASES_ALONE.items():
+        here, there = getattr(base.config, field), getattr(expert.config, field)
+        if here != there:
+            kept = "the base's is kept, with its attention and norms"
+            yield f"its {name} is {_shown(there)}, the base's is {_shown(here)}; {kept}"
     if expert.config.n_ctx != base.config.n_ctx:
         yield f"was made for a context of {expert.config.n_ctx}, the base for {base.config.n_ctx}; the base's is kept"
     ours, theirs = default_chat_template(base.tokenizer_dir), default_chat_template(expert.tokenizer_dir)
     if ours is not None and theirs is not None and ours != theirs:
         yield "its chat template differs from the base's; the base's is kept (chat_template: expert:N takes another)"
+
+
+def _shown(value: float | RopeScaling) -> str:
+    if not isinstance(value, RopeScaling):
+        return f"{value:g}"
+    parameters = ", ".join(f"{name} {number:g}" for name, number in sorted(value.parameters.items()))
+    return f"{value.kind} ({parameters})" if parameters else value.kind
 
 
 def _token_warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:

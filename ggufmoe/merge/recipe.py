@@ -311,10 +311,10 @@ def _prompt_problems(recipe: Recipe) -> Iterator[_Problem]:
     for i, expert in enumerate(recipe.experts):
         if not expert.positive_prompts:
             yield ("experts", i, "positive_prompts"), f"gate mode {mode} needs at least one prompt for each expert"
-        for key, prompts in zip(("positive_prompts", "negative_prompts"), expert.prompts, strict=True):
-            for j, prompt in enumerate(prompts):
-                if not prompt.strip():
-                    yield ("experts", i, key, j), "the prompt is empty"
+        # an empty negative prompt is the beginning-of-text token alone, as for mergekit
+        for j, prompt in enumerate(expert.positive_prompts):
+            if not prompt.strip():
+                yield ("experts", i, "positive_prompts", j), "the prompt is empty"
 
 
 def _identical_prompts(recipe: Recipe) -> Iterator[_Problem]:

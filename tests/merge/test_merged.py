@@ -177,9 +177,7 @@ def test_experts_that_are_all_the_base_answer_like_the_base(tmp_path: Path) -> N
         ({"n_ff": 768}, "intermediate_size is 768, the base has 512"),
         ({"n_head": 8}, "num_attention_heads is 8, the base has 4"),
         ({"n_head_kv": 4}, "num_key_value_heads is 4, the base has 2"),
-        ({"rope_theta": 1e6}, "rope_theta is 1000000.0, the base has 10000.0"),
         ({"arch": "llama"}, "architecture is LlamaForCausalLM, the base has MistralForCausalLM"),
-        ({"config": {"rms_norm_eps": 1e-6}}, "rms_norm_eps is 1e-06, the base has 1e-05"),
         ({"tokenizer": "bpe"}, "its vocabulary differs from the base's in"),
     ],
 )
@@ -213,6 +211,26 @@ def test_differences_that_may_be_meant_are_warnings(tmp_path: Path, caplog: pyte
     assert "its chat template differs" in text
     assert "<|extra|>" in text
     assert set(model.warnings) <= {record.getMessage() for record in caplog.records}
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({"rope_theta": 1e6}, "its rope_theta is 1e+06, the base's is 10000; the base's is kept, with its attention"),
+        ({"config": {"rms_norm_eps": 1e-6}}, "its rms_norm_eps is 1e-06, the base's is 1e-05"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "its rope scaling is linear (factor 2, original_max_position_embeddings 2048), the base's is none",
+        ),
+    ],
+)
+def test_what_only_the_base_needs_may_differ(tmp_path: Path, fields: dict[str, Any], warning: str) -> None:
+    make_checkpoint(tmp_path / "base", arch="mistral")
+    make_checkpoint(tmp_path / "other", arch="mistral", seed=2, **fields)
+    model = opened(open_recipe(write_recipe(tmp_path, "base", "other")))
+    assert [text for text in model.warnings if warning in text] == list(model.warnings)
+    assert (model.config.rope_theta, model.config.rope_scaling.kind) == (10000.0, "none")
+    assert model.config.rms_norm_eps == 1e-5
 
 
 def test_extra_vocabulary_rows_are_a_warning(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def test_a_byte_order_mark_is_no_part_of_the_recipe(tmp_path: Path) -> None:
     assert load_recipe(path)[0].base_model == "a/base"
 
 
+def test_an_empty_negative_prompt_is_no_mistake(tmp_path: Path) -> None:
+    text = TWO.replace("[sums]", "[sums]\n    negative_prompts: ['']")
+    assert load_recipe(write(tmp_path, text))[0].experts[0].negative_prompts == ("",)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

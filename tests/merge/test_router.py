@@ -218,6 +218,12 @@ def test_a_sliding_window_hides_what_is_further_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(a[4], other[4], rtol=1e-5)
 
 
+def test_an_empty_negative_prompt_is_the_beginning_of_text_alone(tmp_path: Path) -> None:
+    for kind in ("spm", "json"):
+        directory = make_checkpoint(tmp_path / kind, arch="mistral", tokenizer=kind)
+        assert prompt_tokenizer(directory)("") == [1]
+
+
 def test_rope_scaling_is_computed_or_refused(tmp_path: Path) -> None:
     linear = make_checkpoint(
         tmp_path / "linear", arch="llama", n_layer=1, rope_scaling={"type": "linear", "factor": 2.0}
