@@ -36,6 +36,7 @@ from ggufmoe.quant.kernels.tiles import Source
 
 FORMATS = tuple(trust._MODULES)
 N_ROWS, N_COLS = 64, 4096
+_WITH_AVX2 = ("haswell", "x86-64-v3")
 GGML_SHARE_S = 0.02  # ggml's part of one paired measurement
 
 
@@ -70,7 +71,7 @@ def main() -> int:
     variants = [(type_, False) for type_ in formats if type_ not in ABORTS_WITHOUT_IMATRIX]
     variants += [(type_, True) for type_ in formats if type_ not in IGNORES_IMATRIX]
     variants.sort(key=lambda variant: formats.index(variant[0]))
-    target = Host(options.cpu, "", 8, permutes=False) if options.cpu else host()
+    target = Host(options.cpu, "", 8, permutes=False, looks_up=options.cpu in _WITH_AVX2) if options.cpu else host()
     if options.check:
         return _check_all(variants, options, target)
     print(f"{target.cpu}, {target.width} lanes, source {options.source}, {N_ROWS} x {N_COLS} weights", file=sys.stderr)

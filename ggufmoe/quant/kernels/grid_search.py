@@ -61,14 +61,9 @@ class GridForm:
         return self.block // self.grid.group
 
     @property
-    def per_table(self) -> int:
-        """Weights whose levels share a table of 16 places."""
-        return self.grid.group // 2
-
-    @property
-    def level_mask(self) -> int:
-        """The bits of a level in the four bits of a word that are its weight's."""
-        return 16 // self.per_table - 1
+    def slots(self) -> int:
+        """A power of two that no level reaches."""
+        return 8 if self.grid.n_levels > 4 else 4
 
     def numerators(self) -> list[np.float32]:
         """``2*kMaxQ-1+is*step`` for each step, in C's float arithmetic."""
@@ -83,7 +78,7 @@ class ListTable:
     ``heads`` (of each code; its second half is for codes whose list must not be abridged): the word of a code on the
     grid; else the number of its first chunk, and how many more follow. ``words`` (n_chunks, chunk) are the neighbours.
     A word has four bits for each weight, the first lowest: its level, and above it, off the grid only, which of the
-    weights that share a table it is.
+    weights that share a table it is: tables have a place for each lane, and ``slots`` of them for a weight.
     """
 
     heads: NDArray[np.int64]
@@ -104,7 +99,7 @@ def chunked(form: GridForm, lists: Neighbours, chunk: int) -> ListTable:
     grid = form.grid
     order = np.arange(grid.group)
     levels = (grid.levels << (4 * order)).sum(axis=1)
-    places = ((order % form.per_table * (form.level_mask + 1)) << (4 * order)).sum()
+    places = ((order * form.slots % chunk) << (4 * order)).sum()
     counts = -(-np.diff(lists.starts) // chunk)
     counts[grid.codes] = 0
     firsts = np.concatenate([[0], np.cumsum(counts)])
@@ -122,8 +117,8 @@ class GroupSearch:
     """Grid points for the groups of a block of each lane, for several scales.
 
     The lists are tables within the code: with 16 lanes 0.4 MB for IQ3_S and IQ3_XXS, 0.5 MB for IQ2_S, 1.4 MB for
-    IQ2_XS and 1.0 MB for IQ2_XXS, most of it for codes that hardly occur. Where the machine can permute, the shares of
-    a weight's levels in the distance are computed once for a scale, and looked up for each neighbour.
+    IQ2_XS and 1.0 MB for IQ2_XXS, most of it for codes that hardly occur. Where the machine can look up,
+    the shares of a weight's levels in the distance are computed once for a scale, and not for each neighbour.
     """
 
     def __init__(self, k: Lanes, form: GridForm, n_scales: int) -> None:
@@ -132,6 +127,7 @@ class GroupSearch:
         self.highest, self.places = float(points.n_levels - 1), points.place_values
         self.codes, self.found = (k.int_rows(n_scales * form.n_groups) for _ in range(2))
         self.scales = k.float_rows(n_scales)
+        self.per_table = k.width // form.slots if k.looks_up else 1
         table = self._table()
         self.heads, self.chunks = k.words_table(table.heads), k.words_table(table.words)
 
@@ -141,8 +137,8 @@ class GroupSearch:
 
     def _values(self) -> Value:
         """What the levels stand for, at the places of a table."""
-        slots = self.form.level_mask + 1
-        return Value(self.k, ir.Constant(self.k.floats, [2.0 * (place % slots) + 1 for place in range(16)]))
+        values = [2.0 * (place % self.form.slots) + 1 for place in range(self.k.width)]
+        return Value(self.k, ir.Constant(self.k.floats, values))
 
     def _value(self, words: Value, i: int) -> Value:
         """What the level of weight ``i`` stands for."""
@@ -169,11 +165,10 @@ class GroupSearch:
     def search(self, x: Rows, weights: Rows, n_scales: int) -> None:
         """Find the words of the grid points for all encoded groups."""
         k, b, n_groups = self.k, self.k.b, self.form.n_groups
-        per_value = self.form.per_table if k.permutes else 1
         with k.loop(k.width) as lane, k.loop(n_groups) as group:
             self._begin(group, lane)
-            numbers = [group * self.group + i for i in range(0, self.group, per_value)]
-            terms = [_Term(*(self._spread(rows, i, lane, per_value) for rows in (x, weights))) for i in numbers]
+            numbers = [group * self.group + i for i in range(0, self.group, self.per_table)]
+            terms = [_Term(*(self._spread(rows, i, lane, self.per_table) for rows in (x, weights))) for i in numbers]
             with k.loop(n_scales) as at:
                 row = at * n_groups + group
                 code = b.zext(b.load(self.codes.element(row, lane), typ=I32), I64)
@@ -197,7 +192,7 @@ class GroupSearch:
 
     def _search_list(self, terms: list[_Term], scale: Value, head: Any, output: Any) -> None:
         k, b = self.k, self.k.b
-        if k.permutes:
+        if k.looks_up:
             scaled = scale * self._values()
             errors = partial(self._looked_up, [term.share(scaled) for term in terms])
         else:
@@ -220,10 +215,9 @@ class GroupSearch:
 
     def _looked_up(self, tables: list[Value], words: Value) -> Value:
         """The neighbours' distances: ``weight*diff*diff``, added in order; the shares are in the tables."""
-        k, per_table = self.k, self.form.per_table
-        total = k.chosen(tables[0], words)
+        total = self.k.chosen(tables[0], words)
         for i in range(1, self.group):
-            total = total + k.chosen(tables[i // per_table], words >> (4 * i))
+            total = total + self.k.chosen(tables[i // self.per_table], words >> (4 * i))
         return total
 
     def _computed(self, terms: list[_Term], scale: Value, words: Value) -> Value:
@@ -263,7 +257,7 @@ class _Term:
 
 def point_value(k: Lanes, form: GridForm, words: Value, i: int) -> Value:
     """2 * level + 1 of weight ``i`` of a group."""
-    levels, mask = words >> (4 * i), form.level_mask
+    levels, mask = words >> (4 * i), form.slots - 1
     if k.permutes:
         return k.permute([2.0 * (place & mask) + 1 for place in range(32)], levels)
     return (((levels & mask) << 1) | 1).to_float()
@@ -364,9 +358,9 @@ class ScaleSearch:
         return sum_qx, sum_q2
 
     def _point_number(self, word: Value) -> Value:
-        code = word & self.form.level_mask
+        code = word & (self.form.slots - 1)
         for i, place in enumerate(self.groups.places[1:], 1):
-            level = (word >> (4 * i)) & self.form.level_mask
+            level = (word >> (4 * i)) & (self.form.slots - 1)
             code = code + level * place
         return self.k.gathered(self.numbers, code)
 

@@ -200,8 +200,8 @@ class Variable:
 class Lanes:
     """One native function while it is being written; its last argument is the address of its scratch memory."""
 
-    def __init__(self, width: int, permutes: bool, arguments: Sequence[Any]) -> None:
-        self.width, self.permutes = width, permutes
+    def __init__(self, width: int, permutes: bool, looks_up: bool, arguments: Sequence[Any]) -> None:
+        self.width, self.permutes, self.looks_up = width, permutes, looks_up
         self.floats, self.ints, self.truths = (ir.VectorType(t, width) for t in (F32, I32, _I1))
         self.module = ir.Module("kernel")
         self.function = ir.Function(self.module, ir.FunctionType(I64, arguments), "quantize")
@@ -338,8 +338,9 @@ class Lanes:
         return Value(self, self.b.call(function, [low, index.ir, high]))
 
     def chosen(self, table: Value, index: Value) -> Value:
-        """``table[index & 15]`` of 16 floats, one per lane; only where ``permutes`` says that the machine can."""
-        function = self._declared("llvm.x86.avx512.permvar.sf.512", [self.floats, self.ints])
+        """``table[index % width]`` of a float per lane; only where ``looks_up`` says that the machine can."""
+        name = "llvm.x86.avx512.permvar.sf.512" if self.width == 16 else "llvm.x86.avx2.permps"
+        function = self._declared(name, [self.floats, self.ints])
         return Value(self, self.b.call(function, [table.ir, index.ir]))
 
     # control

@@ -34,12 +34,16 @@ _COMPILING = threading.Lock()
 
 @dataclass(frozen=True)
 class Host:
-    """What kernels are compiled for: LLVM's name of the processor, its features, the lanes of one vector."""
+    """What kernels are compiled for: LLVM's name of the processor, its features, the lanes of one vector.
+
+    ``permutes``: with AVX-512's permutation of 32 floats; ``looks_up``: with one of as many floats as there are lanes.
+    """
 
     cpu: str
     features: str
     width: int
     permutes: bool
+    looks_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def host() -> Host:
     if family not in ("aarch64", "arm64") and not (family == "x86_64" and features.get("sse4.1")):
         raise RuntimeError(f"kernels need x86-64 with SSE4.1 or 64-bit ARM, this is {family}")
     wide = bool(features.get("avx512f"))
-    return Host(binding.get_host_cpu_name(), features.flatten(), 16 if wide else 8, wide)
+    return Host(
+        binding.get_host_cpu_name(), features.flatten(), 16 if wide else 8, wide, wide or bool(features.get("avx2"))
+    )
 
 
 def maker(target: Host) -> dict[str, str] | None:
@@ -74,7 +80,7 @@ def maker(target: Host) -> dict[str, str] | None:
         return None
     return {
         "processor": f"{binding.get_process_triple()} {target.cpu} {target.features}",
-        "lanes": f"{target.width}{' permuting' if target.permutes else ''}",
+        "lanes": f"{target.width}{' permuting' if target.permutes else ''}{' looking up' if target.looks_up else ''}",
         "llvmlite": f"{llvmlite.__version__}, LLVM {'.'.join(map(str, binding.llvm_version_info))}",
         "numpy": np.__version__,
         "ggufmoe": __version__,
@@ -125,7 +131,7 @@ def _compiled(geometry: Geometry, write: Callable[[Tiles], None], target: Host |
 
 def _module(geometry: Geometry, write: Callable[[Tiles], None], target: Host) -> tuple[int, Any, Any]:
     """The bytes of scratch memory, the optimized module, and the machine that it is for."""
-    k = Tiles(geometry, target.width, target.permutes)
+    k = Tiles(geometry, target.width, target.permutes, target.looks_up)
     write(k)
     machine = _target_machine(target)
     k.module.triple, k.module.data_layout = machine.triple, str(machine.target_data)

@@ -49,8 +49,8 @@ class Tiles(Lanes):
     ``row_energy`` holds one float per row, for formats that ask for it.
     """
 
-    def __init__(self, geometry: Geometry, width: int, permutes: bool) -> None:
-        super().__init__(width, permutes, _ARGUMENTS)
+    def __init__(self, geometry: Geometry, width: int, permutes: bool, looks_up: bool) -> None:
+        super().__init__(width, permutes, looks_up, _ARGUMENTS)
         self.geometry = geometry
         self._blocks: list[Any] = []
         self._columns: list[Any] = []
