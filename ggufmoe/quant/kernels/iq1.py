@@ -200,7 +200,8 @@ class PointSearch(GroupSearch):
         self._moved = self._spread(self.moved, group, lane, 1)
 
     def _values(self) -> Value:
-        return Value(self.k, ir.Constant(self.k.floats, [place % 4 - 1.0 for place in range(self.k.width)])) + self._moved
+        values = [place % 4 - 1.0 for place in range(self.k.width)]
+        return Value(self.k, ir.Constant(self.k.floats, values)) + self._moved
 
     def _value(self, words: Value, i: int) -> Value:
         return level_value(words, i, self._moved)

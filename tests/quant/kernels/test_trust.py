@@ -233,6 +233,7 @@ def test_eight_lanes_without_permutation_give_the_same_bytes(name: str) -> None:
     quantizing.quantize_chunk(type_, weights, theirs, importances)
     for looks_up in (False, True) if type_ in ABORTS_ON_HUGE_WEIGHTS and host().looks_up else (False,):
         target = Host(host().cpu, host().features, 8, permutes=False, looks_up=looks_up)
+        ours[:] = 0
         run(compile_format(type_, "F32", True, target), weights, ours, importances)
         assert np.array_equal(ours, theirs)
 
