@@ -153,7 +153,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (adding(added_token(450, "a\0b", special=True)), "holds NUL"),
         (adding(added_token(450, "\ud800", special=True)), "half a surrogate pair"),
         (adding(added_token(450, "x" * 2000, special=True)), "longer than 1024 characters"),
-        (adding(added_token(450, "[PAD460]", special=True)), "tokens 450 and 460 are both"),
+        (adding(added_token(400, "[PAD460]", special=True)), "tokens 400 and 460 are both"),
         (top(post_processor={"type": "BertProcessing"}), "post-processor BertProcessing"),
     ],
 )

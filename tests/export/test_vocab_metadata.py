@@ -134,6 +134,33 @@ def test_an_added_token_past_the_embedding_is_left_out_aloud(
     assert padded[PREFIX + "tokens"].value[-1] == "[PAD]"
 
 
+@pytest.mark.parametrize("stated", [(0, 3), (3, 9), (1,), (0, 1, 5)])
+def test_gaps_between_added_tokens_are_closed_as_hugging_face_closes_them(
+    tmp_path: Path, stated: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    from tokenizers import Tokenizer
+
+    for kind, first in (("json", N_PIECES), ("bpe", N_BYTE_LEVEL), ("smollm", N_BYTE_LEVEL)):
+        tokens = [added_token(first + number, f"<|{number}|>", special=True) for number in stated]
+        directory = write_tokenizer(tmp_path / kind, kind, tokenizer_config_json={"eos_token": f"<|{stated[-1]}|>"})
+        edit_json(directory, lambda tokenizer, tokens=tokens: tokenizer["added_tokens"].extend(tokens))  # type: ignore[misc]
+        caplog.clear()
+        metadata = tokenizer_metadata(directory, config(first + 20))
+        theirs = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        found = [metadata[PREFIX + "tokens"].value.index(token["content"]) for token in tokens]
+        assert found == [theirs.token_to_id(token["content"]) for token in tokens]
+        assert found == list(range(first, first + len(stated)))
+        assert plain(metadata)["eos_token_id"] == found[-1]
+        assert f"'<|{stated[-1]}|>' is {found[-1]}, not {first + stated[-1]}" in caplog.text
+
+
+def test_gaps_are_closed_beside_a_sentencepiece_model_too(tmp_path: Path) -> None:
+    named = {str(400 + number): added_token(400 + number, f"<|{number}|>", special=True) for number in (0, 4)}
+    directory = write_tokenizer(tmp_path, "spm", tokenizer_config_json={"added_tokens_decoder": named})
+    metadata = tokenizer_metadata(directory, config(410))
+    assert metadata[PREFIX + "tokens"].value[400:403] == ["<|0|>", "<|4|>", "[PAD402]"]
+
+
 def test_what_the_configuration_says_of_the_space_prefix_is_kept(tmp_path: Path) -> None:
     for stated in (True, False):
         directory = write_tokenizer(tmp_path / str(stated), "spm", tokenizer_config_json={"add_prefix_space": stated})

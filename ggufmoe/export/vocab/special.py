@@ -61,7 +61,7 @@ def special_tokens(files: TokenizerFiles, config: ModelConfig, vocabulary: Vocab
             stated = files.config.get(f"add_{role}_token")
             if isinstance(stated, bool):
                 found.added.setdefault(role, stated)
-    ids = _ids(found, files, config, len(vocabulary.tokens))
+    ids = _ids(found, files, config, vocabulary)
     _fill_in(ids, found, files, config, vocabulary)
     if len(vocabulary.tokens) == _CODELLAMA_ROWS and vocabulary.tokens[_CODELLAMA_EOT].endswith("<EOT>"):
         ids["eot"] = _CODELLAMA_EOT
@@ -160,11 +160,12 @@ def _separator(found: _Roles, pair: list[str | None], begins: bool, ends: bool) 
         found.contents["sep"] = found.contents["eos"]
 
 
-def _ids(found: _Roles, files: TokenizerFiles, config: ModelConfig, n_vocab: int) -> dict[str, int]:
+def _ids(found: _Roles, files: TokenizerFiles, config: ModelConfig, vocabulary: Vocabulary) -> dict[str, int]:
     """Ids by role: contents that are added tokens of ``tokenizer.json`` first, then the model's config."""
+    rows = {text: row for row, text in enumerate(vocabulary.tokens)}
     by_content: dict[str, int] = {}
     for token in files.added_in_json():
-        by_content.setdefault(token.content, token.id)
+        by_content.setdefault(token.content, rows.get(token.content, token.id))
     ids: dict[str, int] = {}
     if files.config:
         ids = {role: by_content[text] for role in found.roles if (text := found.contents.get(role)) in by_content}
@@ -173,8 +174,8 @@ def _ids(found: _Roles, files: TokenizerFiles, config: ModelConfig, n_vocab: int
         if role not in ids and isinstance(stated, int) and not isinstance(stated, bool):
             ids[role] = stated
     for role, token_id in list(ids.items()):
-        if not 0 <= token_id < n_vocab:
-            _LOG.warning("%s_token_id is %d, outside of the %d tokens; it is left out", role, token_id, n_vocab)
+        if not 0 <= token_id < len(rows):
+            _LOG.warning("%s_token_id is %d, outside of the %d tokens; it is left out", role, token_id, len(rows))
             del ids[role]
     return ids
 

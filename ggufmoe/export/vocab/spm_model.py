@@ -54,11 +54,13 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     texts = {piece.text for piece in model.pieces}
     for token_id, piece in enumerate(model.pieces):
         _put_piece(rows, token_id, piece, texts)
+    in_config, in_json = files.added_in_config(), files.added_in_json()
+    numbered = rows.without_gaps([*in_config, *in_json], files.added_in_file())
     for token in filter(rows.has_row_for, files.added_in_file()):
         rows.put(token.id, token.content, TokenType.USER_DEFINED, ADDED_SCORE)
-    for token in files.added_in_config():
+    for token in numbered[: len(in_config)]:
         rows.put_added(token)
-    for token in _left_out(files.added_in_json(), rows, path):
+    for token in _left_out(numbered[len(in_config) :], rows, path):
         rows.put_added(token)
     rows.check_unique()
     require_bytes(rows.texts, path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -88,6 +89,34 @@ class TokenRows:
         self.texts[id], self.types[id], self.scores[id] = text, type, score
         self._named.add(id)
 
+    def without_gaps(self, listed: Sequence[AddedToken], others: Iterable[AddedToken] = ()) -> list[AddedToken]:
+        """Added tokens of tokenizer.json and tokenizer_config.json with the ids that Hugging Face's library gives them.
+
+        That library numbers added tokens in a row behind the vocabulary, whatever ids the files state; so where the
+        stated ids leave a gap, these are not the ids that the model was trained with. A warning names the tokens.
+        ``others`` have their ids taken. To be called when the vocabulary proper has been put.
+        """
+        first = max(self._named, default=-1) + 1
+        behind = sorted((token for token in listed if token.id >= first), key=lambda token: token.id)
+        taken = {token.id for token in others if token.id >= first}
+        ids = {token.id for token in behind} | taken
+        if ids == set(range(first, first + len(ids))):
+            return list(listed)
+        free = (number for number in itertools.count(first) if number not in taken)
+        contents = dict.fromkeys(token.content for token in behind)
+        known = {self.texts[row]: row for row in self._named}
+        given = {content: known[content] if content in known else next(free) for content in contents}
+        moved = [
+            f"{token.content[:40]!r} is {given[token.content]}, not {token.id}"
+            for token in {token.content: token for token in behind}.values()
+            if token.id != given[token.content]
+        ]
+        _LOG.warning(
+            "%s: the ids of added tokens leave a gap; it is closed, as Hugging Face's tokenizers library does: %s",
+            *(self._path, ", ".join(moved)),
+        )
+        return [replace(token, id=given.get(token.content, token.id)) for token in listed]
+
     def has_row_for(self, token: AddedToken) -> bool:
         """Whether the embedding reaches to an added token; one past its end is left out, and a warning says so.
 
@@ -121,7 +150,7 @@ class TokenRows:
 
     def put_all_added(self, tokens: Iterable[AddedToken]) -> None:
         """Set the rows of all added tokens; TokenizerError where an id is another token's already."""
-        for token in tokens:
+        for token in self.without_gaps(list(tokens)):
             if self.has(token.id) and self.texts[token.id] != token.content:
                 raise TokenizerError(
                     f"{self._path}: token {token.id} is {self.texts[token.id][:40]!r} and also added as "
