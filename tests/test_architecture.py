@@ -33,7 +33,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "folders": frozenset(),
     "work": _GROUND,
     "options": _GROUND | {"work"},
-    "gguf": _GROUND | {"work"},
+    "gguf": _GROUND | {"work", "options"},
     "native": _GROUND | {"work", "gguf"},
     "checkpoint": _BASE,
     "quant": _BASE,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
+from ggufmoe.gguf.checks import header_faults
 from ggufmoe.gguf.header import TensorInfo
 from ggufmoe.gguf.hyper import Hyper, TypedMetadata
 from ggufmoe.gguf.key_tables import SAMPLING_PREFIX, TOKEN_ID_KEYS
@@ -331,6 +332,8 @@ def _warnings(model: ModelHeader, tokenizer: TokenizerReport, template: Template
     if hyper.architecture is not None and model.tensors:
         yield from _context_warnings(hyper)
     yield from _expert_warnings(model, hyper)
+    for fault in header_faults(model):
+        yield f"{fault}: llama.cpp cannot load this file"
     yield from _token_warnings(model, tokenizer)
     trailing = sum(shard.header.trailing_bytes for shard in model.shards)
     if trailing and model.tensors:

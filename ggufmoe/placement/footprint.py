@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from ggufmoe.errors import GGUFError, OptionError
+from ggufmoe.errors import OptionError
+from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.gguf.header import TensorInfo
 from ggufmoe.gguf.hyper import Hyper, largest
 from ggufmoe.gguf.model import ModelHeader, check_kind
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, is_input, is_offloadable_expert, is_rope_table, layer_of
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.options.limits import MAX_LAYERS, rounded_context
+from ggufmoe.options.limits import rounded_context
 
 DEFAULT_MAX_CTX = 4096
 """Tokens of context when the caller names none and the model was trained for more."""
@@ -44,15 +45,17 @@ class WeightTensor:
 class Footprint:
     """The memory that a model takes, by its header and the options.
 
-    Raises GGUFError for a file that is no model, OptionError for more experts than the model has.
+    Raises GGUFError for a file that is no model or that llama.cpp cannot load, OptionError for more experts than the
+    model has.
     """
 
     def __init__(self, model: ModelHeader, context: ContextOptions, offload: OffloadOptions) -> None:
         check_kind(model)
+        check_loadable(model)
         self.model = model
         self.context = context
         self.hyper = model.hyper
-        self.n_layer = _checked_n_layer(model)
+        self.n_layer = largest(self.hyper.n_layer)
         self.n_expert = largest(self.hyper.n_expert)
         self.n_expert_used = self._experts_used(offload)
         self.n_ctx_train = largest(self.hyper.n_ctx_train)
@@ -134,16 +137,6 @@ def kv_cache_bytes(hyper: Hyper, layer: int, n_tokens: int, context: ContextOpti
         kind = GGMLType[name.upper()]
         total += n_values * n_tokens / kind.block_size * kind.block_bytes
     return int(total)
-
-
-def _checked_n_layer(model: ModelHeader) -> int:
-    n_layer = largest(model.hyper.n_layer)
-    if n_layer > MAX_LAYERS:
-        raise GGUFError(
-            f"{model.paths[0]}: says that it has {n_layer} layers, and llama.cpp takes at most {MAX_LAYERS}; "
-            "the file is corrupt"
-        )
-    return n_layer
 
 
 def _weight_tensor(info: TensorInfo, shard: int, offset: int, layer: int | None) -> WeightTensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import Cancelled, EngineError, GGUFError, ModelLoadError
+from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import ModelHeader, check_kind, read_model_header
 from ggufmoe.gguf.names import legacy_experts
@@ -71,6 +72,7 @@ def checked_model(path: Path) -> ModelHeader:
         )
     if not model.tensors:
         raise GGUFError(f"{path}: holds no weights, only a vocabulary or metadata; give the file of the whole model")
+    check_loadable(model)
     return model
 
 
