@@ -25,6 +25,7 @@ Each message is one line: what was expected, what was found, in which file or te
     │   ├── ModelLoadError           llama.cpp refused the model
     │   ├── ContextFullError         the context has no room for the prompt or the answer
     │   ├── DecodeError              llama.cpp failed while computing
+    │   ├── EngineLostError          llama.cpp has given up in the middle of something; load the model again
     │   └── WorkerError              a worker on another machine cannot be used
     │       └── WorkerLostError      a worker was lost while it was in use
     └── Cancelled                    exit code 130: the caller asked to stop
@@ -125,6 +126,10 @@ class ContextFullError(EngineError):
 
 class DecodeError(EngineError):
     """llama.cpp failed while computing."""
+
+
+class EngineLostError(EngineError):
+    """llama.cpp has given up while it loaded or computed: this engine is lost, and its memory; others go on."""
 
 
 class WorkerError(EngineError):

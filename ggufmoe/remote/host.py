@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from ggufmoe.errors import EngineError
 from ggufmoe.native import library as native
+from ggufmoe.native.aborts import abort_watch
 from ggufmoe.remote.process import leave_with_parent
 from ggufmoe.remote.requests import Request, StreamRequest
 from ggufmoe.remote.rpc import ANSWER_S, guard_connections, register_workers
@@ -61,6 +62,7 @@ def host_engine(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
     """In the child: load and serve an engine until ``incoming`` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     leave_with_parent()
+    abort_watch().is_disabled = True  # this process ends with its engine, and the parent reads the message
     lock = threading.Lock()
 
     def send(message: FromChild) -> None:

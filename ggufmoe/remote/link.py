@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ggufmoe.errors import Cancelled, EngineError, WorkerLostError
+from ggufmoe.errors import Cancelled, EngineError, EngineLostError, WorkerLostError
 from ggufmoe.native.wording import is_worker_abort
 from ggufmoe.options import OffloadOptions
 from ggufmoe.remote.process import ChildProcess
@@ -200,7 +200,12 @@ class EngineLink:
         abort = self._process.abort_message()
         silence = self._silence
         if silence is None and not is_worker_abort(abort):
-            return EngineError(f"{self._path}: the process that computes has ended: {self._process.how_it_ended()}")
+            how = self._process.how_it_ended()
+            if abort:
+                return EngineLostError(
+                    f"{self._path}: llama.cpp has given up: {how}; this engine is lost, load the model again"
+                )
+            return EngineError(f"{self._path}: the process that computes has ended: {how}")
         when = "while it was in use" if self._is_loaded else "while the model was being loaded"
         cause = abort if silence is None else f"no sign of life for {silence.seconds:.1f} s ({silence.limit})"
         # a worker that still runs is free again, now that its client has gone

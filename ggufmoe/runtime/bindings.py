@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from ggufmoe.native import library as native
+from ggufmoe.native.aborts import abort_watch
 from ggufmoe.native.log import NativeLog
 
 
@@ -17,7 +18,7 @@ def native_log() -> NativeLog:
 
 @cache
 def native_api() -> Any:
-    """The module ``llama_cpp.llama_cpp``, with its log captured and its backends initialized.
+    """The module ``llama_cpp.llama_cpp``, with its log captured, its aborts heard of and its backends initialized.
 
     Raises EngineMissingError without llama-cpp-python.
     """
@@ -25,5 +26,6 @@ def native_api() -> Any:
     from llama_cpp import llama_cpp
 
     native_log().attach(llama_cpp)
+    abort_watch().attach()
     llama_cpp.llama_backend_init()
     return llama_cpp

@@ -10,7 +10,8 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class LoadedModel:
         self._request = request
         self._spin_limit = SpinLimit()
         self._saved = SavedStates(request.context.cache_ram * 2**20)
+        self._is_loading = False
         self._model: Any = None
         self._context: Any = None
         self._lost = ""
@@ -128,7 +130,7 @@ class LoadedModel:
         for warning in plan.warnings:
             _logger.warning("%s: %s", self.path, warning)
         self._check_memory(request.context, plan)
-        with loading_lock, self.log.collecting(PLACEMENT_LINES) as lines:
+        with self._loading(), self.log.collecting(PLACEMENT_LINES) as lines:
             self._check_not_cancelled(callback)
             self._model = self._load_model(machine, plan, callback)
             self._check_not_cancelled(callback)
@@ -144,6 +146,20 @@ class LoadedModel:
             )
         self.vocabulary = LoadedVocabulary(self.api, self._model, self.path, self._header.get(EOS_TOKEN_IDS, ()))
         self._cache = self._new_cache()
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        with loading_lock:
+            self._is_loading = True
+            try:
+                yield
+            finally:
+                self._is_loading = False
+
+    def let_others_load(self) -> None:
+        """Give ``loading_lock`` back for a thread that will never do so, because llama.cpp has given up in it."""
+        if self._is_loading:
+            loading_lock.release()
 
     def _check_not_cancelled(self, callback: LoadCallback) -> None:
         if callback.cancelled():

@@ -89,7 +89,9 @@ class LocalEngine:
         )
         self._api = native_api()
         self._loaded = LoadedModel(self._api, native_log(), LoadRequest(model, context, offload))
-        self._native = NativeThread(str(self.path), self._loaded.abort_flag, self._loaded.free)
+        self._native = NativeThread(
+            str(self.path), self._loaded.abort_flag, self._loaded.free, self._loaded.let_others_load
+        )
         try:
             self._native.call(before_load)
             self._native.call(partial(self._loaded.load, callback))

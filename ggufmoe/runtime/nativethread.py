@@ -1,7 +1,8 @@
 """The one thread in which an engine's native code runs, and the queue of jobs in front of it.
 
-Owns the order of jobs, the flag by which llama.cpp is aborted inside a computation, and the end of the thread. What
-the jobs compute is said in ``local`` and ``generation``.
+Owns the order of jobs, the flag by which llama.cpp is aborted inside a computation, the end of the thread, and what
+becomes of its jobs when llama.cpp gives up in one of them: then the thread never returns. What the jobs compute is said
+in ``local`` and ``generation``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Generic, Protocol, TypeVar
 
-from ggufmoe.errors import EngineError
+from ggufmoe.errors import EngineError, EngineLostError, one_line
+from ggufmoe.native.aborts import abort_watch
 from ggufmoe.work import CancelFlag, checked_flag
 
 T = TypeVar("T")
@@ -60,15 +62,25 @@ class NativeThread:
     """Runs jobs one after another, in the order of ``submit``, until ``close``; then calls ``at_end`` once.
 
     ``abort_flag`` is a buffer; when its first byte is not zero, llama.cpp aborts the computation that runs.
+    ``at_loss`` is called instead of ``at_end`` when llama.cpp has given up; it must not call it.
     """
 
-    def __init__(self, name: str, abort_flag: ctypes.Array[ctypes.c_char], at_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        abort_flag: ctypes.Array[ctypes.c_char],
+        at_end: Callable[[], None],
+        at_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         self.name = name
         self.closed = False
         self._abort_flag = abort_flag
         self._lock = threading.Condition()
         self._jobs: deque[Job] = deque()
         self._running: Cancellation | None = None
+        self._running_job: Job | None = None
+        self._loss = ""
+        self._at_loss = at_loss
         self._at_end: Callable[[], None] | None = at_end
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="ggufmoe-native", daemon=True)
@@ -80,11 +92,21 @@ class NativeThread:
         """Whether a job runs now."""
         return self._running is not None
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether llama.cpp has given up in this thread."""
+        return bool(self._loss)
+
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises EngineError once closed, and in a process that was forked afterwards."""
+        """Queue a job. Raises EngineError once closed, and in a process that was forked afterwards.
+
+        Raises EngineLostError once llama.cpp has given up.
+        """
         with self._lock:
             if self.closed:
                 raise self._closed_error()
+            if self._loss:
+                raise self._lost_error()
             if os.getpid() != self._process:
                 raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
             self._jobs.append(job)
@@ -144,14 +166,16 @@ class NativeThread:
     def close(self) -> None:
         """Abort the running job, fail the queued ones and wait for the thread's end.
 
-        May be called again, and from any thread.
+        May be called again, and from any thread. A thread in which llama.cpp has given up is left behind.
         """
         with self._lock:
             self.closed = True
             self._abort_flag[0] = b"\x01"
             self._lock.notify()
-        if os.getpid() == self._process and threading.current_thread() is not self._thread:
-            self._thread.join()
+        if os.getpid() != self._process or threading.current_thread() is self._thread:
+            return
+        while self._thread.is_alive() and not self._loss:  # llama.cpp may give up meanwhile
+            self._thread.join(_WAIT_S)
 
     def _queue(self, function: Callable[[], T], cancellation: Cancellation) -> _QueuedCall[T]:
         self.check_not_native_thread()
@@ -167,10 +191,32 @@ class NativeThread:
             self.abort(queued.cancellation)
             raise
 
+    def _lost_error(self) -> EngineLostError:
+        return EngineLostError(
+            f"{self.name}: llama.cpp has given up: {self._loss}; this engine is lost, load the model again"
+        )
+
+    def _lose(self, message: str) -> None:
+        """Fail all jobs. Called by the thread in which llama.cpp has given up, which will do nothing else."""
+        with self._lock:
+            if self._loss:
+                return
+            self._loss = one_line(message, None) or "it gave no reason"
+            failed = [job for job in (self._running_job, *self._jobs) if job is not None]
+            self._jobs.clear()
+            self._running = self._running_job = None
+        self._at_loss()
+        for job in failed:
+            job.fail(self._lost_error())
+
     def _closed_error(self) -> EngineError:
         return EngineError(f"the engine of {self.name} has been closed")
 
     def _work(self) -> None:
+        with abort_watch().computing(self._lose, lambda: self.is_busy):
+            self._work_until_closed()
+
+    def _work_until_closed(self) -> None:
         while (job := self._next_job()) is not None:
             job.run()
             del job  # what it refers to must not live until the next one comes
@@ -183,13 +229,13 @@ class NativeThread:
 
     def _next_job(self) -> Job | None:
         with self._lock:
-            self._running = None
+            self._running = self._running_job = None
             while not self._jobs and not self.closed:
                 self._lock.wait()
             if self.closed:
                 return None
             job = self._jobs.popleft()
-            self._running = job.cancellation
+            self._running, self._running_job = job.cancellation, job
             self._abort_flag[0] = b"\x01" if job.cancellation.aborted else b"\x00"
             return job
 

@@ -1,0 +1,207 @@
+"""llama.cpp gives up in one engine: an exception of that engine, while the process and its other engines go on.
+
+Each scenario runs in a process of its own, because the threads that are lost stay until its end. The checks of a header
+are switched off there, so that llama.cpp gets files that it cannot take.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ggufmoe import Engine, EngineLostError, OffloadOptions
+from ggufmoe.placement import footprint
+from ggufmoe.remote import process
+from tests.remote.workers import start_worker
+from tests.scripted import Scripted
+
+FOLLOWS = {"a": "b", "b": "a"}
+NEGATIVE_EPSILON = {"llama.attention.layer_norm_rms_epsilon": -1.0}
+MANY_USED = {"llama.expert_used_count": np.uint32(3)}
+
+_PREFACE = """
+import sys, threading
+from pathlib import Path
+import ggufmoe.placement.footprint, ggufmoe.runtime.loading
+from ggufmoe import ContextOptions, Engine, EngineError, EngineLostError
+from ggufmoe.runtime.local import LocalEngine
+
+for module in (ggufmoe.placement.footprint, ggufmoe.runtime.loading):
+    module.check_loadable = lambda model: None
+good, bad = map(Path, sys.argv[1:])
+options = ContextOptions(n_ctx=256, n_threads=2)
+
+def lost(call):
+    try:
+        call()
+    except EngineLostError as error:
+        print(str(error).replace(str(bad), "BAD").replace(str(good), "GOOD"))
+        return
+    raise AssertionError("not lost")
+
+def answer(engine):
+    return len(list(engine.generate(engine.tokenize("a"))))
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return Scripted(FOLLOWS).write(tmp_path / "good.gguf")
+
+
+def run_script(good: Path, bad: Path, script: str) -> subprocess.CompletedProcess[str]:
+    code = _PREFACE + textwrap.dedent(script)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(good), str(bad)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_load_that_llama_cpp_gives_up_is_an_error_and_others_load(tmp_path: Path, good: Path) -> None:
+    bad = Scripted(FOLLOWS, metadata=MANY_USED).write(tmp_path / "bad.gguf")
+    ended = run_script(
+        good,
+        bad,
+        """
+        with Engine(good, options) as before:
+            lost(lambda: Engine(bad, options))
+            lost(lambda: Engine(bad, options))
+            with Engine(good, options) as after:
+                print(answer(before), answer(after))
+        """,
+    )
+    said = "GGML_ASSERT(n_expert_used_max <= hparams.n_expert) failed"
+    line = f"BAD: llama.cpp has given up: {said}; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, line, "256 256"], "")
+
+
+def test_an_answer_that_llama_cpp_gives_up_fails_for_all_who_wait(tmp_path: Path, good: Path) -> None:
+    bad = Scripted(FOLLOWS, metadata=NEGATIVE_EPSILON).write(tmp_path / "bad.gguf")
+    ended = run_script(
+        good,
+        bad,
+        """
+        other, engine = Engine(good, options), Engine(bad, options)
+        waiting = [threading.Thread(target=lost, args=(lambda: list(engine.generate([1, 2])),)) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join()
+        lost(lambda: engine.prefill([1]))
+        lost(lambda: engine.logits([1, 2]))
+        lost(engine.forget)
+        print(engine.tokenize("a") == other.tokenize("a"), answer(other))
+        engine.close()
+        engine.close()
+        try:
+            engine.prefill([1])
+        except EngineError as error:
+            print(type(error).__name__)
+        """,
+    )
+    line = "BAD: llama.cpp has given up: GGML_ASSERT(eps >= 0.0f) failed; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == [*[line] * 6, "True 256", "EngineError"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP is libgomp on Linux alone")
+def test_an_abort_in_a_thread_of_ggml_is_that_of_its_engine(good: Path) -> None:
+    ended = run_script(
+        good,
+        good,
+        """
+        import ctypes
+        from ggufmoe.native import library
+        from ggufmoe.native.openmp import loaded_libgomp
+
+        first, second = Engine(good, options), Engine(good, options)
+        leader = []
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        def work(_):
+            if threading.get_ident() != leader[0]:
+                library.library().ggml_abort(b"some.c", 7, b"no such row")
+
+        def compute():
+            leader.append(threading.get_ident())
+            loaded_libgomp().GOMP_parallel(work, None, 2, 0)
+
+        busy = threading.Event()
+        waiting = threading.Thread(target=lambda: second._runner._native.call(busy.wait))
+        waiting.start()
+        lost(lambda: first._runner._native.call(compute))
+        busy.set()
+        waiting.join()
+        lost(lambda: answer(first))
+        print(answer(second))
+        """,
+    )
+    line = "BAD: llama.cpp has given up: no such row; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, line, "256"], "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the thrower is a symbol of libstdc++")
+def test_a_cpp_exception_without_a_handler_is_one_too(good: Path) -> None:
+    ended = run_script(
+        good,
+        good,
+        """
+        from ggufmoe.native import library
+
+        engine = Engine(good, options)
+        lost(lambda: engine._runner._native.call(library.library()._ZSt17__throw_bad_allocv))
+        """,
+    )
+    said = "a C++ exception without a handler (St9bad_alloc)"
+    line = f"BAD: llama.cpp has given up: {said}; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line], "")
+
+
+def test_an_abort_in_a_thread_of_the_app_ends_it_with_one_line(good: Path) -> None:
+    ended = run_script(
+        good,
+        good,
+        """
+        from ggufmoe.native import library
+
+        engine = Engine(good, options)
+        library.library().ggml_abort(b"some.c", 7, b"no such row")
+        """,
+    )
+    assert (ended.returncode, ended.stderr) == (-6, "llama.cpp ends this process: no such row\n")
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path: Path, good: Path) -> None:
+    bad = Scripted(FOLLOWS, metadata=NEGATIVE_EPSILON).write(tmp_path / "bad.gguf")
+    ended = run_script(
+        good,
+        bad,
+        """
+        from ggufmoe.cli.app import main
+
+        main(["run", str(bad), "a", "--raw", "-n", "2"])
+        """,
+    )
+    said = "llama.cpp has given up: GGML_ASSERT(eps >= 0.0f) failed; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines()[-1] == f"error: {bad}: {said}"
+
+
+def test_a_child_process_that_llama_cpp_ends_is_a_lost_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Scripted(FOLLOWS, metadata=NEGATIVE_EPSILON).write(tmp_path / "bad.gguf")
+    switch_off = (
+        "import ggufmoe.runtime.loading as loading, ggufmoe.placement.footprint as footprint; "
+        "loading.check_loadable = footprint.check_loadable = lambda model: None; run_task("
+    )
+    monkeypatch.setattr(footprint, "check_loadable", lambda model: None)
+    monkeypatch.setattr(process, "_CODE", process._CODE.replace("run_task(", switch_off))
+    with start_worker() as worker, Engine(bad, offload=OffloadOptions(rpc=worker.endpoint, n_gpu_layers=0)) as engine:
+        said = r"given up: GGML_ASSERT\(eps >= 0.0f\) failed .*; this engine is lost, load the model again"
+        with pytest.raises(EngineLostError, match=said):
+            list(engine.generate([1, 2]))
+        with pytest.raises(EngineLostError, match=said):
+            engine.prefill([1])
