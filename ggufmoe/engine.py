@@ -43,8 +43,10 @@ class Engine:
 
     Raises GGUFError for a file that is corrupt or of the old layout with one tensor per expert, OptionError for options
     that do not fit the model or the machine, ModelLoadError when llama.cpp refuses the model or the memory cannot hold
-    the context, Cancelled, EngineMissingError without llama-cpp-python. With workers: WorkerError when one cannot be
-    used, WorkerLostError when one is lost, also from every later call.
+    the context, Cancelled, EngineMissingError without llama-cpp-python, EngineLostError when llama.cpp gives up (an
+    assertion of its own fails): then this engine is lost with its memory, also for every later call, and other engines
+    go on. Calls that compute raise DecodeError for a model whose logits are NaN. With workers: WorkerError when one
+    cannot be used, WorkerLostError when one is lost, also from every later call.
     """
 
     _runner: EngineLike

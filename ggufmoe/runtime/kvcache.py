@@ -20,6 +20,7 @@ from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
 from ggufmoe.native.openmp import SpinLimit
 from ggufmoe.runtime.chunkbatch import SideBySide
+from ggufmoe.runtime.nonfinite import not_finite_error
 
 ComputedBy = Literal["cpu", "gpu", "worker"]
 """Where a model's layers are: all with the CPU, some on GPUs of this machine, or some on a worker."""
@@ -278,6 +279,14 @@ class KVCache:
             self._row = np.frombuffer(array, np.float32)
             self._row_address = address
         return self._row
+
+    def check_finite(self, logits: NDArray[np.float32] | np.float32) -> None:
+        """Raise DecodeError if logits are NaN or infinite: a row of any number of rows, or one of its values.
+
+        Minus infinity is allowed beside other values: models rule tokens out with it.
+        """
+        if logits.size and not np.isfinite(logits.max()):
+            raise not_finite_error(self._path)
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
         mark = self._log.mark()

@@ -215,18 +215,22 @@ class LocalEngine:
     def _compute_prompt(self, tokens: list[int]) -> int | None:
         kv = self._loaded.cache
         n_reused = kv.reuse(tokens)
-        done = kv.compute(tokens[n_reused:])
+        if not kv.compute(tokens[n_reused:]):
+            return None
         kv.synchronize()
-        return len(tokens) - n_reused if done else None
+        kv.check_finite(kv.last_logits())
+        return len(tokens) - n_reused
 
     def _compute_prompt_rows(self, tokens: list[int]) -> int | None:
         """Compute all of ``tokens`` anew, with logits after each."""
         kv = self._loaded.cache
         kv.clear()
         size = min(_LOGITS_BATCH, kv.n_batch)
-        done = all(kv.compute_all_logits(tokens[begin : begin + size]) for begin in range(0, len(tokens), size))
+        if not all(kv.compute_all_logits(tokens[begin : begin + size]) for begin in range(0, len(tokens), size)):
+            return None
         kv.synchronize()
-        return len(tokens) if done else None
+        kv.check_finite(kv.last_logits())
+        return len(tokens)
 
     def evaluate(
         self, tokens: Sequence[int], *, one_by_one: bool = False, cancel: CancelFlag | None = None
@@ -242,7 +246,11 @@ class LocalEngine:
             done = all(not cancellation.aborted and kv.compute(part) for part in parts)
             kv.synchronize()
             seconds = time.perf_counter() - start
-            return seconds if done else None
+            if not done:
+                return None
+            if ids:
+                kv.check_finite(kv.last_logits())
+            return seconds
 
         return self._native.call_until_cancelled(timed, cancellation)
 
@@ -280,7 +288,9 @@ class LocalEngine:
             kv.compute(ids[kv.reuse(ids[: begin + 1]) : begin])
         if not kv.compute_all_logits(chunk):
             return None
-        return np.array(kv.logits(len(chunk)))
+        rows = kv.logits(len(chunk))
+        kv.check_finite(rows)
+        return np.array(rows)
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
@@ -314,7 +324,11 @@ class LocalEngine:
         def copied() -> NDArray[np.float32]:
             kv = self._loaded.cache
             kv.check_chunks(owner)
-            return np.array(kv.logits(at + n)[at:]) if n else np.empty((0, self.n_vocab), np.float32)
+            if not n:
+                return np.empty((0, self.n_vocab), np.float32)
+            rows = kv.logits(at + n)[at:]
+            kv.check_finite(rows)
+            return np.array(rows)
 
         return self._native.call(copied)
 

@@ -141,10 +141,14 @@ class Sampler:
     def sample(self, cache: KVCache) -> int:
         """Draw a token from the logits after the last computed token.
 
-        Raises EngineError where the grammar allows none of the model's tokens.
+        Raises EngineError where the grammar allows none of the model's tokens, DecodeError for logits that are NaN.
         """
+        logits = cache.last_logits()
         if self._is_argmax:
-            return int(cache.last_logits().argmax())
+            best = logits.argmax()  # a NaN counts as the largest
+            cache.check_finite(logits[best])
+            return int(best)
+        cache.check_finite(logits)
         if self._grammar is None:
             return int(self._api.llama_sampler_sample(self._chain, cache.context, -1))
         token = self._drawn(cache, constrained=False)
