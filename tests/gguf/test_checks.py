@@ -65,7 +65,9 @@ def test_a_mixtral_is_taken(tmp_path: Path, n_expert: int, n_used: int) -> None:
         ("attention__key_length", u32(0), "the width of a head"),
     ],
 )
-def test_a_value_that_llama_cpp_asserts_against_is_named(tmp_path: Path, key: str, value: GGUFValue, expected: str) -> None:
+def test_a_value_that_llama_cpp_asserts_against_is_named(
+    tmp_path: Path, key: str, value: GGUFValue, expected: str
+) -> None:
     found = faults(tmp_path, **{key: value})
     stated = max(value.value) if isinstance(value.value, list) else value.value
     named = f"llama.{key.replace('__', '.')} is {stated!r}, expected "

@@ -19,7 +19,7 @@ PROMPT = [1, 2, 260]
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     n_vocab = len(Scripted(FOLLOWS).vocab)
-    weights = np.ones((n_vocab, -(-n_vocab // 32) * 32), np.float16)
+    weights = np.ones((n_vocab, -(-n_vocab // 32) * 32), np.float32)
     weights[5, 7] = np.inf
     return Scripted(FOLLOWS, tensors={"output.weight": weights}).write(tmp_path / "broken.gguf")
 
