@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.provenance import RECORD
 from ggufmoe.checkpoint.source import ModelSource, RouterReport
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.export_plan import plan_export
@@ -22,7 +23,7 @@ from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.merge.checkpoint_plan import checkpoint_index, plan_checkpoint
 from ggufmoe.merge.merged import open_recipe
-from ggufmoe.merge.sidecars import sidecar_files
+from ggufmoe.merge.sidecars import WRITTEN_NAMES, sidecar_files
 from ggufmoe.options import ConvertKeywords, ConvertOptions, ExportOptions, MergeKeywords, MergeOptions, options_of
 from ggufmoe.quant.filetypes import FileType, parse_tensor_type
 from ggufmoe.quant.importances import Imatrix
@@ -158,11 +159,11 @@ def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSour
 
 
 def output_path(output: StrPath) -> Path:
-    """The path of an output as given; OutputError if it names no file."""
+    """The path of an output as given; a symbolic link is followed. OutputError if it names no file."""
     path = user_path(output)
     if not path.name:
         raise OutputError(f"{output} is no file name; give one, for example model.gguf")
-    return path
+    return path.resolve() if path.is_symlink() else path
 
 
 def checked_output(output: StrPath, options: ExportOptions) -> Path:
@@ -276,14 +277,16 @@ def merge(
     """
     options = options_of(MergeOptions, options, keywords)
     target = user_path(out_dir)
-    check_directory(target, (), force=options.force)
+    if target.is_symlink():
+        target = target.resolve()
+    check_directory(target, (), record=RECORD, force=options.force)
     _check_report(options.router_report)
     model = open_recipe(
         user_path(recipe),
         allow_identical_experts=options.allow_identical_experts,
     )
     with contextlib.closing(model):
-        check_directory(target, model.input_paths, force=options.force)
+        check_directory(target, model.input_paths, record=RECORD, force=options.force)
         write = WriteOptions(
             threads=options.threads,
             resume=options.resume,
@@ -294,7 +297,7 @@ def merge(
         with open_partial_directory(target, keep=options.resume) as partial:
             plan = plan_checkpoint(model, partial, options.layout, options.max_shard_bytes)
             report = write_plan(plan, write)
-            place_directory(partial, target, sidecar_files(model, checkpoint_index(plan)))
+            place_directory(partial, target, sidecar_files(model, checkpoint_index(plan)), written=WRITTEN_NAMES)
     router = model.router_report
     assert router is not None, "preparing a recipe gives its report"
     paths = tuple(target / file.path.name for file in plan.files)

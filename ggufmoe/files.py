@@ -175,6 +175,8 @@ def check_output_file(path: Path, inputs: Iterable[Path] = (), *, replace: bool)
     check_parent(path)
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is a device or a pipe; give the name of a file")
     if path.exists() and not replace:
         raise OutputExistsError(f"{path} exists already; choose another name, or replace it with --force")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import Progress
+from ggufmoe.writing.journal import fingerprint
+from ggufmoe.writing.lock import output_lock
 from tests.quant.llama_quantize import quantize, read_tensors
 from tests.tiny import Tiny, make_checkpoint, stored_tensors, write_safetensors
 
@@ -368,3 +371,61 @@ def test_a_missing_tensor_is_told_before_anything_is_written(tiny_checkpoint: Ma
     with pytest.raises(TensorMismatchError, match="missing"):
         ggufmoe.convert(source, tmp_path / "a.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- the place of the output
+
+
+def test_a_gguf_file_in_the_folder_of_its_source_is_an_output(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model")
+    output = source / "model.gguf"
+    ggufmoe.convert(source, output, "F16", manifest=True)
+    ggufmoe.convert(source, output, "Q8_0", force=True)
+    ggufmoe.convert(source, tmp_path / "beside.gguf", "Q8_0")
+    assert output.read_bytes() == (tmp_path / "beside.gguf").read_bytes()
+    with pytest.raises(OutputExistsError, match="which is read"):
+        ggufmoe.convert(source, source / "config.json", "Q8_0", force=True)
+
+
+def test_outputs_beside_the_source_do_not_change_what_a_run_goes_on_from(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model")
+    before = fingerprint(plan_convert(source, source / "m.gguf", "F32"))
+    for name in ("m.gguf.partial", "m.gguf.partial.journal", "m.gguf.partial.lock", "other.gguf"):
+        (source / name).write_bytes(b"written by a conversion")
+    assert fingerprint(plan_convert(source, source / "m.gguf", "F32")) == before
+    (source / "tokenizer.json").write_text("{}")
+    assert fingerprint(plan_convert(source, source / "m.gguf", "F32")) != before
+
+
+def test_a_link_is_written_through(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    disk = tmp_path / "big-disk"
+    disk.mkdir()
+    link, target = tmp_path / "model.gguf", disk / "model.gguf"
+    link.symlink_to(target)
+    ggufmoe.convert(tiny_checkpoint(), link, "F16")
+    first = target.read_bytes()
+    with pytest.raises(OutputExistsError):
+        ggufmoe.convert(tiny_checkpoint(), link, "Q8_0")
+    ggufmoe.convert(tiny_checkpoint(), link, "Q8_0", force=True)
+    assert link.is_symlink()
+    assert target.read_bytes() != first
+    assert [path.name for path in disk.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_regular_file_is_never_replaced(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    for output in (pipe, Path(os.devnull)):
+        with pytest.raises(OutputError, match="is a device or a pipe"):
+            ggufmoe.convert(tiny_checkpoint(), output, "F16", force=True)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+
+
+def test_two_conversions_to_one_output_do_not_harm_each_other(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    output = tmp_path / "a.gguf"
+    with output_lock(output), pytest.raises(OutputError, match=f"is being written by process {os.getpid()}"):
+        ggufmoe.convert(tiny_checkpoint(), output, "F16")
+    ggufmoe.convert(tiny_checkpoint(), output, "F16")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]

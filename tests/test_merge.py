@@ -177,16 +177,61 @@ def test_what_is_no_checkpoint_is_never_replaced(recipe: Path) -> None:
     diary.mkdir()
     (diary / "monday.txt").write_text("dear diary")
     for target in (diary, recipe):
-        with pytest.raises(OutputExistsError, match="is no checkpoint"):
+        with pytest.raises(OutputExistsError, match="was not written by ggufmoe"):
             ggufmoe.merge(recipe, target, force=True)
-    with pytest.raises(OutputExistsError, match="which is read"):
+    with pytest.raises(OutputExistsError, match="was not written by ggufmoe"):
         ggufmoe.merge(recipe, recipe.parent / "base", force=True)
-    (recipe.parent / "config.json").write_text("{}")
+    (recipe.parent / "ggufmoe.json").write_text("{}")
     with pytest.raises(OutputExistsError, match="which is read"):
         ggufmoe.merge(recipe, recipe.parent, force=True)
     with pytest.raises(OutputError, match="is not a directory"):
         ggufmoe.merge(recipe, recipe.parent / "nowhere" / "out")
     assert (diary / "monday.txt").read_text() == "dear diary"
+
+
+def test_force_replaces_only_what_a_merge_writes(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    ggufmoe.merge(recipe, out, max_shard_size="2M")
+    (out / "model-Q8_0.gguf").write_bytes(b"made from it")
+    (out / "notes").mkdir()
+    (out / "notes" / "monday.txt").write_text("dear diary")
+    (out / "chat_template.jinja").write_text("an older template, which would change the model")
+    ggufmoe.merge(recipe, out, force=True)
+    assert (out / "model-Q8_0.gguf").read_bytes() == b"made from it"
+    assert (out / "notes" / "monday.txt").read_text() == "dear diary"
+    assert not (out / "chat_template.jinja").exists()
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert not out.with_name("out.replaced").exists()
+
+
+def test_a_checkpoint_of_somebody_else_is_not_replaced(recipe: Path) -> None:
+    out = recipe.parent / "downloaded"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "pytorch_model.bin").write_bytes(b"days of training")
+    with pytest.raises(OutputExistsError, match="was not written by ggufmoe"):
+        ggufmoe.merge(recipe, out, force=True)
+    assert (out / "pytorch_model.bin").read_bytes() == b"days of training"
+
+
+def test_what_an_interrupted_replacement_left_is_not_lost(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    ggufmoe.merge(recipe, out)
+    left = recipe.parent / "out.replaced"
+    left.mkdir()
+    (left / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="move away what you need of it"):
+        ggufmoe.merge(recipe, out, force=True)
+    assert (left / "mine.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_directory_is_followed(recipe: Path) -> None:
+    out, link = recipe.parent / "out", recipe.parent / "link"
+    ggufmoe.merge(recipe, out)
+    link.symlink_to(out)
+    ggufmoe.merge(recipe, link, force=True)
+    assert link.is_symlink()
+    assert (out / "model.safetensors").is_file()
 
 
 def test_weights_that_are_not_finite_leave_nothing_that_looks_finished(recipe: Path) -> None:

@@ -19,6 +19,7 @@ from ggufmoe.errors import CheckpointError
 from ggufmoe.files import what_instead
 from ggufmoe.work import CancelFlag, OnProgress
 
+_OUTPUT_ENDS = (".gguf", ".gguf.partial", ".partial.journal", ".partial.lock", ".gguf.manifest.json")
 _LOG = logging.getLogger("ggufmoe")
 
 
@@ -110,8 +111,11 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
 
 
 def _inputs(directory: Path) -> tuple[Path, ...]:
-    """Every file of the directory, so that no output replaces one of them, whether or not it is read."""
-    return tuple(sorted(path for path in directory.rglob("*") if path.is_file()))
+    """Every file of the directory, so that no output replaces one of them, whether or not it is read.
+
+    GGUF files beside the checkpoint, and what belongs to them, are outputs of earlier conversions.
+    """
+    return tuple(sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.endswith(_OUTPUT_ENDS)))
 
 
 def _check_directory(directory: Path) -> None:

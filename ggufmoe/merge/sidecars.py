@@ -26,6 +26,19 @@ _TOKENIZER_FILES = (
 )
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
+WRITTEN_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    RECORD,
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+    *_TOKENIZER_FILES,
+    *_TEMPLATE_FILES,
+    _TEMPLATE_FOLDER,
+)
+"""What a merge may write into its directory, as patterns of names: all else in there is the user's."""
 
 
 def sidecar_files(model: ModelSource, index: Mapping[str, Any] | None) -> dict[str, bytes]:

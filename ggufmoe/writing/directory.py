@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,16 +11,16 @@ from pathlib import Path
 
 from ggufmoe.errors import OutputError, OutputExistsError
 from ggufmoe.files import check_parent, partial_path, sync_directory
+from ggufmoe.writing.lock import output_lock
 
-_OURS = ("*.safetensors", "*.safetensors.partial", "*.partial.journal")
-_CHECKPOINT_FILE = "config.json"
-"""The file by which a directory is recognized as a checkpoint, which may be replaced with ``force``."""
+_PARTIAL_FILES = ("*.safetensors", "*.safetensors.partial", "*.partial.journal")
 
 
-def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> None:
+def check_directory(target: Path, inputs: Sequence[Path], *, record: str, force: bool) -> None:
     """Raise OutputError if ``target`` cannot be made, OutputExistsError if it exists or holds one of ``inputs``.
 
-    An empty directory may exist. ``force`` allows to replace a checkpoint, but no other directory.
+    An empty directory may exist. ``force`` allows to replace a directory that holds the file ``record``, which every
+    directory that is written here has, but no other one.
     """
     place = target.resolve()
     if not target.name:
@@ -28,10 +29,17 @@ def check_directory(target: Path, inputs: Sequence[Path], *, force: bool) -> Non
         if place == given.resolve().parent or place in given.resolve().parents:
             raise OutputExistsError(f"{target} holds {given}, which is read; choose another output directory")
     check_parent(target)
+    if _replaced_path(target).exists():
+        raise OutputError(
+            f"{_replaced_path(target)} is there, left by a run that was interrupted while it replaced {target.name}; "
+            "move away what you need of it, then delete it"
+        )
     if not target.exists() and not target.is_symlink():
         return
-    if not target.is_dir() or (any(target.iterdir()) and not (target / _CHECKPOINT_FILE).is_file()):
-        raise OutputExistsError(f"{target} is there and is no checkpoint; choose another output directory")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / record).is_file()):
+        raise OutputExistsError(
+            f"{target} is there and was not written by ggufmoe (it has no {record}); choose another output directory"
+        )
     if any(target.iterdir()) and not force:
         raise OutputExistsError(f"{target} exists already; choose another name, or replace it with --force")
 
@@ -43,11 +51,16 @@ def open_partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
     Files of an earlier run are deleted in it unless ``keep``. If the block raises, the directory stays, so that the
     work can be resumed, unless it is empty.
     """
+    with output_lock(target):
+        yield from _partial_directory(target, keep=keep)
+
+
+def _partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
     partial = partial_path(target)
     try:
         partial.mkdir(exist_ok=True)
         if not keep:
-            for pattern in _OURS:
+            for pattern in _PARTIAL_FILES:
                 for path in partial.glob(pattern):
                     path.unlink()
     except OSError as error:
@@ -60,10 +73,11 @@ def open_partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
         raise
 
 
-def place_directory(partial: Path, target: Path, files: Mapping[str, bytes]) -> None:
+def place_directory(partial: Path, target: Path, files: Mapping[str, bytes], *, written: Sequence[str]) -> None:
     """Write ``files`` (name to content) into the partial directory and give it its name, replacing an older directory.
 
-    Raises OutputError.
+    Of an older directory the files whose names match a pattern of ``written`` are replaced; all others move into the
+    new one. Raises OutputError.
     """
     try:
         for name, content in files.items():
@@ -74,12 +88,21 @@ def place_directory(partial: Path, target: Path, files: Mapping[str, bytes]) -> 
                 file.flush()
                 os.fsync(file.fileno())
         sync_directory(partial)
-        replaced = target.with_name(target.name + ".replaced")
+        replaced = _replaced_path(target)
         with contextlib.suppress(FileNotFoundError):
             os.replace(target, replaced)
         os.replace(partial, target)
         sync_directory(target.parent)
         if replaced.exists():
+            for path in sorted(replaced.iterdir()):
+                if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in written):
+                    os.replace(path, target / path.name)
+            sync_directory(target)
             shutil.rmtree(replaced)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}; all is in {partial}") from error
+
+
+def _replaced_path(target: Path) -> Path:
+    """Where an older directory is while its successor takes its place."""
+    return target.with_name(target.name + ".replaced")

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ggufmoe.errors import Cancelled, OutputError, ResumeError
-from ggufmoe.files import partial_path
+from ggufmoe.files import check_parent, partial_path
 from ggufmoe.quant.kernels import QuantizerName
 from ggufmoe.work import CancelFlag, OnProgress, Progress, is_set, thread_count
 from ggufmoe.writing.formats import prepare_kernels
 from ggufmoe.writing.journal import Journal, fingerprint
+from ggufmoe.writing.lock import output_lock
 from ggufmoe.writing.pagecache import PassingFiles
 from ggufmoe.writing.place import (
     OutputFile,
@@ -81,6 +82,12 @@ def write_plan(plan: WritePlan, options: WriteOptions) -> WriteReport:
     Raises OutputExistsError, OutputError, NoSpaceError or ResumeError before anything is written, NonFiniteError or
     NoSpaceError while writing, Cancelled when ``options.cancel`` is set.
     """
+    check_parent(plan.output)
+    with output_lock(plan.output):
+        return _write_locked(plan, options)
+
+
+def _write_locked(plan: WritePlan, options: WriteOptions) -> WriteReport:
     started = time.monotonic()
     journal = Journal(journal_path(plan.output), fingerprint(plan))
     finished = _finished_tiles(plan, journal) if options.resume else None

@@ -1,0 +1,78 @@
+"""Two writers of one output: the second is told who writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ggufmoe.errors import OutputError
+from ggufmoe.writing import lock
+from ggufmoe.writing.lock import lock_path, output_lock
+
+
+def test_a_second_writer_in_this_process_is_told_who_writes(tmp_path: Path) -> None:
+    output = tmp_path / "a.gguf"
+    with output_lock(output):
+        with (
+            pytest.raises(OutputError, match=f"is being written by process {os.getpid()}; wait for it"),
+            output_lock(output),
+        ):
+            pass
+        with output_lock(tmp_path / "b.gguf"):
+            pass
+    with output_lock(output):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
+    output = tmp_path / "a.gguf"
+    code = (
+        "import sys, time; from pathlib import Path; from ggufmoe.writing.lock import output_lock\n"
+        "with output_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(output)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=f"is being written by process {other.pid}"), output_lock(output):
+            pass
+        other.kill()
+    assert lock_path(output).exists()
+    with output_lock(output):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_says_nothing_still_locks(tmp_path: Path) -> None:
+    output = tmp_path / "a.gguf"
+    with output_lock(output):
+        lock_path(output).write_bytes(b"\xff rubbish")
+        with pytest.raises(OutputError, match="is being written by another process"), output_lock(output):
+            pass
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    lock_path(tmp_path / "a.gguf").symlink_to(mine)
+    with pytest.raises(OutputError, match="cannot be written"), output_lock(tmp_path / "a.gguf"):
+        pass
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is not Windows's")
+def test_a_file_system_without_locks_is_written_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock.output_lock(tmp_path / "a.gguf"):
+        pass
+    assert list(tmp_path.iterdir()) == []
