@@ -8,13 +8,9 @@ allocated. It needs no thread and no signal, so it works in any thread and on an
 from __future__ import annotations
 
 import datetime
-import functools
-import json
 import re
 import string
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -24,12 +20,15 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
 from ggufmoe.errors import TemplateError, one_line
+from ggufmoe.runtime.budget import WIDE_FORMAT, Limits, Meter, OverBudget
+from ggufmoe.runtime.template_filters import budgeted_filters, budgeted_tests
 
 MAX_TEMPLATE_CHARS = 100_000
 
 _FAILURES = (
     jinja2.TemplateError,
     ArithmeticError,
+    AssertionError,  # of a filter's arguments
     AttributeError,
     LookupError,
     MemoryError,
@@ -45,120 +44,27 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_STR_METHODS = _words(
-    "capitalize casefold count endswith find format index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
-    "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
-    "rsplit rstrip split splitlines startswith strip swapcase title upper"
+_PADDING_METHODS = _words("center ljust rjust zfill")
+_STR_METHODS = _PADDING_METHODS | _words(
+    "capitalize casefold count endswith expandtabs find format format_map index isalnum isalpha isascii isdecimal "
+    "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join lower lstrip partition "
+    "removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip "
+    "swapcase title upper"
 )
+_NUMBER_ATTRIBUTES = _words("as_integer_ratio conjugate imag is_integer real")
 _METHODS: dict[type, frozenset[str]] = {
     str: _STR_METHODS,
-    dict: frozenset({"get", "items", "keys", "values"}),
-    list: frozenset({"count", "index"}),
+    dict: frozenset({"copy", "get", "items", "keys", "values"}),
+    list: frozenset({"copy", "count", "index"}),
     tuple: frozenset({"count", "index"}),
-    int: frozenset(),
-    float: frozenset({"is_integer"}),
+    int: _NUMBER_ATTRIBUTES | {"bit_count", "bit_length", "denominator", "numerator"},
+    float: _NUMBER_ATTRIBUTES | {"hex"},
     bytes: frozenset(),
 }
-_ITERATING_FILTERS = _words(
-    "count d default dictsort first groupby items last length list map max min reject rejectattr reverse select "
-    "selectattr sort unique"
-)
-_TEXT_FILTERS = _words("abs capitalize e escape float int lower safe string title trim upper")
-_CONTAINERS = (list, tuple, dict)
-_WIDE_FORMAT = re.compile(r"\d{4}|\*")
-
-
-class _OverBudget(jinja2.TemplateRuntimeError):
-    """The template exceeded its budget."""
 
 
 class _Refused(jinja2.TemplateRuntimeError):
     """The template called ``raise_exception``."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The budget of one rendering. A chat of a thousand messages needs less than a tenth of it.
-
-    ``chars`` counts the characters of all texts and the elements of all lists that are made during the rendering.
-    """
-
-    steps: int = 300_000
-    seconds: float = 5.0
-    chars: int = 8_000_000
-    chars_per_input_char: int = 32
-
-
-class _Meter:
-    """What is left of the budget of one rendering."""
-
-    def __init__(self, limits: Limits, input_chars: int) -> None:
-        self._limits = limits
-        self._steps = limits.steps
-        self._chars = limits.chars + limits.chars_per_input_char * input_chars
-        self._deadline = time.monotonic() + limits.seconds
-        # by id; each container is kept, so that its id stays its own
-        self._measured: dict[int, tuple[Any, int, bool]] = {}
-
-    def step(self) -> None:
-        self._steps -= 1
-        if self._steps < 0:
-            raise _OverBudget(f"more than {self._limits.steps} steps")
-        if time.monotonic() > self._deadline:
-            raise _OverBudget(f"more than {self._limits.seconds:g} s")
-
-    def check(self, n_chars: int) -> None:
-        """Raise _OverBudget if ``n_chars`` exceed what is left; called before something of this size is made."""
-        if n_chars > self._chars:
-            raise _OverBudget("too much text")
-
-    def charge_chars(self, n_chars: int) -> None:
-        self.check(n_chars)
-        self._chars -= n_chars
-
-    def charge(self, value: Any) -> None:
-        """Count a new text or container. Parts that a container shares count each time that they occur."""
-        if isinstance(value, str):
-            self.charge_chars(len(value))
-        elif isinstance(value, _CONTAINERS):
-            self.measure(value)
-            self.charge_chars(1 + len(value))
-
-    def check_text(self, *values: Any) -> int:
-        """Characters that ``values`` have as text. Raises _OverBudget for too many, and for values without a text."""
-        total = 0
-        for value in values:
-            size, has_text = self.measure(value)
-            if not has_text:
-                raise _OverBudget(f"a {type(value).__name__} has no text")
-            total += size
-        self.check(total)
-        return total
-
-    def measure(self, value: Any) -> tuple[int, bool]:
-        """A lower bound for the length of ``value`` as text, and whether it may be converted to text.
-
-        The size of a container is computed once, from its parts: lists of lists that share parts can stand for more
-        text than any computer can compare or print.
-        """
-        if isinstance(value, str):
-            return len(value), True
-        if isinstance(value, int):
-            return value.bit_length() // 3 + 5, True
-        if not isinstance(value, _CONTAINERS):
-            return 25, value is None or isinstance(value, float | range | jinja2.Undefined)
-        known = self._measured.get(id(value))
-        if known is None:
-            known = self._measured[id(value)] = (value, *self._measure_parts(value))
-        return known[1:]
-
-    def _measure_parts(self, container: Any) -> tuple[int, bool]:
-        self.step()
-        parts = [*container, *container.values()] if isinstance(container, dict) else container
-        sizes = [self.measure(part) for part in parts]
-        total = 2 + sum(size + 4 for size, _ in sizes)
-        self.check(total)
-        return total, all(has_text for _, has_text in sizes)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -236,16 +142,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=_finalize,
             cache_size=0,
         )
-        self.meter = _Meter(Limits(), 0)
-        own = {"join": self._join, "replace": self._replace, "tojson": self._tojson, "indent": self._indent}
-        kept = {name: self.filters[name] for name in _ITERATING_FILTERS | _TEXT_FILTERS}
-        self.filters = {name: self._metered(name, function) for name, function in (kept | own).items()}
-        tests: dict[str, Any] = dict(self.tests)
-        self.tests = {name: self._metered(name, function) for name, function in tests.items()}
+        self.meter = Meter(Limits(), 0)
+        self.filters: dict[str, Any] = budgeted_filters(self)
+        self.tests: dict[str, Any] = budgeted_tests(self)
         self.globals = {
             "range": jinja2.sandbox.safe_range,
             "dict": dict,
-            "namespace": self.globals["namespace"],
+            **{name: self.globals[name] for name in ("namespace", "cycler", "joiner")},
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
         }
@@ -280,18 +183,23 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.meter.measure(arg)
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str):
-            self._check_method(owner, function.__name__, args)
+            self._check_method(owner, function.__name__, (*args, *kwargs.values()))
         result = super().call(context, function, *args, **kwargs)
         self.meter.charge(result)
         return result
 
     def _check_method(self, text: str, method: str, args: tuple[Any, ...]) -> None:
         if method == "replace" and len(args) >= 2:
-            self._check_replace(text, args[0], args[1])
+            self.meter.check_replace(text, args[0], args[1])
         elif method == "join" and args and isinstance(args[0], list | tuple):
             self.meter.check(len(text) * len(args[0]) + self.meter.check_text(*args[0]))
         elif method == "join":
-            raise _OverBudget("join takes a list")
+            raise OverBudget("join takes a list")
+        elif method in _PADDING_METHODS:
+            width = max((arg for arg in args if isinstance(arg, int)), default=0)
+            self.meter.check(width)
+        elif method == "expandtabs":
+            self.meter.check(len(text) + text.count("\t") * max((abs(arg) for arg in args), default=8))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         for type_, methods in _METHODS.items():
@@ -315,8 +223,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         def checked(*args: Any, **kwargs: Any) -> str:
             fields = list(string.Formatter().parse(value.__self__))
-            if any(spec and ("{" in spec or _WIDE_FORMAT.search(spec)) for _, _, spec, _ in fields):
-                raise _OverBudget("a format with a wide field")
+            if any(spec and ("{" in spec or WIDE_FORMAT.search(spec)) for _, _, spec, _ in fields):
+                raise OverBudget("a format with a wide field")
             self.meter.check(len(value.__self__) + len(fields) * self.meter.check_text(*args, *kwargs.values()))
             return wrapped(*args, **kwargs)
 
@@ -333,75 +241,15 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if isinstance(sequence, str | list | tuple) and isinstance(times, int):
                 self.meter.check(len(sequence) * times)
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > 4096:
-            raise _OverBudget("numbers of more than 4096 bits")
+            raise OverBudget("numbers of more than 4096 bits")
 
     def _check_power(self, left: Any, right: Any) -> None:
         if abs(left) > 2**32 or abs(right) > 64:
-            raise _OverBudget("a power of large numbers")
+            raise OverBudget("a power of large numbers")
 
     def _check_format(self, left: Any, right: Any) -> None:
         if isinstance(left, str):
-            if _WIDE_FORMAT.search(left):
-                raise _OverBudget("a format with a wide field")
-            self.meter.check(len(left) + left.count("%") * self.meter.check_text(right))
-
-    def _check_replace(self, text: str, old: Any, new: Any) -> None:
-        self.meter.check(len(text) + (text.count(str(old)) if old else len(text) + 1) * self.meter.check_text(new))
-
-    # ---- filters
-
-    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def metered(*args: Any, **kwargs: Any) -> Any:
-            self.meter.step()
-            if name in _TEXT_FILTERS:
-                self.meter.check_text(*(arg for arg in args if not _is_context(arg)))
-            result = function(*args, **kwargs)
-            self.meter.charge(result)
-            return result
-
-        return metered
-
-    def _join(self, values: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
-        items = [item if attribute is None else self.getitem(item, attribute) for item in values]
-        self.meter.check(len(items) * self.meter.check_text(separator) + self.meter.check_text(*items))
-        return str(separator).join(str(item) for item in items)
-
-    def _replace(self, value: Any, old: str, new: str, count: int = -1) -> str:
-        self.meter.check_text(value, old, new)
-        text = str(value)
-        self._check_replace(text, old, new)
-        return text.replace(str(old), str(new), count)
-
-    def _tojson(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """As transformers does it: plain JSON, without escaping HTML."""
-        if indent is not None and not 0 <= indent <= 16:
-            raise _OverBudget("an indent of more than 16")
-        # escapes and indents make a character into some dozen at most, at a depth that recursion allows
-        self.meter.check(16 * self.meter.check_text(value))
-        self.meter.check_text(separators)
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def _indent(self, value: Any, width: int = 4, first: bool = False, blank: bool = False) -> str:
-        self.meter.check_text(value)
-        lines = str(value).splitlines() or [""]
-        if not 0 <= width <= 64:
-            raise _OverBudget("an indent of more than 64")
-        self.meter.check(len(lines) * (width + 1) + len(str(value)))
-        padding = " " * width
-        rest = [padding + line if line or blank else line for line in lines[1:]]
-        return "\n".join([padding + lines[0] if first else lines[0], *rest])
-
-
-def _is_context(value: Any) -> bool:
-    return isinstance(value, jinja2.Environment | jinja2.runtime.Context | nodes.EvalContext)
+            self.meter.check_format(left, right)
 
 
 # jinja2 does not run a function that takes the context on constants while compiling
@@ -418,9 +266,16 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    if len(format) > 200 or re.search(r"%[^a-zA-Z%]", format):
-        raise _OverBudget("an unusual date format")
-    return datetime.datetime.now().strftime(format)
+    """The time in a format of ``strftime``; ``%-d`` and its like, numbers without padding, on every system."""
+    if len(format) > 200 or re.search(r"%(?!-?[a-zA-Z%])", format.replace("%%", "")):
+        raise OverBudget("an unusual date format")
+    now = datetime.datetime.now()
+    return re.sub(r"%-?[a-zA-Z%]", lambda directive: _part_of_time(now, directive[0]), format)
+
+
+def _part_of_time(now: datetime.datetime, directive: str) -> str:
+    part = now.strftime(directive.replace("-", ""))
+    return part.lstrip("0") or "0" if directive[1] == "-" and part.isdigit() else part
 
 
 class Program:
@@ -442,7 +297,7 @@ class Program:
 
         ``input_chars`` is the number of characters in ``variables``; the budget grows with it. Raises TemplateError.
         """
-        meter = self._environment.meter = _Meter(self._limits, input_chars)
+        meter = self._environment.meter = Meter(self._limits, input_chars)
         parts: list[str] = []
         try:
             for part in self._template.generate(variables):
@@ -450,7 +305,7 @@ class Program:
                 parts.append(part)
         except _Refused as error:
             raise TemplateError(f"{self._name}: refuses this conversation: {one_line(error, 300)}") from error
-        except _OverBudget as error:
+        except OverBudget as error:
             raise TemplateError(
                 f"{self._name}: stopped, it does more than a chat needs: {one_line(error, 300)}"
             ) from error

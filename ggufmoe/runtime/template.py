@@ -16,7 +16,8 @@ from ggufmoe.errors import OptionError, TemplateError
 from ggufmoe.files import decode_text, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.upstream import Keys
-from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Limits, Program
+from ggufmoe.runtime.budget import Limits
+from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Program
 
 Message = Mapping[str, Any]
 

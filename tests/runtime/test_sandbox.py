@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from ggufmoe import TemplateError
-from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Limits, Program
+from ggufmoe.runtime.budget import Limits
+from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Program
 
 MESSAGES = [{"role": "user", "content": 'say "hé" <now>'}, {"role": "assistant", "content": "hé"}]
 QUICK = Limits(steps=20_000, seconds=2.0)
@@ -53,6 +55,20 @@ def run(source: str, limits: Limits = QUICK, **variables: Any) -> str:
 )  # fmt: skip
 def test_honest_templates(source: str, expected: str) -> None:
     assert run(source) == expected
+
+
+def test_what_is_refused_is_refused_when_it_is_used() -> None:
+    source = "{% if used %}{{ 'http://x' | urlize }}{{ messages.append(1) }}{% endif %}{{ 'urlize' is filter }}"
+    assert run(source, used=False) == "True"
+    with pytest.raises(TemplateError, match="the filter urlize is not available to chat templates"):
+        run(source, used=True)
+
+
+def test_dates_without_padding() -> None:
+    now = datetime.datetime.now()
+    assert run("{{ strftime_now('%-d. %B %Y, 100%%') }}") == f"{now.day}. {now:%B %Y}, 100%"
+    assert run("{{ strftime_now('%%-d') }}") == "%-d"
+    assert run("{{ strftime_now('%-S') }}").isdigit()
 
 
 def test_the_whole_of_a_loop_over_messages() -> None:
@@ -128,7 +144,26 @@ ATTACKS = {
     "globals of a function": "{{ raise_exception.__globals__['sys'] }}",
     "the frame of a generator": "{{ (messages | map('upper')).gi_frame.f_globals }}",
     "methods that pad": "{{ 'a'.center(1000000000) }}",
+    "methods that pad to the left": "{{ 'a'.zfill(1000000000) ~ 'a'.ljust(width=10 ** 9) }}",
+    "tabs": "{{ ('\t' * 100000).expandtabs(100000) }}",
+    "tabs by name": "{{ 'a\tb'.expandtabs(tabsize=10 ** 9) }}",
     "filters that pad": "{{ 'a' | center(1000000000) }}",
+    "many slices": "{{ [1] | slice(10 ** 9) | list | length }}",
+    "a wide batch": "{{ [1] | batch(10 ** 9, 'x') | list | length }}",
+    "sums of lists": "{{ ([[1] * 1000] * 100000) | sum(start=[]) | length }}",
+    "many digits": "{{ 1.5 | round(10 ** 9, 'ceil') }}",
+    "a wide format by filter": "{{ '%1000000000d' | format(1) }}",
+    "many fields by filter": "{% set x = 'a' * 1000000 %}{{ ('%(x)s' * 1000) | format(x=x) }}",
+    "a wide field by mapping": "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
+    "quoted text": "{% set x = 'é' * 3000000 %}{{ x | urlencode | length }}",
+    "escaped text": "{% set x = '<' * 7000000 %}{{ x | forceescape | length }}",
+    "tags upon tags": "{{ ('<' * 500000 ~ '>' * 500000) | striptags | length }}",
+    "one long word": "{{ ('a' * 1000000) | wordwrap(1) | length }}",
+    "hyphens": "{{ ('-' * 1000000) | wordwrap(5) | length }}",
+    "pretty printing": "{% set a = [1] %}" + "{% set a = [a, a] %}" * 60 + "{{ a | pprint }}",
+    "a short truncation": "{{ 'abcdefghijkl' | truncate(1) }}",
+    "a cycle of nothing": "{{ cycler() }}",
+    "items by attribute": "{{ {'a': 1} | attr('__init__') }}",
     "bytes of a number": "{{ (1).to_bytes(1000000000, 'big') }}",
     "dummy text": "{{ lipsum(n=100000) }}",
     "changing what was given": "{{ messages.append(1) }}",

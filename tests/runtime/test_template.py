@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,25 @@ def test_special_tokens_and_what_transformers_always_gives() -> None:
     assert template is not None
     assert template.render([]) == "<unk>||TrueTrue"
     assert template.render([], documents=["d"]) == "<unk>||FalseTrue"
+
+
+ORACLE = json.loads((Path(__file__).parent / "fixtures" / "transformers_templates.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", ORACLE["cases"])
+def test_templates_render_as_transformers_renders_them(name: str) -> None:
+    case = ORACLE["cases"][name]
+    messages = [dict(message) for message in ORACLE["messages"][case["messages"]]]
+
+    def rendered() -> str:
+        template = ChatTemplate(case["template"], bos="<s>", eos="</s>")
+        return template._render(messages, {"add_generation_prompt": True})  # as given, without folding a system message
+
+    if case["text"] is None:
+        with pytest.raises(TemplateError):
+            rendered()
+    else:
+        assert rendered() == case["text"]
 
 
 def test_a_name_that_nobody_knows(tmp_path: Path) -> None:
