@@ -7,66 +7,166 @@ in ``main`` as an exit code and one line on stderr.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 import typer.core
 import typer.main
 
+from ggufmoe.cli.console import note, without_controls
 from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand
 from ggufmoe.cli.params import SHOWN_ERROR, USAGE_ERROR
 from ggufmoe.errors import GgufmoeError, one_line
-
-if TYPE_CHECKING:
-    _StreamHandler = logging.StreamHandler[TextIO]
-else:  # Python 3.10 knows no type of the stream
-    _StreamHandler = logging.StreamHandler
 
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A command: its name, ``module:function`` and the line in the list of commands."""
+    """A command: its name, ``module:function``, its line in the list of commands, and examples as people type them."""
 
     name: str
     target: str
     summary: str
+    examples: tuple[str, ...] = ()
 
 
 VERBS = (
-    Verb("convert", "ggufmoe.cli.convert:convert_command", "Turn a checkpoint or recipe into a quantized GGUF file."),
-    Verb("quantize", "ggufmoe.cli.quantize:quantize_command", "Turn a GGUF file into one of another type."),
-    Verb("merge", "ggufmoe.cli.merge:merge_command", "Merge dense models into a Mixtral checkpoint."),
-    Verb("run", "ggufmoe.cli.run:run_command", "Print one answer of a model."),
-    Verb("chat", "ggufmoe.cli.chat:chat_command", "Talk with a model in the terminal."),
-    Verb("route", "ggufmoe.cli.route:route_command", "Show which experts every token went to."),
-    Verb("inspect", "ggufmoe.cli.inspect:inspect_command", "Show what is in a GGUF file."),
-    Verb("diff", "ggufmoe.cli.diff:diff_command", "Show how two GGUF files differ."),
-    Verb("plan", "ggufmoe.cli.plan:plan_command", "Show what goes where, and how many bytes."),
-    Verb("perplexity", "ggufmoe.cli.perplexity:perplexity_command", "Measure how well a model predicts a text."),
-    Verb("imatrix", "ggufmoe.cli.imatrix:imatrix_command", "Make an importance matrix from a text."),
-    Verb("bench", "ggufmoe.cli.bench:bench_command", "Measure the speed of prompts and of generation."),
-    Verb("demo", "ggufmoe.cli.demo:demo_command", "Make, quantize and ask a tiny mixture of experts; offline."),
-    Verb("worker", "ggufmoe.cli.worker:worker_command", "Serve this machine's memory and processors to others."),
-    Verb("doctor", "ggufmoe.cli.doctor:doctor_command", "Check the engine, devices and kernels of this machine."),
+    Verb(
+        "convert",
+        "ggufmoe.cli.convert:convert_command",
+        "Turn a checkpoint or recipe into a quantized GGUF file.",
+        (
+            "ggufmoe convert ./my-mixtral -q Q4_K_M",
+            "ggufmoe convert recipe.yaml -o merged.gguf",
+            "ggufmoe convert mistralai/Mixtral-8x7B-v0.1 --dry-run",
+        ),
+    ),
+    Verb(
+        "quantize",
+        "ggufmoe.cli.quantize:quantize_command",
+        "Turn a GGUF file into one of another type.",
+        (
+            "ggufmoe quantize my-mixtral-BF16.gguf -q Q5_K_M",
+            "ggufmoe quantize old.gguf -o mended.gguf -q COPY",
+        ),
+    ),
+    Verb(
+        "merge",
+        "ggufmoe.cli.merge:merge_command",
+        "Merge dense models into a Mixtral checkpoint.",
+        ("ggufmoe merge recipe.yaml merged", "ggufmoe merge recipe.yaml merged --resume"),
+    ),
+    Verb(
+        "run",
+        "ggufmoe.cli.run:run_command",
+        "Print one answer of a model.",
+        (
+            'ggufmoe run model.gguf "Why is the sky blue?"',
+            "ggufmoe run model.gguf --json < question.txt",
+            'ggufmoe run model.gguf "Once upon a time" --raw -n 60',
+        ),
+    ),
+    Verb(
+        "chat",
+        "ggufmoe.cli.chat:chat_command",
+        "Talk with a model in the terminal.",
+        (
+            "ggufmoe chat model.gguf",
+            'ggufmoe chat model.gguf -sys "Be brief." --temp 0.3',
+            "ggufmoe chat model.gguf -c 16384 -ngl 20",
+        ),
+    ),
+    Verb(
+        "route",
+        "ggufmoe.cli.route:route_command",
+        "Show which experts every token went to.",
+        (
+            'ggufmoe route model.gguf "Two trains leave."',
+            'ggufmoe route model.gguf --chat "Hi" --html page.html',
+            'ggufmoe route model.gguf --compare "Hello" "2 + 2 ="',
+        ),
+    ),
+    Verb(
+        "inspect",
+        "ggufmoe.cli.inspect:inspect_command",
+        "Show what is in a GGUF file.",
+        ("ggufmoe inspect model.gguf", "ggufmoe inspect model.gguf -c 8192 --experts"),
+    ),
+    Verb(
+        "diff",
+        "ggufmoe.cli.diff:diff_command",
+        "Show how two GGUF files differ.",
+        ("ggufmoe diff model-F16.gguf model-Q4_K_M.gguf",),
+    ),
+    Verb(
+        "plan",
+        "ggufmoe.cli.plan:plan_command",
+        "Show what goes where, and how many bytes.",
+        ("ggufmoe plan model.gguf", "ggufmoe plan model.gguf --vram 6G -c 8192"),
+    ),
+    Verb(
+        "perplexity",
+        "ggufmoe.cli.perplexity:perplexity_command",
+        "Measure how well a model predicts a text.",
+        (
+            "ggufmoe perplexity model.gguf -f text.txt",
+            "ggufmoe perplexity q4.gguf -f text.txt --against f16.gguf",
+        ),
+    ),
+    Verb(
+        "imatrix",
+        "ggufmoe.cli.imatrix:imatrix_command",
+        "Make an importance matrix from a text.",
+        (
+            "ggufmoe imatrix model.gguf -f text.txt -o imatrix.gguf",
+            "ggufmoe convert ./my-mixtral --imatrix imatrix.gguf",
+        ),
+    ),
+    Verb(
+        "bench",
+        "ggufmoe.cli.bench:bench_command",
+        "Measure the speed of prompts and of generation.",
+        ("ggufmoe bench model.gguf", "ggufmoe bench model.gguf -t 1,2,4 -p 512 -n 64"),
+    ),
+    Verb(
+        "demo",
+        "ggufmoe.cli.demo:demo_command",
+        "Make, quantize and ask a tiny mixture of experts; offline.",
+        ("ggufmoe demo", "ggufmoe demo --chat"),
+    ),
+    Verb(
+        "worker",
+        "ggufmoe.cli.worker:worker_command",
+        "Serve this machine's memory and processors to others.",
+        (
+            "ggufmoe worker --host 192.168.1.20",
+            'ggufmoe run model.gguf "Hello" --rpc 192.168.1.20:50052',
+        ),
+    ),
+    Verb(
+        "doctor",
+        "ggufmoe.cli.doctor:doctor_command",
+        "Check the engine, devices and kernels of this machine.",
+        ("ggufmoe doctor",),
+    ),
 )
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line with ``args`` (default: those of the process) and exit with its exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the parent process
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115 (for as long as the process)
+    _open_streams()
     sys.exit(exit_code(arguments))
 
 
@@ -79,6 +179,14 @@ def exit_code(arguments: Sequence[str]) -> int:
     debug = arguments[:1] == ["--debug"]
     _accept_all_characters(sys.stdin, sys.stdout, sys.stderr)
     _show_warnings(debug)
+    code = _outcome(arguments, debug)
+    failure = _failure_of_stdout()
+    if failure is None or code:
+        return code
+    return 1 if isinstance(failure, BrokenPipeError) else _refused_by_the_system(failure, debug)
+
+
+def _outcome(arguments: Sequence[str], debug: bool) -> int:
     try:
         result = root_command().main(args=arguments or ["--help"], prog_name="ggufmoe", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -95,9 +203,50 @@ def exit_code(arguments: Sequence[str]) -> int:
         return _defect(error, debug)
     if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
         return _say("error: stopped", INTERRUPTED)
-    if not arguments:
-        return 2
     return result if isinstance(result, int) else 0
+
+
+def _open_streams() -> None:
+    """Give a stream to each that the parent process has closed, before a file of ours takes its number.
+
+    Writing to a closed stdout stays an error of the system, which says where; notes on a closed stderr are lost.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (for as long as the process)
+    if sys.stdout is None:
+        sys.stdout = _named_stdout(os.open(os.devnull, os.O_RDONLY), "utf-8")
+    elif not sys.stdout.isatty():
+        with contextlib.suppress(OSError):  # a stream of a host program without a file
+            sys.stdout = _named_stdout(sys.stdout.fileno(), sys.stdout.encoding)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+class _Stdout(io.FileIO):
+    """A file number whose errors name stdout."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "stdout") from error  # a BrokenPipeError stays one
+
+
+def _named_stdout(number: int, encoding: str) -> io.TextIOWrapper:
+    raw = _Stdout(number, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding)
+
+
+def _failure_of_stdout() -> OSError | None:
+    """Why what was printed cannot be written, if that is so; what is left of it is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the interpreter writes it once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.stdout.flush()
+        return error
+    return None
 
 
 def root_command() -> Any:
@@ -121,9 +270,10 @@ def _root(
 ) -> None:
     del debug  # read by exit_code, which has to know it even when parsing fails
     if version:
+        from ggufmoe.native.library import installed_version
         from ggufmoe.version import __version__
 
-        typer.echo(f"ggufmoe {__version__}")
+        print(f"ggufmoe {__version__}\n{installed_version()}")
         raise typer.Exit
 
 
@@ -149,8 +299,12 @@ class _LazyGroup(typer.core.TyperGroup):
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
             near = difflib.get_close_matches(name, self.commands)
-            hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(self.commands)}"
-            ctx.fail(f"no such command: {name}{hint}")
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self.commands)}"
+            if name in ("help", "version"):
+                hint = f"did you mean --{name}?"
+            elif name.endswith(".gguf"):
+                hint = f"did you mean 'ggufmoe chat {name}'?"
+            ctx.fail(f"no such command: {name}; {hint}")
         found, _, rest = super().resolve_command(ctx, args)
         return found, _load(name), rest
 
@@ -159,7 +313,8 @@ def _load(name: str) -> Any:
     verb = next(verb for verb in VERBS if verb.name == name)
     module, function = verb.target.split(":")
     app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=CONTEXT_SETTINGS)
-    app.command(verb.name, cls=PlainCommand)(getattr(importlib.import_module(module), function))
+    epilog = "\n".join(verb.examples)
+    app.command(verb.name, cls=PlainCommand, epilog=epilog)(getattr(importlib.import_module(module), function))
     return typer.main.get_command(app)
 
 
@@ -181,28 +336,31 @@ def _wrong_usage(error: Any) -> int:
 
 
 def _known_error(error: GgufmoeError, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
+    _trace(error, debug)
     return _say(f"error: {one_line(error, None)}", error.exit_code)
 
 
 def _refused_by_the_system(error: OSError, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
+    _trace(error, debug)
     where = "" if error.filename is None else f"{str(error.filename)[:200]}: "
     return _say(f"error: {where}{one_line(error.strerror or error, None)} (an answer of the operating system)", 1)
 
 
 def _defect(error: Exception, debug: bool) -> int:
+    _trace(error, debug)
     if debug:
-        traceback.print_exception(error)
         return 1
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return _say(f"error: {one_line(what, None)} (a defect of ggufmoe; 'ggufmoe --debug ...' shows where)", 1)
 
 
+def _trace(error: BaseException, debug: bool) -> None:
+    if debug:
+        print(without_controls("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _say(line: str, code: int) -> int:
-    typer.echo(line, err=True)
+    note(line)
     return code
 
 
@@ -219,15 +377,22 @@ def _accept_all_characters(*streams: Any) -> None:
             stream.reconfigure(encoding="utf-8-sig" if reads_utf8 else encoding, errors="replace")
 
 
-class _LogHandler(_StreamHandler):
+class _LogHandler(logging.Handler):
     """Prints the library's warnings on stderr; with ``debug`` all log records, including llama.cpp's lines."""
 
     def __init__(self, debug: bool) -> None:
-        super().__init__(sys.stderr)
+        super().__init__()
         self.setLevel(logging.DEBUG if debug else logging.WARNING)
         self.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "warning: %(message)s"))
         if not debug:
             self.addFilter(lambda record: not record.name.startswith("ggufmoe.llama"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        try:
+            note(self.format(record))
+        except Exception:  # as every handler of the standard library does
+            self.handleError(record)
 
 
 def _show_warnings(debug: bool) -> None:

@@ -1,4 +1,6 @@
-"""What ``convert``, ``quantize`` and ``merge`` print: the plan of ``--dry-run``, a summary, the object of ``--json``.
+"""What ``convert``, ``quantize`` and ``merge`` print, and how an output is called that was given no name.
+
+They print the plan of ``--dry-run``, a summary, and the object of ``--json``.
 
 The summary goes to stderr, so that stdout holds only what was asked for.
 """
@@ -6,9 +8,12 @@ The summary goes to stderr, so that stdout holds only what was asked for.
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ggufmoe.cli.console import note, printable, without_controls
 from ggufmoe.cli.router import print_router
 from ggufmoe.sizes import file_size
 
@@ -17,9 +22,40 @@ if TYPE_CHECKING:
     from ggufmoe.writing.plan import WritePlan
 
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def default_output(source: str, quant: str, *, quiet: bool) -> Path:
+    """``NAME-TYPE.gguf`` in the current folder, and a line that says so.
+
+    NAME is that of the directory, the recipe, the hub id or the GGUF file, without the number of a shard and, unless
+    the types stay as they are, without the type that a GGUF file's name ends with. Raises OptionError for an unknown
+    file type.
+    """
+    from ggufmoe.export.requantize import COPY
+    from ggufmoe.quant.filetypes import FileType
+
+    is_copy = quant.strip().upper() == COPY
+    type_name = COPY if is_copy else FileType.from_name(quant).name
+    path = Path(source)
+    if path.suffix.lower() in (".gguf", ".yaml", ".yml"):
+        name = _SHARD.sub("", path.stem)
+    elif path.is_dir():
+        name = path.resolve().name
+    else:
+        name = path.name.partition("@")[0]  # org/name@revision
+    if path.suffix.lower() == ".gguf" and not is_copy:
+        types = "|".join((*FileType.__members__, "FP16", "FP32"))
+        name = re.sub(rf"[-._]({types})$", "", name, flags=re.IGNORECASE) or name
+    output = Path(f"{name}-{type_name}.gguf")
+    if not quiet:
+        note(f"writes {printable(str(output))}; -o gives another name")
+    return output
+
+
 def show_plan(plan: WritePlan, *, as_json: bool) -> None:
     """Print a plan: one JSON object, or every tensor and what each type amounts to."""
-    print(json.dumps(plan.to_dict()) if as_json else "\n".join(_plan_lines(plan)))
+    print(json.dumps(plan.to_dict()) if as_json else without_controls("\n".join(_plan_lines(plan))))
 
 
 def show_result(result: ConvertResult | MergeResult, *, as_json: bool, quiet: bool) -> None:
@@ -27,7 +63,7 @@ def show_result(result: ConvertResult | MergeResult, *, as_json: bool, quiet: bo
     if not quiet:
         if result.router_report is not None:
             print_router(result.router_report)
-        print(_summary(result), file=sys.stderr)
+        note(_summary(result))
     if as_json:
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": _peak_memory_bytes()}))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.conversion import show_plan, show_result
+from ggufmoe.cli.conversion import default_output, show_plan, show_result
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
@@ -17,7 +17,12 @@ from ggufmoe.options import ConvertOptions
 @with_options(ConvertOptions)
 def convert_command(
     source: Annotated[str, typer.Argument(help="A checkpoint directory, a recipe.yaml, or a hub id (org/name).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The GGUF file to write.", metavar="OUT.gguf")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The GGUF file to write; default: NAME-TYPE.gguf, here.", metavar="OUT.gguf"
+        ),
+    ] = None,
     *,
     options: ConvertOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")] = False,
@@ -30,6 +35,8 @@ def convert_command(
     """
     from ggufmoe.convert import convert, plan_convert
 
+    if output is None:
+        output = default_output(source, options.quant, quiet=quiet or dry_run)
     if dry_run:
         show_plan(plan_convert(source, output, options=options), as_json=as_json)
         return

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ggufmoe.cli.console import make_console
+from ggufmoe.cli.console import make_console, without_controls
 from ggufmoe.cli.jobs import run_job
+from ggufmoe.cli.params import file_types
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.errors import Cancelled, GGUFError, ImatrixError, OptionError, OutputExistsError
 from ggufmoe.options import ConvertOptions, SamplingOptions
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ggufmoe.runtime.chat import Chat
 
 _BARS = "▁▂▃▄▅▆▇█"
+_PLAIN_BARS = "_.-:=+*#"
+"""Bars for terminals whose encoding has no block characters."""
 _INDENT = "   "
 _KNOWLEDGE = "opposites, colors, sizes, capitals, and numbers to 100"
 _MATH = 1
@@ -38,7 +41,9 @@ def demo_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the model goes.", metavar="OUT.gguf")] = Path(
         "ggufmoe-demo.gguf"
     ),
-    quant: Annotated[str, typer.Option("-q", "--quant", help="File type.", metavar="TYPE")] = "Q4_K_M",
+    quant: Annotated[
+        str, typer.Option("-q", "--quant", help="File type.", metavar="TYPE", autocompletion=file_types)
+    ] = "Q4_K_M",
     chat: Annotated[bool, typer.Option("--chat", help="Go on with a conversation.")] = False,
 ) -> None:
     """Merge two tiny models that come with ggufmoe into a mixture of experts, quantize it and ask it; offline."""
@@ -106,7 +111,8 @@ def _ask(console: Console, path: Path, chat_after: bool) -> None:
     from ggufmoe.routing import RoutingTracer
     from ggufmoe.runtime.chat import Chat
 
-    legend = f"[cyan]{_BARS[0]}[/cyan] none to [yellow]{_BARS[-1]}[/yellow] all"
+    bars = bars_for(console)
+    legend = f"[cyan]{bars[0]}[/cyan] none to [yellow]{bars[-1]}[/yellow] all"
     console.print("\n[bold]2. Ask it[/bold] what neither model was trained on. Below each answer:")
     console.print(f"{_INDENT}how much of it is the math expert's, {legend}.\n")
     asked, right = questions(), 0
@@ -132,25 +138,34 @@ def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> s
     pieces: list[tuple[str, float]] = []
     last = ""
     for event in tracer.follow(chat.send(text)):
-        console.file.write(event.text)
+        console.file.write(without_controls(event.text))
         console.file.flush()
         if isinstance(event, RoutedToken):
             pieces.append((event.text, event.expert_weights[_MATH]))
         else:
             last = event.text
     console.file.write("\n")
-    console.print(_strip(pieces), soft_wrap=True)
+    console.print(_strip(pieces, bars_for(console)), soft_wrap=True)
     console.print()
     return ("".join(piece for piece, _ in pieces) + last).strip()
 
 
-def _strip(pieces: list[tuple[str, float]]) -> Text:
+def bars_for(console: Console) -> str:
+    """The characters of bars, from low to high, that the stream can encode."""
+    try:
+        _BARS.encode(console.encoding)
+    except UnicodeEncodeError:
+        return _PLAIN_BARS
+    return _BARS
+
+
+def _strip(pieces: list[tuple[str, float]], bars: str) -> Text:
     """A bar for each token, as wide as the token and as high as the math expert's weight."""
     from rich.text import Text
 
     line = Text(_INDENT)
     for piece, weight in pieces:
-        bar = _BARS[min(len(_BARS) - 1, int(weight * len(_BARS)))]
+        bar = bars[min(len(bars) - 1, int(weight * len(bars)))]
         line.append(bar * len(piece), style="yellow" if weight >= 0.5 else "cyan")
     mean = sum(weight for _, weight in pieces) / max(1, len(pieces))
     line.append(f"  math {mean:.0%}", style="dim")
@@ -180,9 +195,19 @@ def _go_on(console: Console, path: Path) -> None:
 
 def _say_command(console: Console, command: str) -> None:
     """Print ``command`` as it can be typed here, also where the program is not on the PATH."""
-    if shutil.which("ggufmoe") is None:
-        command = command.replace("ggufmoe", f"{_quoted(Path(sys.executable))} -m ggufmoe", 1)
-    console.print(f"{_INDENT}{command}", markup=False, soft_wrap=True)
+    console.print(f"{_INDENT}{command.replace('ggufmoe', program_as_typed(), 1)}", markup=False, soft_wrap=True)
+
+
+def program_as_typed() -> str:
+    """How this program is called: by its name, by the path that was typed, or as a module of this interpreter."""
+    typed = Path(sys.argv[0])
+    found = shutil.which("ggufmoe")
+    if typed.stem != "ggufmoe":
+        return "ggufmoe" if found else f"{_quoted(Path(sys.executable))} -m ggufmoe"
+    if found and Path(found).absolute() == typed.absolute():
+        return "ggufmoe"
+    here = Path.cwd()
+    return _quoted(typed.absolute().relative_to(here) if typed.absolute().is_relative_to(here) else typed)
 
 
 def _quoted(path: Path) -> str:

@@ -41,6 +41,13 @@ class PlainCommand(typer.core.TyperCommand):
                 with formatter.section(typer.style(name, bold=True)):
                     formatter.write_dl(records)
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples, each on a line of its own."""
+        if self.epilog:
+            with formatter.section(typer.style("Examples", bold=True)):
+                for example in self.epilog.splitlines():
+                    formatter.write(f"  {example}\n")
+
 
 def _shown_argument(argument: Any) -> str:
     given = argument.metavar and argument.metavar.removesuffix("...")

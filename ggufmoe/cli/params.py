@@ -13,13 +13,13 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, replace
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ggufmoe.errors import OptionError
+from ggufmoe.errors import EngineMissingError, OptionError
 
 Command = Callable[..., None]
 OptionsT = TypeVar("OptionsT")
@@ -47,6 +47,48 @@ _NUMBERS: dict[Any, Callable[[str], Any]] = {
     float: _FLOAT,
     float | None: _FLOAT,
 }
+
+
+def file_types(incomplete: str) -> list[str]:
+    """The file types that begin with what has been typed, for the completion of a shell."""
+    from ggufmoe.quant.filetypes import FileType
+
+    return _begun(incomplete, FileType.__members__)
+
+
+def _tensor_types(incomplete: str) -> list[str]:
+    from ggufmoe.quant.filetypes import WRITABLE_TYPES
+
+    return _begun(incomplete, sorted(writable.name for writable in WRITABLE_TYPES))
+
+
+def _begun(incomplete: str, names: Iterable[str]) -> list[str]:
+    """The names that begin with what has been typed, in capitals or small letters as it is."""
+    found = [name for name in names if name.startswith(incomplete.upper())]
+    return found if incomplete == incomplete.upper() else [name.lower() for name in found]
+
+
+def _devices(incomplete: str) -> list[str]:
+    """Names of devices; those before the last comma of a list stay."""
+    from ggufmoe.placement.devices import find_devices
+
+    before, comma, last = incomplete.rpartition(",")
+    try:
+        names = [place.name for place in find_devices().places]
+    except EngineMissingError:
+        names = []
+    given = before.split(",")
+    choices = names if comma else [*names, "none"]
+    return [before + comma + name for name in choices if name not in given and name.startswith(last)]
+
+
+_COMPLETIONS: dict[str, Callable[[str], list[str]]] = {
+    "quant": file_types,
+    "output_tensor_type": _tensor_types,
+    "token_embedding_type": _tensor_types,
+    "device": _devices,
+}
+"""By the name of an option's field: the values that begin with what has been typed."""
 
 
 def with_options(*groups: type) -> Callable[[Command], Command]:
@@ -115,6 +157,7 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
         metavar=metadata["metavar"],
         parser=_parser(metadata["parse"] or _NUMBERS.get(hint)),
         show_default=shown,
+        autocompletion=_COMPLETIONS.get(field.name),
         rich_help_panel=metadata["panel"] or panel,
     )
     typed: Any = hint if kind is None else types.GenericAlias(list, (kind,)) | None

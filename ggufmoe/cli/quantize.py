@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.conversion import show_plan, show_result
+from ggufmoe.cli.conversion import default_output, show_plan, show_result
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
@@ -17,7 +17,12 @@ from ggufmoe.options import QuantizeOptions
 @with_options(QuantizeOptions)
 def quantize_command(
     source: Annotated[Path, typer.Argument(help="A GGUF file, or any file of a split one.", metavar="IN.gguf")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The GGUF file to write.", metavar="OUT.gguf")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The GGUF file to write; default: NAME-TYPE.gguf, here.", metavar="OUT.gguf"
+        ),
+    ] = None,
     *,
     options: QuantizeOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")] = False,
@@ -31,6 +36,8 @@ def quantize_command(
     """
     from ggufmoe.quantize import plan_quantize, quantize
 
+    if output is None:
+        output = default_output(str(source), options.quant, quiet=quiet or dry_run)
     if dry_run:
         show_plan(plan_quantize(source, output, options=options), as_json=as_json)
         return

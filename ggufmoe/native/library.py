@@ -11,7 +11,7 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ggufmoe.errors import EngineMissingError
@@ -117,6 +117,16 @@ class EngineVersion:
 
 PINNED_ENGINE = EngineVersion("0.3.36", "0c1e57098bba43ac29e6e3b677cdceebdd22334f", "0.25.3")
 """The engine that ggufmoe is made for, as ``vendor/llama.cpp.toml`` says, which installed packages do not carry."""
+
+
+def installed_version() -> str:
+    """A line about the engine that is installed, from the package's metadata: nothing is loaded."""
+    pinned = f"llama-cpp-python {PINNED_ENGINE.package}, llama.cpp {PINNED_ENGINE.llama_cpp_commit[:9]}"
+    try:
+        found = version("llama-cpp-python")
+    except PackageNotFoundError:
+        return f"llama-cpp-python is not installed (made for {pinned})"
+    return pinned if found == PINNED_ENGINE.package else f"llama-cpp-python {found} (made for {pinned})"
 
 
 def engine_version() -> EngineVersion:

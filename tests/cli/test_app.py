@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ import pytest
 
 import ggufmoe
 from ggufmoe.cli import app
-from ggufmoe.errors import Cancelled, GGUFError
+from ggufmoe.errors import Cancelled, EngineMissingError, GGUFError
+from ggufmoe.native import library as engine_library
+from ggufmoe.native.library import PINNED_ENGINE
 
 
 @pytest.fixture
@@ -79,11 +82,95 @@ def test_help_has_every_flag_whole(
             assert flag in words
 
 
+def in_a_shell(line: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of a shell in which ``ggufmoe`` is the program."""
+    command = shlex.join([sys.executable, "-m", "ggufmoe"])
+    return subprocess.run(["sh", "-c", f'ggufmoe() {{ {command} "$@"; }}; {line}'], capture_output=True, text=True)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell closes the stream")
-def test_a_closed_stdout_is_no_defect() -> None:
-    command = shlex.join([sys.executable, "-m", "ggufmoe", "--version"])
-    done = subprocess.run(["sh", "-c", f"{command} >&- <&-"], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+@pytest.mark.parametrize("arguments", ["--version", "--help", "run --help"])
+def test_a_closed_stdout_is_an_error_that_says_where(arguments: str) -> None:
+    done = in_a_shell(f"ggufmoe {arguments} >&- <&-")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: stdout: Bad file descriptor (an answer of the operating system)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_stdout_is_an_error_that_says_where() -> None:
+    done = in_a_shell("ggufmoe --version > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "error: stdout: No space left on device (an answer of the operating system)\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes the stream")
+def test_errors_keep_their_exit_code_with_closed_streams() -> None:
+    assert in_a_shell("ggufmoe --nonsense >&-").returncode == 2
+    assert in_a_shell("ggufmoe --nonsense >&- 2>&- <&-").returncode == 2
+    assert in_a_shell("ggufmoe inspect nothing.gguf >&- 2>&-").returncode == 1
+
+
+@pytest.mark.parametrize("verb", app.VERBS, ids=lambda verb: verb.name)
+def test_examples_end_the_help_and_parse(
+    verb: app.Verb, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert app.exit_code([verb.name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-len(verb.examples) - 1 :] == ["Examples:", *(f"  {example}" for example in verb.examples)]
+    monkeypatch.chdir(tmp_path)
+    assert any(example.startswith(f"ggufmoe {verb.name}") for example in verb.examples)
+    for example in verb.examples:
+        assert len(example) <= 58
+        words = shlex.split(example)
+        name, *arguments = words[1 : words.index("<")] if "<" in words else words[1:]
+        for word in arguments:
+            if word.endswith((".gguf", ".yaml", ".txt")):
+                Path(word).touch()
+        app._load(name).make_context(name, arguments)  # raises what a wrong command line raises
+
+
+@pytest.fixture
+def completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], list[str]]:
+    """What bash is offered for the last word of a line."""
+
+    def ask(line: str) -> list[str]:
+        monkeypatch.setenv("_GGUFMOE_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+        with pytest.raises(SystemExit) as left:
+            app.exit_code([])
+        assert left.value.code == 0
+        return capsys.readouterr().out.split()
+
+    return ask
+
+
+def test_a_shell_completes_verbs_flags_types_and_devices(
+    completed: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ggufmoe.placement import devices
+
+    assert completed("ggufmoe co") == ["convert"]
+    assert completed("ggufmoe convert --quant") == ["--quant", "--quantizer"]
+    assert completed("ggufmoe convert m -q q5_k") == ["q5_k_s", "q5_k_m"]
+    assert completed("ggufmoe demo -q Q8") == ["Q8_0"]
+    assert completed("ggufmoe quantize m --output-tensor-type Q6") == ["Q6_K"]
+    assert completed("ggufmoe convert m --quantizer ") == ["auto", "fast", "ggml"]
+    places = [SimpleNamespace(name=name) for name in ("CUDA0", "CUDA1")]
+    monkeypatch.setattr(devices, "find_devices", lambda: SimpleNamespace(places=places))
+    assert completed("ggufmoe run m -dev ") == ["CUDA0", "CUDA1", "none"]
+    assert completed("ggufmoe run m -dev CUDA1,CU") == ["CUDA1,CUDA0"]
+
+
+def test_completion_without_an_engine(completed: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ggufmoe.placement import devices
+
+    def missing() -> object:
+        raise EngineMissingError("no engine")
+
+    monkeypatch.setattr(devices, "find_devices", missing)
+    assert completed("ggufmoe run m -dev ") == ["none"]
 
 
 def test_help_is_in_parts_and_names_arguments_in_capitals(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +178,7 @@ def test_help_is_in_parts_and_names_arguments_in_capitals(capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Usage: ggufmoe route [OPTIONS] MODEL [PROMPT]"
     parts = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert parts == ["Arguments:", "Options:", "Route options:", "Context options:", "Offload options:"]
+    assert parts == ["Arguments:", "Options:", "Route options:", "Context options:", "Offload options:", "Examples:"]
     app.exit_code(["bench", "--help"])
     assert capsys.readouterr().out.startswith("Usage: ggufmoe bench [OPTIONS] MODEL...\n")
 
@@ -104,7 +191,23 @@ def test_every_verb_says_in_the_list_what_it_says_itself() -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.exit_code(["--version"]) == 0
-    assert capsys.readouterr().out == f"ggufmoe {ggufmoe.__version__}\n"
+    own, engine = capsys.readouterr().out.splitlines()
+    assert own == f"ggufmoe {ggufmoe.__version__}"
+    assert engine == f"llama-cpp-python {PINNED_ENGINE.package}, llama.cpp {PINNED_ENGINE.llama_cpp_commit[:9]}"
+
+
+def test_version_of_another_engine_or_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made_for = f"(made for llama-cpp-python {PINNED_ENGINE.package}, llama.cpp {PINNED_ENGINE.llama_cpp_commit[:9]})"
+    monkeypatch.setattr(engine_library, "version", lambda _: "0.2.1")
+    assert app.exit_code(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"llama-cpp-python 0.2.1 {made_for}"
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(engine_library, "version", missing)
+    assert app.exit_code(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"llama-cpp-python is not installed {made_for}"
 
 
 @pytest.mark.parametrize("module", ["ggufmoe", "ggufmoe.cli.app"])
@@ -141,6 +244,8 @@ main()
         (["run", "m.gguf", "hi", "--keep", "-2"], "--keep must be at least -1, not -2"),
         (["run", "m.gguf", "hi", "-lm", "fast"], "'-lm' / '--load-mode': 'fast' is not one of 'auto', "),
         (["--nonsense"], "error: No such option"),
+        (["help"], "error: no such command: help; did you mean --help?"),
+        (["m.gguf"], "error: no such command: m.gguf; did you mean 'ggufmoe chat m.gguf'?"),
         (["--debug"], "error: Missing command. (see 'ggufmoe --help')\n"),
     ],
 )  # fmt: skip
@@ -152,8 +257,8 @@ def test_wrong_usage(args: list[str], message: str, capsys: pytest.CaptureFixtur
     assert err.count("\n") == 1
 
 
-def test_no_arguments_give_help_and_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.exit_code([]) == 2
+def test_no_arguments_give_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.exit_code([]) == 0
     out, err = capsys.readouterr()
     assert "inspect" in out + err
     assert "error:" not in out + err
@@ -217,6 +322,21 @@ def test_what_the_system_refuses_is_no_defect(
     assert capsys.readouterr().err == f"error: {message} (an answer of the operating system)\n"
     assert app.exit_code(["--debug", "try"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_is_said_is_harmless(verb: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "a\x1b]52;c;cm0=\x07b\x9b2J\rc"
+
+    def command() -> None:
+        logging.getLogger("ggufmoe.template").warning(hostile)
+        raise GGUFError(hostile)
+
+    verb(command)
+    for arguments in (["try"], ["--debug", "try"], [hostile], ["run", hostile, "hi"]):
+        assert app.exit_code(arguments) > 0
+        err = capsys.readouterr().err
+        assert "a" in err
+        assert not set("\x1b\x07\x9b\r") & set(err)
 
 
 def test_main_leaves_with_the_exit_code() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.conversion import default_output
 from ggufmoe.cli.jobs import Interrupt
 from ggufmoe.cli.progress import BarProgress, LineProgress, NoProgress, progress_display
 from ggufmoe.files import partial_path
@@ -36,6 +37,47 @@ def test_a_summary_goes_to_stderr_and_nothing_to_stdout(
     assert "bits per weight" in printed.err
     assert "MB/s" in printed.err
     assert read_header(output).tensors
+
+
+def test_the_output_is_named_after_the_source(
+    tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tiny_checkpoint()
+    assert exit_code(["convert", f"{source}/", "-q", "q8_0", "-t", "2"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [f"{source.name}-Q8_0.gguf"]
+    err = capsys.readouterr().err
+    assert err.startswith(f"writes {source.name}-Q8_0.gguf; -o gives another name\n")
+    assert exit_code(["convert", str(source), "-q", "q8_0"]) == 1
+    assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "quant", "name"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", "Q4_K_M", "Mixtral-8x7B-v0.1-Q4_K_M.gguf"),
+        ("org/name@main", "q4_k", "name-Q4_K_M.gguf"),
+        ("some/recipe.v2.yaml", "F16", "recipe.v2-F16.gguf"),
+        ("my-mixtral-BF16.gguf", "Q5_K_M", "my-mixtral-Q5_K_M.gguf"),
+        ("/there/My.fp16.GGUF", "Q8_0", "My-Q8_0.gguf"),
+        ("m-q4_k_m-00001-of-00003.gguf", "Q2_K", "m-Q2_K.gguf"),
+        ("m-F16-00001-of-00003.gguf", "copy", "m-F16-COPY.gguf"),
+        ("Q8_0.gguf", "Q2_K", "Q8_0-Q2_K.gguf"),
+        (".", "Q2_K", "here-Q2_K.gguf"),
+    ],
+)
+def test_names_of_outputs(
+    source: str,
+    quant: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert str(default_output(source, quant, quiet=True)) == name
+    assert capsys.readouterr().err == ""
 
 
 def test_json_ends_with_one_object(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

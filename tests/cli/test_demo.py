@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.console import make_console
+from ggufmoe.cli.demo import bars_for, program_as_typed
 from ggufmoe.demo import questions
 from ggufmoe.errors import Cancelled
 from ggufmoe.gguf.header import read_header
@@ -67,6 +69,37 @@ def test_the_program_may_not_be_on_the_path(
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert exit_code(["demo"]) == 0
     assert f"   {sys.executable} -m ggufmoe chat ggufmoe-demo.gguf --temp 0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "found", "shown"),
+    [
+        ("HERE/.venv/bin/ggufmoe", None, ".venv/bin/ggufmoe"),
+        ("HERE/.venv/bin/ggufmoe", "/usr/bin/ggufmoe", ".venv/bin/ggufmoe"),
+        (".venv/bin/ggufmoe", None, ".venv/bin/ggufmoe"),
+        ("/opt/my tools/ggufmoe", None, "'/opt/my tools/ggufmoe'"),
+        ("/usr/bin/ggufmoe", "/usr/bin/ggufmoe", "ggufmoe"),
+        ("HERE/ggufmoe/__main__.py", "/usr/bin/ggufmoe", "ggufmoe"),
+        ("HERE/ggufmoe/__main__.py", None, f"{sys.executable} -m ggufmoe"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="paths of POSIX")
+def test_commands_name_the_program_as_it_was_typed(
+    typed: str, found: str | None, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda _: found)
+    monkeypatch.setattr(sys, "argv", [typed.replace("HERE", str(tmp_path)), "demo"])
+    assert program_as_typed() == shown
+
+
+def test_bars_are_characters_that_the_terminal_has() -> None:
+    for encoding, shown in ("utf-8", "▁█"), ("cp437", "_#"), ("ascii", "_#"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+        bars = bars_for(make_console(stream))
+        assert bars[0] + bars[-1] == shown
+        assert len(set(bars)) == 8
+        assert "?" not in bars
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,17 @@ def test_a_summary_goes_to_stderr_and_nothing_to_stdout(source: Path, capsys: py
     assert read_header(output).get("general.file_type") == 7
 
 
+def test_the_output_is_named_after_the_source(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    source = source.rename(tmp_path / "my-BF16.gguf")
+    assert exit_code(["quantize", str(source), "-q", "Q8_0"]) == 0
+    assert [path.name for path in Path().iterdir()] == ["my-Q8_0.gguf"]
+    assert capsys.readouterr().err.startswith("writes my-Q8_0.gguf; -o gives another name\n")
+
+
 def test_json_says_who_quantized_what(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["quantize", str(source), "-o", str(source.with_name("out.gguf")), "--json", "--quiet"]
     assert exit_code([*arguments, "--quantizer", "ggml"]) == 0
