@@ -227,7 +227,7 @@ def test_verify_as_json(model: Path, capsys: Capture) -> None:
 
 def test_known_errors_are_one_line(tmp_path: Path, model: Path, capsys: Capture) -> None:
     bad = tmp_path / "bad.gguf"
-    bad.write_bytes(b"PK\3\4")
+    bad.write_bytes(b"FUGG")
     for arguments, message in (
         ([tmp_path / "absent.gguf"], "cannot be read"),
         ([bad], "this is not a GGUF file"),

@@ -131,10 +131,10 @@ def test_a_file_that_shrank_since_its_header_was_read(model: Path) -> None:
     with model.open("r+b") as file:
         file.truncate(header.data_offset + 1_000_000)
     with pytest.raises(GGUFError, match=r"before the end of .*ffn_up_exps"):
-        hash_files([(model, header)])
+        hash_files([(model, header)], threads=1)  # on one thread the largest tensor comes first
     model.unlink()
     with pytest.raises(GGUFError, match="cannot be read"):
-        hash_files([(model, header)])
+        hash_files([(model, header)], threads=1)
 
 
 def test_cancel_stops_and_leaves_nothing(model: Path) -> None:
