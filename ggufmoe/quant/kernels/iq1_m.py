@@ -34,7 +34,7 @@ _WAY_SHIFT = 12
 def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     """Write the superblock of each lane."""
     weigh = _Weights(k, x, importance)
-    search, split = PointSearch(k, _BLOCK), _Split(k)
+    search, split = PointSearch(k, _BLOCK), _BlockSplit(k)
     scales, ways = k.float_rows(_N_BLOCKS), k.int_rows(_N_BLOCKS)
     words, numbers = k.int_rows(2 * _N_BLOCKS), k.int_rows(2 * _N_BLOCKS)
     with k.loop(_N_BLOCKS) as j:
@@ -141,7 +141,7 @@ def _scale_words(k: Lanes, levels: Rows, d_bits: Value, some: Value) -> list[Val
     return [halves[0] | (halves[1] << 16), halves[2] | (halves[3] << 16)]
 
 
-class _Split:
+class _BlockSplit:
     """The best of all splits of a block into three levels, each half moved up or down."""
 
     def __init__(self, k: Lanes) -> None:
