@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ggufmoe import Cancelled, ContextOptions, DecodeError, Engine, EngineError
+from ggufmoe.native.graph_tensors import tensor_name, tensor_shape
 from ggufmoe.runtime.kvcache import KVCache
 from tests.engines import local_engine
 from tests.remote.workers import PATIENT_S, wait_until
@@ -64,58 +65,75 @@ def test_a_shift_that_is_broken_off_leaves_nothing(engine: Engine) -> None:
     assert np.array_equal(engine.logits(rest)[-1], expected)
 
 
-class Stalled:
-    """The next computing of several tokens waits, once ``is_armed``, until its engine has heard of the flag."""
+class SlowGraph:
+    """Observes graphs: once ``is_armed``, sets ``flag`` in the next one of several tokens, whose nodes then take long.
 
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.flag = threading.Event()
+    llama.cpp leaves that graph before its last node only if another thread has aborted it meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.flag, self.started = threading.Event(), threading.Event()
         self.is_armed = False
-        self._engine = engine
-        self._compute = local_engine(engine)._loaded.cache.compute
-        monkeypatch.setattr(local_engine(engine)._loaded.cache, "compute", self.compute)
+        self.nodes: list[bytes] = []
+        """The nodes that were computed after ``flag`` was set."""
 
-    def compute(self, tokens: Sequence[int]) -> bool:
-        if not self.is_armed or len(tokens) < 2:
-            return self._compute(tokens)
-        time.sleep(0.2)  # a reader that still has tokens to read would see the flag by itself
-        self.flag.set()
-        wait_until(lambda: local_engine(self._engine)._loaded.abort_flag[0] == b"\x01")
-        return False
+    def __call__(self, tensor: int, ask: bool) -> bool:
+        name = tensor_name(tensor)
+        if not self.is_armed or (not self.nodes and tensor_shape(tensor)[2] < 2):
+            return False
+        if ask:
+            self.is_armed = name not in self.nodes[:1]  # with its first node another graph begins
+            return self.is_armed
+        if not self.nodes:
+            time.sleep(0.2)  # a reader that still has tokens to read would see the flag by itself
+            self.flag.set()
+            self.started.set()
+        self.nodes.append(name)
+        time.sleep(0.25)
+        return True
 
 
-def test_cancelling_while_an_answer_is_computed_again(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
-        stalled = Stalled(engine, monkeypatch)
-        events = engine.generate(engine.tokenize(" w1" * 30), LONG, cancel=stalled.flag)
+def test_cancelling_while_an_answer_is_computed_again(mixing_path: Path) -> None:
+    slow = SlowGraph()
+    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine, engine.observed(slow):
+        events = engine.generate(engine.tokenize(" w1" * 30), LONG, cancel=slow.flag)
         next(events)
         list(engine.generate(engine.tokenize(" w2" * 30), replace(GREEDY, n_predict=1)))
-        stalled.is_armed = True
+        slow.is_armed = True
         assert last_of(events).reason == "cancelled"
+    assert slow.nodes
+    assert b"result_output" not in slow.nodes
+
+
+class HeldGraph:
+    """Observes graphs: calls ``stop`` in the one after ``n_before`` others, and holds that up until ``left`` is set."""
+
+    def __init__(self, stop: Callable[[], object], n_before: int = 0) -> None:
+        self.left = threading.Event()
+        self.gave_up = False
+        self._stop, self._n_before = stop, n_before
+
+    def __call__(self, tensor: int, ask: bool) -> bool:
+        if not ask:
+            self._stop()
+            self.gave_up = not self.left.wait(PATIENT_S)
+            return True
+        if tensor_name(tensor) != b"embd":  # the first node of a graph
+            return False
+        self._n_before -= 1
+        return self._n_before == -1
 
 
 @pytest.mark.parametrize("n_before", [0, 3])
-def test_who_stops_does_not_wait_for_a_long_operation(
-    mixing_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int
-) -> None:
-    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
-        compute, flag, left = local_engine(engine)._loaded.cache.compute, threading.Event(), threading.Event()
-        calls = 0
-
-        def take_long(tokens: Sequence[int]) -> bool:
-            nonlocal calls
-            calls += 1
-            if calls != 1 + n_before:
-                return compute(tokens)
-            flag.set()
-            assert left.wait(PATIENT_S)
-            return compute(tokens)
-
-        monkeypatch.setattr(local_engine(engine)._loaded.cache, "compute", take_long)
+def test_who_stops_does_not_wait_for_a_long_operation(mixing_path: Path, n_before: int) -> None:
+    flag = threading.Event()
+    held = HeldGraph(flag.set, n_before)
+    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine, engine.observed(held):
         prompt = engine.tokenize(" w1" * 30)
         last = last_of(engine.generate(prompt, LONG, cancel=flag))
-        assert (last.reason, left.is_set()) == ("cancelled", False)
+        assert (last.reason, held.gave_up) == ("cancelled", False)
         assert last.timing.prompt_tokens == (len(prompt) if n_before else 0)
-        left.set()
+        held.left.set()
         assert last_of(engine.generate(prompt, replace(GREEDY, n_predict=4))).reason == "length"
 
 
@@ -128,13 +146,13 @@ def stopped(call: Callable[[], object]) -> object:
 
 
 STOPPABLE = pytest.mark.parametrize(
-    ("method", "call", "outcome"),
+    ("call", "outcome"),
     [
-        ("compute", lambda engine, ids, flag: engine.prefill(ids, cancel=flag), Cancelled),
-        ("compute_all_logits", lambda engine, ids, flag: engine.prefill(ids, cancel=flag, every_row=True), Cancelled),
-        ("compute", lambda engine, ids, flag: engine.evaluate(ids, cancel=flag), None),
-        ("compute_chunks", lambda engine, ids, flag: list(engine.compute_chunks([ids], 0, cancel=flag)), []),
-        ("compute_all_logits", lambda engine, ids, flag: engine.logits(ids), DecodeError),
+        (lambda engine, ids, flag: engine.prefill(ids, cancel=flag), Cancelled),
+        (lambda engine, ids, flag: engine.prefill(ids, cancel=flag, every_row=True), Cancelled),
+        (lambda engine, ids, flag: engine.evaluate(ids, cancel=flag), None),
+        (lambda engine, ids, flag: list(engine.compute_chunks([ids], 0, cancel=flag)), []),
+        (lambda engine, ids, flag: engine.logits(ids), DecodeError),
     ],
     ids=["prefill", "every row", "evaluate", "chunks", "logits"],
 )
@@ -143,38 +161,22 @@ STOPPABLE = pytest.mark.parametrize(
 @STOPPABLE
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_a_call_that_is_stopped_does_not_wait_for_a_long_operation(
-    engine: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    call: Callable[..., object],
-    outcome: object,
-    by_flag: bool,
+    engine: Engine, call: Callable[..., object], outcome: object, by_flag: bool
 ) -> None:
-    flag, left = threading.Event(), threading.Event()
-    original = getattr(local_engine(engine)._loaded.cache, method)
-
-    def take_long(*arguments: object) -> object:
-        if by_flag and outcome is not DecodeError:  # logits takes none
-            flag.set()
-        else:
-            engine.cancel()
-        left.wait(PATIENT_S)
-        return original(*arguments)
-
+    flag = threading.Event()
+    held = HeldGraph(flag.set if by_flag and outcome is not DecodeError else engine.cancel)  # logits takes no flag
     ids = engine.tokenize(" w1" * 30)
-    began = time.monotonic()
-    with monkeypatch.context() as patched:
-        patched.setattr(local_engine(engine)._loaded.cache, method, take_long)
+    with engine.observed(held):
         assert stopped(lambda: call(engine, ids, flag)) == outcome
-        assert time.monotonic() - began < PATIENT_S / 2
-    left.set()
-    assert engine.prefill(ids) == len(ids)
-    assert last_of(engine.generate(ids, GREEDY)).reason == "length"
+        assert not held.gave_up
+        held.left.set()
+        assert engine.prefill(ids) == len(ids)
+        assert last_of(engine.generate(ids, GREEDY)).reason == "length"
 
 
 @STOPPABLE
 def test_a_call_that_is_stopped_before_its_turn_does_nothing(
-    engine: Engine, method: str, call: Callable[..., object], outcome: object
+    engine: Engine, call: Callable[..., object], outcome: object
 ) -> None:
     engine.prefill(kept := engine.tokenize(" w2" * 30))
     going_on = threading.Event()
@@ -194,25 +196,18 @@ def test_a_call_that_is_stopped_before_its_turn_does_nothing(
     assert local_engine(engine)._native.call(lambda: engine.cached_tokens) == tuple(kept)
 
 
-def test_a_flag_is_noticed_by_whoever_waits(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine:
-        flag, started, compute = threading.Event(), threading.Event(), local_engine(engine)._loaded.cache.compute
-        events = engine.generate(engine.tokenize(" w1" * 30), LONG, cancel=flag)
+def test_a_flag_is_noticed_by_whoever_waits(mixing_path: Path) -> None:
+    slow = SlowGraph()
+    with Engine(mixing_path, replace(SMALL, n_ctx=1024)) as engine, engine.observed(slow):
+        events = engine.generate(engine.tokenize(" w1" * 30), LONG, cancel=slow.flag)
         next(events)
         list(engine.generate(engine.tokenize(" w2" * 30), replace(GREEDY, n_predict=1)))
-
-        def compute_again(tokens: Sequence[int]) -> bool:
-            if len(tokens) > 1 and not started.is_set():
-                flag.set()
-                started.set()
-                wait_until(lambda: local_engine(engine)._loaded.abort_flag[0] == b"\x01")
-            return compute(tokens)
-
-        monkeypatch.setattr(local_engine(engine)._loaded.cache, "compute", compute_again)
-        while not started.wait(0.1):  # the answer is computed again, and its reader does something else
+        slow.is_armed = True
+        while not slow.started.wait(0.1):  # the answer is computed again, and its reader does something else
             next(events)
         assert engine.prefill(engine.tokenize(" w3" * 30)) > 0
         assert last_of(events).reason == "cancelled"
+    assert b"result_output" not in slow.nodes
 
 
 def test_garbage_that_is_collected_while_an_answer_ends_closes_its_reader(engine: Engine) -> None:
@@ -231,12 +226,14 @@ def test_garbage_that_is_collected_while_an_answer_ends_closes_its_reader(engine
 
 
 def test_cancelling_while_room_is_made(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(mixing_path, replace(SMALL, overflow="shift")) as engine:
-        stalled = Stalled(engine, monkeypatch)
+    slow = SlowGraph()
+    with Engine(mixing_path, replace(SMALL, overflow="shift")) as engine, engine.observed(slow):
 
         def cannot_shift(*_: int) -> bool:
-            stalled.is_armed = True
+            slow.is_armed = True
             return False
 
         monkeypatch.setattr(local_engine(engine)._loaded.cache, "drop", cannot_shift)
-        assert last_of(engine.generate(engine.tokenize(" w1"), LONG, cancel=stalled.flag)).reason == "cancelled"
+        assert last_of(engine.generate(engine.tokenize(" w1"), LONG, cancel=slow.flag)).reason == "cancelled"
+    assert slow.nodes
+    assert b"result_output" not in slow.nodes
