@@ -19,8 +19,6 @@ from ggufmoe.quant.kernels.lanes import F32, I32, I64, Index, Lanes, Rows, Value
 
 GROUP = 8
 DELTA = 0.125
-_BELOW_BEST = 0.9999
-_LEAST_PRECISE = 1e-30
 _UNSAFE = 1e34
 """Weight times the square of a value, above which distances might overflow; ggml ends the process there."""
 
@@ -75,41 +73,13 @@ def _comparisons(n: int) -> Iterator[tuple[int, int]]:
         part *= 2
 
 
-class Floor:
-    """A score that the best split is known to exceed: nearly that of the best among some of the splits.
-
-    What comes of a search for the best, taking each that is better than those before it, is the last one taken. To
-    begin with a score below the best one's, by more than roundings amount to, leaves out only some that others
-    replace. Here fractions are compared without dividing.
-    """
-
-    def __init__(self, k: Lanes) -> None:
-        self.k, self.fractions = k, (k.variable(k.f32(0.0)), k.variable(k.f32(0.0)))
-
-    def raise_by(self, candidates: Sequence[tuple[Value, Value]]) -> None:
-        """Look at some candidates (sum of products with x, sum of squares)."""
-        k, (top, bottom) = self.k, self.fractions
-        for sum_qx, sum_q2 in candidates:
-            square = sum_qx * sum_qx
-            better = (sum_q2 > 0.0) & ((square * bottom.get() > top.get() * sum_q2) | bottom.get().equals(0.0))
-            top.set(k.where(better, square, top.get()))
-            bottom.set(k.where(better, sum_q2, bottom.get()))
-
-    def score(self) -> Value:
-        """The score; below all others where the fraction is not precise."""
-        k, precise = self.k, ~self.k.false()
-        for variable in self.fractions:
-            precise = precise & (variable.get() > _LEAST_PRECISE) & (variable.get() < 1.0 / _LEAST_PRECISE)
-        top, bottom = (variable.get() for variable in self.fractions)
-        return k.where(precise, top / bottom * _BELOW_BEST, -float(np.finfo(np.float32).max))
-
-
 class Best:
     """The best split so far: its scale, its score, and a code for where it is."""
 
-    def __init__(self, k: Lanes, scale: Value, floor: Value) -> None:
+    def __init__(self, k: Lanes, scale: Value) -> None:
         self.k = k
-        self.scale, self.where, self.score = k.variable(scale), k.variable(k.i32(-1)), k.variable(floor)
+        self.scale, self.where = k.variable(scale), k.variable(k.i32(-1))
+        self.score = k.variable(k.f32(-float(np.finfo(np.float32).max)))
 
     def consider(self, candidates: Sequence[tuple[Value, Value, Value]]) -> None:
         """Take the better ones of some candidates (sum of products with x, sum of squares, code), one after another.
@@ -130,14 +100,11 @@ class Best:
 
 
 @contextmanager
-def splits(k: Lanes, n: int, step: int = 1) -> Iterator[tuple[Index, Index, Value]]:
-    """A machine loop over all 0 <= first <= second <= n, in this order; gives both, and a code of 12 bits of them.
-
-    ``step``: only those that are so far apart.
-    """
-    with k.repeat(ir.Constant(I64, n + 1), step) as outer:
+def splits(k: Lanes, n: int) -> Iterator[tuple[Index, Index, Value]]:
+    """A machine loop over all 0 <= first <= second <= n, in this order; gives both, and a code of 12 bits of them."""
+    with k.repeat(ir.Constant(I64, n + 1), 1) as outer:
         first = Index(k, outer)
-        with k.repeat(k.b.sub(ir.Constant(I64, n + 1), outer), step) as inner:
+        with k.repeat(k.b.sub(ir.Constant(I64, n + 1), outer), 1) as inner:
             second = first + Index(k, inner)
             code = k.b.trunc((first + second * 64).ir, I32)
             yield first, second, k.splat(code)

@@ -8,7 +8,6 @@ from ggufmoe.quant.kernels.iq1 import (
     DELTA,
     GROUP,
     Best,
-    Floor,
     Ordered,
     PointSearch,
     level_value,
@@ -156,10 +155,7 @@ class _BlockSplit:
         k = self.k
         sort(k, x, weights, _BLOCK, self.ordered)
         totals = self._add_up()
-        floor = Floor(k)
-        with splits(k, _BLOCK, step=2) as (first, second, _):
-            floor.raise_by(self._sums(totals, first, second))
-        best = Best(k, top, floor.score())
+        best = Best(k, top)
         with splits(k, _BLOCK) as (first, second, code):
             sums = self._sums(totals, first, second)
             best.consider([(*pair, code | (way << _WAY_SHIFT)) for way, pair in enumerate(sums)])

@@ -6,7 +6,6 @@ from ggufmoe.quant.kernels.iq1 import (
     DELTA,
     GROUP,
     Best,
-    Floor,
     Ordered,
     PointSearch,
     levels_of,
@@ -96,10 +95,7 @@ class _Split:
         k = self.k
         sort(k, x, weights, _BLOCK, self.ordered)
         self._add_up()
-        floor = Floor(k)
-        with splits(k, _BLOCK, step=4) as (first, second, _):
-            floor.raise_by(self._sums(first, second))
-        best = Best(k, top, floor.score())
+        best = Best(k, top)
         with splits(k, _BLOCK) as (first, second, code):
             up, down = self._sums(first, second)
             best.consider([(*up, code), (*down, code | _MOVED_DOWN)])

@@ -294,7 +294,10 @@ class Lanes:
         return ((value + _ROUNDING_MAGIC).bits() & 0x7FFFFF) - 0x400000
 
     def half_bits(self, value: Value) -> Value:
-        """The 16 bits of the nearest float16, ties to even, by the operations of ``GGML_FP32_TO_FP16``."""
+        """The 16 bits of the nearest float16, ties to even, by the operations of ``GGML_FP32_TO_FP16``.
+
+        NaN has its sign bit set, as what x86-64 makes of 0/0; 64-bit ARM leaves it clear.
+        """
         base = (self.magnitude(value) * 2.0**112) * 2.0**-110
         doubled = value.bits() << 1
         bias = doubled & -0x1000000
@@ -303,7 +306,7 @@ class Lanes:
         bits = (((bias >> 1) + 0x07800000).as_float_bits() + base).bits()
         nonsign = ((bits >> 13) & 0x7C00) + (bits & 0xFFF)
         is_nan = (doubled >> 1) > (0xFF000000 >> 1)
-        return ((value.bits() >> 16) & 0x8000) | self.where(is_nan, self.i32(0x7E00), nonsign)
+        return self.where(is_nan, self.i32(0xFE00), ((value.bits() >> 16) & 0x8000) | nonsign)
 
     def from_half_bits(self, half: Value) -> Value:
         """float16 bits, widened exactly."""

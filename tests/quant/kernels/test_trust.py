@@ -260,6 +260,20 @@ def test_nothing_is_fused_and_nothing_called() -> None:
     assert "div" in listing
 
 
+def test_half_bits_of_nan_are_those_of_x86_64_whatever_its_sign() -> None:
+    """What 0/0 gives differs between processors in the sign, and IQ4_NL stores such a scale."""
+
+    def halves(k: Tiles, x: Rows, importance: Rows | None) -> None:
+        k.store_words(0, [k.half_bits(x[i]) for i in range(32)])
+
+    compiled = link(compile_kernel(Geometry(32, 128, Source.F32, False), halves))
+    src = np.resize(np.array([np.nan, -np.nan, np.inf, -np.inf, 1.0, -0.0, 65504.0, 65520.0], np.float32), 32)
+    made, scratch = np.zeros(32, np.uint32), np.empty(compiled.scratch_bytes + 64, np.uint8)
+    aligned = -(-scratch.ctypes.data // 64) * 64
+    compiled.call(src.ctypes.data, made.ctypes.data, 1, 1, None, None, None, aligned)
+    assert made[:8].tolist() == [0xFE00, 0xFE00, 0x7C00, 0xFC00, 0x3C00, 0x8000, 0x7BFF, 0x7C00]
+
+
 def test_formats_without_a_kernel_are_known() -> None:
     assert not has_kernel(GGMLType.TQ1_0)
     with pytest.raises(OptionError, match="quantizer is slow, expected auto, fast or ggml"):
