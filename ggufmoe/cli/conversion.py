@@ -60,10 +60,14 @@ def show_plan(plan: WritePlan, *, as_json: bool) -> None:
 
 def show_result(result: ConvertResult | MergeResult, *, as_json: bool, quiet: bool) -> None:
     """Print what the recipe's router does and a line about what was written; with ``as_json`` one JSON object too."""
+    from ggufmoe.convert import MergeResult
+
     if not quiet:
         if result.router_report is not None:
             print_router(result.router_report)
         note(_summary(result))
+        if not isinstance(result, MergeResult) and result.plan.fallbacks:
+            note(_fallback_line(result.plan))
     if as_json:
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": _peak_memory_bytes()}))
 
@@ -81,6 +85,20 @@ def _summary(result: ConvertResult | MergeResult) -> str:
     return f"{where}: {', '.join([*parts, f'{result.seconds:.1f} s', f'{speed}/s'])}"
 
 
+def _fallback_line(plan: WritePlan) -> str:
+    """How many tensors have another type than the file type means, and why."""
+    fallen = plan.fallbacks
+    wanted = sorted({tensor.unfit_type.name for tensor in fallen if tensor.unfit_type})
+    block = max(tensor.unfit_type.block_size for tensor in fallen if tensor.unfit_type)
+    share = sum(tensor.n_weights for tensor in fallen) / plan.n_weights
+    rows = ", ".join(str(n) for n in sorted({tensor.n_cols for tensor in fallen}))
+    taken = ", ".join(sorted({tensor.type.name for tensor in fallen}))
+    return (
+        f"{len(fallen)} of {len(plan.tensors)} tensors, {share:.0%} of the weights, are {taken} and not "
+        f"{' or '.join(wanted)}: their rows of {rows} are not a multiple of {block}"
+    )
+
+
 def _plan_lines(plan: WritePlan) -> list[str]:
     lines: list[str] = []
     width = max(len(tensor.name) for tensor in plan.tensors)
@@ -93,6 +111,8 @@ def _plan_lines(plan: WritePlan) -> list[str]:
         lines.append(
             f"{name:8} {total.n_tensors:5} tensors  {total.n_weights:>14,} weights  {file_size(total.n_bytes):>10}"
         )
+    if plan.fallbacks:
+        lines.append(_fallback_line(plan))
     lines.append(
         f"in all {file_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
     )

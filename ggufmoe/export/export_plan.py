@@ -16,7 +16,7 @@ from ggufmoe.export.source_rows import source_part
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.quant.importances import Imatrix
-from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
+from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types, unfit_types
 from ggufmoe.writing.plan import PlannedTensor, WritePlan
 
 
@@ -40,13 +40,21 @@ def plan_export(
     model_shape = ModelShape(config.n_layer, config.n_head, config.n_head_kv, config.n_expert, family.NAME)
     tensor_shapes = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in tensors]
     types = choose_types(tensor_shapes, model_shape, policy, weighted)
+    unfit = unfit_types(tensor_shapes, model_shape, policy, weighted)
     warn_of_missing_importances(imatrix, types, weighted)
     tokenizer = tokenizer_metadata(source.tokenizer_dir, source.config, source.chat_template)
     metadata = model_metadata(source, tensors, policy.file_type, tokenizer)
     if imatrix:
         metadata |= imatrix_metadata(imatrix)
     planned = [
-        PlannedTensor(t.name, types[t.name], t.shape, tuple(map(source_part, t.parts)), t.name in (weighted or ()))
+        PlannedTensor(
+            t.name,
+            types[t.name],
+            t.shape,
+            tuple(map(source_part, t.parts)),
+            t.name in (weighted or ()),
+            unfit.get(t.name),
+        )
         for t in tensors
     ]
     return plan_gguf(

@@ -18,7 +18,7 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
 from ggufmoe.native import quantizing
 from ggufmoe.quant.importances import Imatrix
-from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types
+from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types, unfit_types
 from ggufmoe.writing.plan import PLAIN_DTYPES, Part, PlannedTensor, WritePlan
 
 COPY = "COPY"
@@ -45,10 +45,12 @@ def plan_requantize(
     tensors = sorted(source.tensors, key=lambda tensor: llama_quantize_order(tensor.name))
     weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
     shapes = [TensorShape(tensor.name, tensor.shape, tensor.type) for tensor in tensors]
+    unfit: dict[str, GGMLType] = {}
     if policy is None:
         types = {tensor.name: tensor.type for tensor in tensors}
     else:
         types = choose_types(shapes, source.model_shape, policy, weighted)
+        unfit = unfit_types(shapes, source.model_shape, policy, weighted)
         changed = {tensor.name: types[tensor.name] for tensor in tensors if types[tensor.name] is not tensor.type}
         warn_of_missing_importances(imatrix, changed, weighted)
     for tensor in tensors:
@@ -60,6 +62,7 @@ def plan_requantize(
             tensor.shape,
             tuple(Part(rows, rows.type) for rows in tensor.parts),
             tensor.name in (weighted or ()),
+            unfit.get(tensor.name),
         )
         for tensor in tensors
     ]

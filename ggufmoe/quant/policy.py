@@ -129,7 +129,7 @@ def choose_types(
     """
     if model.architecture in mixes.OWN_RULES:
         raise ArchitectureError(f"{model.architecture} has quantization rules of its own; quantize it with llama.cpp")
-    overrides = _overrides(tensors, policy)
+    overrides = _overrides(tensors, policy, warn=True)
     chooser = _Chooser(tensors, model, policy, overrides, imatrix_names is not None)
     walk = sorted(tensors, key=lambda tensor: llama_quantize_order(tensor.name))
     chosen = {tensor.name: chooser.choose(tensor) for tensor in walk}
@@ -138,6 +138,22 @@ def choose_types(
     if missing:
         raise ImatrixError(_missing_imatrix_message(missing, types, policy.file_type, imatrix_names is not None))
     return types
+
+
+def unfit_types(
+    tensors: Sequence[TensorShape],
+    model: ModelShape,
+    policy: TypePolicy,
+    imatrix_names: Collection[str] | None = None,
+) -> dict[str, GGMLType]:
+    """By name: the type that the mix has for a tensor, where its blocks do not fit the rows and another one was taken.
+
+    The arguments are those of ``choose_types``, which gives the type that was taken.
+    """
+    chooser = _Chooser(tensors, model, policy, _overrides(tensors, policy, warn=False), imatrix_names is not None)
+    for tensor in sorted(tensors, key=lambda tensor: llama_quantize_order(tensor.name)):
+        chooser.choose(tensor)
+    return chooser.unfit
 
 
 def required_imatrix(
@@ -183,16 +199,17 @@ class _Override:
     type: GGMLType
 
 
-def _overrides(tensors: Sequence[TensorShape], policy: TypePolicy) -> tuple[_Override, ...]:
+def _overrides(tensors: Sequence[TensorShape], policy: TypePolicy, *, warn: bool) -> tuple[_Override, ...]:
     overrides = tuple(_Override(_compile(pattern), given) for pattern, given in policy.tensor_types)
     for override in overrides:
         found = [tensor for tensor in tensors if override.pattern.search(tensor.name)]
         if not found:
             raise OptionError(_no_match_message(override, tensors))
-        if not any(may_quantize(tensor) for tensor in found):
+        if warn and not any(may_quantize(tensor) for tensor in found):
             _LOG.warning("tensor type %s has no effect: %s is never quantized", override.pattern.pattern, found[0].name)
     if overrides and not policy.file_type.default_type.is_quantized:
-        _LOG.warning("tensor types have no effect in a %s file", policy.file_type.name)
+        if warn:
+            _LOG.warning("tensor types have no effect in a %s file", policy.file_type.name)
         return ()
     return overrides
 
@@ -251,6 +268,8 @@ class _Chooser:
     overrides: tuple[_Override, ...]
     has_imatrix: bool
     seen: Counter[Role] = field(default_factory=Counter)
+    unfit: dict[str, GGMLType] = field(default_factory=dict)
+    """By name: the type that a tensor could not get because of the length of its rows."""
 
     def __post_init__(self) -> None:
         roles = Counter(role_of(tensor.name) for tensor in self.tensors)
@@ -267,7 +286,10 @@ class _Chooser:
             return _exact(tensor, self.policy.output_tensor_type)
         if not self.policy.file_type.default_type.is_quantized:
             return self.policy.file_type.default_type
-        return _fallback(tensor, self._wanted(tensor, role))
+        wanted = self._wanted(tensor, role)
+        if tensor.n_cols % wanted.block_size:
+            self.unfit[tensor.name] = wanted
+        return _fallback(tensor, wanted)
 
     def _is_named(self, tensor: TensorShape) -> bool:
         # a large table of its own, which an explicit --tensor-type may name
@@ -291,6 +313,8 @@ class _Chooser:
         layer, n_layer = self._place(tensor, role)
         rules = (rule for rule in mixes.RULES[role] if self._applies(rule, tensor, layer, n_layer))
         rule = next(rules, _FILE_DEFAULT)
+        if rule.misfit:
+            self.unfit[tensor.name] = file_type.default_type
         chosen = rule.type or file_type.default_type
         if role is Role.ATTENTION_V and self.model.is_70b and file_type not in mixes.LOW_BIT:
             return mixes.MORE_BITS_FOR_70B.get(chosen, chosen)

@@ -73,6 +73,8 @@ class PlannedTensor:
     parts: tuple[Part, ...]
     weighted: bool = False
     """Whether the plan's importance matrix has weights for it."""
+    unfit_type: GGMLType | None = None
+    """The type that was asked for, where its blocks do not fit the rows and ``type`` was taken in its place."""
     offset: int = 0
     """Bytes from the beginning of the file; until ``plan_file`` has placed the tensor, of no meaning."""
 
@@ -139,6 +141,11 @@ class WritePlan:
         return tuple(tensor for file in self.files for tensor in file.tensors)
 
     @property
+    def fallbacks(self) -> tuple[PlannedTensor, ...]:
+        """The tensors that have another type than was asked for, because of the length of their rows."""
+        return tuple(tensor for tensor in self.tensors if tensor.unfit_type is not None)
+
+    @property
     def n_bytes(self) -> int:
         """Size of all files."""
         return sum(file.n_bytes for file in self.files)
@@ -173,6 +180,7 @@ class WritePlan:
             "weights": self.n_weights,
             "bits_per_weight": round(self.bits_per_weight, 4),
             "types": {name: vars(total) for name, total in self.types.items()},
+            "fallbacks": {t.name: t.unfit_type.name for t in self.tensors if t.unfit_type is not None},
         }
 
 

@@ -80,6 +80,37 @@ def test_names_of_outputs(
     assert capsys.readouterr().err == ""
 
 
+def test_types_that_do_not_fit_the_rows_are_told(
+    tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.gguf"
+    command = ["convert", str(tiny_checkpoint(n_embd=128, n_ff=256)), "-o", str(output), "-q", "Q4_K_M", "-t", "2"]
+    assert exit_code([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    fallbacks = json.loads(out)["fallbacks"]
+    tensors = read_header(output).tensors
+    assert fallbacks["blk.0.attn_q.weight"] == "Q4_K"
+    assert fallbacks["output.weight"] in ("Q4_K", "Q6_K")
+    assert not any("ffn_down" in name for name in fallbacks)  # rows of 256
+    (told,) = (line for line in err.splitlines() if "not a multiple" in line)
+    assert told.startswith(f"{len(fallbacks)} of {len(tensors)} tensors, ")
+    assert "% of the weights, are Q5_0, Q8_0 and not Q4_K or Q6_K" in told
+    assert told.endswith(": their rows of 128 are not a multiple of 256")
+    assert exit_code([*command, "--dry-run"]) == 0
+    assert told in capsys.readouterr().out
+
+
+def test_nothing_is_told_where_all_types_fit(
+    tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(tiny_checkpoint(n_embd=128, n_ff=256))
+    for quant in ("Q8_0", "F16"):
+        assert exit_code(["convert", source, "-o", str(tmp_path / f"{quant}.gguf"), "-q", quant, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["fallbacks"] == {}
+        assert "not a multiple" not in err
+
+
 def test_json_ends_with_one_object(tiny_checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "a.gguf"
     assert exit_code(["convert", str(tiny_checkpoint()), "-o", str(output), "--json", "--quiet", "--manifest"]) == 0

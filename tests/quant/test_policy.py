@@ -19,6 +19,7 @@ from ggufmoe.quant.policy import (
     may_quantize,
     parse_override,
     role_of,
+    unfit_types,
 )
 from tests.quant.llama_quantize import Specimen
 
@@ -255,3 +256,22 @@ def test_a_layer_that_the_model_does_not_have() -> None:
 def test_families_with_rules_of_their_own() -> None:
     with pytest.raises(ArchitectureError, match="falcon has quantization rules of its own"):
         choose_types(MIXTRAL.tensors(), replace(MIXTRAL.model, architecture="falcon"), TypePolicy(FileType.Q4_K_M))
+
+
+@pytest.mark.parametrize("file_type", [FileType.Q2_K, FileType.Q4_K_M, FileType.Q5_K_S, FileType.IQ4_XS])
+def test_what_does_not_fit_is_told_with_the_type_that_was_meant(file_type: FileType) -> None:
+    names = ("token_embd", "output", "blk.0.attn_v", "blk.0.attn_k", "blk.1.attn_v", "blk.1.attn_k")
+    narrow = [TensorShape(f"{name}.weight", (64, 96), GGMLType.BF16) for name in names]
+    norm = TensorShape("output_norm.weight", (96,), GGMLType.F32)
+    model, policy = ModelShape(2, 4, 4), TypePolicy(file_type)
+    types = choose_types([*narrow, norm], model, policy)
+    meant = unfit_types([*narrow, norm], model, policy)
+    assert meant.keys() == {tensor.name for tensor in narrow}
+    for name, wanted in meant.items():
+        assert wanted is not types[name]
+        assert 96 % wanted.block_size
+    wide = [replace(tensor, shape=(64, 256)) for tensor in narrow]
+    assert unfit_types([*wide, norm], model, policy) == {}
+    fitting = choose_types([*wide, norm], model, policy)
+    differing = {name for name in meant if meant[name] is not fitting[name]}
+    assert differing <= {"output.weight", "token_embd.weight"}, "their rule for rows that do not fit names no type"
