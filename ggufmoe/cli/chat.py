@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
@@ -228,11 +229,13 @@ class _Conversation:
         self._show(lambda cancel: self.chat.regenerate(cancel=cancel, stop=self.stop))
 
     def save(self, path: str) -> None:
-        self.chat.save(_given(path))
+        with _named_file(path) as file:
+            self.chat.save(file)
         note(f"saved to {path}")
 
     def load(self, path: str) -> None:
-        self.chat.load(_given(path))
+        with _named_file(path) as file:
+            self.chat.load(file)
         note(f"{counted(len(self.chat.messages), 'message')} from {path}")
 
     def stats(self, _: str) -> None:
@@ -299,13 +302,18 @@ def _setting(options: SamplingOptions, field: Field[Any]) -> str:
     return f"{_name(field)} = {' '.join(value) if isinstance(value, tuple) else value}"
 
 
-def _given(path: str) -> Path:
+@contextlib.contextmanager
+def _named_file(path: str) -> Iterator[Path]:
+    """The file that was typed; whatever the system has against it is an InputError, which leaves the conversation."""
     if not path:
         raise InputError("name a file")
     try:
-        return Path(path).expanduser()
+        yield Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path}: there is no such home directory") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"{path}: {reason or error}") from error
 
 
 def _is_terminal() -> bool:

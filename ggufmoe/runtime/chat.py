@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import stat
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ggufmoe.errors import InputError, OutputExistsError, TemplateError
+from ggufmoe.errors import InputError, OutputError, OutputExistsError, TemplateError
 from ggufmoe.files import StrPath, decode_text, replacing, user_path
 from ggufmoe.gguf.special_texts import ENDS_BY_TEXT, special_literals
 from ggufmoe.gguf.upstream import Keys
@@ -293,6 +294,8 @@ def _stated_token(engine: EngineLike, key: str, default: int | None) -> str:
 
 
 def _check_replaceable(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: the conversation cannot be written: it is {_kind(path.stat().st_mode)}")
     if path.is_file():
         try:
             _read_conversation(path)
@@ -300,9 +303,16 @@ def _check_replaceable(path: Path) -> None:
             raise OutputExistsError(f"{path}: holds something else than a conversation; give another name") from error
 
 
+def _kind(mode: int) -> str:
+    return "a directory" if stat.S_ISDIR(mode) else "a device or a pipe"
+
+
 def _read_conversation(path: Path) -> tuple[str | None, tuple[Message, ...]]:
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: it is {_kind(status.st_mode)}, not a saved conversation")
+        if status.st_size > _MAX_FILE_BYTES:
             raise InputError(f"{path}: too large for a saved conversation")
         text = decode_text(path.read_bytes())
     except OSError as error:

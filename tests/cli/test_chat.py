@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -234,6 +235,29 @@ def test_mistakes_do_not_end_the_conversation(talk: Talk, tmp_path: Path) -> Non
     ]
     assert "cannot be read" in err[5]
     assert "--ctx-size" in err[6]
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("/save /", "error: /: the conversation cannot be written: it is a directory"),
+        ("/load /", "error: /: it is a directory, not a saved conversation"),
+        ("/load /dev/zero", "error: /dev/zero: it is a device or a pipe, not a saved conversation"),
+        ("/save /dev/null", "error: /dev/null: the conversation cannot be written: it is a device or a pipe"),
+        ("/save FOLDER/none/x", "error: FOLDER/none/x: the conversation cannot be written: No such file or directory"),
+        ("/load FOLDER/pipe", "error: FOLDER/pipe: it is a device or a pipe, not a saved conversation"),
+        ("/save FOLDER/pipe", "error: FOLDER/pipe: the conversation cannot be written: it is a device or a pipe"),
+        ("/load " + "x" * 300, "error: " + "x" * 300 + ": cannot be read: File name too long"),
+        ("/save " + "x" * 300, "error: " + "x" * 300 + ": File name too long"),
+        ("/save a\0b", "error: a\ufffdb: embedded null byte"),
+        ("/load a\0b", "error: a\ufffdb: embedded null byte"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="devices of POSIX")
+def test_files_that_cannot_hold_a_conversation(talk: Talk, tmp_path: Path, typed: str, answer: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code, out, err = talk(typed.replace("FOLDER", str(tmp_path)), "hello", options=("--quiet",))
+    assert (code, out, err) == (0, "hi there\n", [answer.replace("FOLDER", str(tmp_path))])
 
 
 def test_why_an_answer_ended(talk: Talk) -> None:
