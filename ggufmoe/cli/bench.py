@@ -8,9 +8,7 @@ everything else to stderr.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +18,7 @@ from ggufmoe.cli.bench_view import make_printer
 from ggufmoe.cli.grid import Values, combinations, listed, numbers, single
 from ggufmoe.cli.jobs import interruptible
 from ggufmoe.cli.params import with_options
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.errors import OptionError
 from ggufmoe.evaluation.bench import Workload, describe_machine, plan_bench, run_bench
 from ggufmoe.options import ContextOptions, OffloadOptions, option
@@ -118,72 +117,24 @@ def bench_command(
     Prints mean and standard deviation of the repetitions, in tokens per second. Ctrl-C ends the run and prints what was
     measured so far.
     """
-    cases = plan_bench(models, bench.workloads, bench.contexts, bench.offloads)
-    printer = make_printer(bench.output, sys.stdout, describe_machine(), cases, bench.given)
-    with printer, _bar(len(cases) * bench.repetitions) as bar:
+    # drawn between repetitions only, so that drawing is never timed
+    line = ProgressLine("bench", phase="bench", ticking=False)
+    with line:
+        cases = plan_bench(models, bench.workloads, bench.contexts, bench.offloads)
+        printer = make_printer(bench.output, sys.stdout, describe_machine(), cases, bench.given)
+
+    def show(progress: Progress) -> None:
+        line.update(replace(progress, phase="bench", item=f"{progress.item} {progress.phase}"))
+
+    with printer, line:
         for result in interruptible(
             lambda cancel: run_bench(
                 cases,
                 repetitions=bench.repetitions,
                 warm_up=not bench.no_warmup,
-                on_progress=bar.show,
+                on_progress=show,
                 cancel=cancel,
             )
         ):
-            with bar.hidden():
+            with line.hidden():
                 printer.add(result)
-
-
-class _Bar:
-    """A progress bar on stderr that is drawn between repetitions only, so that drawing it is never timed."""
-
-    def __init__(self, n_all: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        console = Console(file=sys.stderr)
-        self._is_seen = console.is_terminal
-        # rows on stdout stay there, whatever stderr is
-        self._bar = Bars(
-            *columns, console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-        )
-        self._task = self._bar.add_task("", total=n_all)
-
-    def show(self, progress: Progress) -> None:
-        """Show which case runs now."""
-        what = f"{progress.item} {progress.phase}"
-        self._bar.update(self._task, completed=progress.done, description=what, refresh=self._is_seen)
-
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """Remove the bar within the block, so that other output can use its line."""
-        self.stop()
-        yield
-        self.start()
-
-    def start(self) -> None:
-        """Show the bar if stderr is a terminal."""
-        if self._is_seen:
-            self._bar.start()
-
-    def stop(self) -> None:
-        """Remove the bar."""
-        if self._is_seen:
-            self._bar.stop()
-
-
-@contextmanager
-def _bar(n_all: int) -> Iterator[_Bar]:
-    bar = _Bar(n_all)
-    bar.start()
-    try:
-        yield bar
-    finally:
-        bar.stop()

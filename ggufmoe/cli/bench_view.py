@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from ggufmoe.cli.console import printable
+from ggufmoe.cli.console import printable, terminal_columns, wrapped
 from ggufmoe.cli.inspect import active_parameters
 from ggufmoe.evaluation.bench import Case, MeasuredMachine, Result, as_record, model_type
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
 
-_SPEED_WIDTH = 20
+_SPEED_WIDTH, _LEAST_SPEED_WIDTH = 20, 16
 
 
 class Printer(Protocol):
@@ -143,10 +142,24 @@ class MarkdownPrinter:
         self._options = [*(["n_gpu_layers"] if has_gpu or "n_gpu_layers" in given else []), *shown]
         options = [*map(_heading, self._options), "threads", "test", "t/s"]
         self._headings = ["model", "size", "params", "backend", *options]
-        if stream.isatty() and self._line_width > shutil.get_terminal_size().columns:
-            # what is the same in all rows is printed below the table as well
-            self._headings = ["model", *options] if len({case.model for case in cases}) > 1 else options
+        self._speed_width, self._is_stacked = _SPEED_WIDTH, False
+        self._constant: dict[str, str | None] = {}
+        """Headings that are left out because all rows have the same value, and that value once it is known."""
         self._short: list[str] = []
+        if stream.isatty():
+            self._fit(terminal_columns(stream), options)
+
+    def _fit(self, columns: int, options: list[str]) -> None:
+        """Leave out columns until a line fits, those first whose values are printed below the table as well."""
+        if self._line_width > columns:
+            self._headings = ["model", *options] if len({case.model for case in self._cases}) > 1 else options
+        if self._line_width > columns:
+            self._speed_width = _LEAST_SPEED_WIDTH
+        if self._line_width > columns:
+            same = (name for name in ("n_threads", *self._options) if len(set(map(_value(name), self._cases))) == 1)
+            self._constant = dict.fromkeys(map(_heading, same))
+            self._headings = [heading for heading in self._headings if heading not in self._constant]
+        self._is_stacked = self._line_width > columns
 
     @property
     def _widths(self) -> list[int]:
@@ -163,11 +176,13 @@ class MarkdownPrinter:
             "params": 9,
             "backend": len(",".join(self._machine.backends)),
             "test": max(len(case.workload.name) for case in self._cases),
-            "t/s": _SPEED_WIDTH,
+            "t/s": self._speed_width,
         }
         return max(len(heading), longest.get(heading, 0))
 
     def __enter__(self) -> MarkdownPrinter:
+        if self._is_stacked:
+            return self
         self._line(self._headings)
         rules = ("-" * (width - 1) for width in self._widths)
         ends = ("-" if heading in _TEXTS else ":" for heading in self._headings)
@@ -178,16 +193,20 @@ class MarkdownPrinter:
         """Print the lines that describe the models and the machine."""
         self._print("")
         for note in self._short:
-            self._print(note)
+            self._print_note(note)
+        same = ", ".join(f"{heading} {value}" for heading, value in self._constant.items() if value is not None)
+        if same:
+            self._print_note(f"all rows: {same}")
         for case in {case.model: case for case in self._cases}.values():
             report, name = case.report, printable(case.model.name)
             size = f"{file_size(report.n_bytes)}, {report.bits_per_weight:.2f} bits per weight"
-            self._print(f"{name}: {active_parameters(report)}, {size}")
+            self._print_note(f"{name}: {active_parameters(report)}, {size}")
         machine = self._machine
         memory = f", {memory_size(machine.memory_bytes)}" if machine.memory_bytes else ""
         devices = ", ".join((machine.cpu, *machine.gpus))
-        self._print(f"machine: {devices}, {counted(machine.n_cores, 'core')}{memory}")
-        self._print(f"build: llama.cpp {machine.llama_cpp_commit.split('-')[0]} (llama-cpp-python {machine.package})")
+        self._print_note(f"machine: {devices}, {counted(machine.n_cores, 'core')}{memory}")
+        commit = machine.llama_cpp_commit.split("-")[0]
+        self._print_note(f"build: llama.cpp {commit} (llama-cpp-python {machine.package})")
 
     def add(self, result: Result) -> None:
         """Print a row; one that was interrupted is marked, and explained below the table."""
@@ -206,7 +225,11 @@ class MarkdownPrinter:
             "t/s": f"{result.tokens_per_s:.2f} ± {result.spread_tokens_per_s:.2f}{mark}",
         }
         cells |= {_heading(option): _cell(record[_FIELDS.get(option, option)]) for option in self._options}
-        self._line([cells[heading] for heading in self._headings])
+        self._constant = {heading: cells[heading] for heading in self._constant}
+        if self._is_stacked:
+            self._print_note(", ".join(f"{heading} {cells[heading]}" for heading in self._headings))
+        else:
+            self._line([cells[heading] for heading in self._headings])
 
     def _line(self, cells: Sequence[str]) -> None:
         parts = (
@@ -215,13 +238,20 @@ class MarkdownPrinter:
         )
         self._print("| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |")
 
+    def _print_note(self, line: str) -> None:
+        self._print(wrapped(line, terminal_columns(self._stream)) if self._stream.isatty() else line)
+
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
 
 
 def _heading(option: str) -> str:
-    return "ngl" if option == "n_gpu_layers" else _COLUMNS[option]
+    return {"n_gpu_layers": "ngl", "n_threads": "threads"}.get(option) or _COLUMNS[option]
+
+
+def _value(option: str) -> Callable[[Case], Any]:
+    return lambda case: getattr(case.context, option, getattr(case.offload, option, None))
 
 
 def _cell(value: Any) -> str:

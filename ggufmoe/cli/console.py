@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from ggufmoe.cli.wordwrap import char_cells
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -51,14 +52,16 @@ def note(line: str, indent: int = 0) -> None:
     """
     line = without_controls(line)
     if sys.stderr.isatty():
-        wrapper = textwrap.TextWrapper(
-            shutil.get_terminal_size().columns,
-            subsequent_indent=" " * indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        line = "\n".join(wrapper.fill(part) for part in line.split("\n"))
+        line = wrapped(line, terminal_columns(sys.stderr), indent)
     print(line, file=sys.stderr, flush=True)
+
+
+def wrapped(text: str, columns: int, indent: int = 0) -> str:
+    """``text`` broken between words into lines of at most ``columns``; those after the first are indented."""
+    wrapper = textwrap.TextWrapper(
+        columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrapper.fill(part) for part in text.split("\n"))
 
 
 class StatusLine:
@@ -72,9 +75,10 @@ class StatusLine:
     def show(self, text: str) -> None:
         """Replace the line by ``text``, cut to the width of the terminal."""
         if self._on_terminal:
-            text = printable(text, len(text))[: shutil.get_terminal_size().columns - 1]
-            self._write("\r" + text.ljust(self._width))
-            self._width = len(text)
+            text = cut_to_cells(printable(text, len(text)), terminal_columns(self._stream) - 1)
+            width = cell_width(text)
+            self._write("\r" + text + " " * (self._width - width))
+            self._width = width
 
     def clear(self) -> None:
         """Erase the line and put the cursor at its beginning."""
@@ -85,6 +89,30 @@ class StatusLine:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+def terminal_columns(stream: TextIO) -> int:
+    """Width of the terminal that ``stream`` writes to; COLUMNS overrides it, and 80 stands for an unknown one."""
+    try:
+        return int(os.environ["COLUMNS"])
+    except (KeyError, ValueError):
+        pass
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 80
+
+
+def cell_width(text: str) -> int:
+    """Cells of a terminal that a line of text takes."""
+    return sum(map(char_cells, text))
+
+
+def cut_to_cells(text: str, n_cells: int) -> str:
+    """The beginning of ``text`` that fits into ``n_cells``."""
+    while cell_width(text) > n_cells:
+        text = text[:-1]
+    return text
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,10 @@ from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import ConvertOptions
+from ggufmoe.work import CancelFlag, OnProgress
+
+if TYPE_CHECKING:
+    from ggufmoe.convert import ConvertResult
 
 
 @with_options(ConvertOptions)
@@ -33,15 +37,18 @@ def convert_command(
 
     An interrupted run leaves OUT.partial and a journal; --resume continues from there and writes the same bytes.
     """
-    from ggufmoe.convert import convert, plan_convert
-
     if output is None:
         output = default_output(source, options.quant, quiet=quiet or dry_run)
     if dry_run:
+        from ggufmoe.convert import plan_convert
+
         show_plan(plan_convert(source, output, options=options), as_json=as_json)
         return
-    result = run_job(
-        lambda show, cancel: convert(source, output, options=options, on_progress=show, cancel=cancel),
-        progress_display(f"convert {options.quant}", quiet=quiet),
-    )
+
+    def job(show: OnProgress, cancel: CancelFlag) -> ConvertResult:
+        from ggufmoe.convert import convert
+
+        return convert(source, output, options=options, on_progress=show, cancel=cancel)
+
+    result = run_job(job, progress_display(f"convert {options.quant}", quiet=quiet))
     show_result(result, as_json=as_json, quiet=quiet)

@@ -63,7 +63,7 @@ def diff_command(
         lambda show, cancel: diff_models(
             before, after, headers_only=headers_only, n_threads=threads, on_progress=show, cancel=cancel
         ),
-        progress_display("compare"),
+        progress_display("compare", phase="compare"),
     )
     if as_json:
         print(json.dumps(found.to_dict()))

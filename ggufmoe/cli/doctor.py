@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ggufmoe.cli.console import make_console
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.terminal import state_directory
 from ggufmoe.doctor import Finding, check_workers, examine
 from ggufmoe.errors import GgufmoeError, OptionError
@@ -42,7 +43,8 @@ def doctor_command(
     except OptionError as error:
         raise typer.BadParameter(str(error)) from error
     found = chain(examine({"chats": state_directory()}), check_workers(workers))
-    findings = list(found) if as_json else list(_shown(found))
+    with ProgressLine("doctor", phase="check", waiting="checking") as line:
+        findings = list(found) if as_json else list(_shown(found, line))
     wrong = [finding for finding in findings if finding.status == "wrong"]
     if as_json:
         print(json.dumps({"ok": not wrong, "checks": [finding.to_dict() for finding in findings]}))
@@ -52,12 +54,13 @@ def doctor_command(
         raise GgufmoeError(f"{first.topic}, {first.name}: {first.text}; {first.way_out}{more}")
 
 
-def _shown(findings: Iterable[Finding]) -> Iterable[Finding]:
+def _shown(findings: Iterable[Finding], line: ProgressLine) -> Iterable[Finding]:
     """The same findings, each topic printed when it is complete."""
     console = make_console()
     for topic, group in groupby(findings, lambda finding: finding.topic):
         members = list(group)
-        _print_topic(console, topic, members)
+        with line.hidden():
+            _print_topic(console, topic, members)
         yield from members
 
 

@@ -25,6 +25,7 @@ from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Sha
 from ggufmoe.options import ContextOptions
 from ggufmoe.placement.devices import this_host
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
+from ggufmoe.work import CancelFlag, OnProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,12 +96,12 @@ def _print_recipe_alone(model: Path, merge: MergeReport | None) -> None:
 
 
 def _compare_experts(model: Path) -> ExpertSimilarity:
-    from ggufmoe.inspection.experts import compare_experts
+    def job(show: OnProgress, cancel: CancelFlag) -> ExpertSimilarity:
+        from ggufmoe.inspection.experts import compare_experts
 
-    return run_job(
-        lambda show, cancel: compare_experts(model, on_progress=show, cancel=cancel),
-        progress_display("compare experts"),
-    )
+        return compare_experts(model, on_progress=show, cancel=cancel)
+
+    return run_job(job, progress_display("compare experts", phase="compare experts"))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ggufmoe.cli.progress import ProgressDisplay
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.work import CancelFlag, OnProgress, Progress
 
 ItemT = TypeVar("ItemT")
@@ -20,7 +20,7 @@ ResultT = TypeVar("ResultT")
 
 
 def run_job(
-    job: Callable[[OnProgress, CancelFlag], ResultT], display: ProgressDisplay, *, gentle: bool = False
+    job: Callable[[OnProgress, CancelFlag], ResultT], display: ProgressLine, *, gentle: bool = False
 ) -> ResultT:
     """Return what ``job(on_progress, cancel)`` returns, and show its progress meanwhile.
 

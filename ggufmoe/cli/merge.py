@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,10 @@ from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import MergeOptions
+from ggufmoe.work import CancelFlag, OnProgress
+
+if TYPE_CHECKING:
+    from ggufmoe.convert import MergeResult
 
 
 @with_options(MergeOptions)
@@ -27,10 +31,11 @@ def merge_command(
 
     A GGUF file needs no merge before it: `ggufmoe convert RECIPE.yaml` writes it directly.
     """
-    from ggufmoe.convert import merge
 
-    result = run_job(
-        lambda show, cancel: merge(recipe, out_dir, options=options, on_progress=show, cancel=cancel),
-        progress_display("merge", quiet=quiet),
-    )
+    def job(show: OnProgress, cancel: CancelFlag) -> MergeResult:
+        from ggufmoe.convert import merge
+
+        return merge(recipe, out_dir, options=options, on_progress=show, cancel=cancel)
+
+    result = run_job(job, progress_display("merge", quiet=quiet))
     show_result(result, as_json=as_json, quiet=quiet)

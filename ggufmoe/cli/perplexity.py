@@ -50,7 +50,7 @@ def perplexity_command(
             lambda show, cancel: perplexity(
                 model, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
-            display("perplexity", lambda found: f"perplexity {_shown(found.estimate)}"),
+            display("perplexity", lambda found: _shown(found.estimate)),
             gentle=True,
         )
         lines = [f"perplexity  {_shown(alone.estimate)}", _extent(alone)]
@@ -61,7 +61,7 @@ def perplexity_command(
             ),
             display(
                 "divergence",
-                lambda found: f"KL divergence {_shown(found.kl.mean, 5)}, same top {_percent(found.same_top)}",
+                lambda found: f"KL divergence {_shown(found.kl.mean, 5)}",
             ),
             gentle=True,
         )

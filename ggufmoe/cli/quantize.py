@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,10 @@ from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import QuantizeOptions
+from ggufmoe.work import CancelFlag, OnProgress
+
+if TYPE_CHECKING:
+    from ggufmoe.convert import ConvertResult
 
 
 @with_options(QuantizeOptions)
@@ -34,15 +38,18 @@ def quantize_command(
     TYPE may also be COPY, which changes no type: it joins a split model and stacks the experts of old Mixtral files. An
     interrupted run leaves OUT.partial and a journal; --resume continues from there.
     """
-    from ggufmoe.quantize import plan_quantize, quantize
-
     if output is None:
         output = default_output(str(source), options.quant, quiet=quiet or dry_run)
     if dry_run:
+        from ggufmoe.quantize import plan_quantize
+
         show_plan(plan_quantize(source, output, options=options), as_json=as_json)
         return
-    result = run_job(
-        lambda show, cancel: quantize(source, output, options=options, on_progress=show, cancel=cancel),
-        progress_display(f"quantize {options.quant}", quiet=quiet),
-    )
+
+    def job(show: OnProgress, cancel: CancelFlag) -> ConvertResult:
+        from ggufmoe.quantize import quantize
+
+        return quantize(source, output, options=options, on_progress=show, cancel=cancel)
+
+    result = run_job(job, progress_display(f"quantize {options.quant}", quiet=quiet))
     show_result(result, as_json=as_json, quiet=quiet)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ggufmoe.cli.console import StatusLine, without_controls
 from ggufmoe.cli.jobs import interruptible
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.wordwrap import WordWrap
 from ggufmoe.engine import Engine
 from ggufmoe.folders import user_cache_directory
@@ -20,26 +21,16 @@ from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, Sampl
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.events import Event, Finished, Timing
 from ggufmoe.sizes import counted
-from ggufmoe.work import CancelFlag, Progress
+from ggufmoe.work import CancelFlag
 
 _UNSEEN_S = 0.5
 """Work that takes less is not shown."""
 
 
 def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -> Engine:
-    """Load a model; a terminal shows how far the loading is where it takes a while."""
-    line, began = StatusLine(sys.stderr), time.monotonic()
-
-    def show(progress: Progress) -> None:
-        if progress.done < 1 and time.monotonic() - began > _UNSEEN_S:
-            line.show(f"loading {model.name}: {progress.done:.0%}")
-        elif progress.done == 1:  # later output begins on a line of its own
-            line.clear()
-
-    try:
-        return Engine(model, context, offload, on_progress=show)
-    finally:
-        line.clear()
+    """Load a model; a terminal shows how far the loading is."""
+    with ProgressLine(f"loading {model.name}", phase="load", waiting="") as line:
+        return Engine(model, context, offload, on_progress=line.update)
 
 
 def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:

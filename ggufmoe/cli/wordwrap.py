@@ -55,7 +55,7 @@ class WordWrap:
         word, spaces, columns = self._word, self._spaces, max(1, self._columns())
         self._word = self._spaces = ""
         n_spaces = sum(_TAB_CELLS if char == "\t" else 1 for char in spaces)
-        n_word = sum(map(_cells, word))
+        n_word = sum(map(char_cells, word))
         if self._column and self._column + n_spaces + n_word > columns and not self._is_code:
             self._column = n_word % columns
             return "\n" + word
@@ -67,7 +67,7 @@ class WordWrap:
         return spaces + word
 
 
-def _cells(char: str) -> int:
+def char_cells(char: str) -> int:
     """Cells of a terminal that a character takes."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
@@ -76,6 +76,6 @@ def _cells(char: str) -> int:
 
 def _may_break(before: str, after: str) -> bool:
     """Whether a line may be broken between two characters without a space between them: beside a wide one."""
-    if before == _JOINER or _cells(after) == 0:
+    if before == _JOINER or char_cells(after) == 0:
         return False
-    return _cells(before) == 2 or _cells(after) == 2
+    return char_cells(before) == 2 or char_cells(after) == 2

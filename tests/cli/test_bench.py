@@ -108,6 +108,27 @@ def test_a_narrow_terminal_gets_fewer_columns(
     assert ("model" in heading) == (columns == 120 or n_models == 2)
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+def test_a_grid_of_options_is_whole_on_every_terminal(
+    model: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    contexts = [ContextOptions(n_threads=1, n_batch=n, cache_type_k="bf16", flash_attn="on") for n in (8, 16)]
+    given = ("n_batch", "n_ubatch", "cache_type_k", "flash_attn", "load_mode")
+    cases = plan_bench([model], [Workload(8, 4, 4)], contexts)
+    stream = Terminal()
+    with make_printer("md", stream, describe_machine(), cases, given) as printer:
+        for result in run_bench(cases, repetitions=1):
+            printer.add(result)
+    out = stream.getvalue()
+    assert max(map(len, out.splitlines())) <= columns
+    # each value once in all, or once in each row
+    assert out.count("bf16") == (2 if columns == 120 else 1)
+    assert ("all rows: threads 1, n_ubatch 512, type_k bf16, fa on" in " ".join(out.split())) == (columns < 120)
+    assert out.count("pp8+tg4 @ d4") == 2
+    assert ("n_batch 16, test pp8" in out) == (columns == 40)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

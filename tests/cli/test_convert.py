@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,10 +16,8 @@ import pytest
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.conversion import default_output
 from ggufmoe.cli.jobs import Interrupt
-from ggufmoe.cli.progress import BarProgress, LineProgress, NoProgress, progress_display
 from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import read_header
-from ggufmoe.work import Progress
 
 Make = Callable[..., Path]
 
@@ -250,42 +246,3 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "COLUMNS", "140")
-    assert isinstance(progress_display("x", quiet=True), NoProgress)
-    assert isinstance(progress_display("x", stream=io.StringIO()), LineProgress)
-    terminal = Terminal()
-    display = progress_display("convert Q8_0", stream=terminal)
-    assert isinstance(display, BarProgress)
-    with display:
-        display.update(Progress("write", 10**6, 4 * 10**6, "bytes", "blk.0.attn_q.weight"))
-        display.update(Progress("write", 4 * 10**6, 4 * 10**6, "bytes", "blk.1.attn_q.weight"))
-    drawn = terminal.getvalue()
-    assert "convert Q8_0" in drawn
-    assert "100%" in drawn
-    assert "blk.1.attn_q.weight" in drawn
-
-
-def test_lines_come_now_and_then_with_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    stream = io.StringIO()
-    with LineProgress({"write": "convert"}, stream) as lines:
-        lines.update(Progress("write", 0, 10**9, "bytes", ""))
-        now = 104.0
-        lines.update(Progress("write", 10**8, 10**9, "bytes", "token_embd.weight"))
-        now = 110.0
-        lines.update(Progress("write", 5 * 10**8, 10**9, "bytes", "blk.3.attn_k.weight"))
-        now = 120.0
-        lines.update(Progress("write", 10**9, 10**9, "bytes", "blk.9.attn_k.weight"))
-    assert stream.getvalue().splitlines() == [
-        "convert: 50%, 50.0 MB/s, 10 s left, blk.3.attn_k.weight",
-        "convert: 100%, 50.0 MB/s, 0 s left, blk.9.attn_k.weight",
-    ]

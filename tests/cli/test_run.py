@@ -269,15 +269,12 @@ def test_a_terminal_shows_how_far_the_loading_is(model: str, monkeypatch: pytest
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", "24")
-    monkeypatch.setattr(terminal, "_UNSEEN_S", -1.0)
     load_engine(Path(model), ContextOptions(n_threads=1), OffloadOptions()).close()
     shown = screen.getvalue().split("\r")
     assert shown[0] == ""
-    assert shown[1] == "loading model.gguf: 0%"
+    assert shown[1] == "loading model.gguf"
+    assert "loading model.gguf   0%" in shown
     assert shown[-2:] == [" " * len(shown[-3]), ""]
-    monkeypatch.setattr(terminal, "_UNSEEN_S", 60.0)
-    load_engine(Path(model), ContextOptions(n_threads=1), OffloadOptions()).close()
-    assert screen.getvalue().split("\r") == shown
 
 
 def test_a_terminal_shows_that_a_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
