@@ -148,9 +148,13 @@ def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSour
         model: ModelSource = open_recipe(
             user_path(source),
             allow_identical_experts=options.allow_identical_experts,
+            allow_outside_files=options.allow_outside_files,
         )
-    elif options.router_report is not None or options.allow_identical_experts:
-        raise OptionError(f"{source} is no recipe; --router-report and --allow-identical-experts belong to recipes")
+    elif options.router_report is not None or options.allow_identical_experts or options.allow_outside_files:
+        raise OptionError(
+            f"{source} is no recipe; --router-report, --allow-identical-experts and --allow-outside-files belong to "
+            "recipes"
+        )
     else:
         model = open_checkpoint(source if isinstance(source, str) and not source.startswith("~") else user_path(source))
     try:
@@ -285,6 +289,7 @@ def merge(
     model = open_recipe(
         user_path(recipe),
         allow_identical_experts=options.allow_identical_experts,
+        allow_outside_files=options.allow_outside_files,
     )
     with contextlib.closing(model):
         check_directory(target, model.input_paths, record=RECORD, force=options.force)

@@ -133,6 +133,8 @@ def test_a_report_that_turns_out_unwritable_leaves_no_output(recipe: Path) -> No
 def test_only_recipes_take_recipe_options(recipe: Path) -> None:
     with pytest.raises(OptionError, match="is no recipe"):
         ggufmoe.convert(recipe.parent / "base", recipe.parent / "m.gguf", allow_identical_experts=True)
+    with pytest.raises(OptionError, match="is no recipe"):
+        ggufmoe.convert(recipe.parent / "base", recipe.parent / "m.gguf", allow_outside_files=True)
     with pytest.raises(OptionError, match="MergeOptions has no option 'quant'"):
         ggufmoe.merge(recipe, recipe.parent / "out", quant="Q8_0")  # type: ignore[call-arg]
     with pytest.raises(OptionError, match="layout must be one of classic, fused"):

@@ -8,6 +8,7 @@ recipe and converting the merged checkpoint give the same bytes. Each source is 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from numpy.typing import NDArray
 from ggufmoe.checkpoint.chat_template import default_chat_template
 from ggufmoe.checkpoint.dtypes import narrow, widen
 from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
+from ggufmoe.checkpoint.jsonfile import read_capped
 from ggufmoe.checkpoint.opening import open_directory
 from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, RouterReport, SourceTensor
 from ggufmoe.errors import CheckpointError, RecipeError
-from ggufmoe.files import decode_text
+from ggufmoe.files import decode_text, user_path
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.merge.compare import compare_sources
 from ggufmoe.merge.forward import Floats
@@ -36,6 +38,7 @@ from ggufmoe.work import CancelFlag, OnProgress
 
 log = logging.getLogger("ggufmoe")
 
+_MAX_TEMPLATE_BYTES = 1 << 20
 _TOKEN_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 _EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -117,9 +120,10 @@ class MergedModel:
     ``warnings`` are the differences between the sources that may be intended.
     """
 
-    def __init__(self, recipe: Recipe, text: str, path: Path) -> None:
+    def __init__(self, recipe: Recipe, text: str, path: Path, *, allow_outside_files: bool = False) -> None:
         self.recipe = recipe
         self._path = path
+        self._allow_outside_files = allow_outside_files
         opened: dict[str, ModelSource] = {}
         try:
             self._base = _open(recipe.base_model, path, text, ("base_model",), opened)
@@ -200,7 +204,7 @@ class MergedModel:
         if choice is not None and choice.startswith("expert:"):
             return self._template_of(int(choice.removeprefix("expert:")))
         if choice is not None and choice != "base":
-            return _template_file(self._path.parent / choice)
+            return self._template_in(self._path.parent / user_path(choice))
         if choice == "base" or default_chat_template(self.tokenizer_dir) is not None:
             return None
         known = self._tokens.ids or KnownTokens(self._base).ids
@@ -215,6 +219,27 @@ class MergedModel:
         if lacking:
             raise RecipeError(_no_template_fits(self._path, lacking))
         return None
+
+    def _template_in(self, path: Path) -> str:
+        """The text of a template file, which must lie below the recipe's folder or a source's.
+
+        A recipe comes from somebody else: it may not put any file of this machine into a model.
+        """
+        absolute = Path(os.path.abspath(path))
+        inside = path.resolve().is_relative_to(self._path.parent.resolve()) or any(
+            absolute.is_relative_to(source.tokenizer_dir.absolute()) for source in self._sources
+        )
+        if not inside and not self._allow_outside_files:
+            raise RecipeError(
+                f"{self._path}: chat_template: {path} lies outside of the recipe's folder and its models' folders; "
+                "pass --allow-outside-files if it is meant"
+            )
+        try:
+            if not path.is_file():
+                raise RecipeError(f"{path}: the chat template cannot be read (there is no such file)")
+            return decode_text(read_capped(path, _MAX_TEMPLATE_BYTES))
+        except (CheckpointError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error
 
     def _template_of(self, expert: int) -> str:
         template = default_chat_template(self._experts[expert].tokenizer_dir)
@@ -250,13 +275,15 @@ class MergedModel:
         return GatheredRows(name, self._dtype, self._tokens.runs, tensors, self.config.n_embd)
 
 
-def open_recipe(path: Path, *, allow_identical_experts: bool = False) -> MergedModel:
-    """Open a recipe and its models, and check that they fit together; nothing is computed yet.
+def open_recipe(path: Path, *, allow_identical_experts: bool = False, allow_outside_files: bool = False) -> MergedModel:
+    """Open a recipe and all it names, and check that they fit together; nothing is computed yet.
 
-    Raises RecipeError, CheckpointError or TokenizerError for all that can be known before the first weight is read.
+    With ``allow_outside_files`` its chat template may be any file, not only one of its own or of a model's folder.
+
+    Raises RecipeError, CheckpointError or TokenizerError: everything that can be known before the first weight is read.
     """
     recipe, text = load_recipe(path, allow_identical_experts=allow_identical_experts)
-    model = MergedModel(recipe, text, path)
+    model = MergedModel(recipe, text, path, allow_outside_files=allow_outside_files)
     for warning in model.warnings:
         log.warning("%s", warning)
     return model
@@ -276,7 +303,7 @@ def _open(
     reference: str, recipe_path: Path, text: str, place: tuple[str | int, ...], opened: dict[str, ModelSource]
 ) -> ModelSource:
     """Open a directory, relative to the recipe's, or a hub id, once each. Errors name the place in the recipe."""
-    directory = recipe_path.parent / Path(reference).expanduser()
+    directory = recipe_path.parent / user_path(reference)
     from_hub = is_hub_id(reference) and not directory.exists()
     key = reference if from_hub else str(directory.resolve())
     try:
@@ -401,10 +428,3 @@ def _base_model(key: str, source: ModelSource) -> BaseModel:
         repo_url=f"https://huggingface.co/{hub_id}",
         version=revision or None,
     )
-
-
-def _template_file(path: Path) -> str:
-    try:
-        return decode_text(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error

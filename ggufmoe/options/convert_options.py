@@ -23,6 +23,14 @@ def _identical_experts() -> Any:
     )
 
 
+def _outside_files() -> Any:
+    return option(
+        False,
+        "--allow-outside-files",
+        help="Accept a recipe whose chat template is a file outside of its folder and its models' folders.",
+    )
+
+
 def _worker_threads() -> Any:
     return option(
         None,
@@ -116,6 +124,7 @@ class ConvertOptions(ExportOptions):
     """How a checkpoint becomes a GGUF file."""
 
     allow_identical_experts: bool = _identical_experts()
+    allow_outside_files: bool = _outside_files()
     router_report: Path | None = _router_report()
 
 
@@ -123,6 +132,7 @@ class ConvertKeywords(ExportKeywords, total=False):
     """The fields of ``ConvertOptions`` but ``quant`` as keywords."""
 
     allow_identical_experts: bool
+    allow_outside_files: bool
     router_report: Path | None
 
 
@@ -155,6 +165,7 @@ class MergeOptions:
     resume: bool = option(False, "--resume", help="Continue the partial directory of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
     allow_identical_experts: bool = _identical_experts()
+    allow_outside_files: bool = _outside_files()
     router_report: Path | None = _router_report()
 
     def __post_init__(self) -> None:
@@ -176,4 +187,5 @@ class MergeKeywords(TypedDict, total=False):
     resume: bool
     force: bool
     allow_identical_experts: bool
+    allow_outside_files: bool
     router_report: Path | None

@@ -267,6 +267,32 @@ def test_the_recipe_may_choose_the_template_and_the_tokenizer(tmp_path: Path) ->
     assert model.tokenizer_dir == (tmp_path / "other").resolve()
 
 
+def test_a_recipe_may_not_take_any_file_of_the_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    make_checkpoint(tmp_path / "base", arch="mistral")
+    make_checkpoint(tmp_path / "other", arch="mistral", seed=2)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "other" / "mine.jinja").write_text("of a source")
+    (folder / "below").mkdir()
+    (folder / "below" / "mine.jinja").write_text("of the recipe")
+    (folder / "link.jinja").symlink_to(tmp_path / "secret")
+
+    def template(choice: str, **options: bool) -> str | None:
+        path = write_recipe(folder, "../base", "../other", chat_template=choice)
+        return opened(open_recipe(path, **options)).chat_template
+
+    assert template("below/mine.jinja") == "of the recipe"
+    assert template("../other/mine.jinja") == template(str(tmp_path / "other" / "mine.jinja")) == "of a source"
+    for choice in (str(tmp_path / "secret"), "../secret", "../other/../secret", "below/../../secret", "link.jinja"):
+        with pytest.raises(RecipeError, match="lies outside of the recipe's folder and its models' folders"):
+            template(choice)
+        assert template(choice, allow_outside_files=True) == "secret"
+    for choice in ("/dev/zero", "below"):
+        with pytest.raises(RecipeError, match="there is no such file"):
+            template(choice, allow_outside_files=True)
+
+
 def test_a_template_that_the_chosen_expert_lacks_is_an_error(pair: Path) -> None:
     with pytest.raises(RecipeError, match="expert 1 has none"):
         opened(open_recipe(write_recipe(pair, "base", "math", chat_template="expert:1")))
