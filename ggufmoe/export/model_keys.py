@@ -123,12 +123,26 @@ def _rounded(n_weights: int) -> str:
     return f"{scaled:.{decimals}f}{letter}"
 
 
+_NOT_IN_GGUF: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings"), (None, [], ())),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "penalty_alpha"), (None, 0)),
+    **dict.fromkeys(("no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff"), (None, 0)),
+    **dict.fromkeys(("num_beams", "typical_p", "guidance_scale"), (None, 1)),
+}
+"""Keys of generation_config.json that change answers and have no key in GGUF, with the values that change nothing."""
+
+
 def sampling_metadata(directory: Path) -> dict[str, GGUFValue]:
     """The sampling that the model's authors recommend in generation_config.json, as ``general.sampling.*``.
 
     No keys if the file is absent or cannot be read, as in llama.cpp's converter.
     """
     given = read_optional(directory / "generation_config.json", allow_broken=True)
+    if left_out := [key for key, neutral in _NOT_IN_GGUF.items() if given.get(key, neutral[0]) not in neutral]:
+        _LOG.warning(
+            "%s sets %s, which a GGUF file cannot recommend; give what matters when you run the model",
+            *(directory / "generation_config.json", ", ".join(left_out)),
+        )
     keys: dict[str, GGUFValue] = {}
     for setting in SAMPLING_KEYS:
         value: Any = given.get(setting.generation_config)

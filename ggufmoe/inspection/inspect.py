@@ -328,7 +328,8 @@ def _warnings(model: ModelHeader, tokenizer: TokenizerReport, template: Template
     elif kind not in (None, "model"):
         yield f"general.type is {kind!r}: this is not a model to run by itself"
     elif template.first_line is None:
-        yield "no chat template: chat needs --chat-template, run needs --raw"
+        named = f" with one of {', '.join(template.names)}" if template.names else ""
+        yield f"no chat template: chat needs --chat-template{named}, run needs --raw"
     if hyper.architecture is not None and model.tensors:
         yield from _context_warnings(hyper)
     yield from _expert_warnings(model, hyper)

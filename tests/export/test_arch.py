@@ -249,6 +249,12 @@ def test_the_attention_scale_of_yarn_is_told_where_it_is_not_llama_cpps(
         ("mixtral", {"config": {"sliding_window": 7}}, ["attends to the last 7 tokens only"]),
         ("llama", {"config": {"sliding_window": 7}}, []),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["begins past position 2048"]),
+        ("mistral", {"config": {"auto_map": {"AutoConfig": "c.C"}}}, []),
+        (
+            "mistral",
+            {"config": {"auto_map": {"AutoModelForCausalLM": "m.M"}}},
+            [r"code \(auto_map\) is not run; it is converted as a plain MistralForCausalLM"],
+        ),
         (
             "llama",
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 16, "beta_slow": 1.0, "truncate": False}},

@@ -149,6 +149,24 @@ def test_a_generation_config_that_cannot_be_read_is_ignored_with_a_warning(
     assert "generation_config.json is ignored" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "temperature": 1}, ""),
+        ({"suppress_tokens": [1], "stop_strings": ["x"]}, "suppress_tokens, stop_strings"),
+        ({"num_beams": 4, "forced_bos_token_id": 2}, "forced_bos_token_id, num_beams"),
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+    ],
+)
+def test_what_a_generation_config_asks_for_and_gguf_cannot_say_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, given: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    sampling_metadata(tmp_path)
+    assert (f"sets {named}, which a GGUF file cannot recommend" in caplog.text) is bool(named)
+    assert bool(caplog.text) is bool(named)
+
+
 def test_the_importance_matrix_is_named_as_llama_quantize_does() -> None:
     full = Imatrix(Path("x" * 200), {}, ("wiki.txt", "other"), 7, 512, is_legacy=False)
     assert {key: value.value for key, value in imatrix_metadata(full).items()} == {

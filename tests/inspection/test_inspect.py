@@ -146,6 +146,10 @@ def _warnings(tmp_path: Path, changes: dict[str, GGUFValue | None], n_expert: in
     ("changes", "message"),
     [
         ({"tokenizer.chat_template": None}, "no chat template: chat needs --chat-template"),
+        (
+            {"tokenizer.chat_template": None, "tokenizer.chat_template.rag": text("x")},
+            "no chat template: chat needs --chat-template with one of ",
+        ),
         ({"general.architecture": None}, "no general.architecture"),
         ({"general.type": text("adapter")}, "an adapter (LoRA), not a model"),
         ({"llama.expert_used_count": u32(5)}, "says that 5 of 4 are used"),

@@ -167,6 +167,9 @@ def unexpressed(config: ModelConfig) -> Iterator[str]:
             f"for this architecture: past position {window} the answers are another model's, so keep the context "
             f"at {window} tokens (--ctx-size)"
         )
+    code = config.raw.get("auto_map")
+    if isinstance(code, dict) and "AutoModelForCausalLM" in code:
+        yield f"its own modelling code (auto_map) is not run; it is converted as a plain {config.architecture}"
     if scaling.kind == "dynamic":
         yield (
             f"its dynamic rope scaling begins past position {n_ctx}, and llama.cpp has none: "
