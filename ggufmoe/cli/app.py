@@ -327,11 +327,19 @@ def _debug_first(arguments: Sequence[str]) -> list[str]:
 
 def _wrong_usage(error: Any) -> int:
     message = one_line(error.format_message(), None).replace("Value error, ", "")
-    context = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)
     path = "ggufmoe" if context is None else context.command_path
-    is_unknown_option = hasattr(error, "possibilities")
-    if is_unknown_option and context is not None and any(given.name == "prompt" for given in context.command.params):
-        message += "; a PROMPT that begins with - stands after --"
+    parameter: Any = getattr(error, "param", None)
+    if hasattr(error, "possibilities"):  # an unknown option
+        near = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)
+        message = f"no such option: {error.option_name}" + (f"; did you mean {near[0]}?" if near else "")
+        takes_prompt = context is not None and any(given.name == "prompt" for given in context.command.params)
+        if takes_prompt and not near:
+            message += "; a PROMPT that begins with - stands after --"
+    elif hasattr(error, "param_type") and getattr(parameter, "param_type_name", "") == "argument":  # a missing argument
+        name = (parameter.metavar or parameter.name.upper()).removesuffix("...")
+        example = next(verb.examples[0] for verb in VERBS if verb.name == context.info_name)
+        message = f"{name} is missing; for example: {example}"
     return _say(f"error: {message} (see '{path} --help')", 2)
 
 
