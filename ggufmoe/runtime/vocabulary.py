@@ -6,9 +6,11 @@ It needs no context and has a lock of its own, so text can be tokenized while a 
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,53 @@ from ggufmoe.errors import EngineError, InputError
 
 _NONE = 0
 """LLAMA_VOCAB_TYPE_NONE."""
+_SENTENCEPIECE = 1
+"""LLAMA_VOCAB_TYPE_SPM."""
+_SPECIAL = 1 << 0 | 1 << 3 | 1 << 4
+"""LLAMA_TOKEN_ATTR_UNKNOWN, CONTROL and USER_DEFINED."""
+_STRIPPING = 1 << 7 | 1 << 8
+"""LLAMA_TOKEN_ATTR_LSTRIP and RSTRIP."""
+
+
+PIECE_CHARS = 4096
+"""Longer texts are tokenized in pieces of about so many characters, where that gives the same tokens."""
+_SPACES = (" ", "\u2581")
+"""SentencePiece writes a space as U+2581."""
+
+
+class SafeBorders:
+    """Where a text can be cut so that its parts have the tokens of the whole: before characters that join no other.
+
+    llama.cpp's SentencePiece tokenizer copies all tokens that it has so far for every character that is in no token of
+    the vocabulary, so its time is quadratic in their number (``resegment`` of llama-vocab.cpp, commit 0c1e57098).
+
+    ``texts`` are the tokens as the vocabulary spells them, ``special`` those that are looked for first, and whether
+    they take the white space beside them.
+    """
+
+    def __init__(self, texts: Iterable[str], special: Mapping[str, bool]) -> None:
+        joining: set[str] = set().union(*(text[1:] for text in texts))
+        self._is_known = bool(joining)
+        self._joining = joining.union(_SPACES)
+        """Characters that are in a token behind its first place."""
+        self._special = special
+
+    def pieces(self, text: str) -> list[str]:
+        """The text in pieces, of about PIECE_CHARS or longer where there is no border."""
+        there = [special for special in self._special if special in text]
+        is_stripping = any(self._special[special] for special in there)
+        joining = self._joining.union(special[:1] for special in there)
+        alone = [char for char in set(text) - joining if not (is_stripping and char.isspace())]
+        if not alone or not self._is_known:
+            return [text]
+        # llama.cpp puts a space of its own behind a special token, and none in front of one
+        no_border = "".join(special[-1:] for special in there) + (" \t\n\v\f\r" if is_stripping else "")
+        behind = f"(?<![{re.escape(no_border)}])" if no_border else ""
+        border = re.compile(f"{behind}[{re.escape(''.join(alone))}]")
+        cuts = [0]
+        while (found := border.search(text, cuts[-1] + PIECE_CHARS)) is not None:
+            cuts.append(found.start())
+        return [text[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 class LoadedVocabulary:
@@ -79,18 +128,44 @@ class LoadedVocabulary:
         if not isinstance(text, str):
             raise TypeError(f"expected a text (str), not {text!r}")
         # on text that is not UTF-8 llama.cpp would abort the process
-        data = text.encode("utf-8", "replace")
-        room = len(data) + 8
+        text = text.encode("utf-8", "replace").decode()
         with self._lock:
             self._check_tokenizer()
-            while True:
-                buffer = (ctypes.c_int32 * room)()
-                n = self._api.llama_tokenize(self.handle, data, len(data), buffer, room, False, parse_special)
-                if n >= 0:
-                    break
-                room = -n
             begin = self.bos_token if add_bos and self.adds_bos else None
-        return ([] if begin is None else [begin]) + list(buffer[:n])
+            tokens = [] if begin is None else [begin]
+            pieces = self._borders.pieces(text) if len(text) > PIECE_CHARS else [text]
+            for number, piece in enumerate(pieces):  # between two pieces Python notices Ctrl-C
+                found = self._tokens_of(piece, parse_special)
+                tokens += found[self._n_prefix(piece[0], parse_special) :] if number else found
+        return tokens
+
+    def _tokens_of(self, text: str, parse_special: bool) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        while True:
+            buffer = (ctypes.c_int32 * room)()
+            n = self._api.llama_tokenize(self.handle, data, len(data), buffer, room, False, parse_special)
+            if n >= 0:
+                return list(buffer[:n])
+            room = -n
+
+    def _n_prefix(self, char: str, parse_special: bool) -> int:
+        """Tokens of the space that llama.cpp puts before a text, where it begins with a character that joins none."""
+        once, twice = (len(self._tokens_of(char * n, parse_special)) for n in (1, 2))
+        return 2 * once - twice
+
+    @cached_property
+    def _borders(self) -> SafeBorders:
+        """Where a long text may be cut. Only SentencePiece's tokenizer of llama.cpp takes quadratic time."""
+        if self._api.llama_vocab_type(self.handle) != _SENTENCEPIECE:
+            return SafeBorders((), {})
+        texts = [
+            bytes(self._api.llama_vocab_get_text(self.handle, token)).decode("utf-8", "replace")
+            for token in range(self.n_tokens)
+        ]
+        attributes = [self._api.llama_vocab_get_attr(self.handle, token) for token in range(self.n_tokens)]
+        tokens = zip(texts, attributes, strict=True)
+        return SafeBorders(texts, {text: bool(kind & _STRIPPING) for text, kind in tokens if kind & _SPECIAL})
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; those of a control token are empty unless ``special``."""
