@@ -129,7 +129,12 @@ def _unreadable(path: Path, reason: OSError) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file or directory is written before it is complete: ``NAME.partial`` beside it."""
+    """Where a file or directory is written before it is complete: ``NAME.partial`` beside it.
+
+    Raises OutputError for a path without a name, such as ``/``.
+    """
+    if not path.name:
+        raise OutputError(f"{path} is a directory; give the name of a file")
     return path.with_name(path.name + ".partial")
 
 

@@ -356,6 +356,10 @@ def _refused_by_the_system(error: OSError, debug: bool) -> int:
 
 def _defect(error: Exception, debug: bool) -> int:
     _trace(error, debug)
+    if isinstance(error, MemoryError):
+        return _say("error: there is not enough memory for this (an answer of the operating system)", 1)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return _say("error: no further thread can be started; see 'ulimit -u' (an answer of the operating system)", 1)
     if debug:
         return 1
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

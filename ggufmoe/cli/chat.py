@@ -362,6 +362,8 @@ def _history() -> History:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     folder = state_directory()
+    if folder is None:
+        return InMemoryHistory()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (folder / "chat_history").touch(mode=0o600)

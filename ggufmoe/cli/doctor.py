@@ -42,7 +42,8 @@ def doctor_command(
         workers = OffloadOptions(rpc=rpc).workers
     except OptionError as error:
         raise typer.BadParameter(str(error)) from error
-    found = chain(examine({"chats": state_directory()}), check_workers(workers))
+    chats = state_directory()
+    found = chain(examine({} if chats is None else {"chats": chats}), check_workers(workers))
     with ProgressLine("doctor", phase="check", waiting="checking") as line:
         findings = list(found) if as_json else list(_shown(found, line))
     wrong = [finding for finding in findings if finding.status == "wrong"]

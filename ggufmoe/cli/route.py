@@ -107,9 +107,11 @@ def _prompts(prompt: str | None, compare: tuple[str, str] | None, route: RouteOp
 def _read_prompts(path: Path) -> Labelled:
     """The labelled prompts of a JSONL file. Raises InputError, which names the line."""
     try:
-        if path.stat().st_size > _MAX_PROMPTS_BYTES:
+        with path.open("rb") as file:
+            data = file.read(_MAX_PROMPTS_BYTES + 1)  # a device may be without end
+        if len(data) > _MAX_PROMPTS_BYTES:
             raise InputError(f"{path}: more than {_MAX_PROMPTS_BYTES >> 20} MiB of prompts; take a part of them")
-        lines = decode_text(path.read_bytes()).splitlines()
+        lines = decode_text(data).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     found = [_labelled(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -16,6 +16,7 @@ from ggufmoe.cli.jobs import interruptible
 from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.wordwrap import WordWrap
 from ggufmoe.engine import Engine
+from ggufmoe.errors import OptionError
 from ggufmoe.folders import user_cache_directory
 from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 from ggufmoe.runtime.chat import Chat
@@ -129,19 +130,28 @@ def _speed(tokens_per_s: float) -> str:
     return f", {tokens_per_s:.1f} tok/s" if tokens_per_s else ""
 
 
-def state_directory() -> Path:
-    """The user's folder for state that programs keep, for example the history of typed lines."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+def state_directory() -> Path | None:
+    """The user's folder for state that programs keep, for example the history of typed lines.
+
+    None for a user without a home, as in containers.
+    """
+    try:
+        if sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Application Support"
+        else:
+            base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    except RuntimeError:
+        return None
     return base / "ggufmoe"
 
 
 def rpc_cache_directory() -> Path:
-    """The folder in which llama.cpp's own RPC server caches tensors."""
+    """The folder in which llama.cpp's own RPC server caches tensors. Raises OptionError for a user without a home."""
     if given := os.environ.get("LLAMA_CACHE"):
         return Path(given) / "rpc"
-    return user_cache_directory() / "llama.cpp" / "rpc"
+    try:
+        return user_cache_directory() / "llama.cpp" / "rpc"
+    except RuntimeError as error:
+        raise OptionError("--cache: this user has no home directory; name a folder in LLAMA_CACHE") from error

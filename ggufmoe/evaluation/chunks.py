@@ -62,6 +62,10 @@ def check_complete(result: ChunkResult) -> None:
         raise Cancelled(f"stopped after {result.n_chunks} of {result.total_chunks} chunks; the result is of these")
 
 
+_MAX_TEXT_BYTES = 512 * 2**20
+"""Texts that perplexity is measured on have some megabytes."""
+
+
 def read_text(text: str | None, text_file: StrPath | None) -> str:
     """``text``, or what ``text_file`` holds without the newline at its end.
 
@@ -76,9 +80,12 @@ def read_text(text: str | None, text_file: StrPath | None) -> str:
         return text
     path = user_path(text_file)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_TEXT_BYTES + 1)  # a device may be without end
     except OSError as error:
         raise InputError(f"{path}: cannot read the text: {error.strerror or error}") from error
+    if len(data) > _MAX_TEXT_BYTES:
+        raise InputError(f"{path}: more than {_MAX_TEXT_BYTES >> 20} MiB of text; take a part of it")
     try:
         return decode_text(data).removesuffix("\n")
     except UnicodeDecodeError as error:

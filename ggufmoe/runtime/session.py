@@ -110,6 +110,8 @@ def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str)
 def read_session(path: Path, facts: SessionFacts, n_ctx: int) -> tuple[SavedState, str]:
     """The state in ``path`` and its note. Raises InputError, and ContextFullError if ``n_ctx`` is too small for it."""
     try:
+        if path.exists() and not path.is_file():
+            raise _damaged(path, "it is not a regular file")
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             header = _read_header(path, file)
