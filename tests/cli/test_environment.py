@@ -92,5 +92,5 @@ def test_a_chat_goes_on_after_paths_that_cannot_be_used(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert [error.partition(": ")[2].partition(" ")[0] for error in errors] == ["/", "/dev/zero:", "/:"]
+    assert [error.partition(": ")[2].partition(" ")[0] for error in errors] == ["/:", "/dev/zero:", "/:"]
     assert "defect" not in ended.stderr
