@@ -1,8 +1,8 @@
-"""config.json of a checkpoint, the same whether transformers 4 or 5 wrote it.
+"""Reads config.json of a checkpoint, whether transformers 4 or 5 wrote it, into a ``ModelConfig``.
 
 Missing keys get the defaults of transformers' own configuration classes (models/{llama,mistral,mixtral}/
-configuration_*.py, 5.12). What would give a model that talks nonsense if it were ignored is refused here, by name; what
-llama.cpp does a little differently is told by the export.
+configuration_*.py, 5.12). Settings that a GGUF file of these families cannot express and that change every answer are
+refused here, by name; what llama.cpp computes a little differently is told when the file is planned.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _no_config(directory: Path) -> CheckpointError:
 
 
 def quantization_method(raw: Mapping[str, Any]) -> str | None:
-    """How config.json says that the weights are quantized; None if it says nothing. The weights tell if it is so."""
+    """The quantization method that config.json states, or None; it may be left over from training."""
     stated = raw.get("quantization_config")
     if not stated:
         return None
@@ -120,7 +120,7 @@ def quantization_method(raw: Mapping[str, Any]) -> str | None:
 
 
 def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
-    """``read_config`` of a JSON object; ``path`` is for the messages."""
+    """The hyper-parameters in the content of config.json; ``path`` names the file in messages. Raises as above."""
     architecture = _architecture(path, raw)
     keys = _Keys(path, raw, _DEFAULTS[architecture])
     _refuse_inexpressible(keys)

@@ -1,6 +1,6 @@
-"""What made tensors that no plain checkpoint has: quantizers, adapters, other dtypes.
+"""Recognises weights that cannot be converted by the names and dtypes of their tensors: quantized ones and adapters.
 
-Asked before tensors are called missing or left over, so that a message names the cause. Told from names and dtypes.
+This is checked before missing tensors are reported, so that the message names the cause.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UNMERGED = (
 
 @dataclass(frozen=True)
 class _Sign:
-    """Names that only one kind of tool writes."""
+    """A pattern of tensor names that only one kind of tool writes, and what to say of them."""
 
     pattern: str
     what: str
@@ -42,7 +42,7 @@ _SIGNS = (
 
 
 def what_made(names: Iterable[str]) -> str | None:
-    """What wrote tensors of these names, as a clause with one of them and the way out; None for plain weights."""
+    """A clause such as "is quantized with GPTQ (NAME); what to do" for tensor names; None for plain ones."""
     listed = sorted(names)
     for sign in _SIGNS:
         pattern = re.compile(sign.pattern)

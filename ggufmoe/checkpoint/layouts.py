@@ -162,12 +162,12 @@ def _layout_of(match: re.Match[str]) -> ExpertLayout | None:
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a tensor of this name changes nothing, there or not: a buffer that is computed anyway."""
+    """Whether a tensor of this name is a buffer that models compute anyway, so that it may be present or absent."""
     return _HARMLESS.fullmatch(name) is not None
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Stored names to those of transformers: without what wrappers put before or into them.
+    """Stored names to the names of transformers, without the parts that wrappers add.
 
     The prefix is told from the embedding's name: ``module.`` (DDP), ``base_model.model.`` (PEFT), ``model.`` twice, or
     none at all where a model was saved without its head. Names stay as they are if there is not one embedding.
@@ -240,7 +240,7 @@ def _rows(piece: TensorPiece, file: TensorFile, entry: TensorEntry, dtype: Dtype
 
 
 def _check_count(where: str, config: ModelConfig, layout: ExpertLayout, n_stored: int) -> None:
-    """Answer a config of absurd size before a million names are made from it."""
+    """Raise TensorMismatchError for a config that needs far more tensors than there are, before names are made."""
     n_least = config.n_layer * (8 if layout.fused else 8 + 3 * config.n_expert)
     if n_least > 1000 + 10 * n_stored:
         raise TensorMismatchError(f"{where} holds {n_stored} tensors where its config.json makes at least {n_least}")

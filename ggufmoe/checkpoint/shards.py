@@ -1,8 +1,7 @@
 """Which files of a directory hold a checkpoint's tensors: one ``model.safetensors``, or an index and its shards.
 
-Nothing in an index is believed: it names files of its own directory only (which may be links, as huggingface_hub makes
-them), and what it says of each tensor is compared with what the shards hold. Weights in other formats are recognised,
-and refused with the way out.
+An index may name files of its own directory only (which may be links, as huggingface_hub makes them), and what it says
+of each tensor must agree with the shards. Weights in other formats are refused, with a way to convert them.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def _listed(names: list[str]) -> str:
 
 
 def parse_index(path: Path) -> dict[str, str]:
-    """The weight map of an index file, its shard names checked but not looked up."""
+    """The weight map of an index file: tensor name to shard name. Whether the shards exist is not checked."""
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SafetensorsError(f"{path} has no weight_map")
@@ -102,7 +101,7 @@ def parse_index(path: Path) -> dict[str, str]:
 
 
 def _is_plain_name(name: str) -> bool:
-    """Whether this is one path component on every system, and a safetensors file."""
+    """Whether ``name`` is a file name on every system, without a folder, and ends in .safetensors."""
     plain = name.isprintable() and len(name) <= 255 and not set(name) & set('/\\:"<>|?*')
     return plain and name.endswith(".safetensors") and not name.startswith(".")
 

@@ -32,7 +32,7 @@ BASE = -1
 
 @dataclass(frozen=True)
 class RowRun:
-    """``count`` rows one after another: the mean of these rows of sources, given as (source, first row)."""
+    """``count`` consecutive rows of the result, each the mean of one row of every source: (source, its first row)."""
 
     count: int
     sources: tuple[tuple[int, int], ...]
@@ -40,7 +40,7 @@ class RowRun:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """What a merged model knows of tokens. ``runs`` is empty where embedding and output are the base's, untouched."""
+    """The tokenizer of a merged model and its rows. ``runs`` is empty where embedding and output are the base's."""
 
     directory: Path
     """Where the tokenizer's files are."""
@@ -195,7 +195,7 @@ def _write_union(
 
 
 def _runs(rows: Sequence[tuple[tuple[int, int], ...]]) -> tuple[RowRun, ...]:
-    """Rows that follow each other in all their sources, joined."""
+    """``rows`` as runs: rows that follow each other in all their sources are joined."""
     runs: list[RowRun] = []
     for row in rows:
         last = runs[-1] if runs else None

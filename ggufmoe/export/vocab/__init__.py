@@ -1,7 +1,7 @@
-"""Tokenizers of Hugging Face checkpoints as GGUF ``tokenizer.*`` metadata.
+"""Converts the tokenizer of a Hugging Face checkpoint to the ``tokenizer.*`` keys of a GGUF file.
 
-The promise is that llama.cpp gives the very ids that the original tokenizer gives; what llama.cpp cannot express is an
-error and never a guess. One module for each kind of tokenizer; ``special`` and ``rows`` hold what they share.
+llama.cpp must give the ids that the original tokenizer gives; a tokenizer that llama.cpp cannot reproduce is an error.
+There is one module for each kind of tokenizer; ``special`` and ``token_rows`` hold what they share.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tokenizer_metadata(
 
 
 def _tell_foreign_literals(templates: Mapping[str, str], vocabulary: Vocabulary, directory: Path) -> None:
-    """Warn of what a template writes like a special token and the vocabulary cannot read as one."""
+    """Warn of texts in chat templates that look like special tokens and are no special tokens of the vocabulary."""
     whole = {
         text
         for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)

@@ -1,4 +1,4 @@
-"""The BPE model inside ``tokenizer.json``: vocabulary, merges and options, checked before anything is made of them."""
+"""Reads and checks the BPE model of a ``tokenizer.json``: vocabulary, merges and options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_bpe(files: TokenizerFiles) -> BPE:
 
 
 def _pair(merge: Any, path: Path) -> Pair:
-    """Both spellings of a merge: ``"a b"``, and ``["a", "b"]`` of newer files."""
+    """The two tokens of a merge, which is written ``"a b"`` or, in newer files, ``["a", "b"]``."""
     parts = merge.split(" ") if isinstance(merge, str) else merge
     if isinstance(parts, list) and len(parts) == 2 and all(isinstance(part, str) and part for part in parts):
         return parts[0], parts[1]
@@ -69,7 +69,7 @@ def _check_consistent(bpe: BPE, path: Path) -> None:
 
 
 def apply_merges(word: str, ranks: Mapping[Pair, int]) -> list[str]:
-    """The tokens that merging makes of one word: lowest rank first, leftmost among equals."""
+    """Split one word into tokens: the merge of the lowest rank, the leftmost of equal ones, until none applies."""
     parts = list(word)
     while len(parts) > 1:
         found = [(ranks[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in ranks]

@@ -1,4 +1,4 @@
-"""Byte-level BPE (GPT-2's way, so Llama 3's and SmolLM2's): tokens, merges and the pre-tokenizer's name."""
+"""Byte-level BPE, as GPT-2, Llama 3 and SmolLM2 have it: tokens, merges and the name of the pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def _rows(bpe: BPE, added: dict[int, AddedToken], n_vocab: int, path: Path) -> T
 
 
 def _spelt(part: str) -> str:
-    """A half of a merge with its spaces spelt as bytes, since one space separates the halves."""
+    """One token of a merge as GGUF writes it: spaces become U+0120, since a space separates the two tokens."""
     return part.replace(" ", _SPACE_BYTE)
 
 
 def _whole_words_merge(bpe: BPE, added: set[str]) -> bool:
-    """Whether merging makes one token of every token's own text, so that looking words up first changes nothing."""
+    """Whether merging the text of any token gives that token, so that ``ignore_merges`` makes no difference."""
     ranks = {pair: rank for rank, pair in enumerate(bpe.merges)}
     return all(token in added or apply_merges(token, ranks) == [token] for token in bpe.vocab)
 

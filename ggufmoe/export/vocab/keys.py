@@ -1,4 +1,4 @@
-"""Vocabulary, special tokens and templates as GGUF keys, named, typed and ordered as llama.cpp's converter has them."""
+"""GGUF keys of a vocabulary, its special tokens and chat templates, in the order of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ADDED_KEYS = {"bos": Keys.Tokenizer.ADD_BOS, "eos": Keys.Tokenizer.ADD_EOS, "se
 def metadata(
     vocabulary: Vocabulary, special: SpecialTokens, templates: Mapping[str, str], directory: Path
 ) -> dict[str, GGUFValue]:
-    """All ``tokenizer.*`` keys, and ``EOS_TOKEN_IDS`` where a text has many ends.
+    """All ``tokenizer.*`` keys, and ``EOS_TOKEN_IDS`` where more tokens end a text than those keys can name.
 
     Raises TokenizerError if a chat template is not text that UTF-8 can hold.
     """

@@ -1,8 +1,9 @@
-"""Which of llama.cpp's named pre-tokenizers a ``tokenizer.json`` means, told from its structure.
+"""Finds the pre-tokenizer of llama.cpp that splits text like the pre-tokenizer of a ``tokenizer.json``.
 
-Owns the table. A pre-tokenizer is a list of patterns, each cutting the pieces that the one before left; a name is given
-only where the lists are the same, character by character. Source: ``src/llama-vocab.cpp`` of the pinned llama.cpp
-(``llm_tokenizer_bpe``, its comments "original regex from tokenizer.json", and the flags set beside each name).
+Owns the table of known ones. A pre-tokenizer is a list of patterns, each cutting the pieces that the one before left;
+a name is given only where the lists are the same, character by character. Source: ``src/llama-vocab.cpp`` of the
+pinned llama.cpp (``llm_tokenizer_bpe``, its comments "original regex from tokenizer.json", and the flags set beside
+each name).
 
 Measured on text made to trip them: an apostrophe before U+017F (long s) is a contraction for Hugging Face's regular
 expressions and not for llama.cpp's; U+2028 and U+2029 are no spaces in its deepseek patterns. The others are equal, but
@@ -58,7 +59,7 @@ _DEEPSEEK_PUNCTUATION = "[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A name that llama.cpp knows, and what it implies there."""
+    """A pre-tokenizer of llama.cpp: its name, the patterns it splits by, and the settings that the name implies."""
 
     name: str
     patterns: tuple[str, ...]
@@ -86,7 +87,7 @@ KNOWN = (
 
 
 def recognise(pre_tokenizer: Any, ignore_merges: bool, path: Path) -> PreTokenizer:
-    """The entry of the table with these very patterns, and with this ``ignore_merges`` if there is a choice.
+    """The entry of ``KNOWN`` with the same patterns; where there are several, the one with this ``ignore_merges``.
 
     Raises TokenizerError, with the patterns and what is supported, if there is none.
     """
@@ -108,7 +109,7 @@ def recognise(pre_tokenizer: Any, ignore_merges: bool, path: Path) -> PreTokeniz
 
 
 def split_patterns(pre_tokenizer: Any, path: Path) -> tuple[str, ...]:
-    """The patterns that a pre-tokenizer cuts by, in order; TokenizerError for a step that is no such cut."""
+    """The patterns that a pre-tokenizer splits by, in order; TokenizerError for a step that does not split by one."""
     patterns: list[str] = []
     for step in nodes(pre_tokenizer, "pretokenizers"):
         pattern = _pattern(step)
@@ -120,7 +121,7 @@ def split_patterns(pre_tokenizer: Any, path: Path) -> tuple[str, ...]:
 
 
 def _pattern(step: Mapping[str, Any]) -> str | None:
-    """One step's pattern; empty if it cuts nothing, None if it cannot be told as a pattern."""
+    """The pattern of one step: empty if it does not split, None if it splits in a way that is no pattern."""
     kind = step.get("type")
     if kind == "Digits":
         return _DIGIT if step.get("individual_digits") else _DIGITS
@@ -136,10 +137,10 @@ def _pattern(step: Mapping[str, Any]) -> str | None:
 
 
 def _keeps_everything(step: Mapping[str, Any]) -> bool:
-    """Matches and what lies between them each become a piece.
+    """Whether each match of a ``Split`` step, and each text between matches, becomes a piece.
 
-    ``Removed`` and ``invert`` say the same of a pattern that leaves nothing between its matches, as those that end in
-    a run of spaces do.
+    ``Removed`` with ``invert`` means the same if the matches of the pattern leave nothing between them, as those of
+    patterns do that end in a run of spaces.
     """
     behavior, invert = str(step.get("behavior")).lower(), bool(step.get("invert"))
     if behavior == "isolated":

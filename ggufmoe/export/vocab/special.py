@@ -1,4 +1,4 @@
-"""Which ids are bos, eos and the like, and which of them are put around every text.
+"""Finds the ids of bos, eos and other special tokens, and which of them are added to every text.
 
 Follows the order of sources of ``gguf.SpecialVocab`` (gguf-py of the pinned llama.cpp), with two repairs: a bos or eos
 that is written as an object is compared by its content, and where configurations are silent the vocabulary, the
@@ -29,7 +29,7 @@ _STARCODER_ROWS = 49152
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids by role, and whether a role is put around every text."""
+    """The special tokens of a model: id by role (``bos``), and whether that token is added to every text."""
 
     ids: dict[str, int]
     added: dict[str, bool]
@@ -39,7 +39,7 @@ class SpecialTokens:
 
 @dataclass
 class _Roles:
-    """What is known so far: contents by role, and which are added."""
+    """The roles found so far: the text of the token, and whether it is added to every text."""
 
     contents: dict[str, str]
     added: dict[str, bool] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class _Roles:
 
 
 def special_tokens(files: TokenizerFiles, config: ModelConfig, vocabulary: Vocabulary) -> SpecialTokens:
-    """Special ids and what is added, from all files of the tokenizer and the model's config.
+    """The special tokens that the files of the tokenizer and the model's config state.
 
     Raises TokenizerError if there is no token that ends a text where llama.cpp's default would be a wrong one, or if a
     bos is to be added and there is none.
@@ -78,7 +78,7 @@ def _content(entry: Any) -> str | None:
 
 
 def _template_roles(found: _Roles, files: TokenizerFiles) -> None:
-    """What the post-processor of ``tokenizer.json`` adds."""
+    """Add what the post-processor of ``tokenizer.json`` says of bos, eos and sep to ``found``."""
     if files.json and "cls" in found.contents:
         found.contents.setdefault("bos", found.contents["cls"])
     if files.json and "sep" in found.contents:
@@ -99,7 +99,7 @@ def _template_roles(found: _Roles, files: TokenizerFiles) -> None:
 
 
 def _single(found: _Roles, step: Mapping[str, Any], files: TokenizerFiles) -> None:
-    """Template for one text: an optional token before it and one after it is all that llama.cpp can add."""
+    """Add what a template says of a single text: llama.cpp can add at most one token before and one after it."""
     single, pair = _names(step.get("single")), _names(step.get("pair"))
     before, after = single[: single.index(None)], single[single.index(None) + 1 :] if None in single else []
     if len(before) > 1 or len(after) > 1 or None in after:
@@ -114,7 +114,7 @@ def _single(found: _Roles, step: Mapping[str, Any], files: TokenizerFiles) -> No
 
 
 def _names(template: Any) -> list[str | None]:
-    """A template as token texts, None for a text; a lone text if it is not readable."""
+    """The items of a template: the text of each special token, None for the input; ``[None]`` if it is malformed."""
     if not isinstance(template, list) or not template:
         return [None]
     names: list[str | None] = []
@@ -135,7 +135,7 @@ def _first(found: _Roles, token: str) -> None:
 
 
 def _last(found: _Roles, token: str) -> None:
-    """A token at the end that is not the eos becomes it, and the former eos ends a turn."""
+    """Make the token at the end of every text the eos; another eos that was stated becomes the end of a turn (eot)."""
     former = found.contents.get("eos")
     if former is not None and token != former:
         found.roles += ("eot",)
@@ -145,7 +145,7 @@ def _last(found: _Roles, token: str) -> None:
 
 
 def _separator(found: _Roles, pair: list[str | None], begins: bool, ends: bool) -> None:
-    """Whether a pair of texts has a separator between them; llama.cpp asks for it only when reranking."""
+    """Add whether a separator stands between a pair of texts, which llama.cpp needs for reranking only."""
     inner = pair[1:] if begins and pair[0] is not None else pair
     inner = inner[:-1] if ends and inner[-1] is not None else inner
     between = inner[1:-1]
@@ -161,7 +161,7 @@ def _separator(found: _Roles, pair: list[str | None], begins: bool, ends: bool) 
 
 
 def _ids(found: _Roles, files: TokenizerFiles, config: ModelConfig, vocabulary: Vocabulary) -> dict[str, int]:
-    """Ids by role: contents that are added tokens of ``tokenizer.json`` first, then the model's config."""
+    """Ids by role, from the added tokens of ``tokenizer.json`` and, for what these lack, from the model's config."""
     rows = {text: row for row, text in enumerate(vocabulary.tokens)}
     by_content: dict[str, int] = {}
     for token in files.added_in_json():
@@ -183,7 +183,7 @@ def _ids(found: _Roles, files: TokenizerFiles, config: ModelConfig, vocabulary: 
 def _fill_in(
     ids: dict[str, int], found: _Roles, files: TokenizerFiles, config: ModelConfig, vocabulary: Vocabulary
 ) -> None:
-    """bos and eos from wherever they can be known, if the usual places are silent."""
+    """Add bos and eos to ``ids`` from other files, where the tokenizer and the model's config do not state them."""
     parsed = {"bos": config.bos_token_id, "eos": config.eos_token_id}
     for role in ("bos", "eos"):
         texts = (found.contents.get(role), _content(files.special_map.get(f"{role}_token")))
@@ -204,7 +204,7 @@ def _first_id(source: Mapping[str, Any], role: str) -> int | None:
 def _stated_ends(files: TokenizerFiles, config: ModelConfig) -> list[int]:
     """Every id at which transformers ends a text: those of generation_config.json, else those of config.json.
 
-    A list in config.json counts besides: it is there for generation and for nothing else.
+    A list in config.json is used in both cases.
     """
     generation, model = files.generation.get("eos_token_id"), config.raw.get("eos_token_id")
     stated = [generation] if generation is not None else [model]
@@ -214,9 +214,9 @@ def _stated_ends(files: TokenizerFiles, config: ModelConfig) -> list[int]:
 
 
 def _name_ends(ids: dict[str, int], stated: Sequence[int], vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Make the ``stated`` ends known to llama.cpp: by its eot and eom keys as far as these are free.
+    """Give ``stated`` ends that llama.cpp does not know the roles eot and eom, where these are free.
 
-    Returns every end if some have no key left, which only our runtime can then know.
+    Returns all ends if that is not enough for them, else nothing.
     """
     ends = [token for token in stated if 0 <= token < len(vocabulary.tokens)]
     known = {ids.get(role) for role in ("eos", "eot", "eom")}

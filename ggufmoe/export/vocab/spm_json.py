@@ -1,4 +1,4 @@
-"""``tokenizer.json`` of the sentencepiece kind: BPE on characters, spaces as U+2581, byte fallback.
+"""Vocabularies of a ``tokenizer.json`` that sentencepiece made: BPE on characters, U+2581 for spaces, byte fallback.
 
 llama.cpp's ``llama`` model joins any two neighbours whose join is a token, the best score first; Hugging Face's BPE
 joins only pairs that are merges, the lowest rank first. Scores of minus the rank make the two equal if every way to cut
@@ -31,7 +31,7 @@ MERGE_DRIVEN_PRE = "sarvam-moe"
 def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     """The vocabulary of a ``tokenizer.json``, its scores derived from the ranks of its merges.
 
-    Raises TokenizerError for steps of the tokenizer that llama.cpp does not do.
+    Raises TokenizerError for steps of the tokenizer that llama.cpp does not have.
     """
     path = files.json_path
     bpe = read_bpe(files)

@@ -1,8 +1,7 @@
-"""``tokenizer.model``: sentencepiece's BPE models, read from the protocol buffer itself.
+"""Vocabularies of a ``tokenizer.model``: sentencepiece's BPE models, read from the protocol buffer.
 
-Nothing but this file's own bytes is trusted to be well-formed by the reader below: lengths are checked, and the few
-fields that matter are taken by number (``sentencepiece_model.proto``). Whether llama.cpp can tokenize alike is judged
-by what the model says of itself: kind, normalization, byte fallback.
+The reader checks every length and takes the few fields that it needs by number (``sentencepiece_model.proto``). A model
+whose kind, normalization or byte fallback llama.cpp does not support is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class SentencePiece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """The parts of a model that decide about token ids."""
+    """The parts of a sentencepiece model that token ids depend on."""
 
     pieces: tuple[SentencePiece, ...]
     kind: str
@@ -102,15 +101,15 @@ def _put_piece(rows: TokenRows, id: int, piece: SentencePiece, texts: set[str]) 
 
 
 def _merges_by_itself(text: str, texts: set[str]) -> bool:
-    """Whether llama.cpp finds a user-defined piece by merging: a character, or spaces doubled step by step.
+    """Whether llama.cpp finds a user-defined piece by merging: a single character, or a run of spaces.
 
-    A piece that is cut out beforehand gets a new space prefix behind it, which sentencepiece does not add.
+    Such a piece is written as a normal one: after a user-defined token llama.cpp puts a space, sentencepiece does not.
     """
     return len(text) == 1 or (not text.strip(SPACE) and all(SPACE * n in texts for n in range(1, len(text))))
 
 
 def _left_out(added: list[AddedToken], rows: TokenRows, path: Path) -> list[AddedToken]:
-    """Tokens that only ``tokenizer.json`` knows; TokenizerError where it gives an id to another token."""
+    """The tokens of ``added`` that have no row yet; TokenizerError if a row already holds another token."""
     for token in added:
         if rows.has(token.id) and token.content.replace(SPACE, " ") != rows.texts[token.id].replace(SPACE, " "):
             raise TokenizerError(

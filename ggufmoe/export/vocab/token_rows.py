@@ -1,4 +1,4 @@
-"""The rows of a vocabulary: token texts, types and scores by id, padded to the embedding and checked as a whole."""
+"""The tokens of a vocabulary by id: texts, types and scores, as many as the embedding has rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A whole vocabulary in llama.cpp's terms."""
+    """A vocabulary as llama.cpp describes it: one text and one type for each row of the embedding."""
 
     model: str
     """``llama`` (sentencepiece's BPE) or ``gpt2`` (BPE with merges)."""
@@ -60,7 +60,7 @@ class Vocabulary:
 
 
 class TokenRows:
-    """``n_vocab`` rows, all padding at first, as many as the embedding has."""
+    """A vocabulary that is being filled: ``n_vocab`` rows, all of them padding at first."""
 
     def __init__(self, n_vocab: int, path: Path) -> None:
         self._path = path
@@ -71,7 +71,7 @@ class TokenRows:
         self._dropped: set[str] = set()
 
     def has(self, id: int) -> bool:
-        """Whether a token has been put there."""
+        """Whether the row ``id`` holds a token."""
         return id in self._named
 
     def put(self, id: int, text: str, type: TokenType, score: float = 0.0) -> None:
@@ -92,9 +92,9 @@ class TokenRows:
     def without_gaps(self, listed: Sequence[AddedToken], others: Iterable[AddedToken] = ()) -> list[AddedToken]:
         """Added tokens of tokenizer.json and tokenizer_config.json with the ids that Hugging Face's library gives them.
 
-        That library numbers added tokens in a row behind the vocabulary, whatever ids the files state; so where the
-        stated ids leave a gap, these are not the ids that the model was trained with. A warning names the tokens.
-        ``others`` have their ids taken. To be called when the vocabulary proper has been put.
+        That library numbers added tokens one after another behind the vocabulary, whatever ids the files state. Where
+        the stated ids leave a gap, they are not the ids that the model was trained with, and a warning names the
+        tokens. The ids of ``others`` are not given again. Call this after the tokens of the vocabulary have been put.
         """
         first = max(self._named, default=-1) + 1
         behind = sorted((token for token in listed if token.id >= first), key=lambda token: token.id)
@@ -118,7 +118,7 @@ class TokenRows:
         return [replace(token, id=given.get(token.content, token.id)) for token in listed]
 
     def has_row_for(self, token: AddedToken) -> bool:
-        """Whether the embedding reaches to an added token; one past its end is left out, and a warning says so.
+        """Whether the embedding has a row for an added token. A token past its end is named in a warning, once.
 
         Fine-tunes often have such a ``[PAD]``, which transformers and llama.cpp's converter take.
         """
@@ -133,7 +133,7 @@ class TokenRows:
         return False
 
     def put_added(self, token: AddedToken, score: float = ADDED_SCORE) -> None:
-        """Set the row of an added token: control if special or looking so, user-defined with plain spaces if not."""
+        """Set the row of an added token: a control token if it is or looks special, else a user-defined one."""
         if not self.has_row_for(token):
             return
         if token.strips:
@@ -171,7 +171,7 @@ class TokenRows:
 
 
 def looks_special(text: str) -> bool:
-    """Whether a token that is not marked as special is one by its looks, as llama.cpp's converter judges."""
+    """Whether llama.cpp's converter treats a token of this text as special although it is not marked so."""
     brackets = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
         text.startswith(left) and text.endswith(right) for left, right in brackets
