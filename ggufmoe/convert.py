@@ -105,7 +105,8 @@ def convert(
     are given as one object (``options=ConvertOptions(threads=4)``) or by name (``threads=4``), where ``quant`` may be
     the third argument; its default is Q4_K_M. ``on_progress`` is called a few times a second, never by two threads at
     once: for the router of a recipe, then for the bytes written and, if a manifest is made, for the bytes hashed.
-    ``cancel`` is checked before each tile. The source is read once; memory does not grow with the model.
+    ``cancel`` is checked before each tile. Weights are read once, those of a recipe's base a second time where the
+    router is computed from hidden states; memory does not grow with the model.
 
     Raises a class of ``ggufmoe.errors``: CheckpointError, RecipeError, TokenizerError, OptionError, ImatrixError and
     OutputError before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when asked to stop.

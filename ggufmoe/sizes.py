@@ -24,7 +24,7 @@ def short_count(number: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 token``, ``2 tokens``."""
+    """The number and the noun, with an s unless the number is 1: ``1 token``, ``2 tokens``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

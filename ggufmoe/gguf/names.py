@@ -60,7 +60,7 @@ def layer_of(name: str) -> int | None:
 
 
 def without_layer(name: str) -> str:
-    """The name of a tensor inside its layer: ``attn_q.weight`` of ``blk.7.attn_q.weight``."""
+    """The tensor's name without its layer: ``attn_q.weight`` of ``blk.7.attn_q.weight``."""
     return _LAYER.sub("", name, count=1) if _LAYER.match(name) else name
 
 

@@ -103,7 +103,8 @@ class AbortWatch:
             _TERMINATE_HANDLER(self._terminate_before)()
 
     def _owners_here(self) -> list[_Owner]:
-        """Whose this thread is. Where OpenMP does not tell, all that compute, because one of them waits in vain."""
+        """The owners to notify of an abort in this thread: its own; none for another Python thread; otherwise those of its
+        OpenMP team, or all that compute if the team is unknown."""
         with self._lock:
             owners = dict(self._owners)
         own = owners.get(threading.get_ident())

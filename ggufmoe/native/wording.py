@@ -104,7 +104,10 @@ def routing_node(name: bytes) -> tuple[str, int] | None:
 
 
 def weight_of_copy(name: str) -> str:
-    """The name of the weight that a tensor in a graph is, or is a copy of (``CUDA0#blk.0.attn_k.weight#0``)."""
+    """The weight's name for a graph tensor's name: ``blk.0.attn_k.weight`` of ``CUDA0#blk.0.attn_k.weight#0``.
+
+    The scheduler names its copies DEVICE#NAME#NUMBER; any other name is returned as it is.
+    """
     found = _COPY.fullmatch(name)
     return found[1] if found else name
 

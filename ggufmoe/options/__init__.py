@@ -1,4 +1,4 @@
-"""Option objects: one frozen definition gives the API's argument, the command line's flag and the server's field.
+"""Option objects: one frozen definition gives the API's argument, the command line's flag.
 
 One module a subject; all public names can be imported from here. Nothing is read from the environment.
 """

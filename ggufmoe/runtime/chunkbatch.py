@@ -54,7 +54,7 @@ class SideBySide:
         )
 
     def decode(self, context: Any) -> int:
-        """Compute the batch; llama.cpp's status."""
+        """Run ``llama_decode`` on the batch and return its status code; 0 is success."""
         return int(self._api.llama_decode(context, self._batch))
 
 

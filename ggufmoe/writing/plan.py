@@ -45,7 +45,7 @@ class RowReader(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of a tensor: all rows of one tensor of the source, stored as ``type``."""
+    """One run of rows of a planned tensor: all rows of one source tensor, stored as ``type``."""
 
     rows: RowReader
     type: GGMLType
