@@ -103,8 +103,11 @@ class AbortWatch:
             _TERMINATE_HANDLER(self._terminate_before)()
 
     def _owners_here(self) -> list[_Owner]:
-        """The owners to notify of an abort in this thread: its own; none for another Python thread; otherwise those of its
-        OpenMP team, or all that compute if the team is unknown."""
+        """The owners to notify of an abort in this thread.
+
+        That is its own owner; none for another Python thread; otherwise those of its OpenMP team, or all that compute
+        if the team is unknown.
+        """
         with self._lock:
             owners = dict(self._owners)
         own = owners.get(threading.get_ident())
