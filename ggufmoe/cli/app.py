@@ -330,16 +330,21 @@ def _wrong_usage(error: Any) -> int:
     context: Any = getattr(error, "ctx", None)
     path = "ggufmoe" if context is None else context.command_path
     parameter: Any = getattr(error, "param", None)
+    parameters = [] if context is None else context.command.params
+    takes_prompt = any(given.name == "prompt" for given in parameters)
     if hasattr(error, "possibilities"):  # an unknown option
-        near = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)
-        message = f"no such option: {error.option_name}" + (f"; did you mean {near[0]}?" if near else "")
-        takes_prompt = context is not None and any(given.name == "prompt" for given in context.command.params)
+        name = error.option_name
+        longer = [flag for given in parameters for flag in given.opts if len(name) > 3 and flag.startswith(name)]
+        near = longer or difflib.get_close_matches(name, error.possibilities or (), n=1)
+        message = f"no such option: {name}" + (f"; did you mean {near[0]}?" if near else "")
         if takes_prompt and not near:
             message += "; a PROMPT that begins with - stands after --"
     elif hasattr(error, "param_type") and getattr(parameter, "param_type_name", "") == "argument":  # a missing argument
         name = (parameter.metavar or parameter.name.upper()).removesuffix("...")
         example = next(verb.examples[0] for verb in VERBS if verb.name == context.info_name)
         message = f"{name} is missing; for example: {example}"
+    elif "unexpected extra argument" in message and takes_prompt:
+        message += "; a PROMPT of several words stands in quotation marks"
     return _say(f"error: {message} (see '{path} --help')", 2)
 
 

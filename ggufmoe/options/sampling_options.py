@@ -260,6 +260,7 @@ class StopOptions:
         "--stop",
         help="End the answer before this text, which is not printed; may be repeated. \\n stands for a new line.",
         metavar="TEXT",
+        panel="Prompt options",
     )
 
     def __post_init__(self) -> None:

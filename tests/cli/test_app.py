@@ -239,6 +239,8 @@ main()
         (["zzz"], "error: no such command: zzz; there are convert, "),
         (["run", "m.gguf", "hi", "--tempp", "1"], "--temp"),
         (["run"], "error: MODEL is missing; for example: ggufmoe run model.gguf"),
+        (["chat", "m.gguf", "--ctx", "512"], "error: no such option: --ctx; did you mean --ctx-size? (see"),
+        (["run", "m.gguf", "What", "is", "it"], "(is it); a PROMPT of several words stands in quotation marks (see"),
         (["quantize"], "error: IN.gguf is missing; for example: ggufmoe quantize "),
         (["convert"], "error: SOURCE is missing; for example: ggufmoe convert ./my-mixtral -q Q4_K_M (see 'ggufmoe "),
         (["run", "m.gguf", "--temprature", "1"], "no such option: --temprature; did you mean --temperature? (see"),
