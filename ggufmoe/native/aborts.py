@@ -63,7 +63,7 @@ class AbortWatch:
             set_terminate = _TERMINATE_SETTER((_SET_TERMINATE, library))
             on_terminate = _TERMINATE_HANDLER(lambda: self._terminated(library))
             self._kept.append(on_terminate)
-            self._terminate_before: int | None = set_terminate(on_terminate)
+            set_terminate(on_terminate)
 
     @contextmanager
     def computing(self, on_abort: OnAbort, is_busy: Callable[[], bool]) -> Iterator[None]:
@@ -95,12 +95,13 @@ class AbortWatch:
 
     def _terminated(self, library: ctypes.CDLL) -> None:
         owners = self._owners_here()
+        said = f"a C++ exception without a handler ({_exception_name(library)})"
+        if not owners:
+            os.write(2, f"{said} ends this process\n".encode("utf-8", "replace"))
+            return
         for owner in owners:
-            owner.on_abort(f"a C++ exception without a handler ({_exception_name(library)})")
-        if owners:
-            _wait_for_ever()
-        elif self._terminate_before:
-            _TERMINATE_HANDLER(self._terminate_before)()
+            owner.on_abort(said)
+        _wait_for_ever()
 
     def _owners_here(self) -> list[_Owner]:
         """The owners to notify of an abort in this thread.

@@ -121,7 +121,7 @@ class LoadedVocabulary:
             return ""
         with self._lock:
             self.check_tokens([token])
-            return bytes(self._api.llama_vocab_get_text(self.handle, token)).decode("utf-8", "replace")
+            return self._text(token)
 
     def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``, as ``Engine.tokenize`` describes them."""
@@ -133,11 +133,38 @@ class LoadedVocabulary:
             self._check_tokenizer()
             begin = self.bos_token if add_bos and self.adds_bos else None
             tokens = [] if begin is None else [begin]
+            self._check_spellable(text)
             pieces = self._borders.pieces(text) if len(text) > PIECE_CHARS else [text]
             for number, piece in enumerate(pieces):  # between two pieces Python notices Ctrl-C
                 found = self._tokens_of(piece, parse_special)
                 tokens += found[self._n_prefix(piece[0], parse_special) :] if number else found
         return tokens
+
+    def _check_spellable(self, text: str) -> None:
+        """Raise InputError for a character that has neither a token nor tokens of its bytes.
+
+        llama.cpp's SentencePiece tokenizer would end the process: ``byte_to_token`` of llama-vocab.cpp looks up tokens
+        of bytes that need not be there.
+        """
+        if self._spelled is None:
+            return
+        # a space is written in another way, and may be put before the text
+        for char in sorted(set(text) - {_SPACES[0]} | {_SPACES[1]}):
+            missing = (byte for byte in char.encode() if f"<0x{byte:02X}>" not in self._spelled)
+            if char not in self._spelled and any(missing):
+                raise InputError(f"{self._path}: the vocabulary has no token for {char!r}, nor for its bytes")
+
+    @cached_property
+    def _spelled(self) -> frozenset[str] | None:
+        """All tokens of a SentencePiece vocabulary that lacks some bytes; None for others."""
+        if self._api.llama_vocab_type(self.handle) != _SENTENCEPIECE:
+            return None
+        bytes_left = {f"<0x{byte:02X}>" for byte in range(256)}
+        for token in range(self.n_tokens):  # nearly all vocabularies have them at the beginning
+            bytes_left.discard(self._text(token))
+            if not bytes_left:
+                return None
+        return frozenset(self._texts)
 
     def _tokens_of(self, text: str, parse_special: bool) -> list[int]:
         data = text.encode()
@@ -155,14 +182,19 @@ class LoadedVocabulary:
         return 2 * once - twice
 
     @cached_property
+    def _texts(self) -> list[str]:
+        """Every token as the vocabulary spells it."""
+        return [self._text(token) for token in range(self.n_tokens)]
+
+    def _text(self, token: int) -> str:
+        return bytes(self._api.llama_vocab_get_text(self.handle, token)).decode("utf-8", "replace")
+
+    @cached_property
     def _borders(self) -> SafeBorders:
         """Where a long text may be cut. Only SentencePiece's tokenizer of llama.cpp takes quadratic time."""
         if self._api.llama_vocab_type(self.handle) != _SENTENCEPIECE:
             return SafeBorders((), {})
-        texts = [
-            bytes(self._api.llama_vocab_get_text(self.handle, token)).decode("utf-8", "replace")
-            for token in range(self.n_tokens)
-        ]
+        texts = self._texts
         attributes = [self._api.llama_vocab_get_attr(self.handle, token) for token in range(self.n_tokens)]
         tokens = zip(texts, attributes, strict=True)
         return SafeBorders(texts, {text: bool(kind & _STRIPPING) for text, kind in tokens if kind & _SPECIAL})

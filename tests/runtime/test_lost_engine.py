@@ -175,6 +175,22 @@ def test_an_abort_in_a_thread_of_the_app_ends_it_with_one_line(good: Path) -> No
     assert (ended.returncode, ended.stderr) == (-6, "llama.cpp ends this process: no such row\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the thrower is a symbol of libstdc++")
+def test_a_cpp_exception_in_a_thread_of_the_app_ends_it_with_one_line(good: Path) -> None:
+    ended = run_script(
+        good,
+        good,
+        """
+        from ggufmoe.native import library
+
+        engine = Engine(good, options)
+        library.library()._ZSt17__throw_bad_allocv()
+        """,
+    )
+    said = "a C++ exception without a handler (St9bad_alloc) ends this process\n"
+    assert (ended.returncode, ended.stderr) == (-6, said)
+
+
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, good: Path) -> None:
     bad = Scripted(FOLLOWS, metadata=NEGATIVE_EPSILON).write(tmp_path / "bad.gguf")
     ended = run_script(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ggufmoe import ContextOptions, Engine
+from ggufmoe.errors import InputError
 from ggufmoe.runtime.vocabulary import PIECE_CHARS, LoadedVocabulary, SafeBorders
 from tests.engines import local_engine
 from tests.scripted import Scripted
@@ -56,6 +57,17 @@ def test_long_runs_of_unknown_characters_take_a_second(engine: Engine) -> None:
     started = time.process_time()
     assert len(engine.tokenize("\0" * 400_000, add_bos=False)) >= 400_000  # 21 s where it is one piece
     assert time.process_time() - started < 5
+
+
+def test_a_character_without_a_token_is_refused_by_name(tmp_path: Path) -> None:
+    vocab = [text.replace("<0x", "no byte ") for text in SCRIPTED.vocab]
+    types = [2, 3, 3, *[NORMAL] * (len(vocab) - 3)]
+    metadata = {"tokenizer.ggml.tokens": vocab, "tokenizer.ggml.token_type": types}
+    path = Scripted(SCRIPTED.follows, SCRIPTED.pieces, metadata=metadata).write(tmp_path / "m.gguf")
+    with Engine(path, ContextOptions(n_ctx=256, n_threads=1)) as engine:
+        assert engine.tokenize("ab a", add_bos=False)
+        with pytest.raises(InputError, match="no token for '\u00e9', nor for its bytes"):
+            engine.tokenize("ab \u00e9")
 
 
 def test_a_text_is_cut_before_characters_that_join_no_other() -> None:
