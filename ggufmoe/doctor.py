@@ -1,8 +1,7 @@
-"""Whether everything that ggufmoe stands on works here: software, folders, the engine, the quantization kernels.
+"""Checks whether everything that ggufmoe needs works on this machine: software, folders, engine, quantization kernels.
 
-Wires checks of both halves; what to look at belongs to the rooms, what to do about it is said here. The engine and
-the kernels are examined in processes of their own: native code that does not fit this machine ends its process, and
-that is what one comes here to learn.
+Each check gives a Finding that says what to do if something is wrong. The engine and the kernels are checked in child
+processes, because native code that does not fit the machine can end its process.
 """
 
 from __future__ import annotations
@@ -42,19 +41,23 @@ _SLOWER = "quantizing goes through ggml's routines, which takes longer"
 _PACKAGES = {"numpy": "", "llvmlite": _SLOWER} | dict.fromkeys(
     ("gguf", "safetensors", "sentencepiece", "tokenizers", "jinja2", "pydantic"), ""
 )
-"""Packages, and what happens without those that ggufmoe can do without."""
+"""Package name to the effect of its absence if the package is optional, else an empty text."""
 _TEMPORARY = "temporary"
 _TIMEOUT_S = 120
 _MAX_CHARS = 500
-"""Of a finding: it stands in a table."""
+"""Longest text of a finding, which is a cell of a table."""
 _N_PARTS = 2
-"""Processes among which the kernels are divided; compiling one takes about as long as writing it takes Python."""
+"""Number of child processes that check the kernels in parallel."""
 _CHILD = "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); from ggufmoe.doctor import answer; answer()"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``wrong`` has a way out, ``note`` may have one; ``data`` is for programs."""
+    """One line of the report: the result of one check.
+
+    ``way_out`` says what to do; it is set if ``status`` is ``wrong`` and may be set for ``note``. ``data`` holds the
+    facts of the text as plain values for JSON.
+    """
 
     topic: str
     name: str
@@ -64,15 +67,15 @@ class Finding:
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The finding as plain values for JSON."""
         return asdict(self)
 
 
 def examine(folders: Mapping[str, Path]) -> Iterator[Finding]:
-    """All findings, in the order of TOPICS, each as soon as it is known; takes a few seconds.
+    """Run all checks and yield their findings in the order of TOPICS, each as soon as it is known; takes a few seconds.
 
-    ``folders`` are further ones that must be writable, by what they are for. Starts child processes, which end with
-    the iterator.
+    ``folders`` maps the purpose of each further folder that must be writable to its path. Starts child processes,
+    which are ended when the iterator ends or is closed.
     """
     questions = [["engine"], *(["kernels", str(part)] for part in range(_N_PARTS))]
     with ExitStack() as stack:
@@ -81,20 +84,19 @@ def examine(folders: Mapping[str, Path]) -> Iterator[Finding]:
         yield from check_folders({**default_folders(), **folders})
         yield from _answers(children[0], "engine")
         kernels = [finding for child in children[1:] for finding in _answers(child, "kernels")]
-        # several processes may fail alike
-        yield from sorted((f for i, f in enumerate(kernels) if f not in kernels[:i]), key=_place)
-
-
-def _place(finding: Finding) -> int:
-    names = list(GGMLType.__members__)
-    return names.index(finding.name) if finding.name in names else len(names)
+        unique = [finding for i, finding in enumerate(kernels) if finding not in kernels[:i]]  # both may fail alike
+        order = {name: i for i, name in enumerate(GGMLType.__members__)}
+        yield from sorted(unique, key=lambda finding: order.get(finding.name, len(order)))
 
 
 # ---- software and folders
 
 
 def check_software(packages: Mapping[str, str] = _PACKAGES) -> Iterator[Finding]:
-    """Versions of Python and of packages, given with what happens without them where they are not needed."""
+    """Check that packages are installed, and report their versions and that of Python.
+
+    ``packages`` maps each name to the effect of its absence if the package is optional, else to an empty text.
+    """
     machine = f"{platform.system()} {platform.release()} on {platform.machine()}"
     text = f"ggufmoe {__version__}, Python {platform.python_version()}, {machine}"
     yield Finding("software", "program", "ok", text, data={"ggufmoe": __version__, "python": sys.version})
@@ -115,12 +117,12 @@ def _version(package: str) -> str | None:
 
 
 def default_folders() -> dict[str, Path]:
-    """Where the Hugging Face Hub's files, temporary ones and compiled kernels go on this machine, by their use."""
+    """Purpose to path of the folders for files of the Hugging Face Hub, temporary files and compiled kernels."""
     from huggingface_hub import constants
 
     try:
         temporary = Path(tempfile.gettempdir())
-    except FileNotFoundError:  # none of those that Python tries can be written to
+    except FileNotFoundError:  # Python can write to none of the folders that it tries
         temporary = Path("/tmp")
     found = {"hub models": Path(constants.HF_HUB_CACHE), _TEMPORARY: temporary}
     kept = cache_directory()
@@ -128,7 +130,7 @@ def default_folders() -> dict[str, Path]:
 
 
 def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
-    """Whether folders are writable, or can be made, and how much room they have."""
+    """Check that folders, given by purpose, are writable or can be created, and report their free space."""
     for use, folder in folders.items():
         there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path(folder.anchor))
         data = {"path": str(folder), "exists": folder.exists()}
@@ -138,15 +140,18 @@ def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
             yield Finding("folders", use, "ok", text, data=data | {"free_bytes": free_bytes})
         else:
             status: Status = "wrong" if use == _TEMPORARY else "note"
-            way_out = f"make {there} a folder that you may write to{', or set TMPDIR' if use == _TEMPORARY else ''}"
-            yield Finding("folders", use, status, f"{folder}: cannot be written to", way_out, data)
+            way_out = f"make {there} a writable folder{', or set TMPDIR' if use == _TEMPORARY else ''}"
+            yield Finding("folders", use, status, f"{folder}: not writable", way_out, data)
 
 
 # ---- the engine
 
 
 def check_engine() -> Iterator[Finding]:
-    """The engine's version, build and devices, and what it computes on them. Raises EngineMissingError without one."""
+    """Check the engine's version, build and devices, and what it computes on them.
+
+    Raises EngineMissingError if llama-cpp-python is not installed.
+    """
     from ggufmoe.native import backends
     from ggufmoe.native import library as native
 
@@ -163,7 +168,7 @@ def check_engine() -> Iterator[Finding]:
 
 
 def judge_version(found: native.EngineVersion) -> Finding:
-    """The finding for an engine: whether it is the pinned one."""
+    """The finding for an engine of this version: ok if it is the pinned one, else wrong."""
     from ggufmoe.native.library import PINNED_ENGINE as pin  # noqa: N811
 
     text = f"llama-cpp-python {found.package}, llama.cpp {found.llama_cpp_commit}, ggml {found.ggml}"
@@ -175,7 +180,7 @@ def judge_version(found: native.EngineVersion) -> Finding:
 
 
 def flags_text(flags: str) -> str:
-    """llama.cpp's line of build flags, shorter: ``CPU: AVX2 FMA; CUDA: ARCHS=890``."""
+    """llama.cpp's line of build flags in a shorter form: ``CPU: AVX2 FMA; CUDA: ARCHS=890``."""
     parts: list[str] = []
     for piece in filter(None, (piece.strip() for piece in flags.split("|"))):
         backend, _, flag = piece.rpartition(" : ")
@@ -186,7 +191,7 @@ def flags_text(flags: str) -> str:
 
 
 def judge_rpc(has_rpc: bool) -> Finding:
-    """The finding for an engine that can use workers on other machines, or cannot."""
+    """The finding for whether the engine is built with RPC, which workers on other machines need."""
     if has_rpc:
         return Finding("engine", "workers", "ok", "can use other machines (RPC)", data={"rpc": True})
     text = "cannot use other machines: built without RPC"
@@ -194,7 +199,7 @@ def judge_rpc(has_rpc: bool) -> Finding:
 
 
 def judge_amx(is_broken: bool) -> Iterator[Finding]:
-    """A finding for an engine whose AMX code would crash; none for any other."""
+    """A finding if the engine is built with AMX code that crashes; none otherwise."""
     if is_broken:
         text = "compiled with AMX, whose code in llama.cpp crashes: weights are not rearranged, which is slower"
         yield Finding("engine", "AMX", "note", text, reinstall(), {"amx": True})
@@ -207,14 +212,14 @@ def _about_device(device: backends.Device) -> Finding:
     data: dict[str, Any] = {"type": device.type.name, "backend": device.backend, "description": facts.description}
     data |= {"free_bytes": facts.free_bytes, "total_bytes": facts.total_bytes}
     memory = memory_size(facts.total_bytes)
-    if device.type is not backends.DeviceType.CPU:  # of which ggml calls everything free
+    if device.type is not backends.DeviceType.CPU:  # ggml reports all memory of a CPU as free
         memory += f", {memory_size(facts.free_bytes)} free"
     text = f"{facts.description or device.backend} ({device.type.name}), {memory}"
     return Finding("engine", f"device {device.name}", "ok", text, data=data)
 
 
 def check_answer(name: str, n_gpu_layers: int) -> Finding:
-    """Whether a fixed tiny model gives the tokens that it gives elsewhere; ``name`` is the finding's."""
+    """Run a fixed tiny model and compare its tokens with the known answer; ``name`` is the name of the finding."""
     from ggufmoe.evaluation.probe import probe_answer
 
     start = time.perf_counter()
@@ -227,27 +232,27 @@ def check_answer(name: str, n_gpu_layers: int) -> Finding:
 
 
 def judge_answer(name: str, n_gpu_layers: int, found: tuple[int, ...], elapsed_s: float) -> Finding:
-    """The finding for the tokens ``found`` of the tiny model."""
+    """The finding for the tokens that the tiny model generated: ok if they equal PROBE_ANSWER, else wrong."""
     from ggufmoe.evaluation.probe import PROBE_ANSWER
 
     n_expected = len(PROBE_ANSWER)
     data = {"tokens": list(found), "expected": list(PROBE_ANSWER), "seconds": round(elapsed_s, 3)}
     if found == PROBE_ANSWER:
-        text = f"a tiny model says the {n_expected} tokens that it says elsewhere ({elapsed_s:.1f} s)"
+        text = f"a tiny model generates the {n_expected} expected tokens ({elapsed_s:.1f} s)"
         return Finding("engine", name, "ok", text, data=data)
     n_same = next((i for i, token in enumerate(PROBE_ANSWER) if found[i : i + 1] != (token,)), n_expected)
-    text = f"a tiny model says {n_same} of {n_expected} tokens as elsewhere, then others: results here are wrong"
+    text = f"a tiny model generates {n_same} of {n_expected} expected tokens, then others: results here are wrong"
     return Finding("engine", name, "wrong", text, _way_to_answers(n_gpu_layers), data)
 
 
 def _way_to_answers(n_gpu_layers: int) -> str:
     if n_gpu_layers:
-        return "bring the GPU's driver up to date, or run models with -ngl 0"
+        return "update the GPU's driver, or run models with -ngl 0"
     return f"compile the engine on this machine: {reinstall()}"
 
 
 def reinstall() -> str:
-    """How the pinned engine is installed again."""
+    """The command that installs the pinned engine again."""
     from ggufmoe.native.library import PINNED_ENGINE
 
     pip = "pip install --no-cache-dir --force-reinstall --no-deps --no-binary llama-cpp-python"
@@ -258,7 +263,7 @@ def reinstall() -> str:
 
 
 def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
-    """Whether workers, given as host and port, answer, and what they offer. Takes seconds at most."""
+    """Check that workers, given as host and port, answer, and report their devices. Takes a few seconds at most."""
     from ggufmoe.errors import WorkerError
     from ggufmoe.remote.rpc import find_workers
 
@@ -268,7 +273,7 @@ def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
             devices = find_workers([(host, port)])
         except WorkerError as error:
             text, _, way_out = one_line(error, _MAX_CHARS).partition("; ")
-            way_out = way_out or "see whether 'ggufmoe worker' runs there, and look at firewalls"
+            way_out = way_out or "check that 'ggufmoe worker' runs there and that no firewall blocks the port"
             yield Finding("workers", name, "wrong", text, way_out)
             continue
         memory = ", ".join(f"{memory_size(d.total_bytes)}, {memory_size(d.free_bytes)} free" for d in devices)
@@ -280,7 +285,10 @@ def check_workers(workers: Sequence[tuple[str, int]]) -> Iterator[Finding]:
 
 
 def check_kernels(part: int) -> Iterator[Finding]:
-    """Compile or load each _N_PARTS-th kernel for bfloat16 weights, and judge it on a tile; part 0 adds the rest."""
+    """Compile or load every second kernel, from ``part`` on, for bfloat16 weights, and check it on a tile.
+
+    Part 0 also reports the types that ggml's routines quantize.
+    """
     from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, FileType
     from ggufmoe.quant.kernels import has_kernel, prepare
 
@@ -295,7 +303,7 @@ def check_kernels(part: int) -> Iterator[Finding]:
 
 
 def judge_kernel(report: KernelReport) -> Finding:
-    """The finding for a format: whether its kernel runs, or ggml's routine and why."""
+    """The finding for a format: ok if its kernel is used, else a note with the reason for using ggml's routine."""
     name, data = report.type.name, {"routine": report.routine, "reason": report.reason}
     if report.routine == "fast":
         text = f"fast: {report.reason} ({report.compile_s:.1f} s)"
@@ -310,7 +318,7 @@ def judge_kernel(report: KernelReport) -> Finding:
 
 @contextmanager
 def _child(question: Sequence[str], code: str = _CHILD) -> Iterator[subprocess.Popen[str]]:
-    """A Python that imports from where this one does, and answers ``question``."""
+    """A Python process with the import path of this one that answers ``question``; killed when the context ends."""
     command = [sys.executable, "-c", code, os.pathsep.join(sys.path), *question]
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
@@ -324,7 +332,7 @@ def _child(question: Sequence[str], code: str = _CHILD) -> Iterator[subprocess.P
 
 
 def answer() -> None:
-    """In a child process: examine what ``sys.argv`` asks for, and print the findings as one line of JSON."""
+    """In a child process: run the checks named in ``sys.argv`` and print their findings as one line of JSON."""
     topic, *part = sys.argv[2:]
     findings: list[Finding] = []
     try:
@@ -346,7 +354,7 @@ def _answers(child: subprocess.Popen[str], topic: str, timeout_s: float = _TIMEO
 
 
 def judge_end(topic: str, code: int, errors: str) -> Finding:
-    """The finding for a child process that ended with ``code`` before it had answered; ``errors`` is its stderr."""
+    """The finding for a child process that ended with exit code ``code`` before it answered; ``errors``: its stderr."""
     last = (errors.strip().splitlines() or ["no reason given"])[-1]
     crashed = code < 0 or code > 255  # by a signal, or by an exception of Windows
     names = {number.value: number.name for number in signal.Signals}
@@ -354,5 +362,5 @@ def judge_end(topic: str, code: int, errors: str) -> Finding:
     way_out = "install the packages that are missing; otherwise this is a defect of ggufmoe"
     if crashed:
         way_out = f"compile the engine on this machine: {reinstall()}"
-        way_out = "where the engine is sound, convert with --quantizer ggml" if topic == "kernels" else way_out
+        way_out = "if the engine works, convert with --quantizer ggml" if topic == "kernels" else way_out
     return Finding(topic, "check", "wrong", one_line(f"{how}: {last}", _MAX_CHARS), way_out)

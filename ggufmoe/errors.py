@@ -1,4 +1,4 @@
-"""Every error that ggufmoe raises on purpose.
+"""The exceptions that ggufmoe raises on purpose.
 
 Each message is one line: what was expected, what was found, in which file or tensor, and what to do next.
 
@@ -12,9 +12,9 @@ Each message is one line: what was expected, what was found, in which file or te
     │   │   └── HubError             the Hugging Face Hub did not give the files
     │   ├── TokenizerError           the tokenizer is missing, unknown or does not fit the model
     │   ├── RecipeError              a merge recipe cannot be followed
-    │   ├── GGUFError                a GGUF file is corrupt, or of a kind we cannot read
+    │   ├── GGUFError                a GGUF file is corrupt or not supported
     │   ├── ImatrixError             an importance matrix is unreadable, missing or does not fit
-    │   └── TemplateError            a chat template fails, loops or attacks
+    │   └── TemplateError            a chat template fails, runs too long or tries to leave its sandbox
     ├── OptionError                  exit code 2: options that contradict each other or the model
     ├── OutputError
     │   ├── OutputExistsError        the output is there already, or is one of the inputs
@@ -25,7 +25,7 @@ Each message is one line: what was expected, what was found, in which file or te
     │   ├── ModelLoadError           llama.cpp refused the model
     │   ├── ContextFullError         the context has no room for the prompt or the answer
     │   ├── DecodeError              llama.cpp failed while computing
-    │   ├── EngineLostError          llama.cpp has given up in the middle of something; load the model again
+    │   ├── EngineLostError          llama.cpp aborted while it loaded or computed; load the model again
     │   └── WorkerError              a worker on another machine cannot be used
     │       └── WorkerLostError      a worker was lost while it was in use
     └── Cancelled                    exit code 130: the caller asked to stop
@@ -75,7 +75,7 @@ class RecipeError(InputError):
 
 
 class GGUFError(InputError):
-    """A GGUF file is corrupt, or of a kind that cannot be read."""
+    """A GGUF file is corrupt or not supported."""
 
 
 class ImatrixError(InputError):
@@ -109,7 +109,7 @@ class ResumeError(OutputError):
 
 
 class EngineError(GgufmoeError):
-    """llama.cpp could not do what was asked."""
+    """llama.cpp could not complete a request."""
 
 
 class EngineMissingError(EngineError):
@@ -129,15 +129,15 @@ class DecodeError(EngineError):
 
 
 class EngineLostError(EngineError):
-    """llama.cpp has given up while it loaded or computed: this engine is lost, and its memory; others go on."""
+    """llama.cpp aborted while it loaded or computed. The engine and its memory are lost; other engines keep working."""
 
 
 class WorkerError(EngineError):
-    """A worker on another machine cannot be reached, is busy, or is none that this version can talk to."""
+    """A worker on another machine cannot be reached, is busy, or speaks another version of the protocol."""
 
 
 class WorkerLostError(WorkerError):
-    """A worker was lost while a model was being loaded or computed on it."""
+    """The connection to a worker was lost while it loaded or computed a model."""
 
 
 class Cancelled(GgufmoeError):
@@ -147,9 +147,9 @@ class Cancelled(GgufmoeError):
 
 
 def one_line(what: object, max_chars: int | None = 200) -> str:
-    """A text, or the message of an exception, without line breaks and control characters, cut to ``max_chars``.
+    """``str(what)`` on one line, without control characters, cut to ``max_chars`` (None: not cut).
 
-    An exception without a message gives the name of its class. ``max_chars`` None does not cut.
+    For an exception without a message, the name of its class.
     """
     text = " ".join("".join(char if char.isprintable() else " " for char in str(what)).split())
     if not text and isinstance(what, BaseException):

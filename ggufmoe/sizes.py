@@ -1,4 +1,4 @@
-"""How amounts are written for people: files and disks in powers of 1000, memory in powers of 1024, as both are sold."""
+"""Formats sizes and counts for people: files and disks in powers of 1000, memory in powers of 1024."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Literal
 
 
 def file_size(n_bytes: float) -> str:
-    """Three digits: ``7.78 GB``."""
+    """Bytes of a file or disk with three significant digits: ``7.78 GB``."""
     return _scaled(n_bytes, 1000, ("B", "kB", "MB", "GB", "TB"))
 
 
 def memory_size(n_bytes: float) -> str:
-    """Three digits: ``7.25 GiB``."""
+    """Bytes of memory with three significant digits: ``7.25 GiB``."""
     return _scaled(n_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def short_count(number: float) -> str:
-    """Three digits: ``12.9 B``."""
+    """A count with three significant digits: ``12.9 B`` (billions)."""
     return _scaled(number, 1000, ("", "K", "M", "B", "T"))
 
 
@@ -29,15 +29,15 @@ def counted(number: int, noun: str) -> str:
 
 
 def all_experts_run(number: int) -> str:
-    """``both experts run``, ``all 8 experts run``."""
+    """The clause that all ``number`` experts run: ``both experts run``, ``all 8 experts run``."""
     return {1: "the one expert runs", 2: "both experts run"}.get(number, f"all {number} experts run")
 
 
 def parse_size(text: str, base: Literal[1000, 1024]) -> int | None:
-    """Bytes of a size such as ``4G`` or ``500M`` in powers of ``base``; None if the text is no such size.
+    """Parse a size such as ``4G`` or ``500M`` into bytes, its units powers of ``base``; None if it is not a size.
 
-    In powers of 1000, as gguf-split reads them, the number is whole. In powers of 1024, as memory is sold, it may have
-    decimals and the unit may be written ``GiB``.
+    With base 1000 the number must be whole, as for gguf-split. With base 1024 it may have decimals, and the unit may be
+    written ``GiB``.
     """
     number, unit = (r"\d{1,15}", "([KMGT]?)B?") if base == 1000 else (r"\d{1,9}(?:\.\d{1,3})?", "([KMGT]?)(?:i?B)?")
     found = re.fullmatch(rf"\s*({number})\s*{unit}\s*", text, re.IGNORECASE)

@@ -131,13 +131,13 @@ def test_an_engine_with_amx_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "says"),
-    [((*PROBE_ANSWER[:7], 9, 9), "says 7 of 20 tokens"), ((), "says 0 of 20"), (PROBE_ANSWER[:19], "says 19 of 20")],
+    ("tokens", "text"),
+    [((*PROBE_ANSWER[:7], 9, 9), "generates 7 of 20 expected"), ((), " 0 of 20 "), (PROBE_ANSWER[:19], " 19 of 20 ")],
 )
-def test_another_answer_is_wrong(tokens: tuple[int, ...], says: str) -> None:
+def test_another_answer_is_wrong(tokens: tuple[int, ...], text: str) -> None:
     found = doctor.judge_answer("CPU answer", 0, tokens, 0.1)
     assert found.status == "wrong"
-    assert says in found.text
+    assert text in found.text
     assert "compile the engine on this machine" in found.way_out
     assert "-ngl 0" in doctor.judge_answer("GPU answer", -2, tokens, 0.1).way_out
 

@@ -1,6 +1,6 @@
-"""The embedded demo: two tiny dense models, the recipe that merges them, and questions that neither was trained on.
+"""Data of the demo: two tiny dense models, the recipe that merges them, and questions that neither was trained on.
 
-Only data lives here, and ``README.md`` is its model card; ``cli.demo`` tells the story.
+``README.md`` is the model card. ``cli.demo`` runs the demo.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from pathlib import Path
 
 DIRECTORY = Path(__file__).parent
 RECIPE = DIRECTORY / "recipe.yaml"
-"""Merges ``base`` and ``math``, both beside it."""
+"""The recipe that merges ``base`` and ``math`` of the same folder."""
 NAME = "ggufmoe demo"
-"""``general.name`` of what the recipe makes."""
+"""``general.name`` of the merged model."""
 EXPERTS = ("everyday", "math")
-"""What each expert of the recipe is for."""
+"""The subject of each expert, in the order of the recipe."""
 
 
 @dataclass(frozen=True)
 class DemoQuestion:
-    """A held-out question and its right answer; ``kind`` is everyday, sum, difference, comparison or equation."""
+    """A held-out question and its correct answer; ``kind`` is everyday, sum, difference, comparison or equation."""
 
     kind: str
     text: str
@@ -28,6 +28,6 @@ class DemoQuestion:
 
 
 def questions() -> tuple[DemoQuestion, ...]:
-    """Held-out questions of both kinds, in the order in which the demo asks them."""
+    """The held-out questions, everyday and math, in the order in which the demo asks them."""
     listed = json.loads((DIRECTORY / "questions.json").read_text(encoding="utf-8"))
     return tuple(DemoQuestion(**question) for question in listed)

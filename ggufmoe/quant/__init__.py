@@ -1,4 +1,4 @@
-"""From weights to quantized bytes: file types and mixes, importance matrices, and the kernels.
+"""Quantization of weights: file types and their mixes, importance matrices, and the kernels.
 
-Knows GGUF tensor names and ggml's types; it knows neither Hugging Face's names nor where a tensor came from.
+Uses GGUF tensor names and ggml's types. Knows neither Hugging Face's names nor where a tensor came from.
 """

@@ -1,7 +1,7 @@
 """Names of quantized files and tensors: llama.cpp's file types, and the tensor types that can be written.
 
-A file type is a recipe (``Q4_K_M``); ``policy`` decides which tensor gets which type inside it. Numbers and sizes of
-types are in ``gguf.types``.
+A file type such as ``Q4_K_M`` mixes tensor types; ``policy`` chooses the type of each tensor. Numbers and block sizes
+of tensor types are in ``gguf.types``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NUMBERS = {name: number for number, name in FILE_TYPES.items()}
 
 
 class FileType(Enum):
-    """File types that llama.cpp writes: type of most tensors, and libllama's own description.
+    """File types that llama.cpp writes: the type of most tensors, and libllama's description of the file type.
 
     ``id`` is the number in ``general.file_type``. Source: ``llama_ftype_get_default_type`` and ``llama_ftype_name`` at
     the pinned commit.
@@ -66,9 +66,9 @@ class FileType(Enum):
 
     @classmethod
     def from_name(cls, name: str) -> FileType:
-        """The file type that llama-quantize understands by ``name``: in any case, an alias, or its number.
+        """The file type called ``name``, spelled as llama-quantize accepts it: any case, an alias, or the number.
 
-        Raises OptionError, with the nearest names, if there is none.
+        Raises OptionError, which suggests the nearest names, for an unknown name.
         """
         wanted = name.strip().upper()
         wanted = _ALIASES.get(wanted, wanted)
@@ -79,7 +79,7 @@ class FileType(Enum):
 
     @classmethod
     def from_id(cls, id: int) -> FileType:
-        """The file type with this number in ``general.file_type``; OptionError if llama.cpp does not write it."""
+        """The file type with this number in ``general.file_type``. Raises OptionError if llama.cpp writes none such."""
         return cls.from_name(str(id))
 
 
@@ -87,24 +87,24 @@ _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 _UNWRITABLE = {GGMLType.Q8_1, GGMLType.Q8_K, GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64, GGMLType.F64}
 WRITABLE_TYPES = frozenset(GGMLType) - _UNWRITABLE
-"""Tensor types that ``ggml_quantize_chunk`` can make; it aborts the process on the others."""
+"""Tensor types that ``ggml_quantize_chunk`` can quantize to; it aborts the process on any other type."""
 
 IGNORES_IMATRIX = frozenset(GGMLType[name] for name in ("Q8_0", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"))
-"""Types whose ``ggml_quantize_chunk`` gives the same bytes with importances and without."""
+"""Types for which ``ggml_quantize_chunk`` ignores importances: the bytes are the same with and without them."""
 
 ABORTS_WITHOUT_IMATRIX = frozenset({GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S})
-"""Types for which ``ggml_quantize_requires_imatrix`` holds: ggml aborts the process when it is given none."""
+"""Types for which ``ggml_quantize_requires_imatrix`` is true: without importances ggml aborts the process."""
 
 ABORTS_ON_HUGE_WEIGHTS = frozenset(
     GGMLType[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 )
-"""Types for which ggml aborts the process if no grid point is at a finite distance: cubes of weights overflow."""
+"""Types for which ggml aborts the process when weights are so large that the distance to every grid point overflows."""
 
 
 def parse_tensor_type(name: str) -> GGMLType:
-    """The tensor type called ``name`` (in any case: ``q4_k``, ``F16``) among those that can be written.
+    """The writable tensor type called ``name``, in any case: ``q4_k``, ``F16``.
 
-    Raises OptionError, with the nearest names, for any other.
+    Raises OptionError, which suggests the nearest names, for an unknown type and for one that cannot be written.
     """
     wanted = name.strip().upper()
     names = sorted(writable.name for writable in WRITABLE_TYPES)
@@ -114,7 +114,7 @@ def parse_tensor_type(name: str) -> GGMLType:
 
 
 def suggest(wanted: str, names: Iterable[str]) -> str:
-    """The end of an error message: the names nearest to ``wanted``, or all of them when none is near."""
+    """The suggestion that ends an error message: the names closest to ``wanted``, or all of them if none is close."""
     choices = list(names)
     near = get_close_matches(wanted, choices, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"

@@ -1,10 +1,10 @@
-"""Importance matrices: how much each input column of each matrix matters, measured on text by llama-imatrix.
+"""Importance matrices: how much each input column of each weight matrix matters, as llama-imatrix measures it on text.
 
-Reads both of its file kinds, GGUF and the older ``.dat``, trusting neither, and gives the weights just as
-llama-quantize would. Which tensors need one is ``policy``'s business.
+Reads both formats of llama-imatrix, GGUF and the older ``.dat``, checks every value, and computes the weights that
+llama-quantize computes. ``policy`` decides which tensors need an importance matrix.
 
-An expert that the text never reached has a count of zero. llama-quantize then gives all its columns the importance 1,
-and so does ``weights``; ``coverage`` names those experts, so that a caller can warn.
+An expert to which the router sent no token has a count of zero. llama-quantize gives all columns of such an expert the
+importance 1, and so does ``weights``; ``coverage`` lists these experts so that a caller can warn.
 
 Source: ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp`` of llama.cpp at the pinned commit.
 """
@@ -39,32 +39,33 @@ _MAX_NAME_BYTES = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the sums of one tensor lie in the file, and how often each of its experts was reached."""
+    """Where the file stores the sums of squares of one tensor, and how many tokens each of its experts processed."""
 
     offset: int
     """Bytes from the start of the file to the sums."""
     n_values: int
     counts: NDArray[np.float32]
-    """(experts,) tokens, or a single one for all; in a ``.dat`` a single number of chunks."""
+    """Tokens, float32: one count per expert, or a single count for all; in a ``.dat`` a single count of chunks."""
 
 
 @dataclass(frozen=True)
 class Imatrix:
-    """An importance matrix on disk. Loading checks every value; ``weights`` then reads one tensor at a time."""
+    """An importance matrix file. ``load`` checks every value; ``weights`` then reads one tensor at a time."""
 
     path: Path
     entries: Mapping[str, Entry]
     datasets: tuple[str, ...]
     chunk_count: int
     chunk_size: int
-    """Tokens in a chunk, 0 where the file does not tell (``.dat``)."""
+    """Tokens in a chunk; 0 for a ``.dat``, which does not store it."""
     is_legacy: bool
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Imatrix:
-        """The importance matrix in this file, GGUF or ``.dat``.
+        """Open an importance matrix, a GGUF or a ``.dat`` file, and check all its values.
 
-        Raises ImatrixError if it cannot be read, is cut or inconsistent, or holds values that are no importances.
+        Raises ImatrixError for a file that cannot be read, is truncated or inconsistent, or holds a value that is
+        negative or not finite.
         """
         path = Path(path)
         try:
@@ -72,7 +73,11 @@ class Imatrix:
                 is_gguf = file.read(4) == b"GGUF"
                 imatrix = _load_gguf(path) if is_gguf else _load_legacy(path, file)
                 for name, entry in imatrix.entries.items():
-                    _check_values(file, entry, f"{path}: {name}")
+                    if not all(np.all(np.isfinite(chunk) & (chunk >= 0)) for chunk in _chunks(file, entry)):
+                        raise ImatrixError(
+                            f"{path}: {name}: an importance is negative, NaN or infinite; "
+                            "compute the importance matrix again"
+                        )
         except OSError as error:
             raise ImatrixError(f"{path}: cannot read the importance matrix: {error.strerror or error}") from error
         return imatrix
@@ -84,15 +89,19 @@ class Imatrix:
 
     @property
     def coverage(self) -> dict[str, tuple[int, ...]]:
-        """The experts that the text never reached, for each tensor that has such; their importance is 1 everywhere."""
+        """Tensor name to the indices of its experts that processed no token; tensors without such experts are left out.
+
+        ``weights`` gives these experts the importance 1 in every column.
+        """
         unreached = {name: np.flatnonzero(entry.counts == 0).tolist() for name, entry in self.entries.items()}
         return {name: tuple(experts) for name, experts in unreached.items() if experts and not self.is_legacy}
 
     def fit(self, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
-        """The tensors of a model, given as name to numpy shape, for which ``weights`` will give importances.
+        """The names of a model's tensors for which ``weights`` will return importances.
 
-        Reads no values. Raises ImatrixError if an entry is of another size than its tensor, or if no name at all is
-        the model's. An embedding of another size is left out instead, as llama.cpp does.
+        ``shapes`` maps the name of each tensor of the model to its numpy shape. Reads no values. Raises ImatrixError if
+        an entry and its tensor differ in size, or if the file has no entry for any tensor of the model. A token
+        embedding whose size differs is left out instead, as in llama.cpp.
         """
         known = {name: shape for name, shape in shapes.items() if name in self.entries}
         if not known:
@@ -104,8 +113,9 @@ class Imatrix:
     def weights(self, tensor_name: str, n_expert: int, n_cols: int) -> NDArray[np.float32] | None:
         """The importance of each column, (n_expert, n_cols) float32; ``n_expert`` is 1 for a plain matrix.
 
-        None if the file has no entry for the tensor, or if it is an embedding of another size. Raises ImatrixError if
-        the entry of any other tensor has another size. Single precision throughout, as in llama-quantize.
+        None if the file has no entry for the tensor, or if it is a token embedding whose size differs. Raises
+        ImatrixError if the size of any other tensor differs from its entry, or if the file cannot be read. Computed in
+        single precision, as in llama-quantize.
         """
         if tensor_name not in self.entries or not self._fits(tensor_name, n_expert, n_cols):
             return None
@@ -141,10 +151,11 @@ def save(
     chunk_count: int = 0,
     chunk_size: int = 512,
 ) -> None:
-    """Write an importance matrix as GGUF, laid out as llama-imatrix does.
+    """Write an importance matrix as a GGUF file with the layout of llama-imatrix.
 
-    ``entries`` gives for each tensor the sums of squares, (experts, cols), and the tokens that each expert saw,
-    (experts,), both float32. The file appears under its name only when it is complete. Raises OutputError.
+    ``entries`` maps each tensor to the sums of squares of its inputs, (experts, cols), and to the tokens that each of
+    its experts processed, (experts,), both float32. ``chunk_size`` is in tokens. The file gets its name only when it
+    is complete. Raises OutputError if it cannot be written.
     """
     arrays: dict[str, NDArray[np.float32]] = {}
     for name, (sums, counts) in sorted(entries.items()):
@@ -157,19 +168,16 @@ def save(
         _CHUNK_COUNT: GGUFValue(ValueType.UINT32, chunk_count),
         _CHUNK_SIZE: GGUFValue(ValueType.UINT32, chunk_size),
     }
-    with replacing(Path(path), "the importance matrix") as file:
-        file.write(encode_header(metadata, _layout(arrays)))
-        for array in arrays.values():
-            data = array.astype(_F32).tobytes()
-            file.write(data.ljust(padded(len(data), DEFAULT_ALIGNMENT), b"\0"))
-
-
-def _layout(arrays: Mapping[str, NDArray[np.float32]]) -> tuple[TensorInfo, ...]:
-    infos, offset = [], 0
+    infos: list[TensorInfo] = []
+    offset = 0
     for name, array in arrays.items():
         infos.append(TensorInfo(name, GGMLType.F32, array.shape, offset, array.size * _F32.itemsize))
         offset += padded(infos[-1].n_bytes, DEFAULT_ALIGNMENT)
-    return tuple(infos)
+    with replacing(Path(path), "the importance matrix") as file:
+        file.write(encode_header(metadata, tuple(infos)))
+        for array in arrays.values():
+            data = array.astype(_F32).tobytes()
+            file.write(data.ljust(padded(len(data), DEFAULT_ALIGNMENT), b"\0"))
 
 
 def _load_gguf(path: Path) -> Imatrix:
@@ -179,7 +187,7 @@ def _load_gguf(path: Path) -> Imatrix:
         raise ImatrixError(f"{error} (read as an importance matrix)") from error
     absent = [key for key in (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE) if key not in header.metadata]
     if absent:
-        raise ImatrixError(f"{path}: is a GGUF but no importance matrix: it lacks {', '.join(absent)}")
+        raise ImatrixError(f"{path}: is a GGUF file but not an importance matrix: it lacks {', '.join(absent)}")
     tensors = {tensor.name: tensor for tensor in header.tensors}
     names = {name.removesuffix(_SUMS).removesuffix(_COUNTS) for name in tensors if name.endswith((_SUMS, _COUNTS))}
     if not names:
@@ -216,7 +224,7 @@ def _gguf_entry(file: BinaryIO, data_offset: int, tensors: Mapping[str, TensorIn
     raw = _read_floats(file, data_offset + counts.offset, n_counts).astype(np.float64)
     if not np.all(np.isfinite(raw) & (raw >= 0)):
         raise ImatrixError(f"{path}: {name}: a count is negative or not finite")
-    # rounds halves up, as lround does for what is not negative
+    # rounds halves up, as lround does for values that are not negative
     return Entry(data_offset + sums.offset, n_values, np.floor(raw + 0.5).astype(np.float32))
 
 
@@ -224,7 +232,7 @@ def _load_legacy(path: Path, file: BinaryIO) -> Imatrix:
     reader = _LegacyReader(path, file)
     n_entries = reader.int32("the number of entries")
     if n_entries < 1:
-        raise ImatrixError(f"{path}: is no importance matrix: neither a GGUF nor a .dat with entries")
+        raise ImatrixError(f"{path}: is not an importance matrix: neither a GGUF file nor a .dat with entries")
     entries: dict[str, Entry] = {}
     for index in range(n_entries):
         name, entry = reader.entry(index)
@@ -236,7 +244,7 @@ def _load_legacy(path: Path, file: BinaryIO) -> Imatrix:
 
 
 class _LegacyReader:
-    """Walks a ``.dat``: int32 lengths, names, floats. Nothing is read before its size is known to be there."""
+    """Reads a ``.dat`` file in order (int32 lengths, names, floats) and checks each length against the bytes left."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -255,7 +263,7 @@ class _LegacyReader:
         return name, entry
 
     def trailer(self) -> tuple[int, tuple[str, ...]]:
-        """The optional end of the file: the number of chunks, and the text that was used."""
+        """The optional end of the file: the number of chunks, and the name of the text that was used."""
         if self._left < 4:
             return 0, ()
         chunk_count = self.int32("the number of chunks")
@@ -267,7 +275,7 @@ class _LegacyReader:
     def int32(self, what: str) -> int:
         data = self._file.read(4)
         if len(data) < 4:
-            raise ImatrixError(f"{self._path}: no importance matrix, or a cut one: it ends before {what}")
+            raise ImatrixError(f"{self._path}: not an importance matrix, or a truncated one: it ends before {what}")
         return int(struct.unpack("<i", data)[0])
 
     @property
@@ -277,19 +285,13 @@ class _LegacyReader:
     def _text(self, length: int, what: str) -> str:
         if not 0 < length <= min(self._left, _MAX_NAME_BYTES):
             raise ImatrixError(
-                f"{self._path}: no importance matrix, or a cut one: {what} claims {length} bytes, "
+                f"{self._path}: not an importance matrix, or a truncated one: {what} claims {length} bytes, "
                 f"{self._left} are left in the file"
             )
         try:
             return self._file.read(length).decode("utf-8").split("\0")[0]
         except UnicodeDecodeError as error:
             raise ImatrixError(f"{self._path}: {what} is not text; is this an importance matrix?") from error
-
-
-def _check_values(file: BinaryIO, entry: Entry, where: str) -> None:
-    for chunk in _chunks(file, entry):
-        if not np.all(np.isfinite(chunk) & (chunk >= 0)):
-            raise ImatrixError(f"{where}: an importance is negative, NaN or infinite; make the importance matrix anew")
 
 
 def _chunks(file: BinaryIO, entry: Entry) -> Iterator[NDArray[np.float32]]:

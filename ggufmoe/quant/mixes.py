@@ -1,9 +1,9 @@
-"""llama.cpp's quantization mixes as data: for each role of a tensor, rows of (type, files, conditions).
+"""llama.cpp's quantization mixes as tables: for each tensor role, rules of (type, file types, conditions).
 
-The first row that applies gives the type; where none does, the tensor gets the file's own type. ``policy`` walks these
-tables; nothing here is computed from a model.
+The first rule that applies gives the type of the tensor; if none applies, it gets the default type of the file type.
+``policy`` applies these tables to a model.
 
-Source of the facts: ``src/llama-quant.cpp`` of llama.cpp at the pinned commit.
+Source: ``src/llama-quant.cpp`` of llama.cpp at the pinned commit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ggufmoe.quant.filetypes import FileType
 
 
 class Role(Enum):
-    """Roles of tensors, as far as the mixes tell them apart."""
+    """Roles of tensors that the mixes distinguish."""
 
     TOKEN_EMBEDDING = "token embedding"
     OUTPUT = "output"
     ATTENTION_Q = "attention query"
     ATTENTION_K = "attention key"
     ATTENTION_V = "attention value"
-    """Also the fused query-key-value and DeepSeek's key-value expansion, which hold values."""
+    """Includes the fused query-key-value projection and DeepSeek's key-value expansion, which contain the values."""
     ATTENTION_OUTPUT = "attention output"
     FFN_GATE = "feed-forward gate"
     FFN_UP = "feed-forward up"
@@ -45,7 +45,7 @@ ROLE_OF_NAME: tuple[tuple[str, Role], ...] = (
     ("ffn_gate", Role.FFN_GATE),
     ("ffn_down", Role.FFN_DOWN),
 )
-"""The role of a tensor whose name holds this; the first that is found counts."""
+"""Part of a tensor's name to the role of the tensor; the first part that the name contains decides."""
 
 TOKEN_EMBEDDINGS = (TOKEN_EMBEDDING, PER_LAYER_TOKEN_EMBEDDING)
 
@@ -86,16 +86,16 @@ NEVER_QUANTIZED = (
     "a.rvq.codebook",
     "mm.a.code_embd",
 )
-"""Parts of the names of matrices that are small or delicate, and keep their type in every file."""
+"""Parts of the names of small or sensitive matrices that keep their source type in every file type."""
 
 NEVER_QUANTIZED_NAMES = ("position_embd.weight", "token_types.weight")
 
 OWN_RULES = ("falcon", "glm5-next", "bailingmoe3")
-"""Architectures for which llama.cpp has rules that are not in these tables."""
+"""Architectures whose rules in llama.cpp are not in these tables."""
 
 
 class Layers(Enum):
-    """Which layers a row is for, among ``n`` layers (among the attention values of the model, for those)."""
+    """The layers to which a rule applies; ``n`` counts layers, or attention value tensors in the rules for those."""
 
     ALL = "every layer"
     FIRST_2 = "the first two"
@@ -106,7 +106,7 @@ class Layers(Enum):
     MORE_BITS = "the first and the last eighth, and every third layer between"
 
     def include(self, i: int, n: int) -> bool:
-        """Whether layer ``i`` of ``n`` is meant; all divisions round down."""
+        """Whether layer ``i`` of ``n`` is among these layers; all divisions round down."""
         first, last = n // 8, 7 * n // 8
         if self is Layers.ALL:
             return True
@@ -120,7 +120,7 @@ class Layers(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """A row: in these files, where all conditions hold, the tensor gets ``type`` (None: the file's own type)."""
+    """In these file types, if all conditions hold, the tensor gets ``type`` (None: the file type's default type)."""
 
     type: GGMLType | None
     files: frozenset[FileType] = frozenset(FileType)
@@ -128,11 +128,11 @@ class Rule:
     min_experts: int = 0
     max_experts: int | None = None
     min_gqa: int = 0
-    """Query heads for each key-value head."""
+    """Least number of query heads per key-value head."""
     imatrix: bool | None = None
-    """Only with (True) or without (False) an importance matrix for the model."""
+    """True: only with an importance matrix for the model; False: only without one; None: both."""
     misfit: bool = False
-    """Only where the block of the file's own type does not divide the row."""
+    """Whether the rule needs rows that are not a multiple of the block size of the file type's default type."""
 
 
 def _in(names: str) -> frozenset[FileType]:
@@ -144,7 +144,7 @@ def _eight(type: GGMLType | None, files: frozenset[FileType] = frozenset(FileTyp
 
 
 LOW_BIT = _in("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M")
-"""Files of about two bits a weight, in which other rules count: layers by order, and no extra bits for Llama 70B."""
+"""File types of about two bits per weight. They number layers by order, and give Llama 70B no extra bits."""
 
 RULES: Mapping[Role, tuple[Rule, ...]] = {
     Role.OUTPUT: (
@@ -221,7 +221,7 @@ RULES: Mapping[Role, tuple[Rule, ...]] = {
 }
 
 MORE_BITS_FOR_70B: Mapping[GGMLType, GGMLType] = {T.Q3_K: T.Q5_K, T.Q4_K: T.Q5_K}
-"""Llama 70B shares one attn_v among eight query heads: it is small, and gets more than the table says."""
+"""Type from the rules to the larger type for attn_v of Llama 70B, which eight query heads share: it is small."""
 
 FALLBACK: Mapping[GGMLType, GGMLType] = {
     T.IQ1_S: T.IQ4_NL,
@@ -241,7 +241,7 @@ FALLBACK: Mapping[GGMLType, GGMLType] = {
     T.Q5_K: T.Q5_1,
     T.Q6_K: T.Q8_0,
 }
-"""What a tensor gets whose rows the block of the type does not divide; types of blocks of 32 fall back to F16."""
+"""Type to its replacement for rows that are not a multiple of its block size; types with blocks of 32 become F16."""
 
 NEEDS_IMATRIX = frozenset({T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS})
-"""Types that are garbage without an importance matrix; embeddings and output are let through by llama.cpp."""
+"""Types that llama.cpp refuses without an importance matrix, except for the token embedding and the output."""

@@ -1,9 +1,9 @@
-"""Which tensor gets which type: the choice for a whole model, from names and shapes alone.
+"""Chooses the quantization type of every tensor of a model from names and shapes.
 
-Walks the tables of ``mixes`` in llama.cpp's order, and refuses at plan time what would fail, or abort the process,
-hours later. It leaves reading an importance matrix to ``imatrix`` and making bytes to ``kernels``.
+Applies the rules of ``mixes`` to tensors in llama.cpp's order, and refuses at plan time what would fail, or abort the
+process, during quantization. ``importances`` reads importance matrices, ``kernels`` quantizes.
 
-Source of the facts: ``src/llama-quant.cpp`` of llama.cpp at the pinned commit; the tests compare every choice with
+Source: ``src/llama-quant.cpp`` of llama.cpp at the pinned commit; the tests compare every choice with
 ``llama_model_quantize``.
 """
 
@@ -39,7 +39,7 @@ class TensorShape:
 
     @property
     def n_cols(self) -> int:
-        """Weights in a row, which the block of a type has to divide."""
+        """Weights in a row; a type fits if this is a multiple of its block size."""
         return self.shape[-1]
 
     @property
@@ -55,7 +55,7 @@ class TensorShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the mixes look at besides names; ``n_expert`` is 0 for a dense model."""
+    """The hyper-parameters on which the mixes depend; ``n_expert`` is 0 for a dense model."""
 
     n_layer: int
     n_head: int
@@ -65,24 +65,24 @@ class ModelShape:
 
     @property
     def n_gqa(self) -> int:
-        """Query heads for each key-value head, rounded down."""
+        """Query heads per key-value head, rounded down."""
         return self.n_head // self.n_head_kv if self.n_head_kv else 0
 
     @property
     def is_70b(self) -> bool:
-        """Whether libllama takes the model for Llama 70B (it asks only for the layers and for grouped heads)."""
+        """Whether libllama treats the model as Llama 70B: a llama of 80 layers with grouped-query attention."""
         grouped = self.n_head != self.n_head_kv
         return self.architecture == LLAMA and self.n_layer == 80 and grouped and self.n_expert != 8
 
 
 @dataclass(frozen=True)
 class TypePolicy:
-    """What was asked for: a file type, and what departs from its mix.
+    """The requested file type, and the exceptions to its mix.
 
-    ``tensor_types`` are pairs of a regular expression and a type; the first that is found anywhere in a tensor's name
-    wins over the mix. As in llama.cpp they count only where the file type is a quantized one. The types of the output
-    and of the token embedding are taken as they are, without a fallback. ``pure`` gives one type to all. Raises
-    OptionError for a type that cannot be written.
+    ``tensor_types`` are pairs of a regular expression and a type; the first expression that matches anywhere in a
+    tensor's name overrides the mix. As in llama.cpp, they apply only if the file type is a quantized one.
+    ``output_tensor_type`` and ``token_embedding_type`` are used without a fallback. ``pure`` gives all tensors the
+    default type of the file type. Raises OptionError for a type that cannot be written.
     """
 
     file_type: FileType
@@ -99,10 +99,11 @@ class TypePolicy:
 
 
 def parse_override(text: str) -> tuple[str, GGMLType]:
-    """``PATTERN=TYPE`` of ``--tensor-type`` as a pair for ``TypePolicy.tensor_types``.
+    """Parse ``PATTERN=TYPE``, the value of ``--tensor-type``, into a pair for ``TypePolicy.tensor_types``.
 
-    The pattern is put into lower case, as llama-quantize does, but for escapes such as ``\\D``, which would mean their
-    opposite. Raises OptionError if either half is missing or unknown, or if the pattern is not a regular expression.
+    Converts the pattern to lower case, as llama-quantize does, except for escapes such as ``\\D``, whose meaning would
+    be inverted. Raises OptionError if a half is missing, the type is unknown, or the pattern is not a regular
+    expression.
     """
     pattern, _, type_name = text.rpartition("=")
     if not (pattern and type_name):
@@ -118,14 +119,14 @@ def choose_types(
     policy: TypePolicy,
     imatrix_names: Collection[str] | None = None,
 ) -> dict[str, GGMLType]:
-    """The type of every tensor, by name, in the order given.
+    """Map the name of every tensor, in the given order, to its type, equal to the choice of ``llama_model_quantize``.
 
-    ``imatrix_names`` are the tensors for which there is an importance matrix, None when none was given at all: some
-    mixes ask which. Pure: the same arguments give the same types, equal to those of ``llama_model_quantize``.
+    ``imatrix_names`` are the tensors that have importances; None means that no importance matrix was given, on which
+    some mixes depend.
 
-    Raises OptionError where the options do not fit the model, ImatrixError where a type cannot do without an
-    importance matrix, TensorMismatchError where a layer is not the model's, ArchitectureError for the few families
-    whose mixes are others.
+    Raises OptionError if the options do not fit the model, ImatrixError if a type needs importances that are missing,
+    TensorMismatchError if a tensor's layer number is not below ``model.n_layer``, and ArchitectureError for an
+    architecture whose rules are not in ``mixes``.
     """
     if model.architecture in mixes.OWN_RULES:
         raise ArchitectureError(f"{model.architecture} has quantization rules of its own; quantize it with llama.cpp")
@@ -162,9 +163,9 @@ def required_imatrix(
     file_type: FileType,
     imatrix_names: Collection[str],
 ) -> tuple[str, ...]:
-    """The tensors whose chosen type needs an importance matrix that is not among ``imatrix_names``.
+    """The tensors that need importances for their type in ``types`` and are not among ``imatrix_names``.
 
-    llama.cpp lets embeddings and output pass, and ggml then aborts the process for some types; here they are named.
+    Includes the token embedding and the output where ggml would abort the process; llama.cpp does not check these.
     """
     return tuple(
         tensor.name
@@ -189,7 +190,7 @@ def _missing_imatrix_message(
     listed = ", ".join(f"{name} ({types[name].name})" for name in missing[:4])
     more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
     if given:
-        return f"{file_type.name}: the importance matrix has no entry for {listed}{more}; make one for this model"
+        return f"{file_type.name}: the importance matrix has no entry for {listed}{more}; compute one for this model"
     return f"{file_type.name} needs an importance matrix for {listed}{more}; give one with --imatrix"
 
 
@@ -214,7 +215,7 @@ def _overrides(tensors: Sequence[TensorShape], policy: TypePolicy, *, warn: bool
     return overrides
 
 
-# C++'s regular expressions know these inside brackets, Python's do not
+# C++ regular expressions support these inside brackets, Python's do not
 _POSIX_CLASSES = {"[:digit:]": "0-9", "[:lower:]": "a-z", "[:alpha:]": "A-Za-z", "[:alnum:]": "0-9A-Za-z"}
 
 
@@ -229,14 +230,14 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _no_match_message(override: _Override, tensors: Sequence[TensorShape]) -> str:
-    kinds = dict.fromkeys(without_layer(tensor.name).removesuffix(".weight") for tensor in tensors)
+    families = dict.fromkeys(without_layer(tensor.name).removesuffix(".weight") for tensor in tensors)
     plain = re.sub(r"^\W*blk\W*(\d|\W)*|[^a-z_]+weight\W*$", "", override.pattern.pattern)
     asked = f"{override.pattern.pattern}={override.type.name}"
-    return f"tensor type {asked} matches no tensor of this model; {suggest(plain, kinds)}"
+    return f"tensor type {asked} matches no tensor of this model; {suggest(plain, families)}"
 
 
 def may_quantize(tensor: TensorShape) -> bool:
-    """Whether llama.cpp ever changes this tensor's type: a matrix of weights that is neither small nor delicate."""
+    """Whether llama.cpp quantizes this tensor at all: a weight matrix that is neither small nor sensitive."""
     return (
         tensor.is_matrix
         and tensor.name.endswith("weight")
@@ -260,7 +261,10 @@ _FILE_DEFAULT = Rule(None)
 
 @dataclass
 class _Chooser:
-    """One walk over a model. It counts the tensors that the mix decides: their place in the count is their layer."""
+    """Chooses types for the tensors of one model, in llama.cpp's order.
+
+    Counts the tensors of each role that reach the mix, because most rules use that count as the layer number.
+    """
 
     tensors: Sequence[TensorShape]
     model: ModelShape
@@ -280,27 +284,22 @@ class _Chooser:
         role = role_of(tensor.name)
         if not may_quantize(tensor):
             return tensor.source_type
-        if role is Role.TOKEN_EMBEDDING and self.policy.token_embedding_type and not self._is_named(tensor):
+        override = next((override for override in self.overrides if override.pattern.search(tensor.name)), None)
+        # the per-layer embedding is a large table of its own, for which an explicit --tensor-type counts
+        is_named = tensor.name == PER_LAYER_TOKEN_EMBEDDING and override is not None
+        if role is Role.TOKEN_EMBEDDING and self.policy.token_embedding_type and not is_named:
             return _exact(tensor, self.policy.token_embedding_type)
         if role is Role.OUTPUT and self.policy.output_tensor_type:
             return _exact(tensor, self.policy.output_tensor_type)
         if not self.policy.file_type.default_type.is_quantized:
             return self.policy.file_type.default_type
-        wanted = self._wanted(tensor, role)
+        if override is not None:
+            wanted = override.type
+        else:
+            wanted = self.policy.file_type.default_type if self.policy.pure else self._mixed(tensor, role)
         if tensor.n_cols % wanted.block_size:
             self.unfit[tensor.name] = wanted
         return _fallback(tensor, wanted)
-
-    def _is_named(self, tensor: TensorShape) -> bool:
-        # a large table of its own, which an explicit --tensor-type may name
-        per_layer = tensor.name == PER_LAYER_TOKEN_EMBEDDING
-        return per_layer and any(override.pattern.search(tensor.name) for override in self.overrides)
-
-    def _wanted(self, tensor: TensorShape, role: Role) -> GGMLType:
-        for override in self.overrides:
-            if override.pattern.search(tensor.name):
-                return override.type
-        return self.policy.file_type.default_type if self.policy.pure else self._mixed(tensor, role)
 
     def _mixed(self, tensor: TensorShape, role: Role) -> GGMLType:
         if role is Role.TOKEN_EMBEDDING and self.is_tied:
@@ -333,7 +332,7 @@ class _Chooser:
         )
 
     def _place(self, tensor: TensorShape, role: Role) -> tuple[int, int]:
-        """The layer that the rules see, and how many there are."""
+        """The layer number that the rules use for this tensor, and the number of layers; counts the tensor."""
         counted = self.seen[role]
         self.seen[role] += 1
         if role not in _FFN:
@@ -351,8 +350,8 @@ class _Chooser:
 def _exact(tensor: TensorShape, type: GGMLType) -> GGMLType:
     if tensor.n_cols % type.block_size:
         raise OptionError(
-            f"{tensor.name} cannot be {type.name}: its rows of {tensor.n_cols} are not a multiple of "
-            f"{type.block_size}; ask for a type with a smaller block, such as q8_0 or f16"
+            f"{tensor.name} cannot be {type.name}: its row size of {tensor.n_cols} weights is not a multiple of the "
+            f"block size {type.block_size}; choose a type with a smaller block, such as q8_0 or f16"
         )
     return type
 
@@ -363,7 +362,7 @@ def _fallback(tensor: TensorShape, wanted: GGMLType) -> GGMLType:
     smaller = mixes.FALLBACK.get(wanted, wanted)
     if smaller.block_size > 32:
         raise OptionError(
-            f"{tensor.name} cannot be {wanted.name}: its rows of {tensor.n_cols} are not a multiple of "
-            f"{wanted.block_size}, and there is nothing to fall back to; choose another file type, or --tensor-type"
+            f"{tensor.name} cannot be {wanted.name}: its row size of {tensor.n_cols} weights is not a multiple of the "
+            f"block size {wanted.block_size}, and no fallback type fits; choose another file type, or --tensor-type"
         )
     return GGMLType.F16 if tensor.n_cols % smaller.block_size else smaller

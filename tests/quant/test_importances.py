@@ -98,7 +98,7 @@ class TestGguf:
     @pytest.mark.parametrize("key", ["imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"])
     def test_a_gguf_of_another_kind(self, key: str, tmp_path: Path) -> None:
         tensors = {f"{PLAIN}.in_sum2": sums(1, 4), f"{PLAIN}.counts": np.ones((1, 1), np.float32)}
-        with pytest.raises(ImatrixError, match=f"no importance matrix: it lacks {key}"):
+        with pytest.raises(ImatrixError, match=f"not an importance matrix: it lacks {key}"):
             Imatrix.load(gguf_file(tmp_path / "i.gguf", tensors, without=key))
 
     @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ class TestLegacy:
         ("content", "message"),
         [
             (b"", "ends before the number of entries"),
-            (b"\0\0\0\0", "neither a GGUF nor a .dat"),
-            (b"\xff\xff\xff\xff", "neither a GGUF nor a .dat"),
+            (b"\0\0\0\0", "neither a GGUF file nor a .dat"),
+            (b"\xff\xff\xff\xff", "neither a GGUF file nor a .dat"),
             (b"\1\0\0\0", "ends before the name of entry 1"),
             (struct.pack("<ii", 1, -5), "the name of entry 1 claims -5 bytes, 0 are left"),
             (struct.pack("<ii", 1, 1 << 30) + b"abc", "3 are left in the file"),

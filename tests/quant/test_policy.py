@@ -180,9 +180,9 @@ class TestOverrides:
 
     def test_output_and_embedding_types_have_no_fallback(self) -> None:
         odd = replace(MIXTRAL, n_embd=288)
-        with pytest.raises(OptionError, match=r"output\.weight cannot be Q4_K: its rows of 288"):
+        with pytest.raises(OptionError, match=r"output\.weight cannot be Q4_K: its row size of 288"):
             types_of(odd, TypePolicy(FileType.Q4_K_M, output_tensor_type=GGMLType.Q4_K))
-        with pytest.raises(OptionError, match=r"token_embd\.weight cannot be Q6_K: its rows of 288"):
+        with pytest.raises(OptionError, match=r"token_embd\.weight cannot be Q6_K: its row size of 288"):
             types_of(odd, TypePolicy(FileType.F16, token_embedding_type=GGMLType.Q6_K))
 
     def test_a_per_layer_embedding_may_be_named(self) -> None:
@@ -211,7 +211,7 @@ class TestFallbacks:
         assert choose_types([tensor], MIXTRAL.model, policy)[tensor.name] is expected
 
     def test_types_without_a_fallback_are_refused(self) -> None:
-        with pytest.raises(OptionError, match=r"cannot be Q1_0: its rows of 288 .* nothing to fall back to"):
+        with pytest.raises(OptionError, match=r"cannot be Q1_0: its row size of 288 .* no fallback type fits"):
             types_of(replace(MIXTRAL, n_embd=288), TypePolicy(FileType.Q1_0))
 
 
@@ -226,7 +226,9 @@ class TestImatrix:
 
     def test_an_entry_that_is_missing_is_named(self) -> None:
         names = set(MIXTRAL.matrices()) - {"blk.5.ffn_up_exps.weight"}
-        with pytest.raises(ImatrixError, match=r"has no entry for blk\.5\.ffn_up_exps\.weight \(IQ2_XXS\); make one"):
+        with pytest.raises(
+            ImatrixError, match=r"has no entry for blk\.5\.ffn_up_exps\.weight \(IQ2_XXS\); compute one"
+        ):
             choose_types(MIXTRAL.tensors(), MIXTRAL.model, TypePolicy(FileType.IQ2_XXS), names)
 
     @pytest.mark.parametrize("name", ["output.weight", "token_embd.weight"])
