@@ -163,10 +163,18 @@ VERBS = (
 )
 
 
+_READING_AS_THEY_RUN = ("run", "chat", "route", "perplexity", "imatrix", "bench")
+"""Verbs that map a model's file, and end without a word from the system when it becomes shorter."""
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line with ``args`` (default: those of the process) and exit with its exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
     _open_streams()
+    if any(argument in _READING_AS_THEY_RUN for argument in arguments[:2]):
+        from ggufmoe.native.aborts import explain_bus_errors
+
+        explain_bus_errors()
     sys.exit(exit_code(arguments))
 
 

@@ -144,6 +144,31 @@ def _is_python_thread() -> bool:
     return found is not None and not isinstance(found, threading._DummyThread)
 
 
+@cache
+def explain_bus_errors() -> object:
+    """From now on, say in a line why reading a mapped file has ended the process: the system itself says nothing.
+
+    For programs of our own, as it takes the process's handler of SIGBUS. Does nothing where there is no such signal.
+    Gives the handler, which must live as long as the process; the cache of this function keeps it.
+    """
+    number = getattr(signal, "SIGBUS", None)
+    if number is None:
+        return None
+
+    def end(_signal: int) -> None:
+        os.write(2, b"error: a file became shorter, or its disk failed, while it was in use\n")
+        os._exit(1)
+
+    # the handler of Python's own signal module runs between two instructions of Python, to which nothing returns
+    handler = _SIGNAL_HANDLER(end)
+    _SIGNAL_SETTER(("signal", native.c_library()))(number, handler)
+    return handler
+
+
+_SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_SIGNAL_SETTER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, _SIGNAL_HANDLER)
+
+
 # ---- OpenMP: a team inherits the settings of the thread that leads it, so a setting that ggml does not use marks it
 
 

@@ -191,6 +191,30 @@ def test_a_cpp_exception_in_a_thread_of_the_app_ends_it_with_one_line(good: Path
     assert (ended.returncode, ended.stderr) == (-6, said)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGBUS")
+def test_a_file_that_becomes_shorter_is_said_by_the_command_line(good: Path) -> None:
+    ended = run_script(
+        good,
+        good,
+        """
+        import os
+        import ggufmoe.cli.run
+        from ggufmoe.cli.app import main
+
+        original = LocalEngine.generate
+
+        def generate(self, *arguments, **keywords):
+            os.truncate(good, 4096)
+            return original(self, *arguments, **keywords)
+
+        LocalEngine.generate = generate
+        main(["run", str(good), "a", "--raw", "-n", "2", "--quiet"])
+        """,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines()[-1].startswith("error: a file became shorter, or its disk failed, while it was in")
+
+
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, good: Path) -> None:
     bad = Scripted(FOLLOWS, metadata=NEGATIVE_EPSILON).write(tmp_path / "bad.gguf")
     ended = run_script(
