@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: opened, checked as a whole, and read by rows."""
+"""Opens Hugging Face checkpoints, checks that they are complete, and reads their tensors by rows."""
 
 from ggufmoe.checkpoint.opening import Checkpoint, open_checkpoint
 

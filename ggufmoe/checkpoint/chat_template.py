@@ -1,6 +1,6 @@
-"""Chat templates in a checkpoint directory, from each of the places where transformers has put them.
+"""Finds the chat templates of a checkpoint directory in all files in which versions of transformers store them.
 
-Owns where templates are found and which wins; rendering them belongs to the runtime.
+Decides which file takes precedence; the runtime renders templates.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ggufmoe.files import decode_text
 
 _LOG = logging.getLogger("ggufmoe")
 _MARK = "\ufeff"
-"""A byte order mark, which some editors put before a text and no template means."""
+"""A byte order mark, which some editors put before a text; it is not part of a template."""
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
-    """Every template by name, ``default`` first where there is one; empty if the directory has none.
+    """Map the name of each template to its text, ``default`` first; empty if the directory has no template.
 
-    ``chat_template.jinja`` wins over ``tokenizer_config.json``, as in transformers, and a warning says so where the two
-    differ; then comes ``chat_template.json``. Raises CheckpointError for files that cannot be read.
+    As in transformers, ``chat_template.jinja`` takes precedence over ``tokenizer_config.json``, with a warning if they
+    differ, and that over ``chat_template.json``. Raises CheckpointError for files that cannot be read.
     """
     configured = _named(read_optional(directory / "tokenizer_config.json").get("chat_template"))
     jinja = directory / "chat_template.jinja"
@@ -30,18 +30,18 @@ def chat_templates(directory: Path) -> dict[str, str]:
         extra = sorted((directory / "additional_chat_templates").glob("*.jinja"))
         found = {"default": _text(jinja), **{path.stem: _text(path) for path in extra}}
         if configured and configured.get("default", found["default"]) != found["default"]:
-            _LOG.warning("%s is taken; tokenizer_config.json has another chat template", jinja)
+            _LOG.warning("%s is used; tokenizer_config.json has another chat template", jinja)
         return found
     return configured or _named(read_optional(directory / "chat_template.json", allow_broken=True).get("chat_template"))
 
 
 def default_chat_template(directory: Path) -> str | None:
-    """The template used for plain conversations, or None."""
+    """The text of the template named ``default``, or None."""
     return chat_templates(directory).get("default")
 
 
 def _named(value: Any) -> dict[str, str]:
-    """Templates as tokenizer_config.json states them: one text, texts by name, or a list of names and texts."""
+    """Parse ``chat_template`` of tokenizer_config.json: one text, texts by name, or a list of names and texts."""
     if isinstance(value, str):
         return {"default": value.removeprefix(_MARK)}
     if isinstance(value, dict):

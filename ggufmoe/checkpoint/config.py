@@ -24,12 +24,12 @@ from ggufmoe.options.limits import MAX_EXPERTS
 _LOG = logging.getLogger("ggufmoe")
 
 ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
-"""``model_type`` to the architecture it stands for: all that is supported."""
+"""Supported model types to their architectures."""
 
 _ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"} | {
     name.replace("ForCausalLM", "Model"): name for name in ARCHITECTURES.values()
 }
-"""Old spellings, and models saved without their head, which lack only the output's name or, if it is tied, nothing."""
+"""Old spellings, and the classes of models saved without their head, which lack at most lm_head.weight."""
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
     "MistralForCausalLM": {
@@ -53,7 +53,7 @@ _MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama.cpp (src/llama-hparams.h)."""
 
 _MAX_FOLDERS = 1000
-"""Folders below a directory that are looked into for a config.json that it lacks."""
+"""How many subfolders of a directory without config.json are searched for one, to name it in the message."""
 
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE_KEYS = {
@@ -67,16 +67,16 @@ _ROPE_KEYS = {
     ),
     "llama3": (frozenset({"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}), frozenset[str]()),
 }
-"""Kind of rope scaling to the parameters that it must have, and may have."""
+"""Kind of rope scaling to its required and its optional parameters."""
 _ROPE_NOTES = frozenset({"finetuned"})
-"""Parameters that say where a model comes from and change nothing."""
+"""Parameters that describe the origin of a model and do not affect the computation."""
 _MAY_BE_ZERO = frozenset({"extrapolation_factor", "mscale", "mscale_all_dim", "truncate"})
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The hyper-parameters in ``directory/config.json``.
+    """Read the hyper-parameters of a model from ``directory/config.json``.
 
-    Raises ArchitectureError for a model family that is not supported, CheckpointError for everything else.
+    Raises ArchitectureError for a model family that is not supported, CheckpointError for a missing or invalid file.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -148,12 +148,17 @@ def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
         sliding_window=None if architecture == "LlamaForCausalLM" else keys.optional_size("sliding_window"),
         raw=raw,
     )
-    _check_heads(path, config)
+    if config.n_head % config.n_head_kv:
+        raise CheckpointError(
+            f"{path}: num_attention_heads {config.n_head} is not a multiple of num_key_value_heads {config.n_head_kv}"
+        )
+    if config.head_dim % 2:
+        raise CheckpointError(f"{path}: head_dim {config.head_dim} is odd, but rope rotates pairs of values")
     return config
 
 
 class _Keys:
-    """Typed look-ups in a config; every mistake names the file, the key and what was expected."""
+    """Typed access to the keys of a config; its errors name the file, the key and the expected value."""
 
     def __init__(self, path: Path, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.path = path
@@ -192,7 +197,7 @@ class _Keys:
         return bool(value)
 
     def token(self, key: str, n_vocab: int) -> int | None:
-        """A token id, the first where there are several; None where it is absent or not in the vocabulary."""
+        """A token id, the first of a list; None if it is absent or, with a warning, not in the vocabulary."""
         value = self.value(key)
         if isinstance(value, list) and value:
             value = value[0]
@@ -243,15 +248,6 @@ def _head_dim(keys: _Keys, n_embd: int, n_head: int) -> int:
     return keys.size("head_dim", default=n_embd // n_head)
 
 
-def _check_heads(path: Path, config: ModelConfig) -> None:
-    if config.n_head % config.n_head_kv:
-        raise CheckpointError(
-            f"{path}: num_attention_heads {config.n_head} is not a multiple of num_key_value_heads {config.n_head_kv}"
-        )
-    if config.head_dim % 2:
-        raise CheckpointError(f"{path}: head_dim {config.head_dim} is odd, so its halves cannot be rotated")
-
-
 def _experts(keys: _Keys, architecture: str) -> dict[str, int]:
     if architecture != "MixtralForCausalLM":
         return {}
@@ -261,7 +257,7 @@ def _experts(keys: _Keys, architecture: str) -> dict[str, int]:
 
 
 def _rope(keys: _Keys) -> tuple[float, RopeScaling]:
-    """Rope theta and scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
+    """Read rope theta and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
     key = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
     given = keys.raw.get(key)
     if given is None:
@@ -279,7 +275,7 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling]:
 
 
 def _fill_in_rope(keys: _Keys, kind: object, parameters: dict[str, Any]) -> None:
-    """The original context and YaRN's factor where they are left out, as transformers derives them."""
+    """Add the original context and YaRN's factor to ``parameters`` if they are missing, derived as in transformers."""
     if kind in ("yarn", "llama3") and _ORIGINAL not in parameters and keys.raw.get(_ORIGINAL) is not None:
         parameters[_ORIGINAL] = keys.size(_ORIGINAL)
     if kind == "yarn" and "factor" not in parameters and _is_finite(parameters.get(_ORIGINAL)):
@@ -301,7 +297,7 @@ def _scaling(keys: _Keys, key: str, kind: object, parameters: dict[str, Any]) ->
         raise CheckpointError(f"{keys.path}: {key} has {odd!r:.60}, which is not supported for rope type {kind}")
     if unknown:
         _LOG.warning(
-            "%s: %s has %s, which rope type %s does not know (nor does transformers); ignored",
+            "%s: %s has %s, which is not a parameter of rope type %s (nor in transformers); ignored",
             *(keys.path, key, ", ".join(map("{!r:.60}".format, unknown)), kind),
         )
     known = {name: parameters.get(name) for name in sorted(required | parameters.keys() & optional)}

@@ -1,4 +1,4 @@
-"""Converts rows of source weights to float32, whatever they are stored as, and back."""
+"""Converts rows of source weights from BF16, F16 or F32 to float32, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ggufmoe.native import quantizing
 
 
 def widen(raw: NDArray[Any], dtype: Dtype, out: NDArray[np.float32]) -> None:
-    """Widen ``raw`` (stored as ``dtype``: uint16 bits, float16 or float32) exactly into ``out``, same shape, float32.
+    """Convert ``raw``, whose numpy dtype is ``dtype.numpy``, exactly into ``out``, float32 of the same shape.
 
     Both arrays must be C-contiguous.
     """
@@ -25,7 +25,7 @@ def widen(raw: NDArray[Any], dtype: Dtype, out: NDArray[np.float32]) -> None:
 
 
 def narrow(values: NDArray[np.float32], dtype: Dtype, out: NDArray[Any]) -> None:
-    """Round float32 ``values`` to ``dtype`` (nearest, ties to even) into ``out``, same shape, ``dtype.numpy``.
+    """Round float32 ``values`` to the nearest ``dtype`` (ties to even) into ``out``, ``dtype.numpy`` of the same shape.
 
     Both arrays must be C-contiguous.
     """
@@ -38,9 +38,9 @@ def narrow(values: NDArray[np.float32], dtype: Dtype, out: NDArray[Any]) -> None
 
 
 def read_f32(tensor: SourceTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-    """Rows [start, stop) of a tensor as a fresh float32 array (rows, n_cols); all rows by default.
+    """Read rows [start, stop) of a tensor, by default all, into a new float32 array (rows, n_cols).
 
-    For what is small or needed as a whole (norms, routers, a layer of a forward pass); conversion reads by tiles.
+    For small tensors (norms, routers) and for a layer of a forward pass; the conversion reads tiles instead.
     """
     stop = row_count(tensor.shape) if stop is None else stop
     raw = np.empty((stop - start, tensor.shape[-1]), tensor.dtype.numpy)
@@ -53,7 +53,7 @@ def read_f32(tensor: SourceTensor, start: int = 0, stop: int | None = None) -> N
 
 
 def row_count(shape: tuple[int, ...]) -> int:
-    """Rows of a tensor: the product of all dimensions but the last, 1 for a 1-D tensor."""
+    """The number of rows of a tensor: the product of all dimensions but the last, 1 for a 1-D tensor."""
     n_rows = 1
     for size in shape[:-1]:
         n_rows *= size

@@ -54,7 +54,7 @@ def what_made(names: Iterable[str]) -> str | None:
 
 
 def way_out_of(dtypes: Iterable[str]) -> str:
-    """What to do about weights of dtypes other than BF16, F16 and F32."""
+    """What the user can do about weights of these dtypes, none of which is BF16, F16 or F32, for an error message."""
     if set(dtypes) == {"F64"}:
         return "save it again with transformers in float32 or bfloat16 (model.float().save_pretrained(DIRECTORY))"
     return _UNQUANTIZED

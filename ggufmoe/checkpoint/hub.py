@@ -1,13 +1,12 @@
-"""Models on the Hugging Face Hub: the files that a conversion needs, and no others, through huggingface_hub's cache.
+"""Downloads the files that a conversion needs from the Hugging Face Hub into huggingface_hub's cache.
 
-Small files come first, so that a model that is not supported costs no weights. Token, endpoint, cache and offline mode
-are huggingface_hub's own (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``).
+Small files come first, so that no weights are downloaded of a model that is not supported. Token, endpoint, cache and
+offline mode are huggingface_hub's own (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,12 +36,15 @@ SMALL_FILES = (
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this can be ``org/name`` or ``org/name@revision``."""
+    """Whether a text has the form of a hub id, ``org/name`` or ``org/name@revision``."""
     return _HUB_ID.fullmatch(source) is not None
 
 
 def split_id(source: str, revision: str | None) -> tuple[str, str | None]:
-    """The repository and the revision of a hub id; HubError if two different revisions are given."""
+    """Split a hub id into repository and revision (None if not given).
+
+    Raises HubError if ``source`` is not a hub id, or names another revision than ``revision``.
+    """
     match = _HUB_ID.fullmatch(source)
     if match is None:
         raise HubError(f"{source!r} is not a hub id; expected org/name or org/name@revision")
@@ -52,10 +54,10 @@ def split_id(source: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
-    """The directory, in huggingface_hub's cache, with the files that a conversion of this model needs.
+    """Download the files that a conversion of this model needs; returns their directory in huggingface_hub's cache.
 
-    Raises HubError, naming the id and the way out, if the hub does not give them; CheckpointError or ArchitectureError
-    before any weights are fetched, if the model is not one that can be converted.
+    Raises HubError, with the id and the way out, if the download fails; CheckpointError or ArchitectureError, before
+    any weights are downloaded, if the model cannot be converted.
     """
     directory = _snapshot(repo_id, revision, SMALL_FILES)
     shards.check_links(directory)
@@ -69,7 +71,9 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     directory = _snapshot(repo_id, directory.name, ("config.json", *names))
     shards.check_links(directory)
     if not any((directory / name).is_file() for name in names) and not any(directory.glob(shards.NUMBERED)):
-        if _is_offline():
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
             raise HubError(f"{repo_id}: its weights are not in the cache, and HF_HUB_OFFLINE forbids to fetch them")
         raise CheckpointError(
             f"{repo_id} has neither {shards.SINGLE} nor {shards.INDEX}; weights in pickle files (.bin, .pth) are "
@@ -91,14 +95,8 @@ def _snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> 
         raise _explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
 
 
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def _silent() -> Any:
-    """A progress bar that is not shown: a library does not write to the terminal."""
+    """The class of a progress bar that shows nothing, because a library must not write to the terminal."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Silent(tqdm):
@@ -111,7 +109,9 @@ def _silent() -> Any:
 def _explained(where: str, repo_id: str, error: BaseException) -> HubError:
     from huggingface_hub import constants, errors
 
-    chain = list(_causes(error))
+    chain = [error]  # huggingface_hub hides a refusal behind 'not found in the cache'
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
     page = f"{constants.ENDPOINT}/{repo_id}"
     token = "set a token (HF_TOKEN, or `hf auth login`)"
     if any(isinstance(cause, errors.GatedRepoError) for cause in chain):
@@ -129,10 +129,3 @@ def _explained(where: str, repo_id: str, error: BaseException) -> HubError:
         f"{where} cannot be fetched from {constants.ENDPOINT} and is not in the cache ({one_line(chain[-1])}); "
         "check the connection, or give a directory"
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and what led to it; huggingface_hub hides a refusal behind 'not found in the cache'."""
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a checkpoint, up to a bounded size; any fault is a CheckpointError in one line."""
+"""Reads the JSON files of a checkpoint up to a maximum size; errors are CheckpointErrors of one line."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def read_capped(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_optional(path: Path, *, allow_broken: bool = False, warn: bool = True) -> dict[str, Any]:
-    """The JSON object in a file that a checkpoint can do without: empty if there is no such file, or nothing in it.
+    """Read the JSON object in an optional file; an empty object if the file is missing or empty.
 
-    With ``allow_broken`` a file that cannot be read as JSON counts as empty too; without it CheckpointError is raised.
-    A file that is passed over is named in a warning if ``warn``.
+    Raises CheckpointError for a file that cannot be read as a JSON object, unless ``allow_broken``, which treats it as
+    empty. ``warn``: whether a file that is ignored is named in a warning.
     """
     if not path.is_file():
         return {}
@@ -50,7 +50,7 @@ def read_optional(path: Path, *, allow_broken: bool = False, warn: bool = True) 
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError if it is anything else."""
+    """Read the JSON object in a file. Raises CheckpointError if the file cannot be read or holds anything else."""
     try:
         value = json.loads(decode_text(read_capped(path)))
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Which tensors a model consists of, and where each of them is stored.
+"""The tensors of which a model consists, and where a checkpoint stores each of them.
 
-Every model is shown by its classic names (transformers 4). A Mixtral's experts may be stored one by one or fused; in
-the fused layout of transformers 5 and mergekit, ``experts.gate_up_proj`` (n_expert, 2 n_ff, n_embd) holds the gate
-rows (w1) and then the up rows (w3) of each expert, so every classic tensor is a range of rows of a stored one.
+Tensors have their classic names (transformers 4). The experts of a Mixtral may be stored one by one or fused; in the
+fused layout of transformers 5 and mergekit, ``experts.gate_up_proj`` (n_expert, 2 n_ff, n_embd) holds the gate rows
+(w1) and then the up rows (w3) of each expert, so every classic tensor is a range of rows of a stored tensor.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Shape = tuple[int, ...]
 _EXPERT_WORDS = {"w1": ("w1", "gate_proj"), "w3": ("w3", "up_proj"), "w2": ("w2", "down_proj")}
 _EXPERT_NAME = re.compile(r"model\.layers\.\d+\.(block_sparse_moe|mlp)\.experts\.(?:(\d+)\.(\w+)\.weight|(\w+))")
 _HARMLESS = re.compile(r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.masked_bias|attention\.bias)")
-"""Buffers of old checkpoints that no model needs."""
+"""Names of buffers of old checkpoints, which are computed and not read."""
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and checkpointing put into names, at any depth."""
+"""Parts that torch.compile, FSDP and activation checkpointing insert into names, at any depth."""
 _EMBEDDING = "embed_tokens.weight"
 _INNER = re.compile(r"(embed_tokens|layers|norm)\.")
 _NAMES_SHOWN = 8
@@ -36,7 +36,7 @@ _NAMES_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorPiece:
-    """A classic tensor and where it is stored: ``first_row`` of the tensor ``stored``, of shape ``stored_shape``."""
+    """A classic tensor and where it is stored: from row ``first_row`` of the tensor ``stored``."""
 
     name: str
     shape: Shape
@@ -47,17 +47,17 @@ class TensorPiece:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """How a Mixtral stores its experts: under which module, and fused or by which words one by one."""
+    """How a Mixtral stores its experts: the name of the module, and fused or one by one."""
 
     prefix: str = "block_sparse_moe"
     fused: bool = False
     words: int = 0
-    """Index into the spellings of w1, w2 and w3."""
+    """Which names the matrices of an expert have: 0 for w1, w2, w3; 1 for gate_proj, down_proj, up_proj."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """A SourceTensor: a range of rows of a tensor in a safetensors file."""
+    """A SourceTensor whose rows are a range of rows of a tensor in a safetensors file, from byte ``begin`` on."""
 
     name: str
     dtype: Dtype
@@ -81,9 +81,9 @@ class StoredRows:
 
 
 def pieces(config: ModelConfig, layout: ExpertLayout, *, with_output: bool) -> Iterator[TensorPiece]:
-    """Every tensor of a model of this configuration: the embedding, layer after layer, the final norm, the output.
+    """Yield every tensor of a model of this configuration: embedding, layers in order, final norm, output.
 
-    ``with_output`` says whether there is an ``lm_head.weight``.
+    ``with_output``: whether the model has an ``lm_head.weight``.
     """
     embedding = (config.n_vocab, config.n_embd)
     yield _whole("model.embed_tokens.weight", embedding)
@@ -139,9 +139,10 @@ def _fused_expert(config: ModelConfig, stored: str, classic: str, expert: int) -
 
 
 def find_expert_layout(where: str, names: Iterable[str]) -> ExpertLayout:
-    """The layout that these stored names follow; classic where they hold no expert at all.
+    """Find the layout of the experts from the stored tensor names; the classic one if no name is that of an expert.
 
-    Raises TensorMismatchError, naming one tensor of each, if they follow more than one. ``where`` is for the message.
+    Raises TensorMismatchError, with one tensor of each layout, if there is more than one. ``where`` names the
+    checkpoint in the message.
     """
     found: dict[ExpertLayout, str] = {}
     for name in names:
@@ -169,8 +170,8 @@ def is_harmless(name: str) -> bool:
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """Stored names to the names of transformers, without the parts that wrappers add.
 
-    The prefix is told from the embedding's name: ``module.`` (DDP), ``base_model.model.`` (PEFT), ``model.`` twice, or
-    none at all where a model was saved without its head. Names stay as they are if there is not one embedding.
+    The prefix is found from the name of the embedding: ``module.`` (DDP), ``base_model.model.`` (PEFT), ``model.``
+    twice, or none if the model was saved without its head. Prefixes are kept if there is not exactly one embedding.
     """
     without = {name: _WRAPPERS.sub("", name) for name in names}
     embeddings = [name for name in without.values() if name == _EMBEDDING or name.endswith("." + _EMBEDDING)]
@@ -191,11 +192,12 @@ def _plain_name(name: str, inner: str, outer: str) -> str:
 def arrange(
     where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
 ) -> dict[str, StoredRows]:
-    """Every tensor of the model by its classic name, out of what the files hold under that name or with a prefix.
+    """Map the classic name of every tensor of the model to its rows in the files.
 
-    An ``lm_head.weight`` that is there although the config ties the embeddings is kept, as llama.cpp's converter does
-    (``conversion/llama.py``; transformers would keep it too if it differs). Raises TensorMismatchError naming all
-    that is missing, left over or wrongly shaped, and CheckpointError for weights that are not BF16, F16 or F32.
+    ``stored`` maps the names in the files, which may have prefixes of wrappers, to file and entry. An
+    ``lm_head.weight`` is kept even if the config ties the embeddings, as in llama.cpp's converter
+    (``conversion/llama.py``). Raises TensorMismatchError with all tensors that are missing, left over or wrongly
+    shaped, and CheckpointError for weights that are quantized or not BF16, F16 or F32.
     """
     if (made := what_made(stored)) is not None:
         raise CheckpointError(f"{where} {made}")
@@ -214,7 +216,12 @@ def _arrange(
     where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
 ) -> dict[str, StoredRows]:
     layout = find_expert_layout(where, stored) if config.n_expert else ExpertLayout()
-    _check_count(where, config, layout, len(stored))
+    # refuses a config of absurd size before a million names are made from it
+    n_least = config.n_layer * (8 if layout.fused else 8 + 3 * config.n_expert)
+    if n_least > 1000 + 10 * len(stored):
+        raise TensorMismatchError(
+            f"{where} holds {len(stored)} tensors, but a model of its config.json has at least {n_least}"
+        )
     with_output = not config.tie_embeddings or "lm_head.weight" in stored
     wanted = list(pieces(config, layout, with_output=with_output))
     _check_shapes(where, {piece.stored: piece.stored_shape for piece in wanted}, stored)
@@ -239,20 +246,13 @@ def _rows(piece: TensorPiece, file: TensorFile, entry: TensorEntry, dtype: Dtype
     return StoredRows(piece.name, dtype, piece.shape, file, begin)
 
 
-def _check_count(where: str, config: ModelConfig, layout: ExpertLayout, n_stored: int) -> None:
-    """Raise TensorMismatchError for a config that needs far more tensors than there are, before names are made."""
-    n_least = config.n_layer * (8 if layout.fused else 8 + 3 * config.n_expert)
-    if n_least > 1000 + 10 * n_stored:
-        raise TensorMismatchError(f"{where} holds {n_stored} tensors where its config.json makes at least {n_least}")
-
-
 def _check_shapes(
     where: str, wanted: Mapping[str, Shape], stored: Mapping[str, tuple[TensorFile, TensorEntry]]
 ) -> None:
     missing = [name for name in wanted if name not in stored]
     extra = [name for name in stored if name not in wanted and not is_harmless(name)]
     misshaped = [
-        f"{name} is {list(stored[name][1].shape)} where config.json makes it {list(shape)}"
+        f"{name} is {list(stored[name][1].shape)}, by config.json it should be {list(shape)}"
         for name, shape in wanted.items()
         if name in stored and stored[name][1].shape != shape
     ]

@@ -1,4 +1,4 @@
-"""Opens a checkpoint, from a directory or from the hub, and checks that its files hold every tensor of its config."""
+"""Opens a checkpoint from a directory or the hub, and checks that its files hold all tensors of its configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOG = logging.getLogger("ggufmoe")
 class Checkpoint:
     """An open Hugging Face checkpoint; a ``ModelSource``.
 
-    ``config.tie_embeddings`` says whether there is no ``lm_head.weight``, which is not always what config.json says.
+    ``config.tie_embeddings`` is whether the files lack an ``lm_head.weight``, which may differ from config.json.
     """
 
     directory: Path
@@ -40,16 +40,16 @@ class Checkpoint:
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The checkpoint's own directory."""
+        """The directory of the checkpoint, which holds its tokenizer files."""
         return self.directory
 
     @property
     def router_report(self) -> None:
-        """None: the router of a checkpoint is read, not computed."""
+        """None, because the router of a checkpoint is read and not computed."""
 
     @property
     def model_card(self) -> None:
-        """None: a checkpoint is not written again."""
+        """None, because a checkpoint is not written again."""
 
     def prepare(
         self,
@@ -58,7 +58,7 @@ class Checkpoint:
         on_progress: OnProgress | None = None,
         cancel: CancelFlag | None = None,
     ) -> None:
-        """Do nothing: every row of a checkpoint is read from its files."""
+        """Do nothing, because all rows of a checkpoint are read from its files."""
 
     def close(self) -> None:
         """Close the tensor files; a second call does nothing."""
@@ -77,9 +77,9 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint directory, or a model on the Hugging Face Hub by its id ``org/name`` or ``org/name@revision``.
 
-    An existing path always wins over a hub id. All headers and the config are read and checked here, no weights.
+    A path that exists takes precedence over a hub id. Reads and checks the configuration and all headers, no weights.
 
-    Raises ArchitectureError, SafetensorsError, TensorMismatchError, HubError, or CheckpointError for the rest.
+    Raises ArchitectureError, SafetensorsError, TensorMismatchError, HubError, and CheckpointError for anything else.
     """
     if isinstance(source, Path) or Path(source).exists() or not hub.is_hub_id(source):
         if revision is not None and Path(source).exists():
@@ -90,7 +90,10 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
 
 def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint:
-    """Open the checkpoint in a local directory; ``repo_id`` is where on the hub it came from."""
+    """Open the checkpoint in a local directory; ``repo_id`` is its id if it came from the hub.
+
+    Raises the errors of ``open_checkpoint``, except HubError.
+    """
     _check_directory(directory)
     config = read_config(directory)
     files, stored = open_tensor_files(directory)
@@ -103,19 +106,13 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
             )
         config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
         provenance = read_provenance(directory, repo_id)
-        return Checkpoint(directory, config, tensors, provenance, _inputs(directory), files)
+        # no output may replace a file of the checkpoint, read or not; GGUF files are outputs of earlier conversions
+        inputs = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.endswith(_OUTPUT_ENDS))
+        return Checkpoint(directory, config, tensors, provenance, tuple(inputs), files)
     except BaseException:
         for file in files:
             file.close()
         raise
-
-
-def _inputs(directory: Path) -> tuple[Path, ...]:
-    """Every file of the directory, so that no output replaces one of them, whether or not it is read.
-
-    GGUF files beside the checkpoint, and what belongs to them, are outputs of earlier conversions.
-    """
-    return tuple(sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.endswith(_OUTPUT_ENDS)))
 
 
 def _check_directory(directory: Path) -> None:

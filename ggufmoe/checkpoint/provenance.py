@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: its name, licence and base models, as far as its own files tell.
+"""Reads where a checkpoint comes from: its name, licence and base models.
 
-A merge leaves a record, ``ggufmoe.json``, in the directory that it writes; elsewhere the model card's front matter and
-the directory's or the hub's name are asked. A model card is prose from a stranger: what is odd in it is left out.
+Source is ``ggufmoe.json``, which ``merge`` writes, or else the front matter of the model card and the name of the
+directory or hub repository. Malformed fields of a model card are ignored.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _CACHE_FOLDER = re.compile(r"models--(.+?)--(.+)")
 
 
 def read_provenance(directory: Path, repo_id: str | None = None) -> Provenance:
-    """The provenance of the checkpoint in ``directory``; ``repo_id`` is its id on the hub, if it came from there.
+    """Read the provenance of the checkpoint in ``directory``; ``repo_id`` is its id if it came from the hub.
 
-    Raises CheckpointError only if there is a ``ggufmoe.json`` and it is malformed.
+    Raises CheckpointError only for a malformed ``ggufmoe.json``.
     """
     if (directory / RECORD).is_file():
         return read_record(directory)
@@ -54,7 +54,7 @@ def read_provenance(directory: Path, repo_id: str | None = None) -> Provenance:
 
 
 def base_model(id: str) -> BaseModel:
-    """A base model by the id or path that a card or recipe gives; only hub ids yield an organization and an address."""
+    """Make a BaseModel of the id or path in a card or recipe; organization and address are set for hub ids only."""
     if not _HUB_ID.fullmatch(id):
         return BaseModel(name=re.split(r"[/\\]", id.rstrip("/\\"))[-1] or id)
     organization, name = id.split("/")
@@ -62,13 +62,13 @@ def base_model(id: str) -> BaseModel:
 
 
 def record_json(provenance: Provenance) -> bytes:
-    """The content of ``ggufmoe.json``, from which ``read_provenance`` makes an equal object."""
+    """The content of ``ggufmoe.json`` for a provenance; ``read_record`` gives an equal object back."""
     value = asdict(replace(provenance, extra=dict(provenance.extra)))
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_record(directory: Path) -> Provenance:
-    """The provenance in ``ggufmoe.json``; CheckpointError for content that ``record_json`` does not write."""
+    """Read the provenance in ``ggufmoe.json``. Raises CheckpointError for content that ``record_json`` cannot write."""
     path = directory / RECORD
     value = read_object(path)
     try:
@@ -96,14 +96,14 @@ def _string_list(value: object) -> tuple[str, ...]:
 
 
 def _cached_repo(directory: Path) -> str | None:
-    """``org/name`` of a snapshot in a Hugging Face cache: models--ORG--NAME/snapshots/COMMIT."""
+    """The hub id of a directory in a Hugging Face cache, models--ORG--NAME/snapshots/COMMIT; None for any other."""
     home = directory.resolve()
     match = _CACHE_FOLDER.fullmatch(home.parent.parent.name) if home.parent.name == "snapshots" else None
     return f"{match[1]}/{match[2]}" if match else None
 
 
 def _front_matter(path: Path) -> Mapping[str, Any]:
-    """The YAML between the first two ``---`` lines of a model card; empty where there is none that can be read."""
+    """Read the YAML between the first two ``---`` lines of a model card; empty if there is none that can be read."""
     import yaml
 
     if not path.is_file():
@@ -121,7 +121,7 @@ def _front_matter(path: Path) -> Mapping[str, Any]:
 
 
 def _plain_loader() -> Any:
-    """PyYAML's safe loader without aliases, which can expand to gigabytes, and without deep nesting."""
+    """A subclass of PyYAML's SafeLoader that refuses aliases, which can expand to gigabytes, and deep nesting."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):

@@ -1,8 +1,8 @@
-"""Safetensors files: their headers checked to the letter of the specification, their bytes read by position.
+"""Safetensors files: checks their headers against the specification and reads their bytes by position.
 
 The specification is the README of huggingface/safetensors ("Format"). The reader of the ``safetensors`` library checks
-every header first. It tells no offsets and names no tensor in its errors, so the header is parsed here as well, with
-the same checks. Which files belong to a checkpoint is decided in ``shards``, what the tensors mean in ``layouts``.
+every header first. It gives no offsets and names no tensor in its errors, so the header is parsed here as well, with
+the same checks. ``shards`` finds the files of a checkpoint, ``layouts`` maps tensors to those of the model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DTYPE_BITS = {
     "I64": 64,
     "U64": 64,
 }
-"""Every dtype of the format, with its bits per value; ``layouts`` decides which of them can be weights."""
+"""Every dtype of the format to its bits per value; ``layouts`` checks which of them weights may have."""
 
 _MAX_DIMENSION = 2**63 - 1
 _KEYS = frozenset(("dtype", "shape", "data_offsets"))
@@ -66,7 +66,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """The checked header of one file."""
+    """The checked header of one safetensors file."""
 
     path: Path
     entries: Mapping[str, TensorEntry]
@@ -75,9 +75,9 @@ class SafetensorsHeader:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file; no tensor byte is touched.
+    """Read and check the header of a safetensors file, without reading tensor data.
 
-    Raises SafetensorsError, in one line, for a file that cannot be read or breaks the specification in any way.
+    Raises SafetensorsError for a file that cannot be read or breaks the specification.
     """
     try:
         with open(path, "rb") as file:
@@ -100,7 +100,7 @@ def _checked_header(path: Path, file: BinaryIO, file_bytes: int) -> SafetensorsH
 
 
 def _refusal(path: Path) -> str:
-    """Why the library's reader refuses a file; empty if it opens it. It maps the file and reads the header."""
+    """The reason why the safetensors library refuses a file, of which it reads the header; empty if it opens it."""
     try:
         with safe_open(path, framework="numpy"):
             return ""
@@ -205,7 +205,10 @@ def _check_coverage(path: Path, entries: Mapping[str, TensorEntry], data_begin: 
 
 
 class TensorFile(PositionalFile):
-    """A safetensors file whose header is checked; its bytes are read by position."""
+    """An open safetensors file with a checked header, whose bytes are read by position.
+
+    Raises SafetensorsError for a file that cannot be read or breaks the specification.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, SafetensorsError)

@@ -1,4 +1,4 @@
-"""Which files of a directory hold a checkpoint's tensors: one ``model.safetensors``, or an index and its shards.
+"""Finds and opens the tensor files of a checkpoint directory: one ``model.safetensors``, or an index and its shards.
 
 An index may name files of its own directory only (which may be links, as huggingface_hub makes them), and what it says
 of each tensor must agree with the shards. Weights in other formats are refused, with a way to convert them.
@@ -19,7 +19,7 @@ from ggufmoe.errors import CheckpointError, SafetensorsError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NUMBERED = "model-*-of-*.safetensors"
-"""A pattern of the names of shards."""
+"""Glob pattern of the names of shards."""
 
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _MAX_SHARDS = 10_000
@@ -28,11 +28,11 @@ Stored = Mapping[str, tuple[TensorFile, TensorEntry]]
 
 
 def open_tensor_files(directory: Path) -> tuple[tuple[TensorFile, ...], Stored]:
-    """Open every tensor file of a checkpoint; returns them, and each stored tensor by its name.
+    """Open all tensor files of a checkpoint; returns the files, and a map of stored names to file and entry.
 
-    A single ``model.safetensors`` comes before an index, as in transformers; without an index all numbered shards are
-    taken, or the only file whose name begins with ``model``. Raises SafetensorsError for files that break the
-    specification or do not fit the index, CheckpointError where there are no such files.
+    A single ``model.safetensors`` takes precedence over an index, as in transformers; without an index all numbered
+    shards are opened, or the only file whose name begins with ``model``. Raises SafetensorsError for files that break
+    the specification or do not match the index, CheckpointError if there are no such files.
     """
     has_index = not (directory / SINGLE).is_file() and (directory / INDEX).is_file()
     weight_map = read_index(directory) if has_index else None
@@ -50,9 +50,9 @@ def open_tensor_files(directory: Path) -> tuple[tuple[TensorFile, ...], Stored]:
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """Tensor name to shard name from the directory's index; every shard is a file of the directory.
+    """Read the index of a directory: a map of tensor names to names of shards, which all exist.
 
-    Raises SafetensorsError if the index is malformed or shards are missing.
+    Raises SafetensorsError if the index is malformed or shards are missing, CheckpointError for broken links.
     """
     weight_map = parse_index(directory / INDEX)
     shards = sorted(set(weight_map.values()))
@@ -66,7 +66,7 @@ def read_index(directory: Path) -> dict[str, str]:
 
 
 def _unindexed(directory: Path) -> list[str]:
-    """The names of the tensor files of a directory without an index."""
+    """Find the names of the tensor files of a directory without using an index."""
     if (directory / SINGLE).is_file():
         return [SINGLE]
     names = sorted(path.name for path in directory.glob("model*.safetensors") if path.is_file())
@@ -120,7 +120,7 @@ def _stored(directory: Path, files: list[TensorFile]) -> Stored:
 def _check_index(directory: Path, weight_map: Mapping[str, str], stored: Stored) -> None:
     for name, shard in weight_map.items():
         if name not in stored and (is_harmless(name) or name.endswith("lm_head.weight")):
-            continue  # a buffer, or an output that is the embedding: whether it is needed is judged with the others
+            continue  # a buffer, or an output tied to the embedding; layouts checks whether it is needed
         if name not in stored or stored[name][0].path.name != shard:
             raise SafetensorsError(f"{directory / INDEX} puts {name!r:.100} into {shard}, which does not hold it")
     unlisted = [name for name in stored if name not in weight_map and not is_harmless(name)]
@@ -133,12 +133,12 @@ def _check_index(directory: Path, weight_map: Mapping[str, str], stored: Stored)
 
 
 def check_links(directory: Path) -> None:
-    """Raise CheckpointError if files of a directory are links to nothing, as in a cache that has lost its blobs."""
+    """Raise CheckpointError if a directory has broken links, as a cache has whose blobs were deleted."""
     broken = sorted(path.name for path in directory.iterdir() if path.is_symlink() and not path.exists())
     if broken:
         raise CheckpointError(
-            f"{directory} has links that lead nowhere: {_listed(broken)}; their targets were moved or deleted: fetch "
-            "these files again"
+            f"{directory} has broken links: {_listed(broken)}; their targets were moved or deleted: fetch these files "
+            "again"
         )
 
 

@@ -1,8 +1,8 @@
-"""What the convert half passes from room to room: a model as named tensors that are read by rows.
+"""The interface of a model that can be exported: a configuration, and named tensors that are read by rows.
 
-``Checkpoint`` (this room) and ``MergedModel`` (merge) both give a ``ModelSource``; whoever consumes one cannot tell
-which it was given. Tensor names are Hugging Face's classic ones, whatever the layout on disk: for Mixtral
-``model.layers.N.block_sparse_moe.gate.weight`` and ``model.layers.N.block_sparse_moe.experts.E.{w1,w2,w3}.weight``.
+``Checkpoint`` (checkpoint) and ``MergedModel`` (merge) implement ``ModelSource``. Tensors have Hugging Face's classic
+names, whatever the layout on disk: for Mixtral ``model.layers.N.block_sparse_moe.gate.weight`` and
+``model.layers.N.block_sparse_moe.experts.E.{w1,w2,w3}.weight``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
 
 
 class Dtype(Enum):
-    """Storage types of source weights; numpy has no bfloat16, so BF16 rows are arrays of their uint16 bits."""
+    """Storage types of source weights. BF16 rows are arrays of uint16 bits, because numpy has no bfloat16."""
 
     BF16 = "BF16"
     F16 = "F16"
@@ -40,7 +40,7 @@ class Dtype(Enum):
 
     @property
     def ggml_type(self) -> GGMLType:
-        """The tensor type of GGUF files that stores weights of this dtype as they are."""
+        """The GGUF tensor type of the same name, which stores weights of this dtype unchanged."""
         return GGMLType[self.value]
 
     @property
@@ -68,9 +68,9 @@ class SourceTensor(Protocol):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rope scaling of a config: ``kind`` is none, linear, dynamic, yarn or llama3; ``parameters`` the config's keys.
+    """Rope scaling of a config: ``kind`` is none, linear, dynamic, yarn or llama3.
 
-    A flag (``truncate``) is 0 or 1.
+    ``parameters`` has the keys of the config; the flag ``truncate`` is 0 or 1.
     """
 
     kind: str = "none"
@@ -102,7 +102,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     sliding_window: int | None = None
-    """How many tokens back a token attends to, itself included; None for all."""
+    """Number of last tokens that a token attends to, itself included; None for all."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """config.json as it was read."""
 
@@ -119,7 +119,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from; all that is known of it is written to the ``general.*`` keys of a GGUF file."""
+    """Where a model comes from: the values of the ``general.*`` keys of a GGUF file."""
 
     name: str
     license: str | None = None
@@ -129,7 +129,7 @@ class Provenance:
     languages: tuple[str, ...] = ()
     base_models: tuple[BaseModel, ...] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
-    """Further string keys for the GGUF, full key to value (a merge's recipe and gate mode)."""
+    """Further string keys of the GGUF file, full key to value, such as recipe and gate mode of a merge."""
 
 
 DEGENERATE_CONDITION = 5.0
@@ -138,10 +138,10 @@ DEGENERATE_CONDITION = 5.0
 
 @dataclass(frozen=True)
 class PromptPreference:
-    """The softmax weight that every expert of each layer gets from one prompt.
+    """The softmax weights that the router gives to the experts of each layer for one prompt.
 
-    Measured on the base model's own hidden states where the gate mode computes them, else on embeddings; the merged
-    model's states drift from these as its experts differ.
+    Computed from hidden states of the base model if the gate mode computes them, else from embeddings. The hidden
+    states of the merged model deviate from these the more its experts differ.
     """
 
     expert: int
@@ -158,7 +158,7 @@ class PromptPreference:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """What a router will do: how alike its experts' rows are, and which experts each prompt goes to."""
+    """Describes a computed router: how similar the rows of its experts are, and to which experts each prompt goes."""
 
     gate_mode: str
     cosines: tuple[tuple[tuple[float, ...], ...], ...]
@@ -207,17 +207,17 @@ class ModelSource(Protocol):
         on_progress: OnProgress | None = None,
         cancel: CancelFlag | None = None,
     ) -> None:
-        """Compute what cannot be read; to be called after planning, before the first row. Most models need nothing.
+        """Compute the tensors that no file holds, such as a router; call it after planning, before reading rows.
 
         ``threads`` is None for one thread per usable core. Raises Cancelled when ``cancel`` is set.
         """
 
     @property
     def router_report(self) -> RouterReport | None:
-        """The report of a router that ``prepare`` has computed; None before, and for a router that is read."""
+        """The report on the router that ``prepare`` computed; None before that, and for a router that is read."""
 
     @property
     def model_card(self) -> str | None:
-        """The README.md to write beside the weights when the model is written as a checkpoint; None for no README."""
+        """The README.md that is written beside the weights of a checkpoint; None for no README."""
 
     def close(self) -> None: ...

@@ -1,6 +1,6 @@
-"""The tokenizer files of a directory, read once, each bounded in size and checked to be what it should.
+"""Reads the tokenizer files of a directory, up to a maximum size.
 
-Whatever these files hold was written by others: every access goes through a typed getter that names the file.
+The files are untrusted: values are read through typed getters, whose errors name the file.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from ggufmoe.files import decode_text, what_instead
 _LOG = logging.getLogger("ggufmoe")
 
 MAX_TOKENIZER_BYTES = 256 << 20
-"""Above any real tokenizer file; the largest, of 256,000 tokens, have 35 MB."""
+"""Above any real tokenizer file; those of 256,000 tokens have 35 MB."""
 _LOOKED_FOR = "tokenizer.model, tokenizer.json"
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """An added token: it is cut out of a text before the rest of the text is split."""
+    """An added token, which the tokenizer finds in a text before it splits the rest."""
 
     id: int
     content: str
     special: bool
     normalized: bool = False
     strips: bool = False
-    """Whether it also takes the spaces around it, or matches whole words only; llama.cpp can do neither."""
+    """Whether it strips the spaces around it or matches whole words only; llama.cpp supports neither."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a tokenizer directory holds; absent JSON files are empty objects."""
+    """The contents of the tokenizer files of a directory; a JSON file that is missing is an empty object."""
 
     directory: Path
     model: bytes | None
-    """``tokenizer.model``, sentencepiece's protocol buffer."""
+    """``tokenizer.model``, a protocol buffer of sentencepiece; None if it is missing."""
     json: Mapping[str, Any]
     """``tokenizer.json``."""
     config: Mapping[str, Any]
@@ -55,7 +55,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, directory: Path) -> TokenizerFiles:
-        """Read the directory; TokenizerError if it has no tokenizer, or a file that cannot be used."""
+        """Read the files of a directory. Raises TokenizerError if it has no tokenizer or a file cannot be read."""
         files = cls(
             directory=directory,
             model=_bytes(directory / "tokenizer.model"),
@@ -71,35 +71,35 @@ class TokenizerFiles:
 
     @property
     def json_path(self) -> Path:
-        """Where ``tokenizer.json`` is, for messages."""
+        """The path of ``tokenizer.json``, for messages."""
         return self.directory / "tokenizer.json"
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether ``tokenizer.json`` works on bytes (GPT-2's way) rather than on characters with byte fallback."""
+        """Whether ``tokenizer.json`` is byte-level BPE (as in GPT-2), not BPE on characters with byte fallback."""
         steps = [*nodes(self.json.get("pre_tokenizer"), "pretokenizers"), *nodes(self.json.get("decoder"), "decoders")]
         return any(step.get("type") == "ByteLevel" for step in steps)
 
     def added_in_json(self) -> list[AddedToken]:
-        """``added_tokens`` of ``tokenizer.json``."""
+        """The tokens in ``added_tokens`` of ``tokenizer.json``. Raises TokenizerError if malformed."""
         entries = expect(self.json.get("added_tokens") or [], list, self.json_path, "added_tokens")
         return [_added(entry, None, self.json_path) for entry in entries]
 
     def added_in_config(self) -> list[AddedToken]:
-        """``added_tokens_decoder`` of ``tokenizer_config.json``."""
+        """The tokens in ``added_tokens_decoder`` of ``tokenizer_config.json``. Raises TokenizerError if malformed."""
         path = self.directory / "tokenizer_config.json"
         entries = expect(self.config.get("added_tokens_decoder") or {}, dict, path, "added_tokens_decoder")
         return [_added(entry, key, path) for key, entry in entries.items()]
 
     def added_in_file(self) -> list[AddedToken]:
-        """``added_tokens.json``, none of them special."""
+        """The tokens of ``added_tokens.json``, none of them special. Raises TokenizerError if malformed."""
         path = self.directory / "added_tokens.json"
         added = self.added.items()
         return [AddedToken(expect(value, int, path, content), content, special=False) for content, value in added]
 
 
 def nodes(value: Any, children: str) -> Iterator[Mapping[str, Any]]:
-    """A step of tokenizer.json and, where it is a sequence, every step inside it; nothing for null."""
+    """Yield a processing step of tokenizer.json or, if it is a sequence, the steps inside it; nothing for null."""
     if isinstance(value, Mapping):
         if value.get("type") == "Sequence":
             inner = value.get(children)
@@ -110,7 +110,7 @@ def nodes(value: Any, children: str) -> Iterator[Mapping[str, Any]]:
 
 
 def expect(value: Any, kind: type, path: Path, what: str) -> Any:
-    """``value`` if it is a ``kind`` (a bool is no int), else TokenizerError."""
+    """Return ``value`` if it is an instance of ``kind`` (a bool is not an int). Raises TokenizerError otherwise."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TokenizerError(f"{path}: {what} should be a {kind.__name__}, found {type(value).__name__}")
     return value

@@ -53,7 +53,7 @@ def test_the_newest_place_wins_and_says_so(tmp_path: Path, caplog: pytest.LogCap
     assert caplog.text == ""
     write(tmp_path, chat_template_jinja=b"newest")
     assert default_chat_template(directory) == "newest"
-    assert "chat_template.jinja is taken; tokenizer_config.json has another chat template" in caplog.text
+    assert "chat_template.jinja is used; tokenizer_config.json has another chat template" in caplog.text
 
 
 def test_two_places_that_agree_are_no_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -94,9 +94,7 @@ def test_a_link_to_nothing_is_called_one(name: str, tmp_path: Path) -> None:
     directory = tiny.make_checkpoint(tmp_path / "model")
     (directory / name).unlink()
     (directory / name).symlink_to("../blobs/gone")
-    with pytest.raises(
-        CheckpointError, match=r"\.\./blobs/gone, which does not exist|links that lead nowhere: "
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"\.\./blobs/gone, which does not exist|broken links: ") as caught:
         open_checkpoint(directory)
     assert name in str(caught.value)
     (tmp_path / "link").symlink_to(tmp_path / "gone")

@@ -200,7 +200,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
         f"{tmp_path / 'spoilt'} does not hold the tensors of its config.json; "
         "missing: model.layers.0.block_sparse_moe.experts.1.w2.weight, model.norm.weight; "
         "left over: model.layers.0.self_attn.q_proj.bias, model.layers.2.input_layernorm.weight; "
-        "wrongly shaped: model.embed_tokens.weight is [399, 256] where config.json makes it [400, 256]"
+        "wrongly shaped: model.embed_tokens.weight is [399, 256], by config.json it should be [400, 256]"
     )
 
 
@@ -215,7 +215,9 @@ def test_a_long_report_stays_one_line(tmp_path: Path) -> None:
 
 def test_a_config_of_absurd_size_is_answered_soon(tmp_path: Path) -> None:
     directory = tiny.make_checkpoint(tmp_path / "absurd", config={"num_hidden_layers": 512, "num_local_experts": 512})
-    with pytest.raises(TensorMismatchError, match=r"holds 29 tensors where its config\.json makes at least 790528"):
+    with pytest.raises(
+        TensorMismatchError, match=r"holds 29 tensors, but a model of its config\.json has at least 790528"
+    ):
         open_checkpoint(directory)
 
 
