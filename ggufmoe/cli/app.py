@@ -344,7 +344,7 @@ def _wrong_usage(error: Any) -> int:
         name = error.option_name
         longer = [flag for given in parameters for flag in given.opts if len(name) > 3 and flag.startswith(name)]
         near = longer or difflib.get_close_matches(name, error.possibilities or (), n=1)
-        message = f"no such option: {name}" + (f"; did you mean {near[0]}?" if near else "")
+        message = f"No such option: {name}" + (f"; did you mean {near[0]}?" if near else "")
         if takes_prompt and not near:
             message += "; a PROMPT that begins with - stands after --"
     elif hasattr(error, "param_type") and getattr(parameter, "param_type_name", "") == "argument":  # a missing argument
