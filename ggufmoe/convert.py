@@ -241,7 +241,7 @@ def write_gguf(
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The result of a merge: the directory, its weight files, and the router's report on the recipe's prompts."""
+    """The result of a merge: the files written, the bytes and seconds it took, and the router's report."""
 
     directory: Path
     paths: tuple[Path, ...]

@@ -55,7 +55,7 @@ class ArchitectureError(CheckpointError):
 
 
 class TensorMismatchError(CheckpointError):
-    """Tensors are missing, left over or wrongly shaped; the message names all of them."""
+    """Tensors are missing, left over or wrongly shaped; the message names up to eight of each kind."""
 
 
 class NonFiniteError(CheckpointError):
@@ -113,7 +113,7 @@ class EngineError(GgufmoeError):
 
 
 class EngineMissingError(EngineError):
-    """llama-cpp-python is absent, or is not the pinned version."""
+    """llama-cpp-python is absent, cannot be loaded, or lacks a function or type that ggufmoe needs."""
 
 
 class ModelLoadError(EngineError):

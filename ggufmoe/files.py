@@ -2,8 +2,8 @@
 is complete, and checking whether an output can be written where it is wanted.
 
 Positional reads go straight into the caller's buffer. Against a memory map they leave nothing of the file in the
-process's resident memory, a file that shrinks is an error and not SIGBUS, and they are not slower. What the bytes mean
-is said by whoever opened the file.
+process's resident memory, a file that shrinks is an error and not SIGBUS, and they are not slower. The callers know
+what the bytes mean.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FOREIGN = (
 
 
 def what_instead(path: Path) -> str | None:
-    """What there is at a path in place of the expected file, and what to do; None if that cannot be told.
+    """What is at ``path`` instead of the expected file, and what to do; None if nothing can be said.
 
     Knows links to nothing, git-lfs pointers, pages that were saved instead of files, and archives.
     """

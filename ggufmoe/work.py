@@ -78,7 +78,10 @@ class Work:
             raise Cancelled(self._stopped)
 
     def advance(self, amount: float, item: str) -> None:
-        """Count ``amount`` finished units and report them; ``on_progress`` is never called by two threads at once."""
+        """Add ``amount`` finished units and report them with the name of the finished ``item``. Thread-safe.
+
+        ``on_progress`` is never called by two threads at once.
+        """
         with self._lock:
             self._done += amount
             if self._on_progress is not None:

@@ -19,7 +19,7 @@ from ggufmoe.checkpoint.jsonfile import read_object
 from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
 from ggufmoe.errors import ArchitectureError, CheckpointError
 from ggufmoe.files import what_instead
-from ggufmoe.options.limits import MAX_EXPERTS
+from ggufmoe.options.limits import MAX_EXPERTS, MAX_LAYERS
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -49,9 +49,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 _MAX_SIZE = 2**31 - 1
-_MAX_LAYERS = 512
-"""LLAMA_MAX_LAYERS of llama.cpp (src/llama-hparams.h)."""
-
 _MAX_FOLDERS = 1000
 """How many subfolders of a directory without config.json are searched for one, to name it in the message."""
 
@@ -130,7 +127,7 @@ def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
     theta, scaling = _rope(keys)
     config = ModelConfig(
         architecture=architecture,
-        n_layer=keys.size("num_hidden_layers", maximum=_MAX_LAYERS),
+        n_layer=keys.size("num_hidden_layers", maximum=MAX_LAYERS),
         n_embd=n_embd,
         n_ff=keys.size("intermediate_size"),
         n_head=n_head,

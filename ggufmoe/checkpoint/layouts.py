@@ -196,8 +196,8 @@ def arrange(
 
     ``stored`` maps the names in the files, which may have prefixes of wrappers, to file and entry. An
     ``lm_head.weight`` is kept even if the config ties the embeddings, as in llama.cpp's converter
-    (``conversion/llama.py``). Raises TensorMismatchError with all tensors that are missing, left over or wrongly
-    shaped, and CheckpointError for weights that are quantized or not BF16, F16 or F32.
+    (``conversion/llama.py``). Raises TensorMismatchError if tensors are missing, left over or wrongly shaped (it names
+    up to eight of each kind), and CheckpointError for weights that are quantized or not BF16, F16 or F32.
     """
     if (made := what_made(stored)) is not None:
         raise CheckpointError(f"{where} {made}")

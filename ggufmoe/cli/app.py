@@ -364,15 +364,15 @@ def _known_error(error: GgufmoeError, debug: bool) -> int:
 def _refused_by_the_system(error: OSError, debug: bool) -> int:
     _trace(error, debug)
     where = "" if error.filename is None else f"{str(error.filename)[:200]}: "
-    return _say(f"error: {where}{one_line(error.strerror or error, None)} (an answer of the operating system)", 1)
+    return _say(f"error: {where}{one_line(error.strerror or error, None)} (reported by the operating system)", 1)
 
 
 def _defect(error: Exception, debug: bool) -> int:
     _trace(error, debug)
     if isinstance(error, MemoryError):
-        return _say("error: there is not enough memory for this (an answer of the operating system)", 1)
+        return _say("error: there is not enough memory for this (reported by the operating system)", 1)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return _say("error: no further thread can be started; see 'ulimit -u' (an answer of the operating system)", 1)
+        return _say("error: no further thread can be started; see 'ulimit -u' (reported by the operating system)", 1)
     if debug:
         return 1
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

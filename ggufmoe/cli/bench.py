@@ -32,7 +32,9 @@ class BenchOptions:
     n_prompt: Values = option(
         (), "-p", "--n-prompt", help="Prompts of N tokens; 0: none. [default: 512]", metavar="N,..."
     )
-    n_gen: Values = option((), "-n", "--n-gen", help="N tokens one by one; 0: none. [default: 128]", metavar="N,...")
+    n_gen: Values = option(
+        (), "-n", "--n-gen", help="N tokens computed one at a time; 0: none. [default: 128]", metavar="N,..."
+    )
     pg: Values = option((), "-pg", help="A prompt of PP tokens, then TG one by one, timed together.", metavar="PP,TG")
     n_depth: Values = option(
         (), "-d", "--n-depth", help="Tokens that are in the cache before, not timed. [default: 0]", metavar="N,..."
@@ -63,7 +65,9 @@ class BenchOptions:
     rpc: str | None = single(OffloadOptions, "rpc")
     repetitions: int = option(5, "-r", "--repetitions", help="How often each test is timed.", metavar="N")
     no_warmup: bool = option(False, "--no-warmup", help="No run before those that are timed.")
-    output: Literal["md", "csv", "json", "jsonl"] = option("md", "-o", "--output", help="What stdout gets.")
+    output: Literal["md", "csv", "json", "jsonl"] = option(
+        "md", "-o", "--output", help="Format of the results on stdout."
+    )
 
     def __post_init__(self) -> None:
         if self.repetitions < 1:

@@ -32,7 +32,11 @@ class Printer(Protocol):
 def make_printer(
     kind: str, stream: TextIO, machine: MeasuredMachine, cases: Sequence[Case], given: Collection[str]
 ) -> Printer:
-    """The printer for ``md``, ``csv``, ``json`` or ``jsonl``; ``given`` names the options that deserve a column."""
+    """The printer for the output format ``kind``: ``md``, ``csv``, ``json`` or ``jsonl``.
+
+    ``given`` are the names of the options set on the command line; the Markdown table has a column for those that it
+    knows.
+    """
     if kind == "md":
         return MarkdownPrinter(stream, machine, cases, given)
     if kind == "csv":
@@ -71,7 +75,7 @@ def _csv_value(value: Any) -> Any:
 
 
 class JsonPrinter:
-    """One array of objects, or one object a line."""
+    """Prints results as JSON: one array of objects, or with ``lines`` one object per line (JSON Lines)."""
 
     def __init__(self, stream: TextIO, machine: MeasuredMachine, *, lines: bool) -> None:
         self._stream = stream

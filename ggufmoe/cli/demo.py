@@ -44,7 +44,7 @@ def demo_command(
     quant: Annotated[
         str, typer.Option("-q", "--quant", help="File type.", metavar="TYPE", autocompletion=file_types)
     ] = "Q4_K_M",
-    chat: Annotated[bool, typer.Option("--chat", help="Go on with a conversation.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Continue with a conversation.")] = False,
 ) -> None:
     """Merge two tiny models that come with ggufmoe into a mixture of experts, quantize it and ask it; offline."""
     console = make_console(markup=True)
@@ -199,7 +199,7 @@ def _say_command(console: Console, command: str) -> None:
 
 
 def program_as_typed() -> str:
-    """How this program is called: by its name, by the path that was typed, or as a module of this interpreter."""
+    """The command that starts this program, for printing: its name, the path typed, or ``PYTHON -m ggufmoe``."""
     typed = Path(sys.argv[0])
     found = shutil.which("ggufmoe")
     if typed.stem != "ggufmoe":

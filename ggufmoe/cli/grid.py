@@ -61,9 +61,10 @@ def single(kind: type, name: str) -> Any:
 
 
 def combinations(options: Any, kind: type[OptionsT]) -> tuple[OptionsT, ...]:
-    """One ``kind`` for each combination of the values of the fields that belong to it; the first changes slowest.
+    """One ``kind`` object for each combination of the listed values; the first field varies slowest.
 
-    Raises OptionError for a value that is none.
+    Fields of ``options`` that do not belong to ``kind`` are ignored. Raises OptionError for a value that ``kind`` does
+    not accept.
     """
     mine = [spec for spec in fields(options) if spec.metadata.get("of") is kind]
     values = [_values(spec, kind, getattr(options, spec.name)) for spec in mine]

@@ -90,7 +90,7 @@ def _as_dict(report: ModelReport, similarity: ExpertSimilarity | None, checked: 
 
 def _print_recipe_alone(model: Path, merge: MergeReport | None) -> None:
     if merge is None:
-        raise InputError(f"{model}: tells of no recipe: `ggufmoe convert RECIPE.yaml` records it, other tools do not")
+        raise InputError(f"{model}: contains no recipe: `ggufmoe convert RECIPE.yaml` records it, other tools do not")
     for line in merge.recipe.splitlines():
         print(printable(line, len(line)))
 

@@ -30,11 +30,11 @@ def plan_command(
     offload: OffloadOptions,
     vram: Annotated[
         list[str] | None,
-        typer.Option("--vram", help="Imagine a GPU with so much memory, for example 8G; repeatable.", metavar="SIZE"),
+        typer.Option(
+            "--vram", help="Plan for a GPU with this much memory, for example 8G; repeatable.", metavar="SIZE"
+        ),
     ] = None,
-    ram: Annotated[
-        str | None, typer.Option("--ram", help="Imagine so much memory beside the CPU.", metavar="SIZE")
-    ] = None,
+    ram: Annotated[str | None, typer.Option("--ram", help="Plan for this much main memory.", metavar="SIZE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Show what goes where and how many bytes, before anything is loaded.

@@ -28,9 +28,10 @@ _MIN_ELAPSED_S, _MIN_SHARE, _LONG_ELAPSED_S = 2.0, 0.02, 15.0
 def progress_display(
     what: str, *, phase: str = "write", quiet: bool = False, stream: TextIO | None = None
 ) -> ProgressLine:
-    """The display of work on bytes, on stderr by default; ``quiet`` shows nothing.
+    """A progress display: a context manager that draws each ``Progress`` report passed to ``update``.
 
-    ``phase`` is the main one, shown as ``what``; others are shown under their own names.
+    It draws on ``stream``, stderr by default; with ``quiet`` it draws nothing. The main phase ``phase`` is shown as
+    ``what``, other phases under their own names.
     """
     return ProgressLine(what, stream, phase=phase, quiet=quiet)
 

@@ -36,15 +36,17 @@ class RouteOptions:
     prompts: Path | None = option(
         None, "--prompts", help='Compare by label: lines of {"label": ..., "prompt": ...}.', metavar="FILE.jsonl"
     )
-    generate: int = option(0, "--generate", help="Go on with so many of the likeliest tokens.", metavar="N")
+    generate: int = option(0, "--generate", help="Also generate N tokens, always the most likely one.", metavar="N")
     chat: bool = option(False, "--chat", help="Put each prompt into the model's chat template.")
     layer: int | None = option(None, "--layer", help="Colour by one layer, not by the mean of all.", metavar="L")
     capacity_factor: float = option(
-        1.0, "--capacity-factor", help="Room in each expert, 1: its even part.", metavar="X"
+        1.0, "--capacity-factor", help="Capacity of each expert as a multiple of its even share.", metavar="X"
     )
-    html: Path | None = option(None, "--html", help="Write a page that explains itself.", metavar="FILE")
+    html: Path | None = option(None, "--html", help="Write a self-contained HTML page.", metavar="FILE")
     png: Path | None = option(None, "--png", help="Write a picture (needs matplotlib).", metavar="FILE")
-    json: Path | None = option(None, "--json", help="Write all numbers; - for stdout, alone.", metavar="FILE")
+    json: Path | None = option(
+        None, "--json", help="Write all numbers as JSON; -: to stdout, and nothing else.", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         if self.generate < 0:

@@ -34,7 +34,7 @@ class RunOptions:
 def run_command(
     model: Annotated[Path, typer.Argument(help="GGUF file.")],
     prompt: Annotated[
-        str | None, typer.Argument(help="What to say; - reads it from stdin, as does a pipe without a prompt.")
+        str | None, typer.Argument(help="The prompt; - reads it from stdin, as does a pipe without a prompt.")
     ] = None,
     *,
     run: RunOptions,

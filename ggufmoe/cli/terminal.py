@@ -118,7 +118,7 @@ def why_ended(last: Finished, full: str, length: str = "--n-predict") -> str | N
 
 
 def speeds(timing: Timing) -> str:
-    """One line with the tokens of the prompt and of the answer, and the tokens per second of both."""
+    """One line for people: prompt tokens computed and reused, answer tokens, and tokens per second of both."""
     computed = timing.prompt_tokens - timing.cached_tokens
     reused = f" ({timing.cached_tokens} reused)" if timing.cached_tokens else ""
     prompt = f"prompt: {counted(computed, 'token')}{reused}{_speed(timing.prompt_tokens_per_s)}"

@@ -117,7 +117,7 @@ class Result:
 
 @dataclass(frozen=True)
 class MeasuredMachine:
-    """The machine and the engine that were measured."""
+    """What was measured on: CPU, physical cores, bytes of memory, GPUs, ggml backends, and the engine's version."""
 
     cpu: str
     n_cores: int

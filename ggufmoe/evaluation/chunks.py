@@ -112,7 +112,11 @@ def cut_chunks(engine: Engine, text: str, options: EvaluationOptions) -> Chunks:
 def scored_blocks(
     part: ComputedPart, number: int, chunk: Sequence[int]
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Logits of one chunk, (rows, n_vocab), with the token that really followed each row: a few rows at a time."""
+    """Pairs of logits (n, n_vocab) and next-token ids (n,) for the scored positions of one chunk in ``part``.
+
+    ``number`` is the chunk's number in the text and ``chunk`` its tokens; n is at most _BLOCK_ROWS. The logits are
+    views, valid until the next part is computed.
+    """
     rows = part.logits(number)
     targets = np.asarray(chunk, np.int64)[part.scored.start + 1 : part.scored.stop + 1]
     for begin in range(0, len(targets), _BLOCK_ROWS):

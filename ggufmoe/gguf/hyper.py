@@ -27,27 +27,27 @@ class TypedMetadata:
         self.metadata = metadata
 
     def text(self, key: str) -> str | None:
-        """The value of a key that should be a string."""
+        """The string under ``key``; None if it is absent or of another type."""
         value = self.plain(key)
         return value if isinstance(value, str) else None
 
     def flag(self, key: str) -> bool | None:
-        """The value of a key that should be a bool."""
+        """The bool under ``key``; None if it is absent or of another type."""
         value = self.plain(key)
         return value if isinstance(value, bool) else None
 
     def whole(self, key: str) -> int | None:
-        """The value of a key that should be an integer."""
+        """The integer under ``key``; None if it is absent or of another type."""
         value = self.plain(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def number(self, key: str) -> float | None:
-        """The value of a key that should be an integer or a float, as a float."""
+        """The number under ``key``, integer or float, as a float; None if it is absent or of another type."""
         value = self.plain(key)
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def items(self, key: str, kind: type) -> list[Any] | None:
-        """The value of a key that should be an array whose items all have the Python type ``kind``."""
+        """The array under ``key`` if all its items have the Python type ``kind``; None if not, or if it is absent."""
         value = self.plain(key)
         fits = isinstance(value, list) and all(type(item) is kind for item in value)
         return value if fits else None
@@ -66,7 +66,7 @@ class TypedMetadata:
         return value is None or (type(first) is int and first >= 0)
 
     def plain(self, key: str) -> Any:
-        """The value of a key, of any type."""
+        """The value under ``key``, of any type; None if it is absent."""
         found = self.metadata.get(key)
         return None if found is None else found.value
 

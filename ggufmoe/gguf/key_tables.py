@@ -1,4 +1,4 @@
-"""Tables of metadata keys that several rooms need: recommended sampling, and special tokens."""
+"""Tables of metadata keys that several packages need: recommended sampling, and special tokens."""
 
 from __future__ import annotations
 

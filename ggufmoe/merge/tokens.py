@@ -46,7 +46,7 @@ class TokenPlan:
     """Where the tokenizer's files are."""
     n_vocab: int
     ids: Mapping[str, int]
-    """Every token that has a row, added ones included; empty where nobody asked."""
+    """Token text to id, for every token that has a row; empty if the base's tokens are kept."""
     runs: tuple[RowRun, ...]
     bos_token_id: int | None
     eos_token_id: int | None
@@ -64,7 +64,7 @@ class KnownTokens:
         self._source = source
         try:
             self.files: TokenizerFiles | None = TokenizerFiles.read(source.tokenizer_dir)
-        except TokenizerError:  # whoever needs a tokenizer tells what is wrong with it
+        except TokenizerError:  # raised again where a tokenizer is needed
             self.files = None
         self.added = dict(self._added())
         """Added tokens by text: id and flags, in the words of tokenizer.json."""
@@ -97,7 +97,7 @@ class KnownTokens:
         return [*([named] if isinstance(named, str) else []), *(self.texts[i] for i in flat if i in self.texts)]
 
     def lacking_in(self, ids: Mapping[str, int]) -> list[str]:
-        """Tokens of this model that its chat template writes and a vocabulary with ``ids`` does not have."""
+        """Tokens that this model's chat template writes and that ``ids`` (token text to id) lacks, sorted."""
         template = default_chat_template(self._source.tokenizer_dir) or ""
         written = {text for text in self.added if len(text) > 1 and text in template}
         written |= {text for text in special_literals(template) if text in self.ids}

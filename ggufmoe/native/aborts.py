@@ -39,7 +39,7 @@ _FIRST_MARK = 2**20
 
 
 class AbortWatch:
-    """Which threads compute for whom, and who is told of an abort. A process has one: ``abort_watch``."""
+    """Delivers aborts of llama.cpp to the engine whose computation caused them. One per process: ``abort_watch``."""
 
     def __init__(self) -> None:
         self.is_disabled = False
@@ -50,7 +50,7 @@ class AbortWatch:
         self._kept: list[Any] = []
 
     def attach(self) -> None:
-        """From now on, for the rest of the process, hear of aborts and of C++ exceptions without a handler."""
+        """Install handlers for ggml's aborts and unhandled C++ exceptions, for the rest of the process."""
         if self.is_disabled or self._kept:
             return
         library = native.library()
@@ -67,7 +67,7 @@ class AbortWatch:
 
     @contextmanager
     def computing(self, on_abort: OnAbort, is_busy: Callable[[], bool]) -> Iterator[None]:
-        """While the block runs, an abort in this thread, or in one that ggml has started for it, is told.
+        """While the block runs, report an abort in this thread, or in a thread that ggml started for it.
 
         ``on_abort`` is called in the thread that is lost, with what llama.cpp said; it may be called more than once,
         and must not wait. ``is_busy`` tells whether this thread computes at the moment.

@@ -2,7 +2,7 @@
 
 Every symbol is looked up through libllama's own handle, which on POSIX also searches its dependencies; loading libggml
 by its file would give a second instance with a registry of its own. ctypes releases the interpreter's lock during a
-call, so native code runs on several threads at once. The other modules of this room call what is declared here.
+call, so native code runs on several threads at once. The other modules of this package call what is declared here.
 """
 
 from __future__ import annotations

@@ -32,10 +32,20 @@ class ComputeOptions:
         between=(0, MAX_INT32),
     )
     n_batch: int = option(
-        2048, "-b", "--batch-size", help="Tokens given to llama.cpp at once.", metavar="N", between=(1, MAX_INT32)
+        2048,
+        "-b",
+        "--batch-size",
+        help="Logical batch: most tokens passed to llama.cpp in one call.",
+        metavar="N",
+        between=(1, MAX_INT32),
     )
     n_ubatch: int = option(
-        512, "-ub", "--ubatch-size", help="Tokens computed at once.", metavar="N", between=(1, MAX_INT32)
+        512,
+        "-ub",
+        "--ubatch-size",
+        help="Physical batch: most tokens computed in one step.",
+        metavar="N",
+        between=(1, MAX_INT32),
     )
     n_threads: int | None = option(
         None,
@@ -79,7 +89,7 @@ class ContextOptions(ComputeOptions):
         1024,
         "-cram",
         "--cache-ram",
-        help="Main memory that keeps the caches of other conversations, in MiB; 0: none.",
+        help="Main memory for KV cache copies of other conversations, in MiB; 0: none.",
         metavar="MiB",
         between=(0, MAX_INT32),
     )

@@ -86,7 +86,10 @@ class OffloadOptions:
         None, "-dev", "--device", help="Devices to use, by name; none: only the CPU.", metavar="DEV1,DEV2,..."
     )
     kv_offload: bool = option(
-        True, "--kv-offload/--no-kv-offload", "-kvo/-nkvo", help="Keep the KV cache beside the layers it belongs to."
+        True,
+        "--kv-offload/--no-kv-offload",
+        "-kvo/-nkvo",
+        help="Keep each layer's KV cache on the device that has the layer.",
     )
     no_host: bool = option(
         False, "--no-host", help="Do not pin the weights in main memory for a GPU; they can then be repacked."

@@ -152,7 +152,7 @@ class SamplingOptions:
     xtc_probability: float | None = option(
         None,
         "--xtc-probability",
-        help="How often all likely tokens but the least likely of them are dropped (XTC); 0: never. [default: 0]",
+        help="Probability that XTC drops all likely tokens except the least likely of them; 0: off. [default: 0]",
         metavar="P",
         panel=_MORE,
         between=(0, 1),
@@ -160,7 +160,7 @@ class SamplingOptions:
     xtc_threshold: float | None = option(
         None,
         "--xtc-threshold",
-        help="Probability from which on XTC counts a token as likely. [default: 0.1]",
+        help="XTC counts tokens of at least this probability as likely. [default: 0.1]",
         metavar="P",
         panel=_MORE,
         between=(0, 1),
@@ -168,7 +168,7 @@ class SamplingOptions:
     mirostat: int | None = option(
         None,
         "--mirostat",
-        help="1 or 2: keep the surprise constant; then only temperature, grammar and biases apply besides.",
+        help="1 or 2: Mirostat; only temperature, grammar and logit biases apply with it.",
         metavar="N",
         panel=_MORE,
         between=(0, 2),

@@ -1,6 +1,6 @@
 """How many layers, and whose experts, go to the GPUs: as asked for, or as many as fit their memory.
 
-Source of the order in which parts give way: fit.cpp of llama.cpp at commit 0c1e57098.
+Source of the order in which experts and layers are moved to the CPU: fit.cpp of llama.cpp at commit 0c1e57098.
 """
 
 from __future__ import annotations

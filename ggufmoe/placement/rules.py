@@ -73,7 +73,10 @@ class PlacementRules:
         raise OptionError(f"{where}: matches no tensor; near names: {', '.join(near) or 'none'}")
 
     def explicit_buffer(self, tensor: WeightTensor) -> str | None:
-        """The buffer that an explicit override names for a tensor; None where none does."""
+        """The buffer that ``--override-tensor``, ``--cpu-moe`` or ``--n-cpu-moe`` gives this tensor, else None.
+
+        The first matching pattern wins.
+        """
         return next((buffer for pattern, buffer in self.patterns if pattern.search(tensor.name)), None)
 
     def host_buffer(self, tensor: WeightTensor) -> str:

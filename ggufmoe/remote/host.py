@@ -49,7 +49,7 @@ from ggufmoe.runtime.local import LocalEngine
 from ggufmoe.work import Progress
 
 _SLOW = 10
-"""Computing a prompt, and loading, take steps that may be so many times as long as a token's."""
+"""How many times as long as a token's step one step of a prompt or of loading may take."""
 _CONNECTING = Patience(2 * ANSWER_S, "while connecting")
 _TICKS = 4
 """Looks at the signs of life within the shortest limit."""

@@ -59,7 +59,6 @@ _WAIT_S = 0.2
 """Length of one wait: Windows notices Ctrl-C only between waits."""
 _CANCEL_S = 0.02
 """Length of one wait of a caller with a cancel flag."""
-"""Words in the messages with which llama.cpp ends its process when it loses a worker."""
 
 
 class EngineLink:

@@ -35,7 +35,10 @@ class Request(ABC, Generic[ResultT]):
 
     @abstractmethod
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> ResultT:
-        """Call the method. ``cancel`` is set in the child when the caller's flag is set in the parent."""
+        """Execute this request on ``engine`` (in the child) and return the result.
+
+        ``cancel`` is the child's copy of the caller's flag.
+        """
 
 
 class StreamRequest(Request[Iterator[ItemT]]):

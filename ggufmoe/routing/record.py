@@ -148,7 +148,7 @@ class RoutingTracer:
         """
         layers = self._recorder.layers()
         if not layers:
-            raise EngineError("nothing has been computed yet whose routing could be told")
+            raise EngineError("no token has been computed yet, so there is no routing to show")
         dense = []
         for layer in layers:
             probabilities, chosen, weights = self._recorder.routing(layer)
@@ -198,7 +198,7 @@ class _Recorder(Observer):
             self._rows[kind, layer] = [rows[-1:]]
 
     def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers of which everything needed was seen."""
+        """Numbers of the layers for which the router's scores and the experts' weights were recorded, ascending."""
         return tuple(
             sorted(layer for kind, layer in self._rows if kind == "weights" and ("probs", layer) in self._rows)
         )

@@ -55,7 +55,10 @@ class _Pump:
         threading.Thread(target=self._work, name="ggufmoe-async", daemon=True).start()
 
     def is_set(self) -> bool:
-        """Whether the reader has stopped or the caller's flag is set; this object is the flag that ``start`` gets."""
+        """Whether the computation should end: the reader has stopped, or the caller's flag is set.
+
+        This makes the pump a ``CancelFlag``; ``start`` is called with it.
+        """
         return self._stopped or (self._cancel is not None and self._cancel.is_set())
 
     async def take(self) -> list[Event] | None:

@@ -18,7 +18,7 @@ def native_log() -> NativeLog:
 
 @cache
 def native_api() -> Any:
-    """The module ``llama_cpp.llama_cpp``, with its log captured, its aborts heard of and its backends initialized.
+    """The module ``llama_cpp.llama_cpp``, initialized, with log lines and aborts redirected to ggufmoe.
 
     Raises EngineMissingError without llama-cpp-python.
     """

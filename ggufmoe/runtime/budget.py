@@ -1,6 +1,6 @@
 """The budget of one rendering of a chat template: steps, characters and time, counted before memory is taken.
 
-Sizes of values are measured here; what costs what is said in ``sandbox`` and ``template_filters``.
+Sizes of values are measured here; ``sandbox`` and ``template_filters`` say how much each operation is charged.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Meter:
         self.check(len(text) + (text.count(str(old)) if old else len(text) + 1) * self.check_text(new))
 
     def check_format(self, text: str, values: Any) -> None:
-        """``check`` for ``text % values``."""
+        """Raise OverBudget if ``text % values`` could be longer than the characters left, or has a wide field."""
         if WIDE_FORMAT.search(text):
             raise OverBudget("a format with a wide field")
         self.check(len(text) + text.count("%") * self.check_text(values))

@@ -204,9 +204,10 @@ class KVCache:
     # ---- computing
 
     def compute(self, tokens: Sequence[int]) -> bool:
-        """Compute ``tokens`` after those in the cache; False if that was aborted.
+        """Decode ``tokens`` after those in the cache; False if the engine's abort flag stopped that.
 
-        Raises ContextFullError and DecodeError.
+        After an abort ``self.tokens`` holds what was computed until then. Independent chunks in the cache are dropped
+        first. Raises ContextFullError and DecodeError.
         """
         self._drop_chunks()
         if len(tokens) == 1:

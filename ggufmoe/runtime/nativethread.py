@@ -141,7 +141,7 @@ class NativeThread:
         return queued.result()
 
     def abort_if_requested(self, cancellation: Cancellation) -> bool:
-        """Abort ``cancellation`` if it is requested, and likewise the job that runs now; whether the first is aborted.
+        """Abort ``cancellation``, and the running job, each if it is requested; return whether the former is aborted.
 
         A caller's flag by itself does not reach llama.cpp: some thread has to call this. The reader of the job that
         runs may be busy elsewhere, so every waiting thread looks after that job too.

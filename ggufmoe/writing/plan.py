@@ -59,7 +59,7 @@ class Part:
 
     @property
     def n_rows(self) -> int:
-        """Rows of all its dimensions but the last."""
+        """Number of rows: the product of all dimensions but the last; 1 for a 1-D tensor."""
         return math.prod(self.rows.shape[:-1])
 
 
@@ -95,7 +95,7 @@ class PlannedTensor:
 
     @property
     def n_rows(self) -> int:
-        """Rows of all its dimensions but the last."""
+        """Number of rows: the product of all dimensions but the last; 1 for a 1-D tensor."""
         return math.prod(self.shape[:-1])
 
 

@@ -93,14 +93,14 @@ def in_a_shell(line: str) -> subprocess.CompletedProcess[str]:
 def test_a_closed_stdout_is_an_error_that_says_where(arguments: str) -> None:
     done = in_a_shell(f"ggufmoe {arguments} >&- <&-")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: stdout: Bad file descriptor (an answer of the operating system)\n"
+    assert done.stderr == "error: stdout: Bad file descriptor (reported by the operating system)\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_stdout_is_an_error_that_says_where() -> None:
     done = in_a_shell("ggufmoe --version > /dev/full")
     assert done.returncode == 1
-    assert done.stderr == "error: stdout: No space left on device (an answer of the operating system)\n"
+    assert done.stderr == "error: stdout: No space left on device (reported by the operating system)\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell closes the stream")
@@ -324,7 +324,7 @@ def test_what_the_system_refuses_is_no_defect(
 
     verb(command)
     assert app.exit_code(["try"]) == 1
-    assert capsys.readouterr().err == f"error: {message} (an answer of the operating system)\n"
+    assert capsys.readouterr().err == f"error: {message} (reported by the operating system)\n"
     assert app.exit_code(["--debug", "try"]) == 1
     assert "Traceback" in capsys.readouterr().err
 

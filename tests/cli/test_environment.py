@@ -44,7 +44,7 @@ def test_without_a_home_a_worker_asks_for_the_folder_of_its_cache() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MemoryError(), "error: there is not enough memory for this (an answer of the operating system)\n"),
+        (MemoryError(), "error: there is not enough memory for this (reported by the operating system)\n"),
         (RuntimeError("can't start new thread"), "error: no further thread can be started; see 'ulimit -u'"),
         (RuntimeError("something else"), "error: RuntimeError: something else (a defect of ggufmoe;"),
     ],

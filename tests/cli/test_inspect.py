@@ -99,7 +99,7 @@ def test_the_recipe_is_shown_and_can_be_had(tmp_path: Path, capsys: Capture) -> 
     assert (code, err) == (0, "")
     assert out == RECIPE.replace("\x1b", "\ufffd")
     other = write_mixtral(tmp_path / "n.gguf")
-    assert run(capsys, other, "--recipe")[::2] == (1, f"error: {other}: tells of no recipe: `ggufmoe convert "
+    assert run(capsys, other, "--recipe")[::2] == (1, f"error: {other}: contains no recipe: `ggufmoe convert "
         "RECIPE.yaml` records it, other tools do not\n")  # fmt: skip
 
 

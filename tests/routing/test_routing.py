@@ -175,7 +175,7 @@ def test_a_tracer_tells_the_step_that_each_token_came_from(engine: Engine) -> No
 
 def test_a_closed_tracer_leaves_the_engine(engine: Engine) -> None:
     tracer = RoutingTracer(engine)
-    with pytest.raises(EngineError, match="nothing has been computed yet"):
+    with pytest.raises(EngineError, match="no token has been computed yet"):
         tracer.latest()
     with pytest.raises(EngineError, match="is being observed already"):
         RoutingTracer(engine)

@@ -1,7 +1,8 @@
 """Model families: which GGUF tensors and hyper-parameters a model of each architecture has.
 
 A family is one module of this package. It names the architectures it serves in ``ARCHITECTURES``, gives GGUF's name of
-the family in ``NAME``, and has the functions of ``Family``; nothing else has to know about it.
+the family in ``NAME``, and has the functions of ``Family``; the export needs nothing else. To read such checkpoints,
+their configuration has to be known to ``checkpoint.config`` and their tensors to ``checkpoint.layouts``.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def _first_id(source: Mapping[str, Any], role: str) -> int | None:
 def _stated_ends(files: TokenizerFiles, config: ModelConfig) -> list[int]:
     """Every id at which transformers ends a text: those of generation_config.json, else those of config.json.
 
-    A list in config.json is used in both cases.
+    A list in config.json is added to those, because only generation uses lists.
     """
     generation, model = files.generation.get("eos_token_id"), config.raw.get("eos_token_id")
     stated = [generation] if generation is not None else [model]

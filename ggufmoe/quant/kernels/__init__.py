@@ -1,4 +1,4 @@
-"""From float rows to quantized bytes: the one door to every kernel.
+"""The entry point of all kernels: ``quantize_rows`` turns rows of floats into ggml's blocks.
 
 ``quantize_rows`` gives ggml's bytes for every type, from whichever routine does it fastest on this machine. One file
 per format; ggml is the reference that all others must equal, and takes over where a kernel does not (``trust``).

@@ -30,9 +30,9 @@ def form(block: int) -> GridForm:
 
 @dataclass(frozen=True)
 class Ordered:
-    """A block's weights in ascending order, equal ones as they stood: values, importances, and where they stood.
+    """The weights of one block in ascending order (stable): values, importances, and indices in the block.
 
-    One row more is above all values.
+    ``x`` and ``places`` have one row more than the block: infinity, and the number of weights.
     """
 
     x: Rows

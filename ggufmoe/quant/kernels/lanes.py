@@ -155,7 +155,7 @@ class Rows:
     type: Any
 
     def at(self, offset: int | Index) -> Rows:
-        """The rows from ``offset`` on."""
+        """The same memory from row ``offset`` on; nothing is copied."""
         return Rows(self.k, self._address(offset), self.type)
 
     def __getitem__(self, i: int | Index) -> Value:
@@ -169,7 +169,7 @@ class Rows:
         return [self[i] for i in range(count)]
 
     def element(self, i: int | Index, lane: Index) -> Any:
-        """The address of one lane's number in row ``i``."""
+        """The address of the number in row ``i`` and lane ``lane``, for scalar loads and stores."""
         row = ir.Constant(I64, i) if isinstance(i, int) else i.ir
         position = self.k.b.add(self.k.b.mul(row, ir.Constant(I64, self.k.width)), lane.ir)
         return self.k.b.gep(self.base, [position], inbounds=True, source_etype=self.type.element)

@@ -88,7 +88,7 @@ class Kernels:
         return verdict.kernel, verdict.report
 
     def worthwhile(self, type: GGMLType, dtype: str, weighted: bool, *, cache: bool = True) -> Kernel | None:
-        """The trusted kernel once compiling it pays; None while ggml shall do it, which small models never leave.
+        """The trusted kernel where it is compiled, cached or worth compiling; None where ggml's routine shall run.
 
         One thread compiles and the others go on with ggml's routine, if that gives the same bytes. Where it does not,
         as on most ARM machines, all wait for the kernel. A kernel that the cache has is used at once.
@@ -120,7 +120,7 @@ class Kernels:
 
 
 def has_kernel(type: GGMLType) -> bool:
-    """Whether this format has a kernel of its own (others are ggml's business on every machine)."""
+    """Whether ggufmoe has a kernel for this format; ggml's routine makes all others."""
     return type in _MODULES
 
 
