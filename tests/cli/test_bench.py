@@ -182,7 +182,7 @@ def test_values_of_several_devices_are_parted_by_slashes() -> None:
 def test_a_listed_option_is_the_option_object_s(capsys: Capture) -> None:
     assert exit_code(["bench", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "-b, --batch-size N,... Tokens given to llama.cpp at once. [default: 2048]" in text
+    assert "-b, --batch-size N,... Logical batch: most tokens passed to llama.cpp in one call. [default: 2048]" in text
     assert "-sm, --split-mode WORD,..." in text
     assert "One of none, layer, row, tensor. [default: layer]" in text
     assert "-nkvo, --no-kv-offload 0|1,... Keep the KV cache in main memory. 0 or 1. [default: 0]" in text
