@@ -18,26 +18,28 @@ _MARK = "\ufeff"
 """A byte order mark, which some editors put before a text; it is not part of a template."""
 
 
-def chat_templates(directory: Path) -> dict[str, str]:
+def chat_templates(directory: Path, *, warn: bool = True) -> dict[str, str]:
     """Map the name of each template to its text, ``default`` first; empty if the directory has no template.
 
-    As in transformers, ``chat_template.jinja`` takes precedence over ``tokenizer_config.json``, with a warning if they
-    differ, and that over ``chat_template.json``. Raises CheckpointError for files that cannot be read.
+    As in transformers, ``chat_template.jinja`` takes precedence over ``tokenizer_config.json``, with a warning (if
+    ``warn``) where they differ, and that over ``chat_template.json``. Raises CheckpointError for files that cannot be
+    read.
     """
-    configured = _named(read_optional(directory / "tokenizer_config.json").get("chat_template"))
+    configured = _named(read_optional(directory / "tokenizer_config.json", warn=False).get("chat_template"))
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         extra = sorted((directory / "additional_chat_templates").glob("*.jinja"))
         found = {"default": _text(jinja), **{path.stem: _text(path) for path in extra}}
-        if configured and configured.get("default", found["default"]) != found["default"]:
+        if warn and configured and configured.get("default", found["default"]) != found["default"]:
             _LOG.warning("%s is used; tokenizer_config.json has another chat template", jinja)
         return found
-    return configured or _named(read_optional(directory / "chat_template.json", allow_broken=True).get("chat_template"))
+    oldest = read_optional(directory / "chat_template.json", allow_broken=True, warn=warn and not configured)
+    return configured or _named(oldest.get("chat_template"))
 
 
-def default_chat_template(directory: Path) -> str | None:
+def default_chat_template(directory: Path, *, warn: bool = False) -> str | None:
     """The text of the template named ``default``, or None."""
-    return chat_templates(directory).get("default")
+    return chat_templates(directory, warn=warn).get("default")
 
 
 def _named(value: Any) -> dict[str, str]:

@@ -43,7 +43,7 @@ def read_optional(path: Path, *, allow_broken: bool = False, warn: bool = True) 
     except CheckpointError as error:
         if not allow_broken:
             raise
-        reason = str(error)
+        reason = f"it {str(error).removeprefix(f'{path} ')}"
     if warn:
         _LOG.warning("%s is ignored: %s", path, reason)
     return {}

@@ -54,15 +54,18 @@ class TokenizerFiles:
     """``generation_config.json``."""
 
     @classmethod
-    def read(cls, directory: Path) -> TokenizerFiles:
-        """Read the files of a directory. Raises TokenizerError if it has no tokenizer or a file cannot be read."""
+    def read(cls, directory: Path, *, warn: bool = True) -> TokenizerFiles:
+        """Read the files of a directory; with ``warn`` those that are ignored are named in warnings.
+
+        Raises TokenizerError if the directory has no tokenizer or a file cannot be read.
+        """
         files = cls(
             directory=directory,
             model=_bytes(directory / "tokenizer.model"),
-            json=_object(directory / "tokenizer.json"),
-            config=_optional(directory / "tokenizer_config.json"),
-            added=_optional(directory / "added_tokens.json"),
-            special_map=_optional(directory / "special_tokens_map.json", allow_broken=True),
+            json=_object(directory / "tokenizer.json", warn=warn),
+            config=_optional(directory / "tokenizer_config.json", warn=warn),
+            added=_optional(directory / "added_tokens.json", warn=warn),
+            special_map=_optional(directory / "special_tokens_map.json", allow_broken=True, warn=warn),
             generation=read_optional(directory / "generation_config.json", allow_broken=True, warn=False),
         )
         if files.model is None and not files.json:
@@ -158,19 +161,20 @@ def _bytes(path: Path) -> bytes | None:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
-def _optional(path: Path, *, allow_broken: bool = False) -> Mapping[str, Any]:
+def _optional(path: Path, *, allow_broken: bool = False, warn: bool = True) -> Mapping[str, Any]:
     try:
-        return read_optional(path, allow_broken=allow_broken)
+        return read_optional(path, allow_broken=allow_broken, warn=warn)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
 
 
-def _object(path: Path) -> Mapping[str, Any]:
+def _object(path: Path, *, warn: bool) -> Mapping[str, Any]:
     content = _bytes(path)
     if content is None:
         return {}
     if not content.strip(b" \t\r\n\0"):
-        _LOG.warning("%s is ignored: it is empty", path)
+        if warn:
+            _LOG.warning("%s is ignored: it is empty", path)
         return {}
     try:
         parsed = json.loads(decode_text(content))

@@ -242,7 +242,7 @@ class MergedModel:
             raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error
 
     def _template_of(self, expert: int) -> str:
-        template = default_chat_template(self._experts[expert].tokenizer_dir)
+        template = default_chat_template(self._experts[expert].tokenizer_dir, warn=True)
         if template is None:
             raise RecipeError(f"{self._path}: chat_template: expert {expert} has none; name another or a file")
         return template

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.chat_template import default_chat_template
+from ggufmoe.checkpoint.chat_template import chat_templates, default_chat_template
 from ggufmoe.checkpoint.dtypes import narrow, widen
 from ggufmoe.checkpoint.source import Dtype, ModelSource, SourceTensor
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
@@ -59,11 +59,11 @@ class TokenPlan:
 class KnownTokens:
     """The tokens of one model that have a row in its embedding."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, *, warn: bool = False) -> None:
         self.n_vocab = source.config.n_vocab
         self._source = source
         try:
-            self.files: TokenizerFiles | None = TokenizerFiles.read(source.tokenizer_dir)
+            self.files: TokenizerFiles | None = TokenizerFiles.read(source.tokenizer_dir, warn=warn)
         except TokenizerError:  # raised again where a tokenizer is needed
             self.files = None
         self.added = dict(self._added())
@@ -136,7 +136,7 @@ def _of_expert(base: ModelSource, experts: Sequence[ModelSource], index: int) ->
 
 
 def _union(base: ModelSource, experts: Sequence[ModelSource]) -> TokenPlan:
-    ours = KnownTokens(base)
+    ours = KnownTokens(base, warn=True)
     if ours.files is None:
         raise TokenizerError(
             f"{base.tokenizer_dir}: tokenizer_source: union needs the base's tokenizer, which is missing"
@@ -163,7 +163,7 @@ def _union(base: ModelSource, experts: Sequence[ModelSource]) -> TokenPlan:
     entries = [{**new[text], "id": token} for text, token in ids.items()]
     scratch = _write_union(base.tokenizer_dir, ours.files, entries, all_ends)
     bos, eos = base.config.bos_token_id, base.config.eos_token_id
-    config = {"vocab_size": n_vocab, "eos_token_id": all_ends}
+    config = {"vocab_size": n_vocab, "eos_token_id": all_ends if len(all_ends) != 1 else all_ends[0]}
     return TokenPlan(Path(scratch.name), n_vocab, everything, _runs(rows), bos, eos, config, scratch)
 
 
@@ -176,17 +176,22 @@ def _write_union(
         changed["tokenizer.json"] = {**files.json, "added_tokens": [*(files.json.get("added_tokens") or ()), *entries]}
     decoder = {str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in entries}
     stated = files.config.get("added_tokens_decoder") or {}
-    changed["tokenizer_config.json"] = {**files.config, "added_tokens_decoder": {**stated, **decoder}}
+    settings = {**files.config, "added_tokens_decoder": {**stated, **decoder}}
+    settings.pop("chat_template", None)
+    if templates := chat_templates(directory):
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        settings["chat_template"] = templates["default"] if list(templates) == ["default"] else named
+    changed["tokenizer_config.json"] = settings
+    for name, content in (("added_tokens.json", files.added), ("special_tokens_map.json", files.special_map)):
+        if content:
+            changed[name] = content
     if files.generation:
         changed["generation_config.json"] = {**files.generation, "eos_token_id": list(eos)}
     try:
         scratch: TemporaryDirectory[str] = TemporaryDirectory(prefix="ggufmoe-tokenizer-")
-        for path in directory.iterdir():
-            if path.name in ("tokenizer.model", "vocab.json", "merges.txt", "additional_chat_templates") or (
-                path.suffix in (".json", ".jinja") and path.name.startswith(("added_", "special_", "chat_template"))
-            ):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, Path(scratch.name) / path.name)
+        for name in ("tokenizer.model", "vocab.json", "merges.txt"):
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, Path(scratch.name) / name)
         for name, content in changed.items():
             (Path(scratch.name) / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8", "surrogatepass")
     except OSError as error:

@@ -53,6 +53,8 @@ def test_the_newest_place_wins_and_says_so(tmp_path: Path, caplog: pytest.LogCap
     assert caplog.text == ""
     write(tmp_path, chat_template_jinja=b"newest")
     assert default_chat_template(directory) == "newest"
+    assert caplog.text == ""
+    assert chat_templates(directory) == {"default": "newest"}
     assert "chat_template.jinja is used; tokenizer_config.json has another chat template" in caplog.text
 
 
@@ -93,8 +95,8 @@ def test_an_empty_or_broken_optional_file_is_passed_over_aloud(
     (tmp_path / "tokenizer_config.json").write_bytes(b" \n")
     (tmp_path / "chat_template.json").write_bytes(b"{")
     assert chat_templates(tmp_path) == {}
-    assert "tokenizer_config.json is ignored: it is empty" in caplog.text
-    assert "chat_template.json is ignored" in caplog.text
+    assert "chat_template.json is ignored: it is not JSON" in caplog.text
+    assert "tokenizer_config.json" not in caplog.text  # which the reader of the tokenizer tells
 
 
 def test_a_broken_tokenizer_config_is_an_error(tmp_path: Path) -> None:
