@@ -137,7 +137,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (model(merges=[["a"]]), "is not a merge of two tokens"),
         (model(merges=[["q", "zzz"]]), "needs '.*', which has no id"),
         (model(byte_fallback=False), "neither byte-level nor has byte_fallback"),
-        (top(normalizer={"type": "NFKC"}), "normalizer .*NFKC.* is not one that llama.cpp has"),
+        (top(normalizer={"type": "NFKC"}), "llama.cpp does not support the normalizer .*NFKC"),
         (top(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer .*Whitespace"),
         (top(pre_tokenizer=None), "nothing turns spaces into"),
         (top(pre_tokenizer={"type": "Metaspace", "replacement": "_"}), "pre-tokenizer .*Metaspace"),
@@ -184,7 +184,7 @@ def move_merge(tokenizer: dict[str, Any]) -> None:
     [
         (drop_byte, "1 of the 256 byte tokens are missing .<0x41> first"),
         (move_merge, "are not next to each other, so no score can order them"),
-        (drop_merge, "it would join '.*' and '.*', which is no merge of this tokenizer"),
+        (drop_merge, "it would join '.*' and '.*', which is not a merge of this tokenizer"),
     ],
 )
 def test_merges_that_llama_cpp_would_do_otherwise(tmp_path: Path, edit: Edit, match: str) -> None:
@@ -192,7 +192,7 @@ def test_merges_that_llama_cpp_would_do_otherwise(tmp_path: Path, edit: Edit, ma
 
 
 def test_merges_of_its_own_with_a_space_prefix(tmp_path: Path) -> None:
-    refuse(native_byte_fallback(tmp_path, prefix=True), "which is no merge of this tokenizer", 720, eos_token_id=1)
+    refuse(native_byte_fallback(tmp_path, prefix=True), "which is not a merge of this tokenizer", 720, eos_token_id=1)
 
 
 def test_metaspace_that_cuts_words_apart(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_metaspace_that_cuts_words_apart(tmp_path: Path) -> None:
         tokenizer["model"]["vocab"]["▁▁"] = 400
         tokenizer["model"]["merges"].append(["▁", "▁"])
 
-    refuse(edit_json(write_tokenizer(tmp_path, "json"), cut), "Metaspace cuts words apart that merges would join")
+    refuse(edit_json(write_tokenizer(tmp_path, "json"), cut), "Metaspace splits words that merges would join")
 
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -225,7 +225,7 @@ def forget_a_byte(tokenizer: dict[str, Any]) -> None:
             r"known to equal '\\\\d'; supported are llama-bpe, smaug-bpe, smollm",
         ),
         (cuts(SPLIT | {"pattern": {"String": "."}}), "no pre-tokenizer known to equal"),
-        (cuts(SPLIT | {"pattern": {}}), "pre-tokenizer .*Split.* is not one"),
+        (cuts(SPLIT | {"pattern": {}}), "does not support the pre-tokenizer .*Split"),
         (cuts(SPLIT | {"pattern": {"Regex": "x"}, "behavior": "Removed"}), "pre-tokenizer .*Removed"),
         (cuts({"type": "Digits", "individual_digits": False}), "no pre-tokenizer known to equal"),
         (top(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "pre-tokenizer .*add_prefix_space"),
@@ -252,7 +252,7 @@ def test_ignore_merges_that_llama_cpp_has_otherwise(tmp_path: Path) -> None:
 
     refuse(
         edit_json(write_tokenizer(tmp_path, "smollm"), lone_word),
-        "ignore_merges is True, but llama.cpp's smollm has it",
+        "ignore_merges is True, but False for llama.cpp's smollm",
     )
 
 
@@ -305,7 +305,7 @@ def trained(**options: Any) -> bytes:
     [
         ({"model_type": "unigram"}, "it is a Unigram model"),
         ({"model_type": "char", "vocab_size": 310}, "it is a Char model"),
-        ({"normalization_rule_name": "nfkc"}, "rewrites characters before tokenizing"),
+        ({"normalization_rule_name": "nfkc"}, "normalizes characters before tokenizing"),
         ({"remove_extra_whitespaces": True}, "it removes extra spaces"),
         ({"escape_whitespaces": False, "add_dummy_prefix": False}, None),
         ({"treat_whitespace_as_suffix": True}, "puts spaces at the end of words"),

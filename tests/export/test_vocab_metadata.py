@@ -275,7 +275,7 @@ def test_a_leading_token_that_is_not_the_bos_is_not_added(tmp_path: Path, caplog
         tmp_path, "bpe", tokenizer_config_json={"bos_token": "<|eot_id|>", "cls_token": "x", "eos_token": "<|eot_id|>"}
     )
     assert special(tokenizer_metadata(directory, config(N_BYTE_LEVEL)))["add_bos_token"] is False
-    assert "'<|begin_of_text|>', which is not its bos" in caplog.text
+    assert "'<|begin_of_text|>' before a text, which is not bos" in caplog.text
 
 
 def test_ids_outside_of_the_vocabulary_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -348,7 +348,7 @@ def test_what_llama_cpp_cannot_do_quite_is_logged(tmp_path: Path, caplog: pytest
     directory = edit_json(write_tokenizer(tmp_path, "bpe"), lambda t: t["added_tokens"].append(strips))
     edit_json(directory, lambda t: t.update(normalizer={"type": "NFC"}))
     tokenizer_metadata(directory, config(N_BYTE_LEVEL + 1))
-    assert "'<mask>' swallows spaces" in caplog.text
+    assert "'<mask>' strips spaces" in caplog.text
     assert "does not normalize to NFC" in caplog.text
 
 

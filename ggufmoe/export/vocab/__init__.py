@@ -28,11 +28,11 @@ _LOG = logging.getLogger("ggufmoe")
 def tokenizer_metadata(
     tokenizer_dir: Path, config: ModelConfig, chat_template: str | None = None
 ) -> dict[str, GGUFValue]:
-    """Every ``tokenizer.*`` key of a model, in the order in which llama.cpp's converter writes them.
+    """Make the ``tokenizer.*`` keys of a model, in the order in which llama.cpp's converter writes them.
 
-    ``tokenizer.model`` is preferred to ``tokenizer.json``, as there. The number of tokens is ``config.n_vocab``: rows
-    without a token become ``[PADi]``. An explicit ``chat_template`` wins over those in the directory. Raises
-    TokenizerError where a file is missing or broken, or llama.cpp would not give the tokenizer's own ids.
+    ``tokenizer.model`` takes precedence over ``tokenizer.json``, as in that converter. The number of tokens is
+    ``config.n_vocab``; rows without a token become ``[PADi]``. ``chat_template`` replaces the templates of the
+    directory. Raises TokenizerError if a file is missing or malformed, or if llama.cpp would give other token ids.
     Source: ``conversion/llama.py``, ``conversion/base.py`` and ``gguf-py/gguf/vocab.py`` of the pinned llama.cpp.
     """
     files = TokenizerFiles.read(tokenizer_dir)

@@ -16,7 +16,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class BPE:
-    """``model`` of a ``tokenizer.json``; the rank of a merge is its place in ``merges``."""
+    """The BPE model of a ``tokenizer.json``; the rank of a merge is its index in ``merges``."""
 
     vocab: Mapping[str, int]
     merges: tuple[Pair, ...]
@@ -26,7 +26,11 @@ class BPE:
 
 
 def read_bpe(files: TokenizerFiles) -> BPE:
-    """The BPE model of ``tokenizer.json``; TokenizerError if it is another kind, or contradicts itself."""
+    """Read the BPE model of ``tokenizer.json``.
+
+    Raises TokenizerError if the model is not BPE, is malformed or contradicts itself, or has options that llama.cpp
+    does not support.
+    """
     path = files.json_path
     model = expect(files.json.get("model"), dict, path, "model")
     kind = model.get("type", "BPE")
@@ -34,7 +38,7 @@ def read_bpe(files: TokenizerFiles) -> BPE:
         raise TokenizerError(f"{path}: the tokenizer is a {kind} model; only BPE can be converted exactly")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            raise TokenizerError(f"{path}: BPE with {option} = {model[option]!r} is not something llama.cpp can do")
+            raise TokenizerError(f"{path}: llama.cpp does not support BPE with {option} = {model[option]!r}")
     vocab = expect(model.get("vocab"), dict, path, "model.vocab")
     merges = expect(model.get("merges"), list, path, "model.merges")
     bpe = BPE(

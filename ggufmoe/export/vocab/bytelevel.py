@@ -18,7 +18,7 @@ _NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
 def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
-    """The vocabulary of a byte-level ``tokenizer.json``.
+    """Make the vocabulary of a byte-level ``tokenizer.json``, padded to ``n_vocab`` tokens.
 
     Raises TokenizerError if llama.cpp has no such pre-tokenizer or would treat merges or bytes differently.
     """
@@ -28,11 +28,14 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     pre = recognise(files.json.get("pre_tokenizer"), bpe.ignore_merges, path)
     added = {token.id: token for token in files.added_in_config() + files.added_in_json()}
     contents = {token.content for token in added.values()}
-    if pre.ignore_merges != bpe.ignore_merges and not _whole_words_merge(bpe, contents):
-        raise TokenizerError(
-            f"{path}: ignore_merges is {bpe.ignore_merges}, but llama.cpp's {pre.name} has it {pre.ignore_merges}, "
-            "and the merges of this vocabulary do not make all of its tokens"
-        )
+    if pre.ignore_merges != bpe.ignore_merges:
+        # looking whole words up first changes nothing if merging makes one token of each token's own text
+        ranks = {pair: rank for rank, pair in enumerate(bpe.merges)}
+        if not all(token in contents or apply_merges(token, ranks) == [token] for token in bpe.vocab):
+            raise TokenizerError(
+                f"{path}: ignore_merges is {bpe.ignore_merges}, but {pre.ignore_merges} for llama.cpp's {pre.name}, "
+                "and the merges of this vocabulary do not make all of its tokens"
+            )
     _check_bytes(bpe, path)
     rows = _rows(bpe, added, n_vocab, path)
     return Vocabulary(
@@ -47,7 +50,7 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte, as GPT-2 chose them."""
+    """Map each byte to the printable character that stands for it in GPT-2's vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
@@ -67,12 +70,6 @@ def _spelt(part: str) -> str:
     return part.replace(" ", _SPACE_BYTE)
 
 
-def _whole_words_merge(bpe: BPE, added: set[str]) -> bool:
-    """Whether merging the text of any token gives that token, so that ``ignore_merges`` makes no difference."""
-    ranks = {pair: rank for rank, pair in enumerate(bpe.merges)}
-    return all(token in added or apply_merges(token, ranks) == [token] for token in bpe.vocab)
-
-
 def _check_bytes(bpe: BPE, path: Path) -> None:
     missing = [byte for byte, character in byte_alphabet().items() if character not in bpe.vocab]
     if bpe.unk_token is not None and not _NEVER_IN_UTF8.issuperset(missing):
@@ -84,10 +81,10 @@ def _check_bytes(bpe: BPE, path: Path) -> None:
 def _check_steps(files: TokenizerFiles, bpe: BPE, path: Path) -> None:
     for step in nodes(files.json.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
-            raise TokenizerError(f"{path}: normalizer {str(dict(step))[:200]} is not one that llama.cpp has")
+            raise TokenizerError(f"{path}: llama.cpp does not support the normalizer {str(dict(step))[:200]}")
         _LOG.warning("%s: llama.cpp does not normalize to NFC; ids of text that is not in NFC will differ", path)
     for step in nodes(files.json.get("decoder"), "decoders"):
         if step.get("type") != "ByteLevel":
             raise TokenizerError(f"{path}: decoder {str(dict(step))[:200]} is not the byte-level one")
     if bpe.byte_fallback:
-        raise TokenizerError(f"{path}: a byte-level vocabulary with byte_fallback is not something llama.cpp can do")
+        raise TokenizerError(f"{path}: llama.cpp does not support a byte-level vocabulary with byte_fallback")

@@ -66,7 +66,7 @@ class PreTokenizer:
     ignore_merges: bool = False
     adds_bos: bool = False
     approximate: bool = False
-    """Whether llama.cpp's pattern is only close to the original: case in ASCII letters alone, no combining marks."""
+    """Whether llama.cpp's pattern differs a little: it knows case of ASCII letters only, and no combining marks."""
 
 
 KNOWN = (
@@ -101,7 +101,7 @@ def recognise(pre_tokenizer: Any, ignore_merges: bool, path: Path) -> PreTokeniz
     best = next((known for known in matches if known.ignore_merges == ignore_merges), matches[0])
     if best.approximate:
         _LOG.warning(
-            "%s: llama.cpp's %s tells case apart in ASCII only and cuts before combining marks; some ids will differ",
+            "%s: llama.cpp's %s knows case of ASCII only and splits before combining marks; some token ids will differ",
             path,
             best.name,
         )
@@ -114,7 +114,7 @@ def split_patterns(pre_tokenizer: Any, path: Path) -> tuple[str, ...]:
     for step in nodes(pre_tokenizer, "pretokenizers"):
         pattern = _pattern(step)
         if pattern is None:
-            raise TokenizerError(f"{path}: pre-tokenizer {str(dict(step))[:300]} is not one that llama.cpp has")
+            raise TokenizerError(f"{path}: llama.cpp does not support the pre-tokenizer {str(dict(step))[:300]}")
         if pattern:
             patterns.append(pattern.replace("\r", r"\r").replace("\n", r"\n"))
     return tuple(patterns)

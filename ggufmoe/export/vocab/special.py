@@ -72,7 +72,7 @@ def special_tokens(files: TokenizerFiles, config: ModelConfig, vocabulary: Vocab
 
 
 def _content(entry: Any) -> str | None:
-    """The text of a token that is written as a string or as an object."""
+    """The text of a token that is written as a string or as an object; None if it is neither, or empty."""
     text = entry.get("content") if isinstance(entry, Mapping) else entry
     return text if isinstance(text, str) and text else None
 
@@ -95,7 +95,7 @@ def _template_roles(found: _Roles, files: TokenizerFiles) -> None:
         elif kind == "TemplateProcessing":
             _single(found, step, files)
         else:
-            raise TokenizerError(f"{files.json_path}: post-processor {kind} is not one that llama.cpp has")
+            raise TokenizerError(f"{files.json_path}: llama.cpp does not support the post-processor {kind}")
 
 
 def _single(found: _Roles, step: Mapping[str, Any], files: TokenizerFiles) -> None:
@@ -131,7 +131,7 @@ def _first(found: _Roles, token: str) -> None:
         contents.setdefault("cls", token)
     found.added["bos"] = token in (contents.get("bos"), contents.get("cls"))
     if not found.added["bos"]:
-        _LOG.warning("the post-processor begins a text with %r, which is not its bos; llama.cpp will not", token)
+        _LOG.warning("the post-processor adds %r before a text, which is not bos; llama.cpp will not add it", token)
 
 
 def _last(found: _Roles, token: str) -> None:
@@ -175,7 +175,7 @@ def _ids(found: _Roles, files: TokenizerFiles, config: ModelConfig, vocabulary: 
             ids[role] = stated
     for role, token_id in list(ids.items()):
         if not 0 <= token_id < len(rows):
-            _LOG.warning("%s_token_id is %d, outside of the %d tokens; it is left out", role, token_id, len(rows))
+            _LOG.warning("%s_token_id is %d, but there are only %d tokens; it is left out", role, token_id, len(rows))
             del ids[role]
     return ids
 

@@ -25,7 +25,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _DECODERS = ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
 
 MERGE_DRIVEN_PRE = "sarvam-moe"
-"""llama.cpp's pre-tokenizer for BPE with merges on plain UTF-8 with U+2581 for spaces; it cuts at newlines."""
+"""llama.cpp's pre-tokenizer for BPE with merges on plain UTF-8 with U+2581 for spaces; it splits at newlines."""
 
 
 def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
@@ -40,13 +40,17 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
             f"{path}: BPE that is neither byte-level nor has byte_fallback cannot be converted exactly"
         )
     prefix = space_prefix(files, bpe)
-    _check_decoder(files, path)
+    for step in nodes(files.json.get("decoder"), "decoders"):
+        if step.get("type") not in _DECODERS:
+            raise _unknown_step(path, "decoder", step)
     added = {token.id: token for token in files.added_in_config() + files.added_in_json()}
     problem = _not_by_score(bpe, {token.content for token in added.values()})
     rows = _rows(bpe, added, n_vocab, path)
     if problem is None:
-        return _by_score(rows, _prefix_key(files, prefix))
-    if prefix or not _newlines_stand_alone(bpe) or bpe.ignore_merges:
+        is_stated = isinstance(files.config.get("add_prefix_space"), bool)
+        return _by_score(rows, prefix if is_stated or not prefix else None)
+    joins_newlines = any("\n" in left + right and (left + right).strip("\n") for left, right in bpe.merges)
+    if prefix or joins_newlines or bpe.ignore_merges:
         raise TokenizerError(f"{path}: llama.cpp would give other token ids: {problem}")
     return _by_merges(rows, bpe)
 
@@ -87,7 +91,7 @@ def _rows(bpe: BPE, added: Mapping[int, AddedToken], n_vocab: int, path: Path) -
 
 
 def rank_scores(bpe: BPE) -> dict[str, float]:
-    """Score of each token that merging makes: minus one, minus the rank of its first merge."""
+    """Map each token that a merge makes to its score: minus the rank of its first merge, minus one."""
     scores: dict[str, float] = {}
     for rank, (left, right) in enumerate(bpe.merges):
         scores.setdefault(left + right, float(-rank - 1))
@@ -95,7 +99,7 @@ def rank_scores(bpe: BPE) -> dict[str, float]:
 
 
 def _not_by_score(bpe: BPE, added: set[str]) -> str | None:
-    """Why scores cannot stand for the merges, or None if they can."""
+    """The reason why scores cannot replace the merges, as a clause for a message; None if they can."""
     last: dict[str, int] = {}
     for rank, (left, right) in enumerate(bpe.merges):
         token = left + right
@@ -110,31 +114,23 @@ def _not_by_score(bpe: BPE, added: set[str]) -> str | None:
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in plain and right in plain and (left, right) not in pairs:
-                return f"it would join {left!r} and {right!r}, which is no merge of this tokenizer"
+                return f"it would join {left!r} and {right!r}, which is not a merge of this tokenizer"
     return None
 
 
-def _newlines_stand_alone(bpe: BPE) -> bool:
-    return all("\n" not in left + right or not (left + right).strip("\n") for left, right in bpe.merges)
-
-
-def _prefix_key(files: TokenizerFiles, prefix: bool) -> bool | None:
-    stated = isinstance(files.config.get("add_prefix_space"), bool)
-    return prefix if stated or not prefix else None
-
-
 def space_prefix(files: TokenizerFiles, bpe: BPE) -> bool:
-    """Whether a space is put before the text, by normalizer or pre-tokenizer; TokenizerError for steps unknown.
+    """Whether the normalizer or the pre-tokenizer adds a space before the text.
 
-    A Metaspace with ``prepend_scheme`` always adds none where one is there already, and ``first`` adds none after a
-    special token; llama.cpp does both, and no key changes that.
+    A Metaspace whose ``prepend_scheme`` is ``always`` adds no space before a space, one whose scheme is ``first`` adds
+    none after a special token; llama.cpp adds both, whatever the keys. Raises TokenizerError for steps that llama.cpp
+    does not support.
     """
     path = files.json_path
     prefix = escapes = False
     for step in nodes(files.json.get("normalizer"), "normalizers"):
         if step.get("type") == "Prepend" and step.get("prepend") == SPACE and not escapes:
             prefix = True
-        elif _replaces_spaces(step):
+        elif (step.get("type"), step.get("pattern"), step.get("content")) == ("Replace", {"String": " "}, SPACE):
             escapes = True
         else:
             raise _unknown_step(path, "normalizer", step)
@@ -142,9 +138,9 @@ def space_prefix(files: TokenizerFiles, bpe: BPE) -> bool:
         if step.get("type") != "Metaspace" or step.get("replacement", SPACE) != SPACE:
             raise _unknown_step(path, "pre-tokenizer", step)
         if step.get("split", True) and any(SPACE in (left + right)[1:] for left, right in bpe.merges):
-            raise TokenizerError(f"{path}: Metaspace cuts words apart that merges would join; llama.cpp does not")
+            raise TokenizerError(f"{path}: Metaspace splits words that merges would join; llama.cpp does not")
         if _scheme(step) == "first":
-            _LOG.info("%s: behind a special token llama.cpp puts a space where this tokenizer puts none", path)
+            _LOG.info("%s: after a special token llama.cpp adds a space, and this tokenizer does not", path)
         prefix, escapes = prefix or _scheme(step) != "never", True
     if not escapes:
         raise TokenizerError(f"{path}: nothing turns spaces into {SPACE!r}, as llama.cpp always does for such models")
@@ -157,18 +153,8 @@ def _scheme(step: Mapping[str, Any]) -> str:
     return "always" if step.get("add_prefix_space", True) else "never"
 
 
-def _replaces_spaces(step: Mapping[str, Any]) -> bool:
-    return step.get("type") == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE
-
-
-def _check_decoder(files: TokenizerFiles, path: Path) -> None:
-    for step in nodes(files.json.get("decoder"), "decoders"):
-        if step.get("type") not in _DECODERS:
-            raise _unknown_step(path, "decoder", step)
-
-
 def _unknown_step(path: Path, what: str, step: Mapping[str, Any]) -> TokenizerError:
     return TokenizerError(
-        f"{path}: {what} {str(dict(step))[:200]} is not one that llama.cpp has for models of the sentencepiece kind; "
+        f"{path}: llama.cpp does not support the {what} {str(dict(step))[:200]} for models like sentencepiece's; "
         "if the model has a tokenizer.model, put it beside this file"
     )

@@ -20,7 +20,7 @@ _KINDS = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """One entry of the model; ``type`` is numbered as in GGUF."""
+    """One entry of the model; the numbers of ``type`` are those of GGUF."""
 
     text: str
     score: float
@@ -38,13 +38,13 @@ class SentencePieceModel:
     escape_whitespaces: bool
     whitespace_as_suffix: bool
     has_character_map: bool
-    """Whether it rewrites characters (NFKC and the like) before it looks for pieces."""
+    """Whether the model normalizes characters (for example to NFKC) before it looks for pieces."""
 
 
 def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
-    """The vocabulary of ``tokenizer.model`` with the tokens that the JSON files add to it.
+    """Make the vocabulary of ``tokenizer.model`` and the tokens that the JSON files add, padded to ``n_vocab`` tokens.
 
-    Raises TokenizerError for models that llama.cpp would tokenize differently, and if the files contradict each other.
+    Raises TokenizerError if llama.cpp would give other token ids, or if the files contradict each other.
     """
     path = files.directory / "tokenizer.model"
     model = parse(files.model or b"", path)
@@ -63,32 +63,21 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
         rows.put_added(token)
     rows.check_unique()
     require_bytes(rows.texts, path)
+    stated, roles = files.config.get("add_prefix_space"), {"<s>": "bos", "</s>": "eos"}
     return Vocabulary(
         model="llama",
         pre="default",
         tokens=tuple(rows.texts),
         types=tuple(rows.types),
         scores=tuple(rows.scores),
-        add_space_prefix=_space_prefix(files, model),
+        add_space_prefix=stated if isinstance(stated, bool) else None if model.add_dummy_prefix else False,
         adds_bos_by_default=True,
-        fallback_ids=_control_ids(model),
+        fallback_ids={
+            roles[piece.text]: token_id
+            for token_id, piece in enumerate(model.pieces)
+            if piece.type is TokenType.CONTROL and piece.text in roles
+        },
     )
-
-
-def _space_prefix(files: TokenizerFiles, model: SentencePieceModel) -> bool | None:
-    stated = files.config.get("add_prefix_space")
-    if isinstance(stated, bool):
-        return stated
-    return None if model.add_dummy_prefix else False
-
-
-def _control_ids(model: SentencePieceModel) -> dict[str, int]:
-    roles = {"<s>": "bos", "</s>": "eos"}
-    return {
-        roles[piece.text]: token_id
-        for token_id, piece in enumerate(model.pieces)
-        if piece.type is TokenType.CONTROL and piece.text in roles
-    }
 
 
 def _put_piece(rows: TokenRows, id: int, piece: SentencePiece, texts: set[str]) -> None:
@@ -122,23 +111,23 @@ def _left_out(added: list[AddedToken], rows: TokenRows, path: Path) -> list[Adde
 def _check_expressible(model: SentencePieceModel, path: Path) -> None:
     unused = any(piece.type is TokenType.UNUSED and len(piece.text) > 1 for piece in model.pieces)
     problems = {
-        f"it is a {model.kind} model, and of sentencepiece's models llama.cpp knows only BPE here": model.kind != "BPE",
-        "it rewrites characters before tokenizing (NFKC or the like)": model.has_character_map,
+        f"it is a {model.kind} model, and only BPE models are supported": model.kind != "BPE",
+        "it normalizes characters before tokenizing (NFKC or the like)": model.has_character_map,
         "it removes extra spaces": model.remove_extra_whitespaces,
         "it does not escape spaces": not model.escape_whitespaces,
         "it puts spaces at the end of words": model.whitespace_as_suffix,
-        "it has unused pieces, which are taken apart again": unused,
+        "it has unused pieces, which sentencepiece splits again": unused,
     }
     for problem, applies in problems.items():
         if applies:
             raise TokenizerError(
                 f"{path}: llama.cpp would give other token ids: {problem}; "
-                "if a tokenizer.json of the model is right for you, remove tokenizer.model"
+                "if the model also has a tokenizer.json, remove tokenizer.model"
             )
 
 
 def parse(data: bytes, path: Path) -> SentencePieceModel:
-    """Read a serialized ``ModelProto``; TokenizerError if it is not one."""
+    """Parse a serialized ``ModelProto``. Raises TokenizerError if it is malformed."""
     pieces: list[SentencePiece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -178,7 +167,7 @@ def _piece(data: bytes) -> SentencePiece:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protocol buffer message: number, and an integer or the bytes of anything else."""
+    """Yield the fields of a protocol buffer message: number, and an integer or the bytes of any other type."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

@@ -16,10 +16,10 @@ from ggufmoe.gguf import upstream
 _LOG = logging.getLogger("ggufmoe")
 
 SPACE = "\u2581"
-"""The character that stands for a space in vocabularies of the sentencepiece kind."""
+"""The character that stands for a space in vocabularies of sentencepiece."""
 
 MAX_TOKEN_CHARS = 1024
-"""Longer tokens are refused: checks that cut a token in two at each place must stay cheap."""
+"""Longer tokens are refused, to bound the time of checks that split a token at every position."""
 
 UNUSED_SCORE = -10000.0
 ADDED_SCORE = -1000.0
@@ -48,11 +48,11 @@ class Vocabulary:
     scores: tuple[float, ...] | None = None
     merges: tuple[str, ...] = ()
     add_space_prefix: bool | None = None
-    """None where llama.cpp's default is right and the tokenizer's configuration does not speak of it."""
+    """None if llama.cpp's default is right and the tokenizer's configuration does not state it."""
     adds_bos_by_default: bool = False
-    """Whether llama.cpp puts a BOS before every text unless it is told otherwise."""
+    """Whether llama.cpp adds BOS before every text if no key says otherwise."""
     fallback_ids: dict[str, int] = field(default_factory=dict)
-    """Ids of bos and eos as the model file knows them, for where no configuration does."""
+    """Ids of bos and eos in the tokenizer model, used if no configuration states them."""
 
     def id_of(self, text: str) -> int | None:
         """The id of the token with this text, or None."""
@@ -75,15 +75,15 @@ class TokenRows:
         return id in self._named
 
     def put(self, id: int, text: str, type: TokenType, score: float = 0.0) -> None:
-        """Set one row; TokenizerError if the embedding has no such row or llama.cpp cannot hold the text."""
+        """Set one row. Raises TokenizerError if the embedding has no such row or a GGUF file cannot hold the text."""
         if not 0 <= id < len(self.texts):
             raise TokenizerError(
                 f"{self._path}: token {text[:40]!r} has id {id}, but the embedding has only {len(self.texts)} rows; "
-                "the tokenizer is not this model's"
+                "the tokenizer belongs to another model"
             )
         if len(text) > MAX_TOKEN_CHARS or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
             raise TokenizerError(
-                f"{self._path}: token {id} ({text[:40]!r}) cannot stand in a GGUF file: "
+                f"{self._path}: token {id} ({text[:40]!r}) cannot be stored in a GGUF file: "
                 f"it holds NUL or half a surrogate pair, or is longer than {MAX_TOKEN_CHARS} characters"
             )
         self.texts[id], self.types[id], self.scores[id] = text, type, score
@@ -138,7 +138,7 @@ class TokenRows:
             return
         if token.strips:
             _LOG.warning(
-                "%s: token %r swallows spaces or matches whole words only; llama.cpp cannot, "
+                "%s: token %r strips spaces or matches whole words only; llama.cpp does not support that, "
                 "so ids beside it may differ",
                 self._path,
                 token.content,
@@ -149,7 +149,7 @@ class TokenRows:
             self.put(token.id, token.content.replace(SPACE, " "), TokenType.USER_DEFINED, score)
 
     def put_all_added(self, tokens: Iterable[AddedToken]) -> None:
-        """Set the rows of all added tokens; TokenizerError where an id is another token's already."""
+        """Set the rows of all added tokens. Raises TokenizerError if an id has another token already."""
         for token in self.without_gaps(list(tokens)):
             if self.has(token.id) and self.texts[token.id] != token.content:
                 raise TokenizerError(
@@ -159,7 +159,7 @@ class TokenRows:
             self.put_added(token)
 
     def check_unique(self) -> None:
-        """TokenizerError if two rows bear one text: llama.cpp would abort on such a file."""
+        """Raise TokenizerError if two rows have the same text, because llama.cpp aborts on such a file."""
         seen: dict[str, int] = {}
         for row, text in enumerate(self.texts):
             if text in seen:
@@ -179,10 +179,10 @@ def looks_special(text: str) -> bool:
 
 
 def require_bytes(texts: Iterable[str], path: Path) -> None:
-    """TokenizerError unless all 256 byte tokens ``<0x00>`` to ``<0xFF>`` exist: llama.cpp aborts without them."""
+    """Raise TokenizerError unless all byte tokens ``<0x00>`` to ``<0xFF>`` exist, because llama.cpp aborts without."""
     missing = {f"<0x{byte:02X}>" for byte in range(256)}.difference(texts)
     if missing:
         raise TokenizerError(
             f"{path}: {len(missing)} of the 256 byte tokens are missing ({min(missing)} first); "
-            "llama.cpp needs byte fallback to spell what the vocabulary lacks"
+            "llama.cpp needs them to encode characters that the vocabulary lacks"
         )
