@@ -39,10 +39,10 @@ def plan_command(
 ) -> None:
     """Show what goes where and how many bytes, before anything is loaded.
 
-    Without --vram the devices of this machine are used. GPUs that are imagined are GPU0, GPU1 and so on.
+    Without --vram the devices of this machine are used. The GPUs of --vram are named GPU0, GPU1 and so on.
     """
     if vram and offload.rpc:
-        raise typer.BadParameter("--vram imagines all devices: leave out --rpc, or imagine its workers as well")
+        raise typer.BadParameter("--vram replaces all devices: leave out --rpc, and add a --vram for each worker")
     header = read_model_header(model)
     devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
     if ram is not None:

@@ -17,7 +17,7 @@ SOUND = [
     doctor.Finding("kernels", "Q4_K", "note", "ggml, right but slower: [red]no[/red]", "pip install llvmlite"),
 ]
 SICK = doctor.Finding(
-    "engine", "CPU answer", "wrong", "a tiny model says 3 of 20 tokens", "compile it " + "again " * 20
+    "engine", "CPU answer", "wrong", "a tiny model generates 3 of 20 expected tokens", "compile it " + "again " * 20
 )
 
 
@@ -56,7 +56,7 @@ def test_something_wrong_ends_with_1_and_the_way_out(
     found += [SOUND[0], SICK, SICK]
     assert exit_code(["doctor"]) == 1
     out, err = capsys.readouterr()
-    assert err.startswith("error: engine, CPU answer: a tiny model says 3 of 20 tokens; compile it again")
+    assert err.startswith("error: engine, CPU answer: a tiny model generates 3 of 20 expected tokens; compile it again")
     assert err.endswith("(and 1 more)\n")
     assert err.count("\n") == 1
     assert "wrong" in out
