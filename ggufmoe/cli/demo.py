@@ -109,10 +109,11 @@ def _ask(console: Console, path: Path, chat_after: bool) -> None:
     from ggufmoe.demo import questions
     from ggufmoe.engine import Engine
     from ggufmoe.routing import RoutingTracer
+    from ggufmoe.routing.palette import hex_colour
     from ggufmoe.runtime.chat import Chat
 
     bars = bars_for(console)
-    legend = f"[cyan]{bars[0]}[/cyan] none to [yellow]{bars[-1]}[/yellow] all"
+    legend = f"[{hex_colour(0)}]{bars[0]}[/] none to [{hex_colour(_MATH)}]{bars[-1]}[/] all"
     console.print("\n[bold]2. Ask it[/bold] what neither model was trained on. Below each answer:")
     console.print(f"{_INDENT}how much of it is the math expert's, {legend}.\n")
     asked, right = questions(), 0
@@ -163,10 +164,12 @@ def _strip(pieces: list[tuple[str, float]], bars: str) -> Text:
     """A bar for each token, as wide as the token and as high as the math expert's weight."""
     from rich.text import Text
 
+    from ggufmoe.routing.palette import hex_colour
+
     line = Text(_INDENT)
     for piece, weight in pieces:
         bar = bars[min(len(bars) - 1, int(weight * len(bars)))]
-        line.append(bar * len(piece), style="yellow" if weight >= 0.5 else "cyan")
+        line.append(bar * len(piece), style=hex_colour(_MATH if weight >= 0.5 else 0))
     mean = sum(weight for _, weight in pieces) / max(1, len(pieces))
     line.append(f"  math {mean:.0%}", style="dim")
     return line

@@ -316,6 +316,7 @@ def _network(report: ModelReport) -> list[tuple[str, str | None]]:
         ("heads", _heads(report)),
         ("window", _with_unit(hyper.sliding_window, "tokens")),
         ("rope", _rope(report)),
+        *hyper.expert_facts(),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,13 @@ import typer
 
 from ggufmoe.cli.console import note
 from ggufmoe.cli.params import with_options
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.route_view import RouteView
 from ggufmoe.cli.terminal import load_engine
 from ggufmoe.engine import Engine
 from ggufmoe.errors import InputError, OptionError
 from ggufmoe.files import check_output_file, decode_text, replacing
+from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.options import ContextOptions, OffloadOptions, option
 from ggufmoe.routing import RoutingTrace, trace_routing
 from ggufmoe.routing.page import routing_page
@@ -25,6 +28,7 @@ from ggufmoe.routing.plot import write_picture
 from ggufmoe.routing.report import shares_report, trace_report
 from ggufmoe.routing.statistics import LabelledShares, share_by_label, summarize
 from ggufmoe.runtime.chat import Chat, Message
+from ggufmoe.work import Progress
 
 _MAX_PROMPTS_BYTES = 64 << 20
 
@@ -87,6 +91,8 @@ class _Traced:
     """(label, trace) pairs."""
     shares: LabelledShares | None
     """By label, if prompts are compared; without BOS, which all prompts share."""
+    facts: tuple[tuple[str, str], ...]
+    """What the header says about the experts, beyond their number."""
 
 
 def _prompts(prompt: str | None, compare: tuple[str, str] | None, route: RouteOptions) -> Labelled:
@@ -143,10 +149,19 @@ def _check_outputs(model: Path, route: RouteOptions) -> None:
 
 
 def _traced(engine: Engine, model: Path, prompts: Labelled, route: RouteOptions, *, compared: bool) -> _Traced:
-    texts = tuple((label, _trace(engine, text, route)) for label, text in prompts)
+    texts = tuple(_all_traces(engine, prompts, route))
     bos = engine.bos_token
     own = ((label, trace.part(int(trace.token_ids[0] == bos and trace.n_token > 1))) for label, trace in texts)
-    return _Traced(model, texts, share_by_label(own) if compared else None)
+    facts = Hyper.of(engine.header.metadata).expert_facts()
+    return _Traced(model, texts, share_by_label(own) if compared else None, tuple(facts))
+
+
+def _all_traces(engine: Engine, prompts: Labelled, route: RouteOptions) -> Iterator[tuple[str, RoutingTrace]]:
+    with ProgressLine("route", phase="prompts", waiting="reading the prompt") as line:
+        for i, (label, text) in enumerate(prompts):
+            if len(prompts) > 1:
+                line.update(Progress("prompts", i, len(prompts), "runs", label))
+            yield label, _trace(engine, text, route)
 
 
 def _trace(engine: Engine, text: str, route: RouteOptions) -> RoutingTrace:
@@ -160,7 +175,7 @@ def _trace(engine: Engine, text: str, route: RouteOptions) -> RoutingTrace:
 def _show(traced: _Traced, route: RouteOptions) -> None:
     view = RouteView(sys.stdout)
     first = traced.texts[0][1]
-    view.model(traced.model.name, first)
+    view.model(traced.model.name, first, traced.facts)
     if traced.shares is None:
         view.text(first, route.layer)
         view.summary(first, summarize(first, route.capacity_factor), route.layer)
@@ -168,7 +183,7 @@ def _show(traced: _Traced, route: RouteOptions) -> None:
     if route.prompts is None:
         for label, trace in traced.texts:
             view.text(trace, route.layer, title=label)
-    view.comparison(traced.shares)
+    view.comparison(traced.shares, first)
 
 
 def _write_files(traced: _Traced, route: RouteOptions) -> None:
@@ -177,8 +192,10 @@ def _write_files(traced: _Traced, route: RouteOptions) -> None:
     if route.html is not None:
         titles = ["Text"] if traced.shares is None else _titles([label for label, _ in traced.texts])
         texts = [(title, trace) for title, (_, trace) in zip(titles, traced.texts, strict=True)]
-        factor = route.capacity_factor
-        _write(route.html, routing_page(traced.model.name, texts, shares=traced.shares, capacity_factor=factor))
+        page = routing_page(
+            traced.model.name, texts, shares=traced.shares, capacity_factor=route.capacity_factor, facts=traced.facts
+        )
+        _write(route.html, page)
     if route.png is not None:
         write_picture(route.png, traced.model.name, traced.texts[0][1], route.layer)
         note(f"wrote {route.png}")

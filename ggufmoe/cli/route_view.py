@@ -6,14 +6,14 @@ Marks repeat what the colours say, so that the view is readable in pipes, with N
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
 from rich.style import Style
 from rich.text import Text
 
 from ggufmoe.cli.console import make_console
-from ggufmoe.routing.palette import expert_colour, lead
+from ggufmoe.routing.palette import hex_colour, lead
 from ggufmoe.routing.report import summary_lines
 from ggufmoe.routing.statistics import LabelledShares, Numbers, Summary, favourites
 from ggufmoe.routing.trace import RoutingTrace, visible
@@ -22,7 +22,10 @@ from ggufmoe.sizes import counted
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SHADES = " ░▒▓█"
 _ASCII_SHADES = " .:+#"
+_BARS = "▁▂▃▄▅▆▇█"
 _CELL = 8
+_MOST_SHOWN = 16
+_PAPER = (235, 235, 235)
 
 
 class RouteView:
@@ -32,8 +35,8 @@ class RouteView:
         self._console = make_console(stream)
         self._ascii = self._console.options.ascii_only
 
-    def model(self, name: str, trace: RoutingTrace) -> None:
-        """Write the first lines: the model's experts and the legend."""
+    def model(self, name: str, trace: RoutingTrace, facts: Sequence[tuple[str, str]] = ()) -> None:
+        """Write the first lines: the model's experts, more ``facts`` about them (name, text), and the legend."""
         runs = (
             "all run on every token, so their weights are shown"
             if trace.every_expert_runs
@@ -41,11 +44,29 @@ class RouteView:
         )
         size = f"{counted(trace.n_expert, 'expert')} in {counted(trace.n_layer, 'layer')}"
         self._print(f"{visible(name)}: {size}; {runs}")
+        if facts:
+            self._print("; ".join(f"{what}: {text}" for what, text in facts))
+        if trace.n_expert == 2:
+            self._console.print(self._scale(trace))
+            return
         legend = Text("after each token stands the expert that counted most: ")
-        for expert in range(trace.n_expert):
-            legend.append(f" {expert} {self._mark(expert)} ", _tint(expert, 1.0))
+        for expert in trace.leading_experts(_MOST_SHOWN):
+            legend.append(f" {_numbered(trace, expert)} {self._mark(expert)} ", _tint(expert, 1.0))
             legend.append(" ")
+        if trace.n_expert > _MOST_SHOWN:
+            legend.append(f"and {trace.n_expert - _MOST_SHOWN} more")
         self._console.print(legend)
+
+    def _scale(self, trace: RoutingTrace) -> Text:
+        """The legend of two experts: what the mark after a token says."""
+        left, right = (visible(trace.name(expert)) for expert in (0, 1))
+        if self._ascii:
+            return Text(f"after each token stands how much of it is that of {right}, in percent; the rest: {left}")
+        legend = Text("after each token: ")
+        legend.append(f" {_BARS[0]} all {left} ", _tint(0, 1.0))
+        legend.append(" ")
+        legend.append(f" {_BARS[-1]} all {right} ", _tint(1, 1.0))
+        return legend
 
     def text(self, trace: RoutingTrace, layer: int | None, title: str = "Text") -> None:
         """Write the tokens, each coloured and marked by the expert with the highest weight."""
@@ -75,7 +96,7 @@ class RouteView:
             unit = Text((" >> " if self._ascii else " » ") if i == trace.n_prompt else "")
             expert = int(weights[i].argmax())
             unit.append(visible(text), _tint(expert, lead(float(weights[i, expert]), trace.n_expert)))
-            unit.append(self._mark(expert))
+            unit.append(self._balance(float(weights[i, 1])) if trace.n_expert == 2 else self._mark(expert))
             yield unit, text.endswith("\n")
 
     def summary(self, trace: RoutingTrace, summary: Summary, layer: int | None) -> None:
@@ -83,49 +104,78 @@ class RouteView:
         what = "weight" if trace.every_expert_runs else "choices"
         self._title(f"Share of {what} by layer and expert, %")
         rows = [*zip(map(str, trace.layers), summary.share, strict=True), ("mean", summary.mean_share)]
-        self._heat("layer", rows)
+        self._heat("layer", rows, trace)
         self._title("Summary")
         for name, value in summary_lines(trace, summary):
             self._print(f"{name + ':':<21} {value}")
-        self._title("Tokens that each expert likes most")
-        for expert in range(trace.n_expert):
+        self._title("Tokens that each expert gets more than its average: share, and points above the average")
+        for expert in trace.leading_experts(_MOST_SHOWN):
             liked = favourites(trace, expert, layer=layer)
-            words = ", ".join(f"{_word(one.text)} {100 * one.weight:.0f}%" for one in liked)
-            self._print(f"expert {expert}: {words or 'none'}")
+            words = ", ".join(f"{_word(one.text)} {100 * one.weight:.0f}% (+{100 * one.more:.0f})" for one in liked)
+            self._print(f"{_numbered(trace, expert, 'expert ')}: {words or 'none'}")
 
-    def comparison(self, shares: LabelledShares) -> None:
+    def comparison(self, shares: LabelledShares, trace: RoutingTrace) -> None:
         """Write the share of every expert by label: the mean over all layers, and where labels differ most."""
         what = "weight" if shares.by_weight else "choices"
         names = [f"{visible(label)} ({n})" for label, n in zip(shares.labels, shares.n_tokens, strict=True)]
         self._title(f"Share of {what} by label (tokens) and expert, mean of all layers, %")
-        self._heat("label", zip(names, shares.mean, strict=True))
+        self._heat("label", zip(names, shares.mean, strict=True), trace)
         layer = shares.most_telling_layer
         self._title(f"The same in layer {layer}, where labels differ most")
-        self._heat("label", zip(names, shares.by_layer[:, shares.layers.index(layer)], strict=True))
+        self._heat("label", zip(names, shares.by_layer[:, shares.layers.index(layer)], strict=True), trace)
 
-    def _heat(self, corner: str, rows: Iterable[tuple[str, Numbers]]) -> None:
-        """Write a table of shares, split into several tables on a narrow terminal."""
+    def _heat(self, corner: str, rows: Iterable[tuple[str, Numbers]], trace: RoutingTrace) -> None:
+        """Write a table of shares, split into several tables on a narrow terminal; of two experts as a scale.
+
+        Of many experts those with the largest shares in ``trace`` have columns.
+        """
         listed = list(rows)
-        n_expert = len(listed[0][1])
         width = self._console.width
         label = min(max(len(corner), *(len(name) for name, _ in listed)), max(8, width - _CELL - 1))
+        if trace.n_expert == 2:
+            self._two_sided(corner, label, listed, trace)
+            return
         step = max(1, (width - label - 1) // _CELL)
-        for start in range(0, n_expert, step):
-            experts = range(start, min(start + step, n_expert))
+        shown = trace.leading_experts(_MOST_SHOWN)
+        for start in range(0, len(shown), step):
+            experts = shown[start : start + step]
             self._print(f"{corner:>{label}} " + "".join(f"{expert:>{_CELL - 2}}  " for expert in experts))
             for name, values in listed:
                 line = Text(f"{name[:label]:>{label}} ", no_wrap=True)
                 for expert in experts:
-                    self._cell(line, expert, float(values[expert]), n_expert)
+                    self._cell(line, expert, float(values[expert]), trace.n_expert)
                 self._console.print(line)
+        if len(shown) < trace.n_expert:
+            self._print(f"(the {len(shown)} experts with the largest shares, of {trace.n_expert})")
+
+    def _two_sided(self, corner: str, label: int, rows: list[tuple[str, Numbers]], trace: RoutingTrace) -> None:
+        """Write each row as one bar that is parted between the two experts, with the share of either beside it."""
+        bar = max(4, min(40, self._console.width - label - 15))
+        left, right = (visible(trace.name(expert)) for expert in (0, 1))
+        if len(left) + len(right) < bar + 12:
+            self._print(f"{corner:>{label}}  {left:<{bar + 12 - len(right)}}{right}")
+        else:
+            self._print(f"left: {left}, right: {right}")
+        full, empty = ("#", ".") if self._ascii else ("█", "░")
+        for name, values in rows:
+            n_left = round(bar * float(values[0]))
+            line = Text(f"{name[:label]:>{label}} {100 * values[0]:5.1f} ", no_wrap=True)
+            line.append(full * n_left, Style(color=hex_colour(0)))
+            line.append(empty * (bar - n_left), Style(color=hex_colour(1)))
+            line.append(f" {100 * values[1]:5.1f}")
+            self._console.print(line)
 
     def _cell(self, line: Text, expert: int, value: float, n_expert: int) -> None:
         # half of the scale is the even part
         step = min(4, int(value * n_expert / 2 * 4 + 0.5))
         shade = (_ASCII_SHADES if self._ascii else _SHADES)[step]
         line.append(f"{100 * value:{_CELL - 2}.1f}")
-        line.append(shade, Style(color=_hex(expert, 1.0)))
+        line.append(shade, Style(color=hex_colour(expert)))
         line.append(" ")
+
+    def _balance(self, weight: float) -> str:
+        """The mark of a token of which the second of two experts has ``weight``."""
+        return f"[{100 * weight:.0f}]" if self._ascii else _BARS[min(7, int(weight * 8))]
 
     def _mark(self, expert: int) -> str:
         return f"[{expert}]" if self._ascii else str(expert).translate(_SUPERSCRIPTS)
@@ -137,6 +187,12 @@ class RouteView:
         self._console.print(text)
 
 
+def _numbered(trace: RoutingTrace, expert: int, before: str = "") -> str:
+    """The expert's number, and its name where it has one."""
+    name = visible(trace.name(expert))
+    return f"{before}{expert}" if name == f"expert {expert}" else name if trace.n_expert == 2 else f"{expert} {name}"
+
+
 def _word(text: str) -> str:
     """A token as an item of a list: quoted where it could be mistaken for a separator."""
     shown = visible(text).strip()
@@ -144,10 +200,5 @@ def _word(text: str) -> str:
 
 
 def _tint(expert: int, strength: float) -> Style:
-    return Style(color="#000000", bgcolor=_hex(expert, 0.3 + 0.7 * math.sqrt(strength)))
-
-
-def _hex(expert: int, strength: float) -> str:
-    """The expert's colour, the paler the smaller its ``strength`` (0 to 1)."""
-    channels = (round(235 + (channel - 235) * strength) for channel in expert_colour(expert))
-    return "#" + "".join(f"{channel:02x}" for channel in channels)
+    """Black on the expert's colour, which is the paler the smaller its ``strength`` (0 to 1)."""
+    return Style(color="#000000", bgcolor=hex_colour(expert, 0.3 + 0.7 * math.sqrt(strength), _PAPER))

@@ -101,6 +101,15 @@ class Hyper:
     n_expert: int
     """0 for a dense model."""
     n_expert_used: int
+    n_expert_shared: int | None
+    """Experts that run on every token beside the chosen ones."""
+    expert_gating: str | None
+    """The function that makes probabilities of the router's scores, as llama.cpp names it."""
+    expert_weights_norm: bool | None
+    """Whether the weights of the chosen experts are rescaled to sum to one."""
+    expert_weights_scale: float | None
+    n_leading_dense: int | None
+    """So many of the first layers have no experts."""
     has_plain_cache: bool
     """Whether each layer with attention keeps the keys and values of all tokens, as in a plain transformer."""
     malformed: frozenset[str]
@@ -115,6 +124,7 @@ class Hyper:
         def key(template: str) -> str:
             return template.format(arch=architecture)
 
+        gating = typed.whole(key(Keys.LLM.EXPERT_GATING_FUNC))
         return cls(
             architecture=architecture,
             n_layer=typed.whole(key(Keys.LLM.BLOCK_COUNT)),
@@ -136,6 +146,11 @@ class Hyper:
             rope_scaling_factor=typed.number(key(Keys.Rope.SCALING_FACTOR)),
             n_expert=max(typed.whole(key(Keys.LLM.EXPERT_COUNT)) or 0, 0),
             n_expert_used=max(typed.whole(key(Keys.LLM.EXPERT_USED_COUNT)) or 0, 0),
+            n_expert_shared=typed.whole(key(Keys.LLM.EXPERT_SHARED_COUNT)),
+            expert_gating=None if gating is None else _GATINGS.get(gating, f"function {gating}"),
+            expert_weights_norm=typed.flag(key(Keys.LLM.EXPERT_WEIGHTS_NORM)),
+            expert_weights_scale=typed.number(key(Keys.LLM.EXPERT_WEIGHTS_SCALE)),
+            n_leading_dense=typed.whole(key(Keys.LLM.LEADING_DENSE_BLOCK_COUNT)),
             has_plain_cache=architecture == LLAMA or not any(typed.plain(key(other)) for other in _OTHER_CACHES),
             malformed=frozenset(stated for stated in map(key, _COUNTS) if not typed.has_count(stated)),
         )
@@ -143,6 +158,19 @@ class Hyper:
     def key(self, template: str) -> str:
         """A key of ``Keys`` for this architecture: ``llama.expert_used_count`` of ``{arch}.expert_used_count``."""
         return template.format(arch=self.architecture)
+
+    def expert_facts(self) -> list[tuple[str, str]]:
+        """What the header says beyond the number of experts, as names and texts for people; empty for a Mixtral."""
+        scale, dense = self.expert_weights_scale, self.n_leading_dense
+        rescaled = {None: "", True: "rescaled to one", False: "not rescaled"}[self.expert_weights_norm]
+        weights = [rescaled, f"times {scale:g}" if scale and scale != 1 else ""]
+        facts = [
+            ("shared experts", f"{self.n_expert_shared}, on every token" if self.n_expert_shared else ""),
+            ("gating", self.expert_gating or ""),
+            ("expert weights", ", ".join(filter(None, weights))),
+            ("dense layers", f"the first {dense}, without experts" if dense else ""),
+        ]
+        return [(name, text) for name, text in facts if text] if self.n_expert else []
 
     def cached_values(self, layer: int) -> tuple[int, int]:
         """Elements that one token adds to the KV cache of a layer with attention: of keys, and of values."""
@@ -152,6 +180,8 @@ class Hyper:
         return n_head_kv * largest(self.key_length, width), n_head_kv * largest(self.value_length, width)
 
 
+_GATINGS = {0: "none", 1: "softmax", 2: "sigmoid", 3: "softmax of the chosen", 4: "square root of softplus"}
+"""``llama_expert_gating_func_type`` of llama.cpp's src/llama-hparams.h."""
 _OTHER_CACHES = (
     Keys.Attention.SLIDING_WINDOW,
     Keys.Attention.KV_LORA_RANK,

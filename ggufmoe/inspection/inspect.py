@@ -47,6 +47,11 @@ _REPORTED_HYPER = (
     "rope_scaling_factor",
     "n_expert",
     "n_expert_used",
+    "n_expert_shared",
+    "expert_gating",
+    "expert_weights_norm",
+    "expert_weights_scale",
+    "n_leading_dense",
 )
 """Hyper-parameters that the JSON of a report has, in this order."""
 _TOKEN_ROWS = {TOKEN_EMBEDDING: "embedding", OUTPUT: "output"}

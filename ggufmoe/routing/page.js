@@ -1,9 +1,26 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("routing-data").textContent);
+  const nExperts = data.colours.length;
+  const mostRows = 12;
+  if (data.sparse) {
+    const dense = (pairs) => {
+      const row = new Array(nExperts).fill(0);
+      for (let i = 0; i < pairs.length; i += 2) row[pairs[i]] = pairs[i + 1];
+      return row;
+    };
+    data.texts = data.texts.map((tokens) => new Proxy(tokens, {
+      get: (all, key) => (typeof key === "string" && /^\d+$/.test(key) ? all[key].map(dense) : all[key]),
+    }));
+  }
   const even = 1 / data.colours.length;
   const percent = (w) => (w / 10).toFixed(1) + " %";
   const mean = (rows) => rows[0].map((_, e) => rows.reduce((sum, row) => sum + row[e], 0) / rows.length);
+  // all experts, or of many those with the largest shares, the largest first
+  const leading = (w) => {
+    const all = [...w.keys()];
+    return nExperts <= mostRows ? all : all.sort((a, b) => w[b] - w[a]).slice(0, 8);
+  };
   const tint = (element, e, w) => {
     const lead = even < 1 ? Math.min(1, Math.max(0, (w / 1000 - even) / (1 - even))) : 1;
     element.style.setProperty("--c", data.colours[e].join(" "));
@@ -22,7 +39,8 @@
       const top = w.indexOf(Math.max(...w));
       token.dataset.e = top;
       tint(token, top, w[top]);
-      token.title = w.map((x, e) => `expert ${e}: ${percent(x)}`).join(", ");
+      if (nExperts === 2) token.style.setProperty("--s", percent(w[0]).replace(" ", ""));
+      token.title = leading(w).map((e) => `${data.names[e]}: ${percent(w[e])}`).join(", ");
     });
 
     const cell = (row, kind, text) => {
@@ -38,9 +56,9 @@
       data.layers.forEach((layer) => cell(head, "th", layer));
       cell(head, "th", "mean");
       const average = mean(weights[i]);
-      data.colours.forEach((_, e) => {
+      leading(average).forEach((e) => {
         const row = table.insertRow();
-        cell(row, "th", `expert ${e}`);
+        cell(row, "th", data.names[e]);
         weights[i].forEach((w) => {
           cell(row, "td", w[e] ? percent(w[e]) : "–");
           if (w[e]) tint(row.lastChild, e, w[e]);

@@ -28,6 +28,12 @@ def expert_colour(expert: int) -> Colour:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def hex_colour(expert: int, strength: float = 1.0, paper: Colour = (255, 255, 255)) -> str:
+    """An expert's colour as ``#rrggbb``, mixed with ``paper`` where ``strength`` (0 to 1) is below 1."""
+    mixed = (round(p + (c - p) * strength) for c, p in zip(expert_colour(expert), paper, strict=True))
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
 def lead(weight: float, n_expert: int) -> float:
     """How clearly an expert leads with this weight: 0 at its even part, 1 when it has everything."""
     even = 1 / n_expert

@@ -1,18 +1,29 @@
-"""A picture of a routing trace through matplotlib: layers by experts, and experts by tokens."""
+"""A picture of a routing trace through matplotlib: layers by experts, and experts by tokens.
+
+Each expert has its colour of the palette, the stronger the larger its share; of many the leading ones are drawn.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ggufmoe.errors import OptionError
 from ggufmoe.files import replacing
+from ggufmoe.routing.palette import expert_colour
 from ggufmoe.routing.statistics import share
 from ggufmoe.routing.trace import RoutingTrace, visible
 
 _MOST_LABELS = 120
+_MOST_EXPERTS = 32
+_MOST_NUMBERS = 72
+"""Cells of a table that have their number written in them."""
 
 
 def write_picture(path: str | os.PathLike[str], title: str, trace: RoutingTrace, layer: int | None = None) -> None:
@@ -39,29 +50,46 @@ def _figure(trace: RoutingTrace) -> Any:
     except ImportError as error:
         raise OptionError("pictures need matplotlib: pip install 'ggufmoe[plot]'") from error
     width = min(40.0, max(9.0, 5 + 0.17 * trace.n_token))
-    height = min(20.0, max(4.0, 2 + 0.22 * max(trace.n_layer, trace.n_expert)))
+    height = min(20.0, max(4.0, 2 + 0.22 * max(trace.n_layer, min(trace.n_expert, _MOST_EXPERTS))))
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_shares(axes: Any, trace: RoutingTrace, title: str) -> None:
-    shares = share(trace)
-    image = axes.imshow(
-        shares, vmin=0, vmax=max(2 / trace.n_expert, float(shares.max())), aspect="auto", cmap="cividis"
-    )
-    axes.set(title=title, xlabel="expert", ylabel="layer")
-    axes.set_xticks(range(trace.n_expert))
+    shown = trace.leading_experts(_MOST_EXPERTS)
+    shares = share(trace)[:, list(shown)]
+    axes.imshow(_tinted(shares, shown, max(2 / trace.n_expert, float(shares.max()))), aspect="auto")
+    axes.set(title=title, ylabel="layer")
+    axes.set_xticks(range(len(shown)), labels=[visible(trace.name(expert)) for expert in shown], rotation=90)
     axes.set_yticks(range(trace.n_layer), labels=[str(layer) for layer in trace.layers])
-    axes.figure.colorbar(image, ax=axes)
+    if shares.size <= _MOST_NUMBERS:
+        for row, column in np.ndindex(shares.shape):
+            axes.text(column, row, f"{100 * shares[row, column]:.0f} %", ha="center", va="center", fontsize=8)
+    _as_text(axes.get_xticklabels())
 
 
 def _draw_tokens(axes: Any, trace: RoutingTrace, layer: int | None, title: str) -> None:
-    image = axes.imshow(trace.mean_weights(layer).T, vmin=0, vmax=1, aspect="auto", cmap="cividis")
-    axes.set(title=title, ylabel="expert")
-    axes.set_yticks(range(trace.n_expert))
+    shown = trace.leading_experts(_MOST_EXPERTS)
+    weights = trace.mean_weights(layer)[:, list(shown)]
+    axes.imshow(_tinted(weights, shown, 1.0).swapaxes(0, 1), aspect="auto")
+    axes.set(title=title)
+    axes.set_yticks(range(len(shown)), labels=[visible(trace.name(expert)) for expert in shown])
+    _as_text(axes.get_yticklabels())
     if trace.n_token <= _MOST_LABELS:
         axes.set_xticks(range(trace.n_token), labels=[visible(text) for text in trace.texts], rotation=90, fontsize=8)
-        for label in axes.get_xticklabels():
-            label.set_parse_math(False)
+        _as_text(axes.get_xticklabels())
     if trace.n_prompt < trace.n_token:
-        axes.axvline(trace.n_prompt - 0.5, color="white", linestyle=":")
-    axes.figure.colorbar(image, ax=axes)
+        axes.axvline(trace.n_prompt - 0.5, color="black", linestyle=":")
+
+
+def _tinted(values: NDArray[np.floating], experts: Sequence[int], most: float) -> NDArray[np.float64]:
+    """The experts' colours on white, at their strongest where a value is ``most``: (rows, experts, 3), from 0 to 1."""
+    colours = np.array([expert_colour(expert) for expert in experts]) / 255
+    strength = np.clip(values.astype(np.float64) / most, 0, 1)[..., None]
+    tinted: NDArray[np.float64] = 1 + (colours - 1) * strength
+    return tinted
+
+
+def _as_text(labels: Iterable[Any]) -> None:
+    """Have ``$`` drawn as it is; matplotlib would read formulas."""
+    for label in labels:
+        label.set_parse_math(False)

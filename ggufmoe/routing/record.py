@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.engine import Engine
 from ggufmoe.errors import EngineError, InputError
+from ggufmoe.gguf.expert_names import expert_names
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.native import graph_tensors
 from ggufmoe.native.wording import routing_node
@@ -85,6 +86,7 @@ def _assemble(engine: Engine, recorder: _Recorder, ids: list[int], n_prompt: int
         probabilities=probabilities,
         chosen=chosen,
         weights=weights,
+        expert_names=expert_names(engine.header.metadata),
     )
 
 

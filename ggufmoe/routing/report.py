@@ -17,6 +17,7 @@ def trace_report(trace: RoutingTrace, summary: Summary) -> dict[str, Any]:
     return {
         "n_expert": trace.n_expert,
         "n_expert_used": trace.n_expert_used,
+        "expert_names": [trace.name(expert) for expert in range(trace.n_expert)],
         "n_prompt": trace.n_prompt,
         "layers": list(trace.layers),
         "tokens": list(trace.token_ids),

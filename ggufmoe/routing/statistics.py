@@ -21,8 +21,7 @@ def choice_share(trace: RoutingTrace) -> Numbers:
 
 def weight_share(trace: RoutingTrace) -> Numbers:
     """Part of each layer's weight that each expert had: (n_layer, n_expert), rows sum to one."""
-    total = trace.expert_weights.sum(axis=0, dtype=np.float64)
-    share: Numbers = total / total.sum(axis=1, keepdims=True)
+    share: Numbers = trace.expert_shares.mean(axis=0, dtype=np.float64)
     return share
 
 
@@ -88,26 +87,32 @@ def dead_experts(trace: RoutingTrace) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class Favourite:
-    """A token that an expert likes: its text, the expert's mean weight for it, and how often it occurs."""
+    """A token that an expert gets more of than of others.
+
+    ``weight`` is the expert's mean share in its weight, ``more`` by how much that exceeds the expert's mean share of
+    all tokens, ``count`` how often the token occurs.
+    """
 
     text: str
     weight: float
+    more: float
     count: int
 
 
 def favourites(trace: RoutingTrace, expert: int, *, layer: int | None = None, n: int = 8) -> list[Favourite]:
-    """The ``n`` tokens for which ``expert`` had the highest mean weight, in one layer or in the mean of all.
+    """The ``n`` tokens for which ``expert`` had most above its average, in one layer or in the mean of all.
 
-    Equal tokens count as one; where every expert runs, only tokens are named for which it had more than its even part.
+    Equal tokens count as one; tokens of which it had no more than its average are left out.
     """
     weights = trace.mean_weights(layer)[:, expert]
-    floor = 1 / trace.n_expert if trace.every_expert_runs else 0.0
+    mean = float(weights.mean(dtype=np.float64))
     found = []
     for token in dict.fromkeys(trace.token_ids):
         at = [i for i, other in enumerate(trace.token_ids) if other == token]
-        found.append(Favourite(trace.texts[at[0]], float(weights[at].mean()), len(at)))
+        weight = float(weights[at].mean(dtype=np.float64))
+        found.append(Favourite(trace.texts[at[0]], weight, weight - mean, len(at)))
     found.sort(key=lambda one: (-one.weight, -one.count))
-    return [one for one in found if one.weight > floor][:n]
+    return [one for one in found if one.more > 1e-6][:n]
 
 
 @dataclass(frozen=True, eq=False)

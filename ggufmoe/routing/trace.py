@@ -34,6 +34,8 @@ class RoutingTrace:
     """The experts that ran, the likeliest first: (n_token, n_layer, n_expert_used)."""
     weights: Floats
     """How much each of ``chosen`` counted, as llama.cpp multiplied it: (n_token, n_layer, n_expert_used)."""
+    expert_names: tuple[str, ...] = ()
+    """What the experts are called, for example after the models that they were made of; empty: by their number."""
 
     @property
     def n_token(self) -> int:
@@ -63,12 +65,31 @@ class RoutingTrace:
         np.put_along_axis(dense, self.chosen, self.weights, axis=2)
         return dense
 
+    @cached_property
+    def expert_shares(self) -> Floats:
+        """Share of each expert in the weight of a token and layer: (n_token, n_layer, n_expert), summing to one.
+
+        Some architectures do not rescale the weights of the chosen experts, so that ``weights`` sum to less or more.
+        """
+        total = self.expert_weights.sum(axis=2, keepdims=True)
+        shares: Floats = self.expert_weights / np.where(total == 0, np.float32(1), total)
+        return shares
+
     def mean_weights(self, layer: int | None = None) -> Floats:
-        """Weight of each expert for each token in one layer, or in the mean of all: (n_token, n_expert)."""
+        """Share of each expert in each token's weight in one layer, or in the mean of all: (n_token, n_expert)."""
         if layer is None:
-            mean: Floats = self.expert_weights.mean(axis=1)
+            mean: Floats = self.expert_shares.mean(axis=1)
             return mean
-        return self.expert_weights[:, self.row_of(layer)]
+        return self.expert_shares[:, self.row_of(layer)]
+
+    def name(self, expert: int) -> str:
+        """What an expert is called."""
+        return self.expert_names[expert] if self.expert_names else f"expert {expert}"
+
+    def leading_experts(self, n: int) -> tuple[int, ...]:
+        """The ``n`` experts with the largest share of all weight, in the order of their numbers."""
+        order = np.argsort(-self.mean_weights().mean(axis=0), kind="stable")[:n]
+        return tuple(sorted(int(expert) for expert in order))
 
     def row_of(self, layer: int) -> int:
         """Where the arrays keep layer number ``layer``. Raises OptionError if it has no experts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from chromium import Chromium, Page
 import ggufmoe
 from ggufmoe.cli.app import exit_code
 from ggufmoe.routing.page import routing_page
-from tests.routing.traces import trace_of
+from ggufmoe.routing.statistics import share_by_label
+from tests.routing.traces import random_trace, trace_of
 from tests.tiny import make_checkpoint
 
 PROMPT = 'Once upon a time <script>alert("no")</script> there were "2 + 2"'
@@ -86,7 +88,7 @@ DETAIL = "[...document.querySelectorAll('.detail tr')].map(row => [...row.cells]
 
 def test_hover_shows_the_numbers(page: Page, numbers: dict[str, Any]) -> None:
     for token in (0, 4, len(numbers["tokens"]) - 1):
-        page.hover(f".tokens .t:nth-of-type({token + 1})")
+        page.hover(f".t[data-i='{token}']")
         rows = page.evaluate(
             "[...document.querySelectorAll('.detail tr')].map(r => [...r.cells].map(c => c.textContent))"
         )
@@ -166,6 +168,57 @@ def test_a_narrow_window_scrolls_tables_and_not_the_page(page: Page) -> None:
     page.emulate(width=360)
     page.hover(".t")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_many_experts_are_folded_and_pointed_at(browser: Chromium, tmp_path: Path) -> None:
+    trace = random_trace(40, 6, 256, 8)
+    (tmp_path / "page.html").write_text(routing_page("m", [("Text", trace)]), encoding="utf-8")
+    page = browser.page()
+    page.emulate()
+    page.open(tmp_path / "page.html")
+    page.hover(".t[data-i='7']")
+    rows = page.evaluate(DETAIL)
+    assert len(rows) == 9
+    order = np.argsort(-trace.mean_weights()[7])[:8]
+    assert {row[0] for row in rows[1:]} == {f"expert {expert}" for expert in order}
+    assert float(rows[1][-1].split()[0]) == pytest.approx(100 * trace.mean_weights()[7].max(), abs=0.11)
+    assert page.evaluate("document.querySelectorAll('.legend li').length") == 13
+    assert page.complaints == []
+
+
+def test_two_experts_have_a_bar_below_each_token(browser: Chromium, tmp_path: Path) -> None:
+    name = '<img src=x onerror="document.title=1">'
+    trace = replace(
+        trace_of([[[0.9, 0.1], [0.3, 0.7]], [[0.2, 0.8], [0.4, 0.6]]], 2, texts=["a", name]),
+        expert_names=(name, "math"),
+    )
+    (tmp_path / "page.html").write_text(routing_page(name, [(name, trace)]), encoding="utf-8")
+    page = browser.page()
+    page.emulate()
+    page.open(tmp_path / "page.html")
+    parts = "[...document.querySelectorAll('.t')].map(t => t.style.getPropertyValue('--s'))"
+    assert page.evaluate(parts) == ["60.0%", "30.0%"]
+    page.evaluate("(s => { s.value = '0'; s.dispatchEvent(new Event('change')); })(document.querySelector('select'))")
+    assert page.evaluate(parts) == ["90.0%", "20.0%"]
+    assert "gradient" in page.evaluate("getComputedStyle(document.querySelector('.t'), '::after').backgroundImage")
+    page.hover(".t[data-i='1']")
+    assert [row[0] for row in page.evaluate(DETAIL)] == ["layer", name, "math"]
+    assert page.evaluate("document.images.length") == 0
+    assert page.evaluate("document.title") == f"Routing in {name}"
+
+
+def test_a_pair_stands_side_by_side_where_there_is_room(browser: Chromium, tmp_path: Path) -> None:
+    trace = random_trace(30, 2, 2, 2)
+    texts = [("A", trace), ("B", trace)]
+    (tmp_path / "page.html").write_text(routing_page("m", texts, shares=share_by_label(texts)), encoding="utf-8")
+    page = browser.page()
+    tops = "[...document.querySelectorAll('[data-number]')].map(one => one.getBoundingClientRect().top)"
+    for width, beside in ((1400, True), (700, False)):
+        page.emulate(width=width)
+        page.open(tmp_path / "page.html")
+        first, second = page.evaluate(tops)
+        assert (first == second) == beside
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_screen_reader_meets_names(page: Page, numbers: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from ggufmoe.cli.app import exit_code
 from ggufmoe.gguf.header import GGUFValue, read_header
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType, ValueType
-from tests.gguf_files import text, write_gguf, write_mixtral, write_weights
+from tests.gguf_files import text, u32, write_gguf, write_mixtral, write_weights
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,6 +82,24 @@ def test_memory_for_a_context(model: Path, capsys: Capture) -> None:
     assert shown["KV cache"] == "544 KiB 17.0 MiB"
     assert shown["in all"].endswith(" MiB")
     assert run(capsys, model, "-ctk", "q9")[0] == 2
+
+
+def test_what_the_header_says_of_experts(tmp_path: Path, capsys: Capture) -> None:
+    changes = {
+        "llama.expert_shared_count": u32(1),
+        "llama.expert_gating_func": u32(2),
+        "llama.expert_weights_scale": GGUFValue(ValueType.FLOAT32, 2.5),
+        "llama.expert_weights_norm": GGUFValue(ValueType.BOOL, True),
+        "llama.leading_dense_block_count": u32(3),
+    }
+    path = write_mixtral(tmp_path / "m.gguf", changes=changes)
+    shown = rows(run(capsys, path)[1])
+    assert shown["shared experts"] == "1, on every token"
+    assert shown["gating"] == "sigmoid"
+    assert shown["expert weights"] == "rescaled to one, times 2.5"
+    assert shown["dense layers"] == "the first 3, without experts"
+    hyper = json.loads(run(capsys, path, "--json")[1])["hyper"]
+    assert (hyper["n_expert_shared"], hyper["expert_gating"], hyper["n_leading_dense"]) == (1, "sigmoid", 3)
 
 
 RECIPE = "base_model: a\nexperts:\n" + "".join(f"  - source_model: \x1b{i}\n" for i in range(30))

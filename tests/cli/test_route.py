@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,11 @@ def test_the_text_with_marks_and_all_the_tables(run: Run) -> None:
     assert "<s>" in out
     assert any(mark in out for mark in "⁰¹²³")
     assert "(5 tokens after » generated)" in out
-    for title in ("Share of choices by layer and expert", "Summary", "Tokens that each expert likes most"):
+    for title in (
+        "Share of choices by layer and expert",
+        "Summary",
+        "Tokens that each expert gets more than its average",
+    ):
         assert f"\n{title}" in out
     assert "load-balancing loss:" in out
     assert "\x1b" not in out
@@ -215,7 +220,8 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         view.model("m.gguf", trace)
         view.text(trace, None)
         view.summary(trace, summarize(trace), None)
-        view.comparison(share_by_label([("a very long label, longer than a terminal", trace), ("b", trace.part(3))]))
+        shares = share_by_label([("a very long label, longer than a terminal", trace), ("b", trace.part(3))])
+        view.comparison(shares, trace)
         return stream.getvalue()
 
     return show
@@ -256,9 +262,36 @@ def test_all_experts_stand_in_a_folded_table(shown: Callable[..., str]) -> None:
         assert [int(word) for row in rows for word in row[1:]] == list(range(16))
 
 
+def test_two_experts_have_two_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = replace(trace_of([[[0.9, 0.1]], [[0.2, 0.8]]], 2, texts=["2", " x"]), expert_names=("everyday", "math"))
+    for encoding, marks, signs in (("utf-8", "2▁ x▇", "█░"), ("ascii", "2[10] x[80]", "#.")):
+        bar = signs[0] * 22 + signs[1] * 18
+        monkeypatch.setenv("COLUMNS", "60")
+        stream = Stream(terminal=False, encoding=encoding)
+        view = RouteView(stream)
+        view.model("m.gguf", trace, [("gating", "sigmoid")])
+        view.text(trace, None)
+        view.summary(trace, summarize(trace), None)
+        shown = stream.getvalue()
+        assert marks in shown
+        assert f" mean  55.0 {bar}  45.0\n" in shown
+        assert "layer  everyday" + " " * 40 + "math\n" in shown
+        assert "everyday: 2 90% (+35)\nmath: x 80% (+35)\n" in shown
+        assert "gating: sigmoid\n" in shown
+        assert not any(mark in shown for mark in "⁰¹")
+        assert max(map(len, shown.splitlines())) <= 60
+
+
+def test_of_many_experts_the_leading_ones_have_columns(shown: Callable[..., str]) -> None:
+    plain = shown(128)
+    assert "and 112 more" in plain
+    assert "(the 16 experts with the largest shares, of 128)" in plain
+    assert plain.count("\nexpert ") == 16
+
+
 def test_tokens_cannot_command_the_terminal() -> None:
     trace = trace_of([[[0.6, 0.4]], [[0.4, 0.6]]], 2, texts=["\x1b[2J\x07", "a\nb\n"], n_prompt=1)
     stream = Stream(terminal=False)
     RouteView(stream).text(trace, None, title="\x1b]0;x\x07")
-    assert "\\x1b[2J\\x07⁰ » a⏎b⏎¹\n" in stream.getvalue()
+    assert "\\x1b[2J\\x07▄ » a⏎b⏎▅\n" in stream.getvalue()
     assert "\x1b" not in stream.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -151,6 +151,72 @@ def test_a_choice_of_experts_is_said_to_be_one() -> None:
     page = routing_page("m.gguf", [("Text", random_trace(4, 2, 8, 2))])
     assert "2 of them run on each token" in page
     assert "Share of choices by layer and expert" in page
+
+
+def test_the_picture_stands_below_the_text(trace: RoutingTrace) -> None:
+    root = parse(routing_page("m.gguf", [("Text", trace)]))
+    (picture,) = root.all("svg")
+    assert picture.attributes["role"] == "img"
+    assert len(picture.all("g")) == trace.n_token
+    assert "layer" in root.all("figcaption")[0].words
+
+
+def test_two_experts_have_a_scale_and_no_numbers(trace: RoutingTrace) -> None:
+    named = replace(trace, expert_names=("every<day>", "math"))
+    page = routing_page("m.gguf", [("Text", named)])
+    root = parse(page)
+    assert root.all("body")[0].attributes["class"] == "two"
+    assert "every<day> on the left, math on the right" in root.words
+    assert [one.words for one in root.all("b")] == ["every<day>", "math"]
+    assert "--s:62.5%" in str(tokens(root)[0].attributes["style"])
+    assert tokens(root)[0].attributes["title"] == "every<day>: 62.5 %, math: 37.5 %"
+    assert "math" in [head.words for head in root.all("table")[0].all("th")]
+    assert parse(routing_page("m", [("t", random_trace(3, 2, 4, 2))])).all("b") == []
+
+
+def test_a_pair_stands_side_by_side(trace: RoutingTrace) -> None:
+    texts = [("A", trace), ("B", trace)]
+    shares = share_by_label(texts)
+    root = parse(routing_page("m.gguf", texts, shares=shares))
+    (pair,) = [one for one in root.all("div") if one.attributes.get("class") == "pair"]
+    assert [one.tag for one in pair.children] == ["section", "section"]
+    assert "class=pair" not in routing_page("m.gguf", [*texts, ("C", trace)], shares=shares).replace('"', "")
+
+
+@pytest.mark.parametrize("n_expert", [128, 256])
+def test_of_many_experts_the_leading_ones_are_shown(n_expert: int) -> None:
+    trace = random_trace(30, 4, n_expert, 8)
+    page = routing_page("m.gguf", [("Text", trace)])
+    root = parse(page)
+    legend = next(one for one in root.all("ul"))
+    assert len(legend.all("li")) == 13
+    assert f"and {n_expert - 12} more" in legend.words
+    heads = [head.words for head in root.all("table")[0].all("thead")[0].all("th")]
+    assert len(heads) == 14
+    assert heads[-1] == "others"
+    for row in root.all("table")[0].all("tbody")[0].all("tr"):
+        assert sum(float(cell.words.split()[0]) for cell in row.all("td")) == pytest.approx(100, abs=0.7)
+    assert len(root.all("table")[1].all("thead")[0].all("th")) == 1 + n_expert
+    assert all(str(token.attributes["title"]).count("expert") <= 8 for token in tokens(root))
+    data = json.loads(root.all("script")[0].words)
+    assert data["sparse"]
+    pairs = data["texts"][0][3][2]
+    dense = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    np.testing.assert_allclose([dense.get(e, 0) / 1000 for e in range(n_expert)], trace.expert_shares[3, 2], atol=5e-4)
+    assert len(page) < 1_500_000
+
+
+def test_words_are_not_broken() -> None:
+    texts = ["<s>", " un", "break", "able", " next", "\n", "x" * 20, "y" * 20, "漢", "字"]
+    trace = trace_of(list(random_trace(len(texts), 2, 4, 2).probabilities), 2, texts=texts)
+    root = parse(routing_page("m.gguf", [("Text", trace)]))
+    words = [span.words for span in root.all("span") if span.attributes.get("class") == "word"]
+    assert words == ["<s>", " unbreakable", " next", "⏎", "x" * 20, "y" * 20, "漢", "字"]
+
+
+def test_facts_about_the_experts_are_told(trace: RoutingTrace) -> None:
+    page = routing_page("m.gguf", [("Text", trace)], facts=[("gating", "sig<moid>")])
+    assert "Gating: sig<moid>. " in parse(page).words
 
 
 # ---- the picture

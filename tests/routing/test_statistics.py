@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,8 +98,37 @@ def test_favourites_are_ordered_by_weight_and_equal_tokens_count_as_one() -> Non
     found = favourites(trace, 0)
     assert [(one.text, one.count) for one in found] == [("x", 2), ("y", 1)]
     assert found[0].weight == pytest.approx(0.75)
+    assert found[0].more == pytest.approx(0.15)
     assert [one.text for one in favourites(trace, 1, layer=0, n=1)] == ["z"]
     assert favourites(ONE_LAYER, 3) == []
+
+
+def test_favourites_are_those_above_the_average() -> None:
+    """An expert that leads everywhere likes the tokens of which it has more than elsewhere, and not all of them."""
+    trace = trace_of([[[0.9, 0.1]], [[0.8, 0.2]], [[0.7, 0.3]]], 2, texts=["x", "y", "z"])
+    assert [one.text for one in favourites(trace, 0)] == ["x"]
+    assert [one.text for one in favourites(trace, 1)] == ["z"]
+    assert favourites(trace.part(0, 1), 0) == []
+
+
+def test_shares_are_of_the_sum_of_the_weights() -> None:
+    """Some models do not rescale the weights of the chosen experts, or multiply them."""
+    trace = random_trace(6, 3, 8, 2)
+    for scale in (0.4, 2.5):
+        other = replace(trace, weights=trace.weights * np.float32(scale))
+        np.testing.assert_allclose(other.expert_shares, trace.expert_shares, rtol=1e-6)
+        np.testing.assert_allclose(other.mean_weights().sum(axis=-1), 1, rtol=1e-6)
+        np.testing.assert_allclose(other.mean_weights(1).sum(axis=-1), 1, rtol=1e-6)
+        np.testing.assert_allclose(weight_share(other), weight_share(trace), rtol=1e-6)
+    assert not replace(trace, weights=trace.weights * 0).mean_weights().any()
+
+
+def test_experts_have_names() -> None:
+    trace = random_trace(6, 3, 8, 2)
+    assert trace.name(3) == "expert 3"
+    assert replace(trace, expert_names=tuple("abcdefgh")).name(3) == "d"
+    order = np.argsort(-trace.mean_weights().mean(axis=0))
+    assert trace.leading_experts(3) == tuple(sorted(order[:3]))
 
 
 def test_shares_by_label_count_every_token_alike() -> None:
