@@ -1,6 +1,6 @@
-"""Sums of squared inputs of every weight matrix, expert by expert, gathered while llama.cpp computes a text.
+"""Collects the sums of squared inputs of every weight matrix, per expert, while llama.cpp computes a text.
 
-The inputs are read in place and squared in single precision; over a text they are summed in double.
+The inputs are read in place and squared in single precision; the sums over a text are in double precision.
 Source: ``tools/imatrix/imatrix.cpp`` of llama.cpp at the pinned commit, which sums in single precision throughout.
 """
 
@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 _MIN_ROWS = 16
-"""llama-imatrix passes over smaller products; experts are counted whatever their size."""
+"""llama-imatrix ignores matrix products with fewer rows; products of experts are counted whatever their size."""
 
 
 class ActivationSums(Observer):
@@ -40,7 +40,7 @@ class ActivationSums(Observer):
 
     @property
     def entries(self) -> Mapping[str, tuple[Doubles, Doubles]]:
-        """By name of the weight: sums (n, n_columns) and numbers of tokens (n,); n is 1 or the number of experts."""
+        """Name of the weight to sums (n, n_columns) and token counts (n,), float64; n is 1 or the number of experts."""
         return self._sums
 
     def wants(self, tensor: int) -> bool:
@@ -67,7 +67,7 @@ class ActivationSums(Observer):
         _add(self._pending, _weight_name(weights), seen)
 
     def commit(self) -> None:
-        """Add what was observed to the sums. Raises EngineError if any of it is NaN or infinite."""
+        """Add the observed values to the sums. Raises EngineError if one of them is NaN or infinite."""
         for name, seen in self._pending.items():
             if not np.isfinite(seen[0]).all():
                 raise EngineError(f"the inputs of {name} are NaN or infinite: the model cannot compute this text")
@@ -75,16 +75,16 @@ class ActivationSums(Observer):
         self._pending.clear()
 
     def drop(self) -> None:
-        """Discard what was observed since the last ``commit``."""
+        """Discard the values observed since the last ``commit``."""
         self._pending.clear()
 
 
 def collect(
     engine: Engine, chunks: Sequence[Sequence[int]], sums: ActivationSums, cancel: CancelFlag | None = None
 ) -> Iterator[int]:
-    """Compute ``chunks`` and add their activations to ``sums``; yield the number of chunks done after each step.
+    """Compute ``chunks`` and add their activations to ``sums``; yield the number of completed chunks after each step.
 
-    A chunk that was not completed is not counted. Ends early when ``cancel`` is set. The engine's KV cache is lost.
+    An incomplete chunk is not counted. Ends early when ``cancel`` is set. Overwrites the engine's KV cache.
     """
     n_tokens = max(map(len, chunks), default=0)
     with engine.observed(sums), sums.checked():
@@ -94,7 +94,7 @@ def collect(
             if part.end == n_tokens:
                 sums.commit()
                 yield part.group.stop
-    # a part that was stopped may be computed to its end, until there is no observer any more
+    # llama.cpp may compute a cancelled part to its end, so values are dropped after the observer is removed
     sums.drop()
 
 
@@ -103,21 +103,27 @@ def _weight_name(tensor: int) -> str:
 
 
 def _by_expert(inputs: Floats, experts: NDArray[np.int32], n_expert: int) -> tuple[Doubles, Doubles]:
-    """``inputs`` is (tokens, 1 or n_used, columns), ``experts`` (tokens, n_used)."""
+    """Sums of squares and token counts of each expert.
+
+    ``inputs`` is (tokens, 1 or n_used, columns), ``experts`` (tokens, n_used).
+    """
     n_inputs, n_columns = inputs.shape[1:]
     rows = inputs.reshape(-1, n_columns)
     at = np.arange(len(experts))[:, None] * n_inputs + np.arange(experts.shape[1]) % n_inputs
     sums, counts = np.zeros((n_expert, n_columns)), np.zeros(n_expert)
     for expert in np.unique(experts):
         given = rows[at[experts == expert]]
-        # not by BLAS, whose threads wait for those of llama.cpp
+        # einsum does not use BLAS, whose threads would wait for those of llama.cpp
         sums[expert] = np.einsum("rc,rc->c", given, given)
         counts[expert] = len(given)
     return sums, counts
 
 
 def _by_matrix(inputs: Floats, n_matrices: tuple[int, ...]) -> tuple[Doubles, Doubles]:
-    """``inputs`` is (n3, n2, rows, columns); matrices repeat over the first two, and are counted as one."""
+    """Sums of squares and the token count of a plain matrix or a stack of matrices, which has one count.
+
+    ``inputs`` is (n3, n2, rows, columns); the matrices are broadcast over the first two dimensions.
+    """
     squares = np.einsum("abrc,abrc->abc", inputs, inputs)
     outer, inner = n_matrices
     sums = np.zeros((outer, inner, inputs.shape[3]))

@@ -1,9 +1,8 @@
-"""Speed of prompts and of generation, measured as llama-bench measures it, with the engine that also chats.
+"""Measures the speed of prompt processing and generation with ggufmoe's engine, as llama-bench does.
 
-pp N: N random tokens are computed in batches, logits of each batch's last one. tg N: N random tokens one by one, each
-waited for. Both begin with BOS where the model wants it. One run to warm up (of tg: one token), then each repetition
-begins with an empty cache, or with ``n_depth`` tokens in it, which are not timed. After tools/llama-bench at commit
-0c1e57098.
+pp N computes N random tokens in batches, with logits of the last token of each batch. tg N computes N random tokens one
+by one. Both begin with BOS if the model wants BOS. After a warm-up run (for tg: one token), each repetition begins with
+an empty cache, or with ``n_depth`` tokens in it that are not timed. Source: tools/llama-bench at commit 0c1e57098.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: ``n_prompt`` tokens in batches, then ``n_gen`` one by one, after ``n_depth`` that are not timed.
+    """The timed work: ``n_prompt`` tokens in batches, then ``n_gen`` one by one, after ``n_depth`` that are not timed.
 
-    Raises OptionError where there is nothing to time.
+    Raises OptionError for negative numbers, and if there is nothing to time.
     """
 
     n_prompt: int
@@ -47,23 +46,23 @@ class Workload:
 
     def __post_init__(self) -> None:
         if min(self.n_prompt, self.n_gen, self.n_depth) < 0 or not self.n_prompt + self.n_gen:
-            raise OptionError(f"a test takes tokens of a prompt or of an answer, not {self.n_prompt} and {self.n_gen}")
+            raise OptionError(f"a test needs tokens of a prompt or of an answer, not {self.n_prompt} and {self.n_gen}")
 
     @property
     def name(self) -> str:
-        """The name in llama-bench's table: pp512, tg128, pp512+tg128 @ d1024."""
+        """The name of the test in llama-bench's table: pp512, tg128, pp512+tg128 @ d1024."""
         parts = [f"pp{self.n_prompt}"] * bool(self.n_prompt) + [f"tg{self.n_gen}"] * bool(self.n_gen)
         return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
 
     @property
     def n_ctx(self) -> int:
-        """Tokens of context that the workload needs."""
+        """The length of the context that the workload needs, in tokens."""
         return self.n_prompt + self.n_gen + self.n_depth
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: a model, a workload and options; the context is as long as the workload needs."""
+    """One row of the table: a model, a workload and options; the context is as long as the workload needs."""
 
     model: Path
     report: ModelReport
@@ -73,45 +72,45 @@ class Case:
 
     @property
     def n_threads(self) -> int:
-        """Number of threads that compute."""
+        """The number of threads that compute."""
         return self.context.n_threads or default_threads()
 
 
 @dataclass(frozen=True)
 class Result:
-    """The measurement of a case: the seconds of each repetition that was made, at most ``repetitions``."""
+    """The measurement of a case: the duration in seconds of each completed repetition, at most ``repetitions``."""
 
     case: Case
     plan: OffloadPlan
     repetitions: int
     samples_s: tuple[float, ...]
     begun: datetime
-    """When, in UTC."""
+    """Start of the measurement, in UTC."""
 
     @property
     def samples_tokens_per_s(self) -> tuple[float, ...]:
-        """Speed of each repetition."""
+        """The speed of each repetition, in tokens per second."""
         n_tokens = self.case.workload.n_prompt + self.case.workload.n_gen
         return tuple(n_tokens / seconds for seconds in self.samples_s)
 
     @property
     def tokens_per_s(self) -> float:
-        """Mean speed."""
+        """The mean speed, in tokens per second."""
         return fmean(self.samples_tokens_per_s)
 
     @property
     def spread_tokens_per_s(self) -> float:
-        """Standard deviation of the speeds, of a sample; 0 for a single one."""
+        """The sample standard deviation of the speeds, in tokens per second; 0 for one repetition."""
         return _spread(self.samples_tokens_per_s)
 
     @property
     def seconds(self) -> float:
-        """Mean time."""
+        """The mean duration of a repetition, in seconds."""
         return fmean(self.samples_s)
 
     @property
     def spread_s(self) -> float:
-        """Standard deviation of the times."""
+        """The sample standard deviation of the durations, in seconds; 0 for one repetition."""
         return _spread(self.samples_s)
 
 
@@ -129,7 +128,7 @@ class MeasuredMachine:
 
 
 def describe_machine() -> MeasuredMachine:
-    """The machine and the engine, as the system and llama.cpp describe them. Raises EngineMissingError."""
+    """Describe the machine and the installed engine. Raises EngineMissingError if there is no engine."""
     devices = backends.devices()
     engine = native.engine_version()
     described = [(device, backends.device_facts(device).description or device.name) for device in devices]
@@ -153,9 +152,10 @@ def plan_bench(
     contexts: Sequence[ContextOptions] = (ContextOptions(),),
     offloads: Sequence[OffloadOptions] = (OffloadOptions(),),
 ) -> tuple[Case, ...]:
-    """All combinations, in the order in which a model is loaded least often. Nothing is loaded.
+    """All combinations of models, workloads and options, in an order that loads each model as rarely as possible.
 
-    Raises what a load would find wrong with header and options: GGUFError, OptionError, EngineMissingError.
+    Reads only headers. Raises the errors of a load that header and options determine: GGUFError, OptionError,
+    EngineMissingError.
     """
     cases = []
     for model in models:
@@ -188,7 +188,7 @@ def run_bench(
     bench = _Bench(len(cases), repetitions, warm_up, on_progress)
     for (model, offload), group in groupby(cases, key=lambda case: (case.model, case.offload)):
         listed = list(group)
-        # weights are placed once, so there must be room for the longest context
+        # weights are placed once, so there must be memory for the longest context
         widest = max(listed, key=lambda case: case.workload.n_ctx)
         bench.announce(listed[0], "load")
         with Engine(model, _context(widest), offload, cancel=cancel) as engine:
@@ -217,7 +217,7 @@ class _Bench:
             self._report(Progress(phase, self._n_done, self._n_all, "runs", item))
 
     def results(self, engine: Engine, case: Case, cancel: CancelFlag | None) -> Iterator[Result]:
-        """Yield one result; where an error ends the case early, yield the samples so far and raise the error."""
+        """Yield the result of a case; if an error ends it early, yield the samples so far, then raise the error."""
         begun = datetime.now(timezone.utc)
         samples: list[float] = []
         try:
@@ -245,7 +245,7 @@ class _Bench:
         return Result(case, engine.placement.plan, self._repetitions, tuple(samples), begun)
 
     def _timed(self, engine: Engine, workload: Workload, cancel: CancelFlag | None) -> float:
-        """Seconds of one run, which begins with an empty cache."""
+        """Run a workload from an empty cache and return its duration in seconds. Raises Cancelled."""
         engine.forget()
         before, prompt, answer = (
             self._tokens(engine, n) for n in (workload.n_depth, workload.n_prompt, workload.n_gen)
@@ -259,7 +259,7 @@ class _Bench:
         return timed_s
 
     def _tokens(self, engine: Engine, n: int) -> list[int]:
-        """``n`` random tokens; the first is BOS where the model wants one."""
+        """``n`` random token ids; the first is BOS if the model wants BOS."""
         ids = [self._random.randrange(engine.n_vocab) for _ in range(n)]
         if ids and engine.adds_bos and engine.bos_token is not None:
             ids[0] = engine.bos_token
@@ -271,7 +271,7 @@ def _spread(samples: Sequence[float]) -> float:
 
 
 def as_record(result: Result, machine: MeasuredMachine) -> dict[str, Any]:
-    """A result as plain values, named as llama-bench names them in JSON and CSV, with a few names of our own."""
+    """A result as plain values with llama-bench's names of JSON and CSV fields, and a few more of ggufmoe."""
     case, report, plan = result.case, result.case.report, result.plan
     context, offload = case.context, case.offload
     return {
@@ -319,6 +319,6 @@ def as_record(result: Result, machine: MeasuredMachine) -> dict[str, Any]:
 
 
 def model_type(report: ModelReport) -> str:
-    """Architecture, size and file type of a model: ``llama 2x7.2B Q4_K_M``."""
+    """The architecture, size and file type of a model as one text: ``llama 2x7.2B Q4_K_M``."""
     words = (report.architecture, report.provenance.get("size_label"), report.file_type)
     return " ".join(str(word) for word in words if word) or "unknown"

@@ -1,8 +1,7 @@
-"""What all evaluations of a text share: reading it, cutting it into chunks as llama.cpp's tools do, the rows of logits
-that are scored in them, and the report after each chunk.
+"""Shared by all evaluations of a text: reading it, splitting it into chunks, selecting scored logits, and progress.
 
-Every chunk begins with BOS where the model wants one, in the place of its first token. Only the second half is scored,
-so that each scored token has half a chunk of text before it. What is left over at the end is not used.
+As in llama.cpp's tools, BOS replaces the first token of every chunk if the model wants BOS. Only the second half of a
+chunk is scored, so that each scored token follows at least half a chunk. Tokens left over at the end are not used.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from ggufmoe.work import OnProgress, Progress
 
 Chunks = list[list[int]]
 _BLOCK_ROWS = 64
-"""Rows of logits worked on at once: few enough that arrays of their size stay in a processor's cache."""
+"""Rows of logits that are scored at once, few enough for their arrays to stay in the processor's cache."""
 
 
 class ChunkResult(Protocol):
-    """The result of an evaluation over the chunks that are done."""
+    """The result of an evaluation over the chunks completed so far."""
 
     @property
     def n_chunks(self) -> int: ...
@@ -41,13 +40,13 @@ ResultT = TypeVar("ResultT", bound=ChunkResult)
 
 
 def report_chunks(on_progress: OnProgress | None, result: ChunkResult) -> None:
-    """Tell ``on_progress`` how many chunks are done and the result over them."""
+    """Call ``on_progress`` with the number of completed chunks and the result over them."""
     if on_progress is not None:
         on_progress(Progress("chunks", result.n_chunks, result.total_chunks, "chunks", result=result))
 
 
 def last_result(results: Iterator[ResultT], on_progress: OnProgress | None) -> ResultT:
-    """The last of ``results``, each of which is reported. Raises Cancelled if there is none."""
+    """Report each of ``results`` and return the last one. Raises Cancelled if there is none."""
     last = None
     for last in results:
         report_chunks(on_progress, last)
@@ -59,7 +58,7 @@ def last_result(results: Iterator[ResultT], on_progress: OnProgress | None) -> R
 def check_complete(result: ChunkResult) -> None:
     """Raise Cancelled if the evaluation was stopped before its last chunk."""
     if not result.is_complete:
-        raise Cancelled(f"stopped after {result.n_chunks} of {result.total_chunks} chunks; the result is of these")
+        raise Cancelled(f"stopped after {result.n_chunks} of {result.total_chunks} chunks; the result covers these")
 
 
 _MAX_TEXT_BYTES = 512 * 2**20
@@ -67,10 +66,10 @@ _MAX_TEXT_BYTES = 512 * 2**20
 
 
 def read_text(text: str | None, text_file: StrPath | None) -> str:
-    """``text``, or what ``text_file`` holds without the newline at its end.
+    """Return ``text``, or the content of ``text_file`` without its last newline.
 
-    Raises OptionError unless exactly one is given, TypeError for a text that is no str, InputError for a file that
-    cannot be read or is not UTF-8.
+    Raises OptionError unless exactly one is given, TypeError if ``text`` is not a str, InputError if the file cannot be
+    read or is not UTF-8.
     """
     if (text is None) is (text_file is None):
         raise OptionError("give either text, the text itself, or text_file, the path of a file")
@@ -94,7 +93,10 @@ def read_text(text: str | None, text_file: StrPath | None) -> str:
 
 
 def cut_chunks(engine: Engine, text: str, options: EvaluationOptions) -> Chunks:
-    """The chunks of a text. Raises InputError if it does not fill two of them, as llama.cpp does."""
+    """Split a text into chunks of ``options.n_ctx`` tokens.
+
+    Raises InputError if the text does not fill two chunks, as llama.cpp's tools do.
+    """
     size = options.n_ctx
     tokens = engine.tokenize(text)
     if len(tokens) < 2 * size:

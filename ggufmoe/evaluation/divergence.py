@@ -1,8 +1,8 @@
-"""KL divergence of a model's predictions from those of a reference, token by token: what a quantization costs.
+"""KL divergence of a model's predictions from those of a reference: the loss of quality by quantization.
 
 Both models compute the same chunks in turn in one process, so only four numbers are stored for each scored token.
 Source of the definitions: ``tools/perplexity/perplexity.cpp`` (``--kl-divergence``) of llama.cpp at the pinned commit,
-which rounds the reference to 16 bits on its way through a file; here it keeps its precision unless that is asked for.
+which rounds the reference's log-probabilities to 16 bits in a file; here that is an option.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SHARES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
-"""Which quantiles a Distribution tells; 0 is the minimum, 0.5 the median, 1 the maximum."""
+"""The shares of the quantiles in a Distribution; 0 is the minimum, 0.5 the median, 1 the maximum."""
 _MAX_RANGE = np.float32(16)
-"""What lies further below the likeliest token is one value in llama.cpp's 16 bits, and below exp(-16) nothing."""
+"""llama.cpp's 16 bits clamp logits to this far below the largest; probabilities up to exp(-16) count as 0."""
 _STEPS = np.float32(65535)
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """The distribution of one number over all scored tokens: its mean, and quantiles by share (``SHARES``)."""
+    """The distribution of a number over all scored tokens: its mean, and its quantiles by share (``SHARES``)."""
 
     mean: Estimate
     quantiles: Mapping[float, float]
@@ -61,38 +61,38 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A model compared with its reference, over the chunks that are done."""
+    """The comparison of a model with its reference, over the chunks completed so far."""
 
     model: Path
     reference: Path
     n_ctx: int
     n_chunks: int
-    """Chunks that are done."""
+    """Number of completed chunks."""
     total_chunks: int
     n_scored: int
-    """Tokens that were scored."""
+    """Number of scored tokens."""
     perplexity: Estimate
     reference_perplexity: Estimate
     correlation: float
-    """Of the two models' log-likelihoods, token by token; NaN where one of them does not vary."""
+    """Correlation of the two models' log-likelihoods of tokens; NaN if one of them is constant."""
     log_ratio: Estimate
     """Logarithm of ``ratio``."""
     ratio: Estimate
-    """Perplexity by that of the reference; its error is small because the same tokens are hard for both."""
+    """Perplexity divided by that of the reference; its error allows for the correlation of the two."""
     difference: Estimate
     """Perplexity minus that of the reference."""
     kl: Distribution
     """Kullback-Leibler divergence of the model's next-token distribution from the reference's, in nats."""
     delta_p: Distribution
-    """How much more probable the token that follows is for the model than for the reference, between -1 and 1."""
+    """Probability of the actual next token for the model minus that for the reference, between -1 and 1."""
     rms_delta_p: Estimate
     same_top: Estimate
-    """Share of tokens for which both name the same likeliest one."""
+    """Share of scored tokens for which both models have the same most likely token."""
     seconds: float
 
     @property
     def is_complete(self) -> bool:
-        """Whether all chunks are done: a run that was stopped gives what it has."""
+        """Whether all chunks are done; a cancelled run returns the result over the completed ones."""
         return self.n_chunks == self.total_chunks
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,18 +122,19 @@ def kl_divergence(
     cancel: CancelFlag | None = None,
     **keywords: Unpack[EvaluationKeywords],
 ) -> Divergence:
-    """How far the predictions of ``model`` are from those of ``reference``, usually itself before quantization.
+    """Compare the predictions of ``model`` with those of ``reference``, usually the same model before quantization.
 
-    The text, the options, ``on_progress`` (its results are Divergences) and ``cancel`` are those of ``perplexity``;
-    ``offload`` holds for both models, which are loaded at the same time. ``round_reference`` rounds the reference's
-    log-probabilities to 16 bits as llama.cpp does, for comparing with its numbers. Memory: both models, the logits of
-    one batch of each, and 32 bytes for each scored token.
+    Text, options, ``on_progress`` (with a Divergence as ``Progress.result``) and ``cancel`` are those of
+    ``perplexity``; ``offload`` applies to both models, which are loaded at the same time. ``round_reference`` rounds
+    the reference's log-probabilities to 16 bits, to get llama.cpp's numbers. Memory: both models, the logits of one
+    batch of each, and 32 bytes for each scored token.
 
-    Raises what ``perplexity`` raises, and InputError if the two have different vocabularies, before they are loaded.
+    Raises the errors of ``perplexity``, InputError, before loading, if the vocabularies differ, and OptionError for
+    workers, which serve one model at a time.
     """
     options = options_of(EvaluationOptions, options, keywords)
     if offload is not None and offload.workers:
-        raise OptionError("two models are compared, and a worker serves one at a time: leave out --rpc")
+        raise OptionError("a comparison needs two models at once, and a worker serves one: leave out --rpc")
     content = read_text(text, text_file)
     _check_vocabularies(user_path(model), user_path(reference))
     with (
@@ -147,11 +148,11 @@ def kl_divergence(
 def _compared(
     base: Engine, engine: Engine, chunks: Chunks, n_ctx: int, round_reference: bool, cancel: CancelFlag | None
 ) -> Iterator[Divergence]:
-    """The divergence over the chunks done, after each chunk. Ends early when ``cancel`` is set."""
+    """Yield the divergence over the completed chunks after each chunk. Ends early when ``cancel`` is set."""
     first, started = n_ctx // 2, time.monotonic()
     scores = _Scores(len(chunks) * (n_ctx - 1 - first))
     parts = (each.compute_chunks(chunks, first, cancel=cancel) for each in (base, engine))
-    for theirs, ours in zip(*parts, strict=False):  # either of them ends early when cancelled
+    for theirs, ours in zip(*parts, strict=False):  # each of them may end early when cancelled
         for number in ours.group:
             scores.add(theirs, ours, number, chunks[number], round_reference)
             if ours.end == n_ctx:
@@ -173,7 +174,7 @@ def _check_vocabularies(model: Path, reference: Path) -> None:
         if a != b:
             raise InputError(
                 f"{model} and {reference} have different vocabularies ({_in_words(key, ours, theirs)}): "
-                "only models of one vocabulary can be compared token by token"
+                "only models with the same vocabulary can be compared"
             )
 
 
@@ -188,7 +189,7 @@ def _in_words(key: str, ours: Header, theirs: Header) -> str:
 
 
 class _Scores:
-    """Four numbers for every scored token, and how often both models agreed on the most likely token."""
+    """Four numbers for each scored token, and how often both models have the same most likely token."""
 
     def __init__(self, n_tokens: int) -> None:
         self._nll, self._nll_base, self._kl, self._delta_p = (np.empty(n_tokens, np.float64) for _ in range(4))
@@ -234,7 +235,7 @@ class _Scores:
 
 
 def _kl(base: Normalized, model: Normalized) -> Doubles:
-    """Sum of p (log p - log q); differences of logits come first, which are exact where the models are close."""
+    """Sum of p (log p - log q) per row; subtracts logits first, which is exact if the models are close."""
     apart = base.probabilities * (base.logits - model.logits)
     share = base.probabilities.sum(axis=1, dtype=np.float64)
     kl: Doubles = apart.sum(axis=1, dtype=np.float64) - (base.log_sum - model.log_sum) * share
@@ -242,7 +243,7 @@ def _kl(base: Normalized, model: Normalized) -> Doubles:
 
 
 def _rounded(logits: Floats) -> Normalized:
-    """The reference as llama.cpp reads it back from its file: 65536 levels of log p between the ends of each row."""
+    """The reference's log-probabilities as llama.cpp's file stores them, in 65536 levels over the range of each row."""
     highest = logits.max(axis=1, keepdims=True)
     lowest = np.maximum(logits.min(axis=1, keepdims=True), highest - _MAX_RANGE)
     total = np.exp(logits - highest).sum(axis=1, keepdims=True, dtype=np.float64)

@@ -1,6 +1,6 @@
-"""Making importance matrices: a model computes a text, and sums of the inputs of its matrices are written to a file.
+"""Computes importance matrices: runs a model on a text and writes the sums of squared inputs of its matrices to a file.
 
-Connects ``activations``, which gathers the sums, to ``quant.importances``, which knows the file. Nothing is printed.
+``activations`` collects the sums, ``quant.importances`` writes the file.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LOW_COVERAGE_TOKENS = 512
-"""The mean of fewer squares is off by more than some 6 % (the square root of 2 by the number of tokens)."""
+"""With fewer tokens the standard error of an importance exceeds about 6 %, the square root of 2 / tokens."""
 
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """How many tokens reached each expert of one layer."""
+    """How many tokens the router sent to each expert of one layer."""
 
     layer: int
     tokens: tuple[int, ...]
 
     @property
     def unreached(self) -> tuple[int, ...]:
-        """Experts that no token reached: all their columns count the same when quantized."""
+        """Experts that processed no token; quantization gives all their columns the same importance."""
         return tuple(expert for expert, n in enumerate(self.tokens) if n == 0)
 
     @property
     def low(self) -> tuple[int, ...]:
-        """Experts that some tokens reached, but fewer than LOW_COVERAGE_TOKENS."""
+        """Experts that processed some tokens, but fewer than LOW_COVERAGE_TOKENS."""
         return tuple(expert for expert, n in enumerate(self.tokens) if 0 < n < LOW_COVERAGE_TOKENS)
 
 
 @dataclass(frozen=True)
 class ImatrixResult:
-    """What an importance matrix holds, over the chunks that are done."""
+    """Describes an importance matrix over the chunks completed so far."""
 
     path: Path
     n_ctx: int
@@ -60,17 +60,17 @@ class ImatrixResult:
     total_chunks: int
     n_entries: int
     coverage: tuple[LayerCoverage, ...]
-    """Of the layers with experts."""
+    """One entry per layer with experts."""
     seconds: float
 
     @property
     def is_complete(self) -> bool:
-        """Whether all chunks are done: a run that was stopped writes what it has."""
+        """Whether all chunks are done; a cancelled run writes the sums over the completed chunks."""
         return self.n_chunks == self.total_chunks
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for each way in which the text covered the experts too thinly."""
+        """Warnings about experts that processed no or too few tokens."""
         unreached = [(row.layer, row.unreached) for row in self.coverage if row.unreached]
         low = [(row.layer, row.low) for row in self.coverage if row.low]
         found = []
@@ -112,17 +112,17 @@ def imatrix(
     cancel: CancelFlag | None = None,
     **keywords: Unpack[ImatrixKeywords],
 ) -> ImatrixResult:
-    """Measure on a text how much each column of each matrix of a GGUF model matters: the file of ``llama-imatrix``.
+    """Compute the importance matrix of a GGUF model on a text and write it to ``output``, as ``llama-imatrix`` does.
 
-    The text is given itself (``text``) or as a file in UTF-8 (``text_file``), whose name is then written into
-    ``output``. The options are given as one object (``options=ImatrixOptions(n_ctx=256)``) or by name (``n_ctx=256``).
-    ``on_progress`` is called while the model is loaded (phase ``load``, in a thread of the engine) and after each chunk
-    (phase ``chunks``), when the ``result`` of its Progress is the ImatrixResult over the chunks done. When ``cancel``
-    is set, the sums over the complete chunks are written, and ``is_complete`` is False. Memory: as for ``perplexity``,
-    and two sums for each column of each expert.
+    Give either the text itself (``text``) or a UTF-8 file (``text_file``), whose name is then written into ``output``.
+    Give options as one object (``options=ImatrixOptions(n_ctx=256)``) or by name (``n_ctx=256``). ``on_progress`` is
+    called while the model is loaded (phase ``load``, in a thread of the engine) and after each chunk (phase ``chunks``)
+    with the ImatrixResult over the completed chunks as ``Progress.result``. When ``cancel`` is set, the sums over the
+    completed chunks are written, and ``is_complete`` is False. Memory: that of ``perplexity``, and two sums for each
+    column of each expert.
 
-    Raises InputError for a text that is too short or not readable, OutputError, what ``Engine`` raises, and Cancelled
-    if no chunk was done.
+    Raises InputError if the text is too short or cannot be read, OutputError if the file cannot be written, the errors
+    of ``Engine``, and Cancelled if no chunk was completed.
     """
     options = options_of(ImatrixOptions, options, keywords)
     path, model = user_path(output), user_path(model)
@@ -147,7 +147,7 @@ def imatrix(
 
 @dataclass(frozen=True)
 class _Gathered:
-    """What was gathered over some chunks; the sums themselves come once, after the last one."""
+    """The state after some chunks; ``entries``, the sums, is set only in the last one."""
 
     n_chunks: int
     total_chunks: int
@@ -159,7 +159,7 @@ class _Gathered:
 def _gathered(
     engine: Engine, content: str, options: ImatrixOptions, *, cancel: CancelFlag | None
 ) -> Iterator[_Gathered]:
-    """Gather sums chunk by chunk. Runs in the process that computes: only there can llama.cpp's graph be watched."""
+    """Collect the sums chunk by chunk. Runs in the process that computes, the only one that can observe the graph."""
     chunks = cut_chunks(engine, content, options)
     sums = ActivationSums(engine.cancel, process_output=options.process_output)
     step = None

@@ -1,6 +1,6 @@
-"""Perplexity: how well a model predicts a text, by llama.cpp's definition and with its chunks.
+"""Perplexity of a model on a text: how well it predicts the text, by llama.cpp's definition.
 
-The exponential of the mean negative log-likelihood over the second half of each chunk. Source:
+The exponential of the mean negative log-likelihood of the tokens in the second half of each chunk. Source:
 ``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit.
 """
 
@@ -31,31 +31,31 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error, computed as if tokens were independent of each other."""
+    """A mean and its standard error, computed as if tokens were independent."""
 
     value: float
     uncertainty: float
 
     @property
     def exp(self) -> Estimate:
-        """The exponential of the value; its error is propagated to first order."""
+        """The exponential of the estimate; the standard error is propagated to first order."""
         value = math.exp(self.value)
         return Estimate(value, value * self.uncertainty)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The perplexity of a model on a text, over the chunks that are done."""
+    """The perplexity of a model on a text, over the chunks completed so far."""
 
     model: Path
     n_ctx: int
     n_chunks: int
-    """Chunks that are done."""
+    """Number of completed chunks."""
     total_chunks: int
     n_scored: int
-    """Tokens that were scored."""
+    """Number of scored tokens."""
     mean_nll: Estimate
-    """Negative log-likelihood of a token, in nats."""
+    """Mean negative log-likelihood of a token, in nats."""
     seconds: float
 
     @property
@@ -70,7 +70,7 @@ class Perplexity:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all chunks are done: a run that was stopped gives what it has."""
+        """Whether all chunks are done; a cancelled run returns the result over the completed ones."""
         return self.n_chunks == self.total_chunks
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,17 +98,16 @@ def perplexity(
     cancel: CancelFlag | None = None,
     **keywords: Unpack[EvaluationKeywords],
 ) -> Perplexity:
-    """The perplexity of a GGUF model on a text: the number that ``llama-perplexity`` prints.
+    """Compute the perplexity of a GGUF model on a text: the number that ``llama-perplexity`` prints.
 
-    The text is given itself (``text``) or as a file in UTF-8 (``text_file``), whose last newline is left out. The
-    options are given as one object (``options=EvaluationOptions(n_ctx=256)``) or by name (``n_ctx=256``).
-    ``on_progress`` is called while the model is loaded (phase ``load``, in a thread of the engine) and after each chunk
-    (phase ``chunks``), when the ``result`` of its Progress is the Perplexity over the chunks done. When ``cancel`` is
-    set, the result over the chunks done is returned, and its ``is_complete`` is False. Memory: the model, and the
-    logits of one batch.
+    Give either the text itself (``text``) or a UTF-8 file (``text_file``), whose last newline is left out. Give options
+    as one object (``options=EvaluationOptions(n_ctx=256)``) or by name (``n_ctx=256``). ``on_progress`` is called while
+    the model is loaded (phase ``load``, in a thread of the engine) and after each chunk (phase ``chunks``) with the
+    Perplexity over the completed chunks as ``Progress.result``. When ``cancel`` is set, the result over the completed
+    chunks is returned, and its ``is_complete`` is False. Memory: the model, and the logits of one batch.
 
-    Raises InputError for a text that is too short or not readable, OptionError, what ``Engine`` raises, and Cancelled
-    if no chunk was done.
+    Raises InputError if the text is too short or cannot be read, OptionError, the errors of ``Engine``, and Cancelled
+    if no chunk was completed.
     """
     options = options_of(EvaluationOptions, options, keywords)
     content = read_text(text, text_file)
@@ -119,7 +118,7 @@ def perplexity(
 def _scored(
     engine: Engine, content: str, options: EvaluationOptions, *, cancel: CancelFlag | None
 ) -> Iterator[Perplexity]:
-    """Score the chunks. Runs in the process that computes, so that logits are not sent to another one."""
+    """Score the chunks. Runs in the process that computes, so that logits need not be sent to another process."""
     started, sums = time.monotonic(), Sums()
     chunks = cut_chunks(engine, content, options)
     for part in engine.compute_chunks(chunks, options.n_ctx // 2, cancel=cancel):
@@ -133,7 +132,7 @@ def _scored(
 
 @dataclass(frozen=True)
 class Normalized:
-    """Rows of logits with the logarithm of what their exponentials sum to, so that the difference is log p."""
+    """Rows of logits and the logarithm of the sum of their exponentials; the difference is log p."""
 
     logits: Floats
     """(rows, n_vocab)"""
@@ -144,7 +143,7 @@ class Normalized:
 
     @classmethod
     def of(cls, logits: Floats) -> Normalized:
-        """Exponentials in single precision, their sum in double, as llama.cpp does."""
+        """Normalize rows of logits: exponentials in single precision, sums in double, as in llama.cpp."""
         highest = logits.max(axis=1)
         probabilities = np.exp(logits - highest[:, None])
         total = probabilities.sum(axis=1, dtype=np.float64)
@@ -152,27 +151,27 @@ class Normalized:
         return cls(logits, highest + np.log(total), probabilities)
 
     def nll(self, targets: NDArray[np.int64]) -> Doubles:
-        """Negative log-likelihood of one token of each row."""
+        """The negative log-likelihood, in nats, of the token ``targets[i]`` in row i; (rows,) float64."""
         nll: Doubles = self.log_sum - np.take_along_axis(self.logits, targets[:, None], axis=1)[:, 0]
         return nll
 
 
 @dataclass
 class Sums:
-    """Running sums of a value and of its square."""
+    """Running sums of values and of their squares."""
 
     count: int = 0
     total: float = 0.0
     total_squares: float = 0.0
 
     def add(self, values: Doubles) -> None:
-        """Count more values."""
+        """Add values to the sums."""
         self.count += len(values)
         self.total += float(values.sum())
         self.total_squares += float((values * values).sum())
 
     def mean(self) -> Estimate:
-        """Mean and standard error."""
+        """The mean of all values and its standard error."""
         mean = self.total / self.count
         variance = self.total_squares / self.count - mean * mean
         return Estimate(mean, math.sqrt(variance / (self.count - 1)) if variance > 0 and self.count > 1 else 0.0)

@@ -1,7 +1,7 @@
-"""A tiny Mixtral with a known answer, which tests whether llama.cpp computes the same here as elsewhere.
+"""A tiny Mixtral with a known answer, which tests whether llama.cpp computes correctly on this machine.
 
-Owns the model, whose weights are generated from names, and the tokens of its answer. It has the types of a Q4_K_M
-file, two layers and four experts, so attention, rope, routing and the K formats all have a part in every token.
+Defines the model, whose weights are generated from tensor names, and the tokens of its answer. It has the types of a
+Q4_K_M file, two layers and four experts, so attention, rope, routing and the K formats affect every token.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ggufmoe.runtime.events import Token
 
 PROBE_PROMPT = (1, 5, 23, 47, 11, 31, 7, 19)
 PROBE_ANSWER = (51, 39, 22, 3, 14, 24, 44, 8, 33, 20, 35, 63, 21, 46, 34, 56, 40, 4, 43, 59)
-"""What the model continues PROBE_PROMPT with, greedy."""
+"""The tokens that the model generates after PROBE_PROMPT with greedy sampling."""
 
-# For each token the number of its embedding, the best of 150 for the margins on the way to PROBE_ANSWER: the next
-# token leads by 0.6 standard deviations of the logits, and so do the experts that are used. Between float32 and the
-# 8-bit arithmetic of the CPU logits differ by 0.03 of them.
+# For each token the number of its embedding, the best of 150 for the margins along PROBE_ANSWER: the next token leads
+# by at least 0.6 standard deviations of the logits, and so do the chosen experts. Logits in float32 and in the 8-bit
+# arithmetic of the CPU differ by 0.03 standard deviations.
 _PICKS = bytes.fromhex(
     "009500900e03007b8e0000740000700000000063646090428e0000000000004b"
     "006d8e35000000913a0000918300945000000083000000004900003000000077"
@@ -36,16 +36,16 @@ _PICKS = bytes.fromhex(
 _N_VOCAB, _N_EMBD, _N_FF, _N_LAYER, _N_EXPERT, _N_EXPERT_USED = 64, 256, 256, 2, 4, 2
 _N_HEAD, _N_HEAD_KV = 4, 2
 _CONTEXT_TOKENS = 256
-# standard deviations of weights, such that attention and experts weigh about as much as embeddings
+# standard deviations of weights, chosen so that attention and experts contribute about as much as embeddings
 _SPREAD = 0.0625
 _SPREADS = {"token_embd": 0.5, "attn_q": 0.09, "attn_k": 0.09}
 _ROUTER_STEP = 0.0625 / 73.9
 
 
 def probe_answer(offload: OffloadOptions) -> tuple[int, ...]:
-    """The tokens that this engine continues PROBE_PROMPT with, its weights placed as ``offload`` says.
+    """Generate tokens after PROBE_PROMPT with the installed engine and these offload options; compare to PROBE_ANSWER.
 
-    Needs 1.2 MB in the folder for temporary files. Raises what ``Engine`` raises, and OSError.
+    Needs 1.2 MB in the folder for temporary files. Raises the errors of ``Engine``, and OSError.
     """
     sampling = SamplingOptions(temperature=0.0, repeat_penalty=1.0, n_predict=20)
     with tempfile.TemporaryDirectory(prefix="ggufmoe-") as directory:
@@ -56,7 +56,7 @@ def probe_answer(offload: OffloadOptions) -> tuple[int, ...]:
 
 
 def write_probe_model(path: Path) -> Path:
-    """Write the model to ``path``: the same bytes on every machine."""
+    """Write the model to ``path``, with the same bytes on every machine, and return the path."""
     infos, blobs, offset = [], [], 0
     for name, kind, shape in _tensors():
         data = _data(name, kind, shape)

@@ -127,7 +127,7 @@ def test_ctrl_c_prints_what_is_done(model: Path, tmp_path: Path) -> None:
     os.close(ours)
     assert process.returncode == 130
     assert out.startswith("perplexity  ")
-    assert "the result is of these" in re.split(r"[\r\n]+", err.strip())[-1]
+    assert "the result covers these" in re.split(r"[\r\n]+", err.strip())[-1]
 
 
 def _read(terminal: int) -> str:

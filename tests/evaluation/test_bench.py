@@ -42,7 +42,7 @@ def test_workloads_are_named_as_llama_bench_names_them() -> None:
 
 @pytest.mark.parametrize("numbers", [(0, 0, 0), (0, 0, 8), (-1, 4, 0)])
 def test_a_workload_has_something_to_time(numbers: tuple[int, int, int]) -> None:
-    with pytest.raises(OptionError, match="a test takes tokens"):
+    with pytest.raises(OptionError, match="a test needs tokens"):
         Workload(*numbers)
 
 
