@@ -59,7 +59,8 @@ def _draw_shares(axes: Any, trace: RoutingTrace, title: str) -> None:
     shares = share(trace)[:, list(shown)]
     axes.imshow(_tinted(shares, shown, max(2 / trace.n_expert, float(shares.max()))), aspect="auto")
     axes.set(title=title, ylabel="layer")
-    axes.set_xticks(range(len(shown)), labels=[visible(trace.name(expert)) for expert in shown], rotation=90)
+    names = [visible(trace.name(expert)).removeprefix("expert ") for expert in shown]
+    axes.set_xticks(range(len(shown)), labels=names, rotation=90, fontsize=10 if len(shown) <= 12 else 6)
     axes.set_yticks(range(trace.n_layer), labels=[str(layer) for layer in trace.layers])
     if shares.size <= _MOST_NUMBERS:
         for row, column in np.ndindex(shares.shape):
@@ -70,7 +71,8 @@ def _draw_shares(axes: Any, trace: RoutingTrace, title: str) -> None:
 def _draw_tokens(axes: Any, trace: RoutingTrace, layer: int | None, title: str) -> None:
     shown = trace.leading_experts(_MOST_EXPERTS)
     weights = trace.mean_weights(layer)[:, list(shown)]
-    axes.imshow(_tinted(weights, shown, 1.0).swapaxes(0, 1), aspect="auto")
+    most = 1.0 if trace.n_expert == 2 else max(2 / trace.n_expert, float(weights.max(initial=0)))
+    axes.imshow(_tinted(weights, shown, most).swapaxes(0, 1), aspect="auto")
     axes.set(title=title)
     axes.set_yticks(range(len(shown)), labels=[visible(trace.name(expert)) for expert in shown])
     _as_text(axes.get_yticklabels())

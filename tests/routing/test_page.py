@@ -15,6 +15,7 @@ import pytest
 from ggufmoe.errors import OptionError
 from ggufmoe.routing import RoutingTrace
 from ggufmoe.routing.page import routing_page
+from ggufmoe.routing.palette import expert_colour
 from ggufmoe.routing.plot import write_picture
 from ggufmoe.routing.statistics import share_by_label
 from tests.routing.traces import random_trace, trace_of
@@ -231,6 +232,23 @@ def test_a_picture_of_any_length(tmp_path: Path, n_token: int) -> None:
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert int.from_bytes(content[16:20], "big") >= 9 * 144 - 1
+
+
+def test_the_picture_has_the_palette_s_colours_and_names(tmp_path: Path) -> None:
+    from matplotlib import image
+
+    sure = trace_of([[[1.0, 0.0]]] * 2 + [[[0.0, 1.0]]] * 2, 2, texts=["a", "b", "c", "d"])
+    write_picture(tmp_path / "p.png", "m", replace(sure, expert_names=("$a", "b")))
+    pixels = (image.imread(tmp_path / "p.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    drawn = {tuple(pixel) for pixel in pixels.tolist()}
+    assert {expert_colour(0), expert_colour(1)} <= drawn
+
+
+@pytest.mark.parametrize("n_expert", [16, 256])
+def test_a_picture_of_many_experts_has_the_leading_ones(tmp_path: Path, n_expert: int) -> None:
+    write_picture(tmp_path / "p.png", "m", random_trace(12, 4, n_expert, 4))
+    height = int.from_bytes((tmp_path / "p.png").read_bytes()[20:24], "big")
+    assert height < 144 * 10
 
 
 def test_without_matplotlib_it_says_how_to_get_it(
