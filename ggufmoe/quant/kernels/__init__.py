@@ -35,13 +35,13 @@ def quantize_rows(
 ) -> None:
     """Quantize ``src`` (rows, n_cols) into ``dst`` (rows, ``type.row_bytes(n_cols)``) uint8.
 
-    ``src`` is float32, float16, or uint16 that holds bfloat16 bits; the narrow ones are widened on the way.
-    ``imatrix`` holds one importance per column, shape (n_cols,). F32, F16 and BF16 are types like any other here.
-    ``quantizer``: ``auto`` takes a compiled kernel where it has shown ggml's bytes on this machine, once there is
-    enough work to pay for compiling it, and ggml's routine elsewhere; ``ggml`` always takes ggml's; ``fast`` compiles
-    at once, and raises OptionError where a format has a kernel that cannot be used. ``cache`` says whether compiled
-    kernels are loaded from the user's cache folder and kept there.
-    Threads may call this at the same time; the interpreter's lock is released while it computes.
+    ``src`` is float32, float16, or uint16 with bfloat16 bits. ``imatrix`` has one importance per column, float32
+    (n_cols,). ``type`` may also be F32, F16 or BF16.
+    ``quantizer``: ``auto`` uses a compiled kernel that gives ggml's bytes, once there is enough work to pay for
+    compiling it, and ggml's routine otherwise; ``ggml`` always uses ggml's routine; ``fast`` compiles at once, and
+    raises OptionError if the kernel of the format cannot be used. ``cache``: whether compiled kernels are loaded from
+    the user's cache folder and saved there. Raises ValueError for arrays of wrong dtype, shape or layout.
+    Several threads may call this at the same time; it releases the interpreter's lock while it computes.
     """
     if quantizer not in QUANTIZERS:
         raise OptionError(f"quantizer is {quantizer}, expected auto, fast or ggml")
@@ -67,7 +67,7 @@ def quantize_rows(
 
 
 def kernel_report() -> list[KernelReport]:
-    """One row for each format that this process has used a kernel for, or would have: what does it, and why."""
+    """A report for each format that this process has prepared a kernel for: which routine is used, and why."""
     return _KERNELS.report()
 
 
@@ -79,10 +79,10 @@ def prepare(
     *,
     cache: bool = True,
 ) -> KernelReport | None:
-    """Compile (or load) and check a format's kernel ahead of its use; None where the format is ggml's in any case.
+    """Compile (or load) and check the kernel of a format before its first use, and report the result.
 
-    ``dtype`` is numpy's name of the source's type. ``cache`` means what it does for ``quantize_rows``, and OptionError
-    is raised as there.
+    None if ggml's routine is used in any case. ``dtype`` is the numpy name of the source's dtype, ``weighted`` whether
+    there are importances; ``quantizer``, ``cache`` and OptionError are those of ``quantize_rows``.
     """
     if quantizer == "ggml" or not has_kernel(type):
         return None

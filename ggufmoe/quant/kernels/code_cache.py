@@ -1,8 +1,8 @@
-"""Compiled kernels kept on disk, so that a later process loads in a millisecond what took tenths of a second to make.
+"""A cache of compiled kernels on disk: loading one takes a millisecond, compiling it tenths of a second.
 
-Owns the folder and the layout of its entries. An entry is used only if it belongs to this user, is undamaged and was
-made of the same sources, by the same versions, for the same processor; every other one is ignored and written anew.
-Nothing here raises: where the folder cannot be used, kernels are compiled in each process.
+An entry is used only if it belongs to this user, its checksum is right, and it was made from the same sources, by the
+same versions, for the same processor; any other entry is ignored and replaced. Nothing here raises: if the folder
+cannot be used, each process compiles its kernels.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ _MAGIC = b"ggufmoe kernel 1\n"
 _HASH_BYTES = hashlib.sha256().digest_size
 _MAX_ENTRY_BYTES = 64 << 20
 _N_MAKERS_KEPT = 4
-"""How many makers' folders stay: those used last. One holds a few megabytes."""
+"""How many makers' folders are kept, those used last. A folder takes a few megabytes."""
 _ABANDONED_S = 3600.0
-"""The age of a temporary file whose process must have died."""
+"""Age at which a temporary file is taken to be left over from a process that died."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """One native function as relocatable object code, and the scratch memory that a call of it needs."""
+    """A native function as relocatable object code, and the bytes of scratch memory that a call needs."""
 
     object_code: bytes
     scratch_bytes: int
 
 
 class CodeCache:
-    """Entries of one maker: everything that the code depends on besides its name."""
+    """The cache entries of one maker: the processor, versions and sources on which compiled code depends."""
 
     def __init__(self, folder: Path, maker: Mapping[str, str]) -> None:
-        """``folder`` need not exist. ``maker`` has processor, versions and the hash of the sources."""
+        """``folder`` need not exist. ``maker`` maps names to processor, versions and the hash of the sources."""
         self._maker = dict(maker)
         digest = hashlib.sha256(json.dumps(self._maker, sort_keys=True).encode()).hexdigest()
         self._root, self._folder = folder, folder / digest[:20]
 
     def has(self, name: str) -> bool:
-        """Whether there is an entry under ``name``, trusted or not."""
+        """Whether there is an entry called ``name``, valid or not."""
         return os.path.exists(self._folder / name)
 
     def load(self, name: str) -> Code | None:
-        """The code kept under ``name``; None if there is none that can be trusted."""
+        """Load the code called ``name``; None if there is no valid entry."""
         path = self._folder / name
         try:
             if not (_is_private(self._folder.lstat(), stat.S_ISDIR) and _is_private(path.lstat(), stat.S_ISREG)):
@@ -69,13 +69,15 @@ class CodeCache:
         return code
 
     def save(self, name: str, code: Code) -> None:
-        """Keep ``code`` under ``name``, in the place of what is there; without an effect where that is impossible."""
+        """Save ``code`` as ``name``, replacing an existing entry; does nothing if the folder cannot be written."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._folder.chmod(0o700)
             with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as file:
                 try:
-                    file.write(self._encoded(name, code))
+                    header = {"name": name, "maker": self._maker, "scratch_bytes": code.scratch_bytes}
+                    payload = json.dumps(header).encode() + b"\n" + code.object_code
+                    file.write(_MAGIC + hashlib.sha256(payload).digest() + payload)
                     file.close()
                     os.replace(file.name, self._folder / name)
                 except OSError:
@@ -85,11 +87,6 @@ class CodeCache:
             self._prune()
         except OSError as error:
             _LOG.debug("compiled kernels are not kept in %s: %s", self._folder, error.strerror)
-
-    def _encoded(self, name: str, code: Code) -> bytes:
-        header = {"name": name, "maker": self._maker, "scratch_bytes": code.scratch_bytes}
-        payload = json.dumps(header).encode() + b"\n" + code.object_code
-        return _MAGIC + hashlib.sha256(payload).digest() + payload
 
     def _decoded(self, name: str, entry: bytes) -> Code | None:
         start = len(_MAGIC) + _HASH_BYTES
@@ -103,7 +100,7 @@ class CodeCache:
         return Code(object_code, header["scratch_bytes"])
 
     def _prune(self) -> None:
-        """Remove the folders of makers that have not been used for longest, and what killed processes left."""
+        """Remove the folders of the least recently used makers, and temporary files that killed processes left."""
         others = [path for path in self._root.iterdir() if re.fullmatch("[0-9a-f]{20}", path.name)]
         others.sort(key=lambda path: path.lstat().st_mtime, reverse=True)
         for path in others[_N_MAKERS_KEPT:]:
@@ -114,7 +111,7 @@ class CodeCache:
 
 
 def _is_private(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
-    """Whether a file or folder is of the kind, and no other user but root could have put code into it."""
+    """Whether a path is of the kind that ``is_kind`` tests, and only this user and root can write to it."""
     if not is_kind(status.st_mode):
         return False
     return sys.platform == "win32" or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
@@ -122,7 +119,7 @@ def _is_private(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
 
 @cache
 def source_hash(folder: Path) -> str | None:
-    """One hash of all Python files of a package's folder; None where they cannot be read, for example in an archive."""
+    """A SHA-256 of all Python files of a package's folder, in hexadecimal; None if they cannot be read (an archive)."""
     found = hashlib.sha256()
     try:
         for path in sorted(folder.glob("*.py")):

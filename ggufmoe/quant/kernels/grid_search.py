@@ -1,8 +1,8 @@
 """The search for the grid point of each group of weights, and for a block's scale, of the IQ2 and IQ3 formats.
 
 Follows ``quantize_row_iq*_impl`` and ``iq*_find_best_neighbour`` in ``ggml/src/ggml-quants.c``. Levels, sums and scales
-are computed in lanes, a block in each. The lists of neighbours differ from lane to lane; so the lanes' groups are taken
-one after another there, and what fills the vector is the neighbours of one group.
+are computed with one block in each lane. The lists of neighbours differ from lane to lane, so the groups of the lanes
+are searched one after another, with the neighbours of one group in the lanes of a vector.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MORE_BITS = 5
 
 
 class Renewed(Enum):
-    """Which groups of a block are searched again with the best scale."""
+    """The groups of a block that are searched again with the best scale."""
 
     OFF_GRID = auto()
     ALL_IF_ONE_IS_OFF_GRID = auto()
@@ -36,7 +36,7 @@ class Renewed(Enum):
 
 @dataclass(frozen=True)
 class GridForm:
-    """A format's grid, and the scales that are tried: (top + i * step) / the largest weight, |i| <= n_steps.
+    """The grid of a format, and the inverse scales that are tried: (top + i * step) / largest weight, |i| <= n_steps.
 
     ``n_shells``: how many of the least distances count as neighbours; ``renewed``: which groups are searched again
     with the best scale.
@@ -62,7 +62,7 @@ class GridForm:
 
     @property
     def slots(self) -> int:
-        """A power of two that no level reaches."""
+        """A power of two above all levels: the places of a weight in a table."""
         return 8 if self.grid.n_levels > 4 else 4
 
     def numerators(self) -> list[np.float32]:
@@ -114,11 +114,11 @@ def chunked(form: GridForm, lists: Neighbours, chunk: int) -> ListTable:
 
 
 class GroupSearch:
-    """Grid points for the groups of a block of each lane, for several scales.
+    """Finds the nearest grid points for the groups of one block per lane, for several scales.
 
-    The lists are tables within the code: with 16 lanes 0.4 MB for IQ3_S and IQ3_XXS, 0.5 MB for IQ2_S, 1.4 MB for
-    IQ2_XS and 1.0 MB for IQ2_XXS, most of it for codes that hardly occur. Where the machine can look up,
-    the shares of a weight's levels in the distance are computed once for a scale, and not for each neighbour.
+    The lists of neighbours are tables in the code: with 16 lanes 0.4 MB for IQ3_S and IQ3_XXS, 0.5 MB for IQ2_S, 1.4 MB
+    for IQ2_XS and 1.0 MB for IQ2_XXS, most of it for rare codes. If the machine has table look-ups in registers, the
+    terms of the distance are computed once for each level of a weight, and not for each neighbour.
     """
 
     def __init__(self, k: Lanes, form: GridForm, n_scales: int) -> None:
@@ -132,20 +132,20 @@ class GroupSearch:
         self.heads, self.chunks = k.words_table(table.heads), k.words_table(table.words)
 
     def _table(self) -> ListTable:
-        """The lists that are searched."""
+        """The lists of neighbours that are searched."""
         return _table(self.form, self.k.width)
 
     def _values(self) -> Value:
-        """What the levels stand for, at the places of a table."""
+        """The values of the levels in the order of a table's places."""
         values = [2.0 * (place % self.form.slots) + 1 for place in range(self.k.width)]
         return Value(self.k, ir.Constant(self.k.floats, values))
 
     def _value(self, words: Value, i: int) -> Value:
-        """What the level of weight ``i`` stands for."""
+        """The value of the level of weight ``i``."""
         return point_value(self.k, self.form, words, i)
 
     def encode(self, x: Rows, at: Index, inverse: Value, scale: Value, *, far: bool) -> None:
-        """Round a block's weights with scale number ``at``; ``far`` where they may be out of range of rounding."""
+        """Round a block's weights with scale number ``at``; ``far``: whether they may exceed the range of rounding."""
         k, half = self.k, inverse * 0.5
         self.scales[at] = scale
         codes = self.codes.at(at * self.form.n_groups)
@@ -163,7 +163,7 @@ class GroupSearch:
             codes[group] = code.to_int() + k.where(worst < _SAFE_FRACTION, k.i32(0), self.n_codes)
 
     def search(self, x: Rows, weights: Rows, n_scales: int) -> None:
-        """Find the words of the grid points for all encoded groups."""
+        """Find the word of the nearest grid point for each encoded group."""
         k, b, n_groups = self.k, self.k.b, self.form.n_groups
         with k.loop(k.width) as lane, k.loop(n_groups) as group:
             self._begin(group, lane)
@@ -179,10 +179,10 @@ class GroupSearch:
                     self._search_list(terms, self._spread(self.scales, at, lane, 1), head, output)
 
     def _begin(self, group: Index, lane: Index) -> None:
-        """Called where the search of a group begins."""
+        """Hook for subclasses, called before the search of a group."""
 
     def _spread(self, rows: Rows, i: Index, lane: Index, count: int) -> Value:
-        """``count`` rows' numbers, each in as many places of a vector."""
+        """A vector with the numbers of ``count`` rows in one lane, each repeated in an equal share of the places."""
         b, n = self.k.b, self.k.width
         few = ir.Constant(ir.VectorType(F32, count), ir.Undefined)
         for j in range(count):
@@ -214,7 +214,7 @@ class GroupSearch:
                 b.store(b.select(is_better, word, b.load(output, typ=I32)), output)
 
     def _looked_up(self, tables: list[Value], words: Value) -> Value:
-        """The neighbours' distances: ``weight*diff*diff``, added in order; the shares are in the tables."""
+        """The distances of neighbours: sums of ``weight*diff*diff`` in order, with the terms from tables."""
         total = self.k.chosen(tables[0], words)
         for i in range(1, self.group):
             total = total + self.k.chosen(tables[i // self.per_table], words >> (4 * i))
@@ -227,7 +227,7 @@ class GroupSearch:
         return total
 
     def _nearest(self, errors: Callable[[Value], Value], chunk: Any) -> tuple[Value, Any]:
-        """The least distance of a chunk's neighbours, in all lanes, and the word of the first that has it."""
+        """The least distance of a chunk's neighbours, in all lanes, and the word of the first neighbour with it."""
         k, b, n = self.k, self.k.b, self.k.width
         found = errors(Value(k, b.load(chunk, typ=k.ints, align=4 * n)))
         least, distance = found, n // 2
@@ -244,7 +244,7 @@ class GroupSearch:
 
 @dataclass(frozen=True)
 class _Term:
-    """A weight without its sign and its importance's root, or those of several weights."""
+    """The magnitude of one or several weights, and the square root of their importance."""
 
     x: Value
     weight: Value
@@ -256,7 +256,7 @@ class _Term:
 
 
 def point_value(k: Lanes, form: GridForm, words: Value, i: int) -> Value:
-    """2 * level + 1 of weight ``i`` of a group."""
+    """The value 2 * level + 1 of weight ``i`` of a group's grid point."""
     levels, mask = words >> (4 * i), form.slots - 1
     if k.permutes:
         return k.permute([2.0 * (place & mask) + 1 for place in range(32)], levels)
@@ -265,14 +265,14 @@ def point_value(k: Lanes, form: GridForm, words: Value, i: int) -> Value:
 
 @dataclass(frozen=True)
 class GridFit:
-    """A block's scale and the numbers of its grid points, group by group."""
+    """The scale of a block, and the number of the grid point of each group."""
 
     scale: Value
     points: list[Value]
 
 
 class ScaleSearch:
-    """A block's best scale, with the grid points that belong to it."""
+    """Finds the best scale of a block and its grid points."""
 
     def __init__(self, k: Lanes, form: GridForm) -> None:
         self.k, self.form = k, form
@@ -286,10 +286,10 @@ class ScaleSearch:
         self.numbers = k.words_table(numbers)
 
     def fit(self, x: Rows, weights: Rows, base: Value, first: Value, active: Value) -> GridFit:
-        """The best scale of weights without signs in the lanes that are active.
+        """Find the best scale for the magnitudes ``x`` of weights, in the lanes that are ``active``.
 
-        The scales tried are ``base`` over a numerator of the form; ``first`` stays if none of them is of use. Lanes in
-        which ggml's arithmetic leaves the range of floats, or of its rounding, are marked odd.
+        The scales that are tried are ``base`` divided by a numerator of the form; ``first`` is the result if none of
+        them is usable. Marks lanes odd in which ggml's arithmetic exceeds the range of floats or of its rounding.
         """
         k, form, groups = self.k, self.form, self.groups
         extent = self._prepare(x, weights, base, active)
@@ -331,7 +331,7 @@ class ScaleSearch:
     def _best(self, weights: Rows, first: Value) -> Value:
         k, found, n_groups = self.k, self.groups.found, self.form.n_groups
         for j in range(n_groups):
-            # where no scale is good all levels stay 0, which is point 0 of each grid; IQ3_S searches them again
+            # if no scale is usable all levels stay 0, which is point 0 of each grid; IQ3_S searches them again
             self.words[j] = k.i32(_OFF_GRID if self.form.renewed is Renewed.ALL_IF_ONE_IS_OFF_GRID else 0)
         scale, best = k.variable(first), k.variable(k.f32(0.0))
         with k.loop(self.n_scales) as at:
@@ -366,7 +366,7 @@ class ScaleSearch:
 
 
 def free_signs(k: Lanes, x: Rows, magnitudes: Rows, n: int) -> Value:
-    """Write the magnitudes of ``n`` <= 32 weights; gives a bit for each that is negative."""
+    """Write the magnitudes of ``n`` <= 32 weights; returns a word with a bit for each negative weight."""
     word = k.i32(0)
     for i in range(n):
         negative = x[i] < 0.0
@@ -376,9 +376,9 @@ def free_signs(k: Lanes, x: Rows, magnitudes: Rows, n: int) -> Value:
 
 
 def even_signs(k: Lanes, x: Rows, weights: Rows, magnitudes: Rows, n: int) -> list[Value]:
-    """Magnitudes of ``n`` weights with an even number of signs in each 8; gives 7 bits for each 8.
+    """Write the magnitudes of ``n`` weights with an even number of signs in each 8; returns 7 sign bits for each 8.
 
-    Where the number is odd, the weight that counts least changes its sign, and its magnitude is negative then.
+    If the number of signs is odd, the least important weight changes its sign, so that its magnitude is negative.
     """
     found = []
     for first in range(0, n, 8):

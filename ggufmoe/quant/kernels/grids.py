@@ -1,4 +1,4 @@
-"""The grids of the IQ1, IQ2 and IQ3 formats: which groups of levels a block may hold, and the neighbours of the others.
+"""The grids of the IQ1, IQ2 and IQ3 formats: the groups of levels that a block may hold, and neighbours of all others.
 
 A group is 8 weights of 3 levels (IQ1, IQ2) or 4 weights of 8 levels (IQ3). A format stores the number of a grid point
 in place of the levels. The points are those of ``kgrid_*`` in ``ggml/src/ggml-quants.c`` at the pinned commit; the
@@ -29,12 +29,12 @@ class Grid:
 
     @property
     def n_codes(self) -> int:
-        """Groups of levels that there are, on the grid or off it."""
+        """Number of possible groups of levels, on the grid or off it."""
         return int(self.n_levels**self.group)
 
     @property
     def place_values(self) -> list[int]:
-        """A group's code is the sum of its levels times these."""
+        """The factors of the levels of a group, whose sum of products is the group's code."""
         return [self.n_levels**i for i in range(self.group)]
 
     @property
@@ -55,13 +55,13 @@ class Neighbours:
     points: NDArray[np.int64]
 
     def selected(self, kept: NDArray[np.bool_]) -> Neighbours:
-        """The lists with the entries that ``kept`` marks."""
+        """The lists with only the entries that ``kept`` marks."""
         starts = np.concatenate([[0], np.cumsum(kept)])[self.starts]
         return Neighbours(starts, self.points[kept])
 
     @property
     def codes(self) -> NDArray[np.int64]:
-        """The code whose list an entry belongs to."""
+        """The code of the list to which each entry belongs."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
     @property
@@ -81,9 +81,10 @@ def grid(name: str) -> Grid:
 
 @cache
 def neighbours(name: str, n_shells: int) -> Neighbours:
-    """For each code the grid points at its ``n_shells`` least distances, by distance, then by number.
+    """List for each code the grid points at its ``n_shells`` least distances, by distance, then by number.
 
-    A code on the grid has itself alone. ggml measures between 2 * level + 1, which gives the same order.
+    The list of a code on the grid has only its own point. ggml measures distances between values 2 * level + 1, which
+    gives the same order.
     """
     points = grid(name)
     groups = points.all_groups()
@@ -107,7 +108,7 @@ def neighbours(name: str, n_shells: int) -> Neighbours:
 
 @cache
 def undominated(name: str, n_shells: int) -> Neighbours:
-    """The neighbours without those that cannot be nearest, whatever the weights, to values that round to the code.
+    """The neighbours without those that cannot be nearest to values that round to the code, whatever the weights.
 
     A neighbour is left out if one before it in the list has in each place the same level or one nearer to the code's.
     Then no term of its weighted distance is less, in floats either, and ggml takes the first of the nearest. This

@@ -1,7 +1,7 @@
-"""What IQ1_S and IQ1_M share: three levels, their best split over a block's weights in order, and the grid's points.
+"""Shared by IQ1_S and IQ1_M: the best split of a block's sorted weights into three levels, and the search of the grid.
 
-Follows ``quantize_row_iq1_s_impl`` and ``quantize_row_iq1_m_impl`` in ``ggml/src/ggml-quants.c``. A level stands for
--1, 0 or 1, moved up or down by an eighth; which of the two is chosen for each block (IQ1_S) or half block (IQ1_M).
+Follows ``quantize_row_iq1_s_impl`` and ``quantize_row_iq1_m_impl`` in ``ggml/src/ggml-quants.c``. The value of a level
+is -1, 0 or 1, moved up or down by an eighth; the direction is chosen for each block (IQ1_S) or half block (IQ1_M).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNSAFE = 1e34
 
 
 def form(block: int) -> GridForm:
-    """The grid for blocks of so many weights; no scales are tried."""
+    """The form of the grid for blocks of ``block`` weights; no scales are tried."""
     return GridForm("IQ1", n_shells=3, block=block, top=0, step=0.0, n_steps=0, renewed=Renewed.OFF_GRID)
 
 
@@ -41,7 +41,7 @@ class Ordered:
 
     @classmethod
     def scratch(cls, k: Lanes, n: int) -> Ordered:
-        """Room for a block of ``n``."""
+        """Scratch rows for a block of ``n`` weights."""
         return cls(k.float_rows(n + 1), k.float_rows(n), k.int_rows(n + 1))
 
 
@@ -60,7 +60,7 @@ def sort(k: Lanes, x: Rows, weights: Rows, n: int, ordered: Ordered) -> None:
 
 
 def _comparisons(n: int) -> Iterator[tuple[int, int]]:
-    """The pairs (low, high) that are compared in turn to sort ``n`` = 2^m items."""
+    """The pairs (low, high) that a sorting network compares in this order to sort ``n`` = 2^m items."""
     part = 1
     while part < n:
         step = part
@@ -74,7 +74,7 @@ def _comparisons(n: int) -> Iterator[tuple[int, int]]:
 
 
 class Best:
-    """The best split so far: its scale, its score, and a code for where it is."""
+    """The best split so far: its scale, its score, and a code of its position."""
 
     def __init__(self, k: Lanes, scale: Value) -> None:
         self.k = k
@@ -82,9 +82,9 @@ class Best:
         self.score = k.variable(k.f32(-float(np.finfo(np.float32).max)))
 
     def consider(self, candidates: Sequence[tuple[Value, Value, Value]]) -> None:
-        """Take the better ones of some candidates (sum of products with x, sum of squares, code), one after another.
+        """Replace the best split by each better candidate (sum of products with x, sum of squares, code) in turn.
 
-        Hardly any is better than the best before all of them, and only then is anything divided.
+        Divides only if a candidate is better than the current best, which is rare.
         """
         k, some = self.k, self.k.false()
         for sum_qx, sum_q2, _ in candidates:
@@ -111,7 +111,7 @@ def splits(k: Lanes, n: int) -> Iterator[tuple[Index, Index, Value]]:
 
 
 def levels_of(k: Lanes, x: Rows, n: int, ordered: Ordered, code: Value, mirrored: Value) -> list[Value]:
-    """The level 0 to 2 of each weight by the split ``code``; ``mirrored`` lanes count down."""
+    """The level 0 to 2 of each weight for the split ``code``; in reverse in ``mirrored`` lanes."""
     borders, places, codes = k.float_rows(2), k.int_rows(2), k.int_rows(1)
     codes[0] = code
     with k.loop(k.width) as lane:
@@ -130,7 +130,7 @@ def levels_of(k: Lanes, x: Rows, n: int, ordered: Ordered, code: Value, mirrored
 
 
 class PointSearch(GroupSearch):
-    """Grid points for groups whose levels are moved by a number for each group; all neighbours are looked at.
+    """Finds grid points for groups whose level values are moved by an offset per group, from complete neighbour lists.
 
     The lists take 0.8 MB.
     """
@@ -143,7 +143,7 @@ class PointSearch(GroupSearch):
         self.numbers = k.words_table(numbers)
 
     def find(self, x: Rows, weights: Rows, levels: Sequence[Value], scale: Value) -> list[Value]:
-        """The words of the grid points for a block's levels; ``moved`` has been written before."""
+        """Find the words of the grid points for a block's levels; the caller has written ``moved``."""
         self.scales[0] = scale
         for group in range(self.form.n_groups):
             code = self.k.i32(0)
@@ -154,7 +154,7 @@ class PointSearch(GroupSearch):
         return self.found.first(self.form.n_groups)
 
     def number(self, word: Value) -> Value:
-        """The number of a found grid point."""
+        """The number of the grid point of a word."""
         code = word & 3
         for i, place in enumerate(self.places[1:], 1):
             code = code + ((word >> (4 * i)) & 3) * place
@@ -175,12 +175,12 @@ class PointSearch(GroupSearch):
 
 
 def level_value(word: Value, i: int, moved: Value) -> Value:
-    """What level ``i`` of a found point stands for."""
+    """The value of level ``i`` of a grid point."""
     return ((word >> (4 * i)) & 3).to_float() - 1.0 + moved
 
 
 def mark_unsafe(k: Lanes, x: Rows, weights: Rows, n: int, active: Value) -> None:
-    """Mark lanes odd whose distances from the grid might overflow."""
+    """Mark lanes odd in which distances from the grid might overflow."""
     total, extent = k.f32(0.0), k.f32(0.0)
     for i in range(n):
         total, extent = total + weights[i], k.larger(k.magnitude(x[i]), extent)
@@ -193,7 +193,7 @@ def scale_level(k: Lanes, inverse: Value, scale: Value) -> Value:
 
 
 def renewed_scale(k: Lanes, x: Rows, weights: Rows, words: list[Value], moved: Rows, scale: Value) -> Value:
-    """The best scale for the points that were found, where one of them stands for levels off the grid."""
+    """The best scale for the grid points that were found, if one of them replaces levels off the grid."""
     sum_qx = sum_q2 = k.f32(0.0)
     off_grid = words[0]
     for word in words[1:]:

@@ -27,7 +27,7 @@ _BLOCK = 16
 _N_BLOCKS = WEIGHTS // _BLOCK
 _ZERO_BLOCK = 1e-7  # GROUP_MAX_EPS_IQ1_M
 _WAY_SHIFT = 12
-"""In the code of a split, above where it is: 0 to 3, of which 1 moves the second half down and 2 the first."""
+"""The bits of a split's code above its position: 0 to 3; bit 0 moves the second half down, bit 1 the first."""
 
 
 def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
@@ -61,7 +61,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
 
 
 class _Weights:
-    """What each weight of a block counts."""
+    """Computes the importance of each weight of a block."""
 
     def __init__(self, k: Lanes, x: Rows, importance: Rows | None) -> None:
         self.k, self.x, self.importance = k, x, importance
@@ -92,7 +92,7 @@ class _Found:
 
 
 def _moved(k: Lanes, way: Value) -> list[Value]:
-    """By how much the levels of each half are moved."""
+    """The offset of the level values of each half."""
     return [k.where((way & bit).equals(0), k.f32(DELTA), -DELTA) for bit in (2, 1)]
 
 
@@ -141,7 +141,7 @@ def _scale_words(k: Lanes, levels: Rows, d_bits: Value, some: Value) -> list[Val
 
 
 class _BlockSplit:
-    """The best of all splits of a block into three levels, each half moved up or down."""
+    """Finds the best of all splits of a block into three levels, each half moved up or down."""
 
     def __init__(self, k: Lanes) -> None:
         self.k, n = k, _BLOCK + 1
@@ -151,7 +151,7 @@ class _BlockSplit:
         self.firsts, self.seconds = ([[k.float_rows(n) for _ in range(2)] for _ in range(2)] for _ in range(2))
 
     def search(self, x: Rows, weights: Rows, top: Value) -> Best:
-        """The best split; its scale may be negative, its code says where it is and which halves are moved down."""
+        """Find the best split; its scale may be negative, its code has position and halves moved down."""
         k = self.k
         sort(k, x, weights, _BLOCK, self.ordered)
         totals = self._add_up()
@@ -162,7 +162,7 @@ class _BlockSplit:
         return best
 
     def _sums(self, totals: list[list[Value]], first: Index, second: Index) -> list[tuple[Value, Value]]:
-        """Of a split, for each of the four ways: the sum of products with x, and the sum of squares."""
+        """The sum of products with x and the sum of squares of a split, for each of four combinations of offsets."""
         qx, q2 = [], []
         for half in range(2):
             borders = self.sums_x[half][first] + self.sums_x[half][second]

@@ -25,7 +25,7 @@ _N_BLOCKS = WEIGHTS // _BLOCK
 _N_GROUPS = _BLOCK // GROUP
 _ZERO_BLOCK = 1e-12  # GROUP_MAX_EPS_IQ1_S
 _MOVED_DOWN = 1 << 12
-"""In the code of a split, above the 12 bits of where it is."""
+"""The bit of a split's code above the 12 bits of its position."""
 
 
 def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
@@ -81,7 +81,7 @@ def _store(k: Tiles, scales: Rows, points: Rows, high: Rows) -> None:
 
 
 class _Split:
-    """The best of all splits of a block into three levels, moved up or down."""
+    """Finds the best of all splits of a block into three levels, moved up or down."""
 
     def __init__(self, k: Lanes) -> None:
         self.k, n = k, _BLOCK + 1
@@ -91,7 +91,7 @@ class _Split:
         self.low_x, self.low_w, self.high_x, self.high_w = ([k.float_rows(n) for _ in range(2)] for _ in range(4))
 
     def search(self, x: Rows, weights: Rows, top: Value) -> Best:
-        """The best split; its scale may be negative, its code says where and which way it is moved."""
+        """Find the best split; its scale may be negative, its code has the position and the direction of the offset."""
         k = self.k
         sort(k, x, weights, _BLOCK, self.ordered)
         self._add_up()
@@ -102,7 +102,7 @@ class _Split:
         return best
 
     def _sums(self, first: Index, second: Index) -> list[tuple[Value, Value]]:
-        """Of a split whose levels are moved up, and down: the sum of products with x, and the sum of squares."""
+        """The sum of products with x and the sum of squares of a split, with levels moved up, and moved down."""
         middle_x = (self.sums_x[second] - self.sums_x[first]) * DELTA
         middle_w = (self.sums_w[second] - self.sums_w[first]) * DELTA * DELTA
         return [

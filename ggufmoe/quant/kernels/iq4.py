@@ -1,4 +1,4 @@
-"""What IQ4_NL and IQ4_XS share: 4-bit levels that are not evenly spaced, and the search for their scale.
+"""Shared by IQ4_NL and IQ4_XS: 4-bit levels that are not evenly spaced, and the search for the scale.
 
 Follows ``quantize_row_iq4_nl_impl`` and ``best_index_int8`` in ``ggml/src/ggml-quants.c``.
 """
@@ -24,7 +24,7 @@ _BIN_MAGIC = 1.5 * 2.0**26  # adding it leaves the number of the bin in the low 
 
 @cache
 def thresholds() -> tuple[float, ...]:
-    """For each pair of neighbours the smallest float that ``best_index_int8`` gives to the upper one."""
+    """For each pair of neighbouring levels, the smallest float that ``best_index_int8`` rounds to the upper one."""
     return tuple(_threshold(low, high) for low, high in pairwise(LEVELS))
 
 
@@ -87,7 +87,7 @@ class Nearest:
 
 
 class Search:
-    """The scale of a block; holds nothing that changes."""
+    """Finds the scale of a block; has no mutable state."""
 
     def __init__(self, k: Lanes) -> None:
         self.k, self.nearest = k, Nearest(k)

@@ -1,9 +1,9 @@
-"""A small staged language for quantization kernels: every value is a vector, and each lane works on a block of its own.
+"""A small staged language for quantization kernels: every value is a vector, and each lane processes its own block.
 
 ggml's quantizers are scalar loops whose float sums must stay in order, so one block cannot be vectorized without
 changing its bytes. Sixteen blocks side by side can: each lane does the operations of the scalar code, in its order.
-Python loops unroll, ``loop`` is a loop of the machine. Nothing here is contracted, reassociated or rounded otherwise
-than written. Owns values, loops and scratch rows; ``tiles`` brings blocks in and out, ``machine`` makes native code.
+Python loops unroll, ``loop`` generates a loop. Operations are not contracted, reassociated or rounded differently.
+Defines values, loops and scratch rows; ``tiles`` loads and stores blocks, ``machine`` makes native code.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ class Value:
         return self._binary(bits, "", "lshr")
 
     def shifted_left(self, bits: Index) -> Value:
-        """Shift by a count that is known only while running."""
+        """Shift left by a count that the generated code computes."""
         count = self.k.b.trunc(bits.ir, I32)
         return Value(self.k, self.k.b.shl(self.ir, self.k.splat(count).ir))
 
     def sign_extended(self, bits: int) -> Value:
-        """The low ``bits`` as a signed integer."""
+        """The low ``bits`` bits as a signed integer."""
         shift = self.k.i32(32 - bits).ir
         return Value(self.k, self.k.b.ashr(self.k.b.shl(self.ir, shift), shift))
 
@@ -119,7 +119,7 @@ class Value:
         return Value(self.k, self.k.b.bitcast(self.ir, self.k.ints))
 
     def as_float_bits(self) -> Value:
-        """Integers read as the bits of floats."""
+        """Integers reinterpreted as the bits of floats."""
         return Value(self.k, self.k.b.bitcast(self.ir, self.k.floats))
 
     def to_float(self) -> Value:
@@ -127,13 +127,13 @@ class Value:
         return Value(self.k, self.k.b.sitofp(self.ir, self.k.floats))
 
     def to_int(self) -> Value:
-        """Floats that are small integers already, as integers."""
+        """Floats whose values are small integers, as integers."""
         return Value(self.k, self.k.b.fptosi(self.ir, self.k.ints))
 
 
 @dataclass(frozen=True)
 class Index:
-    """A scalar counter of a machine loop."""
+    """A scalar loop counter of the generated code."""
 
     k: Lanes
     ir: Any
@@ -189,11 +189,11 @@ class Variable:
         self.set(start)
 
     def get(self) -> Value:
-        """What it holds now."""
+        """The current value."""
         return Value(self.k, self.k.b.load(self.slot, typ=self.type))
 
     def set(self, value: Value) -> None:
-        """Make it hold ``value``."""
+        """Assign ``value``."""
         self.k.b.store(value.ir, self.slot)
 
 
@@ -205,7 +205,7 @@ class Lanes:
         self.floats, self.ints, self.truths = (ir.VectorType(t, width) for t in (F32, I32, _I1))
         self.module = ir.Module("kernel")
         self.function = ir.Function(self.module, ir.FunctionType(I64, arguments), "quantize")
-        # what does not fit in registers goes to the stack; unaligned, every access would touch two cache lines
+        # spilled vectors go to the stack; unaligned, every access would touch two cache lines
         self.function.attributes.add("nounwind")
         self.function.attributes.alignstack = 4 * width
         for argument in self.function.args:
@@ -235,7 +235,7 @@ class Lanes:
         return Value(self, ir.Constant(self.ints, [number] * self.width))
 
     def false(self) -> Value:
-        """No lane."""
+        """A truth value that is false in every lane."""
         return Value(self, ir.Constant(self.truths, [0] * self.width))
 
     def where(self, condition: Value, then: Value | Number, otherwise: Value | Number) -> Value:
@@ -257,7 +257,7 @@ class Lanes:
         return self.larger(self.smaller(value, high), low)
 
     def limited(self, value: Value, high: float) -> Value:
-        """``clamp(value, 0, high)`` of floats, compared as integers: other ports than the multipliers'. No NaN."""
+        """``clamp(value, 0, high)`` of floats without NaN, compared as integers to keep the multipliers' ports free."""
         below = self._integers("smin", value.bits(), self.f32(high).bits())
         return self._integers("smax", below, self.i32(0)).as_float_bits()
 
@@ -290,7 +290,7 @@ class Lanes:
         return self._unary("round", value)
 
     def nearest_int(self, value: Value) -> Value:
-        """ggml's ``nearest_int``, with what its trick gives out of range and for NaN."""
+        """ggml's ``nearest_int``, with the same results out of range and for NaN."""
         return ((value + _ROUNDING_MAGIC).bits() & 0x7FFFFF) - 0x400000
 
     def half_bits(self, value: Value) -> Value:
@@ -316,24 +316,24 @@ class Lanes:
         return (widened | ((half & 0x8000) << 16)).as_float_bits()
 
     def index(self, number: int) -> Index:
-        """A counter that stands still."""
+        """A constant counter."""
         return Index(self, ir.Constant(I64, number))
 
     def variable(self, start: Value) -> Variable:
-        """A value that machine loops may change."""
+        """A variable that loops of the generated code may change, with a start value."""
         return Variable(self, start)
 
     def any(self, condition: Value) -> Any:
-        """A scalar truth for ``when``: some lane is true."""
+        """Whether any lane is true, as a scalar condition for ``when``."""
         mask = self.b.bitcast(condition.ir, ir.IntType(self.width))
         return self.b.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
 
     def mark_odd(self, condition: Value) -> None:
-        """Leave the blocks of these lanes to ggml."""
+        """Mark the blocks of these lanes, so that ggml's routine quantizes their rows."""
         self.odd.set(self.odd.get() | condition)
 
     def permute(self, table: Sequence[float], index: Value) -> Value:
-        """``table[index & 31]`` of 32 floats; only where ``permutes`` says that the machine has the instruction."""
+        """``table[index & 31]`` of 32 floats; only if ``permutes``: the machine has the instruction."""
         low, high = (
             ir.Constant(self.floats, [float(np.float32(x)) for x in half]) for half in (table[:16], table[16:])
         )
@@ -341,7 +341,7 @@ class Lanes:
         return Value(self, self.b.call(function, [low, index.ir, high]))
 
     def chosen(self, table: Value, index: Value) -> Value:
-        """``table[index % width]`` of a float per lane; only where ``looks_up`` says that the machine can."""
+        """``table[index % width]`` of one float per lane; only if ``looks_up``: the machine has the instruction."""
         name = "llvm.x86.avx512.permvar.sf.512" if self.width == 16 else "llvm.x86.avx2.permps"
         function = self._declared(name, [self.floats, self.ints])
         return Value(self, self.b.call(function, [table.ir, index.ir]))
@@ -350,13 +350,13 @@ class Lanes:
 
     @contextmanager
     def loop(self, count: int) -> Iterator[Index]:
-        """A machine loop: the body is written once and runs ``count`` times, ``count`` >= 1."""
+        """A loop of the generated code whose body runs ``count`` >= 1 times; yields the counter."""
         with self.repeat(ir.Constant(I64, count), 1) as index:
             yield Index(self, index)
 
     @contextmanager
     def repeat(self, end: Any, step: int) -> Iterator[Any]:
-        """A machine loop over 0, step, 2*step... below a scalar ``end``, at least once; gives the scalar counter."""
+        """A loop over 0, step, 2*step... below a scalar ``end`` that runs at least once; yields the scalar counter."""
         before = self.b.block
         body, after = self.function.append_basic_block("body"), self.function.append_basic_block("after")
         self.b.branch(body)
@@ -371,7 +371,7 @@ class Lanes:
 
     @contextmanager
     def when(self, truth: Any) -> Iterator[None]:
-        """Run the body only if a scalar truth holds."""
+        """Run the body only if a scalar condition is true."""
         with self.b.if_then(truth, likely=False):
             yield
 
@@ -391,7 +391,7 @@ class Lanes:
         return Rows(self, self.b.gep(self.function.args[-1], [offset], inbounds=True, source_etype=I8), kind)
 
     def constants(self, numbers: Sequence[Number]) -> Constants:
-        """A table of floats that machine loops read one by one, the same in every lane."""
+        """A table of floats from which loops read single entries, the same in every lane."""
         self._tables += 1
         kind = ir.ArrayType(F32, len(numbers))
         table = ir.GlobalVariable(self.module, kind, f"table{self._tables}")
@@ -410,7 +410,7 @@ class Lanes:
         return table
 
     def gathered(self, table: Any, index: Value) -> Value:
-        """``table[index]`` of a ``words_table``, one lane after another."""
+        """``table[index]`` of a ``words_table``, loaded lane by lane."""
         found = ir.Constant(self.ints, ir.Undefined)
         for lane in range(self.width):
             place = self.b.zext(self.b.extract_element(index.ir, ir.Constant(I32, lane)), I64)
@@ -419,7 +419,7 @@ class Lanes:
         return Value(self, found)
 
     def splat(self, scalar: Any) -> Value:
-        """One scalar in every lane."""
+        """A scalar, in every lane."""
         kind = ir.VectorType(scalar.type, self.width)
         vector = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
         return Value(self, self.b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, self.width), None)))

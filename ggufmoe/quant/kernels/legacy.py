@@ -1,4 +1,4 @@
-"""What Q4_0, Q4_1, Q5_0 and Q5_1 share: one scale (and minimum) for 32 weights, searched only with importances.
+"""Shared by Q4_0, Q4_1, Q5_0 and Q5_1: one scale (and minimum) for 32 weights, searched only with importances.
 
 Follows ``quantize_row_q4_0_ref``, ``quantize_row_q4_0_impl`` and their siblings in ``ggml/src/ggml-quants.c``.
 """
@@ -51,7 +51,7 @@ def affine_block(k: Tiles, x: Rows, importance: Rows | None, n_max: int) -> tupl
 
 
 def inverse_or_odd(k: Lanes, d: Value) -> Value:
-    """``d ? 1/d : 0``; lanes whose scale has no finite inverse, or is none itself, are marked odd."""
+    """``d ? 1/d : 0``; marks lanes odd whose scale or its inverse is not finite."""
     inverse = k.where(d.differs(0.0), 1.0 / d, 0.0)
     infinity = float("inf")
     k.mark_odd(~((k.magnitude(inverse) < infinity) & (k.magnitude(d) < infinity)))

@@ -1,6 +1,6 @@
-"""From a kernel written in lanes to a native function of this machine.
+"""Compiles a kernel written in lanes to a native function for this machine.
 
-Owns the choice of vector width, the optimizer's settings, what identifies compiled code, and its lifetime in memory.
+Chooses the vector width and the optimizer's settings, identifies compiled code, and keeps it in memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _COMPILING = threading.Lock()
 
 @dataclass(frozen=True)
 class Host:
-    """What kernels are compiled for: LLVM's name of the processor, its features, the lanes of one vector.
+    """The target of compilation: LLVM's name of the processor, its features, the lanes of one vector.
 
-    ``permutes``: with AVX-512's permutation of 32 floats; ``looks_up``: with one of as many floats as there are lanes.
+    ``permutes``: whether it has AVX-512's permutation of 32 floats; ``looks_up``: whether it has one of a vector.
     """
 
     cpu: str
@@ -48,7 +48,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Native:
-    """A kernel that can be called. ``engine`` owns the code that ``call`` points at."""
+    """A native function in memory. ``engine`` owns the code at which ``call`` points."""
 
     call: Any
     scratch_bytes: int
@@ -57,7 +57,7 @@ class Native:
 
 @cache
 def host() -> Host:
-    """This machine: 16 lanes with AVX-512, otherwise 8 (two registers where vectors hold 4).
+    """Describe this machine: 16 lanes with AVX-512, otherwise 8 (two registers if vectors hold 4).
 
     Raises RuntimeError for processors without an instruction that rounds: LLVM would call a function that may not
     exist, and end the process.
@@ -74,7 +74,7 @@ def host() -> Host:
 
 
 def maker(target: Host) -> dict[str, str] | None:
-    """What compiled code depends on besides its kernel's name; None where the sources cannot be read."""
+    """The processor, versions and sources on which compiled code depends; None if the sources cannot be read."""
     sources = source_hash(Path(__file__).parent)
     if sources is None:
         return None
@@ -89,17 +89,17 @@ def maker(target: Host) -> dict[str, str] | None:
 
 
 def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None) -> Code:
-    """Object code for ``body``. Raises RuntimeError where LLVM cannot."""
+    """Compile ``body`` to object code. Raises RuntimeError if LLVM fails."""
     return _compiled(geometry, _over_tiles(body), target)
 
 
 def compile_row_energies(source: Source, target: Host | None = None) -> Code:
-    """Object code that writes the mean square of each row of blocks of 32 (``Tiles.write_row_energies``)."""
+    """Compile ``Tiles.write_row_energies``, which writes the mean square of each row, to object code."""
     return _compiled(Geometry(32, 4, source, weighted=False), Tiles.write_row_energies, target)
 
 
 def link(code: Code, target: Host | None = None) -> Native:
-    """Object code as a function that can be called. Raises RuntimeError where LLVM cannot."""
+    """Load object code as a callable function. Raises RuntimeError if LLVM fails."""
     with _COMPILING:
         machine = _target_machine(target or host())
         engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
@@ -109,7 +109,7 @@ def link(code: Code, target: Host | None = None) -> Native:
 
 
 def assembly(geometry: Geometry, body: Body, target: Host | None = None) -> str:
-    """What ``compile_kernel`` makes, in assembly language."""
+    """The assembly language of the code that ``compile_kernel`` makes."""
     with _COMPILING:
         _, module, machine = _module(geometry, _over_tiles(body), target or host())
         return str(machine.emit_assembly(module))
@@ -130,7 +130,7 @@ def _compiled(geometry: Geometry, write: Callable[[Tiles], None], target: Host |
 
 
 def _module(geometry: Geometry, write: Callable[[Tiles], None], target: Host) -> tuple[int, Any, Any]:
-    """The bytes of scratch memory, the optimized module, and the machine that it is for."""
+    """Returns the bytes of scratch memory, the optimized LLVM module, and its target machine."""
     k = Tiles(geometry, target.width, target.permutes, target.looks_up)
     write(k)
     machine = _target_machine(target)
@@ -139,7 +139,7 @@ def _module(geometry: Geometry, write: Callable[[Tiles], None], target: Host) ->
 
 
 def _target_machine(target: Host) -> Any:
-    host()  # sets LLVM up, whatever is compiled for
+    host()  # initializes LLVM, for any target
     return binding.Target.from_triple(binding.get_process_triple()).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, jit=True
     )

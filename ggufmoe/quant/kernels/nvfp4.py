@@ -54,7 +54,7 @@ def _levels(k: Lanes, x: Rows, scale: Value) -> list[Value]:
 
 
 def _scale_bits(k: Lanes, scale: Value) -> Value:
-    """The nearest UE4M3 of a scale that is not negative."""
+    """The bits of the UE4M3 nearest to a scale that is not negative."""
     scale = k.smaller(scale, _LARGEST_SCALE)
     exponent = (scale.bits() >> 23) - (127 - 7)
     subnormal = k.smaller((scale * 512.0 + 0.5).to_int(), 7)
@@ -65,7 +65,7 @@ def _scale_bits(k: Lanes, scale: Value) -> Value:
 
 
 def _half_scale(k: Lanes, bits: Value) -> Value:
-    """Half the value of a UE4M3."""
+    """Half the value of UE4M3 bits."""
     exponent, mantissa = bits >> 3, bits & 7
     normal = (((exponent + (127 - 7 - 1)) << 23) | (mantissa << 20)).as_float_bits()
     return k.where(exponent.equals(0), mantissa.to_float() * 2.0**-10, normal)

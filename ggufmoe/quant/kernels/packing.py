@@ -1,4 +1,4 @@
-"""Levels into bytes and words, in the orders of ggml's blocks."""
+"""Packs levels into bytes and words in the orders of ggml's blocks."""
 
 from __future__ import annotations
 

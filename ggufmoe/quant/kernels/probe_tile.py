@@ -1,4 +1,4 @@
-"""The tile of rows that judges a kernel, and the fingerprint of what was made of it.
+"""The probe, a tile of rows that tests a kernel, and the fingerprint of its quantized bytes.
 
 The rows are the same on every machine and with every numpy: integers from a fixed sequence, and the four operations
 of arithmetic, which IEEE 754 rounds in one way. ``probe_hashes`` has the fingerprints of ggml's bytes for them.
@@ -18,9 +18,9 @@ from ggufmoe.quant.filetypes import ABORTS_ON_HUGE_WEIGHTS
 
 N_ROWS, N_COLS = 16, 1024
 _HUGE, _HUGE_FOR_GRIDS = (1e15, 1e30, 1e37), (1e3, 1e6, 1e9)
-"""Sizes of weights. The distances of larger ones from a grid overflow, and ggml ends the process."""
+"""Magnitudes of huge weights; smaller ones for grids, because ggml ends the process if distances overflow."""
 _N_NORMAL = 12
-"""Uniform numbers in a sum that is nearly normal, of variance 1."""
+"""How many uniform numbers are added to get a nearly normal one of variance 1."""
 
 
 def _integers(seed: int, n: int) -> NDArray[np.uint64]:
@@ -57,7 +57,7 @@ def probe_importances() -> NDArray[np.float32]:
 def probe(type: GGMLType, source: str) -> NDArray[Any]:
     """16 rows of 1024 weights: ordinary, heavy-tailed, constant, zero, tiny, huge, on a grid, mixed.
 
-    ``source`` is F32, F16 or BF16, whose bits come as uint16. What is huge is less so for ``type`` IQ1 to IQ3.
+    ``source`` is F32, F16 or BF16 (uint16 bits). Huge weights are smaller for ``type`` IQ1 to IQ3.
     """
     return _probe(source, _HUGE_FOR_GRIDS if type in ABORTS_ON_HUGE_WEIGHTS else _HUGE)
 
@@ -86,7 +86,7 @@ def _probe(source: str, huge: tuple[float, ...]) -> NDArray[Any]:
 
 
 def hash_name(type: GGMLType, source: str, weighted: bool) -> str:
-    """Under which ``probe_hashes`` has the fingerprints of a format made of ``source``."""
+    """The key of ``probe_hashes`` for a format quantized from ``source``, with or without importances."""
     return f"{type.name} from {source}{' with importances' if weighted else ''}"
 
 

@@ -1,4 +1,4 @@
-"""Q8_0: one block of 32 weights with 8 bits each; 34 bytes. ggml takes no notice of importances here."""
+"""Q8_0: one block of 32 weights with 8 bits each; 34 bytes. ggml ignores importances for this format."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class AffineSearch:
         self.numerators = k.constants([*numerators, numerators[-1]])  # the lagging half aims once too often
 
     def fit(self, blocks: Sequence[tuple[Rows, Rows]]) -> list[AffineFit]:
-        """The best scale and minimum of each (weights, importances); lanes with a degenerate span are marked odd."""
+        """Find the best scale and minimum of each (weights, importances); marks lanes odd whose span is degenerate."""
         searched = [_AffineBlock(self.k, self.form, x, weights) for x, weights in blocks]
         leading, lagging = searched[::2], searched[1::2]
         first = self.numerators[self.k.index(0)]
@@ -157,7 +157,7 @@ class _AffineBlock:
         self.moments = [moment + share for moment, share in zip(self.moments, shares, strict=True)]
 
     def keep_moments(self) -> None:
-        """Carry the sums to the next turn of the loop."""
+        """Store the sums for the next iteration of the loop."""
         for variable, moment in zip(self.kept, self.moments, strict=True):
             variable.set(moment)
 
@@ -176,7 +176,7 @@ class _AffineBlock:
         self.error = k.f32(0.0)
 
     def add_error(self, i: int) -> None:
-        """Weight ``i``'s share in the candidate's error."""
+        """Add the term of weight ``i`` to the candidate's error."""
         difference = self.scale * self.levels[i] + self.minimum - self.x[i]
         loss = self.k.magnitude(difference) if self.form.absolute_error else difference * difference
         self.error = self.error + self.weights[i] * loss
@@ -189,7 +189,7 @@ class _AffineBlock:
             variable.set(self.k.where(better, value, variable.get()))
 
     def result(self) -> AffineFit:
-        """The best candidate; a constant block is all minimum."""
+        """The best candidate; for a constant block only the minimum is used."""
         k, flat = self.k, self.flat
         _, scale, minimum, inverse, base = (variable.get() for variable in self.best)
         return AffineFit(
@@ -240,7 +240,7 @@ def extreme_weight(k: Lanes, x: Rows, n: int) -> tuple[Value, Value]:
 
 
 class SymmetricSearch:
-    """``make_qx_quants``: the best of 19 scales, three candidates tried abreast (they do not depend on each other)."""
+    """``make_qx_quants``: the best of 19 scales, with three independent candidates computed at a time."""
 
     ABREAST = 3
 
@@ -315,7 +315,7 @@ class _Refinement:
         self.sum_lx, self.sum_l2 = k.variable(sum_lx), k.variable(sum_l2)
 
     def improve(self, i: int) -> Value:
-        """Move level ``i`` to where it serves best; the lanes in which it moved."""
+        """Move level ``i`` to its best value; returns the lanes in which it changed."""
         k, x, n_max = self.k, self.x[i], self.form.n_max
         sum_lx, sum_l2, level = self.sum_lx.get(), self.sum_l2.get(), self.current[i]
         weight = x * x
@@ -401,7 +401,7 @@ class _Positive:
         return best_inverse.get()
 
     def improve(self, i: int) -> Value:
-        """Move level ``i`` to where it serves best; the lanes in which it moved."""
+        """Move level ``i`` to its best value; returns the lanes in which it changed."""
         k, x, weight = self.k, self.x[i], self.weights[i]
         sum_lx, sum_l2, level = self.sum_lx.get(), self.sum_l2.get(), self.levels[i]
         rest_lx = sum_lx - weight * x * level.to_float()

@@ -1,4 +1,4 @@
-"""What Q4_K and Q5_K share: ``x ~ d*sc*level - dmin*m`` in 8 blocks of 32, with ``sc`` and ``m`` of 6 bits.
+"""Shared by Q4_K and Q5_K: ``x ~ d*sc*level - dmin*m`` in 8 blocks of 32, with ``sc`` and ``m`` of 6 bits.
 
 Follows ``quantize_row_q4_K_ref``, ``quantize_row_q4_K_impl`` and their Q5_K twins in ``ggml/src/ggml-quants.c``.
 """

@@ -1,6 +1,6 @@
-"""What the K formats share: 256 weights in blocks of 16 or 32, each block's scale quantized in its turn.
+"""Shared by the K formats: superblocks of 256 weights in blocks of 16 or 32, whose scales are quantized as well.
 
-Owns the search over all blocks of a superblock and the last rounding of weights to levels.
+Searches all blocks of a superblock, and rounds weights to their final levels.
 The arithmetic is that of the ``quantize_row_*_K`` routines in ``ggml/src/ggml-quants.c``.
 """
 
@@ -27,7 +27,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Fits:
-    """What the search found for each block, and the sum of each one's weights (with importances only)."""
+    """The result of the search for each block, and the sum of its weights' importances (if there are any)."""
 
     form: Affine
     scale: Rows
@@ -38,7 +38,7 @@ class Fits:
 
 
 def fit_blocks(k: Lanes, x: Rows, form: Affine, weigh: PlainWeights | Importance) -> Fits:
-    """Search every block of the superblock, with weights of its own making or from importances."""
+    """Search every block of the superblock, with weights computed from x or from importances."""
     n_blocks = WEIGHTS // form.n
     fits = Fits(form, *(k.float_rows(n_blocks) for _ in range(5)))
     search, weights = AffineSearch(k, form), [k.float_rows(form.n) for _ in range(ABREAST)]
@@ -57,7 +57,7 @@ def fit_blocks(k: Lanes, x: Rows, form: Affine, weigh: PlainWeights | Importance
 
 
 def spread_importance(k: Lanes, x: Rows, importance: Rows, energy: Value, weights: Rows, n: int) -> Value:
-    """``weight = qw * sqrtf(sigma2 + x*x)``; gives the sum of the weights."""
+    """Write ``weight = qw * sqrtf(sigma2 + x*x)`` and return the sum of the weights."""
     total = k.f32(0.0)
     for i in range(n):
         weights[i] = importance[i] * k.square_root(energy + x[i] * x[i])
@@ -66,7 +66,7 @@ def spread_importance(k: Lanes, x: Rows, importance: Rows, energy: Value, weight
 
 
 def sum_of_squares(k: Lanes, x: Rows, n: int) -> Value:
-    """The squares added in order."""
+    """The sum of the squares of ``n`` rows, added in order."""
     total = k.variable(k.f32(0.0))
     step = min(n, 32)
     with k.loop(n // step) as turn:
@@ -97,7 +97,7 @@ def symmetric_levels(k: Lanes, x: Rows, step: Value, n: int, n_max: int, levels:
 
 
 def largest(k: Lanes, rows: Rows, n: int) -> Value:
-    """The largest of ``n`` rows, at least 0; NaN is passed over."""
+    """The largest of ``n`` rows, at least 0; NaN is ignored."""
     top = k.f32(0.0)
     for j in range(n):
         top = k.larger(rows[j], top)
@@ -105,7 +105,7 @@ def largest(k: Lanes, rows: Rows, n: int) -> Value:
 
 
 def largest_magnitude(k: Lanes, values: Rows, n: int) -> tuple[Value, Value]:
-    """The value of largest magnitude (the first of them) and that magnitude; 0 where all are 0."""
+    """The value of largest magnitude (the first of equal ones) and its magnitude; 0 if all values are 0."""
     top = extreme = k.f32(0.0)
     for j in range(n):
         magnitude = k.magnitude(values[j])

@@ -1,6 +1,6 @@
-"""Blocks in and out of a kernel: tiles of as many blocks as there are lanes, transposed while loading and storing.
+"""Loads and stores the blocks of a kernel: a tile has one block per lane and is transposed while loading and storing.
 
-Owns the kinds of source, the signature of the native function and the addresses of each lane's block.
+Defines the kinds of source, the signature of the native function and the addresses of each lane's block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ARGUMENTS = (POINTER, POINTER, I64, I64, POINTER, POINTER, POINTER, POINTER)
 
 
 class Source(Enum):
-    """How the weights come: element size in bytes and numpy's name for the bits."""
+    """The dtype of source weights: element size in bytes, and the numpy name of the dtype that holds the bits."""
 
     F32 = (4, "float32")
     F16 = (2, "float16")
@@ -33,7 +33,7 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a kernel reads and writes: weights and bytes of one block, the source's kind, whether importances come."""
+    """The input and output of a kernel: weights and bytes of a block, source dtype, whether with importances."""
 
     block_size: int
     block_bytes: int
@@ -58,7 +58,7 @@ class Tiles(Lanes):
 
     @contextmanager
     def tiles(self) -> Iterator[tuple[Rows, Rows | None]]:
-        """The outermost loop: each turn has ``width`` blocks, weights (and importances) transposed into rows."""
+        """The outermost loop: yields the weights (and importances) of ``width`` blocks, transposed into rows."""
         size = self.geometry.block_size
         weights = self.float_rows(size)
         importances = self.float_rows(size) if self.geometry.weighted else None
@@ -114,9 +114,9 @@ class Tiles(Lanes):
                 rows[chunk * self.width + i] = Value(self, vector)
 
     def write_row_energies(self) -> None:
-        """A whole kernel instead of ``tiles``: each lane has a row and writes its mean square to ``dst``.
+        """A kernel of its own, without ``tiles``: each lane computes the mean square of a row and writes it to ``dst``.
 
-        The squares are added in order, as ggml does it before it looks at a row's blocks.
+        The squares are added in order, as ggml does before it quantizes the blocks of a row.
         """
         b, (src, dst, n_rows, per_row) = self.b, self.function.args[:4]
         item = self.geometry.source.item_bytes

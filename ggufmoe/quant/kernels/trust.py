@@ -1,9 +1,9 @@
-"""Which routine quantizes a format here: a compiled kernel that has shown ggml's bytes, or ggml's own.
+"""Chooses the routine that quantizes a format: a compiled kernel that gives ggml's bytes, or ggml's own routine.
 
-At the first use of a format (per kind of source, with or without importances) its kernel is compiled, or loaded from
-the user's cache, and quantizes a tile of easy and nasty blocks. The hash of its bytes must be the stored one, which was
-made with the pinned ggml on x86-64. One other byte, a missing llvmlite or a machine LLVM cannot serve, and ggml's
-routine takes over for that format. Owns the verdicts of this process.
+At the first use of a format (per dtype of source, with or without importances) its kernel is compiled, or loaded from
+the user's cache, and quantizes a tile of ordinary and extreme blocks. The hash of its bytes must equal the stored hash,
+which was made with the pinned ggml on x86-64. If a byte differs, llvmlite is missing or LLVM does not support the
+machine, ggml's routine is used for that format. The results are kept for the life of the process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ROW_ENERGY = frozenset({GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What quantizes one format in this process, and why."""
+    """The routine that quantizes one format in this process, and the reason."""
 
     type: GGMLType
     source: str
@@ -64,7 +64,7 @@ _Key = tuple[GGMLType, str, bool]
 
 
 class Kernels:
-    """The kernels of one process: compiled and judged once each, whichever thread comes first."""
+    """The kernels of one process; each is compiled and checked once, by the first thread that needs it."""
 
     def __init__(self) -> None:
         self._verdicts: dict[_Key, _Verdict] = {}
@@ -75,9 +75,9 @@ class Kernels:
     def judged(
         self, type: GGMLType, dtype: str, weighted: bool, *, cache: bool = True
     ) -> tuple[Kernel | None, KernelReport]:
-        """The trusted kernel, or None where ggml's routine is to be used, and the report that says why.
+        """Return the checked kernel, or None if ggml's routine is to be used, and the report that says why.
 
-        ``cache``: whether compiled code may come from the user's cache folder and is kept there.
+        ``cache``: whether compiled code is loaded from the user's cache folder and saved there.
         """
         key = (type, _SOURCES[dtype], weighted)
         if key not in self._verdicts:
@@ -110,12 +110,12 @@ class Kernels:
         return self._verdicts[key].kernel
 
     def spent(self, type: GGMLType, dtype: str, weighted: bool, seconds: float) -> None:
-        """Note that ggml's routine took this long for a format that has a kernel."""
+        """Record that ggml's routine took ``seconds`` for a format that has a kernel."""
         key = (type, _SOURCES[dtype], weighted)
         self._spent_s[key] = self._spent_s.get(key, 0.0) + seconds
 
     def report(self) -> list[KernelReport]:
-        """What has been judged so far, in order."""
+        """The reports of all kernels checked so far, in order."""
         return [verdict.report for verdict in list(self._verdicts.values())]
 
 
@@ -142,7 +142,7 @@ def _judge(type: GGMLType, source: str, weighted: bool, cache: bool) -> _Verdict
 
 
 def _ggml_agrees(type: GGMLType, source: str, weighted: bool) -> bool:
-    """Whether ggml's routine gives here what it gives on x86-64; not where there is no ggml."""
+    """Whether ggml's routine gives the same bytes on this machine as on x86-64; False if ggml is not installed."""
     weights = probe(type, source)
     made = np.zeros((len(weights), type.row_bytes(weights.shape[1])), np.uint8)
     try:
@@ -173,7 +173,7 @@ def _code_name(type: GGMLType, source: str, weighted: bool) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Native code for a format, and for the sums over rows where its importances want them."""
+    """Native code for a format, and for the mean squares of rows if the format needs them with importances."""
 
     type: GGMLType
     weighted: bool
@@ -183,9 +183,10 @@ class Kernel:
     def call(
         self, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None
     ) -> NDArray[np.uint8] | None:
-        """Quantize. The result marks with a 1 the blocks that it cannot do (rows, blocks per row); None without any.
+        """Quantize ``src`` into ``dst``. Returns (rows, blocks per row) uint8 with 1 for each block that it cannot do.
 
-        Those are blocks that span less than 1e-36 or more than a float holds: ggml's arithmetic overflows there.
+        Returns None if there is no such block. These are blocks that span less than 1e-36 or more than a float holds,
+        for which ggml's arithmetic overflows.
         """
         n_rows, n_cols = src.shape
         per_row = n_cols // self.type.block_size
@@ -210,7 +211,7 @@ class Kernel:
 def compile_format(
     type: GGMLType, source: str, weighted: bool, target: Host | None = None, *, cache: CodeCache | None = None
 ) -> Kernel:
-    """The kernel of a format, unchecked, for this machine or for ``target``; ``cache`` is for this machine only."""
+    """Compile or load the kernel of a format, unchecked, for this machine or ``target``; ``cache``: this one only."""
     tiles = import_module("ggufmoe.quant.kernels.tiles")
     machine = import_module("ggufmoe.quant.kernels.machine")
 
@@ -238,7 +239,7 @@ def compile_format(
 
 
 def _difference(kernel: Kernel, source: str) -> str:
-    """How the kernel's bytes for the probe differ from ggml's on x86-64, in words; nothing if they do not."""
+    """How the kernel's bytes for the probe differ from ggml's on x86-64, as a text; empty if they are equal."""
     weights = probe(kernel.type, source)
     made = np.zeros((len(weights), kernel.type.row_bytes(weights.shape[1])), np.uint8)
     odd = kernel.call(weights, made, probe_importances() if kernel.weighted else None)
@@ -256,7 +257,7 @@ def widened(src: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def run(kernel: Kernel, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None = None) -> None:
-    """Quantize with a compiled kernel; rows that hold a block it cannot do are given to ggml."""
+    """Quantize with a compiled kernel; rows with a block that it cannot do are quantized by ggml's routine."""
     odd = kernel.call(src, dst, imatrix)
     if odd is not None:
         rows = np.nonzero(odd.any(axis=1))[0]
