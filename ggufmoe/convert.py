@@ -297,6 +297,7 @@ def merge(
         write = WriteOptions(
             threads=options.threads,
             resume=options.resume,
+            keep_journal=True,
             on_progress=on_progress,
             cancel=cancel,
             prepare=lambda: _prepare(model, options, on_progress, cancel),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,44 @@ def test_what_an_interrupted_replacement_left_is_not_lost(recipe: Path) -> None:
     with pytest.raises(OutputError, match="move away what you need of it"):
         ggufmoe.merge(recipe, out, force=True)
     assert (left / "mine.txt").read_text() == "mine"
+
+
+def test_a_merge_that_could_not_be_put_in_its_place_is_resumed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, partial = recipe.parent / "out", recipe.parent / "out.partial"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", refusing(os.replace, partial))
+        with pytest.raises(OutputError, match=r"all is in .*\.partial"):
+            ggufmoe.merge(recipe, out)
+    weights = partial / "model.safetensors"
+    before = weights.stat()
+    (partial / "added_tokens.json").write_text('{"<left by the first run>": 3}')
+    ggufmoe.merge(recipe, out, resume=True)
+    after = (out / "model.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not (out / "added_tokens.json").exists()
+    assert not list(out.glob("*.journal"))
+
+
+def refusing(replace: Callable[..., None], source: Path) -> Callable[..., None]:
+    """``os.replace`` on a disk that does not let ``source`` be renamed."""
+
+    def instead(old: Path, new: Path) -> None:
+        if Path(old) == source:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(old, new)
+
+    return instead
+
+
+def test_a_failed_replacement_leaves_the_older_checkpoint(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = recipe.parent / "out"
+    ggufmoe.merge(recipe, out)
+    before = (out / "model.safetensors").stat().st_ino
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", refusing(os.replace, recipe.parent / "out.partial"))
+        with pytest.raises(OutputError, match="cannot be written"):
+            ggufmoe.merge(recipe, out, force=True)
+    assert (out / "model.safetensors").stat().st_ino == before
 
 
 def test_a_link_to_a_directory_is_followed(recipe: Path) -> None:

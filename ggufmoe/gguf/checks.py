@@ -32,6 +32,10 @@ def check_loadable(model: ModelHeader) -> None:
         raise GGUFError(f"{model.paths[0]}: {fault}; the file is corrupt, download or make it again")
 
 
+_ONE_EXPERT_IS_NONE = {"hunyuan-dense", "hunyuan_vl"}
+"""Architectures for which llama.cpp takes one expert for none (src/llama-model.cpp at commit 0c1e57098)."""
+
+
 def header_faults(model: ModelHeader) -> Iterator[str]:
     """All values of the header that llama.cpp cannot take: the key, what it says, and what was expected."""
     hyper, typed = model.hyper, TypedMetadata(model.metadata)
@@ -67,8 +71,10 @@ def _layer_faults(model: ModelHeader) -> Iterator[str]:
 
 def _context_faults(hyper: Hyper) -> Iterator[str]:
     stated = hyper.n_ctx_train
-    if stated is not None and not 0 < stated <= MAX_INT32:
-        yield _fault(hyper, Keys.LLM.CONTEXT_LENGTH, stated, f"1 to {MAX_INT32} tokens")
+    # converters of some other architectures write 0 where the configuration says nothing
+    least = 1 if hyper.architecture in PLAIN_ARCHITECTURES else 0
+    if stated is not None and not least <= stated <= MAX_INT32:
+        yield _fault(hyper, Keys.LLM.CONTEXT_LENGTH, stated, f"{least} to {MAX_INT32} tokens")
 
 
 def _expert_faults(model: ModelHeader, typed: TypedMetadata) -> Iterator[str]:
@@ -81,6 +87,8 @@ def _expert_faults(model: ModelHeader, typed: TypedMetadata) -> Iterator[str]:
         yield _fault(hyper, Keys.LLM.EXPERT_COUNT, n_expert, f"at most {MAX_EXPERTS} experts, as llama.cpp takes")
         return
     stack = next((tensor for tensor in model.tensors if is_expert_stack(tensor.name) and len(tensor.shape) == 3), None)
+    if hyper.architecture in _ONE_EXPERT_IS_NONE and stack is None and n_expert <= 1:
+        return
     if stack is not None and stack.shape[0] != n_expert:
         yield _fault(hyper, Keys.LLM.EXPERT_COUNT, n_expert, f"{stack.shape[0]}, as many as {stack.name} has")
         return
@@ -104,8 +112,8 @@ def _group_faults(hyper: Hyper, typed: TypedMetadata, n_expert: int) -> Iterator
 def _float_faults(hyper: Hyper, typed: TypedMetadata) -> Iterator[str]:
     for key in (Keys.Attention.LAYERNORM_RMS_EPS, Keys.Attention.LAYERNORM_EPS):
         epsilon = typed.number(hyper.key(key))
-        if epsilon is not None and not 0 < epsilon < 1:  # NaN is in no range
-            yield _fault(hyper, key, epsilon, "a small number above 0, such as 1e-05")
+        if epsilon is not None and not 0 <= epsilon < 1:  # NaN is in no range
+            yield _fault(hyper, key, epsilon, "a small number, such as 1e-05")
     for key in (Keys.Rope.FREQ_BASE, Keys.Rope.FREQ_BASE_SWA):
         theta = typed.number(hyper.key(key))
         if theta is not None and not 1 <= theta <= _MAX_THETA:
@@ -134,8 +142,11 @@ def _width_faults(model: ModelHeader, typed: TypedMetadata) -> Iterator[str]:
         (expert_key, "blk.0.ffn_up_exps.weight"),
     ):
         tensor, stated = by_name.get(name), typed.whole(hyper.key(key))
-        if tensor is not None and len(tensor.shape) > 1 and stated not in (None, tensor.shape[-2]):
-            yield _fault(hyper, key, stated, f"{tensor.shape[-2]}, the number of rows of {name}")
+        if tensor is None or len(tensor.shape) < 2 or stated in (None, tensor.shape[-2]):
+            continue
+        if stated == 0 and key == Keys.LLM.EXPERT_FEED_FORWARD_LENGTH:
+            continue  # llama.cpp then divides feed_forward_length by the number of experts used
+        yield _fault(hyper, key, stated, f"{tensor.shape[-2]}, the number of rows of {name}")
 
 
 def _head_faults(hyper: Hyper) -> Iterator[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -25,6 +26,9 @@ _LOOK_S = 0.1
 """Seconds between two looks at how long threads waited for a processor."""
 _BUSY = 0.05
 """A busy machine: threads of this process waited together for this part of the time that has passed."""
+_MAX_TEAM = 64
+"""A larger machine is a server, and often a container on one that may have fewer threads than it has processors."""
+_logger = logging.getLogger("ggufmoe")
 _CALM_S = 2.0
 """Seconds without waiting after which threads may spin as long as libgomp wants again."""
 
@@ -65,7 +69,11 @@ class SpinLimit:
             self._busy_until_s = now + _CALM_S
         self._looked_s, self._waited_s = now, waited_s
         if now < self._busy_until_s and self._team is None:
-            self._team = _SleepingTeam(self._libgomp)
+            try:
+                self._team = _SleepingTeam(self._libgomp)
+            except RuntimeError as error:
+                _logger.debug("waiting threads spin as long as libgomp wants: %s", error)
+                self._libgomp = None
         elif now >= self._busy_until_s and self._team is not None:
             self.close()
 
@@ -77,10 +85,17 @@ class SpinLimit:
 
 
 class _SleepingTeam:
-    """As many OpenMP threads as there are processors, which do nothing. Ends with the Python thread that leads it."""
+    """As many OpenMP threads as there are processors, which do nothing. Ends with the Python thread that leads it.
+
+    Raises RuntimeError where so many threads cannot be made: libgomp itself would end the process there.
+    """
 
     def __init__(self, libgomp: ctypes.CDLL) -> None:
         self._libgomp = libgomp
+        self._n_threads = int(libgomp.omp_get_num_procs())
+        if self._n_threads > _MAX_TEAM:
+            raise RuntimeError(f"{self._n_threads} processors")
+        _check_threads_can_be_made(self._n_threads + 1)
         self._is_over = threading.Event()
         self._is_there = threading.Event()
         self._leader = threading.Thread(target=self._lead, name="ggufmoe-openmp", daemon=True)
@@ -94,14 +109,31 @@ class _SleepingTeam:
         parallel = self._libgomp.GOMP_parallel
         parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         parallel.restype = None
-        parallel(strlen, ctypes.addressof(text), self._libgomp.omp_get_num_procs(), 0)
-        self._is_there.set()
+        try:
+            parallel(strlen, ctypes.addressof(text), self._n_threads, 0)
+        finally:
+            self._is_there.set()
         self._is_over.wait()
 
     def end(self) -> None:
         """End the team's threads; returns when they are gone."""
         self._is_over.set()
         self._leader.join()
+
+
+def _check_threads_can_be_made(number: int) -> None:
+    """Make ``number`` threads and end them again. Raises RuntimeError if the system does not allow so many."""
+    end = threading.Event()
+    made: list[threading.Thread] = []
+    try:
+        for _ in range(number):
+            made.append(threading.Thread(target=end.wait, name="ggufmoe-openmp-check", daemon=True))
+            made[-1].start()
+    finally:
+        end.set()
+        for thread in made:
+            if thread.ident is not None:
+                thread.join()
 
 
 def loaded_libgomp() -> ctypes.CDLL | None:

@@ -14,7 +14,7 @@ MAX_DEVICES = 16
 """llama_max_devices() of llama.cpp: devices that one model can be split over."""
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama-hparams.h."""
-MAX_EXPERTS = 512
+MAX_EXPERTS = 1024
 """LLAMA_MAX_EXPERTS of llama-hparams.h."""
 RANDOM_SEED = 2**32 - 1
 """LLAMA_DEFAULT_SEED of llama.h: llama.cpp draws a seed itself where it is given this one."""

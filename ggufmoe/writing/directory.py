@@ -76,10 +76,11 @@ def _partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
 def place_directory(partial: Path, target: Path, files: Mapping[str, bytes], *, written: Sequence[str]) -> None:
     """Write ``files`` (name to content) into the partial directory and give it its name, replacing an older directory.
 
-    Of an older directory the files whose names match a pattern of ``written`` are replaced; all others move into the
-    new one. Raises OutputError.
+    ``written`` are patterns of the names that may be written here. Of an older directory the files that match one are
+    replaced, and all others move into the new one. Raises OutputError.
     """
     try:
+        _remove_leftovers(partial, files, written)
         for name, content in files.items():
             path = partial / name
             path.parent.mkdir(exist_ok=True)
@@ -91,16 +92,49 @@ def place_directory(partial: Path, target: Path, files: Mapping[str, bytes], *, 
         replaced = _replaced_path(target)
         with contextlib.suppress(FileNotFoundError):
             os.replace(target, replaced)
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.replace(replaced, target)
+            raise
+        for journal in target.glob("*.partial.journal"):
+            journal.unlink()
         sync_directory(target.parent)
-        if replaced.exists():
-            for path in sorted(replaced.iterdir()):
-                if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in written):
-                    os.replace(path, target / path.name)
-            sync_directory(target)
-            shutil.rmtree(replaced)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}; all is in {partial}") from error
+    if replaced.exists():
+        _keep_what_is_not_ours(replaced, target, written)
+
+
+def _remove_leftovers(partial: Path, files: Mapping[str, bytes], written: Sequence[str]) -> None:
+    """Remove what an earlier run left beside the weights: a stale tokenizer or template would change the model."""
+    for path in list(partial.iterdir()):
+        if path.suffix == ".safetensors" or not _matches(path.name, written):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in files:
+            path.unlink()
+
+
+def _keep_what_is_not_ours(replaced: Path, target: Path, written: Sequence[str]) -> None:
+    """Move the user's files from the directory that was replaced into its successor, and delete the rest."""
+    try:
+        for path in sorted(replaced.iterdir()):
+            if not _matches(path.name, written):
+                os.replace(path, target / path.name)
+        sync_directory(target)
+        shutil.rmtree(replaced)
+    except OSError as error:
+        raise OutputError(
+            f"{target} is complete, but files of yours could not be moved from {replaced} into it: "
+            f"{error.strerror or error}; move what you need, then delete {replaced.name}"
+        ) from error
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _replaced_path(target: Path) -> Path:

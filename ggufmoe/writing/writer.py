@@ -61,6 +61,8 @@ class WriteOptions:
     cancel: CancelFlag | None = None
     prepare: Callable[[], None] | None = None
     """Called when all is checked and nothing is written yet; computes what must be known before rows are read."""
+    keep_journal: bool = False
+    """Leave the journal of the finished files there, for a caller that has more to do before the output is complete."""
     flush_interval_s: float = FLUSH_INTERVAL_S
     open_output: Callable[[Path, int, bool], OutputFile] | None = None
     """Opens a partial file: its path, its size, and whether to keep what is in it. By default, a file on disk."""
@@ -107,7 +109,8 @@ def _write_locked(plan: WritePlan, options: WriteOptions) -> WriteReport:
             journal.remove()  # going on would give the same file
             raise
         give_names(plan)
-        journal.remove()
+        if not options.keep_journal:
+            journal.remove()
     return WriteReport(
         tuple(file.path for file in plan.files), run.bytes_read, run.bytes_written, time.monotonic() - started
     )

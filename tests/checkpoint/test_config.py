@@ -212,7 +212,7 @@ def test_rope_that_cannot_be_expressed_is_refused(given: Any, message: str) -> N
         ("num_attention_heads", 3, "hidden_size 256 is not a multiple of num_attention_heads 3"),
         ("num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ("head_dim", 7, "head_dim 7 is odd"),
-        ("num_local_experts", 513, "num_local_experts is 513"),
+        ("num_local_experts", 1025, "num_local_experts is 1025"),
         ("num_experts_per_tok", 3, "num_experts_per_tok is 3, expected a whole number from 1 to 2"),
         ("rms_norm_eps", float("inf"), "rms_norm_eps is inf, expected a number above 0"),
         ("rope_theta", -1, "rope_theta is -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,16 +42,15 @@ def test_a_mixtral_is_taken(tmp_path: Path, n_expert: int, n_used: int) -> None:
         ("context_length", u32(2**31), "1 to 2147483647 tokens"),
         ("expert_count", u32(0), "4, as many as blk.0.ffn_gate_exps.weight has"),
         ("expert_count", u32(1), "4, as many as blk.0.ffn_gate_exps.weight has"),
-        ("expert_count", u32(513), "at most 512 experts"),
+        ("expert_count", u32(1025), "at most 1024 experts"),
         ("expert_used_count", u32(0), "1 to 4, the number of experts"),
         ("expert_used_count", u32(5), "1 to 4, the number of experts"),
         ("expert_used_count", GGUFValue(ARRAY, [2, 5], ValueType.UINT32), "1 to 4, the number of experts"),
         ("expert_group_count", u32(3), "a part of the 4 experts"),
         ("expert_group_count", u32(4), "a part of the 4 experts"),
-        ("attention__layer_norm_rms_epsilon", f32(-0.5), "a small number above 0"),
-        ("attention__layer_norm_rms_epsilon", f32(0.0), "a small number above 0"),
-        ("attention__layer_norm_rms_epsilon", f32(float("nan")), "a small number above 0"),
-        ("attention__layer_norm_rms_epsilon", f32(float("inf")), "a small number above 0"),
+        ("attention__layer_norm_rms_epsilon", f32(-0.5), "a small number, such as"),
+        ("attention__layer_norm_rms_epsilon", f32(float("nan")), "a small number, such as"),
+        ("attention__layer_norm_rms_epsilon", f32(float("inf")), "a small number, such as"),
         ("rope__freq_base", f32(0.0), "1 to 1e+15"),
         ("rope__freq_base", f32(float("nan")), "1 to 1e+15"),
         ("rope__scaling__factor", f32(-1.0), "0 to 1e+06"),
@@ -105,3 +105,19 @@ def test_a_dense_model_uses_no_experts(tmp_path: Path) -> None:
     tensors = [("blk.1.ffn_up.weight", GGMLType.F32, (512, 256))]
     found = list(header_faults(read_model_header(write_gguf(tmp_path / "m.gguf", metadata, tensors))))
     assert found == ["llama.expert_used_count is 1, expected 0, as there are no experts"]
+
+
+def test_what_llama_cpp_takes_of_other_architectures_is_taken(tmp_path: Path) -> None:
+    def found(architecture: str, n_expert: int, tensors: list[Any], **changed: GGUFValue) -> list[str]:
+        plain = mixtral_metadata(n_expert, 2)
+        named = {key.replace("llama.", f"{architecture}."): value for key, value in plain.items()}
+        named |= {f"{architecture}.{key}": value for key, value in changed.items()}
+        named["general.architecture"] = text(architecture)
+        return list(header_faults(read_model_header(write_gguf(tmp_path / "m.gguf", named, tensors))))
+
+    dense = [("blk.1.ffn_up.weight", GGMLType.F32, (512, 256))]
+    # llama.cpp takes one expert of these for none, whatever is used of it
+    assert found("hunyuan-dense", 1, dense, expert_used_count=u32(0)) == []
+    assert found("deepseek2", 1, dense, expert_used_count=u32(0)) != []
+    # a configuration that does not say for how long a text the model was trained
+    assert found("falcon-h1", 0, dense, expert_used_count=u32(0), context_length=u32(0)) == []

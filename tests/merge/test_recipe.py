@@ -91,7 +91,7 @@ def test_an_empty_negative_prompt_is_no_mistake(tmp_path: Path) -> None:
         ("base_model: a\nbase_model: b\n", ":2: base_model is given twice"),
         ("base_model: a\n", "experts: this key is required"),
         ("base_model: a\nexperts: []\n", ":2: experts: there must be at least one"),
-        ("base_model: a\nexperts: [" + "{source_model: b}, " * 513 + "]\n", ":2: experts: there may be at most 512"),
+        ("base_model: a\nexperts: [" + "{source_model: b}, " * 1025 + "]\n", ":2: experts: there may be at most 1024"),
         (TWO.replace("experts:", "expert:", 1), "unknown key; did you mean experts?"),
         (TWO.replace("positive_prompts: [sums]", "positiv_prompts: [sums]"), ":4: experts.0.positiv_prompts"),
         (TWO.replace("positive_prompts: [sums]", "positiv_prompts: [sums]"), "did you mean positive_prompts?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -96,3 +97,20 @@ def test_closing_gives_spinning_back() -> None:
     limit.close()
     assert not limit.is_short
     wait_for_threads(before)
+
+
+def test_a_process_that_may_have_no_more_threads_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    limit = limit_of(machine)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    machine.passes(1.0, waiting=0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        limit.look()
+    assert not limit.is_short
+    machine.passes(1.0, waiting=0.5)
+    limit.look()
+    assert not limit.is_short
