@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,25 @@ from tests.stories import ONE_THREAD, STORY
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches are kept for this session alone, in its processes too: nothing is read from or left in the user's."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the session's processes have folders of their own in there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GGUFMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GGUFMOE_CACHE", str(folder / "cache"))
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file of tests to one process, and all of ``tests/quant``: ggml's tables for IQ types take it 15 s."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    scheduling = LoadFileScheduling(config, log)
+    file_of = scheduling._split_scope
+    scheduling._split_scope = lambda test: "tests/quant" if test.startswith("tests/quant/") else file_of(test)
+    return scheduling
 
 
 @pytest.fixture(scope="session")

@@ -51,17 +51,16 @@ def test_what_is_left_out_is_never_the_nearest(name: str) -> None:
     for code in random.choice(points.n_codes, 300, replace=False).tolist():
         lists = [lists.points[lists.starts[code] : lists.starts[code + 1]] for lists in (whole, abridged)]
         left_out += len(lists[0]) - len(lists[1])
-        for _ in range(20):
-            scale = np.float32(random.random() + 0.1)
-            offset = random.uniform(-0.99996, 0.99996, points.group)
-            x = scale * (2 * points.all_groups()[code] + 1 + offset).astype(np.float32)
-            weights = (random.random(points.group) ** 5).astype(np.float32)
-            nearest = []
-            for found in lists:
-                errors = np.zeros(len(found), np.float32)
-                for i in range(points.group):
-                    difference = scale * (2 * points.levels[found, i] + 1).astype(np.float32) - x[i]
-                    errors += weights[i] * difference * difference
-                nearest.append(int(found[errors.argmin()]))
-            assert nearest[0] == nearest[1]
+        scale = (random.random((20, 1)) + 0.1).astype(np.float32)  # 20 groups of weights at once
+        offset = random.uniform(-0.99996, 0.99996, (20, points.group))
+        x = scale * (2 * points.all_groups()[code] + 1 + offset).astype(np.float32)
+        weights = (random.random(x.shape) ** 5).astype(np.float32)
+        nearest = []
+        for found in lists:
+            errors = np.zeros((20, len(found)), np.float32)
+            for i in range(points.group):
+                difference = scale * (2 * points.levels[found, i] + 1).astype(np.float32) - x[:, i : i + 1]
+                errors += weights[:, i : i + 1] * difference * difference
+            nearest.append(found[errors.argmin(axis=1)].tolist())
+        assert nearest[0] == nearest[1]
     assert left_out > 0 or name == "IQ2_S", "whose neighbours are all at one distance"
