@@ -2,6 +2,7 @@
 
 llama.cpp ends its process when a worker is lost, and waits without end for one that hangs. Here that process is a child
 (``host``), and its end is an exception. Each method sends one of ``requests``; ``ggufmoe.Engine`` describes them.
+Paths are sent as absolute ones: the working directory of the child is the one in which it was started.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate
 
@@ -141,6 +143,12 @@ class ChildEngine:
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
     ) -> Iterator[Event]:
+        if sampling is not None:
+            sampling = replace(
+                sampling,
+                grammar_file=sampling.grammar_file and sampling.grammar_file.absolute(),
+                json_schema_file=sampling.json_schema_file and sampling.json_schema_file.absolute(),
+            )
         return self._link.stream(Generate(prompt, sampling, stop, n_keep), cancel)
 
     def cancel(self) -> None:
@@ -185,10 +193,10 @@ class ChildEngine:
     # ---- sessions and functions of the caller
 
     def save_session(self, path: StrPath, tokens: Sequence[int] | None = None, note: str = "") -> int:
-        return self._link.ask(SaveSession(path, tokens, note))
+        return self._link.ask(SaveSession(user_path(path).absolute(), tokens, note))
 
     def load_session(self, path: StrPath) -> tuple[tuple[int, ...], str]:
-        return self._link.ask(LoadSession(path))
+        return self._link.ask(LoadSession(user_path(path).absolute()))
 
     def apply(
         self, function: Callable[Concatenate[LocalEngine, P], ResultT], *arguments: P.args, **keywords: P.kwargs

@@ -114,14 +114,10 @@ class EngineHost:
             _in_thread(self._answer, message, flag)
         elif isinstance(message, Cancel):
             self._cancel(message.id)
-        elif isinstance(message, Credit | Stop) and (stream := self._streams.get(message.id)) is not None:
-            if isinstance(message, Credit):
-                stream.allow(message.n_items)
-            else:
-                self._stopping[message.id] = stream
-                stream.stop()
-                _in_thread(self._watch_until_free)
-                self._forget(message.id)
+        elif isinstance(message, Stop):
+            self._stop(message.id)
+        elif isinstance(message, Credit) and (stream := self._streams.get(message.id)) is not None:
+            stream.allow(message.n_items)
 
     def leave(self) -> None:
         """Free the engine and leave the process; within ``_LEAVE_S`` even if workers hang."""
@@ -209,9 +205,11 @@ class EngineHost:
             self._send(Failure(ask.id, portable_error(error)))
             return
         if is_stream:
-            self._streams[ask.id] = _HostedStream(
-                ask.id, value, cancelled, self._watch.waiting, self._send, self._forget
-            )
+            stream = _HostedStream(ask.id, value, cancelled, self._watch.waiting, self._send, self._forget)
+            self._streams[ask.id] = stream
+            if ask.id not in self._flags:  # ``_stop`` came before the stream
+                stream.stop()
+                self._forget(ask.id)
         else:
             self._forget(ask.id)
         self._send(reply)
@@ -223,6 +221,17 @@ class EngineHost:
         elif (flag := self._flags.get(id)) is not None:
             flag.set()
         _in_thread(self._watch_until_free)
+
+    def _stop(self, id: int) -> None:
+        """Stop a stream, or the request that is about to make one."""
+        flag = self._flags.pop(id, None)  # first: ``_answer`` adds the stream and then looks for the flag
+        if flag is not None:
+            flag.set()
+        stream = self._streams.pop(id, None)
+        if stream is not None:
+            self._stopping[id] = stream
+            stream.stop()
+            _in_thread(self._watch_until_free)
 
     def _forget(self, id: int) -> None:
         self._flags.pop(id, None)

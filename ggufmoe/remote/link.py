@@ -100,39 +100,45 @@ class EngineLink:
         raise Cancelled(f"{self._path}: loading was stopped")
 
     def ask(self, request: Request[ResultT], cancel: CancelFlag | None = None) -> ResultT:
-        """The result of a request; raises what it raises. When ``cancel`` is set, so is the request's flag."""
-        ask, inbox = self._send_request(request, checked_flag(cancel))
-        result: ResultT = self._answer(ask.id, inbox, cancel)
+        """The result of a request; raises what it raises. When ``cancel`` is set, so is the request's flag.
+
+        An exception in the waiting thread, such as KeyboardInterrupt, also sets the request's flag.
+        """
+        ask = self._ask_for(request, checked_flag(cancel))
+        result: ResultT = self._answer(ask, cancel, at_interrupt=Cancel(ask.id))
         return result
 
     def stream(self, request: StreamRequest[ItemT], cancel: CancelFlag | None = None) -> RemoteStream[ItemT]:
         """The items of a request's iterator. It is made at once, and starts when the first item is asked for."""
-        ask, inbox = self._send_request(request, checked_flag(cancel))
-        self._answer(ask.id, inbox, None)
+        ask = self._ask_for(request, checked_flag(cancel))
+        self._answer(ask, None, at_interrupt=Stop(ask.id))
         return RemoteStream(self, ask.id, self._open_inbox(ask.id), cancel)
 
-    def _send_request(self, request: Request[Any], cancel: CancelFlag | None) -> tuple[Ask, _Inbox]:
+    def _ask_for(self, request: Request[Any], cancel: CancelFlag | None) -> Ask:
         packed = Packed.of(request, f"an argument of {request.method}")
-        ask = Ask(next(self._ids), request.method, packed, cancel is not None and cancel.is_set())
-        inbox = self._open_inbox(ask.id)
-        self._process.send(ask)
-        return ask, inbox
+        return Ask(next(self._ids), request.method, packed, cancel is not None and cancel.is_set())
 
-    def _answer(self, id: int, inbox: _Inbox, cancel: CancelFlag | None) -> Any:
+    def _answer(self, ask: Ask, cancel: CancelFlag | None, *, at_interrupt: ToChild) -> Any:
+        """Send ``ask`` and wait for its answer. An exception while waiting sends ``at_interrupt`` to the child."""
+        inbox = self._open_inbox(ask.id)
         try:
+            self.send(ask)
             message = _next_of(inbox, cancel)
             if message is None:
-                self.send(Cancel(id))
+                self.send(Cancel(ask.id))
                 message = _next_of(inbox, None)
-            if isinstance(message, Failure):
-                raise message.error
-            assert isinstance(message, Reply), "a request has one answer"
-            return message.value.unpacked("the result")
+        except BaseException:  # Ctrl-C: nobody will use the answer
+            self.send(at_interrupt)
+            raise
         finally:
-            self.forget(id)
+            self.forget(ask.id)
+        if isinstance(message, Failure):
+            raise message.error
+        assert isinstance(message, Reply), "a request has one answer"
+        return message.value.unpacked("the result")
 
     def send(self, message: ToChild) -> None:
-        """Send a message that has no answer of its own."""
+        """Send a message to the child without waiting."""
         self._process.send(message)
 
     def forget(self, id: int) -> None:

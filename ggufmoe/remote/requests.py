@@ -9,12 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.files import StrPath
 from ggufmoe.options import ContextOptions, SamplingOptions
 from ggufmoe.runtime.events import Event
 from ggufmoe.runtime.local import LocalEngine
@@ -129,7 +129,7 @@ class Logits(Request[NDArray[np.float32]], method="logits"):
     tokens: Sequence[int]
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> NDArray[np.float32]:
-        return engine.logits(self.tokens)
+        return engine.logits_until_cancelled(self.tokens, cancel)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class SetContext(Request[int], method="set_context"):
 
 @dataclass(frozen=True)
 class SaveSession(Request[int], method="save_session"):
-    path: StrPath
+    path: Path
     tokens: Sequence[int] | None
     note: str
 
@@ -178,7 +178,7 @@ class SaveSession(Request[int], method="save_session"):
 
 @dataclass(frozen=True)
 class LoadSession(Request[tuple[tuple[int, ...], str]], method="load_session"):
-    path: StrPath
+    path: Path
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> tuple[tuple[int, ...], str]:
         return engine.load_session(self.path)

@@ -93,7 +93,7 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Stop:
-    """End a stream: nobody reads it any more."""
+    """End a stream, or the request that is about to make it: nobody reads it any more."""
 
     id: int
 

@@ -257,7 +257,13 @@ class LocalEngine:
     # ---- logits
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        parts = self.logits_by_batch(tokens)
+        return self.logits_until_cancelled(tokens, None)
+
+    def logits_until_cancelled(self, tokens: Sequence[int], cancel: CancelFlag | None) -> NDArray[np.float32]:
+        """``logits``, with a flag that cancels. Raises DecodeError once ``cancel`` is set."""
+        ids = self._checked_prompt(tokens)
+        self._check_fits(ids)
+        parts = self._logits_by_batch(ids, cancel)
         rows = np.empty((len(tokens), self.n_vocab), np.float32)
         done = 0
         for part in parts:
@@ -268,10 +274,10 @@ class LocalEngine:
     def logits_by_batch(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         ids = self._checked_prompt(tokens)
         self._check_fits(ids)
-        return self._logits_by_batch(ids)
+        return self._logits_by_batch(ids, None)
 
-    def _logits_by_batch(self, ids: list[int]) -> Iterator[NDArray[np.float32]]:
-        cancellation = self._remember(Cancellation())
+    def _logits_by_batch(self, ids: list[int], cancel: CancelFlag | None) -> Iterator[NDArray[np.float32]]:
+        cancellation = self._remember(Cancellation(cancel))
         size = min(_LOGITS_BATCH, self._context_options.n_batch, self.n_ctx)
         for begin in range(0, len(ids), size):
             rows = self._native.call_until_cancelled(partial(self._logits_of, ids, begin, size), cancellation)

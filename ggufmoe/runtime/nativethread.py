@@ -102,13 +102,13 @@ class NativeThread:
 
         Raises EngineLostError once llama.cpp has given up.
         """
+        if self._is_forked():
+            raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
         with self._lock:
             if self.closed:
                 raise self._closed_error()
             if self._loss:
                 raise self._lost_error()
-            if os.getpid() != self._process:
-                raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
             self._jobs.append(job)
             self._lock.notify()
 
@@ -153,6 +153,9 @@ class NativeThread:
 
     def abort(self, cancellation: Cancellation) -> None:
         """Stop the job of ``cancellation``: before it begins, or inside a computation of llama.cpp."""
+        if self._is_forked():
+            cancellation.aborted = True
+            return
         with self._lock:
             cancellation.aborted = True
             if self._running is cancellation:
@@ -168,14 +171,21 @@ class NativeThread:
 
         May be called again, and from any thread. A thread in which llama.cpp has given up is left behind.
         """
+        if self._is_forked():
+            self.closed = True
+            return
         with self._lock:
             self.closed = True
             self._abort_flag[0] = b"\x01"
             self._lock.notify()
-        if os.getpid() != self._process or threading.current_thread() is self._thread:
+        if threading.current_thread() is self._thread:
             return
         while self._thread.is_alive() and not self._loss:  # llama.cpp may give up meanwhile
             self._thread.join(_WAIT_S)
+
+    def _is_forked(self) -> bool:
+        """Whether this process was forked from that of the thread: it lacks the thread, and the lock may stay held."""
+        return os.getpid() != self._process
 
     def _queue(self, function: Callable[[], T], cancellation: Cancellation) -> _QueuedCall[T]:
         self.check_not_native_thread()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
+import gc
 import inspect
 import itertools
 import logging
@@ -16,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,13 @@ from ggufmoe import (
     WorkerLostError,
     trace_routing,
 )
+from ggufmoe.errors import DecodeError
 from ggufmoe.gguf.header import read_header
 from ggufmoe.remote.child import ChildEngine
+from ggufmoe.remote.host import EngineHost
 from ggufmoe.remote.link import EngineLink
 from ggufmoe.remote.places import find_places
+from ggufmoe.remote.requests import Logits, Request, StreamRequest
 from ggufmoe.remote.worker import Worker
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.local import LocalEngine
@@ -230,7 +235,7 @@ def public(of: type) -> set[str]:
 
 def test_both_engines_take_every_call_of_the_public_one() -> None:
     only_public = {"generate_async", "metadata"}  # made of the others
-    only_local = {"activity", "wait_until_free"}  # for the watch in the child
+    only_local = {"activity", "wait_until_free", "logits_until_cancelled"}  # for the child's side of a ChildEngine
     attributes = {"path", "header", "placement", "n_ctx", "n_vocab", "n_ctx_train"}  # set by their constructors
     assert public(LocalEngine) - only_local == public(Engine) - only_public - attributes
     assert public(ChildEngine) == public(LocalEngine) - only_local
@@ -395,6 +400,67 @@ def test_cancelling_with_a_flag_or_from_another_thread(remote_story: Engine) -> 
     assert isinstance(last, Finished)
     assert last.reason in ("cancelled", "context")
     assert remote_story.tokenize(" once")
+
+
+@dataclass(frozen=True)
+class WaitForFlag(Request[bool], method="wait_for_flag"):
+    def run(self, engine: LocalEngine, cancel: Any) -> bool:
+        seen_flags.append(cancel.wait(PATIENT_S))
+        return seen_flags[-1]
+
+
+@dataclass(frozen=True)
+class StreamAfterFlag(StreamRequest[int], method="stream_after_flag"):
+    def run(self, engine: LocalEngine, cancel: Any) -> Iterator[int]:
+        seen_flags.append(cancel.wait(PATIENT_S))
+        return iter(range(3))
+
+
+seen_flags: list[bool] = []
+"""In the child: whether the flag was set, of each of the requests above that has ended."""
+
+
+def flags_and_streams(_: Engine) -> tuple[list[bool], list[int]]:
+    """In the child: ``seen_flags``, and the streams that its host knows."""
+    hosts = [found for found in gc.get_objects() if type(found) is EngineHost]
+    return list(seen_flags), [number for host in hosts for number in host._streams]
+
+
+@pytest.mark.parametrize("kind", ["request", "stream"])
+def test_an_interrupted_caller_stops_the_request(remote_story: Engine, kind: str) -> None:
+    link = child_engine(remote_story)._link
+    before, streams = remote_story.apply(flags_and_streams)
+    timer = threading.Timer(0.2, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        link.ask(WaitForFlag()) if kind == "request" else link.stream(StreamAfterFlag())
+    timer.join()
+    assert link._inboxes == {}
+    wait_until(lambda: len(remote_story.apply(flags_and_streams)[0]) > len(before))
+    wait_until(lambda: remote_story.apply(flags_and_streams) == ([*before, True], streams))
+
+
+def test_logits_can_be_cancelled_by_the_flag_of_the_request(remote_story: Engine) -> None:
+    flag = threading.Event()
+    flag.set()
+    with pytest.raises(DecodeError, match="cancelled"):
+        child_engine(remote_story)._link.ask(Logits(remote_story.tokenize(" once")), flag)
+
+
+def test_relative_paths_are_those_of_this_process(
+    remote_story: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prompt = remote_story.tokenize(" once")
+    Path("grammar").write_text('root ::= " upon"')
+    Path("schema").write_text('{"type": "boolean"}')
+    only = replace(GREEDY, grammar_file=Path("grammar"), n_predict=1)
+    assert "".join(event.text for event in remote_story.generate(prompt, only)) == " upon"
+    assert list(remote_story.generate(prompt, replace(GREEDY, json_schema_file=Path("schema"), n_predict=1)))
+    remote_story.prefill(prompt)
+    assert remote_story.save_session("session") == len(prompt)
+    assert (tmp_path / "session").is_file()
+    assert remote_story.load_session("session") == (tuple(prompt), "")
 
 
 def test_a_flag_set_before_the_start(remote_story: Engine) -> None:

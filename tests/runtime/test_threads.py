@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +25,7 @@ import pytest
 from ggufmoe import Cancelled, ContextOptions, Engine, EngineError, SamplingOptions
 from ggufmoe.errors import InputError
 from ggufmoe.runtime.events import Event, Finished, Token
+from ggufmoe.runtime.nativethread import Cancellation, NativeThread
 from ggufmoe.work import Progress
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
 from tests.stories import GREEDY, ONE_THREAD
@@ -326,3 +331,40 @@ def test_an_interpreter_that_ends_while_tokens_are_drawn(story_path: Path) -> No
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", program, str(story_path)], capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_forked_while_the_lock_is_held_does_not_wait_for_it() -> None:
+    thread = NativeThread("m.gguf", ctypes.create_string_buffer(1), lambda: None)
+    is_held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with thread._lock:
+            is_held.set()
+            release.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    is_held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, from Python 3.12 on
+        pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)  # ends a process that waits
+        said = ""
+        try:
+            try:
+                thread.call(lambda: None)
+            except EngineError as error:
+                said = str(error)
+            thread.abort(Cancellation())
+            thread.close()
+        finally:
+            os._exit(0 if "forked" in said and thread.closed else 1)
+    try:
+        assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        release.set()
+        holder.join()
+        thread.close()

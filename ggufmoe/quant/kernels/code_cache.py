@@ -56,12 +56,11 @@ class CodeCache:
 
     def load(self, name: str) -> Code | None:
         """Load the code called ``name``; None if there is no valid entry."""
-        path = self._folder / name
         try:
-            if not (_is_private(self._folder.lstat(), stat.S_ISDIR) and _is_private(path.lstat(), stat.S_ISREG)):
+            entry = _read_private(self._folder, name)
+            if entry is None:
                 return None
-            with open(path, "rb") as file:
-                code = self._decoded(name, file.read(_MAX_ENTRY_BYTES + 1))
+            code = self._decoded(name, entry)
             with contextlib.suppress(OSError):
                 os.utime(self._folder)
         except OSError:
@@ -108,6 +107,28 @@ class CodeCache:
         for path in self._folder.glob(".*"):
             if time.time() - path.lstat().st_mtime > _ABANDONED_S:
                 path.unlink()
+
+
+def _read_private(folder: Path, name: str) -> bytes | None:
+    """The bytes of a file in ``folder``; None unless both are private.
+
+    The opened folder and file are checked, so that none can be put in their place after the check. Windows opens no
+    folders: there the paths are checked for symbolic links, and the user's folders are protected by inherited rights.
+    """
+    with contextlib.ExitStack() as opened:
+        if sys.platform == "win32":
+            folder_status, file_status = folder.lstat(), (folder / name).lstat()
+            file = opened.enter_context(open(folder / name, "rb"))
+        else:
+            folder_id = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            opened.callback(os.close, folder_id)
+            # not to wait for the writer of a pipe
+            file_id = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder_id)
+            file = opened.enter_context(open(file_id, "rb"))
+            folder_status, file_status = os.fstat(folder_id), os.fstat(file_id)
+        if _is_private(folder_status, stat.S_ISDIR) and _is_private(file_status, stat.S_ISREG):
+            return file.read(_MAX_ENTRY_BYTES + 1)
+    return None
 
 
 def _is_private(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:

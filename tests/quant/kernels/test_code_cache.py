@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -88,6 +89,40 @@ def test_what_others_could_have_written_is_not_run(tmp_path: Path) -> None:
         assert cache.load("Q4_K") == CODE
     entry.rename(entry.with_name("elsewhere"))
     entry.symlink_to(entry.with_name("elsewhere"))
+    assert cache.load("Q4_K") is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no modes of files")
+def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, theirs = CodeCache(tmp_path / "ours", MAKER), CodeCache(tmp_path / "theirs", MAKER)
+    cache.save("Q4_K", CODE)
+    theirs.save("Q4_K", Code(b"other", 1))
+    is_file, swap = stat.S_ISREG, [(entry_of(tmp_path / "theirs"), entry_of(tmp_path / "ours"))]
+
+    def swap_after_check(mode: int) -> bool:
+        if swap:
+            os.replace(*swap.pop())
+        return is_file(mode)
+
+    monkeypatch.setattr(stat, "S_ISREG", swap_after_check)
+    assert cache.load("Q4_K") == CODE
+    assert swap == []
+    assert cache.load("Q4_K") == Code(b"other", 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes in folders")
+def test_a_pipe_or_a_linked_folder_in_the_place_of_ours_is_ignored(tmp_path: Path) -> None:
+    cache = CodeCache(tmp_path, MAKER)
+    cache.save("Q4_K", CODE)
+    entry = entry_of(tmp_path)
+    entry.parent.rename(tmp_path / "elsewhere")
+    entry.parent.symlink_to(tmp_path / "elsewhere")
+    assert cache.load("Q4_K") is None
+    entry.parent.unlink()
+    (tmp_path / "elsewhere").rename(entry.parent)
+    assert cache.load("Q4_K") == CODE
+    entry.unlink()
+    os.mkfifo(entry)
     assert cache.load("Q4_K") is None
 
 
