@@ -187,6 +187,7 @@ class _Run:
         self._done.n_bytes = sum(tile.n_bytes for tile in tiles(self._plan) if tile.number in self._finished)
 
     def _write_tiles(self) -> None:
+        self._report()
         workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(self._n_threads + _READERS)]
         self._done.running = len(workers)
         for worker in workers:

@@ -40,7 +40,8 @@ def lost(call):
     try:
         call()
     except EngineLostError as error:
-        print(str(error).replace(str(bad), "BAD").replace(str(good), "GOOD"))
+        line = str(error).replace(str(bad), "BAD").replace(str(good), "GOOD")
+        sys.stdout.write(line + "\\n")  # in one piece: several threads write here
         return
     raise AssertionError("not lost")
 
