@@ -4,7 +4,7 @@ For each load (none, one busy loop, a busy loop for each core, the same with nic
 run in turn in processes of their own. Prints tokens per second (median of the rounds) and the ratio of the sides, with
 the middle half of the pairs.
 
-    python scripts/bench_threads.py MODEL.gguf [--rounds 5] [--tokens 64] [--threads 1,2]
+    python scripts/bench_threads.py MODEL.gguf [--rounds 5] [--tokens 1000] [--threads 1,2]
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from ggufmoe.native.openmp import SpinLimit
 from ggufmoe.runtime.events import Token
 
 N_PROMPT = 256
+LEAST_S = 1.0
+"""Seconds over which prompts are measured."""
+MOST_S = 5.0
+"""Seconds after which an answer is measured no longer."""
 LOADS = {"idle": (0, 0), "one busy loop": (1, 0), "all cores busy": (0, 0), "all cores busy, nice 19": (0, 19)}
 
 
@@ -48,15 +52,21 @@ def measure(model: str, n_threads: int, n_tokens: int, *, is_limited: bool) -> t
     if not is_limited:
         SpinLimit.look = lambda self: None  # type: ignore[method-assign]
     sampling = SamplingOptions(temperature=0, n_predict=n_tokens, logit_bias=("2-inf",))
-    with Engine(model, ContextOptions(n_ctx=1024, n_threads=n_threads)) as engine:
+    with Engine(model, ContextOptions(n_ctx=2048, n_threads=n_threads)) as engine:
         engine.prefill(list(range(5, 5 + N_PROMPT)))  # warms up; a limit notices the load
+        begun, n_prompts = time.perf_counter(), 0
+        while time.perf_counter() - begun < LEAST_S:
+            engine.forget()
+            engine.prefill(list(range(5, 5 + N_PROMPT)))
+            n_prompts += 1
+        prompt_s = (time.perf_counter() - begun) / n_prompts
         engine.forget()
-        begun = time.perf_counter()
-        engine.prefill(list(range(5, 5 + N_PROMPT)))
-        prompt_s = time.perf_counter() - begun
-        times = [
-            time.perf_counter() for event in engine.generate([1, *range(5, 10)], sampling) if isinstance(event, Token)
-        ]
+        times: list[float] = []
+        for event in engine.generate([1, *range(5, 10)], sampling):
+            if isinstance(event, Token):
+                times.append(time.perf_counter())
+                if times[-1] - times[0] > MOST_S:
+                    break
     return N_PROMPT / prompt_s, (len(times) - 1) / (times[-1] - times[0])
 
 
@@ -78,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--threads", default=f"1,{len(os.sched_getaffinity(0))}")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--limited", action="store_true", help=argparse.SUPPRESS)

@@ -53,20 +53,45 @@ def test_a_busy_machine_shortens_spinning_until_it_is_calm() -> None:
     assert limit.is_short
     # the leader, and one OpenMP thread for each further processor
     wait_for_threads(before + len(os.sched_getaffinity(0)))
-    machine.passes(1.0)
+    machine.passes(4.0, waiting=4.0)
     limit.look()
     assert limit.is_short
-    machine.passes(2.0)
+    machine.passes(2.0, waiting=2.0)
     limit.look()
     assert not limit.is_short
     wait_for_threads(before)
+    machine.passes(1.0)
+    limit.look()
+    assert not limit.is_short
+
+
+def test_a_machine_that_stays_busy_is_looked_at_ever_more_seldom() -> None:
+    machine = Machine()
+    limit = limit_of(machine)
+    for seconds in (5.0, 10.0, 20.0, 40.0, 40.0):
+        machine.passes(0.3, waiting=0.2)
+        limit.look()
+        assert limit.is_short
+        machine.passes(seconds - 0.01)
+        limit.look()
+        assert limit.is_short
+        machine.passes(0.02)
+        limit.look()
+        assert not limit.is_short
+    machine.passes(0.3)
+    limit.look()
+    machine.passes(0.3, waiting=0.2)
+    limit.look()
+    machine.passes(5.01)
+    limit.look()
+    assert not limit.is_short
 
 
 def test_a_calm_machine_changes_nothing() -> None:
     machine = Machine()
     limit = limit_of(machine)
     for _ in range(20):
-        machine.passes(0.5, waiting=0.01)
+        machine.passes(0.5, waiting=0.1)
         limit.look()
         assert not limit.is_short
 
