@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def _inside(tree: ast.AST, kinds: tuple[type[ast.AST], ...]) -> set[ast.AST]:
     return {inner for node in ast.walk(tree) if isinstance(node, kinds) for inner in ast.walk(node)}
 
 
+@functools.cache
 def all_imports(package: Path) -> list[Import]:
     modules = all_modules(package)
     return [found for name, path in modules.items() for found in imports_of(name, path, modules)]

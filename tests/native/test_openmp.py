@@ -36,6 +36,18 @@ def n_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+@pytest.fixture
+def before() -> int:
+    """The number of threads of this process, when those of earlier tests have ended."""
+    counts = [0]
+    deadline = time.monotonic() + 10
+    while len(counts) < 20 or len(set(counts[-20:])) > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        counts.append(n_threads())
+    return counts[-1]
+
+
 def wait_for_threads(expected: int) -> None:
     deadline = time.monotonic() + 10
     while n_threads() != expected and time.monotonic() < deadline:
@@ -43,11 +55,10 @@ def wait_for_threads(expected: int) -> None:
     assert n_threads() == expected
 
 
-def test_a_busy_machine_shortens_spinning_until_it_is_calm() -> None:
+def test_a_busy_machine_shortens_spinning_until_it_is_calm(before: int) -> None:
     machine = Machine()
     limit = limit_of(machine)
     assert loaded_libgomp() is not None
-    before = n_threads()
     machine.passes(1.0, waiting=0.5)
     limit.look()
     assert limit.is_short
@@ -113,10 +124,9 @@ def test_a_kernel_that_does_not_tell_changes_nothing() -> None:
     assert not limit.is_short
 
 
-def test_closing_gives_spinning_back() -> None:
+def test_closing_gives_spinning_back(before: int) -> None:
     machine = Machine()
     limit = limit_of(machine)
-    before = n_threads()
     machine.passes(1.0, waiting=1.0)
     limit.look()
     limit.close()
