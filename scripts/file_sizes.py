@@ -18,10 +18,13 @@ from make_checkpoint import arguments, config_json, stored_tensors
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.config import parse_config
-from ggufmoe.checkpoint.source import Dtype, ModelConfig, Provenance, SourceTensor
-from ggufmoe.export.arch import family_of
+from ggufmoe.checkpoint.source import Provenance
+from ggufmoe.export.model_tensors import model_tensors
+from ggufmoe.families import family_of
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types
+from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
 SHOWN = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "BF16", "F32")
 
@@ -65,9 +68,9 @@ def seed_model() -> ShapesOnly:
 
 def size_of(model: ShapesOnly, file_type: str) -> tuple[int, float]:
     """Bytes of all tensors, and bits per weight."""
-    family, config = family_of(model.config), model.config
-    tensors = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in family.tensors(model)]
-    shape = ModelShape(config.n_layer, config.n_head, config.n_head_kv, config.n_expert, family.NAME)
+    config = model.config
+    tensors = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in model_tensors(model)]
+    shape = ModelShape(config.n_layer, config.n_head, config.n_head_kv, config.n_expert, family_of(config).gguf_arch)
     types = choose_types(tensors, shape, TypePolicy(FileType.from_name(file_type)), None)
     n_bytes = sum(prod(tensor.shape[:-1]) * types[tensor.name].row_bytes(tensor.shape[-1]) for tensor in tensors)
     return n_bytes, 8 * n_bytes / sum(prod(tensor.shape) for tensor in tensors)

@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ggufmoe.checkpoint.config import ARCHITECTURES, parse_config
-from ggufmoe.checkpoint.dtypes import narrow
-from ggufmoe.checkpoint.layouts import ExpertLayout, pieces
-from ggufmoe.checkpoint.source import Dtype
+from ggufmoe.checkpoint.config import parse_config
+from ggufmoe.checkpoint.layouts import pieces
+from ggufmoe.families import family_of
+from ggufmoe.weights.dtypes import narrow
+from ggufmoe.weights.source_tensor import Dtype
 
+ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 POOL = 1 << 24
 """Random values that all tensors are cut from, each at places of its own."""
 
@@ -120,8 +122,8 @@ def config_json(args: argparse.Namespace) -> dict[str, Any]:
 def stored_tensors(config: dict[str, Any], layout: str) -> Tensors:
     """Names and shapes as they stand in the files."""
     model = parse_config(Path("config.json"), config)
-    experts = ExpertLayout("mlp", fused=True) if layout == "fused" else ExpertLayout()
-    wanted = pieces(model, experts, with_output=not model.tie_embeddings)
+    layouts = family_of(model).layouts
+    wanted = pieces(model, next((one for one in layouts if one.name == layout), layouts[0]))
     return list({piece.stored: piece.stored_shape for piece in wanted}.items())
 
 

@@ -24,7 +24,8 @@ MAP = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 # Each room may import itself, and the rooms of its line.
 _GROUND = frozenset({"version", "errors", "sizes", "files", "folders"})
 _BASE = _GROUND | {"work", "options", "gguf", "native"}
-_CONVERT = _BASE | {"checkpoint", "quant", "writing", "merge", "export"}
+_MODELS = _BASE | {"weights", "families", "checkpoint", "quant", "writing"}
+_CONVERT = _MODELS | {"merge", "export"}
 _RUN = _BASE | {"placement", "runtime", "remote", "engine"}
 ALLOWED: Mapping[str, frozenset[str]] = {
     "version": frozenset(),
@@ -36,11 +37,13 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "options": _GROUND | {"work"},
     "gguf": _GROUND | {"work", "options"},
     "native": _GROUND | {"work", "gguf"},
-    "checkpoint": _BASE,
+    "weights": _BASE,
+    "families": _BASE | {"weights"},
+    "checkpoint": _BASE | {"weights", "families"},
     "quant": _BASE,
     "writing": _BASE | {"quant"},
-    "merge": _BASE | {"checkpoint", "quant", "writing"},
-    "export": _BASE | {"checkpoint", "quant", "writing"},
+    "merge": _MODELS,
+    "export": _MODELS,
     "convert": _CONVERT,
     "quantize": _CONVERT | {"convert"},
     "placement": _BASE,

@@ -20,9 +20,9 @@ from safetensors import safe_open
 
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.errors import Cancelled, NonFiniteError, NoSpaceError, OptionError, OutputError, OutputExistsError
 from ggufmoe.gguf.header import read_header
+from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.work import Progress
 from tests.merge.test_merged import TEMPLATE, write_recipe
 from tests.tiny import make_checkpoint

@@ -65,13 +65,15 @@ def make_checkpoint(directory: Path, **fields: Any) -> Path:
     write_shards(directory, stored_tensors(spec), spec.max_shard_bytes)
     _write_json(directory / "config.json", config_json(spec))
     if spec.tokenizer is not None:
-        _write_tokenizer(directory, spec.tokenizer, spec.chat_template)
+        write_tokenizer(directory, spec.tokenizer, spec.chat_template)
     return directory
 
 
 def classic_weights(spec: Tiny) -> dict[str, NDArray[Any]]:
     """Every tensor by its classic name, in storage form (uint16 bits for BF16, else float16 or float32)."""
-    return {name: _stored(_random(spec.seed, name, shape), spec.dtype) for name, shape in _classic_shapes(spec)}
+    return {
+        name: stored_bits(random_values(spec.seed, name, shape), spec.dtype) for name, shape in _classic_shapes(spec)
+    }
 
 
 def stored_tensors(spec: Tiny) -> dict[str, tuple[str, NDArray[Any]]]:
@@ -115,12 +117,12 @@ def _swiglu_shapes(spec: Tiny, prefix: str, names: tuple[str, str, str]) -> Iter
     yield f"{prefix}.{down}", (spec.n_embd, spec.n_ff)
 
 
-def _random(seed: int, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def random_values(seed: int, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     values = np.random.default_rng((seed, zlib.crc32(name.encode()))).normal(0, 0.02, shape).astype(np.float32)
     return values + np.float32(1) if len(shape) == 1 else values
 
 
-def _stored(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+def stored_bits(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     if dtype == "F32":
         return values
     if dtype == "F16":
@@ -185,7 +187,7 @@ def _dtype_json(spec: Tiny) -> dict[str, str]:
     return {"torch_dtype": name, "transformers_version": "4.38.0"}
 
 
-def _write_tokenizer(directory: Path, kind: str, chat_template: str | None) -> None:
+def write_tokenizer(directory: Path, kind: str, chat_template: str | None) -> None:
     for name, content in tiny_tokenizers.tokenizer_files(kind).items():
         (directory / name).write_bytes(content)
     config = tiny_tokenizers.tokenizer_config(kind)

@@ -1,30 +1,36 @@
-"""The tensors of which a model consists, and where a checkpoint stores each of them.
+"""Where a checkpoint stores each tensor of a model, and whether it holds all of them in the right shape.
 
-Tensors have their classic names (transformers 4). The experts of a Mixtral may be stored one by one or fused; in the
-fused layout of transformers 5 and mergekit, ``experts.gate_up_proj`` (n_expert, 2 n_ff, n_embd) holds the gate rows
-(w1) and then the up rows (w3) of each expert, so every classic tensor is a range of rows of a stored tensor.
+A family says which tensors its models have and in which layouts they are stored (``families.family``). In a model
+source every tensor has one name, whatever the layout: in a fused one it is a range of rows of a stored tensor, or every
+second row, and may have to be transposed.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.config import quantization_method
-from ggufmoe.checkpoint.dtypes import row_count
 from ggufmoe.checkpoint.foreign_weights import way_out_of, what_made
 from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
-from ggufmoe.checkpoint.source import Dtype, ModelConfig
 from ggufmoe.errors import CheckpointError, TensorMismatchError
+from ggufmoe.families import family_of
+from ggufmoe.families.family import EXPERT, LAYER, Family, FusedTensor, Shape, StoredLayout, TensorRule, numbered
+from ggufmoe.families.model_config import ModelConfig
+from ggufmoe.weights.dtypes import row_count
+from ggufmoe.weights.source_tensor import Dtype, SourceTensor
+from ggufmoe.weights.views import PickedRows, Transposed
 
-Shape = tuple[int, ...]
+_LOG = logging.getLogger("ggufmoe")
 
-_EXPERT_WORDS = {"w1": ("w1", "gate_proj"), "w3": ("w3", "up_proj"), "w2": ("w2", "down_proj")}
-_EXPERT_NAME = re.compile(r"model\.layers\.\d+\.(block_sparse_moe|mlp)\.experts\.(?:(\d+)\.(\w+)\.weight|(\w+))")
 _HARMLESS = re.compile(r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attention\.masked_bias|attention\.bias)")
 """Names of buffers of old checkpoints, which are computed and not read."""
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -36,23 +42,19 @@ _NAMES_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorPiece:
-    """A classic tensor and where it is stored: from row ``first_row`` of the tensor ``stored``."""
+    """A tensor of a model and where it is stored: in the tensor ``stored``, whole or a part of it.
+
+    A part is the rows ``first_row``, ``first_row + step``, ... of the stored tensor, or, where that is ``transposed``,
+    of the stack of its matrices with rows and columns exchanged.
+    """
 
     name: str
     shape: Shape
     stored: str
     stored_shape: Shape
     first_row: int = 0
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """How a Mixtral stores its experts: the name of the module, and fused or one by one."""
-
-    prefix: str = "block_sparse_moe"
-    fused: bool = False
-    words: int = 0
-    """Which names the matrices of an expert have: 0 for w1, w2, w3; 1 for gate_proj, down_proj, up_proj."""
+    step: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,86 +82,75 @@ class StoredRows:
             self.file.read_into(begin, out.data.cast("B"))
 
 
-def pieces(config: ModelConfig, layout: ExpertLayout, *, with_output: bool) -> Iterator[TensorPiece]:
-    """Yield every tensor of a model of this configuration: embedding, layers in order, final norm, output.
+def pieces(config: ModelConfig, layout: StoredLayout, stored: Container[str] = ()) -> Iterator[TensorPiece]:
+    """Yield every tensor of a model of this configuration, in the order of its family.
 
-    ``with_output``: whether the model has an ``lm_head.weight``.
+    Of tensors that may be missing, and of other spellings of names, those are taken that ``stored`` has.
     """
-    embedding = (config.n_vocab, config.n_embd)
-    yield _whole("model.embed_tokens.weight", embedding)
-    for layer in range(config.n_layer):
-        yield from _attention(config, f"model.layers.{layer}")
-        yield from _feed_forward(config, layout, f"model.layers.{layer}")
-    yield _whole("model.norm.weight", (config.n_embd,))
-    if with_output:
-        yield _whole("lm_head.weight", embedding)
-
-
-def _whole(name: str, shape: Shape, stored: str | None = None) -> TensorPiece:
-    return TensorPiece(name, shape, stored or name, shape)
-
-
-def _attention(config: ModelConfig, layer: str) -> Iterator[TensorPiece]:
-    n_embd, q_rows = config.n_embd, config.n_head * config.head_dim
-    kv_rows = config.n_head_kv * config.head_dim
-    yield _whole(f"{layer}.input_layernorm.weight", (n_embd,))
-    yield _whole(f"{layer}.post_attention_layernorm.weight", (n_embd,))
-    yield _whole(f"{layer}.self_attn.q_proj.weight", (q_rows, n_embd))
-    yield _whole(f"{layer}.self_attn.k_proj.weight", (kv_rows, n_embd))
-    yield _whole(f"{layer}.self_attn.v_proj.weight", (kv_rows, n_embd))
-    yield _whole(f"{layer}.self_attn.o_proj.weight", (n_embd, q_rows))
-
-
-def _feed_forward(config: ModelConfig, layout: ExpertLayout, layer: str) -> Iterator[TensorPiece]:
-    rows, columns = (config.n_ff, config.n_embd), (config.n_embd, config.n_ff)
-    if not config.n_expert:
-        yield _whole(f"{layer}.mlp.gate_proj.weight", rows)
-        yield _whole(f"{layer}.mlp.up_proj.weight", rows)
-        yield _whole(f"{layer}.mlp.down_proj.weight", columns)
-        return
-    router = f"{layer}.block_sparse_moe.gate.weight"
-    yield _whole(router, (config.n_expert, config.n_embd), f"{layer}.{layout.prefix}.gate.weight")
-    for expert in range(config.n_expert):
-        classic = f"{layer}.block_sparse_moe.experts.{expert}"
-        if layout.fused:
-            yield from _fused_expert(config, f"{layer}.{layout.prefix}.experts", classic, expert)
+    family = family_of(config)
+    held = {part: fused for fused in layout.fused for part in fused.parts}
+    for rule, layer, expert in family.instances(config):
+        fused = held.get(rule.hf)
+        patterns = (layout.renamed.get(rule.hf, rule.hf), *rule.spellings) if fused is None else (fused.stored,)
+        names = [numbered(pattern, layer, expert) for pattern in patterns]
+        found = next((name for name in names if name in stored), None)
+        if found is None and rule.optional(config):
             continue
-        stored = f"{layer}.{layout.prefix}.experts.{expert}"
-        for word, shape in (("w1", rows), ("w3", rows), ("w2", columns)):
-            yield _whole(f"{classic}.{word}.weight", shape, f"{stored}.{_EXPERT_WORDS[word][layout.words]}.weight")
+        piece = TensorPiece(rule.name(layer, expert), rule.shape(config), found or names[0], rule.shape(config))
+        yield piece if fused is None else _within(fused, piece, rule, config, expert)
 
 
-def _fused_expert(config: ModelConfig, stored: str, classic: str, expert: int) -> Iterator[TensorPiece]:
-    n_ff, n_embd = config.n_ff, config.n_embd
-    gate_up, down = (config.n_expert, 2 * n_ff, n_embd), (config.n_expert, n_embd, n_ff)
-    first = expert * 2 * n_ff
-    yield TensorPiece(f"{classic}.w1.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first)
-    yield TensorPiece(f"{classic}.w3.weight", (n_ff, n_embd), f"{stored}.gate_up_proj", gate_up, first + n_ff)
-    yield TensorPiece(f"{classic}.w2.weight", (n_embd, n_ff), f"{stored}.down_proj", down, expert * n_embd)
+def _within(fused: FusedTensor, piece: TensorPiece, rule: TensorRule, config: ModelConfig, expert: int) -> TensorPiece:
+    """The piece as a part of a fused tensor: which rows it has there."""
+    shapes = {other.hf: other.shape(config) for other in family_of(config).tensors if other.hf in fused.parts}
+    n_rows = [row_count(shapes[part]) for part in fused.parts]
+    place, n_cols = fused.parts.index(rule.hf), piece.shape[-1]
+    matrix = (n_cols, sum(n_rows)) if fused.transposed else (sum(n_rows), n_cols)
+    return replace(
+        piece,
+        stored_shape=(config.n_expert, *matrix) if rule.is_per_expert else matrix,
+        first_row=expert * sum(n_rows) + (place if fused.interleaved else sum(n_rows[:place])),
+        step=len(fused.parts) if fused.interleaved else 1,
+        transposed=fused.transposed,
+    )
 
 
-def find_expert_layout(where: str, names: Iterable[str]) -> ExpertLayout:
-    """Find the layout of the experts from the stored tensor names; the classic one if no name is that of an expert.
+def find_layout(where: str, family: Family, names: Iterable[str]) -> StoredLayout:
+    """Find the layout of a checkpoint from the stored tensor names; the family's first one if no name tells.
 
     Raises TensorMismatchError, with one tensor of each layout, if there is more than one. ``where`` names the
     checkpoint in the message.
     """
-    found: dict[ExpertLayout, str] = {}
+    if len(family.layouts) == 1:
+        return family.layouts[0]
+    patterns = [_stored_patterns(family, layout) for layout in family.layouts]
+    in_layouts = Counter(pattern for stored in patterns for pattern in stored)
+    marks = {
+        pattern: layout
+        for layout, stored in zip(family.layouts, patterns, strict=True)
+        for pattern in stored
+        if in_layouts[pattern] == 1
+    }
+    found: dict[int, tuple[StoredLayout, str]] = {}
     for name in names:
-        if (match := _EXPERT_NAME.fullmatch(name)) and (layout := _layout_of(match)) is not None:
-            found.setdefault(layout, name)
+        if (layout := marks.get(_pattern_of(name))) is not None:
+            found.setdefault(id(layout), (layout, name))
     if len(found) > 1:
-        one_of_each = " and ".join(map(_shown, list(found.values())[:2]))
+        one_of_each = " and ".join(_shown(name) for _, name in list(found.values())[:2])
         raise TensorMismatchError(f"{where} stores its experts in more than one layout ({one_of_each}); save it again")
-    return next(iter(found), ExpertLayout())
+    return next((layout for layout, _ in found.values()), family.layouts[0])
 
 
-def _layout_of(match: re.Match[str]) -> ExpertLayout | None:
-    prefix, expert, word, fused = match.groups()
-    if expert is None:
-        return ExpertLayout(prefix, fused=True) if fused in ("gate_up_proj", "down_proj") else None
-    spellings = [i for i in range(2) if word in {words[i] for words in _EXPERT_WORDS.values()}]
-    return ExpertLayout(prefix, words=spellings[0]) if spellings else None
+def _stored_patterns(family: Family, layout: StoredLayout) -> set[str]:
+    held = {part for fused in layout.fused for part in fused.parts}
+    single = {layout.renamed.get(rule.hf, rule.hf) for rule in family.tensors if rule.hf not in held}
+    return single | {fused.stored for fused in layout.fused}
+
+
+def _pattern_of(name: str) -> str:
+    """A name with placeholders in place of its first two numbers, which are those of layer and expert."""
+    placeholders = iter((LAYER, EXPERT))
+    return re.sub(r"(?<=\.)\d+(?=\.)", lambda number: next(placeholders, number[0]), name)
 
 
 def is_harmless(name: str) -> bool:
@@ -191,8 +182,8 @@ def _plain_name(name: str, inner: str, outer: str) -> str:
 
 def arrange(
     where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
-) -> dict[str, StoredRows]:
-    """Map the classic name of every tensor of the model to its rows in the files.
+) -> dict[str, SourceTensor]:
+    """Map the name of every tensor of the model to its rows in the files.
 
     ``stored`` maps the names in the files, which may have prefixes of wrappers, to file and entry. An
     ``lm_head.weight`` is kept even if the config ties the embeddings, as in llama.cpp's converter
@@ -214,19 +205,44 @@ def arrange(
 
 def _arrange(
     where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
-) -> dict[str, StoredRows]:
-    layout = find_expert_layout(where, stored) if config.n_expert else ExpertLayout()
+) -> dict[str, SourceTensor]:
+    family = family_of(config)
+    layout = find_layout(where, family, stored)
     # refuses a config of absurd size before a million names are made from it
-    n_least = config.n_layer * (8 if layout.fused else 8 + 3 * config.n_expert)
+    n_least = _count(family, config, layout)
     if n_least > 1000 + 10 * len(stored):
         raise TensorMismatchError(
             f"{where} holds {len(stored)} tensors, but a model of its config.json has at least {n_least}"
         )
-    with_output = not config.tie_embeddings or "lm_head.weight" in stored
-    wanted = list(pieces(config, layout, with_output=with_output))
+    stored = _without_skipped(where, family, config, stored)
+    wanted = list(pieces(config, layout, stored))
     _check_shapes(where, {piece.stored: piece.stored_shape for piece in wanted}, stored)
     dtypes = _dtypes(where, {piece.stored for piece in wanted}, stored)
     return {piece.name: _rows(piece, *stored[piece.stored], dtypes[piece.stored]) for piece in wanted}
+
+
+def _count(family: Family, config: ModelConfig, layout: StoredLayout) -> int:
+    """How many tensors a checkpoint of this configuration and layout has at least."""
+    held = {part: fused.stored for fused in layout.fused for part in fused.parts}
+    counts: dict[str, int] = {}
+    for rule in family.tensors:
+        if not rule.optional(config):
+            layers = range(config.n_layer if rule.is_per_layer else 1)
+            n_each = config.n_expert if rule.is_per_expert and rule.hf not in held else 1
+            counts[held.get(rule.hf, rule.hf)] = n_each * sum(rule.where(config, layer) for layer in layers)
+    return sum(counts.values())
+
+
+def _without_skipped(
+    where: str, family: Family, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
+) -> Mapping[str, tuple[TensorFile, TensorEntry]]:
+    """The stored tensors but for those that the family leaves out, which is told."""
+    for skipped in family.skipped:
+        names = [name for name in stored if skipped.matches(config, name)]
+        if names:
+            _LOG.warning("%s: %d tensors are left out: %s", where, len(names), skipped.why)
+            stored = {name: found for name, found in stored.items() if name not in set(names)}
+    return stored
 
 
 def _by_plain_name(
@@ -241,9 +257,20 @@ def _by_plain_name(
     return plain
 
 
-def _rows(piece: TensorPiece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> StoredRows:
-    begin = entry.begin + piece.first_row * piece.shape[-1] * dtype.n_bytes
-    return StoredRows(piece.name, dtype, piece.shape, file, begin)
+def _rows(piece: TensorPiece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> SourceTensor:
+    if piece.step == 1 and not piece.transposed:
+        begin = entry.begin + piece.first_row * piece.shape[-1] * dtype.n_bytes
+        return StoredRows(piece.name, dtype, piece.shape, file, begin)
+    n_rows = row_count(piece.shape)
+    if not piece.transposed:
+        whole = StoredRows(piece.name, dtype, piece.stored_shape, file, entry.begin)
+        return PickedRows(whole, piece.first_row + piece.step * np.arange(n_rows), piece.shape)
+    # only the matrix that the piece lies in is transposed
+    matrix_rows = piece.stored_shape[-1]
+    number, first = divmod(piece.first_row, matrix_rows)
+    begin = entry.begin + number * prod(piece.stored_shape[-2:]) * dtype.n_bytes
+    matrix = Transposed(StoredRows(piece.name, dtype, piece.stored_shape[-2:], file, begin))
+    return PickedRows(matrix, first + piece.step * np.arange(n_rows), piece.shape)
 
 
 def _check_shapes(

@@ -14,9 +14,11 @@ from ggufmoe.checkpoint.layouts import arrange
 from ggufmoe.checkpoint.provenance import read_provenance
 from ggufmoe.checkpoint.safetensors import TensorFile
 from ggufmoe.checkpoint.shards import open_tensor_files
-from ggufmoe.checkpoint.source import ModelConfig, Provenance, SourceTensor
+from ggufmoe.checkpoint.source import Provenance
 from ggufmoe.errors import CheckpointError
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.files import what_instead
+from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
 _OUTPUT_ENDS = (".gguf", ".gguf.partial", ".partial.journal", ".partial.lock", ".gguf.manifest.json")

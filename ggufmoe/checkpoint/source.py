@@ -1,110 +1,22 @@
 """The interface of a model that can be exported: a configuration, and named tensors that are read by rows.
 
-``Checkpoint`` (checkpoint) and ``MergedModel`` (merge) implement ``ModelSource``. Tensors have Hugging Face's classic
-names, whatever the layout on disk: for Mixtral ``model.layers.N.block_sparse_moe.gate.weight`` and
-``model.layers.N.block_sparse_moe.experts.E.{w1,w2,w3}.weight``.
+``Checkpoint`` (checkpoint) and ``MergedModel`` (merge) implement ``ModelSource``. Tensors have the names that their
+family gives them (``families.family.TensorRule.hf``), whatever the layout on disk: for Mixtral
+``model.layers.N.block_sparse_moe.gate.weight`` and ``model.layers.N.block_sparse_moe.experts.E.{w1,w2,w3}.weight``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ggufmoe.gguf.types import GGMLType
+from ggufmoe.families.model_config import ModelConfig
+from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
-
-_NUMPY: Mapping[str, np.dtype[Any]] = {
-    "BF16": np.dtype(np.uint16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
-
-
-class Dtype(Enum):
-    """Storage types of source weights. BF16 rows are arrays of uint16 bits, because numpy has no bfloat16."""
-
-    BF16 = "BF16"
-    F16 = "F16"
-    F32 = "F32"
-
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        """The numpy dtype in which rows of this type are stored: uint16, float16 or float32."""
-        return _NUMPY[self.value]
-
-    @property
-    def ggml_type(self) -> GGMLType:
-        """The GGUF tensor type of the same name, which stores weights of this dtype unchanged."""
-        return GGMLType[self.value]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes per weight."""
-        return int(self.numpy.itemsize)
-
-
-class SourceTensor(Protocol):
-    """One tensor of a model, read by rows. A row is the last dimension; a 1-D tensor is a single row."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> Dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Fill ``out``, shape (stop - start, n_cols) and dtype ``self.dtype.numpy``, with rows [start, stop).
-
-        Safe to call from several threads at once.
-        """
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rope scaling of a config: ``kind`` is none, linear, dynamic, yarn or llama3.
-
-    ``parameters`` has the keys of the config; the flag ``truncate`` is 0 or 1.
-    """
-
-    kind: str = "none"
-    parameters: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The hyper-parameters of a checkpoint, the same for configs of transformers 4 and 5."""
-
-    architecture: str
-    """One of ``MixtralForCausalLM``, ``MistralForCausalLM``, ``LlamaForCausalLM``."""
-    n_layer: int
-    n_embd: int
-    n_ff: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    n_vocab: int
-    """Rows of the embedding (``vocab_size`` of the config)."""
-    n_ctx: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling
-    tie_embeddings: bool
-    n_expert: int = 0
-    """0 for a dense model."""
-    n_expert_used: int = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    sliding_window: int | None = None
-    """Number of last tokens that a token attends to, itself included; None for all."""
-    raw: Mapping[str, Any] = field(default_factory=dict)
-    """config.json as it was read."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +96,7 @@ class ModelSource(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
-        """Every tensor by its classic name, complete and of the right shape."""
+        """Every tensor by the name that its family gives it, complete and of the right shape."""
 
     @property
     def tokenizer_dir(self) -> Path:

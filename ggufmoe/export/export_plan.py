@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ggufmoe.checkpoint.source import ModelSource
-from ggufmoe.export.arch import family_of
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.model_keys import imatrix_metadata, model_metadata
-from ggufmoe.export.source_rows import source_part
+from ggufmoe.export.model_tensors import model_tensors, source_part
 from ggufmoe.export.vocab import tokenizer_metadata
+from ggufmoe.families import family_of
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types, unfit_types
@@ -33,11 +33,12 @@ def plan_export(
     Reads the tokenizer's files and no weights. Raises ArchitectureError, TokenizerError, OptionError or ImatrixError
     for all that can be known to fail before weights are read.
     """
-    family = family_of(source.config)
-    tensors = sorted(family.tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))
+    tensors = sorted(model_tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))
     weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
     config = source.config
-    model_shape = ModelShape(config.n_layer, config.n_head, config.n_head_kv, config.n_expert, family.NAME)
+    model_shape = ModelShape(
+        config.n_layer, config.n_head, config.n_head_kv, config.n_expert, family_of(config).gguf_arch
+    )
     tensor_shapes = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in tensors]
     types = choose_types(tensor_shapes, model_shape, policy, weighted)
     unfit = unfit_types(tensor_shapes, model_shape, policy, weighted)

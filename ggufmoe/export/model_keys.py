@@ -1,6 +1,6 @@
 """Every metadata key of a GGUF file but the tokenizer's, in the order of llama.cpp's converter.
 
-The hyper-parameters come from the model's family in ``arch``; this module adds what the file says about itself: name
+The hyper-parameters come from the model's family; this module adds what the file says about itself: name
 and origin, size, recommended sampling, file type and the importance matrix that was used.
 """
 
@@ -14,12 +14,14 @@ from typing import Any
 
 from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.checkpoint.source import ModelSource, Provenance
-from ggufmoe.export.arch import ModelTensor, family_of
+from ggufmoe.export.model_tensors import ModelTensor
+from ggufmoe.families import family_of
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.key_tables import SAMPLING_KEYS
 from ggufmoe.gguf.names import is_expert_stack
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
+from ggufmoe.gguf.values import text, texts, u32
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix
 
@@ -27,26 +29,6 @@ _LOG = logging.getLogger("ggufmoe")
 
 _MAX_OVERRIDE_BYTES = 127
 """llama-quantize cuts a string that it adds to a file's metadata to so many bytes."""
-
-
-def text(value: str) -> GGUFValue:
-    """A STRING metadata value."""
-    return GGUFValue(ValueType.STRING, value, None)
-
-
-def u32(value: int) -> GGUFValue:
-    """A UINT32 metadata value."""
-    return GGUFValue(ValueType.UINT32, value, None)
-
-
-def f32(value: float) -> GGUFValue:
-    """A FLOAT32 metadata value."""
-    return GGUFValue(ValueType.FLOAT32, float(value), None)
-
-
-def texts(values: Iterable[str]) -> GGUFValue:
-    """An array of strings as a metadata value."""
-    return GGUFValue(ValueType.ARRAY, list(values), ValueType.STRING)
 
 
 def model_metadata(
@@ -60,11 +42,11 @@ def model_metadata(
     for clause in family.unexpressed(source.config):
         _LOG.warning("%s: %s", source.provenance.name, clause)
     return {
-        Keys.General.ARCHITECTURE: text(family.NAME),
+        Keys.General.ARCHITECTURE: text(family.gguf_arch),
         Keys.General.TYPE: text("model"),
         **sampling_metadata(source.tokenizer_dir),
         **_provenance_metadata(source.provenance, size_label(tensors)),
-        **family.hyper_parameters(source.config),
+        **family.metadata(source.config),
         Keys.General.FILE_TYPE: u32(file_type.id),
         Keys.General.QUANTIZATION_VERSION: u32(QUANTIZATION_VERSION),
         **{key: text(value) for key, value in source.provenance.extra.items()},

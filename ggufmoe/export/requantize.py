@@ -11,11 +11,12 @@ from pathlib import Path
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
-from ggufmoe.export.model_keys import imatrix_metadata, u32
+from ggufmoe.export.model_keys import imatrix_metadata
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
+from ggufmoe.gguf.values import u32
 from ggufmoe.native import quantizing
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types, unfit_types

@@ -40,6 +40,9 @@ LlamaFileType = _module.LlamaFileType
 TokenType = _module.TokenType
 LLAMA: str = _module.MODEL_ARCH_NAMES[_module.MODEL_ARCH.LLAMA]
 """The architecture of Llama, Mistral and Mixtral models."""
+MODEL_ARCH = _module.MODEL_ARCH
+MODEL_ARCH_NAMES = _module.MODEL_ARCH_NAMES
+"""Names of architectures, for example ``qwen3moe``, by ``MODEL_ARCH``."""
 MODEL_TENSOR = _module.MODEL_TENSOR
 TENSOR_NAMES = _module.TENSOR_NAMES
 """Names of tensors, for example ``blk.{bid}.attn_q``, by ``MODEL_TENSOR``."""

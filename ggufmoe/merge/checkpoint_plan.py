@@ -1,6 +1,6 @@
 """The plan of a checkpoint that is to be written: which tensor stands where in which safetensors shard, and the index.
 
-Owns names, shard boundaries and headers of both Mixtral layouts.
+Owns shard boundaries and headers; names in a fused layout are those of the model's family.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ggufmoe.checkpoint.safetensors import read_header
-from ggufmoe.checkpoint.source import ModelSource, SourceTensor
-from ggufmoe.errors import SafetensorsError
+from ggufmoe.checkpoint.source import ModelSource
+from ggufmoe.errors import OptionError, SafetensorsError
+from ggufmoe.families import family_of
+from ggufmoe.families.family import StoredLayout, numbered
+from ggufmoe.weights.dtypes import row_count
+from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.writing.plan import Part, PlannedFile, PlannedTensor, WritePlan, plan_file, split_tensors
 
 Layout = Literal["classic", "fused"]
@@ -22,12 +26,12 @@ _HEADER_ALIGNMENT = 8
 
 
 def plan_checkpoint(model: ModelSource, directory: Path, layout: Layout, max_shard_bytes: int) -> WritePlan:
-    """Plan the safetensors files of a Mixtral in ``directory``, of at most ``max_shard_bytes`` of tensors each.
+    """Plan the safetensors files of a merged model in ``directory``, of at most ``max_shard_bytes`` of tensors each.
 
     A larger tensor gets a shard of its own. ``classic`` has one tensor per expert projection and is read by every tool;
     ``fused`` is how transformers 5 and mergekit stack them.
     """
-    stored = _fused(model) if layout == "fused" else ((name, one.shape, (one,)) for name, one in model.tensors.items())
+    stored = _stored_as(model, layout)
     tensors = []
     for name, shape, sources in stored:
         parts = tuple(Part(source, source.dtype.ggml_type) for source in sources)
@@ -72,22 +76,40 @@ _Stored = tuple[str, tuple[int, ...], tuple[SourceTensor, ...]]
 """A tensor of the checkpoint: name, shape, and the tensors of the model that follow one another in it."""
 
 
-def _fused(model: ModelSource) -> Iterator[_Stored]:
-    """Per layer the router, gate rows above up rows for each expert, and the down projections."""
-    config = model.config
+def _stored_as(model: ModelSource, layout: Layout) -> Iterator[_Stored]:
+    """The tensors of the checkpoint. Raises OptionError if the family has no such layout."""
+    if layout == "classic":
+        return ((name, one.shape, (one,)) for name, one in model.tensors.items())
+    family = family_of(model.config)
+    found = next((one for one in family.layouts if one.name == layout), None)
+    if found is None:
+        raise OptionError(f"a {family.architecture} has no layout {layout!r}; leave --layout out")
+    return _fused(model, found)
+
+
+def _fused(model: ModelSource, layout: StoredLayout) -> Iterator[_Stored]:
+    """The tensors that the layout stores as they are, then per layer those that it renames, and those that it fuses."""
+    config, family = model.config, family_of(model.config)
+    parts = {part for fused in layout.fused for part in fused.parts}
+    changed = {
+        rule.name(layer, expert)
+        for rule, layer, expert in family.instances(config)
+        if rule.hf in parts or rule.hf in layout.renamed
+    }
     for name, tensor in model.tensors.items():
-        if ".block_sparse_moe." not in name:
+        if name not in changed:
             yield name, tensor.shape, (tensor,)
     for layer in range(config.n_layer):
-        stem = f"model.layers.{layer}.block_sparse_moe."
-        router = model.tensors[stem + "gate.weight"]
-        experts = [f"{stem}experts.{expert}." for expert in range(config.n_expert)]
-        gate_up = tuple(model.tensors[f"{e}{part}.weight"] for e in experts for part in ("w1", "w3"))
-        down = tuple(model.tensors[f"{e}w2.weight"] for e in experts)
-        fused = f"model.layers.{layer}.mlp."
-        yield fused + "gate.weight", router.shape, (router,)
-        yield fused + "experts.gate_up_proj", (config.n_expert, 2 * config.n_ff, config.n_embd), gate_up
-        yield fused + "experts.down_proj", (config.n_expert, config.n_embd, config.n_ff), down
+        for old, new in layout.renamed.items():
+            tensor = model.tensors[numbered(old, layer)]
+            yield numbered(new, layer), tensor.shape, (tensor,)
+        for fused in layout.fused:
+            is_run_of_rows = not fused.transposed and not fused.interleaved
+            assert is_run_of_rows, f"{fused.stored} cannot be written part after part"
+            experts = range(config.n_expert)
+            rows = [model.tensors[numbered(part, layer, expert)] for expert in experts for part in fused.parts]
+            n_rows = sum(row_count(one.shape) for one in rows) // config.n_expert
+            yield numbered(fused.stored, layer), (config.n_expert, n_rows, rows[0].shape[-1]), tuple(rows)
 
 
 def _header(tensors: Sequence[PlannedTensor]) -> bytes:

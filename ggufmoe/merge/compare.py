@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterator, Sequence
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
-from ggufmoe.checkpoint.source import ModelSource, RopeScaling
+from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError
+from ggufmoe.families.model_config import RopeScaling
 from ggufmoe.merge.prompts import read_vocabulary
 from ggufmoe.merge.recipe import Recipe
 
@@ -43,6 +44,9 @@ def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSo
         for field, called in _MUST_AGREE.items():
             ours, theirs = getattr(base.config, field), getattr(expert.config, field)
             if ours != theirs:
+                errors.append(f"{name}: {called} is {theirs}, the base has {ours}")
+        for called, ours in base.config.values.items():
+            if (theirs := expert.config.values.get(called)) != ours:
                 errors.append(f"{name}: {called} is {theirs}, the base has {ours}")
         errors += [f"{name}: {difference}" for difference in _vocabulary_errors(base, expert)]
         warnings += [f"{name}: {difference}" for difference in _warnings(base, expert)]

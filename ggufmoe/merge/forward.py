@@ -1,8 +1,8 @@
 """A forward pass in numpy that holds a few tiles of one weight at a time: hidden states of models larger than memory.
 
-Owns the arithmetic of Mistral, Llama and Mixtral (RMSNorm, rope, grouped-query attention, SwiGLU, top-k experts) in
-float32, after their papers and transformers' definitions. Nothing of it depends on llama.cpp, so it also serves as an
-independent reference.
+Owns the arithmetic of decoders (RMSNorm, rope, grouped-query attention, SwiGLU, top-k experts) in float32, after their
+papers and transformers' definitions; what differs between families comes from their tensors and their ``Arithmetic``.
+Nothing of it depends on llama.cpp, so it also serves as an independent reference.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.dtypes import read_f32
-from ggufmoe.checkpoint.source import ModelConfig, ModelSource
+from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import CheckpointError
+from ggufmoe.families import family_of
+from ggufmoe.families.family import BIAS, WEIGHT, Scoring
+from ggufmoe.families.model_config import ModelConfig
+from ggufmoe.gguf.upstream import MODEL_TENSOR
+from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.work import Work
 
 Floats = NDArray[np.float32]
@@ -46,15 +50,22 @@ class ForwardPass:
     """
 
     def __init__(self, model: ModelSource, *, threads: int | None = None, work: Work | None = None) -> None:
+        """Raises CheckpointError for a family, or a rope scaling, that is not computed here."""
         self._config = model.config
+        self._family = family_of(model.config)
+        if self._family.arithmetic is None:
+            raise CheckpointError(
+                f"hidden states of {self._family.architecture} cannot be computed; use gate_mode cheap_embed or random"
+            )
+        self._arithmetic = self._family.arithmetic(model.config)
         self._tensors = model.tensors
         self._threads = threads
         self._work = work or Work("forward pass", 0)
         self._inverse_frequencies = _inverse_frequencies(model.config)
 
     def embed(self, tokens: Sequence[int]) -> Floats:
-        """Embedding rows of ``tokens``: (n_tokens, n_embd) float32."""
-        table = self._tensors["model.embed_tokens.weight"]
+        """Embedding rows of ``tokens`` as they are stored: (n_tokens, n_embd) float32."""
+        table = self._tensors[self._name(MODEL_TENSOR.TOKEN_EMBD)]
         out = np.empty((len(tokens), table.shape[1]), dtype=np.float32)
         for i, token in enumerate(tokens):
             out[i] = read_f32(table, token, token + 1)[0]
@@ -62,38 +73,73 @@ class ForwardPass:
 
     def layers(self, prompts: Sequence[Sequence[int]]) -> Iterator[LayerState]:
         """The ``n_layer`` states of a pass. The MLP of the last layer is not read: no state depends on it."""
-        hidden = self.embed([token for prompt in prompts for token in prompt])
+        hidden = self._first(prompts)
         with _one_blas_thread():
             for layer in range(self._config.n_layer):
                 attended, normed = self._attended(layer, hidden, prompts)
                 yield LayerState(hidden, normed)
                 if layer < self._config.n_layer - 1:
-                    hidden = attended + self._feed_forward(layer, normed)
+                    hidden = self._added(attended, self._feed_forward(layer, normed))
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Floats:
         """Logits of every token: (n_tokens, n_vocab) float32."""
-        hidden = self.embed([token for prompt in prompts for token in prompt])
-        head = "model.embed_tokens.weight" if self._config.tie_embeddings else "lm_head.weight"
+        hidden = self._first(prompts)
+        head = self._name(MODEL_TENSOR.TOKEN_EMBD if self._config.tie_embeddings else MODEL_TENSOR.OUTPUT)
         with _one_blas_thread():
             for layer in range(self._config.n_layer):
                 attended, normed = self._attended(layer, hidden, prompts)
-                hidden = attended + self._feed_forward(layer, normed)
-            return self._multiply(head, self._norm("model.norm.weight", hidden))
+                hidden = self._added(attended, self._feed_forward(layer, normed))
+            logits = self._multiply(head, self._norm(self._name(MODEL_TENSOR.OUTPUT_NORM), hidden))
+        logits /= np.float32(self._arithmetic.logit_scale)
+        return logits
+
+    def _first(self, prompts: Sequence[Sequence[int]]) -> Floats:
+        """The residual stream before the first layer."""
+        rows = self.embed([token for prompt in prompts for token in prompt])
+        rows *= np.float32(self._arithmetic.embedding_scale)
+        return rows
+
+    def _added(self, hidden: Floats, output: Floats) -> Floats:
+        out: Floats = hidden + output * np.float32(self._arithmetic.residual_scale)
+        return out
+
+    def _name(self, tensor: Any, layer: int = 0, expert: int = 0) -> str:
+        rule = self._family.rule(tensor)
+        assert rule is not None, f"{self._family.architecture} is computed here, and has no {tensor.name}"
+        return rule.name(layer, expert)
+
+    def _vector(self, tensor: Any, layer: int, suffix: str) -> Floats | None:
+        """A bias or norm of a layer, (n,) float32; None if the model has none."""
+        rule = self._family.rule(tensor, suffix)
+        stored = None if rule is None else self._tensors.get(rule.name(layer))
+        return None if stored is None else read_f32(stored, 0, 1)[0]
+
+    def _project(self, tensor: Any, layer: int, x: Floats) -> Floats:
+        """x (n, n_cols) times a projection of a layer, with its bias added where the model has one: (n, n_rows)."""
+        out = self._multiply(self._name(tensor, layer), x)
+        bias = self._vector(tensor, layer, BIAS)
+        return out if bias is None else out + bias
 
     def _attended(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
         """The residual stream after attention, and the same normalized for the MLP or the experts."""
-        prefix = f"model.layers.{layer}."
-        hidden = hidden + self._attention(prefix, self._norm(prefix + "input_layernorm.weight", hidden), prompts)
-        return hidden, self._norm(prefix + "post_attention_layernorm.weight", hidden)
+        normed = self._norm(self._name(MODEL_TENSOR.ATTN_NORM, layer), hidden)
+        hidden = self._added(hidden, self._attention(layer, normed, prompts))
+        return hidden, self._norm(self._name(MODEL_TENSOR.FFN_NORM, layer), hidden)
 
     def _feed_forward(self, layer: int, normed: Floats) -> Floats:
-        prefix = f"model.layers.{layer}."
-        if self._config.n_expert:
-            return self._experts(prefix, normed)
-        return self._swiglu(normed, *(f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down")))
+        router = self._family.rule(MODEL_TENSOR.FFN_GATE_INP)
+        if router is None or not router.where(self._config, layer):
+            dense = (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_DOWN)
+            return self._swiglu(normed, *(self._name(tensor, layer) for tensor in dense))
+        return self._experts(layer, normed) + self._shared_experts(layer, normed)
 
     def _norm(self, name: str, hidden: Floats) -> Floats:
-        weight = read_f32(self._tensors[name], 0, 1)[0]
+        return self._normalized(hidden, read_f32(self._tensors[name], 0, 1)[0])
+
+    def _normalized(self, hidden: Floats, weight: Floats) -> Floats:
+        """RMSNorm over the last dimension, which ``weight`` has."""
+        if self._arithmetic.norm_offset:
+            weight = weight + np.float32(self._arithmetic.norm_offset)
         variance = np.mean(hidden * hidden, axis=-1, keepdims=True, dtype=np.float32)
         out: Floats = hidden * (np.float32(1.0) / np.sqrt(variance + np.float32(self._config.rms_norm_eps))) * weight
         return out
@@ -104,34 +150,67 @@ class ForwardPass:
         activated *= self._multiply(up, hidden)
         return self._multiply(down, activated)
 
-    def _experts(self, prefix: str, hidden: Floats) -> Floats:
-        """The output of the ``n_expert_used`` best experts of each token, weighted by their rescaled router weights."""
-        prefix += "block_sparse_moe."
-        scores = _softmax(self._multiply(prefix + "gate.weight", hidden))
-        chosen = np.argsort(-scores, axis=-1, kind="stable")[:, : self._config.n_expert_used]
-        weights = np.take_along_axis(scores, chosen, axis=-1)
-        weights /= weights.sum(axis=-1, keepdims=True)
+    def _experts(self, layer: int, hidden: Floats) -> Floats:
+        """The output of the ``n_expert_used`` best experts of each token, weighted by the router."""
+        chosen, weights = self._routes(layer, hidden)
+        matrices = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
         out = np.zeros_like(hidden)
         for expert in range(self._config.n_expert):
             rows, slots = np.nonzero(chosen == expert)
             if rows.size:
-                names = (f"{prefix}experts.{expert}.{part}.weight" for part in ("w1", "w3", "w2"))
+                names = (self._name(tensor, layer, expert) for tensor in matrices)
                 out[rows] += weights[rows, slots, None] * self._swiglu(hidden[rows], *names)
         return out
 
-    def _attention(self, prefix: str, hidden: Floats, prompts: Sequence[Sequence[int]]) -> Floats:
+    def _routes(self, layer: int, hidden: Floats) -> tuple[NDArray[np.intp], Floats]:
+        """The experts chosen for each token and their weights: (n_tokens, n_expert_used) both."""
+        routing, n_used = self._arithmetic.routing, self._config.n_expert_used
+        logits = self._project(MODEL_TENSOR.FFN_GATE_INP, layer, hidden)
+        scores = logits
+        if routing.scoring is Scoring.SOFTMAX:
+            scores = _softmax(logits)
+        elif routing.scoring is Scoring.SIGMOID:
+            scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
+        preference = self._vector(MODEL_TENSOR.FFN_EXP_PROBS_B, layer, BIAS)
+        ranked = scores if preference is None else scores + preference.reshape(-1)
+        chosen = np.argsort(-ranked, axis=-1, kind="stable")[:, :n_used]
+        weights: Floats = np.take_along_axis(scores, chosen, axis=-1)
+        if routing.scoring is Scoring.SOFTMAX_OF_CHOSEN:
+            weights = _softmax(weights)
+        if routing.normalized:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        return chosen, weights * np.float32(routing.scale)
+
+    def _shared_experts(self, layer: int, hidden: Floats) -> Floats:
+        """The output of the experts that every token goes to, weighted by their gate where there is one; else zeros."""
+        shared = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
+        if self._family.rule(shared[0]) is None:
+            return np.zeros_like(hidden)
+        out = self._swiglu(hidden, *(self._name(tensor, layer) for tensor in shared))
+        gate = self._vector(MODEL_TENSOR.FFN_GATE_INP_SHEXP, layer, WEIGHT)
+        return out if gate is None else out / (np.float32(1.0) + np.exp(-(hidden @ gate)))[:, None]
+
+    def _attention(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> Floats:
         config = self._config
-        projected = []
-        for part, n_head in (("q", config.n_head), ("k", config.n_head_kv), ("v", config.n_head_kv)):
-            rows = self._multiply(f"{prefix}self_attn.{part}_proj.weight", hidden)
-            projected.append(rows.reshape(len(hidden), n_head, config.head_dim))
+        q = self._heads(MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_Q_NORM, layer, hidden)
+        k = self._heads(MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_K_NORM, layer, hidden)
+        v = self._heads(MODEL_TENSOR.ATTN_V, None, layer, hidden)
         out = np.empty((len(hidden), config.n_head * config.head_dim), dtype=np.float32)
         start = 0
         for prompt in prompts:
             span = slice(start, start + len(prompt))
-            out[span] = self._attend(*(rows[span] for rows in projected))
+            out[span] = self._attend(q[span], k[span], v[span])
             start = span.stop
-        return self._multiply(prefix + "self_attn.o_proj.weight", out)
+        return self._project(MODEL_TENSOR.ATTN_OUT, layer, out)
+
+    def _heads(self, tensor: Any, norm: Any, layer: int, hidden: Floats) -> Floats:
+        """Queries, keys or values of every token, (n, n_head, d), normalized where the model has a norm for them."""
+        rows = self._project(tensor, layer, hidden)
+        weight = None if norm is None else self._vector(norm, layer, WEIGHT)
+        if weight is not None and weight.size == rows.shape[1]:
+            rows, weight = self._normalized(rows, weight), None
+        heads = rows.reshape(len(rows), -1, self._config.head_dim)
+        return heads if weight is None else self._normalized(heads, weight)
 
     def _attend(self, q: Floats, k: Floats, v: Floats) -> Floats:
         """Causal attention of one prompt: q (n, n_head, d), k and v (n, n_head_kv, d) -> (n, n_head * d)."""
@@ -139,7 +218,8 @@ class ForwardPass:
         q, k = self._rope(q), self._rope(k)
         group = n_head // k.shape[1]
         keys, values = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-        scores = np.einsum("ihd,jhd->hij", q, keys) * np.float32(1.0 / math.sqrt(head_dim))
+        scale = self._arithmetic.attention_scale or 1.0 / math.sqrt(head_dim)
+        scores = np.einsum("ihd,jhd->hij", q, keys) * np.float32(scale)
         position = np.arange(n_tokens)
         hidden_from = position[:, None] < position[None, :]
         if self._config.sliding_window:
@@ -149,11 +229,13 @@ class ForwardPass:
         return out
 
     def _rope(self, x: Floats) -> Floats:
-        """Rotate pairs (i, i + d/2) of x (n, heads, d), the row order of Hugging Face checkpoints."""
+        """Rotate pairs (i, i + r/2) of the first r values of each head of x (n, heads, d), in the row order of
+        Hugging Face checkpoints; r is d but where a family rotates a part of each head."""
         angles = np.arange(len(x), dtype=np.float32)[:, None] * self._inverse_frequencies
         cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
-        low, high = np.split(x, 2, axis=-1)
-        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+        half = self._inverse_frequencies.size
+        low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin, rest], axis=-1)
 
     def _multiply(self, name: str, x: Floats) -> Floats:
         """x (n, n_cols) times the transpose of a weight (n_rows, n_cols), tile by tile."""
@@ -183,8 +265,9 @@ def _softmax(x: Floats) -> Floats:
 
 
 def _inverse_frequencies(config: ModelConfig) -> Floats:
-    """Rope's angular step of each pair of a head, (head_dim / 2,) float32, with the config's scaling applied."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    """Rope's angular step of each pair of a head that is rotated, float32, with the config's scaling applied."""
+    n_rotated = int(config.head_dim * config.rotary_fraction)
+    exponents = np.arange(0, n_rotated, 2, dtype=np.float32) / np.float32(n_rotated)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling.kind in ("none", "dynamic"):  # dynamic scaling begins past the context, where no prompt ends

@@ -19,28 +19,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
-from ggufmoe.checkpoint.dtypes import narrow, widen
+from ggufmoe.checkpoint.config import parse_config
 from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
 from ggufmoe.checkpoint.jsonfile import read_capped
 from ggufmoe.checkpoint.opening import open_directory
-from ggufmoe.checkpoint.source import BaseModel, Dtype, ModelConfig, ModelSource, Provenance, RouterReport, SourceTensor
+from ggufmoe.checkpoint.source import BaseModel, ModelSource, Provenance, RouterReport
 from ggufmoe.errors import CheckpointError, RecipeError
+from ggufmoe.families import family_of
+from ggufmoe.families.family import Family
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.files import decode_text, user_path
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
+from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.compare import compare_sources
 from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.model_card import model_card
 from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import check_prompts, make_router
+from ggufmoe.merge.targets import EXPERT_MATRICES, ROUTER, kept_names, needed_rule, target_family
 from ggufmoe.merge.tokens import BASE, GatheredRows, KnownTokens, TokenPlan, plan_tokens
 from ggufmoe.version import __version__
+from ggufmoe.weights.dtypes import narrow, widen
+from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
 log = logging.getLogger("ggufmoe")
 
 _MAX_TEMPLATE_BYTES = 1 << 20
-_TOKEN_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
-_EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_TOKEN_ROWS = (MODEL_TENSOR.TOKEN_EMBD, MODEL_TENSOR.OUTPUT)
+"""The tensors that have a row for each token."""
 
 
 class RoundedTensor:
@@ -137,13 +144,14 @@ class MergedModel:
             largest = max(self._base.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape)))
             self._dtype = recipe.storage_dtype or largest.dtype
             self._tokens = plan_tokens(recipe.tokenizer_source, self._base, self._experts)
-            self.config = _config(self._base.config, recipe, self._dtype, self._tokens)
+            self._family = target_family(self._base.config, recipe.architecture)
+            self.config = _config(path, self._base.config, self._family, recipe, self._dtype, self._tokens)
             self.tokenizer_dir = self._tokens.directory
             self.chat_template = self._chosen_template()
             self.provenance = _provenance(recipe, text, path, opened)
             self._routers = [
                 RouterTensor(
-                    f"model.layers.{layer}.block_sparse_moe.gate.weight",
+                    needed_rule(self._family, ROUTER).name(layer),
                     (self.config.n_expert, self.config.n_embd),
                     self._dtype,
                 )
@@ -248,29 +256,34 @@ class MergedModel:
         return template
 
     def _named_tensors(self) -> Iterator[tuple[str, SourceTensor]]:
+        dense = family_of(self._base.config)
+        kept = kept_names(self._base.config, self._family)
+        token_rows = {rule.hf for rule in map(dense.rule, _TOKEN_ROWS) if rule is not None}
         for name, tensor in self._base.tensors.items():
-            if name in _TOKEN_ROWS and self._tokens.runs:
-                yield name, self._gathered_rows(name)
-            elif ".mlp." not in name:
-                yield name, RoundedTensor(name, tensor, self._dtype)
+            if name in token_rows and self._tokens.runs:
+                yield kept[name], self._gathered_rows(kept[name], name)
+            elif name in kept:
+                yield kept[name], RoundedTensor(kept[name], tensor, self._dtype)
         for router in self._routers:
             yield router.name, router
+        matrices = [(needed_rule(dense, one), needed_rule(self._family, other)) for one, other in EXPERT_MATRICES]
         for layer in range(self.config.n_layer):
             for index, (spec, source) in enumerate(zip(self.recipe.experts, self._experts, strict=True)):
-                for part, projection in _EXPERT_PARTS.items():
-                    name = f"model.layers.{layer}.block_sparse_moe.experts.{index}.{part}.weight"
-                    tensor = source.tensors[f"model.layers.{layer}.mlp.{projection}.weight"]
-                    tensor_number = (layer * len(self._experts) + index) * len(_EXPERT_PARTS) + int(part[1]) - 1
-                    changes = _changes(spec, part, (self.recipe.seed, tensor_number))
-                    yield name, RoundedTensor(name, tensor, self._dtype, changes)
+                for place, (one, other) in enumerate(matrices):
+                    name = other.name(layer, index)
+                    tensor_number = (layer * len(self._experts) + index) * len(matrices) + place
+                    is_down = one.tensor is MODEL_TENSOR.FFN_DOWN
+                    changes = _changes(spec, (self.recipe.seed, tensor_number), is_down=is_down)
+                    yield name, RoundedTensor(name, source.tensors[one.name(layer)], self._dtype, changes)
 
-    def _gathered_rows(self, name: str) -> GatheredRows:
+    def _gathered_rows(self, name: str, source_name: str) -> GatheredRows:
+        embedding = needed_rule(family_of(self._base.config), MODEL_TENSOR.TOKEN_EMBD).hf
         sources = {BASE: self._base, **dict(enumerate(self._experts))}
         used = {source for run in self._tokens.runs for source, _ in run.sources}
         tensors: dict[int, SourceTensor] = {}
         for source in used:
             # a model whose output is its embedding has one tensor for both
-            tensor = sources[source].tensors.get(name) or sources[source].tensors[_TOKEN_ROWS[0]]
+            tensor = sources[source].tensors.get(source_name) or sources[source].tensors[embedding]
             tensors[source] = RoundedTensor(name, tensor, self._dtype)
         return GatheredRows(name, self._dtype, self._tokens.runs, tensors, self.config.n_embd)
 
@@ -324,9 +337,9 @@ def _open_hub(reference: str) -> ModelSource:
     return open_directory(fetch(repo_id, revision), repo_id=repo_id)
 
 
-def _changes(spec: ExpertRecipe, part: str, key: tuple[int, int]) -> Changes | None:
-    """The changes of one projection: noise for each of them, the residual scale for w2 alone."""
-    residual_scale = spec.residual_scale if part == "w2" else None
+def _changes(spec: ExpertRecipe, key: tuple[int, int], *, is_down: bool) -> Changes | None:
+    """The changes of one projection: noise for each of them, the residual scale for the down projection alone."""
+    residual_scale = spec.residual_scale if is_down else None
     if spec.noise_scale is None and residual_scale is None:
         return None
     return Changes(noise_scale=spec.noise_scale, residual_scale=residual_scale, key=key)
@@ -350,15 +363,17 @@ _DROPPED = frozenset(("pretraining_tp", "attention_bias", "mlp_bias", "auto_map"
 _TORCH_DTYPES = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
 
 
-def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype, tokens: TokenPlan) -> ModelConfig:
-    """The base's hyper-parameters as a Mixtral's; ``raw`` is readable by transformers 4 and 5."""
-    n_expert, n_expert_used = len(recipe.experts), recipe.experts_per_token
-    raw = {key: value for key, value in base.raw.items() if key not in _DROPPED}
+def _config(
+    path: Path, base: ModelConfig, family: Family, recipe: Recipe, dtype: Dtype, tokens: TokenPlan
+) -> ModelConfig:
+    """The base's hyper-parameters as the mixture's; ``raw`` is readable by transformers 4 and 5."""
+    assert family.merge is not None, "target_family gives families that are targets"
+    spellings = {other: key for key, others in family_of(base).aliases.items() for other in others}
+    raw = {spellings.get(key, key): value for key, value in base.raw.items() if key not in _DROPPED}
     raw |= {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_local_experts": n_expert,
-        "num_experts_per_tok": n_expert_used,
+        "architectures": [family.architecture],
+        "model_type": family.model_types[0],
+        **family.merge.config(base, len(recipe.experts), recipe.experts_per_token),
         "num_key_value_heads": base.n_head_kv,
         "head_dim": base.head_dim,
         "rms_norm_eps": base.rms_norm_eps,
@@ -374,14 +389,10 @@ def _config(base: ModelConfig, recipe: Recipe, dtype: Dtype, tokens: TokenPlan) 
         **tokens.config,
     }
     return replace(
-        base,
-        architecture="MixtralForCausalLM",
-        n_expert=n_expert,
-        n_expert_used=n_expert_used,
+        parse_config(path, MappingProxyType(raw)),
         n_vocab=tokens.n_vocab,
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
-        raw=MappingProxyType(raw),
     )
 
 

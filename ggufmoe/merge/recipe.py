@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
 from ggufmoe.files import decode_text
+from ggufmoe.merge.targets import is_known, known_names
 from ggufmoe.options.limits import MAX_EXPERTS
+from ggufmoe.weights.source_tensor import Dtype
 
 MAX_RECIPE_BYTES = 1 << 20
 _SHOWN_PROBLEMS = 8
@@ -109,7 +110,8 @@ def load_recipe(path: Path, *, allow_identical_experts: bool = False) -> tuple[R
     """Read and check a recipe; returns it and its text.
 
     Raises RecipeError for a file that cannot be read, is not YAML or not a mapping, for unknown keys, wrong types and
-    missing prompts, for experts that are all the same unless they are allowed, and for what a Mixtral cannot express.
+    missing prompts, for experts that are all the same unless they are allowed, and for what no mixture that ggufmoe
+    makes can express.
     """
     text = _read_text(path)
     node = _compose(path, text)
@@ -280,9 +282,9 @@ def _problems(recipe: Recipe, allow_identical: bool) -> Iterator[_Problem]:
 
 def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
     if recipe.shared_experts:
-        yield ("shared_experts",), "a Mixtral has no shared experts; remove the key"
-    if recipe.architecture and not "mixtral".startswith(recipe.architecture.lower()):
-        yield ("architecture",), f"{recipe.architecture!r} is not supported; ggufmoe makes Mixtral"
+        yield ("shared_experts",), "the mixtures that ggufmoe makes have no shared experts; remove the key"
+    if recipe.architecture and not is_known(recipe.architecture):
+        yield ("architecture",), f"{recipe.architecture!r} is not supported; ggufmoe makes {known_names()}"
     if recipe.dtype is not None and recipe.dtype not in _DTYPES:
         yield ("dtype",), f"unknown dtype {recipe.dtype!r}; one of bfloat16, float16, float32"
     models = [(("base_model",), recipe.base_model)]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.source import ModelConfig, ModelSource, PromptPreference, RouterReport
+from ggufmoe.checkpoint.source import ModelSource, PromptPreference, RouterReport
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.merge.forward import Floats, ForwardPass
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import GateMode, Recipe

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.chat_template import chat_templates, default_chat_template
-from ggufmoe.checkpoint.dtypes import narrow, widen
-from ggufmoe.checkpoint.source import Dtype, ModelSource, SourceTensor
+from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.errors import RecipeError, TokenizerError
 from ggufmoe.gguf.special_texts import special_literals
 from ggufmoe.merge.prompts import read_vocabulary
+from ggufmoe.weights.dtypes import narrow, widen
+from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
 BASE = -1
 """The base among the sources of rows; an expert is known by its index."""

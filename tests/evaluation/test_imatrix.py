@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, ImatrixResult, LayerCoverage
-from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.checkpoint.opening import open_checkpoint
 from ggufmoe.errors import Cancelled, EngineError, InputError, OptionError, OutputError, OutputExistsError
 from ggufmoe.evaluation.activations import ActivationSums
 from ggufmoe.gguf.header import read_header
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.quant.importances import Imatrix
+from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.work import Progress
 
 EXACT: dict[str, Any] = {"n_threads": 1, "flash_attn": "off", "cache_type_k": "f32", "cache_type_v": "f32"}

@@ -13,9 +13,10 @@ import pytest
 
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.source import BaseModel, ModelSource, Provenance
-from ggufmoe.export.arch import ModelTensor, family_of
-from ggufmoe.export.model_keys import imatrix_metadata, model_metadata, sampling_metadata, size_label, text
+from ggufmoe.export.model_keys import imatrix_metadata, model_metadata, sampling_metadata, size_label
+from ggufmoe.export.model_tensors import ModelTensor, model_tensors
 from ggufmoe.gguf.types import ValueType
+from ggufmoe.gguf.values import text
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix
 
@@ -60,7 +61,7 @@ class Described:
 def described(directory: Path, provenance: Provenance) -> dict[str, Any]:
     source = open_checkpoint(str(directory))
     try:
-        tensors = list(family_of(source.config).tensors(source))
+        tensors = list(model_tensors(source))
         model = cast(ModelSource, Described(source, provenance))
         keys = model_metadata(model, tensors, FileType.Q4_K_M, {"tokenizer.ggml.model": text("llama")})
     finally:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import GGUFError
 from ggufmoe.export.gguf_source import GGUFSource
+from ggufmoe.export.model_tensors import source_part
 from ggufmoe.export.requantize import plan_requantize
-from ggufmoe.export.source_rows import Computed, RopeOrdered, source_part
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.weights.source_tensor import Dtype
+from ggufmoe.weights.views import Computed, RopeOrdered
 from tests.quant.llama_quantize import Specimen, write_model
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.checkpoint.source import ModelConfig, RopeScaling
+from ggufmoe.families.model_config import ModelConfig, RopeScaling
 from ggufmoe.gguf.header import GGUFValue
 from tests.llama_log import llama_log_to
 from tests.tiny_tokenizers import tokenizer_config, tokenizer_files

@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.checkpoint.opening import Checkpoint
-from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.merged import MergedModel, open_recipe
+from ggufmoe.weights.dtypes import read_f32
+from ggufmoe.weights.source_tensor import Dtype
 from tests.merge.bases import MERGE_CASES, make_models, make_recipe
 from tests.tiny import make_checkpoint
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ggufmoe.checkpoint.source import Dtype
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.recipe import MAX_RECIPE_BYTES, GateMode, load_recipe
+from ggufmoe.weights.source_tensor import Dtype
 
 SEED = """\
 base_model: unsloth/mistral-7b-v0.2
@@ -111,8 +111,8 @@ def test_an_empty_negative_prompt_is_no_mistake(tmp_path: Path) -> None:
         (TWO + "experts_per_token: 3\n", ":7: experts_per_token: is 3 but there are only 2 experts"),
         (TWO + "experts_per_token: two\n", "experts_per_token: expected a whole number, found 'two'"),
         (TWO + "experts_per_token: 0\n", "experts_per_token: must be greater than or equal to 1, found 0"),
-        (TWO + "shared_experts: [{source_model: c}]\n", "a Mixtral has no shared experts"),
-        (TWO + "architecture: qwen\n", "'qwen' is not supported; ggufmoe makes Mixtral"),
+        (TWO + "shared_experts: [{source_model: c}]\n", "the mixtures that ggufmoe makes have no shared experts"),
+        (TWO + "architecture: falcon\n", "'falcon' is not supported; ggufmoe makes Mixtral"),
         (TWO + "tokenizer_source: expert:2\n", "'expert:2' is neither base nor expert:0 to expert:1"),
         (TWO + "chat_template: expert:9\n", "'expert:9' is neither base nor expert:0 to expert:1"),
         (TWO.replace("a/two", "a/two+b/lora"), "adds a LoRA; merge the adapter into the model first"),

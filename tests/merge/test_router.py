@@ -11,13 +11,13 @@ import pytest
 import threadpoolctl
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.errors import ArchitectureError, Cancelled, CheckpointError, RecipeError, TokenizerError
 from ggufmoe.merge import forward
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.prompts import prompt_tokenizer, read_vocabulary, tokenize_prompts
 from ggufmoe.merge.recipe import Recipe
 from ggufmoe.merge.router import Router, check_prompts, make_router
+from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.work import Progress
 from tests.tiny import make_checkpoint
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.chat_template import default_chat_template
-from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.errors import RecipeError
 from ggufmoe.gguf.header import read_header
 from ggufmoe.merge.merged import MergedModel, open_recipe
+from ggufmoe.weights.dtypes import read_f32
 from tests.export.vocab_files import added_token
 from tests.merge.test_merged import write_recipe
 from tests.tiny import make_checkpoint

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, RoutingTrace, RoutingTracer, SamplingOptions, trace_routing
-from ggufmoe.checkpoint.dtypes import read_f32
 from ggufmoe.checkpoint.opening import open_checkpoint
 from ggufmoe.errors import ContextFullError, EngineError, InputError, OptionError
 from ggufmoe.merge.forward import ForwardPass
@@ -20,6 +19,7 @@ from ggufmoe.native import graph_tensors
 from ggufmoe.routing import RoutedToken
 from ggufmoe.routing.record import _Recorder
 from ggufmoe.runtime.events import Finished
+from ggufmoe.weights.dtypes import read_f32
 
 EXACT = ContextOptions(
     n_ctx=512, n_batch=48, n_ubatch=20, n_threads=1, flash_attn="off", cache_type_k="f32", cache_type_v="f32"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.dtypes import read_f32
+from ggufmoe.weights.dtypes import read_f32
 from tests.tiny_tokenizers import sentencepiece_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_checkpoint.py"

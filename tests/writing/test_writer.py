@@ -23,8 +23,6 @@ import numpy as np
 import pytest
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.dtypes import read_f32
-from ggufmoe.checkpoint.source import SourceTensor
 from ggufmoe.errors import (
     Cancelled,
     NonFiniteError,
@@ -40,6 +38,8 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
+from ggufmoe.weights.dtypes import read_f32
+from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import Progress
 from ggufmoe.writing import place, tiling
 from ggufmoe.writing.journal import Journal, fingerprint

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ggufmoe.checkpoint.chat_template import chat_templates
-from ggufmoe.checkpoint.source import ModelConfig
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.export.vocab import bytelevel, spm_json, spm_model
 from ggufmoe.export.vocab.keys import metadata
 from ggufmoe.export.vocab.special import special_tokens
 from ggufmoe.export.vocab.token_rows import TokenType, Vocabulary
+from ggufmoe.families import family_of
+from ggufmoe.families.family import TokenizerRules
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.special_texts import special_literals
 
@@ -35,11 +37,11 @@ def tokenizer_metadata(
     directory. Raises TokenizerError if a file is missing or malformed, or if llama.cpp would give other token ids.
     Source: ``conversion/llama.py``, ``conversion/base.py`` and ``gguf-py/gguf/vocab.py`` of the pinned llama.cpp.
     """
-    files = TokenizerFiles.read(tokenizer_dir)
-    vocabulary = _vocabulary(files, config)
+    files, rules = TokenizerFiles.read(tokenizer_dir), family_of(config).tokenizer
+    vocabulary = _vocabulary(files, config, rules)
     templates = {"default": chat_template} if chat_template is not None else chat_templates(tokenizer_dir)
     _tell_foreign_literals(templates, vocabulary, tokenizer_dir)
-    return metadata(vocabulary, special_tokens(files, config, vocabulary), templates, tokenizer_dir)
+    return metadata(vocabulary, special_tokens(files, config, vocabulary, rules), templates, tokenizer_dir)
 
 
 def _tell_foreign_literals(templates: Mapping[str, str], vocabulary: Vocabulary, directory: Path) -> None:
@@ -59,9 +61,9 @@ def _tell_foreign_literals(templates: Mapping[str, str], vocabulary: Vocabulary,
             )
 
 
-def _vocabulary(files: TokenizerFiles, config: ModelConfig) -> Vocabulary:
+def _vocabulary(files: TokenizerFiles, config: ModelConfig, rules: TokenizerRules) -> Vocabulary:
     if files.model is not None:
         return spm_model.vocabulary(files, config.n_vocab)
     if files.is_byte_level:
-        return bytelevel.vocabulary(files, config.n_vocab)
+        return bytelevel.vocabulary(files, config.n_vocab, rules)
     return spm_json.vocabulary(files, config.n_vocab)

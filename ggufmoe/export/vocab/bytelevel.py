@@ -10,6 +10,7 @@ from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.bpe import BPE, apply_merges, read_bpe
 from ggufmoe.export.vocab.pretokenizer import recognise
 from ggufmoe.export.vocab.token_rows import TokenRows, TokenType, Vocabulary
+from ggufmoe.families.family import TokenizerRules
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -17,15 +18,15 @@ _SPACE_BYTE = "\u0120"
 _NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
-def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
-    """Make the vocabulary of a byte-level ``tokenizer.json``, padded to ``n_vocab`` tokens.
+def vocabulary(files: TokenizerFiles, n_vocab: int, rules: TokenizerRules) -> Vocabulary:
+    """Make the vocabulary of a byte-level ``tokenizer.json``, padded to ``n_vocab`` tokens, by the rules of a family.
 
     Raises TokenizerError if llama.cpp has no such pre-tokenizer or would treat merges or bytes differently.
     """
     path = files.json_path
     bpe = read_bpe(files)
     _check_steps(files, bpe, path)
-    pre = recognise(files.json.get("pre_tokenizer"), bpe.ignore_merges, path)
+    pre = recognise(files.json.get("pre_tokenizer"), bpe.ignore_merges, path, rules.pre_tokenizer)
     added = {token.id: token for token in files.added_in_config() + files.added_in_json()}
     contents = {token.content for token in added.values()}
     if pre.ignore_merges != bpe.ignore_merges:
@@ -44,7 +45,7 @@ def vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
         tokens=tuple(rows.texts),
         types=tuple(rows.types),
         merges=tuple(f"{_spelt(left)} {_spelt(right)}" for left, right in bpe.merges),
-        add_space_prefix=False if files.config.get("add_prefix_space") is False else None,
+        add_space_prefix=False if rules.as_llama and files.config.get("add_prefix_space") is False else None,
         adds_bos_by_default=pre.adds_bos,
     )
 

@@ -86,8 +86,9 @@ KNOWN = (
 )
 
 
-def recognise(pre_tokenizer: Any, ignore_merges: bool, path: Path) -> PreTokenizer:
-    """The entry of ``KNOWN`` with the same patterns; where there are several, the one with this ``ignore_merges``.
+def recognise(pre_tokenizer: Any, ignore_merges: bool, path: Path, preferred: str | None = None) -> PreTokenizer:
+    """The entry of ``KNOWN`` with the same patterns; where there are several, the ``preferred`` one by name, else the
+    one with this ``ignore_merges``.
 
     Raises TokenizerError, with the patterns and what is supported, if there is none.
     """
@@ -98,7 +99,8 @@ def recognise(pre_tokenizer: Any, ignore_merges: bool, path: Path) -> PreTokeniz
             f"{path}: llama.cpp has no pre-tokenizer known to equal {' then '.join(patterns)!r}; "
             f"supported are {', '.join(known.name for known in KNOWN)}"
         )
-    best = next((known for known in matches if known.ignore_merges == ignore_merges), matches[0])
+    named = [known for known in matches if known.name == preferred]
+    best = next((known for known in named or matches if known.ignore_merges == ignore_merges), (named or matches)[0])
     if best.approximate:
         _LOG.warning(
             "%s: llama.cpp's %s knows case of ASCII only and splits before combining marks; some token ids will differ",

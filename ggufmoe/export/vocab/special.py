@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.checkpoint.source import ModelConfig
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.token_rows import Vocabulary
+from ggufmoe.families.family import TokenizerRules
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.special_texts import ENDS_BY_TEXT
 
 _LOG = logging.getLogger("ggufmoe")
@@ -46,15 +47,17 @@ class _Roles:
     roles: tuple[str, ...] = _ROLES
 
 
-def special_tokens(files: TokenizerFiles, config: ModelConfig, vocabulary: Vocabulary) -> SpecialTokens:
-    """The special tokens that the files of the tokenizer and the model's config state.
+def special_tokens(
+    files: TokenizerFiles, config: ModelConfig, vocabulary: Vocabulary, rules: TokenizerRules
+) -> SpecialTokens:
+    """The special tokens that the files of the tokenizer and the model's config state, and those that a family fixes.
 
     Raises TokenizerError if there is no token that ends a text where llama.cpp's default would be a wrong one, or if a
     bos is to be added and there is none.
     """
     found = _Roles({role: text for role in _ROLES if (text := _content(files.config.get(f"{role}_token"))) is not None})
     _template_roles(found, files)
-    if len(vocabulary.tokens) == _STARCODER_ROWS:
+    if rules.as_llama and len(vocabulary.tokens) == _STARCODER_ROWS:
         found.added.setdefault("bos", False)
     if files.config:
         for role in found.roles:
@@ -63,8 +66,15 @@ def special_tokens(files: TokenizerFiles, config: ModelConfig, vocabulary: Vocab
                 found.added.setdefault(role, stated)
     ids = _ids(found, files, config, vocabulary)
     _fill_in(ids, found, files, config, vocabulary)
-    if len(vocabulary.tokens) == _CODELLAMA_ROWS and vocabulary.tokens[_CODELLAMA_EOT].endswith("<EOT>"):
+    if (
+        rules.as_llama
+        and len(vocabulary.tokens) == _CODELLAMA_ROWS
+        and vocabulary.tokens[_CODELLAMA_EOT].endswith("<EOT>")
+    ):
         ids["eot"] = _CODELLAMA_EOT
+    for role, text in rules.special_tokens.items():
+        if (fixed := vocabulary.id_of(text)) is not None:
+            ids[role] = fixed
     if vocabulary.adds_bos_by_default and vocabulary.model == "gpt2":
         found.added.setdefault("bos", False)
     _check(ids, found.added, vocabulary, files.directory)

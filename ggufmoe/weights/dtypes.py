@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.source import Dtype, SourceTensor
 from ggufmoe.native import quantizing
+from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
 
 def widen(raw: NDArray[Any], dtype: Dtype, out: NDArray[np.float32]) -> None:

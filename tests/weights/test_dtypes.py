@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.dtypes import narrow, read_f32, row_count, widen
-from ggufmoe.checkpoint.source import Dtype
+from ggufmoe.weights.dtypes import narrow, read_f32, row_count, widen
+from ggufmoe.weights.source_tensor import Dtype
 from tests import tiny
 from tests.tiny import Tiny
 
