@@ -1,7 +1,8 @@
 """Small tokenizers for the tiny models, trained on a few sentences, once in a process.
 
 ``spm`` is sentencepiece's own file; ``json`` the same vocabulary as a ``tokenizer.json`` of the sentencepiece kind;
-``bpe`` a byte-level ``tokenizer.json`` with Llama 3's pre-tokenizer and ``smollm`` one with SmolLM2's.
+``bpe`` a byte-level ``tokenizer.json`` with Llama 3's pre-tokenizer, ``smollm`` one with SmolLM2's and ``qwen`` one
+with Qwen2's.
 """
 
 from __future__ import annotations
@@ -128,12 +129,15 @@ def sentencepiece_json() -> str:
     return json.dumps(tokenizer, ensure_ascii=False)
 
 
-def _llama3_pre_tokenizer() -> Any:
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _splitting_pre_tokenizer(pattern: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -149,15 +153,17 @@ def _smollm_pre_tokenizer() -> Any:
 
 @cache
 def byte_level_json(kind: str) -> str:
-    """A byte-level ``tokenizer.json``: ``bpe`` as Llama 3's (specials last, BOS added), ``smollm`` as SmolLM2's."""
+    """A byte-level ``tokenizer.json``: ``bpe`` as Llama 3's (specials last, BOS added), ``smollm`` as SmolLM2's, and
+    ``qwen`` as Qwen2's (specials last, none added)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = list(SPECIAL_TOKENS[kind])
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "bpe"))
-    tokenizer.pre_tokenizer = _llama3_pre_tokenizer() if kind == "bpe" else _smollm_pre_tokenizer()
+    patterns = {"bpe": LLAMA3_PATTERN, "qwen": QWEN2_PATTERN}
+    tokenizer.pre_tokenizer = _splitting_pre_tokenizer(patterns[kind]) if kind in patterns else _smollm_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=N_BYTE_LEVEL - (len(specials) if kind == "bpe" else 0),
+        vocab_size=N_BYTE_LEVEL - (len(specials) if kind in patterns else 0),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=specials if kind == "smollm" else [],
         show_progress=False,
@@ -175,8 +181,9 @@ SPECIAL_TOKENS = {
     "json": ("<s>", "</s>"),
     "bpe": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
     "smollm": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "qwen": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }
-"""Beginning and end of text first; ``smollm`` begins with the token that also ends."""
+"""Beginning and end of text first; ``smollm`` begins with the token that also ends, ``qwen`` with none."""
 
 
 def special_ids(kind: str) -> tuple[int, int]:
@@ -185,12 +192,14 @@ def special_ids(kind: str) -> tuple[int, int]:
         return 1, 2
     if kind == "bpe":
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 2
+    if kind == "qwen":
+        return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 1
     return 1, 2
 
 
 def vocabulary_size(kind: str | None) -> int:
     """Number of tokens; models without a tokenizer get as many as ``spm`` ones."""
-    return N_BYTE_LEVEL if kind in ("bpe", "smollm") else N_PIECES
+    return N_BYTE_LEVEL if kind in ("bpe", "smollm", "qwen") else N_PIECES
 
 
 def tokenizer_files(kind: str) -> dict[str, bytes]:
@@ -203,6 +212,9 @@ def tokenizer_files(kind: str) -> dict[str, bytes]:
 
 def tokenizer_config(kind: str) -> dict[str, Any]:
     """``tokenizer_config.json`` as transformers writes it for a tokenizer of this kind."""
+    if kind == "qwen":
+        return {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_prefix_space": False,
+                "tokenizer_class": "Qwen2Tokenizer"}  # fmt: skip
     begin, end = SPECIAL_TOKENS[kind][:2] if kind != "smollm" else SPECIAL_TOKENS[kind][1:]
     config: dict[str, Any] = {
         "bos_token": begin,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import tiny_tokenizers
 from tests.tiny import make_checkpoint
 
 LLAMA3_ROPE = {
@@ -37,10 +38,57 @@ class Case:
     """Metadata in which llama.cpp's converter is known to be wrong."""
     directory: Path | None = None
     """A checkpoint that is there already."""
+    classic: Path | None = None
+    """The same weights in the layout that llama.cpp's converter reads; None: made of ``directory``."""
 
     def checkpoint(self, parent: Path) -> Path:
         """The checkpoint's directory, made below ``parent`` unless it is there already."""
         return self.directory or make_checkpoint(parent / self.name, **self.spec)
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """A model that transformers makes, of a family in ``ggufmoe/families``: tiny, random and seeded."""
+
+    name: str
+    config: Mapping[str, Any]
+    """config.json, with ``architectures`` and ``model_type``; ``SIZES`` come before it."""
+    types: tuple[str, ...] = ("F32", "BF16")
+    tokenizer: str = "qwen"
+    """A kind of ``tests.tiny_tokenizers``."""
+    pre: str = "qwen2"
+    """llama.cpp's name of that tokenizer's pre-tokenizer."""
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether transformers holds the experts of the model in fused tensors."""
+        return any("expert" in key for key in self.config)
+
+
+SIZES: Mapping[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": tiny_tokenizers.vocabulary_size("qwen"),
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": tiny_tokenizers.special_ids("qwen")[1],
+    "pad_token_id": None,
+}
+
+
+def _family(name: str, architecture: str, model_type: str, **config: Any) -> FamilyCase:
+    return FamilyCase(name, {**SIZES, "architectures": [architecture], "model_type": model_type, **config})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
+FAMILIES = (
+    _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
+    _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
+)
 
 
 def own_cases() -> list[Case]:

@@ -1,8 +1,8 @@
 """Compare what ggufmoe makes with what others make of the same checkpoints; prints a table.
 
 Four things: files against llama.cpp's converter, logits against transformers in float32, token ids against
-sentencepiece and Hugging Face's tokenizers, and checkpoints that transformers 5 itself has written. Exit code 1 when
-anything differs.
+sentencepiece and Hugging Face's tokenizers, and checkpoints that transformers 5 itself has written, of each family in
+each layout. Exit code 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import token_ids
-from cases import Case, found_cases, own_cases
+from cases import FAMILIES, Case, found_cases, own_cases
 from engine_logits import logits_of
 from files import differences
 
 import ggufmoe
 from tests import tiny_tokenizers
+from tests.tiny import write_tokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -79,9 +80,10 @@ class Subject:
 def saved_by_transformers(bench: Bench) -> list[Case]:
     """A Mixtral as transformers 5 saves it, and one as it lies in memory, which is what mergekit writes."""
     config = {
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": tiny_tokenizers.vocabulary_size("spm"),
-        "max_position_embeddings": 2048, "sliding_window": None, "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "vocab_size": tiny_tokenizers.vocabulary_size("spm"), "max_position_embeddings": 2048, "sliding_window": None,
+        "architectures": ["MixtralForCausalLM"],
     }  # fmt: skip
     found = []
     for name, fused in (("transformers-5-saved", False), ("transformers-5-state", True)):
@@ -95,12 +97,39 @@ def saved_by_transformers(bench: Bench) -> list[Case]:
     return found
 
 
+def families_by_transformers(bench: Bench, only: str) -> list[Case]:
+    """Each family's models as transformers saves them and, of mixtures, as they lie in memory.
+
+    ``only`` is a word that the name of the case has.
+    """
+    found = []
+    for family in FAMILIES:
+        saved = bench.work / family.name
+        for fused in (False, True) if family.is_mixture else (False,):
+            name = f"{family.name}-state" if fused else family.name
+            if only not in name:
+                continue
+            directory = bench.work / name
+            jobs = [
+                {"do": "save", "out": str(out), "fused": out != saved, "config": {**family.config}}
+                for out in dict.fromkeys((saved, directory))
+                if not (out / "config.json").exists()
+            ]
+            bench.ask("reference.py", jobs)
+            for out in (saved, directory):
+                write_tokenizer(out, family.tokenizer, None)
+            found.append(Case(name, types=family.types, pre=family.pre, directory=directory, classic=saved))
+    return found
+
+
 def make_subjects(bench: Bench, cases: list[Case]) -> list[Subject]:
     """Every case's checkpoint, and a classic copy of the fused ones."""
     subjects, jobs = [], []
     for case in cases:
         directory = classic = case.checkpoint(bench.work)
-        if _is_fused(directory):
+        if case.classic is not None:
+            classic = case.classic
+        elif _is_fused(directory):
             # of the same name, because general.name comes from it
             classic = bench.work / "classic" / directory.name
             jobs.append({"do": "classic", "model": str(directory), "out": str(classic)})
@@ -268,7 +297,8 @@ def main() -> int:
     data = arguments.data or os.environ.get("GGUFMOE_PEER_DATA")
     try:
         cases = [*own_cases(), *saved_by_transformers(bench), *(found_cases(Path(data)) if data else [])]
-        return int(compare(bench, [case for case in cases if arguments.only in case.name]) > 0)
+        cases = [case for case in cases if arguments.only in case.name]
+        return int(compare(bench, [*cases, *families_by_transformers(bench, arguments.only)]) > 0)
     finally:
         if not arguments.keep:
             shutil.rmtree(work, ignore_errors=True)

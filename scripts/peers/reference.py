@@ -3,7 +3,7 @@
 usage: reference.py JOBS.json
 
 ``{"do": "logits", "model": DIR, "ids": FILE.npy, "out": FILE.npy}`` runs a checkpoint on token ids; ``{"do": "save",
-"out": DIR, "fused": bool, "config": {...}}`` makes a seeded random Mixtral and saves it, by ``save_pretrained`` (the
+"out": DIR, "fused": bool, "config": {...}}`` makes a seeded random model and saves it, by ``save_pretrained`` (the
 classic layout) or as its state has it in memory (the fused one, which mergekit writes); ``{"do": "classic", "model":
 DIR, "out": DIR}`` copies a fused checkpoint in the classic layout, the only one that llama.cpp's converter reads;
 ``{"do": "answer", "model": DIR, "ids": FILE.json, "out": FILE.json}`` continues each list of ids greedily. An
@@ -48,10 +48,15 @@ def answer(job: dict[str, Any]) -> None:
 
 
 def save(job: dict[str, Any]) -> None:
-    """Write a random Mixtral, weights normal(0, 0.02)."""
+    """Write a random model of the first architecture of the config; norms and biases are not all 1 and 0."""
     torch.manual_seed(0)
     out = Path(job["out"])
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**job["config"])).to(torch.bfloat16)
+    config = transformers.AutoConfig.for_model(**job["config"])
+    model = getattr(transformers, config.architectures[0])(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(one for name, one in model.named_buffers() if name.endswith("_bias"))):
+            if tensor.ndim == 1:
+                tensor.add_(torch.randn(tensor.shape).to(tensor.dtype) * 0.05)
     if not job["fused"]:
         model.save_pretrained(out)
         return

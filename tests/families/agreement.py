@@ -1,0 +1,93 @@
+"""What must hold for every family: our files, our forward pass and llama.cpp agree on a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ggufmoe
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.gguf.header import read_header
+from ggufmoe.merge.forward import ForwardPass
+from ggufmoe.quant.filetypes import FileType
+from ggufmoe.quant.policy import TypePolicy
+from tests.families.tiny_family import make_checkpoint
+from tests.quant.llama_quantize import quantize, read_tensors
+
+Logits = NDArray[np.float32]
+IDS = [1, 50, 60, 70, 80, 90, 100, 110]
+
+
+def llama_cpp_logits(gguf: Path, ids: list[int] = IDS) -> Logits:
+    """Logits of every position from llama.cpp on the CPU, with a cache in float32."""
+    context = ggufmoe.ContextOptions(n_ctx=64, flash_attn="off", cache_type_k="f32", cache_type_v="f32")
+    with ggufmoe.Engine(gguf, context, ggufmoe.OffloadOptions(n_gpu_layers=0)) as engine:
+        return np.asarray(engine.logits(ids))
+
+
+def forward_logits(checkpoint: Path, ids: list[int] = IDS) -> Logits:
+    """The same from our own forward pass over the checkpoint, which shares no code with llama.cpp."""
+    with open_checkpoint(checkpoint) as model:
+        return ForwardPass(model).logits([ids])
+
+
+def assert_close(ours: Logits, theirs: Logits) -> None:
+    """Largest difference below a thousandth of the range, and the same likeliest tokens."""
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() < 1e-3 * (theirs.max() - theirs.min())
+    assert (ours.argmax(-1) == theirs.argmax(-1)).all()
+
+
+def check_computes(checkpoint: Path, scratch: Path) -> None:
+    """llama.cpp computes with our F32 file what the forward pass computes with the checkpoint."""
+    ggufmoe.convert(checkpoint, scratch / "f32.gguf", "F32", force=True)
+    assert_close(llama_cpp_logits(scratch / "f32.gguf"), forward_logits(checkpoint))
+
+
+def check_quantized(checkpoint: Path, scratch: Path, file_type: str) -> None:
+    """Every tensor and key of a quantized file is what llama.cpp makes of the lossless file."""
+    ours, theirs, lossless = (scratch / f"{name}.gguf" for name in ("ours", "theirs", "lossless"))
+    ggufmoe.convert(checkpoint, lossless, "BF16", force=True)
+    ggufmoe.convert(checkpoint, ours, file_type, force=True)
+    outcome = quantize(lossless, TypePolicy(FileType.from_name(file_type)), output=theirs)
+    assert outcome.ok, outcome.log[-300:]
+    a, b = read_tensors(ours), read_tensors(theirs)
+    assert list(a) == list(b)
+    assert [name for name in a if a[name] != b[name]] == []
+    assert dict(read_header(ours).metadata) == dict(read_header(theirs).metadata)
+
+
+def check_layouts(config: Mapping[str, Any], layouts: tuple[str, ...], scratch: Path) -> None:
+    """A model gives one file, whichever layout stores it."""
+    files = []
+    for layout in layouts:
+        checkpoint = make_checkpoint(scratch / layout / "model", config, layout=layout)
+        ggufmoe.convert(checkpoint, scratch / f"{layout}.gguf", "Q4_K_M", force=True)
+        files.append((scratch / f"{layout}.gguf").read_bytes())
+    assert len(set(files)) == 1
+
+
+def check_identical_experts(base: Path, scratch: Path, expected: str, **recipe: Any) -> Path:
+    """A recipe of one model with itself becomes ``expected`` and computes what the model computes.
+
+    Its merged checkpoint, whose directory is returned, gives the same tensors.
+    """
+    text = f"base_model: {base}\ngate_mode: hidden\ndtype: bfloat16\n"
+    text += "".join(f"{key}: {value}\n" for key, value in recipe.items()) + "experts:\n"
+    for prompt in ("the cat sat", "seven times six"):
+        text += f"  - {{source_model: {base}, positive_prompts: [{prompt}]}}\n"
+    path = scratch / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    ggufmoe.convert(path, scratch / "recipe.gguf", "F32", allow_identical_experts=True)
+    ggufmoe.convert(base, scratch / "base.gguf", "F32")
+    assert_close(llama_cpp_logits(scratch / "recipe.gguf"), llama_cpp_logits(scratch / "base.gguf"))
+    merged = ggufmoe.merge(path, scratch / "merged", allow_identical_experts=True).directory
+    with open_checkpoint(merged) as model:
+        assert model.config.architecture == expected
+    ggufmoe.convert(merged, scratch / "merged.gguf", "F32")
+    assert read_tensors(scratch / "merged.gguf") == read_tensors(scratch / "recipe.gguf")
+    return merged
