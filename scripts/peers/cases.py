@@ -88,6 +88,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
+    _family("qwen3", "Qwen3ForCausalLM", "qwen3", head_dim=64),
+    _family("qwen3-tied", "Qwen3ForCausalLM", "qwen3", head_dim=64, tie_word_embeddings=True),
 )
 
 
