@@ -85,11 +85,14 @@ def _family(name: str, architecture: str, model_type: str, **config: Any) -> Fam
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
+_QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
     _family("qwen3", "Qwen3ForCausalLM", "qwen3", head_dim=64),
     _family("qwen3-tied", "Qwen3ForCausalLM", "qwen3", head_dim=64, tie_word_embeddings=True),
+    _family("qwen3moe", "Qwen3MoeForCausalLM", "qwen3_moe", **_QWEN3_EXPERTS, head_dim=64),
+    _family("qwen3moe-tied", "Qwen3MoeForCausalLM", "qwen3_moe", **_QWEN3_EXPERTS, tie_word_embeddings=True),
 )
 
 

@@ -63,6 +63,8 @@ def save(job: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(out)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
 
 
