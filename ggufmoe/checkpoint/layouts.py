@@ -227,7 +227,7 @@ def _count(family: Family, config: ModelConfig, layout: StoredLayout) -> int:
     counts: dict[str, int] = {}
     for rule in family.tensors:
         if not rule.optional(config):
-            layers = range(config.n_layer if rule.is_per_layer else 1)
+            layers = range(family.n_blocks(config) if rule.is_per_layer else 1)
             n_each = config.n_expert if rule.is_per_expert and rule.hf not in held else 1
             counts[held.get(rule.hf, rule.hf)] = n_each * sum(rule.where(config, layer) for layer in layers)
     return sum(counts.values())

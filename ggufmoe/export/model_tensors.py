@@ -41,7 +41,7 @@ def model_tensors(source: ModelSource) -> Iterator[ModelTensor]:
     """Every tensor of the GGUF file of a model: those of the checkpoint by the family's rules, then computed ones."""
     family, config = family_of(source.config), source.config
     for rule in family.tensors:
-        for layer in range(config.n_layer if rule.is_per_layer else 1):
+        for layer in range(family.n_blocks(config) if rule.is_per_layer else 1):
             if rule.where(config, layer) and (rule.name(layer) in source.tensors or not rule.optional(config)):
                 yield _tensor(rule, layer, source)
     for tensor, values in family.computed(config):

@@ -293,6 +293,11 @@ def nothing_unexpressed(config: ModelConfig) -> Iterator[str]:
     return iter(())
 
 
+def as_many_as_layers(config: ModelConfig) -> int:
+    """A ``Family.n_blocks``: one block for each layer."""
+    return config.n_layer
+
+
 def no_window(reader: ConfigReader) -> int | None:
     """A ``Family.sliding_window``: every token attends to all before it."""
     return None
@@ -325,6 +330,8 @@ class Family:
     """The default of ``partial_rotary_factor``; None where llama.cpp's graph rotates whole heads only."""
     layouts: tuple[StoredLayout, ...] = (StoredLayout("classic"),)
     """The first is meant where no tensor tells which it is."""
+    n_blocks: Callable[[ModelConfig], int] = as_many_as_layers
+    """How many numbers of layers tensors have: more than ``n_layer`` where layers of multi-token prediction follow."""
     skipped: tuple[SkippedTensors, ...] = ()
     computed: Callable[[ModelConfig], Iterator[tuple[Any, Sequence[float]]]] = no_tensors
     """``MODEL_TENSOR`` and values, float32, of tensors that no checkpoint holds."""
@@ -372,7 +379,7 @@ class Family:
         stored = [rule for rule in self.tensors if once[rule.hf] is rule]
         for per_layer, run in itertools.groupby(stored, lambda rule: rule.is_per_layer):
             rules = tuple(run)
-            for layer in range(config.n_layer if per_layer else 1):
+            for layer in range(self.n_blocks(config) if per_layer else 1):
                 yield from self._instances_of(rules, config, layer)
 
     @staticmethod

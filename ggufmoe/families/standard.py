@@ -27,7 +27,7 @@ from ggufmoe.gguf.own_keys import SLIDING_WINDOW
 from ggufmoe.gguf.upstream import MODEL_TENSOR, Keys
 from ggufmoe.gguf.values import f32, u32
 from ggufmoe.weights.source_tensor import SourceTensor
-from ggufmoe.weights.views import rope_ordered
+from ggufmoe.weights.views import Reshaped, rope_ordered
 
 Where = Callable[[ModelConfig, int], bool]
 Width = Callable[[ModelConfig], int]
@@ -173,6 +173,52 @@ def experts(
         TensorRule(MODEL_TENSOR.FFN_UP_EXP, f"{expert}{up}.weight", rows, where=where),
         TensorRule(MODEL_TENSOR.FFN_DOWN_EXP, f"{expert}{down}.weight", columns, where=where),
     )
+
+
+def shared_experts(
+    width: Width, *, where: Where = everywhere, module: str = "mlp.shared_experts", gate: str | None = None
+) -> tuple[TensorRule, ...]:
+    """Gate, up and down of the experts that every token goes to, as one matrix each, of the layers ``where``.
+
+    ``gate`` is the module in the layer whose one row weights their output, where there is one.
+    """
+    rows, columns = matrix(width, n_embd), matrix(n_embd, width)
+    rules = [
+        TensorRule(tensor, f"{_LAYER}{module}.{word}_proj.weight", shape, where=where)
+        for word, tensor, shape in (
+            ("gate", MODEL_TENSOR.FFN_GATE_SHEXP, rows),
+            ("up", MODEL_TENSOR.FFN_UP_SHEXP, rows),
+            ("down", MODEL_TENSOR.FFN_DOWN_SHEXP, columns),
+        )
+    ]
+    if gate is not None:
+        rules.append(
+            TensorRule(
+                MODEL_TENSOR.FFN_GATE_INP_SHEXP,
+                f"{_LAYER}{gate}.weight",
+                lambda config: (1, config.n_embd),
+                where=where,
+                # llama.cpp has it as a vector
+                transform=lambda source, config: Reshaped(source, (config.n_embd,)),
+            )
+        )
+    return tuple(rules)
+
+
+def choice_bias(*, where: Where = everywhere, name: str = "mlp.gate.e_score_correction_bias") -> TensorRule:
+    """What is added to an expert's score when experts are chosen, and not to its weight."""
+    shape = vector(n_expert)
+    return TensorRule(MODEL_TENSOR.FFN_EXP_PROBS_B, f"{_LAYER}{name}", shape, suffix=BIAS, where=where)
+
+
+def layers_from(key: str) -> Where:
+    """A ``TensorRule.where``: the layers from the number on that a key of the family states."""
+    return lambda config, layer: layer >= config.size(key)
+
+
+def layers_before(key: str) -> Where:
+    """A ``TensorRule.where``: the layers before the number that a key of the family states."""
+    return lambda config, layer: layer < config.size(key)
 
 
 def fused_experts(name: str, module: str, rules: tuple[TensorRule, ...], *, stored: str = "mlp") -> StoredLayout:
