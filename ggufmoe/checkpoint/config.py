@@ -95,12 +95,14 @@ def quantization_method(raw: Mapping[str, Any]) -> str | None:
 def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
     """The hyper-parameters in the content of config.json; ``path`` names the file in messages. Raises as above."""
     family = _family(path, raw)
+    if family.nested_config is not None and isinstance(inner := raw.get(family.nested_config), dict):
+        raw = {**raw, **inner, "architectures": raw.get("architectures")}
     keys = ConfigReader(path, raw, family.defaults, family.aliases)
     _refuse_inexpressible(keys, family.refusals)
     n_embd = keys.size("hidden_size")
     n_head = keys.size("num_attention_heads")
     n_vocab = keys.size("vocab_size")
-    theta, scaling, rotary_fraction = _rope(keys, family.rotary_fraction)
+    theta, scaling, rotary_fraction = _rope(keys, family)
     config = ModelConfig(
         architecture=family.architecture,
         n_layer=keys.size("num_hidden_layers", maximum=MAX_LAYERS),
@@ -187,11 +189,9 @@ def _experts(reader: ConfigReader) -> dict[str, int]:
     return {"n_expert": n_expert, "n_expert_used": reader.size("num_experts_per_tok", maximum=n_expert)}
 
 
-def _rope(keys: ConfigReader, fraction: float | None) -> tuple[float, RopeScaling, float]:
+def _rope(keys: ConfigReader, family: Family) -> tuple[float, RopeScaling, float]:
     """Read rope theta, scaling and the rotated part of a head: from ``rope_parameters`` (transformers 5), or from
     ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
-
-    ``fraction`` is the default of the latter; None where only whole heads can be rotated.
     """
     key = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
     given = keys.raw.get(key)
@@ -199,13 +199,14 @@ def _rope(keys: ConfigReader, fraction: float | None) -> tuple[float, RopeScalin
         given = {}
     if not isinstance(given, dict):
         raise keys.error(key, "an object or null")
-    parameters = {name: value for name, value in given.items() if value is not None}
+    parameters = {name: value for name, value in given.items() if value is not None and name not in family.rope_notes}
     theta = parameters.pop("rope_theta", keys.value("rope_theta"))
     if not is_finite(theta) or theta <= 0:
         raise CheckpointError(f"{keys.path}: rope_theta is {theta!r:.40}, expected a number above 0")
     kind = parameters.pop("rope_type", parameters.get("type", "default"))
     parameters.pop("type", None)
     _fill_in_rope(keys, kind, parameters)
+    fraction = family.rotary_fraction
     part = parameters.pop("partial_rotary_factor", keys.value("partial_rotary_factor"))
     if part not in (None, 1) and (fraction is None or not is_finite(part) or not 0 < part < 1):
         raise CheckpointError(

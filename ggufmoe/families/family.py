@@ -79,8 +79,6 @@ class TensorRule:
     rules with one ``hf`` and different transforms split a tensor."""
     spellings: tuple[str, ...] = ()
     """Other names under which checkpoints store it, as patterns like ``hf``."""
-    keep_f32: bool = False
-    """Whether it stays float32 in every file, beyond what llama.cpp's converter keeps for all families."""
 
     @property
     def is_per_layer(self) -> bool:
@@ -96,7 +94,7 @@ class TensorRule:
     def is_f32(self) -> bool:
         """Whether the tensor is float32 in every GGUF file. Source: ``prepare_tensors`` of ``conversion/base.py``."""
         is_norm = TENSOR_NAMES[self.tensor].endswith("_norm")
-        return self.keep_f32 or is_norm or self.suffix != WEIGHT or self.tensor in _F32_TENSORS
+        return is_norm or self.suffix != WEIGHT or self.tensor in _F32_TENSORS
 
     def name(self, layer: int = 0, expert: int = 0) -> str:
         """The name in the model source."""
@@ -321,6 +319,8 @@ class Family:
     """Values of keys of config.json that transformers takes where they are absent."""
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Keys of config.json to other spellings, taken where the key is absent."""
+    nested_config: str | None = None
+    """The key of config.json under which the language model's own keys stand, such as ``text_config``."""
     keys: tuple[ConfigKey, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     check: Callable[[ConfigReader, ModelConfig], None] | None = None
@@ -328,6 +328,8 @@ class Family:
     sliding_window: Callable[[ConfigReader], int | None] = no_window
     rotary_fraction: float | None = None
     """The default of ``partial_rotary_factor``; None where llama.cpp's graph rotates whole heads only."""
+    rope_notes: frozenset[str] = frozenset()
+    """Parameters of rope that are no scaling; a family that needs one reads it from ``ModelConfig.raw``."""
     layouts: tuple[StoredLayout, ...] = (StoredLayout("classic"),)
     """The first is meant where no tensor tells which it is."""
     n_blocks: Callable[[ModelConfig], int] = as_many_as_layers

@@ -88,7 +88,7 @@ class Reference:
 
     def rotate(self, head: Values, position: int) -> Values:
         n_rotated = int(self.config.head_dim * self.config.rotary_fraction)
-        out = head.copy()
+        out: Values = head.copy()
         for i in range(n_rotated // 2):
             angle = position / self.config.rope_theta ** (2 * i / n_rotated)
             a, b = head[i], head[i + n_rotated // 2]
@@ -124,7 +124,7 @@ class Reference:
         out: Values = np.zeros_like(x)
         for expert, weight in zip(chosen, weights * routing.scale, strict=True):
             out += weight * self.swiglu(x, f"{module}.experts.{expert}")
-        gate = 1 / (1 + np.exp(-self.weights[f"{module}.shared_gate.weight"][0] @ x))
+        gate = float(1 / (1 + np.exp(-self.weights[f"{module}.shared_gate.weight"][0] @ x)))
         return out + gate * self.swiglu(x, f"{module}.shared_experts")
 
     def logits(self, ids: list[int]) -> Values:
