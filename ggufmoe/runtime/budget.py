@@ -63,7 +63,7 @@ class Meter:
 
     def charge(self, value: Any) -> None:
         """Count a new text or container. Parts that a container shares count each time that they occur."""
-        if isinstance(value, str):
+        if isinstance(value, str | bytes):
             self.charge_chars(len(value))
         elif isinstance(value, CONTAINERS):
             self.measure(value)
@@ -98,6 +98,8 @@ class Meter:
         """
         if isinstance(value, str):
             return len(value), True
+        if isinstance(value, bytes):
+            return 4 * len(value) + 3, True
         if isinstance(value, int):
             return value.bit_length() // 3 + 5, True
         if not isinstance(value, CONTAINERS):

@@ -44,23 +44,28 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_SEQUENCES = (str, bytes, list, tuple)
 _PADDING_METHODS = _words("center ljust rjust zfill")
 _STR_METHODS = _PADDING_METHODS | _words(
-    "capitalize casefold count endswith expandtabs find format format_map index isalnum isalpha isascii isdecimal "
-    "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join lower lstrip partition "
+    "capitalize casefold count encode endswith expandtabs find format format_map index isalnum isalpha isascii "
+    "isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join lower lstrip partition "
     "removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip "
-    "swapcase title upper"
+    "swapcase title translate upper"
 )
 _NUMBER_ATTRIBUTES = _words("as_integer_ratio conjugate imag is_integer real")
 _METHODS: dict[type, frozenset[str]] = {
     str: _STR_METHODS,
     dict: frozenset({"copy", "get", "items", "keys", "values"}),
     list: frozenset({"copy", "count", "index"}),
-    tuple: frozenset({"count", "index"}),
+    tuple: frozenset({"count", "index", "grouper", "list"}),  # the last two are of the pairs that groupby makes
     int: _NUMBER_ATTRIBUTES | {"bit_count", "bit_length", "denominator", "numerator"},
     float: _NUMBER_ATTRIBUTES | {"hex"},
-    bytes: frozenset(),
+    bytes: frozenset({"decode"}),
 }
+_ENCODINGS = frozenset(("utf-8", "utf8", "ascii", "latin-1"))
+"""Encodings whose time grows with the length of the text only."""
+_DATE_FLAGS = "-_0^#"
+_DATE_DIRECTIVE = re.compile(rf"%([{_DATE_FLAGS}]?)([EO]?[a-zA-Z%])")
 
 
 class _Refused(jinja2.TemplateRuntimeError):
@@ -182,14 +187,19 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for arg in (*args, *kwargs.values()):
             self.meter.measure(arg)
         owner = getattr(function, "__self__", None)
-        if isinstance(owner, str):
+        if isinstance(owner, str | bytes):
             self._check_method(owner, function.__name__, (*args, *kwargs.values()))
         result = super().call(context, function, *args, **kwargs)
         self.meter.charge(result)
         return result
 
-    def _check_method(self, text: str, method: str, args: tuple[Any, ...]) -> None:
-        if method == "replace" and len(args) >= 2:
+    def _check_method(self, text: Any, method: str, args: tuple[Any, ...]) -> None:
+        if method in ("encode", "decode"):
+            if args and str(args[0]).lower() not in _ENCODINGS:
+                raise OverBudget(f"an encoding other than {', '.join(sorted(_ENCODINGS))}")
+        elif method == "translate":
+            self.meter.check((1 + len(text)) * self.meter.check_text(*args))
+        elif method == "replace" and len(args) >= 2:
             self.meter.check_replace(text, args[0], args[1])
         elif method == "join" and args and isinstance(args[0], list | tuple):
             self.meter.check(len(text) * len(args[0]) + self.meter.check_text(*args[0]))
@@ -233,12 +243,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # ---- checks of a size before the value is made
 
     def _check_add(self, left: Any, right: Any) -> None:
-        if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+        if isinstance(left, _SEQUENCES) and isinstance(right, _SEQUENCES):
             self.meter.check(len(left) + len(right))
 
     def _check_multiply(self, left: Any, right: Any) -> None:
         for sequence, times in ((left, right), (right, left)):
-            if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+            if isinstance(sequence, _SEQUENCES) and isinstance(times, int):
                 self.meter.check(len(sequence) * times)
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > 4096:
             raise OverBudget("numbers of more than 4096 bits")
@@ -248,6 +258,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise OverBudget("a power of large numbers")
 
     def _check_format(self, left: Any, right: Any) -> None:
+        if isinstance(left, bytes):
+            raise OverBudget("a format of bytes")
         if isinstance(left, str):
             self.meter.check_format(left, right)
 
@@ -266,16 +278,21 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    """The time in a format of ``strftime``; ``%-d`` and its like, numbers without padding, on every system."""
-    if len(format) > 200 or re.search(r"%(?!-?[a-zA-Z%])", format.replace("%%", "")):
+    """The time in a format of ``strftime``; flags such as that of ``%-d`` have the same effect on every system."""
+    if len(format) > 200 or "%" in _DATE_DIRECTIVE.sub("", format):
         raise OverBudget("an unusual date format")
     now = datetime.datetime.now()
-    return re.sub(r"%-?[a-zA-Z%]", lambda directive: _part_of_time(now, directive[0]), format)
+    return _DATE_DIRECTIVE.sub(lambda directive: _part_of_time(now, directive[1], directive[2]), format)
 
 
-def _part_of_time(now: datetime.datetime, directive: str) -> str:
-    part = now.strftime(directive.replace("-", ""))
-    return part.lstrip("0") or "0" if directive[1] == "-" and part.isdigit() else part
+def _part_of_time(now: datetime.datetime, flag: str, directive: str) -> str:
+    part = now.strftime(f"%{directive}")
+    if flag == "^":
+        return part.upper()
+    if flag in ("-", "_") and part.isdigit():
+        bare = part.lstrip("0") or "0"
+        return bare if flag == "-" else bare.rjust(len(part))
+    return part
 
 
 class Program:

@@ -37,7 +37,6 @@ _SLOW = frozenset({"pprint", "striptags", "wordwrap"})
 """Filters of texts whose time may grow with the square of the length."""
 _MAX_SLOW_CHARS = 32_768
 _MAX_INDENT = 64
-_MAX_JSON_INDENT = 16
 _MAX_DIGITS = 64
 
 
@@ -125,17 +124,22 @@ class _Filters:
         self,
         value: Any,
         ensure_ascii: bool = False,
-        indent: int | None = None,
+        indent: int | str | None = None,
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
         """As transformers does it: plain JSON, without escaping HTML."""
-        if indent is not None and not 0 <= indent <= _MAX_JSON_INDENT:
-            raise OverBudget(f"an indent of more than {_MAX_JSON_INDENT}")
-        # escapes and indents make a character into some dozen at most, at a depth that recursion allows
-        self._meter.check(16 * self._meter.check_text(value))
+        if (len(indent) if isinstance(indent, str) else indent or 0) > _MAX_INDENT:
+            raise OverBudget(f"an indent of more than {_MAX_INDENT}")
+        # escapes make a character into six at most; what indents add is counted piece by piece
+        self._meter.check(8 * self._meter.check_text(value))
         self._meter.check_text(separators)
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        pieces = []
+        for piece in encoder.iterencode(value):
+            self._meter.charge_chars(len(piece))
+            pieces.append(piece)
+        return "".join(pieces)
 
     def indent(self, value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
         self._meter.check_text(value, width)

@@ -71,6 +71,14 @@ def test_dates_without_padding() -> None:
     assert run("{{ strftime_now('%-S') }}").isdigit()
 
 
+def test_dates_with_the_other_flags_of_strftime() -> None:
+    now = datetime.datetime.now()
+    source = "{{ strftime_now('%_d|%^a|%0m|%F|%Od') }}"
+    assert run(source) == f"{now.day:2}|{f'{now:%a}'.upper()}|{now:%m}|{now:%Y-%m-%d}|{now:%d}"
+    with pytest.raises(TemplateError, match="an unusual date format"):
+        run("{{ strftime_now('%999999999d') }}")
+
+
 def test_the_whole_of_a_loop_over_messages() -> None:
     source = "{% for m in messages %}[{{ m.role }}] {{ m['content'] | tojson }}{% endfor %}"
     assert run(source) == '[user] "say \\"hé\\" <now>"[assistant] "hé"'
@@ -112,6 +120,12 @@ ATTACKS = {
     "replace, the method": "{% set x = 'a' * 1000000 %}{{ x.replace('a', x) | length }}",
     "replace of nothing": "{% set x = 'a' * 1000000 %}{{ x.replace('', x) | length }}",
     "replace, the filter": "{% set x = 'a' * 1000000 %}{{ x | replace('a', x) | length }}",
+    "translate into long texts": "{{ ('a' * 100000).translate({97: 'x' * 100000}) | length }}",
+    "bytes times a number": "{{ 'a'.encode() * 10 ** 9 }}",
+    "a slow encoding": "{{ ('\u00e9' * 100000).encode('punycode') | length }}",
+    "bytes with a wide field": "{{ '%1000000000d'.encode() % 1 }}",
+    "indents at depth": "{% set n = namespace(l=range(50000) | list) %}{% for i in range(300) %}"
+    "{% set n.l = [n.l] %}{% endfor %}{{ n.l | tojson(indent=16) | length }}",
     "powers": "{{ 9 ** (9 ** 9) }}",
     "a large base": "{{ (2 ** 64) ** 64 }}",
     "large numbers": "{% set n = namespace(x=2 ** 64) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
