@@ -17,7 +17,7 @@ from typing import Any
 from ggufmoe.checkpoint.jsonfile import read_object
 from ggufmoe.errors import ArchitectureError, CheckpointError
 from ggufmoe.families import family_named, supported
-from ggufmoe.families.config_reader import ConfigReader, is_finite
+from ggufmoe.families.config_reader import POSITIVE, ConfigReader, is_float32
 from ggufmoe.families.family import REQUIRED, ConfigKey, Family, Kind, Refusal
 from ggufmoe.families.model_config import ModelConfig, RopeScaling
 from ggufmoe.files import what_instead
@@ -201,14 +201,14 @@ def _rope(keys: ConfigReader, family: Family) -> tuple[float, RopeScaling, float
         raise keys.error(key, "an object or null")
     parameters = {name: value for name, value in given.items() if value is not None and name not in family.rope_notes}
     theta = parameters.pop("rope_theta", keys.value("rope_theta"))
-    if not is_finite(theta) or theta <= 0:
-        raise CheckpointError(f"{keys.path}: rope_theta is {theta!r:.40}, expected a number above 0")
+    if not is_float32(theta) or theta <= 0:
+        raise CheckpointError(f"{keys.path}: rope_theta is {theta!r:.40}, expected {POSITIVE}")
     kind = parameters.pop("rope_type", parameters.get("type", "default"))
     parameters.pop("type", None)
     _fill_in_rope(keys, kind, parameters)
     fraction = family.rotary_fraction
     part = parameters.pop("partial_rotary_factor", keys.value("partial_rotary_factor"))
-    if part not in (None, 1) and (fraction is None or not is_finite(part) or not 0 < part < 1):
+    if part not in (None, 1) and (fraction is None or not is_float32(part) or not 0 < part < 1):
         raise CheckpointError(
             f"{keys.path}: {key} has 'partial_rotary_factor', which is not supported for rope type {kind}"
         )
@@ -220,7 +220,7 @@ def _fill_in_rope(keys: ConfigReader, kind: object, parameters: dict[str, Any]) 
     """Add the original context and YaRN's factor to ``parameters`` if they are missing, derived as in transformers."""
     if kind in ("yarn", "llama3") and _ORIGINAL not in parameters and keys.raw.get(_ORIGINAL) is not None:
         parameters[_ORIGINAL] = keys.size(_ORIGINAL)
-    if kind == "yarn" and "factor" not in parameters and is_finite(parameters.get(_ORIGINAL)):
+    if kind == "yarn" and "factor" not in parameters and is_float32(parameters.get(_ORIGINAL)):
         parameters["factor"] = keys.size("max_position_embeddings") / max(parameters[_ORIGINAL], 1)
     if kind in ("yarn", "linear") and _ORIGINAL not in parameters:
         parameters[_ORIGINAL] = keys.size("max_position_embeddings")
@@ -249,5 +249,5 @@ def _scaling(keys: ConfigReader, key: str, kind: object, parameters: dict[str, A
 def _check_rope_parameter(keys: ConfigReader, where: str, name: str, value: object) -> None:
     if name == "truncate" and isinstance(value, bool):
         return
-    if not is_finite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):  # type: ignore[operator]
-        raise CheckpointError(f"{keys.path}: {where} is {value!r:.40}, expected a number above 0")
+    if not is_float32(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):  # type: ignore[operator]
+        raise CheckpointError(f"{keys.path}: {where} is {value!r:.40}, expected {POSITIVE}")

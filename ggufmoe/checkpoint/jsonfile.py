@@ -12,6 +12,7 @@ from ggufmoe.files import decode_text, what_instead
 
 _LOG = logging.getLogger("ggufmoe")
 
+_BLANKS = b" \t\r\n\0"
 MAX_BYTES = 64 * 1024 * 1024
 """Above any real config.json or shard index: the index of a model with 100,000 tensors is about 10 MB."""
 
@@ -37,7 +38,7 @@ def read_optional(path: Path, *, allow_broken: bool = False, warn: bool = True) 
     if not path.is_file():
         return {}
     try:
-        if read_capped(path).strip(b" \t\r\n\0"):
+        if read_capped(path).strip(_BLANKS):
             return read_object(path)
         reason = "it is empty"
     except CheckpointError as error:
@@ -51,8 +52,11 @@ def read_optional(path: Path, *, allow_broken: bool = False, warn: bool = True) 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raises CheckpointError if the file cannot be read or holds anything else."""
+    content = read_capped(path)
+    if not content.strip(_BLANKS):
+        raise CheckpointError(f"{path} is empty; fetch it again")
     try:
-        value = json.loads(decode_text(read_capped(path)))
+        value = json.loads(decode_text(content))
     except (ValueError, RecursionError) as error:
         instead = what_instead(path)
         raise CheckpointError(f"{path} is {instead or f'not JSON: {one_line(error)}'}") from error

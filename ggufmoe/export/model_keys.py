@@ -16,6 +16,7 @@ from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.checkpoint.source import ModelSource, Provenance
 from ggufmoe.export.model_tensors import ModelTensor
 from ggufmoe.families import family_of
+from ggufmoe.families.config_reader import is_float32
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.key_tables import SAMPLING_KEYS
 from ggufmoe.gguf.names import is_expert_stack
@@ -128,7 +129,7 @@ def sampling_metadata(directory: Path) -> dict[str, GGUFValue]:
     keys: dict[str, GGUFValue] = {}
     for setting in SAMPLING_KEYS:
         value: Any = given.get(setting.generation_config)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not is_float32(value):
             continue
         whole = setting.type is ValueType.INT32
         if whole and not (value == int(value) and abs(value) < 2**31):

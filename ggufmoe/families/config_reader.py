@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ from ggufmoe.errors import CheckpointError
 _LOG = logging.getLogger("ggufmoe")
 
 _MAX_SIZE = 2**31 - 1
+_MAX_FLOAT32 = float.fromhex("0x1.fffffep+127")
+POSITIVE = "a number above 0 that fits in 32 bits"
+"""What is expected of most numbers that are not whole."""
 
 
 class ConfigReader:
@@ -67,17 +69,17 @@ class ConfigReader:
         return None if self.value(key) is None else self.size(key)
 
     def number(self, key: str) -> float:
-        """A finite number."""
+        """A number that 32 bits hold."""
         value = self.value(key)
-        if not is_finite(value):
-            raise self.error(key, "a number")
+        if not is_float32(value):
+            raise self.error(key, "a number that fits in 32 bits")
         return float(value)
 
     def positive(self, key: str) -> float:
-        """A finite number above 0."""
+        """A number above 0 that 32 bits hold."""
         value = self.value(key)
-        if not is_finite(value) or value <= 0:
-            raise self.error(key, "a number above 0")
+        if not is_float32(value) or value <= 0:
+            raise self.error(key, POSITIVE)
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -95,10 +97,10 @@ class ConfigReader:
         return value
 
     def token(self, key: str, n_vocab: int) -> int | None:
-        """A token id, the first of a list; None if it is absent or, with a warning, not in the vocabulary."""
+        """A token id, the first of a list; None if there is none or, with a warning, it is not in the vocabulary."""
         value = self.value(key)
-        if isinstance(value, list) and value:
-            value = value[0]
+        if isinstance(value, list):
+            value = value[0] if value else None
         if value is None:
             return None
         if type(value) is not int:
@@ -111,6 +113,6 @@ class ConfigReader:
         return value
 
 
-def is_finite(value: object) -> bool:
-    """Whether a value of JSON is a number, and neither infinite nor NaN."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+def is_float32(value: object) -> bool:
+    """Whether a value of JSON is a number that a 32-bit float can hold; NaN and infinities are none."""
+    return type(value) in (int, float) and abs(value) <= _MAX_FLOAT32  # type: ignore[arg-type, no-any-return]

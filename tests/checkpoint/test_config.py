@@ -197,6 +197,7 @@ def test_the_original_context_may_stand_beside_the_rope_parameters() -> None:
         ({"full_attention": {"rope_theta": 1e4}}, "has 'full_attention', which is not supported"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),
+        ({"rope_type": "linear", "factor": 10**400}, "rope_scaling.factor is 100"),
     ],
 )
 def test_rope_that_cannot_be_expressed_is_refused(given: Any, message: str) -> None:
@@ -222,7 +223,10 @@ def test_rope_that_cannot_be_expressed_is_refused(given: Any, message: str) -> N
         ("num_local_experts", 1025, "num_local_experts is 1025"),
         ("num_experts_per_tok", 3, "num_experts_per_tok is 3, expected a whole number from 1 to 2"),
         ("rms_norm_eps", float("inf"), "rms_norm_eps is inf, expected a number above 0"),
+        ("rms_norm_eps", 10**400, "rms_norm_eps is 1000000000"),
         ("rope_theta", -1, "rope_theta is -1"),
+        ("rope_theta", 10**400, "rope_theta is 10000.*, expected a number above 0 that fits in 32 bits"),
+        ("rope_theta", 1e39, r"rope_theta is 1e\+39, expected a number above 0 that fits in 32 bits"),
         ("tie_word_embeddings", "yes", "tie_word_embeddings is 'yes', expected true or false"),
         ("eos_token_id", "</s>", "eos_token_id is '</s>', expected a token id"),
         ("hidden_act", "gelu", "hidden_act is 'gelu', expected 'silu'"),
@@ -243,6 +247,7 @@ def test_experts_may_go_by_their_other_name() -> None:
 
 def test_several_end_tokens_and_ones_outside_the_vocabulary(caplog: pytest.LogCaptureFixture) -> None:
     assert config_of(eos_token_id=[5, 6]).eos_token_id == 5
+    assert config_of(eos_token_id=[]).eos_token_id is None
     with caplog.at_level(logging.WARNING, "ggufmoe"):
         assert config_of(bos_token_id=-1).bos_token_id is None
     assert "bos_token_id -1 is not in the vocabulary of 400 tokens" in caplog.text
@@ -250,7 +255,12 @@ def test_several_end_tokens_and_ones_outside_the_vocabulary(caplog: pytest.LogCa
 
 def test_files_that_are_not_a_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    for content, message in ((b"[]", "holds a JSON list"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON")):
+    for content, message in (
+        (b"[]", "holds a JSON list"),
+        (b" \n", "is empty; fetch it again"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+    ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
             read_config(tmp_path)

@@ -133,7 +133,13 @@ def test_recommended_sampling_is_carried_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['{"top_k": 1.5, "top_p": true, "temperature": NaN, "min_p": "0.1", "mirostat": 9e99}', "[1]", "{}"]
+    "content",
+    [
+        '{"top_k": 1.5, "top_p": true, "temperature": NaN, "min_p": "0.1", "mirostat": 9e99}',
+        '{"repetition_penalty": 1e39, "temperature": 1' + "0" * 400 + "}",
+        "[1]",
+        "{}",
+    ],
 )
 def test_sampling_that_makes_no_sense_is_left_out(tmp_path: Path, content: str) -> None:
     (tmp_path / "generation_config.json").write_text(content)
