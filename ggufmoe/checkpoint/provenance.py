@@ -22,6 +22,8 @@ RECORD = "ggufmoe.json"
 MODEL_CARD = "README.md"
 
 _LOG = logging.getLogger("ggufmoe")
+_YAML_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What PyYAML's constructors raise for values that do not fit their tag."""
 _MAX_CARD_BYTES = 16 * 1024 * 1024
 _MAX_FRONT_MATTER_BYTES = 256 * 1024
 _MAX_TEXT = 500
@@ -114,7 +116,7 @@ def _front_matter(path: Path) -> Mapping[str, Any]:
         if match is None or len(match[1]) > _MAX_FRONT_MATTER_BYTES:
             return {}
         card = yaml.load(match[1], Loader=_plain_loader())
-    except (CheckpointError, yaml.YAMLError, ValueError, RecursionError) as error:
+    except (CheckpointError, yaml.YAMLError, *_YAML_FAILURES) as error:
         _LOG.warning("the model card %s is ignored: %s", path, one_line(error))
         return {}
     return card if isinstance(card, dict) else {}

@@ -17,13 +17,15 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from ggufmoe.errors import RecipeError
-from ggufmoe.files import decode_text
+from ggufmoe.errors import RecipeError, one_line
+from ggufmoe.files import decode_text, what_instead
 from ggufmoe.merge.targets import is_known, known_names
 from ggufmoe.options.limits import MAX_EXPERTS
 from ggufmoe.weights.source_tensor import Dtype
 
 MAX_RECIPE_BYTES = 1 << 20
+_MAX_VALUES = 1_000_000
+"""How many keys and values a recipe may have, those of an alias counted each time that it is used."""
 _SHOWN_PROBLEMS = 8
 
 
@@ -114,9 +116,9 @@ def load_recipe(path: Path, *, allow_identical_experts: bool = False) -> tuple[R
     makes can express.
     """
     text = _read_text(path)
-    node = _compose(path, text)
+    node, values = _parse(path, text)
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(text))
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_describe(path, node, error)) from None
     for place, problem in _problems(recipe, allow_identical_experts):
@@ -133,28 +135,59 @@ def _read_text(path: Path) -> str:
     if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
     try:
-        return decode_text(data)
+        text = decode_text(data)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}); is this a recipe?") from error
+    if (instead := what_instead(path)) is not None:
+        raise RecipeError(f"{path} is {instead}")
+    return text
 
 
-def _compose(path: Path, text: str) -> yaml.MappingNode:
-    """The document as nodes, which have line numbers. Raises RecipeError if it is no mapping or repeats a key."""
+def _parse(path: Path, text: str) -> tuple[yaml.MappingNode, Any]:
+    """The document as nodes, which have line numbers, and as values.
+
+    Raises RecipeError if it is not YAML, no mapping, repeats a key, or stands for more values than any recipe has.
+    """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            kinds = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}
+            found = kinds.get(type(node), "an empty file")
+            raise RecipeError(f"{path}: expected a mapping with base_model and experts, found {found}")
+        if _n_values(node, {}) > _MAX_VALUES:
+            raise RecipeError(f"{path}: its aliases stand for more than {_MAX_VALUES} values; write out what is meant")
+        for mapping in _mappings(node):
+            _refuse_repeated_keys(path, mapping)
+        return node, loader.construct_document(node)
+    except _YAML_FAILURES as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or f"{type(error).__name__}: {one_line(error)}"
         raise RecipeError(f"{path}{line}: not valid YAML: {problem}") from None
-    if not isinstance(node, yaml.MappingNode):
-        kinds = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}
-        found = kinds.get(type(node), "an empty file")
-        raise RecipeError(f"{path}: expected a mapping with base_model and experts, found {found}")
-    for mapping in _mappings(node):
-        _refuse_repeated_keys(path, mapping)
-    return node
+
+
+_YAML_FAILURES = (
+    yaml.YAMLError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What PyYAML raises: the errors after the first come from values that do not fit their tag, as in ``!!bool x``."""
+
+
+def _n_values(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Number of keys and values in ``node``, counted as often as aliases repeat them; a node in itself counts once."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1
+        parts = (part for item in node.value for part in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_n_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
@@ -175,14 +208,14 @@ def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
 def _refuse_repeated_keys(path: Path, mapping: yaml.MappingNode) -> None:
     seen: set[str] = set()
     for key, _ in mapping.value:
-        if key.value in seen:
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
             raise RecipeError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice; keep one")
         seen.add(str(key.value))
 
 
 def place_of(path: Path, text: str, place: Sequence[str | int]) -> str:
     """``FILE:LINE: key`` of something in a recipe whose text has been read already."""
-    return f"{path}{_at(_compose(path, text), place)}"
+    return f"{path}{_at(_parse(path, text)[0], place)}"
 
 
 def _at(node: yaml.Node, place: Sequence[str | int]) -> str:
@@ -199,7 +232,7 @@ def _at(node: yaml.Node, place: Sequence[str | int]) -> str:
 
 def _child(node: yaml.Node, step: str | int) -> tuple[int, yaml.Node] | None:
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
+        for key, value in reversed(node.value):  # the keys that ``<<`` merged stand before those that replace them
             if key.value == step:
                 return key.start_mark.line, value
     elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):

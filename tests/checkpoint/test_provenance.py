@@ -70,6 +70,9 @@ def test_single_values_and_windows_line_ends(tmp_path: Path) -> None:
         "---\n- a list\n---\n",
         "---\nlicense: {a: 1}\ntags: {b: 2}\nlanguage: 3\nbase_model: [[x]]\n---\n",
         f"---\nlicense: {'x' * 501}\n---\n",
+        "---\nlicense: !!bool mit\n---\n",
+        "---\nlicense: !!int ''\n---\n",
+        "---\nlicense: !!timestamp x\n---\n",
         f"---\nlicense: mit\npadding: {'x' * 300_000}\n---\n",
     ],
 )

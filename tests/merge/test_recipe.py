@@ -168,6 +168,37 @@ def test_random_gates_need_no_prompts(tmp_path: Path) -> None:
     assert not load_recipe(write(tmp_path, text))[0].gate_mode.needs_prompts
 
 
+@pytest.mark.parametrize(
+    "value", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", '"\\UFFFFFFFF"', "!!timestamp 1-1-1T0:0:0+99:99"]
+)
+def test_values_that_do_not_fit_their_tag_are_no_yaml(tmp_path: Path, value: str) -> None:
+    assert "not valid YAML" in error_of(tmp_path, TWO + f"seed: {value}\n")
+
+
+def test_aliases_may_not_stand_for_more_than_any_recipe_holds(tmp_path: Path) -> None:
+    """Each of these few lines doubles what stands in the one before it."""
+    lists = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+    merges = "a0: &a0 {x: x}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
+    wrong = (
+        "base_model: a\nexperts:\n- &e {source_model: 5, positive_prompts: [" + "5, " * 9000 + "]}\n" + "- *e\n" * 900
+    )
+    for text in (lists + TWO, merges + TWO, wrong):
+        assert "its aliases stand for more than 1000000 values" in error_of(tmp_path, text)
+
+
+def test_aliases_and_merged_keys_read_as_they_stand(tmp_path: Path) -> None:
+    text = (
+        "base_model: &b a/base\nexperts:\n- &e {source_model: *b, positive_prompts: [sums]}\n"
+        "- <<: *e\n  source_model: b\n  positive_prompts: %s\n"
+    )
+    recipe = load_recipe(write(tmp_path, text % "[poems]"))[0]
+    assert [expert.source_model for expert in recipe.experts] == ["a/base", "b"]
+    assert recipe.experts[1].positive_prompts == ("poems",)
+    # the line of the key that replaces the merged one
+    assert ":6: experts.1.positive_prompts: expected a list" in error_of(tmp_path, text % "poems")
+    assert "experts.0: expected a mapping, found a list" in error_of(tmp_path, "base_model: a\nexperts: &x [*x]\n")
+
+
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "missing.yaml")
@@ -177,6 +208,11 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
         load_recipe(binary)
     binary.write_bytes(b"#" * (MAX_RECIPE_BYTES + 1))
     with pytest.raises(RecipeError, match="larger than"):
+        load_recipe(binary)
+    binary.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n")
+    with pytest.raises(
+        RecipeError, match=r"model.yaml is a git-lfs pointer in the place of the file; run `git lfs pull`"
+    ):
         load_recipe(binary)
     binary.write_text("&a [*a, " * 3)
     with pytest.raises(RecipeError, match="not valid YAML"):
