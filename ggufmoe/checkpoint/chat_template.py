@@ -11,7 +11,7 @@ from typing import Any
 
 from ggufmoe.checkpoint.jsonfile import read_capped, read_optional
 from ggufmoe.errors import CheckpointError
-from ggufmoe.files import decode_text
+from ggufmoe.files import decode_text, what_instead
 
 _LOG = logging.getLogger("ggufmoe")
 _MARK = "\ufeff"
@@ -56,6 +56,8 @@ def _named(value: Any) -> dict[str, str]:
 
 
 def _text(path: Path) -> str:
+    if (instead := what_instead(path)) is not None:
+        raise CheckpointError(f"{path} is {instead}")
     try:
         return decode_text(read_capped(path)).removeprefix(_MARK)
     except UnicodeDecodeError as error:

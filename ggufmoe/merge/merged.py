@@ -28,7 +28,7 @@ from ggufmoe.errors import CheckpointError, RecipeError
 from ggufmoe.families import family_of
 from ggufmoe.families.family import Family
 from ggufmoe.families.model_config import ModelConfig
-from ggufmoe.files import decode_text, user_path
+from ggufmoe.files import decode_text, user_path, what_instead
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.compare import compare_sources
@@ -233,9 +233,10 @@ class MergedModel:
 
         A recipe comes from somebody else: it may not put any file of this machine into a model.
         """
-        absolute = Path(os.path.abspath(path))
-        inside = path.resolve().is_relative_to(self._path.parent.resolve()) or any(
-            absolute.is_relative_to(source.tokenizer_dir.absolute()) for source in self._sources
+        file, folder, home = (Path(os.path.realpath(place)) for place in (path, path.parent, self._path.parent))
+        # the files of a model may be links to elsewhere, as in the hub's cache; its folders may not
+        inside = file.is_relative_to(home) or any(
+            folder.is_relative_to(os.path.realpath(source.tokenizer_dir)) for source in self._sources
         )
         if not inside and not self._allow_outside_files:
             raise RecipeError(
@@ -245,6 +246,8 @@ class MergedModel:
         try:
             if not path.is_file():
                 raise RecipeError(f"{path}: the chat template cannot be read (there is no such file)")
+            if (instead := what_instead(path)) is not None:
+                raise RecipeError(f"{path}: the chat template cannot be read (it is {instead})")
             return decode_text(read_capped(path, _MAX_TEMPLATE_BYTES))
         except (CheckpointError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error
@@ -318,10 +321,11 @@ def _open(
     """Open a directory, relative to the recipe's, or a hub id, once each. Errors name the place in the recipe."""
     directory = recipe_path.parent / user_path(reference)
     from_hub = is_hub_id(reference) and not directory.exists()
-    key = reference if from_hub else str(directory.resolve())
+    real = Path(os.path.realpath(directory))
+    key = reference if from_hub else str(real)
     try:
         if key not in opened:
-            opened[key] = _open_hub(reference) if from_hub else open_directory(directory.resolve())
+            opened[key] = _open_hub(reference) if from_hub else open_directory(real)
     except CheckpointError as error:
         neither = f"; {directory} is no directory either" if from_hub else ""
         raise type(error)(f"{place_of(recipe_path, text, place)}: {error}{neither}") from error

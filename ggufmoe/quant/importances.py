@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import GGUFError, ImatrixError
-from ggufmoe.files import replacing
+from ggufmoe.files import replacing, what_instead
 from ggufmoe.gguf.encoding import encode_header
 from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, padded, read_header
 from ggufmoe.gguf.types import GGMLType, ValueType
@@ -71,6 +71,8 @@ class Imatrix:
         try:
             with path.open("rb") as file:
                 is_gguf = file.read(4) == b"GGUF"
+                if not is_gguf and (instead := what_instead(path)) is not None:
+                    raise ImatrixError(f"{path}: is {instead}")
                 imatrix = _load_gguf(path) if is_gguf else _load_legacy(path, file)
                 for name, entry in imatrix.entries.items():
                     if not all(np.all(np.isfinite(chunk) & (chunk >= 0)) for chunk in _chunks(file, entry)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import OptionError, TemplateError
-from ggufmoe.files import decode_text, user_path
+from ggufmoe.files import decode_text, user_path, what_instead
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.runtime.budget import Limits
@@ -184,6 +184,8 @@ def _read(path: Path, stored: Mapping[str, str]) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(4 * MAX_TEMPLATE_CHARS + 1)
+        if (instead := what_instead(path)) is not None:
+            raise TemplateError(f"{path}: is {instead}")
         if len(data) > 4 * MAX_TEMPLATE_CHARS:
             raise TemplateError(f"{path}: more than {MAX_TEMPLATE_CHARS} characters, which no chat template needs")
         return decode_text(data)

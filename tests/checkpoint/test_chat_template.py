@@ -89,6 +89,12 @@ def test_a_template_that_is_no_text(tmp_path: Path) -> None:
         chat_templates(write(tmp_path, chat_template_jinja=b"x\xff"))
 
 
+def test_a_pointer_is_no_template(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n"
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja is a git-lfs pointer in the place of the file"):
+        chat_templates(write(tmp_path, chat_template_jinja=pointer))
+
+
 def test_an_empty_or_broken_optional_file_is_passed_over_aloud(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -277,6 +277,11 @@ def test_a_recipe_may_not_take_any_file_of_the_machine(tmp_path: Path) -> None:
     (folder / "below").mkdir()
     (folder / "below" / "mine.jinja").write_text("of the recipe")
     (folder / "link.jinja").symlink_to(tmp_path / "secret")
+    (folder / "pointer.jinja").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("secret")
+    (tmp_path / "other" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "circle").symlink_to("circle")
 
     def template(choice: str, **options: bool) -> str | None:
         path = write_recipe(folder, "../base", "../other", chat_template=choice)
@@ -284,11 +289,15 @@ def test_a_recipe_may_not_take_any_file_of_the_machine(tmp_path: Path) -> None:
 
     assert template("below/mine.jinja") == "of the recipe"
     assert template("../other/mine.jinja") == template(str(tmp_path / "other" / "mine.jinja")) == "of a source"
-    for choice in (str(tmp_path / "secret"), "../secret", "../other/../secret", "below/../../secret", "link.jinja"):
+    outside = ["../secret", "../other/../secret", "below/../../secret", "link.jinja"]
+    outside += ["../other/linked/secret", "../other/linked/../secret", str(tmp_path / "secret")]
+    for choice in outside:
         with pytest.raises(RecipeError, match="lies outside of the recipe's folder and its models' folders"):
             template(choice)
         assert template(choice, allow_outside_files=True) == "secret"
-    for choice in ("/dev/zero", "below"):
+    with pytest.raises(RecipeError, match=r"pointer.jinja: the chat template cannot be read .it is a git-lfs pointer"):
+        template("pointer.jinja")
+    for choice in ("/dev/zero", "below", "circle"):
         with pytest.raises(RecipeError, match="there is no such file"):
             template(choice, allow_outside_files=True)
 

@@ -259,6 +259,13 @@ class TestSave:
         assert (tmp_path / "ours.gguf").read_bytes()[-128:] == theirs.read_bytes()[-128:]
 
 
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "imatrix.gguf"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n")
+    with pytest.raises(ImatrixError, match=r"imatrix.gguf: is a git-lfs pointer in the place of the file"):
+        Imatrix.load(path)
+
+
 def test_a_file_that_is_not_there_or_vanishes(tmp_path: Path) -> None:
     with pytest.raises(ImatrixError, match=r"gone\.dat: cannot read the importance matrix"):
         Imatrix.load(tmp_path / "gone.dat")

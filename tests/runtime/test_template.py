@@ -164,6 +164,12 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         find_template(str(tmp_path / "t"), header())
 
 
+def test_a_file_that_is_a_pointer(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n")
+    with pytest.raises(TemplateError, match=r"t: is a git-lfs pointer in the place of the file"):
+        find_template(str(tmp_path / "t"), header())
+
+
 def test_a_file_that_is_too_long(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("x" * 200_000)
     with pytest.raises(TemplateError, match="a template may have 100000"):
