@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ggufmoe.checkpoint.source import PromptPreference, RouterReport
 
 _SHOWN_LAYERS = 8
+_SHOWN_PROMPTS = 100
+_SHOWN_EXPERTS = 64
+"""Above these numbers of rows and columns a table is no longer read, and takes long to lay out."""
 _LEAST_PROMPT = 24
 """Columns below which a prompt says too little: then only its favourite expert is shown beside it."""
 _FRAME = 3
@@ -24,7 +27,9 @@ def print_router(report: RouterReport, stream: TextIO | None = None) -> None:
     console.print(_layers(report))
     if report.preferences:
         console.print("Where the base model would send each prompt")
-        console.print(_prompts(report.preferences, console.width))
+        console.print(_prompts(report.preferences[:_SHOWN_PROMPTS], console.width))
+        if (n_more := len(report.preferences) - _SHOWN_PROMPTS) > 0:
+            console.print(f"and {n_more} more; --router-report FILE writes all")
     if report.degenerate_layers:
         where = f"{len(report.degenerate_layers)} of {len(report.condition_numbers)} layers"
         console.print(f"In {where} the experts' rows are nearly alike; prompts that differ more would help.")
@@ -59,7 +64,7 @@ def _prompts(preferences: tuple[PromptPreference, ...], width: int) -> object:
 
     titles = [f"to {expert}" for expert in range(len(preferences[0].mean_weights))]
     rows = [[f"{weight:.0%}" for weight in preference.mean_weights] for preference in preferences]
-    if _room(width, titles, rows) < _LEAST_PROMPT:
+    if len(titles) > _SHOWN_EXPERTS or _room(width, titles, rows) < _LEAST_PROMPT:
         titles, rows = ["goes to"], [[_favourite(preference)] for preference in preferences]
     table = Table()
     table.add_column("for", no_wrap=True)

@@ -23,6 +23,7 @@ from ggufmoe.families.family import BIAS, WEIGHT, Scoring
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.weights.dtypes import read_f32
+from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import Work
 
 Floats = NDArray[np.float32]
@@ -65,11 +66,7 @@ class ForwardPass:
 
     def embed(self, tokens: Sequence[int]) -> Floats:
         """Embedding rows of ``tokens`` as they are stored: (n_tokens, n_embd) float32."""
-        table = self._tensors[self._name(MODEL_TENSOR.TOKEN_EMBD)]
-        out = np.empty((len(tokens), table.shape[1]), dtype=np.float32)
-        for i, token in enumerate(tokens):
-            out[i] = read_f32(table, token, token + 1)[0]
-        return out
+        return embedding_rows(self._tensors[self._name(MODEL_TENSOR.TOKEN_EMBD)], tokens)
 
     def layers(self, prompts: Sequence[Sequence[int]]) -> Iterator[LayerState]:
         """The ``n_layer`` states of a pass. The MLP of the last layer is not read: no state depends on it."""
@@ -251,6 +248,14 @@ class ForwardPass:
 
         self._work.map(multiply, range(0, n_rows, step), self._threads)
         return out
+
+
+def embedding_rows(table: SourceTensor, tokens: Sequence[int]) -> Floats:
+    """The rows of an embedding for ``tokens``, as they are stored: (n_tokens, n_embd) float32."""
+    out = np.empty((len(tokens), table.shape[1]), dtype=np.float32)
+    for i, token in enumerate(tokens):
+        out[i] = read_f32(table, token, token + 1)[0]
+    return out
 
 
 def _one_blas_thread() -> AbstractContextManager[Any]:

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import ModelSource, PromptPreference, RouterReport
+from ggufmoe.families import family_of
 from ggufmoe.families.model_config import ModelConfig
-from ggufmoe.merge.forward import Floats, ForwardPass
+from ggufmoe.gguf.upstream import MODEL_TENSOR
+from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import GateMode, Recipe
 from ggufmoe.work import CancelFlag, OnProgress, Work
@@ -63,9 +65,11 @@ def make_router(
     layer_bytes = sum(prod(tensor.shape) * tensor.dtype.n_bytes for tensor in base.tensors.values()) // n_layer
     stopped = "stopped while computing the router"
     work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
-    forward = ForwardPass(base, threads=threads, work=work)
     if recipe.gate_mode is GateMode.CHEAP_EMBED:
-        sums = np.stack([forward.embed(prompt.tokens).sum(axis=0) for prompt in prompts])[None]
+        rule = family_of(base.config).rule(MODEL_TENSOR.TOKEN_EMBD)
+        assert rule is not None, "every model has an embedding"
+        table = base.tensors[rule.name()]
+        sums = np.stack([embedding_rows(table, prompt.tokens).sum(axis=0) for prompt in prompts])[None]
         work.advance(layer_bytes * n_layer, f"layer {n_layer} of {n_layer}")
         rows = np.repeat(_combine_sums(sums, prompts, n_expert), n_layer, axis=0)
         return Router(rows, _report(recipe, rows, prompts, np.repeat(sums, n_layer, axis=0)))
@@ -73,15 +77,22 @@ def make_router(
     def on_layer(done: int) -> None:
         work.advance(layer_bytes, f"layer {done} of {n_layer}")
 
+    forward = ForwardPass(base, threads=threads, work=work)
     inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, on_layer)
     rows = _combine_means(inputs, prompts, n_expert)
     return Router(rows, _report(recipe, rows, prompts, router_inputs))
 
 
 def check_prompts(recipe: Recipe, base: ModelSource) -> int:
-    """The number of tokens of all prompts. Raises RecipeError or TokenizerError, as ``make_router`` would."""
+    """The number of tokens of all prompts.
+
+    Raises RecipeError, TokenizerError, and CheckpointError for a base whose hidden states cannot be computed, as
+    ``make_router`` would.
+    """
     if not recipe.gate_mode.needs_prompts:
         return 0
+    if recipe.gate_mode.needs_forward_pass:
+        ForwardPass(base)
     return sum(len(prompt.tokens) for prompt in _tokenized(recipe, base))
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,14 @@ def test_few_layers_are_shown_with_the_last_and_the_degenerate_marked(monkeypatc
     assert layers[-1].split()[1] == "19"
     assert "inf !" in layers[-1]
     assert "In 2 of 20 layers the experts' rows are nearly alike" in "\n".join(lines)
+
+
+def test_of_many_prompts_and_experts_the_first_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = report_of(300, "x")
+    many = replace(report, preferences=report.preferences * 500)
+    lines = drawn(many, 100_000, monkeypatch)
+    assert sum("1 (100%)" in line for line in lines) == 100
+    assert "and 900 more; --router-report FILE writes all" in lines
 
 
 def test_prompts_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,4 +238,8 @@ def test_rope_scaling_is_computed_or_refused(tmp_path: Path) -> None:
     stretched = make_checkpoint(tmp_path / "yarn", arch="llama", n_layer=1, rope_scaling=yarn)
     with open_checkpoint(stretched) as model, pytest.raises(CheckpointError, match="use gate_mode cheap_embed"):
         ForwardPass(model)
+    with open_checkpoint(stretched) as model:
+        assert make_router(recipe("cheap_embed"), model).rows.shape == (1, 2, 256)
+        with pytest.raises(CheckpointError, match="use gate_mode cheap_embed"):
+            check_prompts(recipe("hidden"), model)
     assert issubclass(ArchitectureError, CheckpointError)
