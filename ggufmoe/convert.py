@@ -17,7 +17,7 @@ from ggufmoe.checkpoint.provenance import RECORD
 from ggufmoe.checkpoint.source import ModelSource, RouterReport
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.export_plan import plan_export
-from ggufmoe.files import StrPath, check_output_file, replacing, user_path
+from ggufmoe.files import StrPath, check_output_file, followed, replacing, user_path
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType
@@ -169,7 +169,7 @@ def output_path(output: StrPath) -> Path:
     path = user_path(output)
     if not path.name:
         raise OutputError(f"{output} is no file name; give one, for example model.gguf")
-    return path.resolve() if path.is_symlink() else path
+    return followed(path)
 
 
 def checked_output(output: StrPath, options: ExportOptions) -> Path:
@@ -282,9 +282,7 @@ def merge(
     recipe. ``on_progress``, ``cancel`` and what is raised are those of ``convert``.
     """
     options = options_of(MergeOptions, options, keywords)
-    target = user_path(out_dir)
-    if target.is_symlink():
-        target = target.resolve()
+    target = followed(user_path(out_dir))
     check_directory(target, (), record=RECORD, force=options.force)
     _check_report(options.router_report)
     model = open_recipe(

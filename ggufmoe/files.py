@@ -186,6 +186,14 @@ def check_output_file(path: Path, inputs: Iterable[Path] = (), *, replace: bool)
         raise OutputExistsError(f"{path} exists already; choose another name, or replace it with --force")
 
 
+def followed(path: Path) -> Path:
+    """The path that a symbolic link leads to; any other path unchanged. OutputError for links that lead in a circle."""
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise OutputError(f"{path} is a symbolic link that leads in a circle; choose another name, or delete it")
+    return target
+
+
 def check_parent(path: Path) -> None:
     """Raise OutputError unless ``path`` can be made in its directory."""
     if not path.parent.is_dir():

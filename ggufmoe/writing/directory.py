@@ -22,7 +22,7 @@ def check_directory(target: Path, inputs: Sequence[Path], *, record: str, force:
     An empty directory may exist. ``force`` allows to replace a directory that holds the file ``record``, which every
     directory that is written here has, but no other one.
     """
-    place = target.resolve()
+    place = Path(os.path.realpath(target))
     if not target.name:
         raise OutputError(f"{target} is no name of a new directory; give one, for example merged-model")
     for given in inputs:
