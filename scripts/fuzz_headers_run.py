@@ -1,10 +1,11 @@
 """Change one value of a GGUF header at a time, and check that the change ends neither the command line nor an app.
 
-    python scripts/fuzz_headers_run.py MODEL.gguf ... [--changes 48] [--seconds 60]
+    python scripts/fuzz_headers_run.py [MODEL.gguf ...] [--changes 48] [--seconds 60]
 
-Each changed file goes through ``ggufmoe plan``, ``ggufmoe run`` and, all files of a model in one process, ``Engine``.
-A result is fine when it is an answer or a known error (exit code 0, 1 or 2, no traceback, no defect), within the time
-and 2 GB of memory. Exits with 1 if any is not. Not for Windows, which does not tell the memory of a child.
+Without models it makes three of different architectures from those of the demo: a dense Llama, a Mixtral, and a Qwen3
+with experts. Each changed file goes through ``ggufmoe plan``, ``ggufmoe run`` and, all files of a model in one process,
+``Engine``. A result is fine when it is an answer or a known error (exit code 0, 1 or 2, no traceback, no defect), within
+the time and 2 GB of memory. Exits with 1 if any is not. Not for Windows, which does not tell the memory of a child.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
-from ggufmoe import ContextOptions, Engine, GgufmoeError
+import numpy as np
+
+from ggufmoe import ContextOptions, Engine, GgufmoeError, convert, demo
 from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import GGUFValue, Header, read_header
-from ggufmoe.gguf.types import ValueType
+from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, padded, read_header
+from ggufmoe.gguf.types import GGMLType, ValueType
 
 MAX_BYTES = 2 * 10**9
 _COUNTS = (0, 1, 3, 2**31, 2**32 - 1)
@@ -56,21 +59,46 @@ def main() -> int:
     if sys.argv[1:2] == [_API]:
         return _through_the_api([Path(name) for name in sys.argv[2:]])
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--changes", type=int, default=48, help="changes of each model")
     parser.add_argument("--seconds", type=float, default=60, help="what one process may take")
     arguments = parser.parse_args()
     counts: Counter[tuple[str, str]] = Counter()
-    for model in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            changed = dict(islice(_changed_files(model, Path(folder)), arguments.changes))
-            for way, outcome, what in _outcomes(changed, arguments.seconds):
-                counts[way, outcome] += 1
-                if outcome not in ("answer", "refused"):
-                    print(f"{model.name}: {what}: {way}: {outcome}")
+    with tempfile.TemporaryDirectory() as made:
+        for model in arguments.models or _three_models(Path(made)):
+            with tempfile.TemporaryDirectory() as folder:
+                changed = dict(islice(_changed_files(model, Path(folder)), arguments.changes))
+                print(f"{model.name}: {len(changed)} changes", flush=True)
+                for way, outcome, what in _outcomes(changed, arguments.seconds):
+                    counts[way, outcome] += 1
+                    if outcome not in ("answer", "refused"):
+                        print(f"{model.name}: {what}: {way}: {outcome}", flush=True)
     for (way, outcome), n in sorted(counts.items()):
         print(f"{way}: {n} {outcome}")
     return int(any(outcome not in ("answer", "refused") for _, outcome in counts))
+
+
+def _three_models(folder: Path) -> Iterator[Path]:
+    llama, mixtral, qwen = (folder / f"{name}.gguf" for name in ("llama", "mixtral", "qwen3moe"))
+    convert(demo.DIRECTORY / "base", llama, quant="Q8_0")
+    yield llama
+    convert(demo.RECIPE, mixtral, quant="Q8_0")
+    yield mixtral
+    header, raw = read_header(mixtral), mixtral.read_bytes()
+    metadata = {key.replace("llama.", "qwen3moe."): value for key, value in header.metadata.items()}
+    metadata["general.architecture"] = replace(metadata["general.architecture"], value="qwen3moe")
+    width = metadata["qwen3moe.feed_forward_length"]
+    metadata["qwen3moe.expert_feed_forward_length"] = width
+    norm = np.ones(header.get("llama.rope.dimension_count"), dtype="<f4").tobytes()
+    tensors, data = list(header.tensors), raw[header.data_offset :]
+    for layer in range(header.get("llama.block_count")):
+        for part in ("q", "k"):  # what a Qwen3 has and a Mixtral has not
+            data = data.ljust(padded(len(data), header.alignment), b"\0")
+            name, shape = f"blk.{layer}.attn_{part}_norm.weight", (len(norm) // 4,)
+            tensors.append(TensorInfo(name, GGMLType.F32, shape, len(data), len(norm)))
+            data += norm
+    qwen.write_bytes(encode_header(metadata, tensors, header.alignment) + data)
+    yield qwen
 
 
 def _outcomes(changed: dict[Path, str], seconds: float) -> Iterator[tuple[str, str, str]]:

@@ -64,8 +64,9 @@ def _open_locked(output: Path, path: Path) -> int:
                 raise OutputError(f"{output} is being written by {owner}; wait for it, or choose another name")
             # its last owner may have deleted the file between the two calls
             if sys.platform == "win32" or _is_at(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+                with contextlib.suppress(OSError):  # on a full disk the lock holds, and says not whose it is
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
                 return descriptor
         except BaseException:
             os.close(descriptor)

@@ -56,6 +56,19 @@ def test_a_lock_file_that_says_nothing_still_locks(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process's files")
+def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path) -> None:
+    """A limit of zero bytes a file stands for the disk: whose the lock is cannot be written."""
+    code = (
+        "import resource, sys; from pathlib import Path; from ggufmoe.writing.lock import lock_path, output_lock\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "with output_lock(Path(sys.argv[1])): print(lock_path(Path(sys.argv[1])).stat().st_size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.gguf")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("mine")
