@@ -4,8 +4,8 @@
 
 Without models it makes three of different architectures from those of the demo: a dense Llama, a Mixtral, and a Qwen3
 with experts. Each changed file goes through ``ggufmoe plan``, ``ggufmoe run`` and, all files of a model in one process,
-``Engine``. A result is fine when it is an answer or a known error (exit code 0, 1 or 2, no traceback, no defect), within
-the time and 2 GB of memory. Exits with 1 if any is not. Not for Windows, which does not tell the memory of a child.
+``Engine``. A result is fine when it is an answer or a known error (exit code 0, 1 or 2, no traceback, no defect), in
+time and in 2 GB of memory. Exits with 1 if any is not. Not for Windows, which does not tell the memory of a child.
 """
 
 from __future__ import annotations

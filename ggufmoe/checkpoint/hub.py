@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from ggufmoe.checkpoint import shards
 from ggufmoe.checkpoint.config import quantization_method, read_config
+from ggufmoe.checkpoint.foreign_weights import what_made
 from ggufmoe.errors import CheckpointError, HubError, one_line
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
@@ -62,12 +63,15 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     directory = _snapshot(repo_id, revision, SMALL_FILES)
     shards.check_links(directory)
     method = quantization_method(read_config(directory).raw)
-    # fine-tuning leaves bitsandbytes in the config of weights that are not quantized
-    if method not in (None, "bitsandbytes"):
-        raise CheckpointError(f"{repo_id} is quantized already ({method!r:.40}); use the original model")
     index = directory / shards.INDEX
-    others = sorted(set(shards.parse_index(index).values())) if index.is_file() else [shards.NUMBERED]
-    names = [shards.SINGLE, *others]
+    weight_map = shards.parse_index(index) if index.is_file() else {}
+    if (made := what_made(weight_map)) is not None:
+        raise CheckpointError(f"{repo_id} {made}")
+    # fine-tuning leaves a method in the config of weights that are not quantized, bitsandbytes above all; names or
+    # weights that are here already say more than the config
+    if method not in (None, "bitsandbytes") and not weight_map and not (directory / shards.SINGLE).is_file():
+        raise CheckpointError(f"{repo_id} is quantized already ({method!r:.40}); use the original model")
+    names = [shards.SINGLE, *(sorted(set(weight_map.values())) or [shards.NUMBERED])]
     directory = _snapshot(repo_id, directory.name, ("config.json", *names))
     shards.check_links(directory)
     if not any((directory / name).is_file() for name in names) and not any(directory.glob(shards.NUMBERED)):

@@ -5,10 +5,10 @@ A difference that would make the merge wrong is an error, one that may be intend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
+from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError
 from ggufmoe.families.model_config import RopeScaling
@@ -107,9 +107,8 @@ def _token_warnings(base: ModelSource, expert: ModelSource) -> Iterator[str]:
 
 
 def _added_tokens(source: ModelSource) -> set[str]:
-    path = source.tokenizer_dir / "tokenizer_config.json"
-    try:
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        return {str(token["content"]) for token in added.values()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return set()  # the exporter reports a broken tokenizer; here it only has nothing to compare
+    # the exporter reports a broken tokenizer; here it only has nothing to compare
+    settings = read_optional(source.tokenizer_dir / "tokenizer_config.json", allow_broken=True, warn=False)
+    added = settings.get("added_tokens_decoder")
+    entries = added.values() if isinstance(added, dict) else ()
+    return {str(entry.get("content")) for entry in entries if isinstance(entry, dict)}

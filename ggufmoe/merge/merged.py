@@ -24,7 +24,7 @@ from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
 from ggufmoe.checkpoint.jsonfile import read_capped
 from ggufmoe.checkpoint.opening import open_directory
 from ggufmoe.checkpoint.source import BaseModel, ModelSource, Provenance, RouterReport
-from ggufmoe.errors import CheckpointError, RecipeError
+from ggufmoe.errors import CheckpointError, InputError, RecipeError
 from ggufmoe.families import family_of
 from ggufmoe.families.family import Family
 from ggufmoe.families.model_config import ModelConfig
@@ -319,7 +319,10 @@ def _open(
     reference: str, recipe_path: Path, text: str, place: tuple[str | int, ...], opened: dict[str, ModelSource]
 ) -> ModelSource:
     """Open a directory, relative to the recipe's, or a hub id, once each. Errors name the place in the recipe."""
-    directory = recipe_path.parent / user_path(reference)
+    try:
+        directory = recipe_path.parent / user_path(reference)
+    except InputError as error:
+        raise RecipeError(f"{place_of(recipe_path, text, place)}: {error}") from error
     from_hub = is_hub_id(reference) and not directory.exists()
     real = Path(os.path.realpath(directory))
     key = reference if from_hub else str(real)

@@ -57,7 +57,8 @@ def read_vocabulary(tokenizer_dir: Path) -> dict[int, str]:
     if _has_json(tokenizer_dir):
         model = read_object(tokenizer_dir / "tokenizer.json").get("model", {})
         vocabulary = model.get("vocab", {}) if isinstance(model, dict) else {}
-        return {i: token for token, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+        stated = vocabulary.items() if isinstance(vocabulary, dict) else ()
+        return {token_id: token for token, token_id in stated if type(token_id) is int}
     if (tokenizer_dir / "tokenizer.model").is_file():
         pieces = _sentencepiece(tokenizer_dir / "tokenizer.model")
         return {i: pieces.id_to_piece(i) for i in range(pieces.vocab_size())}

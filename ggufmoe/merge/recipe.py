@@ -26,7 +26,10 @@ from ggufmoe.weights.source_tensor import Dtype
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_VALUES = 1_000_000
 """How many keys and values a recipe may have, those of an alias counted each time that it is used."""
+_NO_PATH = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _SHOWN_PROBLEMS = 8
+_MAX_SCALE = 1000
+"""Far above any use: weights are around 0.02, and larger ones would not fit in 16 bits."""
 
 
 class GateMode(str, Enum):
@@ -75,8 +78,8 @@ class ExpertRecipe(BaseModel):
     source_model: StrictStr
     positive_prompts: _Prompts = ()
     negative_prompts: _Prompts = ()
-    noise_scale: float | None = Field(default=None, ge=0)
-    residual_scale: float | None = None
+    noise_scale: float | None = Field(default=None, ge=0, le=_MAX_SCALE)
+    residual_scale: float | None = Field(default=None, ge=-_MAX_SCALE, le=_MAX_SCALE)
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -325,10 +328,14 @@ def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
     for place, model in models:
         if not model.strip():
             yield place, "names no model"
+        elif _NO_PATH.search(model):
+            yield place, f"{model!r:.60} is no path: it holds control characters"
         elif "+" in model:
             yield place, f"{model!r} adds a LoRA; merge the adapter into the model first"
     if recipe.tokenizer_source != "union":
         yield from _bad_choice("tokenizer_source", recipe.tokenizer_source, recipe, ", nor union")
+    if recipe.chat_template is not None and _NO_PATH.search(recipe.chat_template):
+        yield ("chat_template",), f"{recipe.chat_template!r:.60} is no path: it holds control characters"
     if recipe.chat_template is not None and recipe.chat_template.startswith("expert:"):
         yield from _bad_choice("chat_template", recipe.chat_template, recipe)
 

@@ -95,7 +95,8 @@ class KnownTokens:
         named = eos.get("content") if isinstance(eos, Mapping) else eos
         stated = [self._source.config.raw.get("eos_token_id"), files.generation.get("eos_token_id") if files else None]
         flat = [item for value in stated for item in (value if isinstance(value, list) else [value])]
-        return [*([named] if isinstance(named, str) else []), *(self.texts[i] for i in flat if i in self.texts)]
+        known = [self.texts[item] for item in flat if type(item) is int and item in self.texts]
+        return [*([named] if isinstance(named, str) else []), *known]
 
     def lacking_in(self, ids: Mapping[str, int]) -> list[str]:
         """Tokens that this model's chat template writes and that ``ids`` (token text to id) lacks, sorted."""
@@ -159,7 +160,7 @@ def _union(base: ModelSource, experts: Sequence[ModelSource]) -> TokenPlan:
     everything = ours.ids | ids
     ends = [everything[text] for tokens in known.values() for text in tokens.end_texts() if text in everything]
     stated = base.config.raw.get("eos_token_id", base.config.eos_token_id)
-    first_ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    first_ends = [end for end in (stated if isinstance(stated, list) else [stated]) if type(end) is int]
     all_ends = list(dict.fromkeys([*first_ends, *ends]))
     entries = [{**new[text], "id": token} for text, token in ids.items()]
     scratch = _write_union(base.tokenizer_dir, ours.files, entries, all_ends)

@@ -118,6 +118,26 @@ def test_a_quantized_model_costs_no_weights(tiny_checkpoint: Callable[..., Path]
     assert not any(name.endswith(".safetensors") for name in running.fetched)
 
 
+def test_the_names_of_an_index_say_more_than_a_left_over_configuration(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(tiny_checkpoint(max_shard_bytes=2_000_000), tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with fake_hub.serving(directory) as running:
+        (plain,) = opener(running.url, tmp_path / "cache")("org/tiny")
+    assert (plain["name"], plain["n"]) == ("tiny", 29)
+
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.0.self_attn.q_proj.weight_scale_inv"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with fake_hub.serving(directory) as running:
+        (quantized,) = opener(running.url, tmp_path / "other-cache")("org/tiny")
+    assert quantized["message"].startswith("org/tiny is quantized to FP8 or 8 bits, with scales beside the weights")
+    assert not any(name.endswith(".safetensors") for name in running.fetched)
+
+
 def test_numbered_shards_without_an_index_are_fetched(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint(max_shard_bytes=2_000_000), tmp_path / "model")
     (directory / "model.safetensors.index.json").unlink()

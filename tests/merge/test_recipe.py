@@ -121,6 +121,14 @@ def test_an_empty_negative_prompt_is_no_mistake(tmp_path: Path) -> None:
         (TWO.replace("a/two", "a/one"), "all experts are a/one: a larger file with the same answers"),
         (TWO + "seed: -1\n", "seed: must be greater than or equal to 0, found -1"),
         (TWO.replace("[sums]", "[sums]\n    noise_scale: -1"), ":5: experts.0.noise_scale: must be greater"),
+        (TWO.replace("[sums]", "[sums]\n    noise_scale: 1e300"), "noise_scale: must be less than or equal to 1000"),
+        (
+            TWO.replace("[sums]", "[sums]\n    residual_scale: -1e39"),
+            "residual_scale: must be greater than",
+        ),
+        (TWO.replace("a/base", '"a\\0b"'), r"base_model: 'a\x00b' is no path: it holds control characters"),
+        (TWO.replace("a/two", '"\\uD800"'), r"experts.1.source_model: '\ud800' is no path"),
+        (TWO + 'chat_template: "a\\e[31m"\n', r"chat_template: 'a\x1b[31m' is no path"),
         (
             TWO.replace("[sums]", "[sums]\n    residual_scale: .nan"),
             "experts.0.residual_scale: expected a number that is",

@@ -69,6 +69,24 @@ def rows(directory: Path, name: str = EMBEDDING) -> NDArray[np.float32]:
         return read_f32(model.tensors[name])
 
 
+def test_an_experts_tokens_are_told_whatever_its_editor_put_before_them(
+    tmp_path: Path, merged: Callable[..., MergedModel]
+) -> None:
+    make_model(tmp_path / "base")
+    settings = make_model(tmp_path / "chatty", "<|im_end|>", seed=2) / "tokenizer_config.json"
+    settings.write_text(settings.read_text("utf-8"), encoding="utf-8-sig")
+    told = merged("base", "chatty").warnings
+    assert any("knows tokens that the base does not (<|im_end|>)" in warning for warning in told)
+
+
+def test_ends_that_are_no_ids_end_nothing(tmp_path: Path, merged: Callable[..., MergedModel]) -> None:
+    make_model(tmp_path / "base")
+    expert = make_model(tmp_path / "chatty", "<|im_end|>", seed=2)
+    (expert / "generation_config.json").write_text('{"eos_token_id": [[1], {"a": 2}, "3", 4]}')
+    union = merged("base", "chatty", tokenizer_source="union")
+    assert 4 in union.config.raw["eos_token_id"]
+
+
 def test_the_base_keeps_its_own_tokens(tmp_path: Path, merged: Callable[..., MergedModel]) -> None:
     base = make_model(tmp_path / "base")
     make_model(tmp_path / "chatty", "<|im_end|>", seed=2)
