@@ -115,4 +115,4 @@ class ConfigReader:
 
 def is_float32(value: object) -> bool:
     """Whether a value of JSON is a number that a 32-bit float can hold; NaN and infinities are none."""
-    return type(value) in (int, float) and abs(value) <= _MAX_FLOAT32  # type: ignore[arg-type, no-any-return]
+    return type(value) in (int, float) and abs(value) <= _MAX_FLOAT32  # type: ignore[arg-type]
