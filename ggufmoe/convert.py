@@ -274,7 +274,7 @@ def merge(
     cancel: CancelFlag | None = None,
     **keywords: Unpack[MergeKeywords],
 ) -> MergeResult:
-    """Merge the models of a recipe into a Mixtral checkpoint, as mergekit-moe does.
+    """Merge the models of a recipe into a checkpoint of a mixture (Mixtral, Qwen3-MoE), as mergekit-moe does.
 
     The options are given as one object (``options=MergeOptions(threads=4)``) or by name (``threads=4``). The directory
     appears under its name when it is complete: safetensors, config, tokenizer and model card, readable by transformers

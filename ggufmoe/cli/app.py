@@ -64,7 +64,7 @@ VERBS = (
     Verb(
         "merge",
         "ggufmoe.cli.merge:merge_command",
-        "Merge dense models into a Mixtral checkpoint.",
+        "Merge dense models into a mixture of experts.",
         ("ggufmoe merge recipe.yaml merged", "ggufmoe merge recipe.yaml merged --resume"),
     ),
     Verb(

@@ -27,7 +27,7 @@ def merge_command(
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
 ) -> None:
-    """Merge the models of a recipe into a Mixtral checkpoint that transformers reads.
+    """Merge the models of a recipe into a mixture's checkpoint that transformers reads.
 
     A GGUF file needs no merge before it: `ggufmoe convert RECIPE.yaml` writes it directly.
     """

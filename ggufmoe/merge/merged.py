@@ -139,12 +139,12 @@ class MergedModel:
                 for i, expert in enumerate(recipe.experts)
             ]
             self._sources = tuple(opened.values())
+            self._family = _target(self._base.config, recipe, path, text)
             self.warnings = compare_sources(self._base, recipe, self._experts)
             # the largest tensor has the dtype of all matrices
             largest = max(self._base.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape)))
             self._dtype = recipe.storage_dtype or largest.dtype
             self._tokens = plan_tokens(recipe.tokenizer_source, self._base, self._experts)
-            self._family = target_family(self._base.config, recipe.architecture)
             self.config = _config(path, self._base.config, self._family, recipe, self._dtype, self._tokens)
             self.tokenizer_dir = self._tokens.directory
             self.chat_template = self._chosen_template()
@@ -337,6 +337,15 @@ def _open(
         where = place_of(recipe_path, text, place)
         raise RecipeError(f"{where}: {reference} is a mixture of experts already; a recipe takes dense models")
     return source
+
+
+def _target(base: ModelConfig, recipe: Recipe, path: Path, text: str) -> Family:
+    """The family of the result. Errors name the place in the recipe."""
+    try:
+        return target_family(base, recipe.architecture)
+    except RecipeError as error:
+        key = "architecture" if recipe.architecture else "base_model"
+        raise RecipeError(f"{place_of(path, text, (key,))}: {error}") from error
 
 
 def _open_hub(reference: str) -> ModelSource:

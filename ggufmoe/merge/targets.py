@@ -53,7 +53,7 @@ def target_family(base: ModelConfig, wanted: str | None) -> Family:
             return family
     if wanted:
         others = f"; it can become {' or '.join(target.name for target, _ in possible)}" if possible else ""
-        raise RecipeError(f"architecture: a {made} does not become a {wanted!r:.40}{others}")
+        raise RecipeError(f"a {made} does not become a {wanted!r:.40}{others}")
     bases = sorted({name for target, _ in all_targets() for name in (*target.sources, *target.on_request)})
     raise RecipeError(f"no mixture is made of {made}; a recipe takes {', '.join(bases)}")
 

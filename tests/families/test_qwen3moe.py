@@ -92,7 +92,6 @@ def test_a_recipe_over_qwen3_becomes_one(tmp_path: Path) -> None:
 
 def test_a_recipe_over_qwen3_does_not_become_a_mixtral(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", config_json("Qwen3ForCausalLM", "qwen3"))
-    with pytest.raises(
-        ggufmoe.RecipeError, match="Qwen3ForCausalLM does not become a 'mixtral'; it can become Qwen3 MoE"
-    ):
+    place, others = r"recipe\.yaml:4: architecture", "it can become Qwen3 MoE"
+    with pytest.raises(ggufmoe.RecipeError, match=f"{place}: a Qwen3ForCausalLM does not become a 'mixtral'; {others}"):
         check_identical_experts(base, tmp_path, "MixtralForCausalLM", architecture="mixtral")
