@@ -11,6 +11,7 @@ from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import COPY, plan_requantize
 from ggufmoe.files import StrPath, user_path
+from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
@@ -39,9 +40,10 @@ def quantize(
     default is Q4_K_M. ``on_progress`` and ``cancel`` are those of ``convert``. The source is read once; memory does not
     grow with the model.
 
-    Raises a class of ``ggufmoe.errors``: GGUFError, OptionError (also for what is quantized already, unless
-    ``allow_requantize``), ArchitectureError, ImatrixError and OutputError before anything is written, NonFiniteError
-    and NoSpaceError on the way, Cancelled when asked to stop.
+    Raises a class of ``ggufmoe.errors``: GGUFError (also for a header that llama.cpp cannot take, because nothing could
+    load the output), OptionError (also for what is quantized already, unless ``allow_requantize``), ArchitectureError,
+    ImatrixError and OutputError before anything is written, NonFiniteError and NoSpaceError on the way, Cancelled when
+    asked to stop.
     """
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     path = checked_output(output, options)
@@ -67,6 +69,7 @@ def plan_quantize(
 
 
 def _plan(model: GGUFSource, output: Path, options: QuantizeOptions) -> WritePlan:
+    check_loadable(model.header)
     policy = _policy(options)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     return plan_requantize(

@@ -35,6 +35,7 @@ from ggufmoe.quantize import plan_quantize
 from ggufmoe.work import Progress
 from ggufmoe.writing.place import journal_path
 from tests.export.gguf_models import Stored, load, store, unstacked
+from tests.gguf_files import write_mixtral
 from tests.quant.llama_quantize import Specimen, quantize, write_model
 
 DENSE = Specimen(n_expert=0)
@@ -46,6 +47,27 @@ def made_by_llama(source: Path, file_type: str, **flags: bool) -> bytes:
     outcome = quantize(source, TypePolicy(FileType.from_name(file_type)), None, output, **flags)
     assert outcome.ok, outcome.log[-300:]
     return output.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("llama.block_count", GGUFValue(ValueType.UINT32, 3), "is 3, expected 2, the number of layers"),
+        ("llama.block_count", GGUFValue(ValueType.UINT32, 2**31), "expected 1 to 512 layers"),
+        ("llama.expert_used_count", GGUFValue(ValueType.UINT32, 5), "expected 1 to 4, the number of experts"),
+        ("llama.attention.layer_norm_rms_epsilon", GGUFValue(ValueType.FLOAT32, math.nan), "is nan, expected a small"),
+        ("llama.rope.freq_base", GGUFValue(ValueType.FLOAT32, -1.0), "expected 1 to 1e\\+15"),
+    ],
+)
+@pytest.mark.parametrize("quant", ["Q8_0", "COPY"])
+def test_a_header_that_llama_cpp_cannot_take_is_refused_by_key(
+    tmp_path: Path, key: str, value: GGUFValue, said: str, quant: str
+) -> None:
+    source, output = write_mixtral(tmp_path / "in.gguf", changes={key: value}), tmp_path / "out.gguf"
+    for refusing in (ggufmoe.quantize, plan_quantize):
+        with pytest.raises(GGUFError, match=f"in.gguf: {key}.*{said}.*; the file is corrupt"):
+            refusing(source, output, quant, threads=1)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def model(path: Path, specimen: Specimen, seed: int = 0) -> Path:

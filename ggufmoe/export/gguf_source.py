@@ -14,7 +14,7 @@ from pathlib import Path
 from ggufmoe.errors import GGUFError, TensorMismatchError
 from ggufmoe.gguf.header import GGUFValue, without_leading_ones
 from ggufmoe.gguf.hyper import at_layer
-from ggufmoe.gguf.model import SPLIT_KEYS, check_kind
+from ggufmoe.gguf.model import SPLIT_KEYS, ModelHeader, check_kind
 from ggufmoe.gguf.names import legacy_expert
 from ggufmoe.gguf.stored_rows import GGUFRows, OpenModel
 from ggufmoe.gguf.types import GGMLType
@@ -52,7 +52,7 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self._model = OpenModel(path)
-        self._header = self._model.header
+        self.header: ModelHeader = self._model.header
         try:
             stored = self._model.tensors.values()
             given = (GGUFTensor(rows.name, without_leading_ones(rows.shape), rows.matrices()) for rows in stored)
@@ -67,12 +67,12 @@ class GGUFSource:
     @property
     def input_paths(self) -> tuple[Path, ...]:
         """Every file that is read."""
-        return self._header.paths
+        return self.header.paths
 
     @property
     def metadata(self) -> dict[str, GGUFValue]:
         """The keys of the model in their order, without those that number the files of a split model."""
-        keys = {key: value for key, value in self._header.metadata.items() if key not in SPLIT_KEYS}
+        keys = {key: value for key, value in self.header.metadata.items() if key not in SPLIT_KEYS}
         if _ALIGNMENT_KEY in keys and keys[_ALIGNMENT_KEY].value != DEFAULT_ALIGNMENT:
             del keys[_ALIGNMENT_KEY]  # files that are written have the default alignment
         return keys
@@ -80,14 +80,14 @@ class GGUFSource:
     @property
     def model_shape(self) -> ModelShape:
         """The numbers that the quantization mixes depend on, read as libllama's ``load_hparams`` reads them."""
-        check_kind(self._header)
-        where, hyper = self._header.paths[0], self._header.hyper
+        check_kind(self.header)
+        where, hyper = self.header.paths[0], self.header.hyper
         name = hyper.architecture
         if name is None:
             raise GGUFError(f"{where}: does not say its architecture ({Keys.General.ARCHITECTURE}); is this a model?")
         if hyper.malformed:
             key = min(hyper.malformed)
-            value = str(self._header.get(key))[:40]
+            value = str(self.header.get(key))[:40]
             raise GGUFError(f"{where}: {key} is {value}, expected a count; the file is corrupt")
         if hyper.n_layer is None and name != "clip":
             raise GGUFError(
