@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         MergeOptions,
         OffloadOptions,
         QuantizeOptions,
+        RoutingOptions,
         SamplingOptions,
         WorkerOptions,
     )
@@ -108,6 +109,7 @@ __all__ = [
     "RecipeError",
     "ResumeError",
     "RoutedToken",
+    "RoutingOptions",
     "RoutingTrace",
     "RoutingTracer",
     "SafetensorsError",
@@ -151,6 +153,7 @@ _HOMES = {
     "Progress": "ggufmoe.work",
     "QuantizeOptions": "ggufmoe.options",
     "RoutedToken": "ggufmoe.routing",
+    "RoutingOptions": "ggufmoe.options",
     "RoutingTrace": "ggufmoe.routing",
     "RoutingTracer": "ggufmoe.routing",
     "SamplingOptions": "ggufmoe.options",

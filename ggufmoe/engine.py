@@ -34,9 +34,9 @@ class Engine:
     Use it with ``with``, or ``close`` it. With ``offload.rpc`` workers on other machines compute a part of the model;
     then llama.cpp runs in a child process, and a worker that is lost is an exception.
 
-    Every method may be called from any thread. All native code of an engine runs in one thread: callers take turns,
-    first come, first served. Text can be tokenized meanwhile. Arguments and results of all methods can be pickled, but
-    for ``observed`` and ``on_progress``, which take functions.
+    Every method may be called from any thread. An engine computes in one thread: callers take turns, first come, first
+    served. A second thread tokenizes meanwhile. Arguments and results of all methods can be pickled, but for
+    ``observed`` and ``on_progress``, which take functions.
 
     ``on_progress`` gets a ``Progress`` of the phase ``load``, whose ``done`` runs from 0 to 1, in a thread of the
     engine; what it raises ends the loading and is raised here. Loading also ends when ``cancel`` is set.
@@ -136,12 +136,24 @@ class Engine:
 
     # ---- text and tokens
 
-    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_bos: bool = True,
+        parse_special: bool = False,
+        must_fit: bool = False,
+        cancel: CancelFlag | None = None,
+    ) -> list[int]:
         """Token ids of ``text``; with ``add_bos`` the BOS token comes first where the model wants one.
 
         With ``parse_special``, special tokens that are written out (``</s>``) become those tokens. No EOS is added.
+        ``must_fit`` raises ContextFullError instead of tokenizing the rest of a text that certainly leaves no room in
+        the context; a text that comes close is tokenized. Raises Cancelled when ``cancel`` is set meanwhile.
         """
-        return self._runner.tokenize(text, add_bos=add_bos, parse_special=parse_special)
+        return self._runner.tokenize(
+            text, add_bos=add_bos, parse_special=parse_special, must_fit=must_fit, cancel=cancel
+        )
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; those of a control token are empty unless ``special``."""
@@ -237,17 +249,19 @@ class Engine:
 
     # ---- logits
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, tokens: Sequence[int], *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
         """Logits after each token of the text ``tokens``: float32, (n_tokens, n_vocab).
 
-        The KV cache is emptied first and holds ``tokens`` afterwards. Raises what ``generate`` raises, and DecodeError
-        if ``cancel()`` is called.
+        The KV cache is emptied first and holds ``tokens`` afterwards. Raises what ``generate`` raises, Cancelled when
+        ``cancel`` is set, and DecodeError if ``cancel()`` is called.
         """
-        return self._runner.logits(tokens)
+        return self._runner.logits(tokens, cancel=cancel)
 
-    def logits_by_batch(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    def logits_by_batch(
+        self, tokens: Sequence[int], *, cancel: CancelFlag | None = None
+    ) -> Iterator[NDArray[np.float32]]:
         """The rows of ``logits``, at most 512 at a time, for texts whose logits would fill the memory."""
-        return self._runner.logits_by_batch(tokens)
+        return self._runner.logits_by_batch(tokens, cancel=cancel)
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None

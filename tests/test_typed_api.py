@@ -19,8 +19,9 @@ from pathlib import Path
 from threading import Event
 
 from ggufmoe import (
-    ConvertOptions, EvaluationOptions, ImatrixOptions, MergeOptions, Progress, QuantizeOptions,
-    convert, imatrix, kl_divergence, merge, perplexity, quantize,
+    ConvertOptions, Engine, EvaluationOptions, ImatrixOptions, MergeOptions, Progress, QuantizeOptions,
+    RoutingOptions, SamplingOptions,
+    convert, imatrix, kl_divergence, merge, perplexity, quantize, trace_routing,
 )
 from ggufmoe.convert import plan_convert
 from ggufmoe.quantize import plan_quantize
@@ -88,6 +89,16 @@ imatrix("a", "b", Path("c"))  # refused
 imatrix("a", "b", text_file="c", options=EvaluationOptions())  # refused
 imatrix("a", "b", "a text", n_context=256)  # refused
 imatrix("a", "b", "a text", n_ctx="x")  # refused
+
+engine = Engine("a")
+trace_routing(engine, "a text", generate=4, sampling=SamplingOptions(seed=1))
+trace_routing(engine, [1, 2], options=RoutingOptions(generate=4))
+trace_routing(engine, "a text", on_progress=show, cancel=Event())
+trace_routing(engine, "a text", n_predict=4)  # refused
+trace_routing(engine, "a text", generate="x")  # refused
+trace_routing(engine, "a text", options=EvaluationOptions())  # refused
+trace_routing(engine, Path("b"))  # refused
+trace_routing(engine, "a text", on_progress=show_float)  # refused
 """
 
 

@@ -17,7 +17,7 @@ from ggufmoe.cli.console import note, printable
 from ggufmoe.cli.params import option_named, with_options, with_typed
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, state_directory, stream_answer, why_ended
 from ggufmoe.engine import Engine
-from ggufmoe.errors import ContextFullError, GgufmoeError, InputError, OptionError
+from ggufmoe.errors import Cancelled, ContextFullError, GgufmoeError, InputError, OptionError
 from ggufmoe.options import ChatContextOptions, OffloadOptions, PromptOptions, SamplingOptions, StopOptions
 from ggufmoe.runtime.chat import Chat, Message
 from ggufmoe.runtime.events import Event, Timing
@@ -90,6 +90,9 @@ class _Conversation:
                 self._take(line.strip())
             except _Left:
                 return
+            except Cancelled:
+                note("(stopped)")
+                self._after_error()
             except GgufmoeError as error:
                 note(f"error: {error}")
                 self._after_error()
@@ -133,21 +136,21 @@ class _Conversation:
 
     def _say(self, text: str) -> None:
         def ask(cancel: CancelFlag) -> Iterator[Event]:
-            self._check_length(text)
+            self._check_length(text, cancel)
             return self.chat.send(text, cancel=cancel, stop=self.stop)
 
         self.unanswered = text
         self._show(ask)
         self.unanswered = None
 
-    def _check_length(self, text: str) -> None:
+    def _check_length(self, text: str, cancel: CancelFlag) -> None:
         """Raise ContextFullError for a message that does not fit the context even alone.
 
         Leaving old turns out makes room for a message; a part of the message itself must not be left out unsaid.
         """
         n_ctx = self.chat.engine.n_ctx
         if self.chat.engine.overflow == "shift" and len(text.encode("utf-8", "replace")) > n_ctx // 2:
-            n_tokens = len(self.chat.prompt((Message("user", text),)))
+            n_tokens = len(self.chat.prompt((Message("user", text),), must_fit=True, cancel=cancel))
             if n_tokens >= n_ctx:
                 raise ContextFullError(
                     f"the message has {n_tokens} tokens and the context holds {n_ctx}: shorten it, or start again with "

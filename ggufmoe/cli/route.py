@@ -161,12 +161,16 @@ def _all_traces(engine: Engine, prompts: Labelled, route: RouteOptions) -> Itera
         for i, (label, text) in enumerate(prompts):
             if len(prompts) > 1:
                 line.update(Progress("prompts", i, len(prompts), "runs", label))
-            yield label, _trace(engine, text, route)
+            yield label, _trace(engine, text, route, None if len(prompts) > 1 else line)
 
 
-def _trace(engine: Engine, text: str, route: RouteOptions) -> RoutingTrace:
-    prompt: Any = Chat(engine).prompt((Message("user", text),)) if route.chat else text
-    trace = trace_routing(engine, prompt, generate=route.generate)
+def _trace(engine: Engine, text: str, route: RouteOptions, line: ProgressLine | None) -> RoutingTrace:
+    def show(progress: Progress) -> None:
+        if line is not None and progress.phase == "generate":  # the line itself says how long the rest takes
+            line.update(progress)
+
+    prompt: Any = Chat(engine).prompt((Message("user", text),), must_fit=True) if route.chat else text
+    trace = trace_routing(engine, prompt, generate=route.generate, on_progress=show)
     if route.layer is not None:
         trace.row_of(route.layer)
     return trace

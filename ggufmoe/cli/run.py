@@ -56,9 +56,9 @@ def run_command(
 
         def answer(cancel: CancelFlag) -> Iterator[Event]:
             if run.raw:
-                return engine.generate(
-                    engine.tokenize(text, parse_special=True), sampling, stop=stop.texts, cancel=cancel
-                )
+                must_fit = engine.overflow == "error"
+                tokens = engine.tokenize(text, parse_special=True, must_fit=must_fit, cancel=cancel)
+                return engine.generate(tokens, sampling, stop=stop.texts, cancel=cancel)
             return make_chat(engine, asking, sampling).send(text, cancel=cancel, stop=stop.texts)
 
         if run.json:

@@ -84,13 +84,16 @@ def collect(
 ) -> Iterator[int]:
     """Compute ``chunks`` and add their activations to ``sums``; yield the number of completed chunks after each step.
 
-    An incomplete chunk is not counted. Ends early when ``cancel`` is set. Overwrites the engine's KV cache.
+    An incomplete chunk is not counted. Ends early when ``cancel`` is set. Overwrites the engine's KV cache. Raises
+    DecodeError for a model that computes NaN, also where no observed matrix comes after the one that is broken.
     """
     n_tokens = max(map(len, chunks), default=0)
     with engine.observed(sums), sums.checked():
         # with logits on all rows, the last layer computes all rows as well
         for part in engine.compute_chunks(chunks, 0, cancel=cancel):
             sums.check()
+            for number in part.group:
+                part.logits(number)  # raises DecodeError for rows that are NaN
             if part.end == n_tokens:
                 sums.commit()
                 yield part.group.stop

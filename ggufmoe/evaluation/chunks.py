@@ -18,7 +18,7 @@ from ggufmoe.files import StrPath, decode_text, user_path
 from ggufmoe.options import EvaluationOptions
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.sizes import counted
-from ggufmoe.work import OnProgress, Progress
+from ggufmoe.work import CancelFlag, OnProgress, Progress
 
 Chunks = list[list[int]]
 _BLOCK_ROWS = 64
@@ -92,13 +92,13 @@ def read_text(text: str | None, text_file: StrPath | None) -> str:
         raise InputError(f"{path}:{line}: byte {error.start} is not UTF-8; convert the text first") from error
 
 
-def cut_chunks(engine: Engine, text: str, options: EvaluationOptions) -> Chunks:
+def cut_chunks(engine: Engine, text: str, options: EvaluationOptions, cancel: CancelFlag | None = None) -> Chunks:
     """Split a text into chunks of ``options.n_ctx`` tokens.
 
-    Raises InputError if the text does not fill two chunks, as llama.cpp's tools do.
+    Raises InputError if the text does not fill two chunks, as llama.cpp's tools do, and Cancelled.
     """
     size = options.n_ctx
-    tokens = engine.tokenize(text)
+    tokens = engine.tokenize(text, cancel=cancel)
     if len(tokens) < 2 * size:
         raise InputError(
             f"the text has {counted(len(tokens), 'token')}, and two chunks of {size} need {2 * size}: "

@@ -141,7 +141,7 @@ def kl_divergence(
         Engine(reference, options.context, offload, on_progress=on_progress, cancel=cancel) as base,
         Engine(model, options.context, offload, on_progress=on_progress, cancel=cancel) as engine,
     ):
-        chunks = cut_chunks(engine, content, options)
+        chunks = cut_chunks(engine, content, options, cancel)
         return last_result(_compared(base, engine, chunks, options.n_ctx, round_reference, cancel), on_progress)
 
 

@@ -160,7 +160,7 @@ def _gathered(
     engine: Engine, content: str, options: ImatrixOptions, *, cancel: CancelFlag | None
 ) -> Iterator[_Gathered]:
     """Collect the sums chunk by chunk. Runs in the process that computes, the only one that can observe the graph."""
-    chunks = cut_chunks(engine, content, options)
+    chunks = cut_chunks(engine, content, options, cancel)
     sums = ActivationSums(engine.cancel, process_output=options.process_output)
     step = None
     for done in collect(engine, chunks, sums, cancel):

@@ -120,7 +120,7 @@ def _scored(
 ) -> Iterator[Perplexity]:
     """Score the chunks. Runs in the process that computes, so that logits need not be sent to another process."""
     started, sums = time.monotonic(), Sums()
-    chunks = cut_chunks(engine, content, options)
+    chunks = cut_chunks(engine, content, options, cancel)
     for part in engine.compute_chunks(chunks, options.n_ctx // 2, cancel=cancel):
         for number in part.group:
             for rows, targets in scored_blocks(part, number, chunks[number]):

@@ -29,6 +29,7 @@ from ggufmoe.options.convert_options import (
 from ggufmoe.options.fields import bounds, option, options_of
 from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
 from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
+from ggufmoe.options.routing_options import RoutingKeywords, RoutingOptions
 from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions, StopOptions
 from ggufmoe.options.worker_options import WorkerOptions
 
@@ -59,6 +60,8 @@ __all__ = [
     "QuantizeKeywords",
     "QuantizeOptions",
     "Quantizer",
+    "RoutingKeywords",
+    "RoutingOptions",
     "SamplingOptions",
     "StopOptions",
     "WorkerOptions",

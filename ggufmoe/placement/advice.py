@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ggufmoe.gguf.hyper import largest
 from ggufmoe.options import AUTO_LAYERS
 from ggufmoe.placement.fitting import LayerChoice
+from ggufmoe.placement.footprint import Footprint, context_tokens
 from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.placement.rules import PlacementRules
 from ggufmoe.sizes import all_experts_run, counted, memory_size
@@ -21,9 +22,7 @@ def warnings_of(plan: OffloadPlan, rules: PlacementRules, choice: LayerChoice) -
     if plan.n_expert_used != made_for:
         effect = "faster, and the answers are worse" if plan.n_expert_used < made_for else "slower, and not as trained"
         yield f"{counted(plan.n_expert_used, 'expert')} for each token instead of {made_for}: {effect}"
-    n_trained, n_asked = footprint.n_ctx_train, footprint.context.n_ctx or 0
-    if n_asked > n_trained * footprint.context.n_seq_max:
-        yield f"a context of {n_asked} tokens is longer than the {n_trained} that the model was trained for"
+    yield from context_warnings(footprint)
     about_gpus = {
         "-ngl": offload.n_gpu_layers not in (AUTO_LAYERS, 0),
         "-ts": offload.tensor_split is not None,
@@ -39,6 +38,20 @@ def warnings_of(plan: OffloadPlan, rules: PlacementRules, choice: LayerChoice) -
             yield f"{share.device} does not say how much memory it has: give it layers with -ngl"
         if share.n_bytes > share.free_bytes > 0:
             yield f"{share.device} has {memory_size(share.free_bytes)} free and would need {memory_size(share.n_bytes)}"
+
+
+def context_warnings(footprint: Footprint) -> Iterator[str]:
+    """Warnings about positions at which the model is not what it was trained to be."""
+    context, n_trained, window = footprint.context, footprint.n_ctx_train, footprint.hyper.unapplied_window
+    n_asked = context.n_ctx or 0
+    if n_asked > n_trained * context.n_seq_max:
+        yield f"a context of {n_asked} tokens is longer than the {n_trained} that the model was trained for"
+    if window is not None and context_tokens(context, n_trained) > window * context.n_seq_max:
+        yield (
+            f"each token of the original model attends to the last {window} tokens only, and llama.cpp has no such "
+            f"window for this one: past position {window} the answers are another model's; --ctx-size {window} ends "
+            "there"
+        )
 
 
 def notes_of(plan: OffloadPlan, rules: PlacementRules) -> Iterator[str]:

@@ -46,7 +46,7 @@ from ggufmoe.remote.requests import (
 from ggufmoe.remote.rpc import answer_seconds, find_workers
 from ggufmoe.remote.wire import Cancel, Start
 from ggufmoe.runtime.chunkbatch import ComputedPart
-from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter
+from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter, described
 from ggufmoe.runtime.events import Event
 from ggufmoe.runtime.local import LocalEngine
 from ggufmoe.work import CancelFlag, OnProgress
@@ -55,6 +55,7 @@ _CLOSE_S = 5.0
 """Time for the child to free its memory before it is killed. Workers free theirs when it has ended."""
 
 
+@described
 class ChildEngine:
     """The model in the GGUF file at ``path``, loaded in a child process with the workers of ``offload.rpc``.
 
@@ -120,8 +121,16 @@ class ChildEngine:
 
     # ---- text and tokens
 
-    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        return self._link.ask(Tokenize(text, add_bos, parse_special))
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_bos: bool = True,
+        parse_special: bool = False,
+        must_fit: bool = False,
+        cancel: CancelFlag | None = None,
+    ) -> list[int]:
+        return self._link.ask(Tokenize(text, add_bos, parse_special, must_fit), cancel)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         return self._link.ask(TokenPiece(token, special))
@@ -165,11 +174,13 @@ class ChildEngine:
     ) -> float | None:
         return self._link.ask(Evaluate(tokens, one_by_one), cancel)
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        return self._link.ask(Logits(tokens))
+    def logits(self, tokens: Sequence[int], *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
+        return self._link.ask(Logits(tokens), cancel)
 
-    def logits_by_batch(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        return self._link.stream(LogitsByBatch(tokens))
+    def logits_by_batch(
+        self, tokens: Sequence[int], *, cancel: CancelFlag | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        return self._link.stream(LogitsByBatch(tokens), cancel)
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None

@@ -53,9 +53,16 @@ class Tokenize(Request[list[int]], method="tokenize"):
     text: str
     add_bos: bool
     parse_special: bool
+    must_fit: bool
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> list[int]:
-        return engine.tokenize(self.text, add_bos=self.add_bos, parse_special=self.parse_special)
+        return engine.tokenize(
+            self.text,
+            add_bos=self.add_bos,
+            parse_special=self.parse_special,
+            must_fit=self.must_fit,
+            cancel=cancel,
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class Logits(Request[NDArray[np.float32]], method="logits"):
     tokens: Sequence[int]
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> NDArray[np.float32]:
-        return engine.logits_until_cancelled(self.tokens, cancel)
+        return engine.logits(self.tokens, cancel=cancel)
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ class LogitsByBatch(StreamRequest[NDArray[np.float32]], method="logits_by_batch"
     tokens: Sequence[int]
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> Iterator[NDArray[np.float32]]:
-        return engine.logits_by_batch(self.tokens)
+        return engine.logits_by_batch(self.tokens, cancel=cancel)
 
 
 # ---- the cache, the context and sessions

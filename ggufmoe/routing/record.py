@@ -11,58 +11,87 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.engine import Engine
-from ggufmoe.errors import EngineError, InputError
+from ggufmoe.errors import Cancelled, EngineError, InputError
 from ggufmoe.gguf.expert_names import expert_names
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.native import graph_tensors
 from ggufmoe.native.wording import routing_node
-from ggufmoe.options import SamplingOptions
+from ggufmoe.options import RoutingKeywords, RoutingOptions, SamplingOptions, options_of
 from ggufmoe.routing.trace import Floats, RoutingTrace
 from ggufmoe.runtime.events import Event, Token
 from ggufmoe.runtime.observer import Observer
+from ggufmoe.work import CancelFlag, OnProgress, Progress, checked_flag
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _LAST_STEP_FIRST = ("weights_scaled", "weights_norm", "weights_softmax", "weights")
 
 
 def trace_routing(
-    engine: Engine, text: str | Sequence[int], *, generate: int = 0, sampling: SamplingOptions | None = None
+    engine: Engine,
+    text: str | Sequence[int],
+    *,
+    options: RoutingOptions | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+    **keywords: Unpack[RoutingKeywords],
 ) -> RoutingTrace:
     """Which experts each token of ``text`` went to, and of up to ``generate`` tokens that continue it.
 
     ``text`` may be token ids; in a string special tokens are read as such, and BOS is added where the model wants it.
-    Tokens are generated at full speed, the likeliest ones unless ``sampling`` says otherwise; then the whole text is
-    computed once more and watched, which costs nothing that can be measured in batches. The engine's KV cache is lost.
+    Give options as one object (``options=RoutingOptions(generate=8)``) or by name (``generate=8``). Tokens are
+    generated at full speed, the likeliest ones unless ``sampling`` says otherwise; then the whole text is computed once
+    more and watched, which costs nothing that can be measured in batches. The engine's KV cache is lost.
 
-    Raises InputError for a model without experts and for a text of no token, ContextFullError if it does not fit.
+    ``on_progress`` gets a report for each generated token (phase ``generate``), and before and after the text is
+    computed (phase ``route``). Raises Cancelled when ``cancel`` is set, InputError for a model without experts and for
+    a text of no token, ContextFullError if it does not fit, and the errors of ``Engine.generate``.
     """
+    options = options_of(RoutingOptions, options, keywords)
+    checked_flag(cancel)
     _check_has_experts(engine)
-    return engine.apply(_trace, text if isinstance(text, str) else list(text), generate, sampling)
+    if options.generate < 0:
+        raise InputError(f"the number of tokens to generate must be 0 or more, not {options.generate}")
+    trace: RoutingTrace | None = None
+    for step in engine.iterate(_steps, text if isinstance(text, str) else list(text), options, cancel=cancel):
+        if isinstance(step, RoutingTrace):
+            trace = step
+        elif on_progress is not None:
+            on_progress(step)
+    assert trace is not None, "the last step is the trace"
+    return trace
 
 
-def _trace(engine: Engine, text: str | list[int], generate: int, sampling: SamplingOptions | None) -> RoutingTrace:
-    prompt = engine.tokenize(text, parse_special=True) if isinstance(text, str) else text
-    ids = prompt + _continued(engine, prompt, generate, sampling)
+def _steps(
+    engine: Engine, text: str | list[int], options: RoutingOptions, *, cancel: CancelFlag | None
+) -> Iterator[Progress | RoutingTrace]:
+    """Reports of the progress, then the trace. Runs in the process that computes, which alone can observe the graph."""
+    prompt = engine.tokenize(text, parse_special=True, must_fit=True, cancel=cancel) if isinstance(text, str) else text
+    ids = list(prompt)
+    # one place of the context stays free, which computing logits wants
+    n = min(options.generate, engine.n_ctx - 1 - len(prompt))
+    if n > 0:
+        sampling = replace(options.sampling or SamplingOptions(temperature=0.0), n_predict=n)
+        for event in engine.generate(prompt, sampling, cancel=cancel):
+            if isinstance(event, Token):
+                ids.append(event.token_id)
+                yield Progress("generate", len(ids) - len(prompt), n, "tokens")
+            elif event.reason == "cancelled":
+                raise Cancelled("tracing was stopped")
+    yield Progress("route", 0, len(ids), "tokens")
     recorder = _Recorder(keep_all=True, stop=engine.cancel)
     with engine.observed(recorder), recorder.checked():
-        engine.prefill(ids, every_row=True)  # with logits on all rows, the last layer computes all rows as well
-    return _assemble(engine, recorder, ids, len(prompt))
-
-
-def _continued(engine: Engine, prompt: list[int], n: int, sampling: SamplingOptions | None) -> list[int]:
-    if n < 0:
-        raise InputError(f"the number of tokens to generate must be 0 or more, not {n}")
-    # one place of the context stays free, which computing logits wants
-    n = min(n, engine.n_ctx - 1 - len(prompt))
-    if n <= 0:
-        return []
-    events = engine.generate(prompt, replace(sampling or SamplingOptions(temperature=0.0), n_predict=n))
-    return [event.token_id for event in events if isinstance(event, Token)]
+        # with logits on all rows, the last layer computes all rows as well
+        engine.prefill(ids, cancel=cancel, every_row=True)
+    yield Progress("route", len(ids), len(ids), "tokens")
+    yield _assemble(engine, recorder, ids, len(prompt))
 
 
 def _check_has_experts(engine: Engine) -> None:

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ggufmoe.errors import InputError, OutputError, OutputExistsError, TemplateError
+from ggufmoe.errors import Cancelled, InputError, OutputError, OutputExistsError, TemplateError
 from ggufmoe.files import StrPath, decode_text, replacing, user_path
 from ggufmoe.gguf.special_texts import ENDS_BY_TEXT, special_literals
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options import MAX_SEED, SamplingOptions
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.enginelike import EngineLike
-from ggufmoe.runtime.events import Event
+from ggufmoe.runtime.events import NO_TIMING, Event, Finished
 from ggufmoe.runtime.kvcache import common_prefix
 from ggufmoe.runtime.template import ChatTemplate, find_template, stored_templates
 from ggufmoe.runtime.textstream import stop_strings
@@ -138,14 +138,19 @@ class Chat:
         self._replace(self.system, self.messages[:asked])
         return message
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of the prompt for ``messages``, with exactly one BOS where the model wants one."""
+    def prompt(
+        self, messages: Sequence[Message], *, must_fit: bool = False, cancel: CancelFlag | None = None
+    ) -> list[int]:
+        """The tokens of the prompt for ``messages``, with exactly one BOS where the model wants one.
+
+        ``must_fit`` and ``cancel`` are those of ``Engine.tokenize``.
+        """
         turns = [asdict(message) for message in messages]
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})
         text = self.template.render(turns)
         begins = bool(bos := self.engine.token_text(self.engine.bos_token)) and text.startswith(bos)
-        return self.engine.tokenize(text, add_bos=not begins, parse_special=True)
+        return self.engine.tokenize(text, add_bos=not begins, parse_special=True, must_fit=must_fit, cancel=cancel)
 
     def _answer(
         self,
@@ -156,16 +161,22 @@ class Chat:
         cancel: CancelFlag | None,
         stop: str | Sequence[str],
     ) -> Iterator[Event]:
-        asked = (*history, question)
-        prompt, n_keep = self.prompt(asked), None
-        if self.engine.overflow != "error":
-            # BOS and the system message always stay
-            prompt, n_keep = self._shortened(asked, prompt, sampling), len(self._prompt_before_next(()))
+        asked, n_keep = (*history, question), None
+        try:
+            prompt = self.prompt(asked, must_fit=self.engine.overflow == "error", cancel=cancel)
+            if self.engine.overflow != "error":
+                # BOS and the system message always stay
+                prompt = self._shortened(asked, prompt, sampling, cancel)
+                n_keep = len(self._prompt_before_next(()))
+        except Cancelled:
+            return iter((Finished("", "cancelled", NO_TIMING, sampling.seed or 0),))
         stops = (*self.template.stop, *stop_strings(stop))
         events = self.engine.generate(prompt, sampling, stop=stops, cancel=cancel, n_keep=n_keep)
         return self._record(asked, events, (self.messages, self._n_replaced))
 
-    def _shortened(self, asked: tuple[Message, ...], prompt: list[int], sampling: SamplingOptions) -> list[int]:
+    def _shortened(
+        self, asked: tuple[Message, ...], prompt: list[int], sampling: SamplingOptions, cancel: CancelFlag | None
+    ) -> list[int]:
         """``prompt`` without as many old turns as necessary. Turns stay left out, so that the KV cache is reused."""
         n_ctx = self.engine.n_ctx
         room = n_ctx // 4 if sampling.n_predict < 0 else min(sampling.n_predict, n_ctx // 4)
@@ -173,7 +184,7 @@ class Chat:
         n_turns = max(0, (len(asked) - 1 - first) // 2)
 
         def without(n: int) -> list[int]:
-            return self.prompt((*asked[:first], *asked[first + 2 * n :]))
+            return self.prompt((*asked[:first], *asked[first + 2 * n :]), cancel=cancel)
 
         n = min(self._n_left_out, n_turns)
         prompt = without(n) if n else prompt

@@ -42,6 +42,10 @@ class Timing:
         return _rate(self.evaluated_tokens, self.generation_s)
 
 
+NO_TIMING = Timing(0, 0, 0.0, 0, 0, 0.0)
+"""Of an answer that was cancelled before its prompt was complete."""
+
+
 def _rate(n_tokens: int, seconds: float) -> float:
     return n_tokens / seconds if seconds > 0 else 0.0
 

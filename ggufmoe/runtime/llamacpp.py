@@ -1,8 +1,8 @@
 """``LlamaCpp``: llama-cpp-python's ``Llama`` with our offload options, for programs that take a ``Llama``.
 
-Owns putting a plan into the parameters that ``Llama`` passes to libllama, and cancelling a call. Everything else is
-llama-cpp-python's own code; new programs should use ``Engine``. The class is made on first access, because importing
-its base loads the native library.
+Owns putting a plan into the parameters that ``Llama`` passes to libllama, cancelling a call, and the thread in which
+the calls run that llama.cpp may give up in. Everything else is llama-cpp-python's own code; new programs should use
+``Engine``. The class is made on first access, because importing its base loads the native library.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import difflib
 import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggufmoe.errors import Cancelled, ModelLoadError, OptionError
+from ggufmoe.errors import Cancelled, EngineLostError, ModelLoadError, OptionError
 from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType
@@ -35,6 +36,7 @@ from ggufmoe.placement.offload import plan_offload
 from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.loading import checked_model, loading_lock
+from ggufmoe.runtime.nativethread import NativeThread, T
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -43,6 +45,8 @@ else:
 
 _REPLACED = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "use_mlock", "offload_kqv")
 """Arguments of ``Llama`` that ``offload`` replaces."""
+_GUARDED = ("tokenize", "detokenize", "sample", "save_state", "load_state", "_init_sampler")
+"""Methods of ``Llama`` that run in the native thread, besides those that are overridden here."""
 
 _logger = logging.getLogger("ggufmoe")
 
@@ -55,12 +59,14 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     use_mlock, offload_kqv) are OptionErrors as well; without it they work as in ``Llama``.
 
     Raises GGUFError for a file that is corrupt or of an old layout, OptionError for options that do not fit the model
-    or the machine, ModelLoadError when llama.cpp refuses it, EngineMissingError without llama-cpp-python.
+    or the machine, ModelLoadError when llama.cpp refuses it, EngineMissingError without llama-cpp-python, and
+    EngineLostError when llama.cpp gives up: then the object is lost with its memory, and ``close`` frees nothing.
     """
 
     placement: Placement | None = None
     """Where weights, KV cache and buffers are: the plan and libllama's report; None without ``offload``."""
     _stack: Any = None
+    _native: NativeThread | None = None
 
     def __init__(self, model_path: StrPath, *, offload: OffloadOptions | None = None, **arguments: Any) -> None:
         _check_arguments(arguments, offload)
@@ -73,6 +79,7 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
         path = user_path(model_path)
         self._header = read_model_header(path) if arguments.get("vocab_only") else checked_model(path)
         self._machine = find_devices(offload.device if offload else None)
+        self._native = NativeThread(str(path), ctypes.create_string_buffer(1), lambda: None)
         try:
             self._load(path, arguments)
         except BaseException:
@@ -81,9 +88,10 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
 
     def _load(self, path: Path, arguments: Mapping[str, Any]) -> None:
         mark = native_log().mark()
-        with loading_lock, native_log().collecting(PLACEMENT_LINES) as lines:
+        load = partial(super().__init__, os.fspath(path), **{**arguments, **self._replacing(arguments)})
+        with loading_lock, native_log().collecting(PLACEMENT_LINES) as lines, _outputs_restored_at_loss():
             try:
-                super().__init__(os.fspath(path), **{**arguments, **self._replacing(arguments)})
+                self._call(load)
             except ValueError as error:
                 if not is_refusal(str(error)):
                     raise
@@ -146,6 +154,21 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
         offload = replace(self._offload, n_expert_used=None)
         self._alive = set_parameters(self._api, self._model_params, self._machine, self._plan, offload, "")
 
+    # ---- the native thread
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` in the native thread. Ctrl-C stops it. Raises EngineLostError once llama.cpp gives up."""
+        native = self._native
+        if native is None or native.is_current:
+            return function()
+        try:
+            return native.call(function)
+        except KeyboardInterrupt:
+            self.cancel()
+            native.call(lambda: None)  # the function has ended
+            self._abort_flag[0] = b"\x00"
+            raise
+
     # ---- stopping
 
     def cancel(self) -> None:
@@ -158,8 +181,7 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     def eval(self, tokens: Sequence[int]) -> None:
         """As in ``Llama``; raises Cancelled after ``cancel``."""
         for begin in range(0, max(len(tokens), 1), self.n_batch):
-            with self._stoppable():
-                super().eval(tokens[begin : begin + self.n_batch])
+            self._call(partial(self._stoppable, partial(super().eval, tokens[begin : begin + self.n_batch])))
 
     def generate(self, *arguments: Any, **named: Any) -> Iterator[int]:
         """As in ``Llama``; raises Cancelled after ``cancel``."""
@@ -170,15 +192,13 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     def embed(self, *arguments: Any, **named: Any) -> Any:
         """As in ``Llama``; raises Cancelled after ``cancel``."""
         self._abort_flag[0] = b"\x00"
-        with self._stoppable():
-            return super().embed(*arguments, **named)
+        return self._call(partial(self._stoppable, partial(super().embed, *arguments, **named)))
 
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
+    def _stoppable(self, function: Callable[[], T]) -> T:
+        """The result of ``function``. Raises Cancelled if ``cancel`` is called meanwhile, or was before."""
         if self._abort_flag[0] == b"\x00":
             try:
-                yield
-                return
+                return function()
             except RuntimeError:
                 if self._abort_flag[0] == b"\x00":
                     raise
@@ -191,7 +211,10 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
 
     def close(self) -> None:
         """Give back all memory. May be called again."""
-        if self._stack is not None:
+        native = self._native
+        if native is not None:
+            native.close()
+        if self._stack is not None and not (native is not None and native.is_lost):
             super().close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,7 +236,38 @@ else:
 
 @cache
 def _llama_class() -> type:
-    return type("LlamaCpp", (_PlacedLlama, _base()), {"__doc__": _PlacedLlama.__doc__, "__module__": __name__})
+    base = _base()
+    guarded = {name: _guarded(getattr(base, name)) for name in _GUARDED}
+    return type("LlamaCpp", (_PlacedLlama, base), {"__doc__": _PlacedLlama.__doc__, "__module__": __name__, **guarded})
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of ``Llama``, run in the native thread."""
+
+    @wraps(method)
+    def guarded(self: _PlacedLlama, *arguments: Any, **named: Any) -> Any:
+        return self._call(partial(method, self, *arguments, **named))
+
+    return guarded
+
+
+@contextmanager
+def _outputs_restored_at_loss() -> Iterator[None]:
+    """Give stdout and stderr back if llama.cpp gives up within the block, where ``Llama`` may have redirected them."""
+    streams, kept = (sys.stdout, sys.stderr), {}
+    for number in (1, 2):
+        with suppress(OSError):  # a program without a console has none
+            kept[number] = os.dup(number)
+    try:
+        yield
+    except EngineLostError:
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+        sys.stdout, sys.stderr = streams
+        raise
+    finally:
+        for copy in kept.values():
+            os.close(copy)
 
 
 def _base() -> Any:

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.native.openmp import SpinLimit
 from ggufmoe.native.wording import PLACEMENT_LINES, lacks_pinned_memory
 from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.placement.advice import context_warnings
 from ggufmoe.placement.cpu import default_threads
 from ggufmoe.placement.devices import DeviceTable, find_devices
 from ggufmoe.placement.footprint import Footprint, context_tokens
@@ -100,6 +101,7 @@ class LoadedModel:
         self._context: Any = None
         self._lost = ""
         """Why the last attempt to make a context failed."""
+        self._warned: set[str] = set()
         self._cache: KVCache
 
     @property
@@ -127,8 +129,7 @@ class LoadedModel:
         request = self._request
         machine = find_devices(request.offload.device, remote=bool(request.offload.workers))
         plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
-        for warning in plan.warnings:
-            _logger.warning("%s: %s", self.path, warning)
+        self._warn(plan.warnings)
         self._check_memory(request.context, plan)
         with self._loading(), self.log.collecting(PLACEMENT_LINES) as lines:
             self._check_not_cancelled(callback)
@@ -147,6 +148,13 @@ class LoadedModel:
         self.vocabulary = LoadedVocabulary(self.api, self._model, self.path, self._header.get(EOS_TOKEN_IDS, ()))
         self._cache = self._new_cache()
 
+    def _warn(self, warnings: Iterable[str]) -> None:
+        """Log each warning once for this model."""
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                _logger.warning("%s: %s", self.path, warning)
+
     @contextmanager
     def _loading(self) -> Iterator[None]:
         with loading_lock:
@@ -156,10 +164,12 @@ class LoadedModel:
             finally:
                 self._is_loading = False
 
-    def let_others_load(self) -> None:
-        """Give ``loading_lock`` back for a thread that will never do so, because llama.cpp has given up in it."""
+    def release_locks(self) -> None:
+        """Give back the locks of the calling thread, which will never do so: llama.cpp has given up in it."""
         if self._is_loading:
             loading_lock.release()
+        elif hasattr(self, "vocabulary"):
+            self.vocabulary.release_lock()
 
     def _check_not_cancelled(self, callback: LoadCallback) -> None:
         if callback.cancelled():
@@ -276,6 +286,7 @@ class LoadedModel:
         self.observer = observer
         try:
             self._check_memory(options, self.placement.plan)
+            self._warn(context_warnings(Footprint(self._request.model, options, self._request.offload)))
             self._context = self._make_context(options)
         except BaseException as error:
             self.observer = self.on_token = None

@@ -29,7 +29,7 @@ from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, Samp
 from ggufmoe.placement.load_report import Placement
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
-from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter
+from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter, described
 from ggufmoe.runtime.events import Event
 from ggufmoe.runtime.generation import Generation, GenerationRequest
 from ggufmoe.runtime.kvcache import SavedState
@@ -39,7 +39,7 @@ from ggufmoe.runtime.overflow import Overflow
 from ggufmoe.runtime.sampling import Sampler, resolve
 from ggufmoe.runtime.session import SessionFacts, read_session, write_session
 from ggufmoe.runtime.textstream import stop_strings
-from ggufmoe.work import CancelFlag, OnProgress
+from ggufmoe.work import CancelFlag, OnProgress, is_set
 
 _LOGITS_BATCH = 512
 """Rows of logits that are computed and copied at once."""
@@ -57,10 +57,12 @@ class Activity:
     """Batches from which llama.cpp has returned."""
 
 
+@described
 class LocalEngine:
     """The model in the GGUF file at ``path``, loaded when this returns; use ``close`` to give its memory back.
 
-    All native code runs in one thread: callers take turns, first come, first served. Tokenizing needs no turn.
+    All native code that computes runs in one thread: callers take turns, first come, first served. What needs the
+    vocabulary alone runs in a second one, so that tokenizing waits for no computation.
 
     ``before_load`` is called in that thread, right before llama.cpp begins to load. Raises what ``Engine`` raises.
     """
@@ -89,9 +91,11 @@ class LocalEngine:
         )
         self._api = native_api()
         self._loaded = LoadedModel(self._api, native_log(), LoadRequest(model, context, offload))
+        loaded = self._loaded
         self._native = NativeThread(
-            str(self.path), self._loaded.abort_flag, self._loaded.free, self._loaded.let_others_load
+            str(self.path), loaded.abort_flag, loaded.free, lambda message: loaded.release_locks()
         )
+        self._texts = self._native.companion()
         try:
             self._native.call(before_load)
             self._native.call(partial(self._loaded.load, callback))
@@ -128,21 +132,39 @@ class LocalEngine:
         return tuple(self._loaded.cache.tokens)
 
     def token_text(self, token: int | None) -> str:
-        return self._vocabulary.token_text(token)
+        return "" if token is None else self._texts.call(partial(self._vocabulary.token_text, token))
 
     # ---- text and tokens
 
-    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
-        return self._vocabulary.tokenize(text, add_bos=add_bos, parse_special=parse_special)
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_bos: bool = True,
+        parse_special: bool = False,
+        must_fit: bool = False,
+        cancel: CancelFlag | None = None,
+    ) -> list[int]:
+        cancellation, n_ctx = Cancellation(cancel), self.n_ctx if must_fit else None
+
+        def check() -> None:
+            if cancellation.is_requested():
+                raise Cancelled("tokenizing was stopped")
+
+        tokenize = partial(self._vocabulary.tokenize, text, add_bos=add_bos, parse_special=parse_special)
+        found = self._texts.call_until_cancelled(partial(tokenize, n_ctx=n_ctx, check=check), cancellation)
+        if found is None:
+            raise Cancelled("tokenizing was stopped")
+        return found
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        return self._vocabulary.piece(token, special=special)
+        return self._texts.call(partial(self._vocabulary.piece, token, special=special))
 
     def ends_text(self, token: int) -> bool:
         return self._vocabulary.ends_text(token)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
-        return b"".join(self.piece(token, special=special) for token in tokens)
+        return self._texts.call(lambda: b"".join(self._vocabulary.piece(token, special=special) for token in tokens))
 
     # ---- generation
 
@@ -164,7 +186,7 @@ class LocalEngine:
         tokens = overflow.fitted(tokens, self.n_ctx)
         settings = resolve(options_of(SamplingOptions, sampling), self.header.get)
         # made now, so that an error in a grammar is raised here and not when the first token is asked for
-        sampler = Sampler(self._api, self._vocabulary, settings, tokens)
+        sampler = self._texts.call(partial(Sampler, self._api, self._vocabulary, settings, tokens))
         return self._read(GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow), sampler)
 
     def _read(self, request: GenerationRequest, sampler: Sampler) -> Iterator[Event]:
@@ -226,10 +248,11 @@ class LocalEngine:
         kv = self._loaded.cache
         kv.clear()
         size = min(_LOGITS_BATCH, kv.n_batch)
-        if not all(kv.compute_all_logits(tokens[begin : begin + size]) for begin in range(0, len(tokens), size)):
-            return None
-        kv.synchronize()
-        kv.check_finite(kv.last_logits())
+        for begin in range(0, len(tokens), size):
+            part = tokens[begin : begin + size]
+            if not kv.compute_all_logits(part):
+                return None
+            kv.check_finite(kv.logits(len(part)))
         return len(tokens)
 
     def evaluate(
@@ -256,11 +279,7 @@ class LocalEngine:
 
     # ---- logits
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        return self.logits_until_cancelled(tokens, None)
-
-    def logits_until_cancelled(self, tokens: Sequence[int], cancel: CancelFlag | None) -> NDArray[np.float32]:
-        """``logits``, with a flag that cancels. Raises DecodeError once ``cancel`` is set."""
+    def logits(self, tokens: Sequence[int], *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
         ids = self._checked_prompt(tokens)
         self._check_fits(ids)
         parts = self._logits_by_batch(ids, cancel)
@@ -271,10 +290,12 @@ class LocalEngine:
             done += len(part)
         return rows
 
-    def logits_by_batch(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    def logits_by_batch(
+        self, tokens: Sequence[int], *, cancel: CancelFlag | None = None
+    ) -> Iterator[NDArray[np.float32]]:
         ids = self._checked_prompt(tokens)
         self._check_fits(ids)
-        return self._logits_by_batch(ids, None)
+        return self._logits_by_batch(ids, cancel)
 
     def _logits_by_batch(self, ids: list[int], cancel: CancelFlag | None) -> Iterator[NDArray[np.float32]]:
         cancellation = self._remember(Cancellation(cancel))
@@ -282,6 +303,8 @@ class LocalEngine:
         for begin in range(0, len(ids), size):
             rows = self._native.call_until_cancelled(partial(self._logits_of, ids, begin, size), cancellation)
             if rows is None:
+                if is_set(cancel):
+                    raise Cancelled("computing logits was stopped")
                 raise DecodeError("computing logits was cancelled from another thread")
             yield rows
 
@@ -427,9 +450,10 @@ class LocalEngine:
         return self._native.closed
 
     def close(self) -> None:
-        thread = getattr(self, "_native", None)
-        if thread is not None:
-            thread.close()
+        for name in ("_texts", "_native"):
+            thread: NativeThread | None = getattr(self, name, None)
+            if thread is not None:
+                thread.close()
 
     def __del__(self) -> None:
         self.close()

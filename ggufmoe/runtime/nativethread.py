@@ -62,7 +62,8 @@ class NativeThread:
     """Runs jobs one after another, in the order of ``submit``, until ``close``; then calls ``at_end`` once.
 
     ``abort_flag`` is a buffer; when its first byte is not zero, llama.cpp aborts the computation that runs.
-    ``at_loss`` is called instead of ``at_end`` when llama.cpp has given up; it must not call it.
+    ``at_loss`` is called instead of ``at_end``, with what llama.cpp said, when it has given up; it must not call it.
+    ``has_team`` tells whether ggml computes for this thread with threads of its own.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class NativeThread:
         name: str,
         abort_flag: ctypes.Array[ctypes.c_char],
         at_end: Callable[[], None],
-        at_loss: Callable[[], None] = lambda: None,
+        at_loss: Callable[[str], None] = lambda message: None,
+        *,
+        has_team: bool = True,
     ) -> None:
         self.name = name
         self.closed = False
@@ -81,11 +84,19 @@ class NativeThread:
         self._running_job: Job | None = None
         self._loss = ""
         self._at_loss = at_loss
+        self._has_team = has_team
         self._at_end: Callable[[], None] | None = at_end
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="ggufmoe-native", daemon=True)
         self._thread.start()
         _open_threads().add(self)
+
+    def companion(self) -> NativeThread:
+        """A second thread, for short calls about the same model. When llama.cpp gives up there, this one is lost too.
+
+        Close it before this one, whose ``at_end`` frees the model.
+        """
+        return NativeThread(self.name, ctypes.create_string_buffer(1), lambda: None, self.lose, has_team=False)
 
     @property
     def is_busy(self) -> bool:
@@ -161,9 +172,14 @@ class NativeThread:
             if self._running is cancellation:
                 self._abort_flag[0] = b"\x01"
 
+    @property
+    def is_current(self) -> bool:
+        """Whether this is called in the native thread."""
+        return threading.current_thread() is self._thread
+
     def check_not_native_thread(self) -> None:
         """Raise EngineError when called in the native thread, which must not wait for itself."""
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             raise EngineError(f"{self.name}: an engine cannot be used from inside its own callbacks")
 
     def close(self) -> None:
@@ -178,7 +194,7 @@ class NativeThread:
             self.closed = True
             self._abort_flag[0] = b"\x01"
             self._lock.notify()
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             return
         while self._thread.is_alive() and not self._loss:  # llama.cpp may give up meanwhile
             self._thread.join(_WAIT_S)
@@ -206,8 +222,11 @@ class NativeThread:
             f"{self.name}: llama.cpp has given up: {self._loss}; this engine is lost, load the model again"
         )
 
-    def _lose(self, message: str) -> None:
-        """Fail all jobs. Called by the thread in which llama.cpp has given up, which will do nothing else."""
+    def lose(self, message: str) -> None:
+        """Fail all jobs, now and later, because llama.cpp has given up; free nothing.
+
+        Called by the thread in which that happened, this one or its companion, which will do nothing else.
+        """
         with self._lock:
             if self._loss:
                 return
@@ -215,7 +234,7 @@ class NativeThread:
             failed = [job for job in (self._running_job, *self._jobs) if job is not None]
             self._jobs.clear()
             self._running = self._running_job = None
-        self._at_loss()
+        self._at_loss(self._loss)
         for job in failed:
             job.fail(self._lost_error())
 
@@ -223,7 +242,7 @@ class NativeThread:
         return EngineError(f"the engine of {self.name} has been closed")
 
     def _work(self) -> None:
-        with abort_watch().computing(self._lose, lambda: self.is_busy):
+        with abort_watch().computing(self.lose, lambda: self._has_team and self.is_busy):
             self._work_until_closed()
 
     def _work_until_closed(self) -> None:
@@ -234,7 +253,7 @@ class NativeThread:
             waiting.fail(self._closed_error())
         self._jobs.clear()
         at_end, self._at_end = self._at_end, None
-        if at_end is not None:
+        if at_end is not None and not self._loss:
             at_end()
 
     def _next_job(self) -> Job | None:

@@ -1,71 +1,39 @@
 """The vocabulary of a loaded model: text to tokens and back.
 
-It needs no context and has a lock of its own, so text can be tokenized while a long prompt is computed.
+It needs no context and has a lock of its own, so text can be tokenized while a long prompt is computed. Its methods
+call llama.cpp in the thread of the caller: an engine calls them in a thread of its own, in which llama.cpp may give up.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import EngineError, InputError
+from ggufmoe.errors import ContextFullError, EngineError, InputError
+from ggufmoe.runtime.textpieces import PIECE_CHARS, Piece, SafeBorders, SpecialToken, pieces, special_ends
 
 _NONE = 0
 """LLAMA_VOCAB_TYPE_NONE."""
 _SENTENCEPIECE = 1
 """LLAMA_VOCAB_TYPE_SPM."""
-_SPECIAL = 1 << 0 | 1 << 3 | 1 << 4
+_BYTE_PAIRS = 2
+"""LLAMA_VOCAB_TYPE_BPE."""
+_USER_DEFINED = 1 << 4
+"""LLAMA_TOKEN_ATTR_USER_DEFINED: looked for in a text even where special tokens are not."""
+_SPECIAL = 1 << 0 | 1 << 3 | _USER_DEFINED
 """LLAMA_TOKEN_ATTR_UNKNOWN, CONTROL and USER_DEFINED."""
-_STRIPPING = 1 << 7 | 1 << 8
+_STRIPS_LEFT, _STRIPS_RIGHT = 1 << 7, 1 << 8
 """LLAMA_TOKEN_ATTR_LSTRIP and RSTRIP."""
-
-
-PIECE_CHARS = 4096
-"""Longer texts are tokenized in pieces of about so many characters, where that gives the same tokens."""
+_BYTE_CHARS = frozenset(map(chr, (*range(33, 127), *range(161, 173), *range(174, 324))))
+"""The characters that stand for the 256 bytes in a byte-pair vocabulary (``bytes_to_unicode`` of GPT-2)."""
 _SPACES = (" ", "\u2581")
 """SentencePiece writes a space as U+2581."""
-
-
-class SafeBorders:
-    """Where a text can be cut so that its parts have the tokens of the whole: before characters that join no other.
-
-    llama.cpp's SentencePiece tokenizer copies all tokens that it has so far for every character that is in no token of
-    the vocabulary, so its time is quadratic in their number (``resegment`` of llama-vocab.cpp, commit 0c1e57098).
-
-    ``texts`` are the tokens as the vocabulary spells them, ``special`` those that are looked for first, and whether
-    they take the white space beside them.
-    """
-
-    def __init__(self, texts: Iterable[str], special: Mapping[str, bool]) -> None:
-        joining: set[str] = set().union(*(text[1:] for text in texts))
-        self._is_known = bool(joining)
-        self._joining = joining.union(_SPACES)
-        """Characters that are in a token behind its first place."""
-        self._special = special
-
-    def pieces(self, text: str) -> list[str]:
-        """The text in pieces, of about PIECE_CHARS or longer where there is no border."""
-        there = [special for special in self._special if special in text]
-        is_stripping = any(self._special[special] for special in there)
-        joining = self._joining.union(special[:1] for special in there)
-        alone = [char for char in set(text) - joining if not (is_stripping and char.isspace())]
-        if not alone or not self._is_known:
-            return [text]
-        # llama.cpp puts a space of its own behind a special token, and none in front of one
-        no_border = "".join(special[-1:] for special in there) + (" \t\n\v\f\r" if is_stripping else "")
-        behind = f"(?<![{re.escape(no_border)}])" if no_border else ""
-        border = re.compile(f"{behind}[{re.escape(''.join(alone))}]")
-        cuts = [0]
-        while (found := border.search(text, cuts[-1] + PIECE_CHARS)) is not None:
-            cuts.append(found.start())
-        return [text[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
 class LoadedVocabulary:
@@ -88,6 +56,12 @@ class LoadedVocabulary:
         """Call this before the model is freed. Waits for calls that are running; later ones raise EngineError."""
         with self._lock:
             self.handle = None
+
+    def release_lock(self) -> None:
+        """Give the lock back for the calling thread, as often as it has it, because llama.cpp has given up in it."""
+        with suppress(RuntimeError):  # it does not have it any more
+            while True:
+                self._lock.release()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -120,11 +94,24 @@ class LoadedVocabulary:
         if token is None:
             return ""
         with self._lock:
+            self._check_tokenizer()
             self.check_tokens([token])
             return self._text(token)
 
-    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Token ids of ``text``, as ``Engine.tokenize`` describes them."""
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_bos: bool,
+        parse_special: bool,
+        n_ctx: int | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[int]:
+        """Token ids of ``text``, as ``Engine.tokenize`` describes them.
+
+        With ``n_ctx``, raises ContextFullError once it is certain that a context of so many tokens cannot hold them.
+        ``check`` is called between the pieces of a long text; what it raises ends the work.
+        """
         if not isinstance(text, str):
             raise TypeError(f"expected a text (str), not {text!r}")
         # on text that is not UTF-8 llama.cpp would abort the process
@@ -132,13 +119,45 @@ class LoadedVocabulary:
         with self._lock:
             self._check_tokenizer()
             begin = self.bos_token if add_bos and self.adds_bos else None
-            tokens = [] if begin is None else [begin]
             self._check_spellable(text)
-            pieces = self._borders.pieces(text) if len(text) > PIECE_CHARS else [text]
-            for number, piece in enumerate(pieces):  # between two pieces Python notices Ctrl-C
-                found = self._tokens_of(piece, parse_special)
-                tokens += found[self._n_prefix(piece[0], parse_special) :] if number else found
+            if n_ctx is not None and len(text) >= n_ctx:
+                _check_room(self._least_tokens(text), n_ctx)
+            cut = self._cut(text, parse_special, check) if len(text) > PIECE_CHARS else iter([Piece(text, False)])
+        tokens = [] if begin is None else [begin]
+        for piece in cut:
+            check()
+            with self._lock:  # between two pieces others may use the vocabulary
+                self._check_open()
+                found = self._tokens_of(piece.text, parse_special)
+                tokens += found[self._n_prefix(piece.text[0], parse_special) :] if piece.is_inside else found
+            if n_ctx is not None and piece.text != text:
+                _check_room(len(tokens), n_ctx)
         return tokens
+
+    def _least_tokens(self, text: str) -> int:
+        """A lower bound for the number of tokens of ``text``, without tokenizing it; 0 where there is none."""
+        kind = self._api.llama_vocab_type(self.handle)
+        if kind not in (_SENTENCEPIECE, _BYTE_PAIRS):
+            return 0  # one token may stand for a long word
+        if kind == _BYTE_PAIRS and not _BYTE_CHARS.issubset(self._texts):
+            return 0  # bytes without a token are left out
+        if kind == _BYTE_PAIRS or any(special.strips_left or special.strips_right for special in self._specials):
+            text = "".join(text.split())  # white space may be left out
+        return len(text.encode()) // self._longest_bytes
+
+    @cached_property
+    def _longest_bytes(self) -> int:
+        """Bytes of text that one token stands for at most."""
+        return max(1, *(len(text.replace(*_SPACES).encode()) for text in self._texts))
+
+    def _cut(self, text: str, parse_special: bool, check: Callable[[], None]) -> Iterator[Piece]:
+        """The pieces of a long text."""
+        if not self._has_plain_specials:
+            return iter([Piece(text, False)])
+        there = [special for special in self._specials if special.text in text]
+        found = [special for special in there if parse_special or special.text in self._user_defined]
+        borders = None if self._borders is None else self._borders.pattern(text, there)
+        return pieces(text, borders, special_ends(text, found, check))
 
     def _check_spellable(self, text: str) -> None:
         """Raise InputError for a character that has neither a token nor tokens of its bytes.
@@ -190,14 +209,35 @@ class LoadedVocabulary:
         return bytes(self._api.llama_vocab_get_text(self.handle, token)).decode("utf-8", "replace")
 
     @cached_property
-    def _borders(self) -> SafeBorders:
-        """Where a long text may be cut. Only SentencePiece's tokenizer of llama.cpp takes quadratic time."""
+    def _attributes(self) -> list[int]:
+        """``llama_token_attr`` of every token."""
+        return [self._api.llama_vocab_get_attr(self.handle, token) for token in range(self.n_tokens)]
+
+    @cached_property
+    def _specials(self) -> list[SpecialToken]:
+        """The tokens that llama.cpp looks for in a text before all others."""
+        return [
+            SpecialToken(text, bool(kind & _STRIPS_LEFT), bool(kind & _STRIPS_RIGHT))
+            for text, kind in zip(self._texts, self._attributes, strict=True)
+            if kind & _SPECIAL and text
+        ]
+
+    @cached_property
+    def _user_defined(self) -> frozenset[str]:
+        """Those that it looks for even where special tokens are text."""
+        return frozenset(text for text, kind in zip(self._texts, self._attributes, strict=True) if kind & _USER_DEFINED)
+
+    @cached_property
+    def _has_plain_specials(self) -> bool:
+        """Whether all special tokens are UTF-8. Others could end within a character."""
+        return not any("\ufffd" in special.text for special in self._specials)
+
+    @cached_property
+    def _borders(self) -> SafeBorders | None:
+        """Where ordinary text may be cut. Only SentencePiece's tokenizer of llama.cpp takes quadratic time for it."""
         if self._api.llama_vocab_type(self.handle) != _SENTENCEPIECE:
-            return SafeBorders((), {})
-        texts = self._texts
-        attributes = [self._api.llama_vocab_get_attr(self.handle, token) for token in range(self.n_tokens)]
-        tokens = zip(texts, attributes, strict=True)
-        return SafeBorders(texts, {text: bool(kind & _STRIPPING) for text, kind in tokens if kind & _SPECIAL})
+            return None
+        return SafeBorders(self._texts)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; those of a control token are empty unless ``special``."""
@@ -244,3 +284,12 @@ class LoadedVocabulary:
     def _check_open(self) -> None:
         if not self.handle:
             raise EngineError(f"the engine of {self._path} has been closed")
+
+
+def _check_room(n_tokens: int, n_ctx: int) -> None:
+    """Raise ContextFullError for a text of at least ``n_tokens``, if a context leaves no room for a single token."""
+    if n_tokens >= n_ctx:
+        raise ContextFullError(
+            f"the text has at least {n_tokens} tokens and the context holds {n_ctx}: "
+            "shorten it, or ask for more with --ctx-size"
+        )

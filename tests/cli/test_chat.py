@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,14 @@ def test_the_conversation_ends_with_the_context_where_that_is_wanted(talk: Talk,
     _, out, err = talk(*["hello"] * 60, options=("-c", "256", *options))
     assert 0 < out.count("hi there\n") < 60
     assert any("the context holds 256" in line for line in err)
+
+
+def test_a_message_of_megabytes_is_refused_before_it_is_tokenized(talk: Talk) -> None:
+    started = time.process_time()
+    code, out, err = talk("hello" * 600_000, "hello", options=("-c", "256"))
+    assert (code, out) == (0, "hi there\n")
+    assert any(line.startswith("error: the text has at least ") and "holds 256" in line for line in err)
+    assert time.process_time() - started < 5
 
 
 def test_an_answer_longer_than_the_context_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ggufmoe import ContextOptions, OffloadOptions
@@ -197,6 +199,50 @@ def test_a_prompt_that_cannot_be_answered_is_not_printed_either(run: Callable[..
     code, out, err = run("word " * 600, "--raw")
     assert (code, out) == (1, "")
     assert "--ctx-size" in err
+
+
+@pytest.mark.parametrize("road", [(), ("--raw",)])
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(
+    run: Callable[..., tuple[int, str, str]], road: tuple[str, ...]
+) -> None:
+    started = time.process_time()
+    code, out, err = run("word once upon a time " * 200_000, *road)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: the text has at least ")
+    assert "tokens and the context holds 512: shorten it, or ask for more with --ctx-size" in err
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("policy", ["shift", "truncate-middle"])
+@pytest.mark.parametrize("road", [(), ("--raw", "--json")])
+def test_a_long_prompt_is_still_cut_where_that_is_wanted(
+    run: Callable[..., tuple[int, str, str]], policy: str, road: tuple[str, ...]
+) -> None:
+    code, out, _ = run("word once" * 20_000, "--overflow", policy, "-n", "1", *road)
+    assert code == 0
+    assert " upon" in out if road else out == "h\u00e9llo\n"
+
+
+def test_ctrl_c_while_a_long_prompt_is_tokenized(run: Callable[..., tuple[int, str, str]]) -> None:
+    press = threading.Timer(1.0, signal.raise_signal, [signal.SIGINT])
+    press.start()
+    started = time.monotonic()
+    code, out, err = run("<s>" * 8_000_000, "--raw", "--overflow", "shift")
+    assert (code, out, err) == (130, "", "error: tokenizing was stopped\n")
+    assert time.monotonic() - started < 10
+
+
+def test_a_context_beyond_what_the_model_was_trained_for_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windowed = replace(MODEL, metadata={"ggufmoe.sliding_window": np.uint32(300)}).write(tmp_path / "windowed.gguf")
+    for verb in ("run", "plan"):
+        arguments = ["hi", "--quiet", *GREEDY] if verb == "run" else []
+        assert exit_code([verb, str(windowed), *arguments]) == 0
+        out, err = capsys.readouterr()
+        assert (err if verb == "run" else out).count("attends to the last 300 tokens only") == 1
+        assert exit_code([verb, str(windowed), *arguments, "-c", "300"]) == 0
+        assert "attends" not in "".join(capsys.readouterr())
 
 
 def test_a_prompt_that_is_not_utf_8(model: str) -> None:

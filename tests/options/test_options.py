@@ -32,6 +32,8 @@ from ggufmoe.options import (
     MergeKeywords,
     PromptOptions,
     QuantizeKeywords,
+    RoutingKeywords,
+    RoutingOptions,
     WorkerOptions,
     options_of,
 )
@@ -57,6 +59,8 @@ from ggufmoe.quantize import plan_quantize
         (SamplingOptions, {"logit_bias": [5]}, r"logit_bias must be a tuple of texts, not \[5\]"),
         (EvaluationOptions, {"chunks": "3"}, "chunks must be a whole number, not '3'"),
         (WorkerOptions, {"host": None}, "host must be a text, not None"),
+        (RoutingOptions, {"generate": 1.5}, r"generate must be a whole number, not 1\.5"),
+        (RoutingOptions, {"sampling": {}}, r"sampling must be SamplingOptions\(\.\.\.\), not {}"),
         (ConvertOptions, {"pure": "yes"}, "pure must be True or False, not 'yes'"),
     ],
 )
@@ -120,6 +124,7 @@ def test_an_object_of_another_class_is_a_type_error(wrong: Any) -> None:
         (ggufmoe.perplexity, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.kl_divergence, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.imatrix, ImatrixOptions, ImatrixKeywords),
+        (ggufmoe.trace_routing, RoutingOptions, RoutingKeywords),
     ],
 )
 def test_a_function_takes_each_option_once_with_the_type_of_the_field(

@@ -11,6 +11,7 @@ import itertools
 import logging
 import operator
 import os
+import pydoc
 import signal
 import subprocess
 import sys
@@ -42,13 +43,12 @@ from ggufmoe import (
     WorkerLostError,
     trace_routing,
 )
-from ggufmoe.errors import DecodeError
 from ggufmoe.gguf.header import read_header
 from ggufmoe.remote.child import ChildEngine
 from ggufmoe.remote.host import EngineHost
 from ggufmoe.remote.link import EngineLink
 from ggufmoe.remote.places import find_places
-from ggufmoe.remote.requests import Logits, Request, StreamRequest
+from ggufmoe.remote.requests import Request, StreamRequest
 from ggufmoe.remote.worker import Worker
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.local import LocalEngine
@@ -233,9 +233,15 @@ def public(of: type) -> set[str]:
     return {name for name in dir(of) if not name.startswith("_")}
 
 
+@pytest.mark.parametrize("kind", [LocalEngine, ChildEngine, Engine])
+def test_help_says_what_every_member_is_for(kind: type) -> None:
+    for name in public(kind):
+        assert len(pydoc.getdoc(getattr(kind, name)).split()) > 3, name
+
+
 def test_both_engines_take_every_call_of_the_public_one() -> None:
     only_public = {"generate_async", "metadata"}  # made of the others
-    only_local = {"activity", "wait_until_free", "logits_until_cancelled"}  # for the child's side of a ChildEngine
+    only_local = {"activity", "wait_until_free"}  # for the child's side of a ChildEngine
     attributes = {"path", "header", "placement", "n_ctx", "n_vocab", "n_ctx_train"}  # set by their constructors
     assert public(LocalEngine) - only_local == public(Engine) - only_public - attributes
     assert public(ChildEngine) == public(LocalEngine) - only_local
@@ -443,8 +449,18 @@ def test_an_interrupted_caller_stops_the_request(remote_story: Engine, kind: str
 def test_logits_can_be_cancelled_by_the_flag_of_the_request(remote_story: Engine) -> None:
     flag = threading.Event()
     flag.set()
-    with pytest.raises(DecodeError, match="cancelled"):
-        child_engine(remote_story)._link.ask(Logits(remote_story.tokenize(" once")), flag)
+    tokens = remote_story.tokenize(" once")
+    with pytest.raises(Cancelled, match="computing logits was stopped"):
+        remote_story.logits(tokens, cancel=flag)
+    with pytest.raises(Cancelled, match="computing logits was stopped"):
+        list(remote_story.logits_by_batch(tokens, cancel=flag))
+    with pytest.raises(Cancelled, match="tokenizing was stopped"):
+        remote_story.tokenize(" once", cancel=flag)
+    with pytest.raises(ContextFullError, match="the text has at least"):
+        remote_story.tokenize(" once" * 100_000, must_fit=True)
+    with pytest.raises(Cancelled, match="stopped"):
+        remote_story.prefill(tokens, cancel=flag)
+    assert remote_story.logits(tokens).shape == (len(tokens), remote_story.n_vocab)
 
 
 def test_relative_paths_are_those_of_this_process(
@@ -532,7 +548,9 @@ def test_routing_is_traced_where_it_is_computed(model: Path, workers: tuple[Work
     with Engine(model, SMALL, OffloadOptions(device="none")) as plain:
         expected = trace_routing(plain, TEXT, generate=3)
     with Engine(model, SMALL, OffloadOptions(rpc=workers[0].endpoint)) as engine:
-        found = trace_routing(engine, TEXT, generate=3)
+        steps: list[Progress] = []
+        found = trace_routing(engine, TEXT, generate=3, on_progress=steps.append)
+        assert [step.phase for step in steps] == [*["generate"] * 3, "route", "route"]
         with pytest.raises(EngineError, match="RoutingTracer needs an engine without --rpc"):
             RoutingTracer(engine)
     assert (found.token_ids, found.texts) == (expected.token_ids, expected.texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,17 @@ import pytest
 from numpy.typing import NDArray
 
 import ggufmoe
-from ggufmoe import ContextOptions, Engine, RoutingTrace, RoutingTracer, SamplingOptions, trace_routing
+from ggufmoe import (
+    Cancelled,
+    ContextOptions,
+    Engine,
+    Progress,
+    RoutingOptions,
+    RoutingTrace,
+    RoutingTracer,
+    SamplingOptions,
+    trace_routing,
+)
 from ggufmoe.checkpoint.opening import open_checkpoint
 from ggufmoe.errors import ContextFullError, EngineError, InputError, OptionError
 from ggufmoe.merge.forward import ForwardPass
@@ -133,6 +144,39 @@ def test_what_does_not_fit_is_refused(engine: Engine) -> None:
         trace_routing(engine, "x", generate=-1)
     with pytest.raises(InputError, match="is empty"):
         trace_routing(engine, [])
+
+
+def test_progress_is_reported_and_the_options_may_be_an_object(engine: Engine) -> None:
+    steps: list[Progress] = []
+    trace = trace_routing(engine, TEXT, options=RoutingOptions(generate=3), on_progress=steps.append)
+    n = trace.n_token
+    generated = [("generate", 1.0, 3.0), ("generate", 2.0, 3.0), ("generate", 3.0, 3.0)]
+    assert [(step.phase, step.done, step.total) for step in steps] == [*generated, ("route", 0, n), ("route", n, n)]
+    assert {step.unit for step in steps} == {"tokens"}
+
+
+@pytest.mark.parametrize("phase", ["", "generate", "route"])
+def test_tracing_is_cancelled_in_each_phase(engine: Engine, phase: str) -> None:
+    flag = threading.Event()
+
+    def stop(step: Progress) -> None:
+        if step.phase == phase:
+            flag.set()
+
+    if not phase:
+        flag.set()
+    with pytest.raises(Cancelled, match="stopped"):
+        trace_routing(engine, TEXT, generate=20, on_progress=stop, cancel=flag)
+    assert trace_routing(engine, "x").n_token  # nothing observes the engine any more
+
+
+def test_an_error_of_the_progress_callback_ends_the_tracing(engine: Engine) -> None:
+    def fail(step: Progress) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trace_routing(engine, TEXT, generate=20, on_progress=fail)
+    assert trace_routing(engine, "x").n_token
 
 
 def test_a_part_of_a_trace(engine: Engine) -> None:

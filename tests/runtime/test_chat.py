@@ -69,6 +69,33 @@ def last_of(events: Iterator[Event]) -> Finished:
     return last
 
 
+class _SetLater:
+    """A flag that is set when it has been looked at several times."""
+
+    n_looks = 0
+
+    def is_set(self) -> bool:
+        self.n_looks += 1
+        return self.n_looks > 5
+
+
+@pytest.mark.parametrize("overflow", ["error", "shift"])
+def test_a_message_is_cancelled_while_it_is_tokenized(greeter_path: Path, overflow: Any) -> None:
+    with Engine(greeter_path, replace(ONE_THREAD, overflow=overflow)) as engine:
+        chat = Chat(engine, sampling=GREEDY)
+        flag = _SetLater()
+        last = last_of(chat.send("<s>" * (100_000 if overflow == "shift" else 500), cancel=flag))
+        assert (last.text, last.reason, chat.messages) == ("", "cancelled", ())
+        assert said(chat.send("hello")) == "hi there"
+
+
+def test_a_message_that_cannot_fit_is_refused_before_it_is_tokenized(chat: Chat) -> None:
+    with pytest.raises(ContextFullError, match="the text has at least"):
+        chat.send("hello" * 200_000)
+    assert len(chat.prompt([Message("user", "hello" * 20_000)])) > 512  # counting is no reason to refuse
+    assert said(chat.send("hello")) == "hi there"
+
+
 def test_an_answer_and_the_history(chat: Chat) -> None:
     assert said(chat.send("hello")) == "hi there"
     assert chat.messages == (Message("user", "hello"), Message("assistant", "hi there"))

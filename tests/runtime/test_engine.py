@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from ggufmoe import (
+    Cancelled,
     Chat,
     ContextFullError,
     ContextOptions,
@@ -305,6 +307,54 @@ def test_logits_that_are_cancelled_between_batches(mixing_path: Path) -> None:
         engine.cancel()
         with pytest.raises(DecodeError, match="cancelled"):
             next(batches)
+
+
+@pytest.mark.parametrize("ask", ["logits", "logits_by_batch"])
+def test_logits_are_cancelled_by_a_flag_too(mixing_path: Path, ask: str) -> None:
+    flag = threading.Event()
+    with Engine(mixing_path, ContextOptions(n_batch=4, n_ubatch=4, n_threads=1)) as engine:
+        tokens = list(range(259, 280))
+        assert len(list(getattr(engine, ask)(tokens, cancel=flag)))
+        flag.set()
+        with pytest.raises(Cancelled, match="computing logits was stopped"):
+            list(getattr(engine, ask)(tokens, cancel=flag))
+
+
+# ---- contexts beyond what a model was trained for
+
+
+@pytest.mark.parametrize(
+    ("window", "n_ctx", "said"),
+    [
+        (None, 1024, "a context of 1024 tokens is longer than the 512 that the model was trained for"),
+        (300, 512, r"attends to the last 300 tokens only, .*: past position 300 .*; --ctx-size 300 ends there"),
+        (300, None, "attends to the last 300 tokens only"),
+        (300, 0, "attends to the last 300 tokens only"),
+        (300, 300, None),
+        (None, 512, None),
+        (None, None, None),
+    ],
+)
+def test_a_context_beyond_what_the_model_was_trained_for_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, window: int | None, n_ctx: int | None, said: str | None
+) -> None:
+    metadata = {} if window is None else {"ggufmoe.sliding_window": np.uint32(window)}
+    path = Scripted({"a": "b"}, metadata=metadata).write(tmp_path / "m.gguf")
+    context = ContextOptions(n_ctx=n_ctx, n_threads=1)
+    with caplog.at_level(logging.WARNING, "ggufmoe"), Engine(path, context) as engine:
+        engine.set_context(ContextOptions(n_ctx=n_ctx, n_threads=1, n_batch=64))
+    told = [record.getMessage() for record in caplog.records if record.name == "ggufmoe"]
+    assert len(told) == (said is not None)
+    assert not said or re.search(rf"m\.gguf: .*{said}", told[0])
+
+
+def test_a_context_that_grows_later_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = Scripted({"a": "b"}).write(tmp_path / "m.gguf")
+    with caplog.at_level(logging.WARNING, "ggufmoe"), Engine(path, ONE_THREAD) as engine:
+        assert not [record for record in caplog.records if record.name == "ggufmoe"]
+        for _ in range(2):
+            engine.set_context(ContextOptions(n_ctx=1024, n_threads=1))
+    assert len([record for record in caplog.records if "a context of 1024 tokens" in record.getMessage()]) == 1
 
 
 # ---- computing without drawing

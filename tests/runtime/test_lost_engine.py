@@ -162,6 +162,121 @@ def test_a_cpp_exception_without_a_handler_is_one_too(good: Path) -> None:
     assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line], "")
 
 
+def without_bytes(path: Path) -> Path:
+    """A SentencePiece vocabulary without byte tokens: llama.cpp throws at any other character."""
+    spec = Scripted(FOLLOWS)
+    vocab = [text.replace("<0x", "no byte ") for text in spec.vocab]
+    types = [2, 3, 3, *[1] * (len(vocab) - 3)]
+    metadata = {"tokenizer.ggml.tokens": vocab, "tokenizer.ggml.token_type": types}
+    return Scripted(FOLLOWS, metadata=metadata).write(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the C++ exception ends the process there")
+def test_an_abort_while_tokenizing_is_an_exception_of_the_engine(tmp_path: Path, good: Path) -> None:
+    ended = run_script(
+        good,
+        without_bytes(tmp_path / "bad.gguf"),
+        """
+        from ggufmoe.runtime.vocabulary import LoadedVocabulary
+
+        LoadedVocabulary._check_spellable = lambda self, text: None
+        other, engine = Engine(good, options), Engine(bad, options)
+        events = engine.generate([259])  # "a", which a long answer follows
+        next(events)
+        lost(lambda: engine.tokenize("\u00e9"))
+        lost(lambda: list(events))
+        lost(lambda: engine.piece(2))
+        lost(lambda: engine.detokenize([2]))
+        lost(lambda: engine.generate([1]))
+        lost(lambda: engine.prefill([1]))
+        engine.close()
+        print(answer(other))
+        """,
+    )
+    said = "a C++ exception without a handler (St12out_of_range)"
+    line = f"BAD: llama.cpp has given up: {said}; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [*[line] * 6, "256"], "")
+
+
+def test_an_abort_in_the_thread_for_texts_fails_a_computation_that_runs(good: Path) -> None:
+    ended = run_script(
+        good,
+        good,
+        """
+        from ggufmoe.native import library
+
+        engine = Engine(good, options)
+        release = threading.Event()
+        computing = threading.Thread(target=lost, args=(lambda: engine._runner._native.call(release.wait),))
+        computing.start()
+        lost(lambda: engine._runner._texts.call(lambda: library.library().ggml_abort(b"some.c", 7, b"no such text")))
+        computing.join()
+        release.set()
+        engine.close()
+        """,
+    )
+    line = "BAD: llama.cpp has given up: no such text; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, line], "")
+
+
+def test_the_text_of_a_token_without_a_vocabulary_is_an_error(tmp_path: Path, good: Path) -> None:
+    ended = run_script(
+        good,
+        Scripted(FOLLOWS, vocabulary=False).write(tmp_path / "bad.gguf"),
+        """
+        engine = Engine(bad, options)
+        for call in (engine.token_text, engine.piece):
+            try:
+                call(5)
+            except EngineError as error:
+                print(str(error).replace(str(bad), "BAD"))
+        print(engine.prefill([1]))
+        """,
+    )
+    line = "BAD: the file has no tokenizer; convert it again with one"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, line, "1"], "")
+
+
+@pytest.mark.parametrize("offload", ["", "offload=OffloadOptions(device='none'), "])
+def test_a_llama_that_llama_cpp_gives_up_is_an_exception_of_it(tmp_path: Path, good: Path, offload: str) -> None:
+    bad = Scripted(FOLLOWS, metadata=NEGATIVE_EPSILON).write(tmp_path / "bad.gguf")
+    ended = run_script(
+        good,
+        bad,
+        f"""
+        from ggufmoe import LlamaCpp, OffloadOptions
+
+        llama = LlamaCpp(bad, {offload}n_ctx=256, n_threads=1, verbose=False)
+        tokens = llama.tokenize(b"a")
+        lost(lambda: llama.eval(tokens))
+        lost(lambda: llama("a", max_tokens=2))
+        lost(lambda: llama.tokenize(b"a"))
+        llama.close()
+        del llama
+        print(len(LlamaCpp(good, n_ctx=256, n_threads=1, verbose=False)("a", max_tokens=2)["choices"]))
+        """,
+    )
+    line = "BAD: llama.cpp has given up: GGML_ASSERT(eps >= 0.0f) failed; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, line, line, "1"], "")
+
+
+def test_a_llama_that_is_lost_while_it_loads_gives_the_outputs_back(tmp_path: Path, good: Path) -> None:
+    ended = run_script(
+        good,
+        Scripted(FOLLOWS, metadata=MANY_USED).write(tmp_path / "bad.gguf"),
+        """
+        from ggufmoe import LlamaCpp
+
+        lost(lambda: LlamaCpp(bad, n_ctx=256, verbose=False))
+        print("on stderr", file=sys.stderr)
+        print(answer(Engine(good, options)))
+        """,
+    )
+    said = "GGML_ASSERT(n_expert_used_max <= hparams.n_expert) failed"
+    line = f"BAD: llama.cpp has given up: {said}; this engine is lost, load the model again"
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, "256"], "on stderr\n")
+
+
 def test_an_abort_in_a_thread_of_the_app_ends_it_with_one_line(good: Path) -> None:
     ended = run_script(
         good,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ggufmoe import ContextOptions, Engine
-from ggufmoe.errors import InputError
-from ggufmoe.runtime.vocabulary import PIECE_CHARS, LoadedVocabulary, SafeBorders
+from ggufmoe.errors import Cancelled, ContextFullError, InputError
+from ggufmoe.runtime.textpieces import PIECE_CHARS, SafeBorders, SpecialToken, pieces, special_ends
+from ggufmoe.runtime.vocabulary import LoadedVocabulary
 from tests.engines import local_engine
 from tests.scripted import Scripted
 
@@ -49,7 +52,7 @@ def test_the_tokens_of_the_pieces_are_those_of_the_whole(engine: Engine, parse_s
     for text in texts():
         whole = known._tokens_of(text, parse_special)
         assert engine.tokenize(text, add_bos=False, parse_special=parse_special) == whole
-        n_cut += len(known._borders.pieces(text)) > 1
+        n_cut += len(list(known._cut(text, parse_special, lambda: None))) > 1
     assert n_cut > 10
 
 
@@ -70,21 +73,182 @@ def test_a_character_without_a_token_is_refused_by_name(tmp_path: Path) -> None:
             engine.tokenize("ab \u00e9")
 
 
+def cut(text: str, vocabulary: list[str], *specials: SpecialToken) -> list[str]:
+    """The pieces of a text that is cut between ordinary characters alone."""
+    return [piece.text for piece in pieces(text, SafeBorders(vocabulary).pattern(text, specials), ())]
+
+
 def test_a_text_is_cut_before_characters_that_join_no_other() -> None:
-    borders = SafeBorders(["ab", "ba", "c"], {})
     run = "ab" * PIECE_CHARS
-    assert borders.pieces(run + "c" + run) == [run, "c" + run]
-    assert borders.pieces(run) == [run]
-    assert borders.pieces(run + " " + run) == [run + " " + run]
+    assert cut(run + "c" + run, ["ab", "ba", "c"]) == [run, "c" + run]
+    assert cut(run, ["ab", "ba", "c"]) == [run]
+    assert cut(run + " " + run, ["ab", "ba", "c"]) == [run + " " + run]
 
 
 def test_a_text_is_not_cut_behind_a_special_token_or_beside_white_space_that_it_takes() -> None:
-    run = "ab" * PIECE_CHARS
-    assert SafeBorders(["ab", "ba", "c"], {"b": False}).pieces(run + "c") == [run + "c"]
-    assert SafeBorders(["ab", "ba", "c"], {"x": True}).pieces(run + "\n") == [run, "\n"]
-    assert SafeBorders(["ab", "ba", "c"], {"x": True}).pieces("x" + run + "\n") == ["x" + run + "\n"]
+    run, stripping = "ab" * PIECE_CHARS, SpecialToken("x", True, False)
+    assert cut(run + "c", ["ab", "ba", "c"], SpecialToken("b")) == [run + "c"]
+    assert cut(run + "\n", ["ab", "ba", "c"]) == [run, "\n"]
+    assert cut("x" + run + "\n", ["ab", "ba", "c"], stripping) == ["x" + run + "\n"]
 
 
 def test_without_a_known_vocabulary_nothing_is_cut() -> None:
     text = "\0" * 3 * PIECE_CHARS
-    assert SafeBorders((), {}).pieces(text) == [text]
+    assert cut(text, []) == [text]
+
+
+# ---- special tokens that the text spells out
+
+
+def ends(text: str, *specials: SpecialToken) -> list[int]:
+    return special_ends(text, specials, lambda: None)
+
+
+def test_special_tokens_are_found_as_llama_cpp_finds_them() -> None:
+    s, bcd, ab = SpecialToken("<s>"), SpecialToken("bcd"), SpecialToken("ab")
+    assert ends("a<s><s> b<s>", s) == [4, 7, 12]
+    assert ends("abcd ab", ab, bcd) == [4, 7]  # the longest first, which leaves an "a"
+    assert ends("ababa", SpecialToken("aba")) == [3]
+    assert ends("\u00e9\u00e9<s>x", SpecialToken("\u00e9\u00e9"), s) == [2, 5]  # four bytes are longer than three
+
+
+def test_white_space_that_a_special_token_takes_belongs_to_it() -> None:
+    assert ends("a <s> \nb", SpecialToken("<s>", strips_right=True)) == [7]
+    assert ends("<m> <m>", SpecialToken("<m>", True, True)) == [4, 7]
+    left = SpecialToken("<l>", strips_left=True)
+    assert ends("a  <l> b", left, SpecialToken("  ")) == [6]  # the blanks are gone when their turn comes
+
+
+def test_where_the_order_of_two_tokens_is_not_known_none_is_found() -> None:
+    assert ends("aba", SpecialToken("ab"), SpecialToken("ba")) == []
+    assert ends("ab ba", SpecialToken("ab"), SpecialToken("cd")) == [2]
+
+
+def test_a_text_is_cut_behind_its_special_tokens() -> None:
+    found = list(pieces("<s>" * PIECE_CHARS, None, range(3, 3 * PIECE_CHARS + 1, 3)))
+    assert [len(piece.text) for piece in found] == [4098, 4098, 4092]
+    assert not any(piece.is_inside for piece in found)
+
+
+SPECIALS = {"<|x|>": 4, "<|xx|>": 3, "ab": 4, "bab": 3, "\n\n": 4, "\n\n\n": 4, "  ": 4, "<|": 4}
+BYTE_LETTERS = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 324))]
+
+
+def byte_pairs(path: Path) -> Path:
+    """A byte-pair vocabulary with special tokens that overlap."""
+    vocab = ["<unk>", "<s>", "</s>", *BYTE_LETTERS, "th", "the", "\u0120the", *SPECIALS]
+    types = [2, 3, 3, *[NORMAL] * (len(vocab) - 3 - len(SPECIALS)), *SPECIALS.values()]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": vocab,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": ["t h", "th e", "\u0120 the"],
+    }
+    fillers = [f"filler {i}" for i in range(len(vocab) - len(Scripted().vocab))]
+    return Scripted(pieces=fillers, metadata=metadata).write(path)
+
+
+def sentence_pieces(path: Path) -> Path:
+    """A SentencePiece vocabulary with the same special tokens."""
+    spec = Scripted({"a": "b", "b": "a"}, pieces=["\u2581", *SPECIALS])
+    types = [2, 3, 3, *[6] * 256, *(SPECIALS.get(piece, NORMAL) for piece in spec.vocab[259:])]
+    metadata = {"tokenizer.ggml.add_space_prefix": True, "tokenizer.ggml.token_type": types}
+    return Scripted(spec.follows, spec.pieces, metadata=metadata).write(path)
+
+
+@pytest.fixture(params=[byte_pairs, sentence_pieces])
+def special_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    with Engine(request.param(tmp_path / "m.gguf"), ContextOptions(n_ctx=256, n_threads=1)) as engine:
+        yield engine
+
+
+def special_texts() -> Iterator[str]:
+    rng = random.Random(15)
+    alphabet = [*SPECIALS, "<s>", "</s>", "<unk>", " ", "a", "b", "x", "the", "\n", "|>", "\u00e9"]
+    for used in (alphabet, ["<s>"], ["<s>", " "], ["a", "b"], ["\n"], ["\n", " "], ["<|", "xx", "|>"]):
+        yield "".join(rng.choice(used) for _ in range(2 * PIECE_CHARS))
+    yield "<s>" * 2 * PIECE_CHARS + "the " * PIECE_CHARS + "</s>" * 2 * PIECE_CHARS
+
+
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_texts_of_special_tokens_have_the_tokens_of_the_whole(special_engine: Engine, parse_special: bool) -> None:
+    known = vocabulary(special_engine)
+    n_cut = 0
+    for text in special_texts():
+        whole = known._tokens_of(text, parse_special)
+        assert special_engine.tokenize(text, add_bos=False, parse_special=parse_special) == whole
+        n_cut += len(list(known._cut(text, parse_special, lambda: None))) > 1
+    assert n_cut >= 6
+
+
+def test_long_runs_of_special_tokens_take_a_second(special_engine: Engine) -> None:
+    started = time.process_time()
+    for literal in ("<s>", "</s>", "<unk>"):  # minutes where they are one piece
+        assert len(special_engine.tokenize(literal * 100_000, add_bos=False, parse_special=True)) == 100_000
+    assert time.process_time() - started < 15
+
+
+# ---- texts that cannot fit, and stopping
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(special_engine: Engine) -> None:
+    started = time.process_time()
+    for text in ("the " * 500_000, "<s>" * 500_000):
+        with pytest.raises(ContextFullError, match=r"the text has at least \d+ tokens and the context holds 256"):
+            special_engine.tokenize(text, parse_special=True, must_fit=True)
+    assert time.process_time() - started < 2
+    assert special_engine.tokenize("ab the", must_fit=True) == special_engine.tokenize("ab the")
+    # what comes close is tokenized
+    assert len(special_engine.tokenize("<s>" * 300, add_bos=False, parse_special=True, must_fit=True)) == 300
+
+
+def test_the_lower_bound_is_one(special_engine: Engine) -> None:
+    known = vocabulary(special_engine)
+    bounds = [
+        (known._least_tokens(text), len(special_engine.tokenize(text, add_bos=False, parse_special=special)))
+        for text in special_texts()
+        for special in (True, False)
+    ]
+    assert all(least <= there for least, there in bounds)
+    assert sum(least > 0 for least, _ in bounds) >= 12  # with byte pairs, blanks do not count
+
+
+def test_a_token_that_takes_white_space_lowers_the_bound(tmp_path: Path) -> None:
+    text = "<mask>" + " \n" * 10_000
+    with Engine(sentence_pieces(tmp_path / "m.gguf"), ContextOptions(n_ctx=256, n_threads=1)) as engine:
+        known = vocabulary(engine)
+        assert known._least_tokens(text) > 1000
+        known._specials.append(SpecialToken("<mask>", strips_right=True))
+        assert known._least_tokens(text) == 1
+
+
+class _SetLater:
+    """A flag that is set when it has been looked at several times."""
+
+    n_looks = 0
+
+    def is_set(self) -> bool:
+        self.n_looks += 1
+        return self.n_looks > 20
+
+
+def test_tokenizing_is_cancelled_between_pieces(special_engine: Engine) -> None:
+    with pytest.raises(Cancelled, match="tokenizing was stopped"):
+        special_engine.tokenize("<s>" * 200_000, parse_special=True, cancel=_SetLater())
+    assert special_engine.tokenize("ab", add_bos=False)
+
+
+def test_tokenizing_unknown_characters_is_cancelled_between_pieces(engine: Engine) -> None:
+    with pytest.raises(Cancelled, match="tokenizing was stopped"):
+        engine.tokenize("\0" * 400_000, cancel=_SetLater())
+
+
+def test_an_interrupted_caller_leaves_at_once(special_engine: Engine) -> None:
+    texts = local_engine(special_engine)._texts
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        special_engine.tokenize("<s>" * 3_000_000, parse_special=True)
+    texts.call(lambda: None)  # nobody works on it any more
+    assert time.monotonic() - started < 5
