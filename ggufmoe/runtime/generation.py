@@ -75,8 +75,7 @@ class Generation:
         try:
             while True:
                 for event in self._wait_for_events():
-                    if self._native.closed:
-                        raise EngineError(f"the engine of {self._native.name} has been closed")
+                    self._native.check_usable()
                     if self._native.abort_if_requested(self.cancellation) and not _is_cancelled(event):
                         event = self._cut_short()
                     if isinstance(event, Token):

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Generic, Protocol, TypeVar
 
 from ggufmoe.errors import EngineError, EngineLostError, one_line
@@ -94,9 +94,11 @@ class NativeThread:
     def companion(self) -> NativeThread:
         """A second thread, for short calls about the same model. When llama.cpp gives up there, this one is lost too.
 
-        Close it before this one, whose ``at_end`` frees the model.
+        A job that runs in this one then goes on, and no other begins. Close the second thread before this one, whose
+        ``at_end`` frees the model.
         """
-        return NativeThread(self.name, ctypes.create_string_buffer(1), lambda: None, self.lose, has_team=False)
+        at_loss = partial(self._lose, fails_running=False)
+        return NativeThread(self.name, ctypes.create_string_buffer(1), lambda: None, at_loss, has_team=False)
 
     @property
     def is_busy(self) -> bool:
@@ -116,12 +118,16 @@ class NativeThread:
         if self._is_forked():
             raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
         with self._lock:
-            if self.closed:
-                raise self._closed_error()
-            if self._loss:
-                raise self._lost_error()
+            self.check_usable()
             self._jobs.append(job)
             self._lock.notify()
+
+    def check_usable(self) -> None:
+        """Raise EngineError once closed, EngineLostError once llama.cpp has given up."""
+        if self.closed:
+            raise self._closed_error()
+        if self._loss:
+            raise self._lost_error()
 
     def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` in the native thread after all earlier jobs; return its result or raise its exception.
@@ -223,17 +229,22 @@ class NativeThread:
         )
 
     def lose(self, message: str) -> None:
-        """Fail all jobs, now and later, because llama.cpp has given up; free nothing.
+        """Fail all jobs, now and later, because llama.cpp has given up in this thread, or in one that it leads.
 
-        Called by the thread in which that happened, this one or its companion, which will do nothing else.
+        Nothing is freed. Called by the thread in which that happened, which will do nothing else.
         """
+        self._lose(message, fails_running=True)
+
+    def _lose(self, message: str, *, fails_running: bool) -> None:
         with self._lock:
             if self._loss:
                 return
             self._loss = one_line(message, None) or "it gave no reason"
-            failed = [job for job in (self._running_job, *self._jobs) if job is not None]
+            failed = list(self._jobs)
             self._jobs.clear()
-            self._running = self._running_job = None
+            if fails_running and self._running_job is not None:
+                failed.insert(0, self._running_job)
+                self._running = self._running_job = None
         self._at_loss(self._loss)
         for job in failed:
             job.fail(self._lost_error())

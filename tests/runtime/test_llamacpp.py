@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -263,3 +265,28 @@ def test_an_error_of_llama_cpp_stays_one(story: Any) -> None:
     with pytest.raises(RuntimeError, match="llama_decode returned"):
         story.eval(story.tokenize(LONG.encode()) * 4)
     story.reset()
+
+
+def test_ctrl_c_stops_a_prompt_and_the_model_stays_usable(story: Any) -> None:
+    tokens = story.tokenize(LONG.encode())
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        for _ in range(100_000):
+            story.reset()
+            story.eval(tokens)
+        pytest.fail("not stopped")
+    story.reset()
+    story.eval(tokens[:8])
+    assert story.n_tokens == 8
+
+
+def test_calls_run_in_a_thread_of_their_own_that_ends_with_the_object(model: Path) -> None:
+    def n_threads() -> int:
+        return sum(thread.name == "ggufmoe-native" for thread in threading.enumerate())
+
+    before = n_threads()
+    llama = LlamaCpp(model, **SMALL)
+    assert n_threads() == before + 1
+    assert "Tokenize" in (llama.tokenize.__doc__ or "")
+    llama.close()
+    assert n_threads() == before

@@ -198,7 +198,7 @@ def test_an_abort_while_tokenizing_is_an_exception_of_the_engine(tmp_path: Path,
     assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [*[line] * 6, "256"], "")
 
 
-def test_an_abort_in_the_thread_for_texts_fails_a_computation_that_runs(good: Path) -> None:
+def test_after_an_abort_in_the_thread_for_texts_no_computation_begins(good: Path) -> None:
     ended = run_script(
         good,
         good,
@@ -206,17 +206,30 @@ def test_an_abort_in_the_thread_for_texts_fails_a_computation_that_runs(good: Pa
         from ggufmoe.native import library
 
         engine = Engine(good, options)
-        release = threading.Event()
-        computing = threading.Thread(target=lost, args=(lambda: engine._runner._native.call(release.wait),))
-        computing.start()
+        begun, release = threading.Event(), threading.Event()
+
+        def compute():
+            begun.set()
+            release.wait()
+            return engine._runner._loaded.cache.compute([259])
+
+        running = threading.Thread(target=lambda: print(engine._runner._native.call(compute)))
+        running.start()
+        begun.wait()
+        queued = threading.Thread(target=lost, args=(lambda: engine.prefill([1]),))
+        queued.start()
+        while not engine._runner._native._jobs:
+            pass
         lost(lambda: engine._runner._texts.call(lambda: library.library().ggml_abort(b"some.c", 7, b"no such text")))
-        computing.join()
+        queued.join()
         release.set()
+        running.join()
+        lost(lambda: engine.prefill([1]))
         engine.close()
         """,
     )
     line = "BAD: llama.cpp has given up: no such text; this engine is lost, load the model again"
-    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, line], "")
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (0, [line, line, "True", line], "")
 
 
 def test_the_text_of_a_token_without_a_vocabulary_is_an_error(tmp_path: Path, good: Path) -> None:
