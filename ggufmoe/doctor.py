@@ -30,7 +30,7 @@ from ggufmoe.sizes import counted, file_size, memory_size
 from ggufmoe.version import __version__
 
 if TYPE_CHECKING:
-    from ggufmoe.native import backends
+    from ggufmoe.native import backends, lookup
     from ggufmoe.native import library as native
     from ggufmoe.quant.kernels import KernelReport
 
@@ -148,16 +148,16 @@ def check_folders(folders: Mapping[str, Path]) -> Iterator[Finding]:
 
 
 def check_engine() -> Iterator[Finding]:
-    """Check the engine's version, build and devices, and what it computes on them.
-
-    Raises EngineMissingError if llama-cpp-python is not installed.
-    """
-    from ggufmoe.native import backends
+    """Check which engine is used, its version, build and devices, and what it computes on them."""
+    from ggufmoe.native import backends, rpc_calls
     from ggufmoe.native import library as native
 
+    yield from judge_lookup(native.engine_lookup())
+    if not native.has_engine():
+        return
     yield judge_version(native.engine_version())
     yield Finding("engine", "built for", "ok", flags_text(native.build_flags()), data={"flags": native.build_flags()})
-    yield judge_rpc(native.has_symbol("ggml_backend_rpc_add_server"))
+    yield judge_rpc(rpc_calls.has_rpc())
     yield from judge_amx(backends.has_broken_amx())
     devices = backends.devices()
     for device in devices:
@@ -167,12 +167,35 @@ def check_engine() -> Iterator[Finding]:
         yield check_answer("GPU answer", ALL_LAYERS)
 
 
+def judge_lookup(looked_up: lookup.Lookup) -> Iterator[Finding]:
+    """Findings for the engine that is used, and for each that was refused; without any, models cannot be run."""
+    for refusal in looked_up.refused:
+        text = one_line(f"{refusal.origin} is not used: {refusal.reason}", _MAX_CHARS)
+        status: Status = "note" if looked_up.found else "wrong"
+        yield Finding("engine", "refused", status, text, reinstall(), asdict(refusal))
+    if looked_up.found is not None:
+        found = looked_up.found
+        text = f"{found.origin}, {found.path}"
+        yield Finding("engine", "in use", "ok", text, data={"origin": found.origin, "path": str(found.path)})
+    elif not looked_up.refused:
+        from ggufmoe.native.library import INSTALL
+
+        text = "none: converts and quantizes, to types that have kernels, and cannot run models"
+        yield Finding("engine", "in use", "note", text, INSTALL, {"origin": None})
+
+
 def judge_version(found: native.EngineVersion) -> Finding:
-    """The finding for an engine of this version: ok if it is the pinned one, else wrong."""
+    """The finding for an engine of this version.
+
+    Ok if it is the pinned one, a note if it is another package's and has the pinned interface, else wrong.
+    """
     from ggufmoe.native.library import PINNED_ENGINE as pin  # noqa: N811
 
-    text = f"llama-cpp-python {found.package}, llama.cpp {found.llama_cpp_commit}, ggml {found.ggml}"
     data = {"found": asdict(found), "pinned": asdict(pin)}
+    if not found.package[:1].isdigit():
+        text = f"llama.cpp {found.llama_cpp_commit}, ggml {found.ggml}: not the pinned one, and of the same interface"
+        return Finding("engine", "version", "note", text, data=data)
+    text = f"llama-cpp-python {found.package}, llama.cpp {found.llama_cpp_commit}, ggml {found.ggml}"
     if found.is_pinned:
         return Finding("engine", "version", "ok", f"{text}: the pinned ones", data=data)
     expected = f"llama-cpp-python {pin.package}, llama.cpp {pin.llama_cpp_commit[:7]}, ggml {pin.ggml}"
@@ -289,6 +312,7 @@ def check_kernels(part: int) -> Iterator[Finding]:
 
     Part 0 also reports the types that ggml's routines quantize.
     """
+    from ggufmoe.native import library as native
     from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, FileType
     from ggufmoe.quant.kernels import has_kernel, prepare
 
@@ -299,7 +323,9 @@ def check_kernels(part: int) -> Iterator[Finding]:
     if part == 0:
         used = {file_type.default_type for file_type in FileType if file_type.default_type.is_quantized}
         names = [kind.name for kind in GGMLType if kind in used.difference(ours)]
-        yield Finding("kernels", "others", "ok", f"ggml: {', '.join(names)}", data={"types": names})
+        status: Status = "ok" if native.has_engine() else "note"
+        text = f"{'ggml' if native.has_engine() else 'only with an engine'}: {', '.join(names)}"
+        yield Finding("kernels", "others", status, text, data={"types": names})
 
 
 def judge_kernel(report: KernelReport) -> Finding:

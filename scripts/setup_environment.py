@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ class Pin:
     abi: dict[str, Any]
     compiler_flags: str = ""
     """For the C and C++ compilers on this processor, besides what the environment gives."""
+    core_minutes: int | None = None
+    """Minutes that one core takes to compile it; None if nobody has measured it."""
 
     @property
     def requirement(self) -> str:
@@ -71,6 +75,7 @@ def read_pin(path: Path, flavour: str | None) -> Pin:
         chosen["symbol"],
         table["abi"],
         amx["compiler_flags"] if amx["processor_flag"] in processor().split() else "",
+        chosen.get("core_minutes"),
     )
 
 
@@ -117,8 +122,40 @@ def stamp(pin: Pin) -> str:
     digest = hashlib.sha256()
     for path in (ROOT / "pyproject.toml", PIN_FILE, Path(__file__)):
         digest.update(path.read_bytes())
-    digest.update(f"{ROOT}\n{pin.flavour}\n{engine_cache(pin).name}\n{sys.version}".encode())
+    digest.update(f"{ROOT}\n{pin.flavour}\n{engine_name(pin)}\n{sys.version}".encode())
     return digest.hexdigest()
+
+
+def given_wheel(pin: Pin) -> Path | None:
+    """The wheel of the engine that is there already, so that nothing is compiled.
+
+    That is the file which GGUFMOE_ENGINE_WHEEL names, or one in ``wheels/`` that fits this machine, unless a flavour
+    is asked for. Raises SetupError if the named file is not there.
+    """
+    named = os.environ.get("GGUFMOE_ENGINE_WHEEL")
+    if named:
+        path = Path(named).expanduser().absolute()
+        if not path.is_file():
+            raise SetupError(f"GGUFMOE_ENGINE_WHEEL={named} is no file")
+        return path
+    if os.environ.get("GGUFMOE_ENGINE"):
+        return None
+    from pip._vendor.packaging.tags import sys_tags
+    from pip._vendor.packaging.utils import parse_wheel_filename
+
+    fitting = set(sys_tags())
+    for path in sorted((ROOT / "wheels").glob(f"llama_cpp_python-{pin.version}-*.whl")):
+        if fitting & parse_wheel_filename(path.name)[3]:
+            return path
+    return None
+
+
+def engine_name(pin: Pin) -> str:
+    """What names the build of the engine that is to be installed: the given wheel, or the place in the cache."""
+    wheel = given_wheel(pin)
+    if wheel is None:
+        return engine_cache(pin).name
+    return f"{wheel.name} {hashlib.sha256(wheel.read_bytes()).hexdigest()[:12]}"
 
 
 def pip(*arguments: str, env: dict[str, str] | None = None) -> None:
@@ -127,6 +164,37 @@ def pip(*arguments: str, env: dict[str, str] | None = None) -> None:
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise SetupError(f"pip {' '.join(arguments)} failed:\n{done.stdout[-6000:]}")
+
+
+_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
+"""How ninja, and make in CMake's words, count what they compile."""
+_SAY_EVERY_S = 15.0
+
+
+def pip_showing_progress(*arguments: str, env: dict[str, str]) -> None:
+    """Run pip, and say how far the compiler is; its whole output is shown when it fails."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "-v"]
+    lines: deque[str] = deque(maxlen=200)
+    started = said = time.monotonic()
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            step, now = _STEP.search(line), time.monotonic()
+            if step and (now - said >= _SAY_EVERY_S or step[1] == step[2]):
+                say(f"{step[1]} of {step[2]} steps, {now - started:.0f} s")
+                said = now
+    if process.returncode:
+        raise SetupError(f"pip {' '.join(arguments)} failed:\n{''.join(lines)[-6000:]}")
+
+
+def compile_time(pin: Pin) -> str:
+    """About how long compiling takes on this machine, in words."""
+    if pin.core_minutes is None:
+        return "half an hour and more"
+    return f"about {max(1, round(pin.core_minutes / (os.cpu_count() or 1)))} minutes on this machine"
 
 
 def check_tools() -> None:
@@ -143,7 +211,8 @@ def check_tools() -> None:
 def build_wheel(pin: Pin, target: Path) -> Path:
     """Compile the engine and keep its wheel in ``target``; gives the wheel."""
     check_tools()
-    say(f"compiling llama-cpp-python {pin.version}, flavour {pin.flavour} (some minutes, once on this machine)")
+    say(f"compiling llama.cpp (llama-cpp-python {pin.version}, flavour {pin.flavour}): {compile_time(pin)}, once")
+    say("a wheel of the engine in GGUFMOE_ENGINE_WHEEL or wheels/ would be installed instead (vendor/README.md)")
     target.mkdir(parents=True, exist_ok=True)
     given = os.environ.get("CMAKE_ARGS", "")
     env = os.environ | {"CMAKE_ARGS": f"{given} {pin.cmake_args}".strip(), "FORCE_CMAKE": "1"}
@@ -151,7 +220,7 @@ def build_wheel(pin: Pin, target: Path) -> Path:
         env |= {name: f"{os.environ.get(name, '')} {pin.compiler_flags}".strip() for name in ("CFLAGS", "CXXFLAGS")}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target) as scratch:
-        pip(
+        pip_showing_progress(
             "wheel", "--no-deps", "--no-cache-dir", "--no-binary=llama-cpp-python", "-w", scratch, pin.requirement,
             env=env,
         )  # fmt: skip
@@ -170,9 +239,11 @@ CHECK = """
 import ctypes, importlib.metadata, json, pathlib, sys
 from llama_cpp import llama_cpp
 abi, faults, libraries = json.loads(sys.argv[1]), [], [llama_cpp._lib]
+beside = pathlib.Path(llama_cpp.__file__).parent / "lib"
 if sys.platform == "win32":  # there a library does not show what it imports from others
-    beside = pathlib.Path(llama_cpp.__file__).parent / "lib"
     libraries += [ctypes.CDLL(str(path)) for path in beside.glob("ggml*.dll")]
+elif not hasattr(llama_cpp._lib, "ggml_backend_rpc_add_server"):  # backends that are loaded when they are needed
+    libraries += [ctypes.CDLL(str(path)) for path in beside.glob("libggml-rpc.so")]
 def find(name):
     return next((getattr(lib, name) for lib in libraries if hasattr(lib, name)), None)
 def expect(what, found, wanted):
@@ -210,11 +281,21 @@ def engine_faults(pin: Pin) -> str:
 
 def was_built_here(pin: Pin) -> bool:
     """Whether the installed engine is the build that this pin makes on this processor, its compiler flags included."""
-    return ENGINE_STAMP.exists() and ENGINE_STAMP.read_text(encoding="utf-8") == engine_cache(pin).name
+    return ENGINE_STAMP.exists() and ENGINE_STAMP.read_text(encoding="utf-8") == engine_name(pin)
 
 
 def install_engine(pin: Pin) -> None:
-    """Install the pinned engine; a cached wheel that turns out to be another one is built again, once."""
+    """Install the pinned engine: from a wheel that is given, else from the cache, else after compiling it.
+
+    A cached wheel that turns out to be another one is built again, once. Raises SetupError for a given one.
+    """
+    wheel = given_wheel(pin)
+    if wheel is not None:
+        say(f"installing the engine from {wheel}")
+        pip("install", "--no-cache-dir", "--force-reinstall", "--no-deps", str(wheel))
+        if faults := engine_faults(pin):
+            raise SetupError(f"{wheel} is not the pinned engine ({faults}); take it away to have the engine compiled")
+        return
     wheel = cached_wheel(pin)
     if wheel is not None:
         say(f"installing the engine that was compiled before ({wheel.parent})")
@@ -242,8 +323,8 @@ def install() -> None:
     pip("install", "diskcache", "jinja2", "numpy", "typing-extensions")
     if engine_faults(pin) or not was_built_here(pin):
         install_engine(pin)
-        ENGINE_STAMP.write_text(engine_cache(pin).name, encoding="utf-8")
-    say(f"engine: llama-cpp-python {pin.version}, flavour {pin.flavour}, checked")
+        ENGINE_STAMP.write_text(engine_name(pin), encoding="utf-8")
+    say(f"engine: llama-cpp-python {pin.version}, {engine_name(pin)}, checked")
     say("installing ggufmoe and what its tests need")
     pip("install", "-e", f"{ROOT}[dev]")
     if faults := engine_faults(pin):
@@ -253,9 +334,9 @@ def install() -> None:
 
 
 def engine_wheel() -> Path:
-    """The wheel of the engine that is pinned, compiled if need be."""
+    """The wheel of the engine that is pinned: one that is given, else one that is compiled if need be."""
     pin = read_pin(PIN_FILE, os.environ.get("GGUFMOE_ENGINE"))
-    return cached_wheel(pin) or build_wheel(pin, engine_cache(pin))
+    return given_wheel(pin) or cached_wheel(pin) or build_wheel(pin, engine_cache(pin))
 
 
 def main() -> int:

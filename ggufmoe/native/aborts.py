@@ -30,8 +30,8 @@ OnAbort = Callable[[str], None]
 _ABORT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 """typedef void (*ggml_abort_callback_t)(const char * error_message)"""
 _TERMINATE_HANDLER = ctypes.CFUNCTYPE(None)
-_SET_TERMINATE = "_ZSt13set_terminatePFvvE"
-"""``std::set_terminate`` of libstdc++ and libc++."""
+_SET_TERMINATE = ("ggufmoe_set_terminate", "_ZSt13set_terminatePFvvE")
+"""``std::set_terminate``: of a libllama that has the C++ library inside (``scripts/engine_wheel``), or of a shared one."""
 _STATIC_SCHEDULE = 1
 """omp_sched_static"""
 _FIRST_MARK = 2**20
@@ -59,8 +59,9 @@ class AbortWatch:
         # ggml_abort_callback_t ggml_set_abort_callback(ggml_abort_callback_t callback)
         set_callback = _ABORT_SETTER(("ggml_set_abort_callback", library))
         set_callback(on_abort)
-        if hasattr(library, _SET_TERMINATE):
-            set_terminate = _TERMINATE_SETTER((_SET_TERMINATE, library))
+        name = next((name for name in _SET_TERMINATE if hasattr(library, name)), None)
+        if name is not None:
+            set_terminate = _TERMINATE_SETTER((name, library))
             on_terminate = _TERMINATE_HANDLER(lambda: self._terminated(library))
             self._kept.append(on_terminate)
             set_terminate(on_terminate)

@@ -6,8 +6,10 @@ import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ggufmoe.native.library import has_symbol, library
+from ggufmoe.native.library import backend_function, library
+from ggufmoe.native.wording import CPU_BACKEND
 
+_VOID = ctypes.c_void_p
 _SIZE = ctypes.c_size_t
 
 
@@ -108,10 +110,24 @@ def _buffer_type(handle: int) -> BufferType:
     return BufferType(handle, name, lib.ggml_backend_buft_get_alignment(handle))
 
 
+class _Feature(ctypes.Structure):
+    """``struct ggml_backend_feature`` (ggml-backend.h): a name and a value, ``{"AVX2", "1"}``."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_char_p))
+
+
 def cpu_has(feature: str) -> bool:
-    """Whether ggml's CPU backend was built for a feature (``avx2``, ``neon``, ``dotprod``) and this CPU has it."""
-    name = f"ggml_cpu_has_{feature}"
-    return has_symbol(name) and bool(getattr(library(), name)())
+    """Whether ggml's CPU backend was built for a feature (``AVX2``, ``NEON``, ``DOTPROD``) and this CPU has it."""
+    address = backend_function(CPU_BACKEND, "ggml_backend_get_features")
+    if address is None:
+        return False
+    # struct ggml_backend_feature * ggml_backend_get_features(ggml_backend_reg_t); ends with a name that is NULL
+    entry = ctypes.CFUNCTYPE(_VOID, _VOID)(address)(library().ggml_backend_reg_by_name(CPU_BACKEND.encode()))
+    while entry and (found := _Feature.from_address(entry)).name:
+        if found.name.decode() == feature:
+            return bool(found.value == b"1")
+        entry += ctypes.sizeof(_Feature)
+    return False
 
 
 def has_broken_amx() -> bool:
@@ -119,4 +135,4 @@ def has_broken_amx() -> bool:
 
     llama.cpp#20824 and #26954; open at commit 0c1e57098. The code runs only for weights in the CPU's extra buffers.
     """
-    return cpu_has("amx_int8")
+    return cpu_has("AMX_INT8")

@@ -1,4 +1,4 @@
-"""libllama as llama-cpp-python loaded it, with declarations of the functions that llama-cpp-python does not bind.
+"""The libllama of this process, with declarations of the functions that llama-cpp-python does not bind.
 
 Every symbol is looked up through libllama's own handle, which on POSIX also searches its dependencies; loading libggml
 by its file would give a second instance with a registry of its own. ctypes releases the interpreter's lock during a
@@ -11,10 +11,10 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ggufmoe.errors import EngineMissingError
+from ggufmoe.native.lookup import BINDINGS, FoundLibrary, Lookup, find_library, installed_engines
 
 _VOID = ctypes.c_void_p
 _I64 = ctypes.c_int64
@@ -55,6 +55,12 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t); const char * ggml_backend_reg_name(...)
     "ggml_backend_dev_backend_reg": (_VOID, (_VOID,)),
     "ggml_backend_reg_name": (ctypes.c_char_p, (_VOID,)),
+    # void ggml_backend_register(ggml_backend_reg_t)
+    "ggml_backend_register": (None, (_VOID,)),
+    # ggml_backend_reg_t ggml_backend_reg_by_name(const char * name); NULL if there is none
+    "ggml_backend_reg_by_name": (_VOID, (ctypes.c_char_p,)),
+    # void * ggml_backend_reg_get_proc_address(ggml_backend_reg_t, const char * name)
+    "ggml_backend_reg_get_proc_address": (_VOID, (_VOID, ctypes.c_char_p)),
     # void ggml_backend_tensor_get(const struct ggml_tensor *, void * data, size_t offset, size_t size)
     "ggml_backend_tensor_get": (None, (_VOID, _VOID, _SIZE, _SIZE)),
     # size_t ggml_nbytes(const struct ggml_tensor *); void * ggml_get_data(const struct ggml_tensor *)
@@ -73,35 +79,56 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The loaded libllama, with the prototypes above.
+def engine_lookup() -> Lookup:
+    """Which libllama this process uses, and which were refused; the first call loads it."""
+    return find_library(tuple(_PROTOTYPES))
 
-    Raises EngineMissingError if llama-cpp-python is not installed or lacks one of the symbols.
-    """
-    try:
-        from llama_cpp import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:
-        raise EngineMissingError(
-            f"llama-cpp-python cannot be loaded ({error}); install it as vendor/README.md describes"
-        ) from error
-    lib: ctypes.CDLL = llama_cpp._lib
+
+def has_engine() -> bool:
+    """Whether there is a libllama that can be used; the first call loads it."""
+    return engine_lookup().found is not None
+
+
+def found_library() -> FoundLibrary:
+    """The loaded libllama and where it is from. Raises EngineMissingError, which says how to get one."""
+    looked_up = engine_lookup()
+    if looked_up.found is None:
+        tried = "; ".join(f"{refusal.origin} cannot be used: {refusal.reason}" for refusal in looked_up.refused)
+        raise EngineMissingError(f"{tried or 'llama-cpp-python is not installed'}; {INSTALL}")
+    return looked_up.found
+
+
+def require_bindings(purpose: str) -> None:
+    """Raise EngineMissingError for an engine without llama-cpp-python, whose Python code ``purpose`` needs."""
+    found = found_library()
+    if not found.has_bindings:
+        raise EngineMissingError(f"{purpose} needs llama-cpp-python, and the engine is {found.origin}; {INSTALL}")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded libllama, with the prototypes above. Raises EngineMissingError if there is none that can be used."""
+    lib = found_library().handle
     for name, (restype, argtypes) in _PROTOTYPES.items():
-        try:
-            function = getattr(lib, name)
-        except AttributeError as error:
-            raise EngineMissingError(f"this llama-cpp-python has no {name}; install the pinned version") from error
+        function = getattr(lib, name)
         function.restype, function.argtypes = restype, argtypes
     return lib
 
 
-def has_symbol(name: str) -> bool:
-    """Whether the installed engine exports a symbol; one with RPC has ``ggml_backend_rpc_add_server``."""
-    return hasattr(library(), name)
+def backend_function(backend: str, name: str) -> int | None:
+    """Address of a function of a backend (``RPC``, ``CPU``), which may be in a library of its own; None if absent."""
+    lib = library()
+    registry = lib.ggml_backend_reg_by_name(backend.encode())
+    address: int | None = lib.ggml_backend_reg_get_proc_address(registry, name.encode()) if registry else None
+    return address or None
 
 
 @dataclass(frozen=True)
 class EngineVersion:
-    """Version of llama-cpp-python, commit of the llama.cpp inside it, version of ggml."""
+    """Version of llama-cpp-python, commit of the llama.cpp inside it, version of ggml.
+
+    ``package`` is the whole origin where the library is another one: ``llama-cpp-py-sync 0.11413``.
+    """
 
     package: str
     llama_cpp_commit: str
@@ -117,22 +144,35 @@ class EngineVersion:
 
 PINNED_ENGINE = EngineVersion("0.3.36", "0c1e57098bba43ac29e6e3b677cdceebdd22334f", "0.25.3")
 """The engine that ggufmoe is made for, as ``vendor/llama.cpp.toml`` says, which installed packages do not carry."""
+INSTALL = (
+    f"install it with `pip install {BINDINGS}=={PINNED_ENGINE.package}` (docs/install.md: also without a compiler)"
+)
+"""What a message says about a missing engine."""
 
 
 def installed_version() -> str:
-    """A line about the engine that is installed, from the package's metadata: nothing is loaded."""
-    pinned = f"llama-cpp-python {PINNED_ENGINE.package}, llama.cpp {PINNED_ENGINE.llama_cpp_commit[:9]}"
-    try:
-        found = version("llama-cpp-python")
-    except PackageNotFoundError:
+    """A line about the engine that would be used, and why those before it would not.
+
+    llama-cpp-python's version comes from its metadata; only other libraries are loaded for this.
+    """
+    pinned = f"{BINDINGS} {PINNED_ENGINE.package}, llama.cpp {PINNED_ENGINE.llama_cpp_commit[:9]}"
+    installed = installed_engines()
+    if not installed:
         return f"llama-cpp-python is not installed (made for {pinned})"
-    return pinned if found == PINNED_ENGINE.package else f"llama-cpp-python {found} (made for {pinned})"
+    if installed[0].startswith(BINDINGS):
+        is_pinned = installed[0] == f"{BINDINGS} {PINNED_ENGINE.package}"
+        return pinned if is_pinned else f"{installed[0]} (made for {pinned})"
+    looked_up = engine_lookup()
+    refused = [f"{refusal.origin} is not used: {refusal.reason}" for refusal in looked_up.refused]
+    found = "no engine" if looked_up.found is None else f"{looked_up.found.origin} at {looked_up.found.path}"
+    return "; ".join([f"{found} (made for {pinned})", *refused])
 
 
 def engine_version() -> EngineVersion:
-    """The version of the installed engine. Raises EngineMissingError."""
-    lib = library()
-    return EngineVersion(version("llama-cpp-python"), lib.ggml_commit().decode(), lib.ggml_version().decode())
+    """The version of the engine in use. Raises EngineMissingError."""
+    found, lib = found_library(), library()
+    package = found.origin.removeprefix(f"{BINDINGS} ")
+    return EngineVersion(package, lib.ggml_commit().decode(), lib.ggml_version().decode())
 
 
 def build_flags() -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineMissingError
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native.library import library
+from ggufmoe.native.library import has_engine, library
 
 _VOID = ctypes.c_void_p
 _I64 = ctypes.c_int64
@@ -29,6 +29,10 @@ _PLAIN = {
     GGMLType.I64: np.int64,
 }
 """Types that numpy reads by itself."""
+_ONLY_IN_MEMORY = frozenset({GGMLType.Q8_1, GGMLType.Q8_K})
+"""Quantized types that no file has, and that ggml does not convert back."""
+READ_BY_GGML_ALONE = frozenset({GGMLType.Q1_0, GGMLType.Q2_0})
+"""Types that the ``gguf`` package cannot dequantize: ``dequantize_rows`` needs an engine for them."""
 
 
 def _address(array: NDArray[Any], dtype: type | None = None) -> int:
@@ -62,7 +66,7 @@ def requires_imatrix(type: GGMLType) -> bool:
 
 
 def validate_rows(type: GGMLType, data: NDArray[np.uint8]) -> bool:
-    """Whether quantized rows pass ggml's check: no scale is NaN or infinite."""
+    """Whether stored rows pass ggml's check: no scale is NaN or infinite. ``gguf.block_scales`` does the same."""
     return bool(library().ggml_validate_row_data(type.id, _address(data, np.uint8), data.nbytes))
 
 
@@ -82,16 +86,16 @@ class _TypeTraits(ctypes.Structure):
 
 @cache
 def _to_float(type: GGMLType) -> Any:
-    """ggml's dequantizer for a type, ``void (*)(const void * x, float * y, int64_t k)``; None if there is none."""
+    """ggml's dequantizer for a type, ``void (*)(const void * x, float * y, int64_t k)``."""
     traits = _TypeTraits.from_address(library().ggml_get_type_traits(type.id))
     if (traits.blck_size, traits.type_size) != (type.block_size, type.block_bytes):
         raise EngineMissingError(f"this llama-cpp-python describes {type.name} otherwise; install the pinned version")
-    return ctypes.CFUNCTYPE(None, _VOID, _VOID, _I64)(traits.to_float) if traits.to_float else None
+    return ctypes.CFUNCTYPE(None, _VOID, _VOID, _I64)(traits.to_float)
 
 
 def can_dequantize(type: GGMLType) -> bool:
     """Whether this is a quantized type that ggml can convert to float32."""
-    return type.is_quantized and _to_float(type) is not None
+    return type.is_quantized and type not in _ONLY_IN_MEMORY
 
 
 def can_widen(type: GGMLType) -> bool:
@@ -119,16 +123,23 @@ def widened(type: GGMLType, stored: NDArray[np.uint8], n_cols: int) -> NDArray[n
 
 
 def dequantize_rows(type: GGMLType, src: NDArray[np.uint8], dst: NDArray[np.float32]) -> None:
-    """ggml's own dequantizer: ``src`` (rows, row_bytes) uint8 into ``dst`` (rows, n_cols) float32.
+    """Dequantize ``src`` (rows, row_bytes) uint8 into ``dst`` (rows, n_cols) float32 by ggml's routine.
 
-    Raises ValueError for a type that ``can_dequantize`` denies.
+    Without an engine the ``gguf`` package's does the same. Raises ValueError for a type that ``can_dequantize`` denies,
+    and EngineMissingError without an engine for one of READ_BY_GGML_ALONE.
     """
     n_rows, n_cols = dst.shape
     if src.shape != (n_rows, type.row_bytes(n_cols)):
         raise ValueError(f"{type.name}: src has shape {src.shape}, expected {(n_rows, type.row_bytes(n_cols))}")
     if not can_dequantize(type):
         raise ValueError(f"ggml cannot dequantize {type.name}")
-    _to_float(type)(_address(src, np.uint8), _address(dst, np.float32), dst.size)
+    if type in READ_BY_GGML_ALONE or has_engine():
+        _to_float(type)(_address(src, np.uint8), _address(dst, np.float32), dst.size)
+        return
+    from gguf import GGMLQuantizationType, quants
+
+    with np.errstate(over="ignore"):
+        dst[...] = quants.dequantize(src, GGMLQuantizationType(type.id)).reshape(dst.shape)
 
 
 def bf16_to_f32(src: NDArray[np.uint16], dst: NDArray[np.float32]) -> None:

@@ -105,11 +105,11 @@ def repacked_types() -> dict[GGMLType, int]:
     found: dict[GGMLType, int] = {}
     if backends.has_broken_amx():
         return found
-    if backends.cpu_has("neon") and backends.cpu_has("dotprod"):
+    if backends.cpu_has("NEON") and backends.cpu_has("DOTPROD"):
         fours = (GGMLType.Q4_0, GGMLType.IQ4_NL, GGMLType.MXFP4, GGMLType.Q8_0, GGMLType.Q1_0)
         found |= dict.fromkeys(fours, 4) | dict.fromkeys((GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K), 8)
-    if backends.cpu_has("avx2"):
+    if backends.cpu_has("AVX2"):
         found |= dict.fromkeys((GGMLType.Q4_0, GGMLType.Q4_K, GGMLType.IQ4_NL, GGMLType.MXFP4), 8)
-    if backends.cpu_has("avx512"):
+    if backends.cpu_has("AVX512"):
         found |= {GGMLType.Q2_K: 8}
     return found

@@ -1,4 +1,4 @@
-"""llama-cpp-python's low-level bindings, loaded on first use, and llama.cpp's log, of which a process has one."""
+"""The low-level bindings of llama.cpp, loaded on first use, and llama.cpp's log, of which a process has one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ def native_log() -> NativeLog:
 
 @cache
 def native_api() -> Any:
-    """The module ``llama_cpp.llama_cpp``, initialized, with log lines and aborts redirected to ggufmoe.
+    """The module ``llama_cpp.llama_cpp``, or what stands in for it; log lines and aborts come to ggufmoe.
 
-    Raises EngineMissingError without llama-cpp-python.
+    Raises EngineMissingError if there is no engine.
     """
     native.library()
-    from llama_cpp import llama_cpp
-
-    native_log().attach(llama_cpp)
+    api = native.found_library().api
+    native_log().attach(api)
     abort_watch().attach()
-    llama_cpp.llama_backend_init()
-    return llama_cpp
+    api.llama_backend_init()
+    return api

@@ -66,7 +66,7 @@ def _read(path: Path) -> str:
 
 
 def gbnf_of_schema(schema: str) -> str:
-    """The GBNF grammar of a JSON schema, made by llama-cpp-python. Raises InputError."""
+    """The GBNF grammar of a JSON schema, made by llama-cpp-python. Raises InputError, and EngineMissingError."""
     if len(schema) > MAX_GRAMMAR_CHARS:
         raise InputError(f"the JSON schema has more than {MAX_GRAMMAR_CHARS} characters")
     try:
@@ -77,7 +77,7 @@ def gbnf_of_schema(schema: str) -> str:
         raise InputError('a JSON schema must be an object, such as {"type": "object"}')
     for key, value in _pairs(content):
         _check_pair(key, value)
-    native.library()  # says how to install llama-cpp-python where it is missing
+    native.require_bindings("a JSON schema")
     from llama_cpp import llama_grammar
 
     try:

@@ -272,7 +272,7 @@ def _outputs_restored_at_loss() -> Iterator[None]:
 
 def _base() -> Any:
     """``llama_cpp.Llama``. Raises EngineMissingError."""
-    native.library()
+    native.require_bindings("LlamaCpp")
     from llama_cpp import Llama as Base
 
     return Base

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ggufmoe.errors import OptionError
+from ggufmoe.errors import EngineMissingError, OptionError
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.native import library as native
+from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import IGNORES_IMATRIX
 from ggufmoe.quant.kernels import KernelReport, QuantizerName, has_kernel, kernel_report, prepare
 from ggufmoe.writing.plan import PLAIN_DTYPES, WritePlan
@@ -47,13 +49,30 @@ def formats(plan: WritePlan) -> dict[Format, int]:
 def prepare_kernels(plan: WritePlan, quantizer: QuantizerName, *, cache: bool = True) -> None:
     """Compile the kernels of a plan, or load them: with ``fast`` all of them, with ``auto`` those with much work.
 
-    Raises OptionError with ``fast`` for a format that has no kernel, or none that can be used on this machine.
+    Without an engine all are compiled, as ggml's routines cannot go first. Raises OptionError with ``fast`` for a
+    format that has no kernel, or none that can be used on this machine, and EngineMissingError where ggml's routine is
+    needed and there is no engine.
     """
     for made, n_weights in formats(plan).items():
         if quantizer == "fast" and not has_kernel(made.type):
             raise OptionError(f"{made.type.name}: there is no fast quantizer for this type; use --quantizer auto")
-        if quantizer == "fast" or n_weights >= _COMPILE_AT_ONCE_WEIGHTS:
-            prepare(made.type, PLAIN_DTYPES[made.source].name, made.weighted, quantizer, cache=cache)
+        judged = None
+        if quantizer == "fast" or n_weights >= _COMPILE_AT_ONCE_WEIGHTS or not native.has_engine():
+            judged = prepare(made.type, PLAIN_DTYPES[made.source].name, made.weighted, quantizer, cache=cache)
+        if judged is None or judged.routine != "fast":
+            reason = judged.reason if judged else "--quantizer ggml" if has_kernel(made.type) else "it has no kernel"
+            _check_engine(f"{made.type.name} has to be quantized by llama.cpp here ({reason})")
+    stored = {part.type for tensor in plan.tensors for part in tensor.parts if part.type is not tensor.type}
+    for kind in stored & quantizing.READ_BY_GGML_ALONE:
+        _check_engine(f"{kind.name} can only be read by llama.cpp")
+
+
+def _check_engine(purpose: str) -> None:
+    """Raise EngineMissingError, which begins with ``purpose``, if there is no engine."""
+    try:
+        native.found_library()
+    except EngineMissingError as error:
+        raise EngineMissingError(f"{purpose}, and there is none: {error}") from error
 
 
 def routines(plan: WritePlan, quantizer: QuantizerName) -> tuple[KernelReport, ...]:

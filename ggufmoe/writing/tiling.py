@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import NonFiniteError
+from ggufmoe.gguf.block_scales import finite_rows
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.importances import Imatrix
@@ -175,17 +176,17 @@ class TileMaker:
         made_type = tile.tensor.type
         row = _first_damaged(made.view(PLAIN_DTYPES.get(made_type, np.uint8)), made_type)
         if row is not None:
-            some = f", or one of the next {len(made) - row - 1}," if made_type.is_quantized else ""
             raise NonFiniteError(
-                f"{_name_of(tile, row)}{some} has weights too large for {made_type.name}; give the tensor another "
-                "type with --tensor-type"
+                f"{_name_of(tile, row)} has weights too large for {made_type.name}; give the tensor another type with "
+                "--tensor-type"
             )
 
 
 def _first_damaged(rows: NDArray[Any], type: GGMLType) -> int | None:
-    """The first row that holds NaN or infinity, None if there is none; for a quantized type 0 if any row does."""
+    """The first row that holds NaN or infinity, None if there is none."""
     if type not in _INFINITY:
-        return None if quantizing.validate_rows(type, rows.view(np.uint8)) else 0
+        finite = finite_rows(type, rows.view(np.uint8))
+        return None if finite.all() else int(np.argmin(finite))
     infinity, n_bits = _INFINITY[type], rows.itemsize * 8
     unsigned = rows.view(f"u{rows.itemsize}")
     # as signed integers the positive floats are in order, as unsigned integers the negative ones

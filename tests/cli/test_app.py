@@ -6,11 +6,11 @@ import errno
 import importlib
 import inspect
 import logging
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,8 @@ import pytest
 import ggufmoe
 from ggufmoe.cli import app
 from ggufmoe.errors import Cancelled, EngineMissingError, GGUFError
-from ggufmoe.native import library as engine_library
+from ggufmoe.native import library as native
+from ggufmoe.native import lookup as engine_lookup
 from ggufmoe.native.library import PINNED_ENGINE
 
 
@@ -198,16 +199,29 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_version_of_another_engine_or_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     made_for = f"(made for llama-cpp-python {PINNED_ENGINE.package}, llama.cpp {PINNED_ENGINE.llama_cpp_commit[:9]})"
-    monkeypatch.setattr(engine_library, "version", lambda _: "0.2.1")
+    monkeypatch.setattr(engine_lookup, "version", lambda _: "0.2.1")
     assert app.exit_code(["--version"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == f"llama-cpp-python 0.2.1 {made_for}"
 
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(engine_library, "version", missing)
+    monkeypatch.setattr(engine_lookup, "find_spec", lambda _: None)
     assert app.exit_code(["--version"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == f"llama-cpp-python is not installed {made_for}"
+
+
+def test_version_of_a_library_by_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = [run_version(tmp_path / "libllama.so"), run_version(native.found_library().path)]
+    assert told[0].startswith("no engine (made for llama-cpp-python")
+    assert f"{engine_lookup.SETTING}={tmp_path / 'libllama.so'} is not used: there is no libllama.so at" in told[0]
+    path = native.found_library().path
+    assert told[1].startswith(f"{engine_lookup.SETTING}={path} at {path} (made for llama-cpp-python")
+
+
+def run_version(library: Path) -> str:
+    """The line about the engine of ``ggufmoe --version`` where the setting names ``library``."""
+    environment = os.environ | {engine_lookup.SETTING: str(library)}
+    command = [sys.executable, "-m", "ggufmoe", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.splitlines()[1]
 
 
 @pytest.mark.parametrize("module", ["ggufmoe", "ggufmoe.cli.app"])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from gguf import quants
 
+from ggufmoe.gguf.block_scales import finite_rows
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
+from ggufmoe.native.library import library
 from ggufmoe.quant.filetypes import WRITABLE_TYPES
 
+GGUF_NAMES = {kind.name for kind in quants._type_traits}
 SLOW = ("IQ1", "IQ2", "IQ3")
 """ggml makes tables of seconds for these before it quantizes a single row."""
 KINDS = [kind for kind in GGMLType if kind.is_quantized and kind in WRITABLE_TYPES and not kind.name.startswith(SLOW)]
@@ -53,3 +57,24 @@ def test_what_is_too_large_becomes_infinite_and_other_types_are_refused() -> Non
     assert not quantizing.can_widen(GGMLType.Q8_1)
     with pytest.raises(ValueError, match="cannot dequantize Q8_1"):
         quantizing.widened(GGMLType.Q8_1, np.zeros((1, 36), np.uint8), 32)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GGMLType if kind.is_quantized])
+def test_what_gguf_dequantizes_without_an_engine_are_ggml_s_floats(
+    kind: GGMLType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not quantizing.can_dequantize(kind):
+        assert quantizing._TypeTraits.from_address(library().ggml_get_type_traits(kind.id)).to_float is None
+        return
+    rng = np.random.default_rng(kind.id)
+    blocks = rng.integers(0, 256, (300, 2 * kind.block_bytes), dtype=np.uint8)
+    blocks = blocks[finite_rows(kind, blocks)]
+    theirs, ours = (np.empty((len(blocks), 2 * kind.block_size), np.float32) for _ in range(2))
+    quantizing.dequantize_rows(kind, blocks, theirs)
+    monkeypatch.setattr(quantizing, "has_engine", lambda: False)
+    if kind in quantizing.READ_BY_GGML_ALONE:
+        assert GGUF_NAMES.isdisjoint({kind.name})
+        return
+    quantizing.dequantize_rows(kind, blocks, ours)
+    assert len(blocks) > 200
+    assert ours.tobytes() == theirs.tobytes()

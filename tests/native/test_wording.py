@@ -14,7 +14,7 @@ import pytest
 from ggufmoe import ContextOptions, Engine, ModelLoadError, OffloadOptions
 from ggufmoe.evaluation.probe import write_probe_model
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.native import backends, wording
+from ggufmoe.native import backends, rpc_calls, wording
 from ggufmoe.native import library as native
 from ggufmoe.placement.devices import repacked_types
 from ggufmoe.runtime.bindings import native_log
@@ -73,7 +73,7 @@ def test_what_only_gpus_and_workers_make_it_say_is_in_the_library() -> None:
     assert b"unable to allocate %s buffer" in said
     assert wording.lacks_pinned_memory("error loading model: unable to allocate CUDA_Host buffer")
     assert not wording.lacks_pinned_memory("error loading model: unable to allocate CUDA0 buffer")
-    if native.has_symbol("ggml_backend_rpc_add_server"):
+    if rpc_calls.has_rpc():
         assert b"Remote RPC server crashed or returned malformed response" in said
     assert wording.is_worker_abort("Remote RPC server crashed or returned malformed response")
 
@@ -91,7 +91,7 @@ def test_nodes_of_graphs_bear_the_names_that_are_looked_for() -> None:
 
 def test_backends_bear_the_names_that_are_looked_for() -> None:
     assert wording.CPU_BACKEND in {device.backend for device in backends.devices()}
-    if native.has_symbol("ggml_backend_rpc_add_server"):
+    if rpc_calls.has_rpc():
         assert f"\0{wording.RPC_BACKEND}\0".encode() in phrases()
 
 
@@ -128,7 +128,7 @@ def test_a_failed_assertion_is_found_on_stderr() -> None:
 
 
 def test_a_worker_that_is_not_there_is_found_on_stderr() -> None:
-    if not native.has_symbol("ggml_backend_rpc_add_server"):
+    if not rpc_calls.has_rpc():
         pytest.fail("the tests need an engine that was built with RPC")
     code_of_exit, said = last_words(
         "from ggufmoe.native import rpc_calls; rpc_calls.register_rpc_server('127.0.0.1:1')"

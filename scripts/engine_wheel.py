@@ -1,0 +1,305 @@
+"""Build a wheel of the pinned engine for machines without a compiler, and test it on several kinds of processor.
+
+The wheel has llama-cpp-python's Python files and its metadata, and llama.cpp's libraries, each once: one of ggml's CPU
+backend for every set of instructions that ggml knows, of which the fastest that the processor has is loaded. Compiled
+by zig, which carries clang and the symbols of old glibc versions. ``scripts/engine_wheel`` calls this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import setup_environment as setup
+
+ROOT = setup.ROOT
+WHEELS = ROOT / "wheels"
+PROCESSORS = ("qemu64", "Nehalem", "Haswell")
+"""What qemu pretends to be: without SSE4, with SSE4.2, with AVX2."""
+EXPECTED_BACKEND = {"qemu64": "x64", "Nehalem": "sse42", "Haswell": "haswell"}
+MAX_MIB = 40
+
+# The code for AMX is not tested on processors that have it, and broken where GCC compiled it (vendor/llama.cpp.toml).
+OMITTED_BACKENDS = ("sapphirerapids",)
+CMAKE = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    "-DGGML_NATIVE=OFF",
+    "-DGGML_BACKEND_DL=ON",
+    "-DGGML_CPU_ALL_VARIANTS=ON",
+    "-DGGML_RPC=ON",
+    "-DGGML_RPC_RDMA=OFF",
+    "-DGGML_OPENMP=OFF",  # there is no libgomp that could be relied on; ggml's own threads compute
+    "-DLLAMA_BUILD_COMMON=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_TOOLS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_NUMBER=0",
+    "-DGIT_EXE=OFF",  # else the commit would be that of a repository around the build
+    "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",  # wheels have no links: with versions each library would be there thrice
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+    "-DCMAKE_SHARED_LINKER_FLAGS=-s",
+    "-DCMAKE_MODULE_LINKER_FLAGS=-s",
+)
+TERMINATE = """
+#include <exception>
+// the C++ library is inside libllama, and its handler is reached through this
+extern "C" __attribute__((visibility("default"))) void * ggufmoe_set_terminate(void (*handler)()) {
+    return reinterpret_cast<void *>(std::set_terminate(handler));
+}
+"""
+
+
+@dataclass(frozen=True)
+class Portable:
+    """What ``[portable]`` of vendor/llama.cpp.toml says."""
+
+    zig: str
+    target: str
+    glibc: str
+    tag: str
+
+
+def main() -> int:
+    """Build and test, or test only; an error is one message and exit code 1."""
+    parser = argparse.ArgumentParser(description="Build a portable wheel of the engine, and test it.")
+    parser.add_argument("--test-only", action="store_true", help="test the wheel that is in wheels/")
+    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="files compiled at the same time")
+    given = parser.parse_args()
+    try:
+        pin = setup.read_pin(setup.PIN_FILE, "cpu-rpc")
+        table = setup._parse_toml(setup.PIN_FILE.read_text(encoding="utf-8"))["portable"]
+        portable = Portable(table["zig"], table["target"], table["glibc"], table["tag"])
+        if not given.test_only:
+            build(pin, portable, given.jobs)
+        test(pin, wheel_path(pin, portable))
+    except setup.SetupError as error:
+        setup.say(str(error))
+        return 1
+    return 0
+
+
+def wheel_path(pin: setup.Pin, portable: Portable) -> Path:
+    return WHEELS / f"llama_cpp_python-{pin.version}-py3-none-{portable.tag}.whl"
+
+
+# ---- building
+
+
+def build(pin: setup.Pin, portable: Portable, jobs: int) -> None:
+    """Compile the engine and put the wheel into WHEELS."""
+    started = time.monotonic()
+    for program in ("cmake", "ninja"):
+        if shutil.which(program) is None:
+            raise setup.SetupError(f"{program} is not on PATH; install it (pip install {program})")
+    zig = zig_program(portable)
+    with tempfile.TemporaryDirectory(prefix="engine-wheel-") as scratch:
+        source = sources(pin, Path(scratch))
+        compilers = wrappers(zig, portable, Path(scratch) / "bin")
+        setup.say("compiling ggml's CPU backend for every set of instructions: about 25 minutes on two cores")
+        libraries = compile_all(pin, source, compilers, Path(scratch) / "build", jobs)
+        check_glibc(libraries, portable)
+        target = wheel_path(pin, portable)
+        WHEELS.mkdir(exist_ok=True)
+        write_wheel(source, libraries, portable, target)
+    mib = target.stat().st_size / 2**20
+    if mib > MAX_MIB:
+        raise setup.SetupError(f"{target.name} has {mib:.1f} MiB, more than {MAX_MIB}")
+    setup.say(f"{target} has {mib:.1f} MiB and {len(libraries)} libraries, made in {time.monotonic() - started:.0f} s")
+
+
+def zig_program(portable: Portable) -> Path:
+    """The compiler, from an environment of its own in the user's cache folder."""
+    folder = setup.cache_directory() / "tools" / f"zig-{portable.zig}"
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        setup.say(f"installing zig {portable.zig} into {folder}")
+        venv.create(folder, clear=True, with_pip=True)
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q", f"ziglang=={portable.zig}"]
+        if subprocess.run(pip, check=False).returncode:
+            raise setup.SetupError(f"zig {portable.zig} cannot be installed from PyPI (package ziglang)")
+        (folder / "complete").touch()
+    where = "import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent / 'zig')"
+    return Path(subprocess.run([str(python), "-c", where], capture_output=True, text=True, check=True).stdout.strip())
+
+
+def sources(pin: setup.Pin, scratch: Path) -> Path:
+    """The unpacked source package of llama-cpp-python."""
+    setup.say(f"fetching the source of {pin.requirement}")
+    setup.pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d", str(scratch), pin.requirement)
+    archive = next(scratch.glob("llama_cpp_python-*.tar.gz"))
+    with tarfile.open(archive) as file:
+        file.extractall(scratch, filter="data")
+    return archive.with_name(archive.name.removesuffix(".tar.gz"))
+
+
+def wrappers(zig: Path, portable: Portable, folder: Path) -> dict[str, Path]:
+    """Programs for CMake that call zig as compiler for the old glibc, as archiver and as indexer."""
+    folder.mkdir()
+    calls = {
+        "C_COMPILER": f"cc -target {portable.target}",
+        "CXX_COMPILER": f"c++ -target {portable.target}",
+        "AR": "ar",
+        "RANLIB": "ranlib",
+    }
+    made = {}
+    for name, call in calls.items():
+        made[name] = folder / f"zig-{name.lower()}"
+        made[name].write_text(f'#!/bin/sh\nexec "{zig}" {call} "$@"\n')
+        made[name].chmod(0o755)
+    return made
+
+
+def compile_all(pin: setup.Pin, source: Path, compilers: dict[str, Path], build_dir: Path, jobs: int) -> list[Path]:
+    """Run CMake and ninja; gives the libraries."""
+    llama = source / "vendor" / "llama.cpp"
+    backends = llama / "ggml" / "src" / "CMakeLists.txt"
+    lines = backends.read_text(encoding="utf-8").splitlines(keepends=True)
+    omitted = tuple(f"ggml_add_cpu_backend_variant({name} " for name in OMITTED_BACKENDS)
+    kept = [line for line in lines if not line.strip().startswith(omitted)]
+    if len(kept) != len(lines) - len(omitted):
+        raise setup.SetupError(f"{backends} does not name the backends {', '.join(OMITTED_BACKENDS)} once each")
+    backends.write_text("".join(kept), encoding="utf-8")
+    (llama / "src" / "ggufmoe-terminate.cpp").write_text(TERMINATE, encoding="utf-8")
+    with (llama / "src" / "CMakeLists.txt").open("a", encoding="utf-8") as file:
+        file.write("\ntarget_sources(llama PRIVATE ggufmoe-terminate.cpp)\n")
+    tools = [f"-DCMAKE_{name}={path}" for name, path in compilers.items()]
+    commit = f"-DLLAMA_BUILD_COMMIT={pin.commit[:9]}"
+    run(["cmake", "-S", str(llama), "-B", str(build_dir), "-G", "Ninja", *tools, *CMAKE, commit])
+    run(["cmake", "--build", str(build_dir), "-j", str(jobs), "--target", "llama", "ggml-rpc"])
+    return sorted((build_dir / "bin").glob("lib*.so"))
+
+
+def run(command: list[str]) -> None:
+    """Run a program that says what it does. Raises SetupError if it fails."""
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise setup.SetupError(f"{' '.join(command[:3])} ... failed")
+
+
+def check_glibc(libraries: list[Path], portable: Portable) -> None:
+    """Raise SetupError if a library needs a newer glibc than the wheel's name promises, or a C++ library."""
+    newest = tuple(map(int, portable.glibc.split(".")))
+    for library in libraries:
+        content = library.read_bytes()
+        names = re.findall(rb"GLIBC_(\d+(?:\.\d+)+)\0", content)
+        needed = max(tuple(map(int, name.split(b"."))) for name in names)
+        if needed > newest:
+            raise setup.SetupError(f"{library.name} needs glibc {'.'.join(map(str, needed))}")
+        if foreign := re.findall(rb"lib(?:stdc\+\+|c\+\+|gomp|omp)\.so[.\d]*\0", content):
+            raise setup.SetupError(f"{library.name} needs {foreign}")
+
+
+def write_wheel(source: Path, libraries: list[Path], portable: Portable, target: Path) -> None:
+    """Pack the package's Python files, the libraries and the metadata."""
+    info = f"llama_cpp_python-{target.name.split('-')[1]}.dist-info"
+    package = sorted(path for path in (source / "llama_cpp").rglob("*") if path.suffix in (".py", ".pyi", ".typed"))
+    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in package}
+    files |= {f"llama_cpp/lib/{path.name}": path.read_bytes() for path in libraries}
+    files[f"{info}/METADATA"] = (source / "PKG-INFO").read_bytes()
+    files[f"{info}/licenses/LICENSE.md"] = (source / "LICENSE.md").read_bytes()
+    files[f"{info}/licenses/llama.cpp/LICENSE"] = (source / "vendor" / "llama.cpp" / "LICENSE").read_bytes()
+    about = ("Wheel-Version: 1.0", "Generator: ggufmoe", "Root-Is-Purelib: false", f"Tag: py3-none-{portable.tag}", "")
+    files[f"{info}/WHEEL"] = "\n".join(about).encode()
+    rows = []
+    for name, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        rows.append(f"{name},sha256={digest},{len(content)}\n")
+    files[f"{info}/RECORD"] = ("".join(rows) + f"{info}/RECORD,,\n").encode()
+    partial = target.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED, 9)
+    partial.replace(target)
+
+
+# ---- testing
+
+
+def test(pin: setup.Pin, wheel: Path) -> None:
+    """Answer with the wheel's engine on this processor and on emulated ones; the texts and tokens must be the same."""
+    if not wheel.exists():
+        raise setup.SetupError(f"{wheel} is not there; run scripts/engine_wheel without --test-only")
+    with tempfile.TemporaryDirectory(prefix="engine-wheel-test-") as scratch:
+        unpacked = Path(scratch) / "engine"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+        model = Path(scratch) / "demo.gguf"
+        expected = answer(None, [], model)
+        check_answer("the installed engine", expected, expected)
+        check_answer("this processor", answer(unpacked, [], model), expected)
+        qemu = os.environ.get("QEMU") or shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+        if qemu is None:
+            raise setup.SetupError("qemu-x86_64 is not on PATH (Debian: qemu-user-static), and QEMU does not name it")
+        for processor in PROCESSORS:
+            found = answer(unpacked, [qemu, "-cpu", processor], model)
+            check_answer(processor, found, expected)
+            if found["backend"] != EXPECTED_BACKEND[processor]:
+                raise setup.SetupError(f"on {processor} the backend {found['backend']} was loaded")
+
+
+ANSWER = """
+import json, pathlib, sys
+from ggufmoe import Chat, ContextOptions, Engine, OffloadOptions, SamplingOptions, convert
+from ggufmoe.demo import RECIPE, questions
+from ggufmoe.evaluation.probe import probe_answer
+from ggufmoe.native import library, rpc_calls
+model, answers = pathlib.Path(sys.argv[1]), []
+if not model.exists():
+    convert(RECIPE, model, "Q4_K_M")
+with Engine(model, ContextOptions(n_ctx=512)) as engine:
+    chat = Chat(engine, sampling=SamplingOptions(temperature=0, n_predict=64))
+    for question in questions():
+        chat.reset()
+        answers.append("".join(event.text for event in chat.send(question.text)))
+maps = pathlib.Path("/proc/self/maps").read_text()
+loaded = {line.split()[-1] for line in maps.splitlines() if "libggml-cpu" in line}
+print(json.dumps({"answers": answers, "tokens": probe_answer(OffloadOptions()), "rpc": rpc_calls.has_rpc(),
+    "backend": ", ".join(pathlib.Path(name).stem.removeprefix("libggml-cpu").strip("-") for name in loaded),
+    "package": library.engine_version().package, "path": str(library.found_library().path)}))
+"""
+"""Runs in a process of its own, on an emulated processor too: what the engine answers, and what it consists of."""
+
+
+def answer(engine: Path | None, emulator: list[str], model: Path) -> dict[str, Any]:
+    """What the engine in the folder ``engine`` answers, or the installed one, in a Python that ``emulator`` runs."""
+    started = time.monotonic()
+    paths = [str(path) for path in (engine, ROOT) if path is not None]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [*emulator, sys.executable, "-c", ANSWER, str(model)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise setup.SetupError(f"{' '.join(emulator) or 'this processor'}: python ended with {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if engine is not None and not found["path"].startswith(str(engine)):
+        raise setup.SetupError(f"the engine was loaded from {found['path']}, not from {engine}")
+    return found | {"seconds": time.monotonic() - started}
+
+
+def check_answer(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Say what was found. Raises SetupError for other answers, tokens or features than expected."""
+    setup.say(f"{name}: backend {found['backend'] or 'built in'}, {found['seconds']:.0f} s")
+    for key in ("answers", "tokens", "rpc", "package"):
+        if found[key] != expected[key]:
+            raise setup.SetupError(f"{name}: {key} {found[key]}, expected {expected[key]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
