@@ -27,6 +27,7 @@ PIN_FILE = ROOT / "vendor" / "llama.cpp.toml"
 STAMP = Path(sys.prefix) / "ggufmoe-stamp"
 ENGINE_STAMP = Path(sys.prefix) / "ggufmoe-engine-stamp"
 """Names the build of the engine that was installed into this environment."""
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 class SetupError(Exception):
@@ -160,7 +161,7 @@ def engine_name(pin: Pin) -> str:
 
 def pip(*arguments: str, env: dict[str, str] | None = None) -> None:
     """Run pip of this environment, quietly; its output is shown when it fails."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    command = [*PIP, *arguments]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise SetupError(f"pip {' '.join(arguments)} failed:\n{done.stdout[-6000:]}")
@@ -173,7 +174,7 @@ _SAY_EVERY_S = 15.0
 
 def pip_showing_progress(*arguments: str, env: dict[str, str]) -> None:
     """Run pip, and say how far the compiler is; its whole output is shown when it fails."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "-v"]
+    command = [*PIP, *arguments, "-v"]
     lines: deque[str] = deque(maxlen=200)
     started = said = time.monotonic()
     with subprocess.Popen(

@@ -31,7 +31,7 @@ _ABORT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 """typedef void (*ggml_abort_callback_t)(const char * error_message)"""
 _TERMINATE_HANDLER = ctypes.CFUNCTYPE(None)
 _SET_TERMINATE = ("ggufmoe_set_terminate", "_ZSt13set_terminatePFvvE")
-"""``std::set_terminate``: of a libllama that has the C++ library inside (``scripts/engine_wheel``), or of a shared one."""
+"""``std::set_terminate`` of a libllama with the C++ library inside (``scripts/engine_wheel``), or of a shared one."""
 _STATIC_SCHEDULE = 1
 """omp_sched_static"""
 _FIRST_MARK = 2**20

@@ -3,6 +3,8 @@
 The command line is left out: an app that runs it imports ``ggufmoe.cli.app``, which has a hook of its own.
 """
 
+from importlib.util import find_spec
+
 from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs, collect_submodules, copy_metadata
 
 
@@ -11,5 +13,8 @@ def _is_for_apps(module: str) -> bool:
 
 
 hiddenimports = [*collect_submodules("ggufmoe", filter=_is_for_apps), "gguf.constants", "llama_cpp"]
-datas = collect_data_files("ggufmoe", excludes=["packaging/*"]) + copy_metadata("llama-cpp-python")
-binaries = collect_dynamic_libs("llama_cpp") + collect_dynamic_libs("llvmlite")
+datas = collect_data_files("ggufmoe", excludes=["packaging/*"])
+binaries = collect_dynamic_libs("llvmlite")
+if find_spec("llama_cpp") is not None:  # an app that only converts needs no engine
+    datas += copy_metadata("llama-cpp-python")
+    binaries += collect_dynamic_libs("llama_cpp")

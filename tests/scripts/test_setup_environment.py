@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from dataclasses import replace
@@ -96,3 +97,63 @@ def test_a_missing_compiler_is_said_before_anything_is_fetched(
         with pytest.raises(setup.SetupError, match=r"no C\+\+ compiler is on PATH"):
             setup.build_wheel(pin, tmp_path / "wheels")
     assert not (tmp_path / "wheels").exists()
+
+
+@pytest.fixture
+def checkout(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout without wheels, in an environment that asks for nothing."""
+    for name in ("GGUFMOE_ENGINE", "GGUFMOE_ENGINE_WHEEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    (tmp_path / "wheels").mkdir()
+    return tmp_path
+
+
+def test_a_wheel_that_fits_takes_the_place_of_compiling(
+    setup: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin = setup.read_pin(setup.PIN_FILE, None)
+    assert setup.given_wheel(pin) is None
+    assert setup.engine_name(pin) == setup.engine_cache(pin).name
+    for tag in ("win_arm64", "macosx_26_0_arm64", "linux_riscv64"):
+        (checkout / "wheels" / f"llama_cpp_python-{pin.version}-py3-none-{tag}.whl").touch()
+    (checkout / "wheels" / "llama_cpp_python-0.3.1-py3-none-any.whl").touch()
+    assert setup.given_wheel(pin) is None
+    fitting = checkout / "wheels" / f"llama_cpp_python-{pin.version}-py3-none-any.whl"
+    fitting.write_bytes(b"one")
+    assert setup.given_wheel(pin) == fitting
+    name = setup.engine_name(pin)
+    fitting.write_bytes(b"another")
+    assert setup.engine_name(pin) != name, "an environment made from the other wheel is not up to date"
+    monkeypatch.setenv("GGUFMOE_ENGINE", "cpu-rpc")
+    assert setup.given_wheel(pin) is None
+
+
+def test_a_named_wheel_comes_before_all(setup: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin = setup.read_pin(setup.PIN_FILE, None)
+    (checkout / "wheels" / f"llama_cpp_python-{pin.version}-py3-none-any.whl").touch()
+    monkeypatch.setenv("GGUFMOE_ENGINE_WHEEL", str(checkout / "mine.whl"))
+    with pytest.raises(setup.SetupError, match=r"GGUFMOE_ENGINE_WHEEL=.*mine\.whl is no file"):
+        setup.given_wheel(pin)
+    (checkout / "mine.whl").touch()
+    assert setup.given_wheel(pin) == checkout / "mine.whl"
+
+
+def test_compiling_says_how_long_it_takes_and_how_far_it_is(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup.os, "cpu_count", lambda: 2)
+    assert setup.compile_time(setup.read_pin(setup.PIN_FILE, "cpu-rpc")) == "about 5 minutes on this machine"
+    assert setup.compile_time(setup.read_pin(setup.PIN_FILE, "cuda")) == "half an hour and more"
+    pip = tmp_path / "pip.py"
+    steps = "print('[1/3] Building C'); print('a warning'); print('  [2/3] Linking', flush=True)"
+    pip.write_text(f"{steps}\nraise SystemExit('it broke')")
+    monkeypatch.setattr(setup, "PIP", [sys.executable, str(pip)])
+    monkeypatch.setattr(setup, "_SAY_EVERY_S", 0.0)
+    with pytest.raises(setup.SetupError, match=r"(?s)pip wheel x failed:.*a warning.*it broke"):
+        setup.pip_showing_progress("wheel", "x", env=dict(os.environ))
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in told] == ["set-up: 1 of 3 steps", "set-up: 2 of 3 steps"]
+    pip.write_text("print('[3/3] Linking')")
+    setup.pip_showing_progress("wheel", "x", env=dict(os.environ))
+    assert capsys.readouterr().err.startswith("set-up: 3 of 3 steps, ")
