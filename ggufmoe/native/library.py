@@ -71,6 +71,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_op_name": (ctypes.c_char_p, (ctypes.c_int,)),
     # bool ggml_backend_buffer_is_host(ggml_backend_buffer_t)
     "ggml_backend_buffer_is_host": (ctypes.c_bool, (_VOID,)),
+    # void ggml_threadpool_params_init(struct ggml_threadpool_params * p, int n_threads)
+    "ggml_threadpool_params_init": (None, (_VOID, ctypes.c_int)),
+    # void llama_attach_threadpool(struct llama_context *, ggml_threadpool_t threadpool, ggml_threadpool_t for prompts)
+    "llama_attach_threadpool": (None, (_VOID, _VOID, _VOID)),
     # const char * ggml_version(void); ggml_commit(void) alike; const char * llama_print_system_info(void)
     "ggml_version": (ctypes.c_char_p, ()),
     "ggml_commit": (ctypes.c_char_p, ()),

@@ -26,6 +26,7 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.native.openmp import SpinLimit
+from ggufmoe.native.threadpool import ThreadPool, thread_pool
 from ggufmoe.native.wording import PLACEMENT_LINES, lacks_pinned_memory
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.advice import context_warnings
@@ -99,6 +100,7 @@ class LoadedModel:
         self._is_loading = False
         self._model: Any = None
         self._context: Any = None
+        self._threads: ThreadPool | None = None
         self._lost = ""
         """Why the last attempt to make a context failed."""
         self._warned: set[str] = set()
@@ -220,7 +222,18 @@ class LoadedModel:
                 f"{self.path}: no such context can be made: {self.log.cause_since(mark)} "
                 "(a smaller --ctx-size takes less memory)"
             )
+        self._threads = thread_pool(options.n_threads or default_threads())
+        if self._threads is not None:
+            self._threads.attach(context)
         return context
+
+    def _free_context(self) -> None:
+        context, self._context = self._context, None
+        threads, self._threads = self._threads, None
+        if context:
+            self.api.llama_free(context)
+        if threads is not None:
+            threads.free()
 
     def _check_memory(self, options: ContextOptions, plan: OffloadPlan) -> None:
         """Raise ModelLoadError for a context whose KV cache and buffers exceed this machine's memory.
@@ -280,9 +293,7 @@ class LoadedModel:
 
     def _renew_context(self, options: ContextOptions, observer: Any) -> None:
         # the old one may call its observer until it is gone
-        context, self._context = self._context, None
-        if context:
-            self.api.llama_free(context)
+        self._free_context()
         self.observer = observer
         try:
             self._check_memory(options, self.placement.plan)
@@ -304,10 +315,8 @@ class LoadedModel:
             self.vocabulary.close()
         self._spin_limit.close()
         self._saved.clear()
-        context, self._context = self._context, None
+        self._free_context()
         model, self._model = self._model, None
-        if context:
-            self.api.llama_free(context)
         if model:
             self.api.llama_model_free(model)
 
