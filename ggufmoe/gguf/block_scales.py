@@ -70,7 +70,8 @@ def finite_rows(type: GGMLType, rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
 def _read(blocks: NDArray[np.uint8], offset: int, dtype: type[np.unsignedinteger[Any]]) -> NDArray[Any]:
     """The little-endian number at an offset of each block: (rows, blocks)."""
     field = blocks[..., offset : offset + np.dtype(dtype).itemsize]
-    return np.ascontiguousarray(field).view(np.dtype(dtype).newbyteorder("<"))[..., 0]
+    numbers: NDArray[Any] = np.ascontiguousarray(field).view(np.dtype(dtype).newbyteorder("<"))[..., 0]
+    return numbers
 
 
 def _none_has(bits: NDArray[Any], exponent: Any) -> NDArray[np.bool_]:

@@ -35,7 +35,7 @@ _STRUCTS: dict[str, tuple[type[ctypes.Structure], tuple[Any, ...]]] = {
     "llama_batch_get_one": (llama_api.llama_batch, (ctypes.c_void_p(None), ctypes.c_int32(0))),
 }
 """Functions that return a structure by value and do nothing else, with arguments."""
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama_model_default_params": {"split_mode": 1, "use_extra_bufts": True, "vocab_only": False, "no_alloc": False},
     "llama_context_default_params": {
         "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "yarn_beta_slow": -1.0, "type_k": 1, "type_v": 1,
@@ -232,7 +232,7 @@ def _returned_bytes(library: Any, name: str, arguments: tuple[Any, ...]) -> int 
 
 def _function(library: Any, name: str, restype: Any, *argtypes: Any) -> Any:
     """A function of a library, declared apart from other declarations of it."""
-    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
     return ctypes.CFUNCTYPE(restype, *argtypes)(address)
 
 

@@ -40,12 +40,14 @@ def same_type(ours: Any, theirs: Any) -> bool:
         return bool(ours is theirs)
     if isinstance(ours, type(ctypes.POINTER(ctypes.c_int))):
         return same_type(ours._type_, theirs._type_)
-    if issubclass(ours, ctypes._CFuncPtr):
+    if isinstance(ours, type(llama_api.llama_log_callback)):
         return same_type(ours._restype_, theirs._restype_) and all(map(same_type, ours._argtypes_, theirs._argtypes_))
     return bool(ours.__name__ == theirs.__name__ and ctypes.sizeof(ours) == ctypes.sizeof(theirs))
 
 
-STRUCTS = [name for name, kind in lookup.LlamaApi.types().items() if issubclass(kind, (ctypes.Structure, ctypes.Union))]
+STRUCTS = [
+    name for name, kind in llama_api.LlamaApi.types().items() if issubclass(kind, (ctypes.Structure, ctypes.Union))
+]
 
 
 @pytest.mark.parametrize("name", STRUCTS)
@@ -67,7 +69,7 @@ def test_prototypes_are_those_of_the_bindings(name: str) -> None:
     assert all(map(same_type, argtypes, theirs.argtypes))
 
 
-@pytest.mark.parametrize("name", [name for name in lookup.LlamaApi.types() if name.endswith("callback")])
+@pytest.mark.parametrize("name", [name for name in llama_api.LlamaApi.types() if name.endswith("callback")])
 def test_callbacks_are_those_of_the_bindings(name: str) -> None:
     assert same_type(getattr(llama_api, name), getattr(llama_cpp, name))
 
@@ -182,10 +184,9 @@ def test_a_structure_with_one_field_more_is_found(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(UnfitLibraryError, match="its llama_model_params has 8 bytes, expected 80"):
             check_interface(made_up(llama_model_default_params=fewer))
 
-    class Longer(llama_api.llama_batch):
-        _fields_ = (("moe_cache_size", ctypes.c_size_t),)
-
-    expected = dict(lookup._STRUCTS, llama_batch_get_one=(Longer, lookup._STRUCTS["llama_batch_get_one"][1]))
+    fields = (*llama_api.llama_batch._fields_, ("moe_cache_size", ctypes.c_size_t))
+    longer = type("Longer", (ctypes.Structure,), {"_fields_": fields})
+    expected = dict(lookup._STRUCTS, llama_batch_get_one=(longer, lookup._STRUCTS["llama_batch_get_one"][1]))
     monkeypatch.setattr(lookup, "_STRUCTS", expected)
     if X86:
         with pytest.raises(UnfitLibraryError, match="its Longer has 56 bytes, expected 64"):
