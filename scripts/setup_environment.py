@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections import deque
@@ -230,6 +231,32 @@ def build_wheel(pin: Pin, target: Path) -> Path:
         os.replace(built, kept)
     say(f"compiled in {time.monotonic() - started:.0f} s, kept in {target}")
     return kept
+
+
+def llama_cpp_sources(pin: Pin) -> Path:
+    """The directory of llama.cpp's sources at the pin; fetched when the cache has none."""
+    kept = cache_directory() / "sources" / f"llama_cpp_python-{pin.version}"
+    sources = kept / "vendor" / "llama.cpp"
+    if (sources / "convert_hf_to_gguf.py").is_file():
+        return sources
+    say(f"fetching the sources of llama-cpp-python {pin.version}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        pip("download", "--no-deps", "--no-binary=:all:", "-d", scratch, pin.requirement)
+        archive = next(Path(scratch).glob("*.tar.gz"))
+        with tarfile.open(archive) as packed:
+            _extract(packed, Path(scratch))
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(Path(scratch) / archive.name.removesuffix(".tar.gz"), kept)
+    return sources
+
+
+def _extract(packed: tarfile.TarFile, target: Path) -> None:
+    # the safe filter came with Python 3.12 and late patches of 3.10 and 3.11
+    if hasattr(tarfile, "data_filter"):
+        packed.extractall(target, filter="data")
+    else:
+        packed.extractall(target)
 
 
 def cached_wheel(pin: Pin) -> Path | None:

@@ -71,7 +71,7 @@ class FoundLibrary:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusedLibrary:
     """A libllama that is not used, and why."""
 
     origin: str
@@ -83,12 +83,12 @@ class Lookup:
     """The libllama that was found, if one was, and those that were refused before it."""
 
     found: FoundLibrary | None
-    refused: tuple[Refusal, ...] = ()
+    refused: tuple[RefusedLibrary, ...] = ()
 
 
 def find_library(symbols: Collection[str], *, others: Collection[str] = OTHER_PACKAGES) -> Lookup:
     """Load the first libllama that exports ``symbols`` and, without llama-cpp-python, has the pinned interface."""
-    refused: list[Refusal] = []
+    refused: list[RefusedLibrary] = []
     for origin, load in _candidates(others):
         try:
             found = load(origin)
@@ -97,7 +97,7 @@ def find_library(symbols: Collection[str], *, others: Collection[str] = OTHER_PA
             if not found.has_bindings:
                 check_interface(found.handle)
         except (ImportError, OSError, RuntimeError, AttributeError, UnfitLibraryError) as error:
-            refused.append(Refusal(origin, " ".join(str(error).split())))
+            refused.append(RefusedLibrary(origin, " ".join(str(error).split())))
         else:
             return Lookup(found, tuple(refused))
     return Lookup(None, tuple(refused))

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 import setup_environment
-from environment import llama_cpp_sources
-from setup_environment import Pin, SetupError, say
+from setup_environment import Pin, SetupError, llama_cpp_sources, say
 
 import ggufmoe
 from ggufmoe.gguf.header import read_header

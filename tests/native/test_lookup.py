@@ -23,7 +23,7 @@ from ggufmoe.evaluation.probe import PROBE_ANSWER
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.native import llama_api, lookup
-from ggufmoe.native.lookup import SETTING, Lookup, Refusal, UnfitLibraryError, check_interface, find_library
+from ggufmoe.native.lookup import SETTING, Lookup, RefusedLibrary, UnfitLibraryError, check_interface, find_library
 
 LIBRARY = native.found_library().path
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -243,7 +243,7 @@ def python(code: str, library: Path) -> Any:
 
 def test_without_an_engine_the_error_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        native, "engine_lookup", lambda: Lookup(None, (Refusal("llama-cpp-python 0.3.36", "it broke"),))
+        native, "engine_lookup", lambda: Lookup(None, (RefusedLibrary("llama-cpp-python 0.3.36", "it broke"),))
     )
     with pytest.raises(EngineMissingError, match="cannot be used: it broke; install it with `pip install llama"):
         native.found_library()
