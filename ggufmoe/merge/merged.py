@@ -233,11 +233,13 @@ class MergedModel:
 
         A recipe comes from somebody else: it may not put any file of this machine into a model.
         """
-        file, folder, home = (Path(os.path.realpath(place)) for place in (path, path.parent, self._path.parent))
-        # the files of a model may be links to elsewhere, as in the hub's cache; its folders may not
-        inside = file.is_relative_to(home) or any(
-            folder.is_relative_to(os.path.realpath(source.tokenizer_dir)) for source in self._sources
+        file, home, *folders = (
+            Path(os.path.realpath(place))
+            for place in (path, self._path.parent, *(source.tokenizer_dir for source in self._sources))
         )
+        # the files of a model in the hub's cache are links to blobs beside its snapshots
+        cached = [folder.parents[1] for folder in folders if folder.parent.name == "snapshots"]
+        inside = any(file.is_relative_to(place) for place in (home, *folders, *cached))
         if not inside and not self._allow_outside_files:
             raise RecipeError(
                 f"{self._path}: chat_template: {path} lies outside of the recipe's folder and its models' folders; "

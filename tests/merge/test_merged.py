@@ -281,6 +281,7 @@ def test_a_recipe_may_not_take_any_file_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("secret")
     (tmp_path / "other" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "other" / "link.jinja").symlink_to(tmp_path / "secret")
     (folder / "circle").symlink_to("circle")
 
     def template(choice: str, **options: bool) -> str | None:
@@ -290,7 +291,7 @@ def test_a_recipe_may_not_take_any_file_of_the_machine(tmp_path: Path) -> None:
     assert template("below/mine.jinja") == "of the recipe"
     assert template("../other/mine.jinja") == template(str(tmp_path / "other" / "mine.jinja")) == "of a source"
     outside = ["../secret", "../other/../secret", "below/../../secret", "link.jinja"]
-    outside += ["../other/linked/secret", "../other/linked/../secret", str(tmp_path / "secret")]
+    outside += ["../other/link.jinja", "../other/linked/secret", "../other/linked/../secret", str(tmp_path / "secret")]
     for choice in outside:
         with pytest.raises(RecipeError, match="lies outside of the recipe's folder and its models' folders"):
             template(choice)
