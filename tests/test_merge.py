@@ -193,6 +193,15 @@ def test_what_is_no_checkpoint_is_never_replaced(recipe: Path) -> None:
     assert (diary / "monday.txt").read_text() == "dear diary"
 
 
+def test_a_merge_in_the_folder_of_its_base_is_no_input(recipe: Path) -> None:
+    out = recipe.parent / "base" / "merged"
+    ggufmoe.merge(recipe, out)
+    ggufmoe.merge(recipe, out, force=True)
+    assert (out / "ggufmoe.json").is_file()
+    with pytest.raises(OutputExistsError, match="which is read"):
+        ggufmoe.convert(recipe.parent / "base", recipe.parent / "base" / "config.json", "F16", force=True)
+
+
 def test_force_replaces_only_what_a_merge_writes(recipe: Path) -> None:
     out = recipe.parent / "out"
     ggufmoe.merge(recipe, out, max_shard_size="2M")

@@ -11,7 +11,7 @@ from types import TracebackType
 from ggufmoe.checkpoint import hub
 from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.checkpoint.layouts import arrange
-from ggufmoe.checkpoint.provenance import read_provenance
+from ggufmoe.checkpoint.provenance import RECORD, read_provenance
 from ggufmoe.checkpoint.safetensors import TensorFile
 from ggufmoe.checkpoint.shards import open_tensor_files
 from ggufmoe.checkpoint.source import Provenance
@@ -108,13 +108,23 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
             )
         config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
         provenance = read_provenance(directory, repo_id)
-        # no output may replace a file of the checkpoint, read or not; GGUF files are outputs of earlier conversions
-        inputs = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.endswith(_OUTPUT_ENDS))
-        return Checkpoint(directory, config, tensors, provenance, tuple(inputs), files)
+        return Checkpoint(directory, config, tensors, provenance, _inputs(directory), files)
     except BaseException:
         for file in files:
             file.close()
         raise
+
+
+def _inputs(directory: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint, read or not, which no output may replace.
+
+    GGUF files, and folders that have the record of a merge, are outputs of earlier runs.
+    """
+    everything = sorted(path for path in directory.rglob("*") if path.is_file())
+    merged = {path.parent for path in everything if path.name == RECORD} - {directory}
+    return tuple(
+        path for path in everything if not path.name.endswith(_OUTPUT_ENDS) and merged.isdisjoint(path.parents)
+    )
 
 
 def _check_directory(directory: Path) -> None:

@@ -40,7 +40,7 @@ def output_lock(output: Path) -> Iterator[None]:
     try:
         descriptor = _open_locked(output, path)
     except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{output} cannot be written: {path.name}: {error.strerror or error}") from error
     try:
         yield
     finally:

@@ -126,7 +126,8 @@ def output_errors(plan: WritePlan) -> Iterator[None]:
             raise OutputError(
                 f"{plan.output.parent} cannot hold a file of this size; write smaller ones with {plan.split_option}"
             ) from error
-        raise OutputError(f"{plan.output} cannot be written: {error.strerror or error}") from error
+        where = f"{Path(error.filename).name}: " if isinstance(error.filename, str) else ""
+        raise OutputError(f"{plan.output} cannot be written: {where}{error.strerror or error}") from error
 
 
 def check_written(plan: WritePlan) -> None:
