@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from io import FileIO
@@ -23,11 +24,23 @@ StrPath = Union[str, "os.PathLike[str]"]
 
 
 def user_path(path: StrPath) -> Path:
-    """``path`` with a leading ``~`` replaced by the home directory. Raises InputError where there is no such home."""
+    """``path`` with a leading ``~`` replaced by the home directory.
+
+    Raises InputError where there is no such home, and for a text that can be no path.
+    """
     try:
-        return Path(path).expanduser()
+        expanded = Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path}: there is no such home directory") from error
+    try:
+        os.lstat(expanded)
+    except ValueError as error:  # NUL, or half a surrogate pair
+        shown = f"{os.fspath(path)!r:.100}"
+        raise InputError(f"{shown} is no path: it holds a character that no file name may have") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{os.fspath(path)!r:.100}... is too long for a path") from error
+    return expanded
 
 
 def decode_text(data: bytes) -> str:

@@ -7,8 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from ggufmoe.errors import OutputError, OutputExistsError
-from ggufmoe.files import check_output_file, decode_text, partial_path, replacing
+import ggufmoe
+from ggufmoe.errors import InputError, OutputError, OutputExistsError
+from ggufmoe.files import check_output_file, decode_text, followed, partial_path, replacing, user_path
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 5000, f"folder/{'x' * 5000}"])
+def test_what_can_be_no_path_is_an_input_error(text: str) -> None:
+    with pytest.raises(InputError, match=r"is no path: it holds a character|is too long for a path") as caught:
+        user_path(text)
+    assert len(str(caught.value)) < 200
+    calls = lambda: ggufmoe.Engine(text), lambda: ggufmoe.convert(text, "out.gguf"), lambda: ggufmoe.merge(text, "out")
+    for call in calls:
+        with pytest.raises(InputError):
+            call()
+
+
+def test_links_in_a_circle_are_no_outputs(tmp_path: Path) -> None:
+    link = tmp_path / "link.gguf"
+    link.symlink_to("link.gguf")
+    with pytest.raises(OutputError, match="is a symbolic link that leads in a circle"):
+        followed(link)
+    for call in (lambda: ggufmoe.convert(tmp_path, link), lambda: ggufmoe.merge(tmp_path / "r.yaml", link)):
+        with pytest.raises(OutputError, match="leads in a circle"):
+            call()
 
 
 @pytest.mark.parametrize("text", ["", "é\r\n", "\ufeff twice", "\u4f60"])

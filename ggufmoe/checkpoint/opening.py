@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ggufmoe.checkpoint.shards import open_tensor_files
 from ggufmoe.checkpoint.source import Provenance
 from ggufmoe.errors import CheckpointError
 from ggufmoe.families.model_config import ModelConfig
-from ggufmoe.files import what_instead
+from ggufmoe.files import user_path, what_instead
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -83,10 +84,10 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
     Raises ArchitectureError, SafetensorsError, TensorMismatchError, HubError, and CheckpointError for anything else.
     """
-    if isinstance(source, Path) or Path(source).exists() or not hub.is_hub_id(source):
-        if revision is not None and Path(source).exists():
+    if isinstance(source, Path) or os.path.exists(source) or not hub.is_hub_id(source):
+        if revision is not None and os.path.exists(source):
             raise CheckpointError(f"{source} is a directory, so it has no revision {revision}")
-        return open_directory(Path(source))
+        return open_directory(user_path(source))
     repo_id, revision = hub.split_id(source, revision)
     return open_directory(hub.fetch(repo_id, revision), repo_id=repo_id)
 
