@@ -49,3 +49,8 @@ TOKEN_ID_KEYS = {
     "mask": Keys.Tokenizer.MASK_ID,
 }
 """The key of the id of each special token, by its name in Hugging Face's configurations."""
+
+
+def template_name(name: str) -> str:
+    """The name of a chat template as it stands in the key of a file: other characters become underscores (gguf-py)."""
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)

@@ -5,6 +5,7 @@ A template comes from the GGUF file, from another file or from the few that are 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from ggufmoe.errors import OptionError, TemplateError
 from ggufmoe.files import decode_text, user_path, what_instead
 from ggufmoe.gguf.header import Header
+from ggufmoe.gguf.key_tables import template_name
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.runtime.budget import Limits
 from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Program
@@ -164,6 +166,8 @@ def find_template(
         return make(stored["default"]) if "default" in stored else None
     if choice in stored:
         return make(stored[choice], name=f"chat template {choice}")
+    if (key := template_name(choice)) in stored and not os.path.isfile(choice):
+        return make(stored[key], name=f"chat template {key}")
     if choice in BUILTIN:
         return make(BUILTIN[choice].source, name=f"chat template {choice}", stop=BUILTIN[choice].stop)
     return make(_read(user_path(choice), stored), name=choice)

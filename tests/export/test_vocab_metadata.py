@@ -302,6 +302,16 @@ def test_starcoder_vocabularies_get_no_bos(tmp_path: Path) -> None:
     assert special(metadata)["add_bos_token"] is False
 
 
+def test_templates_whose_names_fall_together_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    templates = [{"name": name, "template": f"of {name}"} for name in ("a b", "a-b", "")]
+    directory = write_tokenizer(tmp_path, "spm", tokenizer_config_json={"chat_template": templates})
+    metadata = tokenizer_metadata(directory, config(N_PIECES))
+    assert metadata["tokenizer.chat_template.a_b"].value == "of a-b"
+    assert metadata["tokenizer.chat_templates"].value == ["a_b"]
+    assert "the chat template 'a b' is left out" in caplog.text
+    assert "the chat template '' is left out" in caplog.text
+
+
 def test_chat_templates(tmp_path: Path) -> None:
     named = [
         {"name": "default", "template": "D"},

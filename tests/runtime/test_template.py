@@ -96,7 +96,8 @@ def test_mistral_wants_turns() -> None:
 
 def test_the_files_own_template_and_its_named_ones() -> None:
     file = header(**{"chat_template": "own", "chat_template.tool_use": "tools", "chat_template.chatml": "mine"})
-    for choice, text in ((None, "own"), ("default", "own"), ("tool_use", "tools"), ("chatml", "mine")):
+    choices = (None, "own"), ("default", "own"), ("tool_use", "tools"), ("tool-use", "tools"), ("chatml", "mine")
+    for choice, text in choices:
         template = find_template(choice, file)
         assert template is not None
         assert template.render([]) == text

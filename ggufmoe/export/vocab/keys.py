@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from ggufmoe.errors import TokenizerError
 from ggufmoe.export.vocab.special import SpecialTokens
 from ggufmoe.export.vocab.token_rows import Vocabulary
 from ggufmoe.gguf.header import GGUFValue
-from ggufmoe.gguf.key_tables import TOKEN_ID_KEYS
+from ggufmoe.gguf.key_tables import TOKEN_ID_KEYS, template_name
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import Keys
 
+_LOG = logging.getLogger("ggufmoe")
 _ADDED_KEYS = {"bos": Keys.Tokenizer.ADD_BOS, "eos": Keys.Tokenizer.ADD_EOS, "sep": Keys.Tokenizer.ADD_SEP}
 
 
@@ -55,7 +57,12 @@ def _vocabulary_keys(vocabulary: Vocabulary) -> dict[str, GGUFValue]:
 
 
 def _template_keys(templates: Mapping[str, str], directory: Path) -> dict[str, GGUFValue]:
-    named = {_plain(name): text for name, text in templates.items() if _plain(name) and name != "default"}
+    others = [name for name in templates if name != "default"]
+    kept = {template_name(name): name for name in others if name}
+    for name in others:
+        if kept.get(template_name(name)) != name:
+            _LOG.warning("%s: the chat template %r is left out: a file has no key of its own for it", directory, name)
+    named = {key: templates[name] for key, name in kept.items()}
     for name, text in templates.items():
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise TokenizerError(f"{directory}: chat template {name!r} holds half a surrogate pair; correct it")
@@ -68,10 +75,6 @@ def _template_keys(templates: Mapping[str, str], directory: Path) -> dict[str, G
     if "default" in templates:
         keys[Keys.Tokenizer.CHAT_TEMPLATE] = GGUFValue(ValueType.STRING, templates["default"])
     return keys
-
-
-def _plain(name: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
 
 
 def _array(type: ValueType, values: list[Any]) -> GGUFValue:
