@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ggufmoe.checkpoint.config import parse_config
 from ggufmoe.checkpoint.layouts import pieces
 from ggufmoe.families import family_of
-from ggufmoe.weights.dtypes import narrow
 from ggufmoe.weights.source_tensor import Dtype
 
 ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
@@ -58,8 +57,8 @@ class Pool:
         values = rng.standard_normal(POOL, dtype=np.float32)
         values *= np.float32(0.02)
         stored = [np.empty(POOL, dtype.numpy), np.empty(POOL, dtype.numpy)]
-        narrow(values, dtype, stored[0])
-        narrow(values + np.float32(1), dtype, stored[1])
+        convert_floats(values, stored[0])
+        convert_floats(values + np.float32(1), stored[1])
         return cls(dtype, *stored)
 
     def write(self, file: BinaryIO, shape: Shape, rng: np.random.Generator) -> None:

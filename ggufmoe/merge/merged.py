@@ -29,6 +29,7 @@ from ggufmoe.families import family_of
 from ggufmoe.families.family import Family
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.files import decode_text, user_path, what_instead
+from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.compare import compare_sources
@@ -39,7 +40,6 @@ from ggufmoe.merge.router import check_prompts, make_router
 from ggufmoe.merge.targets import EXPERT_MATRICES, ROUTER, kept_names, needed_rule, target_family
 from ggufmoe.merge.tokens import BASE, GatheredRows, KnownTokens, TokenPlan, plan_tokens
 from ggufmoe.version import __version__
-from ggufmoe.weights.dtypes import narrow, widen
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -68,10 +68,10 @@ class RoundedTensor:
         raw: NDArray[Any] = np.empty(out.shape, dtype=self._source.dtype.numpy)
         self._source.read_rows(start, stop, raw)
         rows = np.empty(out.shape, dtype=np.float32)
-        widen(raw, self._source.dtype, rows)
+        convert_floats(raw, rows)
         if self._changes is not None:
             self._changes.apply(rows, start, self._source.dtype)
-        narrow(rows, self.dtype, out)
+        convert_floats(rows, out)
 
 
 class Changes:
@@ -113,7 +113,7 @@ class RouterTensor:
     def fill(self, rows: Floats) -> None:
         """Set the rows, (n_expert, n_embd) float32, which are rounded to the dtype."""
         self.rows = np.empty(self.shape, dtype=self.dtype.numpy)
-        narrow(np.ascontiguousarray(rows), self.dtype, self.rows)
+        convert_floats(np.ascontiguousarray(rows), self.rows)
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` with rows [start, stop)."""
@@ -367,8 +367,8 @@ def _round(rows: Floats, dtype: Dtype) -> None:
     if dtype is Dtype.F32:
         return
     raw: NDArray[Any] = np.empty(rows.shape, dtype=dtype.numpy)
-    narrow(rows, dtype, raw)
-    widen(raw, dtype, rows)
+    convert_floats(rows, raw)
+    convert_floats(raw, rows)
 
 
 _ORIGINAL = "original_max_position_embeddings"

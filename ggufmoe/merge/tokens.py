@@ -22,9 +22,9 @@ from ggufmoe.checkpoint.chat_template import chat_templates, default_chat_templa
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.checkpoint.tokenizer_files import TokenizerFiles
 from ggufmoe.errors import RecipeError, TokenizerError
+from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.special_texts import special_literals
 from ggufmoe.merge.prompts import read_vocabulary
-from ggufmoe.weights.dtypes import narrow, widen
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
 BASE = -1
@@ -246,6 +246,6 @@ class GatheredRows:
         rows, wide = np.empty(out.shape, self.dtype.numpy), np.empty(out.shape, np.float32)
         for source, first in run.sources:
             self._tensors[source].read_rows(first + start, first + stop, rows)
-            widen(rows, self.dtype, wide)
+            convert_floats(rows, wide)
             total += wide
-        narrow(total / np.float32(len(run.sources)), self.dtype, out)
+        convert_floats(total / np.float32(len(run.sources)), out)

@@ -34,7 +34,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # void ggml_bf16_to_fp32_row(const ggml_bf16_t *, float *, int64_t); the other three alike
     "ggml_bf16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
     "ggml_fp16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
-    "ggml_fp32_to_bf16_row": (None, (_VOID, _VOID, _I64)),
+    "ggml_fp32_to_bf16_row_ref": (None, (_VOID, _VOID, _I64)),
     "ggml_fp32_to_fp16_row": (None, (_VOID, _VOID, _I64)),
     # const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type)
     "ggml_get_type_traits": (_VOID, (ctypes.c_int,)),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineMissingError
+from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native.library import has_engine, library
 
@@ -113,10 +114,8 @@ def widened(type: GGMLType, stored: NDArray[np.uint8], n_cols: int) -> NDArray[n
         with np.errstate(over="ignore"):
             return stored.view(_PLAIN[type]).astype(np.float32, copy=False)
     rows = np.empty((len(stored), n_cols), np.float32)
-    if type is GGMLType.F16:
-        f16_to_f32(stored.view(np.float16), rows)
-    elif type is GGMLType.BF16:
-        bf16_to_f32(stored.view(np.uint16), rows)
+    if type in (GGMLType.F16, GGMLType.BF16):
+        convert_floats(stored.view(np.float16 if type is GGMLType.F16 else np.uint16), rows)
     else:
         dequantize_rows(type, stored, rows)
     return rows
@@ -153,8 +152,11 @@ def f16_to_f32(src: NDArray[np.float16], dst: NDArray[np.float32]) -> None:
 
 
 def f32_to_bf16(src: NDArray[np.float32], dst: NDArray[np.uint16]) -> None:
-    """Round to bfloat16 bits as ggml does (nearest, ties to even)."""
-    _convert("ggml_fp32_to_bf16_row", src, np.float32, dst, np.uint16)
+    """Round to bfloat16 bits as ``llama_model_quantize`` does (nearest, ties to even).
+
+    ``ggml_fp32_to_bf16_row`` would make denormals zero on processors with AVX512-BF16.
+    """
+    _convert("ggml_fp32_to_bf16_row_ref", src, np.float32, dst, np.uint16)
 
 
 def f32_to_f16(src: NDArray[np.float32], dst: NDArray[np.float16]) -> None:

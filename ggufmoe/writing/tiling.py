@@ -168,7 +168,10 @@ class TileMaker:
             quantizing.dequantize_rows(stored, rows, wide)
             rows = wide
         importance = self._importance.row(tile)
-        quantize_rows(tile.tensor.type, rows, made, importance, self._quantizer, cache=self._cache)
+        try:
+            quantize_rows(tile.tensor.type, rows, made, importance, self._quantizer, cache=self._cache)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{_name_of(tile, 0)} and those after it: {error}") from error
         self._check_made(tile, made)
         return made.data.cast("B")
 

@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import OptionError
+from ggufmoe.gguf.floats import FLOAT_DTYPES
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import IGNORES_IMATRIX
+from ggufmoe.quant.kernels.conversions import CONVERSIONS
 from ggufmoe.quant.kernels.trust import KernelReport, Kernels, has_kernel, run, widened
 
 QuantizerName = Literal["auto", "fast", "ggml"]
 QUANTIZERS: tuple[QuantizerName, ...] = ("auto", "fast", "ggml")
-_SOURCE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
+_FLOATS = {GGMLType.F32: np.float32, GGMLType.F16: np.float16, GGMLType.BF16: np.uint16}
 _KERNELS = Kernels()
 
 
@@ -40,13 +42,18 @@ def quantize_rows(
     ``quantizer``: ``auto`` uses a compiled kernel that gives ggml's bytes, once there is enough work to pay for
     compiling it, and ggml's routine otherwise; ``ggml`` always uses ggml's routine; ``fast`` compiles at once, and
     raises OptionError if the kernel of the format cannot be used. ``cache``: whether compiled kernels are loaded from
-    the user's cache folder and saved there. Raises ValueError for arrays of wrong dtype, shape or layout.
+    the user's cache folder and saved there. Raises ValueError for arrays of wrong dtype, shape or layout, and
+    NonFiniteError for weights so large that ggml's arithmetic overflows, if ggml cannot be used for them here.
     Several threads may call this at the same time; it releases the interpreter's lock while it computes.
     """
     if quantizer not in QUANTIZERS:
         raise OptionError(f"quantizer is {quantizer}, expected auto, fast or ggml")
     if not type.is_quantized:
-        _convert(type, src, dst)
+        made = dst.view(_FLOATS[type])
+        if quantizer == "ggml" and src.dtype != made.dtype:
+            _convert_by_ggml(src, made)
+        else:
+            CONVERSIONS.convert(src, made, cache=cache)
         return
     _check_layout(type, src, dst, imatrix)
     if type in IGNORES_IMATRIX:
@@ -59,7 +66,7 @@ def quantize_rows(
         prepare(type, src.dtype.name, weighted, quantizer, cache=cache)
     kernel = _KERNELS.worthwhile(type, src.dtype.name, weighted, cache=cache)
     if kernel is not None:
-        run(kernel, src, dst, imatrix)
+        run(kernel, src, dst, imatrix, ggml=quantizer != "fast")
         return
     start = time.perf_counter()
     quantizing.quantize_chunk(type, widened(src), dst, imatrix)
@@ -92,23 +99,19 @@ def prepare(
     return report
 
 
-def _convert(type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8]) -> None:
-    dtype = {GGMLType.F32: np.float32, GGMLType.F16: np.float16, GGMLType.BF16: np.uint16}[type]
-    target = dst.view(dtype)
-    if src.dtype == dtype:
-        target[...] = src
-    elif type is GGMLType.F32:
-        (quantizing.f16_to_f32 if src.dtype == np.float16 else quantizing.bf16_to_f32)(src, target)
-    elif type is GGMLType.F16:
-        quantizing.f32_to_f16(widened(src), target)
+def _convert_by_ggml(src: NDArray[Any], dst: NDArray[Any]) -> None:
+    if dst.dtype == np.float32:
+        (quantizing.f16_to_f32 if src.dtype == np.float16 else quantizing.bf16_to_f32)(src, dst)
+    elif dst.dtype == np.float16:
+        quantizing.f32_to_f16(widened(src), dst)
     else:
-        quantizing.f32_to_bf16(widened(src), target)
+        quantizing.f32_to_bf16(widened(src), dst)
 
 
 def _check_layout(
     type: GGMLType, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None
 ) -> None:
-    if src.dtype not in _SOURCE_DTYPES:
+    if src.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{type.name}: src is {src.dtype}, expected float32, float16 or uint16 with bfloat16 bits")
     n_rows, n_cols = src.shape
     if dst.dtype != np.uint8 or dst.shape != (n_rows, type.row_bytes(n_cols)) or not dst.flags.writeable:

@@ -24,6 +24,8 @@ from ggufmoe.quant.kernels.superblocks import largest
 _OFF_GRID = -1 << 31
 _SAFE_FRACTION = 0.49999  # of a level; what is nearer to the next one has its list of neighbours unabridged
 _MORE_BITS = 5
+_TOO_FAR = float(np.finfo(np.float32).max)
+"""ggml finds no neighbour at this distance, and ends the process if there is none."""
 
 
 class Renewed(Enum):
@@ -126,7 +128,7 @@ class GroupSearch:
         self.n_codes, self.group = points.n_codes, points.group
         self.highest, self.places = float(points.n_levels - 1), points.place_values
         self.codes, self.found = (k.int_rows(n_scales * form.n_groups) for _ in range(2))
-        self.scales = k.float_rows(n_scales)
+        self.scales, self.failed = k.float_rows(n_scales), k.int_rows(1)
         self.per_table = k.width // form.slots if k.looks_up else 1
         table = self._table()
         self.heads, self.chunks = k.words_table(table.heads), k.words_table(table.words)
@@ -154,17 +156,25 @@ class GroupSearch:
             for i, place in enumerate(self.places):
                 # 0.5f*(id*x-1): halving is exact, before the subtraction as well as after it
                 position = half * x[group * self.group + i] - 0.5
+                if k.unbounded:  # unless a product overflows
+                    position = (inverse * x[group * self.group + i] - 1.0) * 0.5
                 rounded = k.round_even(position)
                 worst = k.larger(k.magnitude(rounded - position), worst)
-                if far:
+                if far or k.unbounded:
                     worst = k.where(k.magnitude(position) < 1e6, worst, 1.0)
                     rounded = k.nearest_int(position).to_float()
                 code = code + k.clamp(rounded, 0.0, self.highest) * float(place)
-            codes[group] = code.to_int() + k.where(worst < _SAFE_FRACTION, k.i32(0), self.n_codes)
+            whole = ~k.false() if k.unbounded else ~(worst < _SAFE_FRACTION)
+            codes[group] = code.to_int() + k.where(whole, k.i32(self.n_codes), 0)
 
     def search(self, x: Rows, weights: Rows, n_scales: int) -> None:
-        """Find the word of the nearest grid point for each encoded group."""
+        """Find the word of the nearest grid point for each encoded group.
+
+        In unbounded kernels ``failed`` is 1 in lanes with a group for which all distances overflow.
+        """
         k, b, n_groups = self.k, self.k.b, self.form.n_groups
+        if k.unbounded:
+            self.failed[0] = k.i32(0)
         with k.loop(k.width) as lane, k.loop(n_groups) as group:
             self._begin(group, lane)
             numbers = [group * self.group + i for i in range(0, self.group, self.per_table)]
@@ -176,7 +186,7 @@ class GroupSearch:
                 output = self.found.element(row, lane)
                 b.store(head, output)
                 with k.when(b.icmp_signed("<", head, ir.Constant(I32, 0))):
-                    self._search_list(terms, self._spread(self.scales, at, lane, 1), head, output)
+                    self._search_list(terms, at, lane, head, output)
 
     def _begin(self, group: Index, lane: Index) -> None:
         """Hook for subclasses, called before the search of a group."""
@@ -190,8 +200,8 @@ class GroupSearch:
         order = ir.Constant(self.k.ints, [place * count // n for place in range(n)])
         return Value(self.k, b.shuffle_vector(few, few, order))
 
-    def _search_list(self, terms: list[_Term], scale: Value, head: Any, output: Any) -> None:
-        k, b = self.k, self.k.b
+    def _search_list(self, terms: list[_Term], at: Index, lane: Index, head: Any, output: Any) -> None:
+        k, b, scale = self.k, self.k.b, self._spread(self.scales, at, lane, 1)
         if k.looks_up:
             scaled = scale * self._values()
             errors = partial(self._looked_up, [term.share(scaled) for term in terms])
@@ -200,18 +210,22 @@ class GroupSearch:
         number = b.lshr(b.and_(head, ir.Constant(I32, ~_OFF_GRID)), ir.Constant(I32, _MORE_BITS))
         first = b.gep(self.chunks, [b.zext(number, I64)], inbounds=True, source_etype=k.ints)
         least, word = self._nearest(errors, first)
+        best = k.variable(least)
         b.store(word, output)
         n_more = b.and_(head, ir.Constant(I32, (1 << _MORE_BITS) - 1))
-        with k.when(b.icmp_unsigned("!=", n_more, ir.Constant(I32, 0))):
-            best = k.variable(least)
-            with k.repeat(b.zext(n_more, I64), 1) as turn:
-                following = b.add(turn, ir.Constant(I64, 1))
-                chunk = b.gep(first, [following], inbounds=True, source_etype=k.ints)
-                least, word = self._nearest(errors, chunk)
-                better = least < best.get()
-                best.set(k.where(better, least, best.get()))
-                is_better = b.extract_element(better.ir, ir.Constant(I32, 0))
-                b.store(b.select(is_better, word, b.load(output, typ=I32)), output)
+        some_more = b.icmp_unsigned("!=", n_more, ir.Constant(I32, 0))
+        with k.when(some_more), k.repeat(b.zext(n_more, I64), 1) as turn:
+            following = b.add(turn, ir.Constant(I64, 1))
+            chunk = b.gep(first, [following], inbounds=True, source_etype=k.ints)
+            least, word = self._nearest(errors, chunk)
+            better = least < best.get()
+            best.set(k.where(better, least, best.get()))
+            is_better = b.extract_element(better.ir, ir.Constant(I32, 0))
+            b.store(b.select(is_better, word, b.load(output, typ=I32)), output)
+        if k.unbounded:
+            is_near = b.extract_element((best.get() < _TOO_FAR).ir, ir.Constant(I32, 0))
+            failed = self.failed.element(0, lane)
+            b.store(b.select(is_near, b.load(failed, typ=I32), ir.Constant(I32, 1)), failed)
 
     def _looked_up(self, tables: list[Value], words: Value) -> Value:
         """The distances of neighbours: sums of ``weight*diff*diff`` in order, with the terms from tables."""
@@ -230,6 +244,8 @@ class GroupSearch:
         """The least distance of a chunk's neighbours, in all lanes, and the word of the first neighbour with it."""
         k, b, n = self.k, self.k.b, self.k.width
         found = errors(Value(k, b.load(chunk, typ=k.ints, align=4 * n)))
+        if k.unbounded:
+            found = k.smaller(found, _TOO_FAR)
         least, distance = found, n // 2
         while distance:
             order = ir.Constant(k.ints, [place ^ distance for place in range(n)])
@@ -289,7 +305,7 @@ class ScaleSearch:
         """Find the best scale for the magnitudes ``x`` of weights, in the lanes that are ``active``.
 
         The scales that are tried are ``base`` divided by a numerator of the form; ``first`` is the result if none of
-        them is usable. Marks lanes odd in which ggml's arithmetic exceeds the range of floats or of its rounding.
+        them is usable. Marks lanes in which ggml's arithmetic exceeds the range of floats or of its rounding.
         """
         k, form, groups = self.k, self.form, self.groups
         extent = self._prepare(x, weights, base, active)
@@ -297,6 +313,8 @@ class ScaleSearch:
             inverse = self.numerators[at] / base
             groups.encode(x, at, inverse, 1.0 / inverse, far=False)
         groups.search(x, self.roots, self.n_scales)
+        if k.unbounded:
+            k.mark_overflow(active & groups.failed[0].differs(0))
         scale = self._best(weights, first)
         again = scale > 0.0
         if form.renewed is not Renewed.ALL:
@@ -304,12 +322,14 @@ class ScaleSearch:
         k.mark_odd(active & again & ~(scale < extent * 4.0))
         groups.encode(x, k.index(0), 1.0 / scale, scale, far=True)
         groups.search(x, self.roots, 1)
+        if k.unbounded:
+            k.mark_overflow(active & again & groups.failed[0].differs(0))
         for j in range(form.n_groups):
             renewed = again & (self.words[j] < 0) if form.renewed is Renewed.OFF_GRID else again
             self.words[j] = k.where(renewed, groups.found[j], self.words[j])
         sum_qx, sum_q2 = self._sums(weights, self.words)
         scale = k.where(again & (sum_q2 > 0.0), sum_qx / sum_q2, scale)
-        k.mark_odd(active & scale.differs(scale))
+        k.mark_overflow(active & scale.differs(scale))
         return GridFit(scale, [self._point_number(self.words[j]) for j in range(form.n_groups)])
 
     def _prepare(self, x: Rows, weights: Rows, base: Value, active: Value) -> Value:

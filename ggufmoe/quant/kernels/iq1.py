@@ -184,7 +184,7 @@ def mark_unsafe(k: Lanes, x: Rows, weights: Rows, n: int, active: Value) -> None
     total, extent = k.f32(0.0), k.f32(0.0)
     for i in range(n):
         total, extent = total + weights[i], k.larger(k.magnitude(x[i]), extent)
-    k.mark_odd(active & ~(total * extent * extent < _UNSAFE))
+    k.mark_overflow(active & ~(total * extent * extent < _UNSAFE))
 
 
 def scale_level(k: Lanes, inverse: Value, scale: Value) -> Value:

@@ -52,7 +52,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
             search.moved[half] = moved
         points = search.find(block, weights, levels, scale)
         scale = renewed_scale(k, block, weights, points, search.moved, scale)
-        k.mark_odd(active & scale.differs(scale))
+        k.mark_overflow(active & scale.differs(scale))
         scales[j], ways[j] = k.where(active, scale, 0.0), k.where(active, way, 0)
         for half, point in enumerate(points):
             words.at(j * 2)[half] = k.where(active, point, 0)
@@ -67,7 +67,7 @@ class _Weights:
         self.k, self.x, self.importance = k, x, importance
         self.rows = k.float_rows(_BLOCK)
         squares = sum_of_squares(k, x, WEIGHTS)
-        k.mark_odd(~(squares < float("inf")))
+        k.mark_overflow(~(squares < float("inf")))
         self.energy = squares * 2.0 / WEIGHTS
 
     def block(self, j: Index) -> Rows:

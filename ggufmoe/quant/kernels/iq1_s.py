@@ -37,7 +37,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     points, high = k.int_rows(_N_BLOCKS), k.int_rows(_N_BLOCKS)
     squares = sum_of_squares(k, x, WEIGHTS)
     energy = squares * 2.0 / WEIGHTS
-    k.mark_odd(~(squares < float("inf")))
+    k.mark_overflow(~(squares < float("inf")))
     with k.loop(_N_BLOCKS) as j:
         block = x.at(j * _BLOCK)
         spread_importance(k, block, importance.at(j * _BLOCK), energy, weights, _BLOCK)
@@ -55,7 +55,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
             search.moved[group] = moved
         words = search.find(block, weights, levels, scale)
         scale = renewed_scale(k, block, weights, words, search.moved, scale)
-        k.mark_odd(active & scale.differs(scale))
+        k.mark_overflow(active & scale.differs(scale))
         scales[j] = k.where(active, scale, 0.0)
         numbers = [search.number(word) for word in words]
         points[j] = k.where(active, join_bytes([number & 0xFF for number in numbers]), 0)

@@ -28,7 +28,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     pairs, signs = k.int_rows(_N_BLOCKS), k.int_rows(_N_BLOCKS)
     squares = sum_of_squares(k, x, WEIGHTS)
     energy = squares * (2.0 / WEIGHTS)
-    k.mark_odd(~(squares < float("inf")))
+    k.mark_overflow(~(squares < float("inf")))
     with k.loop(_N_BLOCKS) as j:
         block = x.at(j * _BLOCK)
         if importance is None:

@@ -27,7 +27,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     weights, magnitudes = k.float_rows(_BLOCK), k.float_rows(_BLOCK)
     ninth_bits, some = k.int_rows(_N_BLOCKS), k.int_rows(_N_BLOCKS)
     squares = sum_of_squares(k, x, WEIGHTS)
-    k.mark_odd(~(squares < float("inf")))
+    k.mark_overflow(~(squares < float("inf")))
     with k.loop(_N_BLOCKS) as j:
         block = x.at(j * _BLOCK)
         if importance is None:
@@ -54,11 +54,26 @@ def _finish(k: Tiles, words: Rows, scales: Rows, ninth_bits: Rows, some: Rows) -
     n_some = k.i32(0)
     for j in range(_N_BLOCKS):
         n_some = n_some + some[j]
-    # ggml writes what follows a block of zeros in that block's place
-    k.mark_odd((n_some > 0) & (n_some < _N_BLOCKS))
+    with k.when(k.any((n_some > 0) & (n_some < _N_BLOCKS))):
+        _close_up(k, words, ninth_bits, some)
     d, any_scale, levels = scale_levels(k, scales, _N_BLOCKS)
     for half in range(2):
         words[_NINTH_BIT_WORD + half] = join_bytes(ninth_bits.at(4 * half).first(4))
     (words[_SCALE_WORD],) = pack_scale_nibbles(levels)
     k.store_half(0, k.where(any_scale, k.half_bits(d * 1.033), 0))
     k.store_words(2, [k.where(n_some > 0, word, 0) for word in words.first(_WORDS)])
+
+
+def _close_up(k: Tiles, words: Rows, ninth_bits: Rows, some: Rows) -> None:
+    """Move points and signs into the places of blocks of zeros before them, as ggml writes them; the last become 0."""
+    places, n_before = [], k.i32(0)
+    for j in range(_N_BLOCKS):
+        places.append(k.where(some[j].differs(0), n_before, -1))
+        ninth_bits[j] = k.where(some[j].differs(0), ninth_bits[j], 0)
+        n_before = n_before + some[j]
+    for place in range(_N_BLOCKS):
+        for scale, offset in ((2, 0), (2, 1), (1, _SIGN_WORD)):
+            moved = k.i32(0)
+            for j in range(place, _N_BLOCKS):
+                moved = k.where(places[j].equals(place), words[scale * j + offset], moved)
+            words[scale * place + offset] = moved

@@ -27,7 +27,7 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
     search, words, scales = ScaleSearch(k, FORM), k.int_rows(_WORDS), k.float_rows(_N_BLOCKS)
     weights, magnitudes = k.float_rows(_BLOCK), k.float_rows(_BLOCK)
     squares = sum_of_squares(k, x, WEIGHTS)
-    k.mark_odd(~(squares < float("inf")))
+    k.mark_overflow(~(squares < float("inf")))
     with k.loop(_N_BLOCKS) as j:
         block = x.at(j * _BLOCK)
         if importance is None:

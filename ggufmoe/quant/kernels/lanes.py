@@ -127,8 +127,14 @@ class Value:
         return Value(self.k, self.k.b.sitofp(self.ir, self.k.floats))
 
     def to_int(self) -> Value:
-        """Floats whose values are small integers, as integers."""
-        return Value(self.k, self.k.b.fptosi(self.ir, self.k.ints))
+        """Floats below 2^31, without their fraction, as integers.
+
+        In unbounded kernels larger ones and NaN become 0, the low byte of what a C compiler's cast gives on x86-64.
+        """
+        k, value = self.k, self
+        if k.unbounded:
+            value = k.where(k.magnitude(self) < 2.0**31, self, 0.0)
+        return Value(k, k.b.fptosi(value.ir, k.ints))
 
 
 @dataclass(frozen=True)
@@ -198,10 +204,16 @@ class Variable:
 
 
 class Lanes:
-    """One native function while it is being written; its last argument is the address of its scratch memory."""
+    """One native function while it is being written; its last argument is the address of its scratch memory.
 
-    def __init__(self, width: int, permutes: bool, looks_up: bool, arguments: Sequence[Any]) -> None:
-        self.width, self.permutes, self.looks_up = width, permutes, looks_up
+    ``unbounded``: whether it computes blocks of any magnitude, with ggml's results where its arithmetic leaves the
+    usual range, or marks such blocks odd, which makes the others faster.
+    """
+
+    def __init__(
+        self, width: int, permutes: bool, looks_up: bool, arguments: Sequence[Any], *, unbounded: bool = False
+    ) -> None:
+        self.width, self.permutes, self.looks_up, self.unbounded = width, permutes, looks_up, unbounded
         self.floats, self.ints, self.truths = (ir.VectorType(t, width) for t in (F32, I32, _I1))
         self.module = ir.Module("kernel")
         self.function = ir.Function(self.module, ir.FunctionType(I64, arguments), "quantize")
@@ -298,15 +310,31 @@ class Lanes:
 
         NaN has its sign bit set, as what x86-64 makes of 0/0; 64-bit ARM leaves it clear.
         """
+        return self.where(self._is_nan(value), self.i32(0xFE00), self.rounded_half_bits(value))
+
+    def rounded_half_bits(self, value: Value) -> Value:
+        """``GGML_FP32_TO_FP16``, which keeps the sign of NaN."""
         base = (self.magnitude(value) * 2.0**112) * 2.0**-110
-        doubled = value.bits() << 1
-        bias = doubled & -0x1000000
+        bias = (value.bits() << 1) & -0x1000000
         # the exponents compared are below 2^31 once shifted right, so a signed comparison serves
         bias = self.where((bias >> 1) < (0x71000000 >> 1), self.i32(0x71000000), bias)
         bits = (((bias >> 1) + 0x07800000).as_float_bits() + base).bits()
         nonsign = ((bits >> 13) & 0x7C00) + (bits & 0xFFF)
-        is_nan = (doubled >> 1) > (0xFF000000 >> 1)
-        return self.where(is_nan, self.i32(0xFE00), ((value.bits() >> 16) & 0x8000) | nonsign)
+        return ((value.bits() >> 16) & 0x8000) | self.where(self._is_nan(value), self.i32(0x7E00), nonsign)
+
+    def _is_nan(self, value: Value) -> Value:
+        return (value.bits() & 0x7FFFFFFF) > 0x7F800000
+
+    def bfloat_bits(self, value: Value) -> Value:
+        """The 16 bits of the nearest bfloat16, ties to even; NaN is made quiet, as by ``GGML_FP32_TO_BF16``."""
+        bits = value.bits()
+        high = bits >> 16
+        return self.where(self._is_nan(value), high | 64, (bits + (high & 1) + 0x7FFF) >> 16)
+
+    def made_quiet(self, value: Value) -> Value:
+        """The value itself; NaN with its sign and payload, and the bit that makes it quiet."""
+        bits = value.bits()
+        return self.where(self._is_nan(value), bits | 0x400000, bits).as_float_bits()
 
     def from_half_bits(self, half: Value) -> Value:
         """float16 bits, widened exactly."""
@@ -329,7 +357,12 @@ class Lanes:
         return self.b.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
 
     def mark_odd(self, condition: Value) -> None:
-        """Mark the blocks of these lanes, so that ggml's routine quantizes their rows."""
+        """Mark the blocks of these lanes, so that an unbounded kernel quantizes their rows; it marks none itself."""
+        if not self.unbounded:
+            self.mark_overflow(condition)
+
+    def mark_overflow(self, condition: Value) -> None:
+        """Mark the blocks of these lanes, which only ggml can quantize, if it does not end the process."""
         self.odd.set(self.odd.get() | condition)
 
     def permute(self, table: Sequence[float], index: Value) -> Value:

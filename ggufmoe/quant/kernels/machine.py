@@ -18,7 +18,8 @@ import numpy as np
 from llvmlite import binding
 from llvmlite.binding.object_file import ObjectFileRef
 
-from ggufmoe.quant.kernels.code_cache import Code, source_hash
+from ggufmoe.folders import cache_directory
+from ggufmoe.quant.kernels.code_cache import Code, CodeCache, source_hash
 from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.tiles import Geometry, Source, Tiles
 from ggufmoe.version import __version__
@@ -88,6 +89,12 @@ def maker(target: Host) -> dict[str, str] | None:
     }
 
 
+def code_cache() -> CodeCache | None:
+    """The user's cache of code for this machine; None if there is no folder for it, or the sources cannot be read."""
+    folder, made_by = cache_directory(), maker(host())
+    return None if folder is None or made_by is None else CodeCache(folder / "kernels", made_by)
+
+
 def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None) -> Code:
     """Compile ``body`` to object code. Raises RuntimeError if LLVM fails."""
     return _compiled(geometry, _over_tiles(body), target)
@@ -96,6 +103,12 @@ def compile_kernel(geometry: Geometry, body: Body, target: Host | None = None) -
 def compile_row_energies(source: Source, target: Host | None = None) -> Code:
     """Compile ``Tiles.write_row_energies``, which writes the mean square of each row, to object code."""
     return _compiled(Geometry(32, 4, source, weighted=False), Tiles.write_row_energies, target)
+
+
+def compile_conversion(source: Source, result: Source, step: int) -> Code:
+    """Compile ``Tiles.convert_floats``, which converts numbers ``step`` at a time, to object code."""
+    geometry = Geometry(step, step * result.item_bytes, source, weighted=False)
+    return _compiled(geometry, lambda k: k.convert_floats(result), None)
 
 
 def link(code: Code, target: Host | None = None) -> Native:

@@ -48,8 +48,14 @@ class AffineFit:
 
 
 def affine_level(k: Lanes, x: Value, inverse: Value, low: Value, n_max: int) -> Value:
-    """``MAX(0, MIN(nmax, nearest_int(iscale*(x - min))))`` as a float, where |iscale*(x - min)| < 2^22."""
-    return k.limited(k.round_even(inverse * (x - low)), float(n_max))
+    """``MAX(0, MIN(nmax, nearest_int(iscale*(x - min))))`` as a float.
+
+    Only unbounded kernels wrap around as ggml does where |iscale*(x - min)| is 2^22 or more.
+    """
+    scaled = inverse * (x - low)
+    if k.unbounded:
+        return k.clamp(k.nearest_int(scaled), 0, n_max).to_float()
+    return k.limited(k.round_even(scaled), float(n_max))
 
 
 class AffineSearch:

@@ -33,24 +33,28 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The input and output of a kernel: weights and bytes of a block, source dtype, whether with importances."""
+    """The input and output of a kernel: weights and bytes of a block, source dtype, whether with importances.
+
+    ``unbounded``: whether it computes blocks of any magnitude (see ``Lanes``).
+    """
 
     block_size: int
     block_bytes: int
     source: Source
     weighted: bool
+    unbounded: bool = False
 
 
 class Tiles(Lanes):
     """A kernel over all blocks.
 
     The native function is ``int64 quantize(src, dst, n_blocks, blocks_per_row, importance, row_energy, odd, scratch)``:
-    ``odd`` gets a 1 for each block that the kernel leaves to ggml, and the result is not 0 if there is one.
+    ``odd`` gets a 1 for each block that the kernel does not make, and the result is not 0 if there is one.
     ``row_energy`` holds one float per row, for formats that ask for it.
     """
 
     def __init__(self, geometry: Geometry, width: int, permutes: bool, looks_up: bool) -> None:
-        super().__init__(width, permutes, looks_up, _ARGUMENTS)
+        super().__init__(width, permutes, looks_up, _ARGUMENTS, unbounded=geometry.unbounded)
         self.geometry = geometry
         self._blocks: list[Any] = []
         self._columns: list[Any] = []
@@ -138,6 +142,30 @@ class Tiles(Lanes):
             means = total.get() / self.splat(n_weights)
             for lane, row in enumerate(self._blocks):
                 b.store(b.extract_element(means.ir, ir.Constant(I32, lane)), b.gep(dst, [row], source_etype=F32))
+        b.ret(ir.Constant(I64, 0))
+
+    def convert_floats(self, result: Source) -> None:
+        """A kernel of its own, without ``tiles``: converts ``n_blocks`` numbers from ``src`` to ``dst``.
+
+        ``n_blocks`` is a multiple of the geometry's ``block_size``. The results are those of ``gguf.floats``.
+        """
+        b, (src, dst, count) = self.b, self.function.args[:3]
+        source = self.geometry.source
+        with self.repeat(count, self.geometry.block_size) as first:
+            for part in range(0, self.geometry.block_size, self.width):
+                place = b.add(first, ir.Constant(I64, part))
+                load, store = (
+                    b.gep(base, [b.mul(place, ir.Constant(I64, kind.item_bytes))], source_etype=I8)
+                    for base, kind in ((src, source), (dst, result))
+                )
+                value = Value(self, self._widened(load, source))
+                if source is Source.F16:
+                    value = self.made_quiet(value)
+                if result is Source.F32:
+                    b.store(value.ir, store, align=1)
+                    continue
+                bits = self.rounded_half_bits(value) if result is Source.F16 else self.bfloat_bits(value)
+                b.store(b.trunc(bits.ir, ir.VectorType(_I16, self.width)), store, align=1)
         b.ret(ir.Constant(I64, 0))
 
     def _widened(self, address: Any, source: Source) -> Any:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.errors import EngineMissingError
-from ggufmoe.folders import cache_directory
+from ggufmoe.errors import EngineMissingError, NonFiniteError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.kernels.code_cache import Code, CodeCache
+from ggufmoe.quant.kernels.conversions import CONVERSIONS
 from ggufmoe.quant.kernels.probe_hashes import HASHES
 from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
 
@@ -38,6 +38,8 @@ _SOURCES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 _NAMES = "Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 NVFP4 IQ4_NL IQ4_XS"
 _GRID_NAMES = "IQ3_S IQ3_XXS IQ2_S IQ2_XS IQ2_XXS IQ1_S IQ1_M"
 _MODULES = {GGMLType[name]: name.lower() for name in f"{_NAMES} {_GRID_NAMES}".split()}
+_ONLY_USUAL = frozenset({GGMLType.IQ1_S, GGMLType.IQ1_M})
+"""Formats whose kernels leave out only blocks at which ggml ends the process."""
 # here ggml spreads importances by the mean square of the whole row
 _ROW_ENERGY = frozenset({GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1})
 
@@ -128,7 +130,8 @@ def _judge(type: GGMLType, source: str, weighted: bool, cache: bool) -> _Verdict
     start = time.perf_counter()
     kernel: Kernel | None = None
     try:
-        kernel = compile_format(type, source, weighted, cache=_code_cache() if cache else None)
+        machine = import_module("ggufmoe.quant.kernels.machine")
+        kernel = compile_format(type, source, weighted, cache=machine.code_cache() if cache else None)
         reason = _difference(kernel, source)
     except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = f"no kernel could be compiled: {' '.join(str(error).split())}"
@@ -152,16 +155,9 @@ def _ggml_agrees(type: GGMLType, source: str, weighted: bool) -> bool:
     return fingerprint(made) == HASHES[hash_name(type, source, weighted)].ggml
 
 
-def _code_cache() -> CodeCache | None:
-    folder = cache_directory()
-    machine = import_module("ggufmoe.quant.kernels.machine")
-    maker = machine.maker(machine.host())
-    return None if folder is None or maker is None else CodeCache(folder / "kernels", maker)
-
-
 def _is_cached(type: GGMLType, source: str, weighted: bool) -> bool:
     try:
-        cache = _code_cache()
+        cache = import_module("ggufmoe.quant.kernels.machine").code_cache()
     except (ImportError, OSError, RuntimeError):
         return False
     return cache is not None and cache.has(_code_name(type, source, weighted))
@@ -173,12 +169,16 @@ def _code_name(type: GGMLType, source: str, weighted: bool) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Native code for a format, and for the mean squares of rows if the format needs them with importances."""
+    """Native code for a format, and for the mean squares of rows if the format needs them with importances.
+
+    ``unbounded`` is the kernel for the rows with blocks that this one does not do, if the format has one.
+    """
 
     type: GGMLType
     weighted: bool
     native: Native
     row_energies: Native | None
+    unbounded: Unbounded | None = None
 
     def call(
         self, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None
@@ -186,7 +186,7 @@ class Kernel:
         """Quantize ``src`` into ``dst``. Returns (rows, blocks per row) uint8 with 1 for each block that it cannot do.
 
         Returns None if there is no such block. These are blocks that span less than 1e-36 or more than a float holds,
-        for which ggml's arithmetic overflows.
+        for which ggml's arithmetic leaves its range or overflows.
         """
         n_rows, n_cols = src.shape
         per_row = n_cols // self.type.block_size
@@ -208,6 +208,42 @@ class Kernel:
         return odd if some_odd else None
 
 
+class Unbounded:
+    """The kernel for blocks of any magnitude: compiled and checked at its first use, by the first thread."""
+
+    def __init__(self, make: Callable[[], Kernel]) -> None:
+        self._make: Callable[[], Kernel] | None = make
+        self._kernel: Kernel | None = None
+        self._lock = threading.Lock()
+
+    def kernel(self, usual: Kernel, source: str) -> Kernel | None:
+        """The checked kernel; None if it cannot be compiled, or if together with ``usual`` it has other bytes."""
+        with self._lock:
+            if self._make is not None:
+                made = self._make
+                self._make = None
+                self._kernel = self._checked(made, usual, source)
+            return self._kernel
+
+    @staticmethod
+    def _checked(make: Callable[[], Kernel], usual: Kernel, source: str) -> Kernel | None:
+        name = hash_name(usual.type, source, usual.weighted)
+        weights, importances = probe(usual.type, source), probe_importances() if usual.weighted else None
+        blocks = np.zeros((len(weights), usual.type.row_bytes(weights.shape[1])), np.uint8)
+        try:
+            kernel = make()
+        except (ImportError, OSError, RuntimeError) as error:
+            _LOG.warning("%s: no kernel for extreme weights could be compiled: %s", name, " ".join(str(error).split()))
+            return None
+        odd = usual.call(weights, blocks, importances)
+        if odd is not None:
+            _redo(kernel, weights, blocks, importances, odd)
+        if fingerprint(blocks) == HASHES[name].ggml:
+            return kernel
+        _LOG.warning("%s: the kernel for extreme weights has other bytes than ggml on x86-64", name)
+        return None
+
+
 def compile_format(
     type: GGMLType, source: str, weighted: bool, target: Host | None = None, *, cache: CodeCache | None = None
 ) -> Kernel:
@@ -215,9 +251,9 @@ def compile_format(
     tiles = import_module("ggufmoe.quant.kernels.tiles")
     machine = import_module("ggufmoe.quant.kernels.machine")
 
-    def compile_whole() -> Code:
+    def compile_whole(unbounded: bool) -> Code:
         module = import_module(f"ggufmoe.quant.kernels.{_MODULES[type]}")
-        geometry = tiles.Geometry(type.block_size, type.block_bytes, tiles.Source[source], weighted)
+        geometry = tiles.Geometry(type.block_size, type.block_bytes, tiles.Source[source], weighted, unbounded)
         code: Code = machine.compile_kernel(geometry, module.quantize, target)
         return code
 
@@ -230,12 +266,18 @@ def compile_format(
         native: Native = machine.link(code, target)
         return native
 
-    row_energies = None
+    name, row_energies = _code_name(type, source, weighted), None
     if weighted and type in _ROW_ENERGY:
         row_energies = linked(
             f"row_energies-{source}", lambda: machine.compile_row_energies(tiles.Source[source], target)
         )
-    return Kernel(type, weighted, linked(_code_name(type, source, weighted), compile_whole), row_energies)
+
+    def compile_unbounded() -> Kernel:
+        native = linked(f"{name}-unbounded", lambda: compile_whole(unbounded=True))
+        return Kernel(type, weighted, native, row_energies)
+
+    native = linked(name, lambda: compile_whole(unbounded=False))
+    return Kernel(type, weighted, native, row_energies, None if type in _ONLY_USUAL else Unbounded(compile_unbounded))
 
 
 def _difference(kernel: Kernel, source: str) -> str:
@@ -252,15 +294,64 @@ def widened(src: NDArray[Any]) -> NDArray[np.float32]:
     if src.dtype == np.float32:
         return src
     wide = np.empty(src.shape, np.float32)
-    (quantizing.f16_to_f32 if src.dtype == np.float16 else quantizing.bf16_to_f32)(src, wide)
+    CONVERSIONS.convert(src, wide)
     return wide
 
 
-def run(kernel: Kernel, src: NDArray[Any], dst: NDArray[np.uint8], imatrix: NDArray[np.float32] | None = None) -> None:
-    """Quantize with a compiled kernel; rows with a block that it cannot do are quantized by ggml's routine."""
+def run(
+    kernel: Kernel,
+    src: NDArray[Any],
+    dst: NDArray[np.uint8],
+    imatrix: NDArray[np.float32] | None = None,
+    *,
+    ggml: bool = True,
+) -> None:
+    """Quantize with a compiled kernel, and rows with a block that it cannot do with its unbounded kernel.
+
+    Rows that even that cannot do, because ggml's arithmetic overflows, are left to ggml's routine, which may end the
+    process. Raises NonFiniteError for them without an engine, or if ``ggml`` is False and this machine's ggml has
+    other bytes than x86-64's.
+    """
+    source = _SOURCES[src.dtype.name]
     odd = kernel.call(src, dst, imatrix)
-    if odd is not None:
-        rows = np.nonzero(odd.any(axis=1))[0]
-        redone = np.empty((len(rows), dst.shape[1]), np.uint8)
+    if odd is not None and kernel.unbounded is not None:
+        unbounded = kernel.unbounded.kernel(kernel, source)
+        if unbounded is not None:
+            odd = _redo(unbounded, src, dst, imatrix, odd)
+    if odd is None:
+        return
+    rows = np.nonzero(odd.any(axis=1))[0]
+    agrees = _ggml_agrees(kernel.type, source, kernel.weighted)
+    message = (
+        f"{kernel.type.name}: {len(rows)} of {len(src)} rows have weights so large that only llama.cpp on x86-64 could "
+        "quantize them; give the tensor another type with --tensor-type"
+    )
+    if not agrees and not ggml:
+        raise NonFiniteError(message)
+    redone = np.empty((len(rows), dst.shape[1]), np.uint8)
+    try:
         quantizing.quantize_chunk(kernel.type, widened(src[rows]), redone, imatrix)
-        dst[rows] = redone
+    except EngineMissingError as error:
+        raise NonFiniteError(message) from error
+    if not agrees:
+        _LOG.warning("%s; this machine's llama.cpp is used, whose bytes differ", message.partition(";")[0])
+    dst[rows] = redone
+
+
+def _redo(
+    kernel: Kernel,
+    src: NDArray[Any],
+    dst: NDArray[np.uint8],
+    imatrix: NDArray[np.float32] | None,
+    odd: NDArray[np.uint8],
+) -> NDArray[np.uint8] | None:
+    """Quantize the rows with an odd block once more; gives what is odd then, (rows, blocks per row), or None."""
+    rows = np.nonzero(odd.any(axis=1))[0]
+    redone = np.empty((len(rows), dst.shape[1]), np.uint8)
+    still_odd = kernel.call(src[rows], redone, imatrix)
+    dst[rows] = redone
+    if still_odd is None:
+        return None
+    left = np.zeros_like(odd)
+    left[rows] = still_odd
+    return left
