@@ -30,6 +30,8 @@ from ggufmoe.quant.kernels.conversions import compile_conversion, edges, run
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 PAIRS = [(source, target) for source in DTYPES for target in DTYPES if source != target]
 _Conversion = Callable[[Any, Any], None]
+_WIDEN: dict[str, _Conversion] = {"F16": quantizing.f16_to_f32, "BF16": quantizing.bf16_to_f32}
+_NARROW: dict[str, _Conversion] = {"F16": quantizing.f32_to_f16, "BF16": quantizing.f32_to_bf16}
 N = 1 << 19
 """Numbers of a tile."""
 ROUNDS = 200
@@ -49,8 +51,7 @@ def main() -> int:
 
 def by_ggml(source: str, target: str) -> _Conversion:
     """ggml's conversion."""
-    widen: _Conversion | None = {"F16": quantizing.f16_to_f32, "BF16": quantizing.bf16_to_f32}.get(source)
-    narrow: _Conversion | None = {"F16": quantizing.f32_to_f16, "BF16": quantizing.f32_to_bf16}.get(target)
+    widen, narrow = _WIDEN.get(source), _NARROW.get(target)
     if widen is None or narrow is None:
         found = widen or narrow
         assert found is not None
@@ -69,7 +70,11 @@ def race(source: str, target: str) -> None:
     src = np.empty(N, DTYPES[source])
     convert_floats((np.random.default_rng(0).standard_normal(N) * 0.02).astype(np.float32), src)
     dst, native, theirs = np.empty(N, DTYPES[target]), compile_conversion(source, target), by_ggml(source, target)
-    ways = (lambda: run(native, src, dst), lambda: convert_floats(src, dst), lambda: theirs(src, dst))
+    ways: list[Callable[[], None]] = [
+        lambda: run(native, src, dst),
+        lambda: convert_floats(src, dst),
+        lambda: theirs(src, dst),
+    ]
     seconds: list[list[float]] = [[], [], []]
     for _ in range(ROUNDS):
         for way, taken in zip(ways, seconds, strict=True):

@@ -13,15 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import conversions
 import numpy as np
+from emulator import ROOT, Emulator, MissingError, emulator
 from numpy.typing import NDArray
 
 from ggufmoe.folders import cache_directory
 from ggufmoe.gguf.stored_rows import OpenModel
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.kernels import has_kernel
-from scripts.arm import conversions
-from scripts.arm.emulator import ROOT, Emulator, MissingError, emulator
 
 HERE = Path(__file__).resolve().parent
 TESTS = (
@@ -137,8 +137,8 @@ def router_difference(here: Path, arm: Path) -> tuple[str, bool]:
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    a, b = (rows.astype(np.float64) for rows in (a, b))
-    products = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    first, second = a.astype(np.float64), b.astype(np.float64)
+    products = (first * second).sum(axis=1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
     return float(products.min())
 
 

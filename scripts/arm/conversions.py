@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ggufmoe  # noqa: E402
+from ggufmoe.convert import plan_convert  # noqa: E402
 
 CHECKPOINTS = {"BF16": 4, "F16": 5, "F32": 6}
 """Source dtypes, and the seeds of their checkpoints."""
@@ -62,9 +63,8 @@ def extreme(name: str, data: NDArray[Any]) -> NDArray[Any]:
     """The first rows of an expert's matrix with weights of all magnitudes that the type has, zeros, and constants."""
     if ".experts." not in name:
         return data
-    changed = data.copy()
-    values = changed.view(np.float16 if changed.dtype == np.float16 else changed.dtype)
-    if changed.dtype == np.uint16:  # bfloat16: the exponent's bits are those of float32
+    values: NDArray[Any] = data.copy()
+    if values.dtype == np.uint16:  # bfloat16: the exponent's bits are those of float32
         exponents = np.array([1, 5, 20, 60, 90, 127, 140], np.uint16)
         for row, exponent in enumerate(exponents):
             values[row] = (values[row] & 0x807F) | (exponent << 7)
@@ -76,14 +76,14 @@ def extreme(name: str, data: NDArray[Any]) -> NDArray[Any]:
     values[8, 32:64] = 0
     values[9] = values[9, 0]
     values[10, ::2] = 0
-    return changed
+    return values
 
 
 def _save_importances(folder: Path) -> None:
     from ggufmoe.quant import importances
 
     random, entries = np.random.default_rng(5), {}
-    for tensor in ggufmoe.plan_convert(folder / "BF16", folder / "x.gguf", "F32").tensors:
+    for tensor in plan_convert(folder / "BF16", folder / "x.gguf", "F32").tensors:
         if len(tensor.shape) > 1 and "ffn_gate_inp" not in tensor.name:
             n_expert = tensor.n_rows // tensor.shape[-2]
             sums = random.gamma(0.7, 2.0, (n_expert, tensor.n_cols)).astype(np.float32)

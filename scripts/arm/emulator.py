@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -46,7 +45,7 @@ class Emulator:
 
     def command(self, *arguments: str) -> list[str]:
         """The command that runs the emulated Python."""
-        return [str(self.qemu), "-L", str(self.root), str(self.python), "-P", *arguments]
+        return [str(self.qemu), "-L", str(self.root), str(self.python), *arguments]
 
     def environment(self) -> dict[str, str]:
         """Environment variables: packages for ARM, this project, and a cache of its own for compiled kernels."""
@@ -129,8 +128,8 @@ def _install(made: Emulator) -> None:
 
 
 def _requirements() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = [Requirement(line).name for line in project["dependencies"]]
+    requirements = map(Requirement, metadata.requires("ggufmoe") or ())
+    names = [needed.name for needed in requirements if needed.marker is None]
     return [f"{name}=={metadata.version(name)}" for name in (*names, *TEST_PACKAGES) if name != ENGINE]
 
 
