@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ggufmoe.checkpoint.config import parse_config
 from ggufmoe.checkpoint.layouts import pieces
 from ggufmoe.families import family_of
+from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.weights.source_tensor import Dtype
 
 ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}

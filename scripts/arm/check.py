@@ -90,7 +90,7 @@ def compare_conversions(arm: Emulator) -> bool:
     script = [str(HERE / "conversions.py"), str(inputs)]
     threads = ["--threads", *map(str, THREADS)]
     runs = {
-        "x86-64": [sys.executable, *script, *threads, "--keep", str(inputs / "here")],
+        "x86-64": [sys.executable, *script, *threads, "--quantizer", "fast", "--keep", str(inputs / "here")],
         "llama.cpp": [sys.executable, *script, *threads, "--quantizer", "ggml"],
         "ARM": arm.command(*script, *threads, "--keep", str(inputs / "arm")),
     }
