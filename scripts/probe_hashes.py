@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.native import quantizing
-from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES
 from ggufmoe.quant.kernels import has_kernel, trust
 from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
 
@@ -49,6 +49,11 @@ class ProbeHashes(NamedTuple):
 
 HASHES = {
 '''
+ALONE = """\
+}
+
+GGML_ALONE = {
+"""
 
 
 def main() -> int:
@@ -59,7 +64,8 @@ def main() -> int:
     engine = native.engine_version()
     if platform.machine() not in ("x86_64", "AMD64") or not engine.is_pinned:
         sys.exit(f"this needs x86-64 and the pinned engine, not {platform.machine()} and {engine}")
-    text = HEADER + "".join(entries()) + "}\n"
+    text = HEADER + "".join(entries()) + ALONE + "".join(alone()) + "}\n"
+    text += '"""The hash of all bytes for formats without a kernel, made of float32."""\n'
     ruff = [str(Path(sys.executable).with_name("ruff")), "format", "--stdin-filename", str(FILE), "-"]
     text = subprocess.run(ruff, cwd=ROOT, input=text, capture_output=True, text=True, check=True).stdout
     if not check:
@@ -81,6 +87,18 @@ def entries() -> list[str]:
                 name = hash_name(type_, source, weighted)
                 made.append(f'    "{name}": ProbeHashes({", ".join(map(repr, hashes(type_, source, weighted)))}),\n')
                 print(name, file=sys.stderr)
+    return made
+
+
+def alone() -> list[str]:
+    """One line for each format that only ggml makes."""
+    made = []
+    for type_ in GGMLType:
+        if type_.is_quantized and type_ in WRITABLE_TYPES and not has_kernel(type_):
+            weights = probe(type_, "F32")
+            blocks = np.zeros((len(weights), type_.row_bytes(weights.shape[1])), np.uint8)
+            quantizing.quantize_chunk(type_, weights, blocks)
+            made.append(f'    "{type_.name}": "{fingerprint(blocks)}",\n')
     return made
 
 

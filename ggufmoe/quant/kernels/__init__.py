@@ -59,6 +59,8 @@ def quantize_rows(
     if type in IGNORES_IMATRIX:
         imatrix = None
     weighted = imatrix is not None
+    if quantizer == "auto" and not has_kernel(type):
+        _KERNELS.tell_of_other_bytes(type)
     if quantizer == "ggml" or not src.size or not has_kernel(type):
         quantizing.quantize_chunk(type, widened(src), dst, imatrix)
         return

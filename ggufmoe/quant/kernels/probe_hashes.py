@@ -230,3 +230,12 @@ HASHES = {
     "NVFP4 from F16": ProbeHashes("75ff431d3bb7b82084dfa39934378c7c", "75ff431d3bb7b82084dfa39934378c7c"),
     "NVFP4 from BF16": ProbeHashes("12a4fa4e54868102eed0b97fcdf8deda", "12a4fa4e54868102eed0b97fcdf8deda"),
 }
+
+GGML_ALONE = {
+    "TQ1_0": "b1373c6852236dbf5c8f60fbdbf6c69b",
+    "TQ2_0": "4b23b245f87947af3c499c9b3e7994f1",
+    "MXFP4": "a9c3f9614777acce6280f7fae3b69d08",
+    "Q1_0": "7cc0e2ec5ab09f9b80d03da6cc7bdcfd",
+    "Q2_0": "bd45a539e36854fdfa693829e3d459db",
+}
+"""The hash of all bytes for formats without a kernel, made of float32."""

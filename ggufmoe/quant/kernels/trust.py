@@ -24,7 +24,7 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.kernels.code_cache import Code, CodeCache
 from ggufmoe.quant.kernels.conversions import CONVERSIONS
-from ggufmoe.quant.kernels.probe_hashes import HASHES
+from ggufmoe.quant.kernels.probe_hashes import GGML_ALONE, HASHES
 from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Kernels:
         self._verdicts: dict[_Key, _Verdict] = {}
         self._spent_s: dict[_Key, float] = {}
         self._ggml_agrees: dict[_Key, bool] = {}
+        self._ggml_tested: set[GGMLType] = set()
         self._lock = threading.Lock()
 
     def judged(
@@ -116,6 +117,16 @@ class Kernels:
         key = (type, _SOURCES[dtype], weighted)
         self._spent_s[key] = self._spent_s.get(key, 0.0) + seconds
 
+    def tell_of_other_bytes(self, type: GGMLType) -> None:
+        """Log once if this machine's ggml makes other bytes than x86-64's for a format that has no kernel."""
+        with self._lock:
+            if type in self._ggml_tested:
+                return
+            self._ggml_tested.add(type)
+        made = _made_by_ggml(type, "F32", weighted=False)
+        if made is not None and fingerprint(made) != GGML_ALONE[type.name]:
+            _LOG.warning("%s: this machine's llama.cpp makes other bytes than on x86-64; there is no kernel", type.name)
+
     def report(self) -> list[KernelReport]:
         """The reports of all kernels checked so far, in order."""
         return [verdict.report for verdict in list(self._verdicts.values())]
@@ -146,13 +157,19 @@ def _judge(type: GGMLType, source: str, weighted: bool, cache: bool) -> _Verdict
 
 def _ggml_agrees(type: GGMLType, source: str, weighted: bool) -> bool:
     """Whether ggml's routine gives the same bytes on this machine as on x86-64; False if ggml is not installed."""
+    made = _made_by_ggml(type, source, weighted)
+    return made is not None and fingerprint(made) == HASHES[hash_name(type, source, weighted)].ggml
+
+
+def _made_by_ggml(type: GGMLType, source: str, weighted: bool) -> NDArray[np.uint8] | None:
+    """The probe, quantized by ggml's routine; None if ggml is not installed."""
     weights = probe(type, source)
     made = np.zeros((len(weights), type.row_bytes(weights.shape[1])), np.uint8)
     try:
         quantizing.quantize_chunk(type, widened(weights), made, probe_importances() if weighted else None)
     except EngineMissingError:
-        return False
-    return fingerprint(made) == HASHES[hash_name(type, source, weighted)].ggml
+        return None
+    return made
 
 
 def _is_cached(type: GGMLType, source: str, weighted: bool) -> bool:

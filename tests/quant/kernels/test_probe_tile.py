@@ -9,8 +9,8 @@ import pytest
 
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
-from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
-from ggufmoe.quant.kernels.probe_hashes import HASHES
+from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX, WRITABLE_TYPES
+from ggufmoe.quant.kernels.probe_hashes import GGML_ALONE, HASHES
 from ggufmoe.quant.kernels.probe_tile import fingerprint, hash_name, probe, probe_importances
 from ggufmoe.quant.kernels.trust import has_kernel, widened
 
@@ -58,6 +58,16 @@ def test_formats_that_cannot_stand_huge_weights_get_none() -> None:
 
 def test_every_kernel_has_its_fingerprints() -> None:
     assert set(HASHES) == set(VARIANTS)
+    without = {kind.name for kind in WRITABLE_TYPES if kind.is_quantized and not has_kernel(kind)}
+    assert set(GGML_ALONE) == without
+
+
+@pytest.mark.parametrize("name", GGML_ALONE)
+def test_the_fingerprints_of_other_formats_are_those_of_ggml(name: str) -> None:
+    weights = probe(GGMLType[name], "F32")
+    made = np.zeros((len(weights), GGMLType[name].row_bytes(weights.shape[1])), np.uint8)
+    quantizing.quantize_chunk(GGMLType[name], widened(weights), made)
+    assert fingerprint(made) == GGML_ALONE[name]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

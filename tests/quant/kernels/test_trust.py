@@ -23,7 +23,7 @@ from ggufmoe.quant.filetypes import ABORTS_ON_HUGE_WEIGHTS
 from ggufmoe.quant.kernels import kernel_report, prepare, q4_0, quantize_rows, trust
 from ggufmoe.quant.kernels.lanes import Rows
 from ggufmoe.quant.kernels.machine import Host, assembly, compile_kernel, host, link
-from ggufmoe.quant.kernels.probe_hashes import HASHES
+from ggufmoe.quant.kernels.probe_hashes import GGML_ALONE, HASHES
 from ggufmoe.quant.kernels.probe_tile import probe, probe_importances
 from ggufmoe.quant.kernels.tiles import Geometry, Source, Tiles
 from ggufmoe.quant.kernels.trust import Kernels, compile_format, has_kernel, run
@@ -116,6 +116,25 @@ def test_where_ggml_has_other_bytes_it_is_used_only_if_there_is_no_kernel(monkey
     judges = Kernels()
     assert judges.worthwhile(*key, cache=False) is None
     assert [report.routine for report in judges.report()] == ["ggml"]
+
+
+def test_other_bytes_of_ggml_are_told_once_where_there_is_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "_KERNELS", Kernels())
+    with caplog.at_level(logging.WARNING, "ggufmoe"):
+        row_of(GGMLType.TQ2_0, "auto")
+    assert caplog.text == ""
+    monkeypatch.setattr(kernels, "_KERNELS", Kernels())
+    monkeypatch.setitem(GGML_ALONE, "TQ2_0", "other")
+    with caplog.at_level(logging.WARNING, "ggufmoe"):
+        row_of(GGMLType.TQ2_0, "ggml")
+        assert caplog.text == ""
+        for _ in range(2):
+            row_of(GGMLType.TQ2_0, "auto")
+    assert [record.getMessage() for record in caplog.records] == [
+        "TQ2_0: this machine's llama.cpp makes other bytes than on x86-64; there is no kernel"
+    ]
 
 
 def test_nothing_is_loaded_before_the_first_kernel() -> None:
