@@ -182,9 +182,9 @@ HASHES = {
     "IQ3_S from F32 with importances": ProbeHashes(
         "44fe6296807bf87fb6e3c7d0eaa5fe98", "f3b43b2506972b8d666fbb520b45fcce"
     ),
-    "IQ3_S from F16": ProbeHashes("7d64b004ffb69ac9ab717e44a7e05fa5", "e430ebac45d1cc4171946aaefe381f47"),
+    "IQ3_S from F16": ProbeHashes("7d64b004ffb69ac9ab717e44a7e05fa5", "7d64b004ffb69ac9ab717e44a7e05fa5"),
     "IQ3_S from F16 with importances": ProbeHashes(
-        "4601111dd886e0f6fb7c4d82091a9867", "13931ec193dda7693f18767d4f8a1fe3"
+        "4601111dd886e0f6fb7c4d82091a9867", "4601111dd886e0f6fb7c4d82091a9867"
     ),
     "IQ3_S from BF16": ProbeHashes("5a7ef164ac22d96f0e1779059f121ff7", "5a7ef164ac22d96f0e1779059f121ff7"),
     "IQ3_S from BF16 with importances": ProbeHashes(

@@ -121,6 +121,17 @@ def test_a_kernel_leaves_to_ggml_where_it_aborts(type: GGMLType) -> None:
         assert kernel.call(rows(0, kind), made, importances(0, "random")) is not None
 
 
+@pytest.mark.parametrize("type", GRID_FORMATS)
+def test_blocks_of_zeros_between_others(type: GGMLType) -> None:
+    """In IQ3_S ggml writes what follows a block of zeros in its place; the kernel does so itself."""
+    src = rows(9, "normal", 64)
+    src.reshape(-1, 32)[np.random.default_rng(2).random(src.size // 32) < 0.4] = 0
+    for imatrix in (importances(0, "random"), None) if type in WITHOUT_IMPORTANCES else (importances(0, "random"),):
+        assert differing(type, src, imatrix) == 0
+        kernel = compile_format(type, "F32", imatrix is not None)
+        assert kernel.call(src, np.zeros((64, type.row_bytes(N_COLS)), np.uint8), imatrix) is None
+
+
 @pytest.mark.parametrize("type", [GGMLType.IQ3_S, GGMLType.IQ3_XXS, GGMLType.IQ2_S, GGMLType.IQ2_XS, GGMLType.IQ2_XXS])
 def test_values_between_two_levels(type: GGMLType) -> None:
     """Where rounding hangs on the last bit, the lists of neighbours must not be abridged."""
