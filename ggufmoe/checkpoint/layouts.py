@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.config import quantization_method
-from ggufmoe.checkpoint.foreign_weights import way_out_of, what_made
+from ggufmoe.checkpoint.foreign_weights import packed_among, way_out_of, what_made
 from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
 from ggufmoe.errors import CheckpointError, TensorMismatchError
 from ggufmoe.families import family_of
@@ -285,6 +285,10 @@ def _check_shapes(
     ]
     found = {"missing": missing, "left over": extra, "wrongly shaped": misshaped}
     faults = [f"{kind}: {_listed(names)}" for kind, names in found.items() if names]
+    modules = {name.rpartition(".")[0] for name in wanted}
+    of_modules = {name: entry.dtype for name, (_, entry) in stored.items() if name.rpartition(".")[0] in modules}
+    if faults and (packed := packed_among(of_modules)) is not None:  # says more than what is missing
+        raise TensorMismatchError(f"{where} {packed} ({'; '.join(faults)})")
     if faults:
         raise TensorMismatchError(f"{where} does not hold the tensors of its config.json; {'; '.join(faults)}")
 

@@ -281,6 +281,14 @@ WIDTHS = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
         ({".weight": "I8", ".weight_scale": "BF16"}, "is quantized to FP8 or 8 bits"),
         ({".weight_packed": "I32", ".weight_scale": "BF16", ".weight_shape": "I64"}, "llm-compressor"),
         ({".weight": "U32", ".scales": "BF16", ".biases": "BF16"}, "is quantized by MLX"),
+        ({".qweight": "I8", ".weight_scales": "F16"}, "is quantized by EETQ to 8 bits"),
+        ({".q_weight": "I32", ".q_scale": "I32", ".q_groups": "I16", ".q_invperm": "I16"}, "is quantized with EXL2"),
+        ({".trellis": "I16", ".suh": "F16", ".svh": "F16"}, "is quantized with EXL3"),
+        ({".codes": "I8", ".codebooks": "F16", ".scales": "F16"}, "is quantized with AQLM"),
+        ({".Qidxs": "I64", ".SU": "F16", ".SV": "F16"}, "is quantized with QuIP#"),
+        ({".indices": "I32", ".centroids.weight": "F16"}, "is quantized with VPTQ"),
+        ({".dense_weights": "I64", ".row_offsets": "I32"}, "is quantized with SpQR"),
+        ({".weight": "I8", ".dequant_scale": "F32"}, "is quantized by SmoothQuant"),
         ({".base_layer.weight": "BF16", ".lora_A.default.weight": "F32"}, r"holds an adapter .*; load it with peft"),
         ({".modules_to_save.default.weight": "BF16"}, r"holds an adapter"),
     ],
@@ -292,6 +300,23 @@ def test_what_made_the_tensors_is_told_before_any_is_missing(
         open_checkpoint(changed(tmp_path, Tiny(arch="llama"), _quantized(suffixes)))
     assert "missing" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "message"),
+    [
+        (
+            {".weight": "I8", ".novel_scale": "F32"},
+            r"\.weight has the dtype I8\); use the model's unquantized .*left over",
+        ),
+        ({".novel_codes": "U8", ".novel_scale": "F32"}, r"\.novel_codes has the dtype U8\); .*missing: "),
+    ],
+)
+def test_weights_of_an_unknown_tool_are_known_by_their_dtypes(
+    suffixes: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TensorMismatchError, match=f"is quantized, by a tool that is not known here .*{message}"):
+        open_checkpoint(changed(tmp_path, Tiny(arch="llama"), _quantized(suffixes)))
 
 
 def test_weights_of_64_bits_can_be_saved_again(tmp_path: Path) -> None:
