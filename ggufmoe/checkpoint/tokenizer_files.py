@@ -154,8 +154,6 @@ def _bytes(path: Path) -> bytes | None:
                 f"{path}: {size} bytes, more than the {MAX_TOKENIZER_BYTES} that a tokenizer file may have"
             )
         content = path.read_bytes()
-        if not size and path.suffix == ".model":
-            raise TokenizerError(f"{path}: is empty; fetch it again")
         if len(content) < 4096 and (instead := what_instead(path)) is not None:
             raise TokenizerError(f"{path} is {instead}")
         return content

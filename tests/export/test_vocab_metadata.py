@@ -154,6 +154,25 @@ def test_gaps_between_added_tokens_are_closed_as_hugging_face_closes_them(
         assert f"'<|{stated[-1]}|>' is {found[-1]}, not {first + stated[-1]}" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["json", "bpe", "smollm"])
+def test_an_added_token_of_the_vocabulary_keeps_its_first_id(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tokenizers import Tokenizer
+
+    first = N_PIECES if kind == "json" else N_BYTE_LEVEL
+    directory = write_tokenizer(tmp_path, kind)
+    vocabulary = json.loads((directory / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    known = max(vocabulary, key=vocabulary.__getitem__)
+    tokens = [added_token(first, known, special=True), added_token(first + 1, "<|new|>", special=True)]
+    edit_json(directory, lambda tokenizer: tokenizer["added_tokens"].extend(tokens))
+    texts = tokenizer_metadata(directory, config(first + 20))[PREFIX + "tokens"].value
+    theirs = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for text in (known, "<|new|>"):
+        assert texts.index(text) == theirs.token_to_id(text)
+    assert f"are second ones; the first count, as Hugging Face's tokenizers library does: {known!r} is" in caplog.text
+
+
 def test_gaps_are_closed_beside_a_sentencepiece_model_too(tmp_path: Path) -> None:
     named = {str(400 + number): added_token(400 + number, f"<|{number}|>", special=True) for number in (0, 4)}
     directory = write_tokenizer(tmp_path, "spm", tokenizer_config_json={"added_tokens_decoder": named})

@@ -92,29 +92,33 @@ class TokenRows:
     def without_gaps(self, listed: Sequence[AddedToken], others: Iterable[AddedToken] = ()) -> list[AddedToken]:
         """Added tokens of tokenizer.json and tokenizer_config.json with the ids that Hugging Face's library gives them.
 
-        That library numbers added tokens one after another behind the vocabulary, whatever ids the files state. Where
-        the stated ids leave a gap, they are not the ids that the model was trained with, and a warning names the
-        tokens. The ids of ``others`` are not given again. Call this after the tokens of the vocabulary have been put.
+        That library numbers added tokens one after another behind the vocabulary, whatever ids the files state, and a
+        token of the vocabulary keeps its id there. Where the stated ids leave a gap, or are second ones, they are not
+        the ids that the model was trained with, and a warning names the tokens. The ids of ``others`` are not given
+        again. Call this after the tokens of the vocabulary have been put.
         """
         first = max(self._named, default=-1) + 1
         behind = sorted((token for token in listed if token.id >= first), key=lambda token: token.id)
         taken = {token.id for token in others if token.id >= first}
         ids = {token.id for token in behind} | taken
-        if ids == set(range(first, first + len(ids))):
+        has_gap = ids != set(range(first, first + len(ids)))
+        known = {self.texts[row]: row for row in self._named}
+        contents = dict.fromkeys(token.content for token in behind)
+        if not has_gap and known.keys().isdisjoint(contents):
             return list(listed)
         free = (number for number in itertools.count(first) if number not in taken)
-        contents = dict.fromkeys(token.content for token in behind)
-        known = {self.texts[row]: row for row in self._named}
         given = {content: known[content] if content in known else next(free) for content in contents}
         moved = [
             f"{token.content[:40]!r} is {given[token.content]}, not {token.id}"
             for token in {token.content: token for token in behind}.values()
             if token.id != given[token.content]
         ]
-        _LOG.warning(
-            "%s: the ids of added tokens leave a gap; it is closed, as Hugging Face's tokenizers library does: %s",
-            *(self._path, ", ".join(moved)),
-        )
+        if moved:
+            what = "leave a gap; it is closed" if has_gap else "are second ones; the first count"
+            _LOG.warning(
+                "%s: the ids of added tokens %s, as Hugging Face's tokenizers library does: %s",
+                *(self._path, what, ", ".join(moved)),
+            )
         return [replace(token, id=given.get(token.content, token.id)) for token in listed]
 
     def has_row_for(self, token: AddedToken) -> bool:
