@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic_core import PydanticCustomError
 
 from ggufmoe.errors import RecipeError, one_line
 from ggufmoe.files import decode_text, what_instead
@@ -70,6 +71,16 @@ _Prompts = Annotated[
 """A key without a value means no prompts, as for mergekit."""
 
 
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+_Number = Annotated[float, BeforeValidator(_no_flag)]
+"""A number, which YAML may read as text (``1e-3``), but not as true or false."""
+
+
 class ExpertRecipe(BaseModel):
     """One expert: a dense model, the prompts it should and should not answer, and optional changes to its weights."""
 
@@ -78,8 +89,8 @@ class ExpertRecipe(BaseModel):
     source_model: StrictStr
     positive_prompts: _Prompts = ()
     negative_prompts: _Prompts = ()
-    noise_scale: float | None = Field(default=None, ge=0, le=_MAX_SCALE)
-    residual_scale: float | None = Field(default=None, ge=-_MAX_SCALE, le=_MAX_SCALE)
+    noise_scale: _Number | None = Field(default=None, ge=0, le=_MAX_SCALE)
+    residual_scale: _Number | None = Field(default=None, ge=-_MAX_SCALE, le=_MAX_SCALE)
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -261,7 +272,7 @@ def _message(kind: str, place: Sequence[str | int], problem: Any) -> str:
     if kind == "missing":
         return "this key is required"
     if kind == "enum":
-        return f"unknown gate mode {problem['input']!r}; one of {', '.join(mode.value for mode in GateMode)}"
+        return f"unknown gate mode {problem['input']!r:.60}; one of {', '.join(mode.value for mode in GateMode)}"
     if kind == "too_short":
         return "there must be at least one"
     if kind == "too_long":
@@ -320,9 +331,9 @@ def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
     if recipe.shared_experts:
         yield ("shared_experts",), "the mixtures that ggufmoe makes have no shared experts; remove the key"
     if recipe.architecture and not is_known(recipe.architecture):
-        yield ("architecture",), f"{recipe.architecture!r} is not supported; ggufmoe makes {known_names()}"
+        yield ("architecture",), f"{recipe.architecture!r:.60} is not supported; ggufmoe makes {known_names()}"
     if recipe.dtype is not None and recipe.dtype not in _DTYPES:
-        yield ("dtype",), f"unknown dtype {recipe.dtype!r}; one of bfloat16, float16, float32"
+        yield ("dtype",), f"unknown dtype {recipe.dtype!r:.60}; one of bfloat16, float16, float32"
     models = [(("base_model",), recipe.base_model)]
     models += [(("experts", i, "source_model"), expert.source_model) for i, expert in enumerate(recipe.experts)]  # type: ignore[misc]
     for place, model in models:
@@ -331,7 +342,7 @@ def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
         elif _NO_PATH.search(model):
             yield place, f"{model!r:.60} is no path: it holds control characters"
         elif "+" in model:
-            yield place, f"{model!r} adds a LoRA; merge the adapter into the model first"
+            yield place, f"{model!r:.60} adds a LoRA; merge the adapter into the model first"
     if recipe.tokenizer_source != "union":
         yield from _bad_choice("tokenizer_source", recipe.tokenizer_source, recipe, ", nor union")
     if recipe.chat_template is not None and _NO_PATH.search(recipe.chat_template):
@@ -345,7 +356,7 @@ def _bad_choice(key: str, value: str | None, recipe: Recipe, others: str = "") -
         return
     match = re.fullmatch(r"expert:(\d+)", value)
     if match is None or int(match[1]) >= len(recipe.experts):
-        yield (key,), f"{value!r} is neither base nor expert:0 to expert:{len(recipe.experts) - 1}{others}"
+        yield (key,), f"{value!r:.60} is neither base nor expert:0 to expert:{len(recipe.experts) - 1}{others}"
 
 
 def _prompt_problems(recipe: Recipe) -> Iterator[_Problem]:
