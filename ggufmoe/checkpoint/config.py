@@ -67,6 +67,9 @@ def _no_config(directory: Path) -> CheckpointError:
             f"{directory} is a model's folder in a Hugging Face cache; give its id, {cached[1]}/{cached[2]}, or one of "
             f"the folders in {directory / 'snapshots'}"
         )
+    for model in sorted(path for place in ("", "hub/") for path in directory.glob(f"{place}models--*--*")):
+        repo_id = model.name.removeprefix("models--").replace("--", "/", 1)
+        return CheckpointError(f"{directory} is a Hugging Face cache; give the id of a model in it, such as {repo_id}")
     if (directory / "params.json").is_file():
         return CheckpointError(
             f"{directory} is in Mistral's own format (params.json); use the same model in Hugging Face's format"

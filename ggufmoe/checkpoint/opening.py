@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
 _OUTPUT_ENDS = (".gguf", ".gguf.partial", ".partial.journal", ".partial.lock", ".gguf.manifest.json")
+_ADDRESS = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)")
 _LOG = logging.getLogger("ggufmoe")
 
 
@@ -87,6 +89,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if isinstance(source, Path) or os.path.exists(source) or not hub.is_hub_id(source):
         if revision is not None and os.path.exists(source):
             raise CheckpointError(f"{source} is a directory, so it has no revision {revision}")
+        if (address := _ADDRESS.match(str(source))) is not None:
+            raise CheckpointError(f"{source} is the address of a page; give the model's id, {address['repo']}")
         return open_directory(user_path(source))
     repo_id, revision = hub.split_id(source, revision)
     return open_directory(hub.fetch(repo_id, revision), repo_id=repo_id)

@@ -39,6 +39,23 @@ def test_the_record_of_a_merge_is_read_back(tmp_path: Path) -> None:
         assert model.provenance == Provenance("its-own-name", license="mit")
 
 
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/org/name", "http://hf.co/org/name/tree/main", "hf.co/org/name"]
+)
+def test_an_address_is_told_from_an_id(address: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{address} is the address of a page; give the model's id, org/name$"):
+        open_checkpoint(address)
+
+
+@pytest.mark.parametrize("place", ["models--org--my--name", "hub/models--org--my--name"])
+def test_a_whole_cache_is_no_checkpoint(tmp_path: Path, place: str) -> None:
+    (tmp_path / place / "snapshots").mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match="is a Hugging Face cache; give the id of a model in it, such as org/my--name"
+    ):
+        open_checkpoint(tmp_path)
+
+
 def test_an_existing_path_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.make_checkpoint(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
