@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,17 @@ def model(tmp_path: Path) -> Path:
     source = write_model(tmp_path / "in.gguf", specimen, specimen.weights())
     assert quantize(source, TypePolicy(FileType.Q6_K), None, tmp_path / "q.gguf").ok
     return source
+
+
+def test_the_files_are_the_same_without_an_engine(tiny_checkpoint: Callable[..., Path], model: Path) -> None:
+    folder = model.parent
+    for engine, start in (("with", "import sys\n"), ("without", HIDE)):
+        (folder / engine).mkdir()
+        python(start + MAKE, tiny_checkpoint(), folder, " ".join(CONVERTED), " ".join(WEIGHTED), engine)
+    made = sorted(path.name for path in (folder / "without").iterdir())
+    assert len(made) == len(CONVERTED) + len(WEIGHTED) + 2
+    for name in made:
+        assert (folder / "without" / name).read_bytes() == (folder / "with" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
