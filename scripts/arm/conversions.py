@@ -36,8 +36,13 @@ JOBS = (
     ("F16", "F32", False),
 )
 """Source dtype, file type, and whether with importances."""
-RECIPES = {"hidden.yaml": "hidden", "embed.yaml": "cheap_embed", "random.yaml": "random"}
-"""Recipes and their gate modes."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "hidden.yaml": {"gate_mode": "hidden"},
+    "hidden_float32.yaml": {"gate_mode": "hidden", "dtype": "float32"},
+    "embed.yaml": {"gate_mode": "cheap_embed"},
+    "random.yaml": {"gate_mode": "random"},
+}
+"""Recipes, with their gate modes; router rows in float32 show the last bits in which processors differ."""
 FF = 576
 """Not a multiple of 256: rows of this length become other types than the rest."""
 
@@ -55,8 +60,8 @@ def make_inputs(folder: Path) -> None:
     _save_importances(folder)
     for seed, name in enumerate(("base", "math")):
         tiny.make_checkpoint(folder / name, arch="mistral", seed=seed)
-    for name, mode in RECIPES.items():
-        write_recipe(folder, "base", "math", gate_mode=mode, seed=7).rename(folder / name)
+    for name, fields in RECIPES.items():
+        write_recipe(folder, "base", "math", seed=7, **fields).rename(folder / name)
 
 
 def extreme(name: str, data: NDArray[Any]) -> NDArray[Any]:
