@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,26 @@ def test_the_results_are_those_of_ggml(conversion: str) -> None:
     by_ggml(src, theirs)
     convert_floats(src, ours)
     assert ours.tobytes() == theirs.tobytes()
+
+
+DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+HASHES = {
+    ("F32", "F16"): "aa8b9656e20f1f7f",
+    ("F32", "BF16"): "6cffbf509d4f591f",
+    ("F16", "F32"): "b636c5716ff84d97",
+    ("F16", "BF16"): "53d288d4d44d4051",
+    ("BF16", "F32"): "9207d7eb28680a09",
+    ("BF16", "F16"): "dae5a613a981e5c8",
+}
+"""Of the results for all edges, made on x86-64."""
+
+
+@pytest.mark.parametrize(("source", "target"), HASHES)
+def test_the_results_are_the_same_on_every_machine(source: str, target: str) -> None:
+    src = edges(source)
+    made = np.empty(src.size, DTYPES[target])
+    convert_floats(src, made)
+    assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == HASHES[source, target]
 
 
 def test_wrong_arrays_are_refused() -> None:
