@@ -1,6 +1,8 @@
 """Files: paths as users give them, reading by position from several threads, replacing a file only when its successor
 is complete, and checking whether an output can be written where it is wanted.
 
+Renaming, deleting, sizing and flushing go through here, because the systems differ in them.
+
 Positional reads go straight into the caller's buffer. Against a memory map they leave nothing of the file in the
 process's resident memory, a file that shrinks is an error and not SIGBUS, and they are not slower. The callers know
 what the bytes mean.
@@ -12,7 +14,11 @@ import codecs
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Union
@@ -141,6 +147,19 @@ def _unreadable(path: Path, reason: OSError) -> str:
     return f"is {instead}" if instead else f"cannot be read: {reason.strerror}"
 
 
+def allowed_name(name: str) -> str:
+    """A file name that is made up, as this system allows it: Windows forbids some characters and names of devices."""
+    if sys.platform != "win32":
+        return name
+    name = _FORBIDDEN_CHARACTERS.sub("_", name)
+    return f"_{name}" if _DEVICE_NAME.match(name) else name
+
+
+_FORBIDDEN_CHARACTERS = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
+_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³]) *(\.|$)", re.IGNORECASE)
+"""Windows takes such a name for the device, in every folder and with every suffix."""
+
+
 def partial_path(path: Path) -> Path:
     """Where a file or directory is written before it is complete: ``NAME.partial`` beside it.
 
@@ -163,25 +182,120 @@ def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
         with partial.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+            sync(file.fileno())
+        move(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            delete(partial)
         if isinstance(error, OSError):
             raise OutputError(f"{path}: {what} cannot be written: {error.strerror or error}") from error
         raise
 
 
+def sync(descriptor: int) -> None:
+    """Return when all that was written to an open file is on its disk. Raises OSError.
+
+    On macOS fsync leaves the data in the disk's own cache, which a power cut empties; F_FULLFSYNC empties it. File
+    systems that lack it, as those of network drives, are asked for what they have.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
+"""What file systems answer that cannot flush a directory, as those of some network drives."""
+
+
 def sync_directory(path: Path) -> None:
-    """Return when the names in a directory are on disk; does nothing on Windows, which cannot be asked for it."""
-    if os.name == "nt":
+    """Return when the names in a directory are on disk. Raises OSError.
+
+    Does nothing on Windows and on file systems that cannot be asked for it.
+    """
+    if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def set_size(descriptor: int, n_bytes: int) -> None:
+    """Give an open file its size; what is new reads as zeros, none of which is written. Raises OSError."""
+    if sys.platform != "win32":
+        os.ftruncate(descriptor, n_bytes)
+        return
+    import ctypes
+    import msvcrt
+
+    # os.ftruncate calls _chsize_s there, which writes every zero of the new part
+    # BOOL SetFileInformationByHandle(HANDLE file, FILE_INFO_BY_HANDLE_CLASS kind, LPVOID value, DWORD n_bytes)
+    kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+    handle, end = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor)), ctypes.c_int64(n_bytes)
+    if not kernel32.SetFileInformationByHandle(handle, _FILE_END, ctypes.byref(end), ctypes.sizeof(end)):
+        raise ctypes.WinError(ctypes.get_last_error())
+
+
+_FILE_END = 6
+"""FileEndOfFileInfo: the value is a LARGE_INTEGER."""
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or directory; a file that is at ``target`` is replaced in the same step.
+
+    Raises OSError; on Windows, where a file that another program has open is neither renamed nor replaced, after 2 s.
+    """
+    _until_released(lambda: os.replace(source, target), f"{source.name} or {target.name}")
+
+
+def delete(path: Path) -> None:
+    """Delete a file, if there is one. Raises OSError; on Windows as ``move`` does."""
+    _until_released(lambda: path.unlink(missing_ok=True), path.name)
+
+
+def delete_directory(path: Path) -> None:
+    """Delete a directory with all that is in it. Raises OSError; on Windows as ``move`` does."""
+    _until_released(lambda: shutil.rmtree(path), f"a file in {path.name}")
+
+
+_RELEASE_S = 2.0
+_FIRST_PAUSE_S = 0.01
+_IN_USE = {5, 32, 33}
+"""ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION."""
+
+
+def _until_released(change: Callable[[], None], names: str) -> None:
+    """Call ``change``; on Windows again for 2 s, while another program has the file open that it renames or deletes.
+
+    Scanners and indexers open every new file there for some milliseconds.
+    """
+    if sys.platform != "win32":
+        change()
+        return
+    pause_s, ends = _FIRST_PAUSE_S, time.monotonic() + _RELEASE_S
+    while True:
+        try:
+            change()
+            return
+        except PermissionError as error:
+            if error.winerror not in _IN_USE:
+                raise
+            if time.monotonic() >= ends:
+                reason = (
+                    f"{error.strerror}, for {_RELEASE_S:.0f} s now: another program (a virus scanner, or one that uses "
+                    f"it) has {names} open, or it is write-protected"
+                )
+                raise PermissionError(error.errno, reason, error.filename, error.winerror, error.filename2) from error
+        time.sleep(pause_s)
+        pause_s *= 2
 
 
 def check_output_file(path: Path, inputs: Iterable[Path] = (), *, replace: bool) -> None:

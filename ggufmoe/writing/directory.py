@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ggufmoe.errors import OutputError, OutputExistsError
-from ggufmoe.files import check_parent, partial_path, sync_directory
+from ggufmoe.files import check_parent, delete, delete_directory, move, partial_path, sync, sync_directory
 from ggufmoe.writing.lock import output_lock
 
 _PARTIAL_FILES = ("*.safetensors", "*.safetensors.partial", "*.partial.journal")
@@ -62,7 +61,7 @@ def _partial_directory(target: Path, *, keep: bool) -> Iterator[Path]:
         if not keep:
             for pattern in _PARTIAL_FILES:
                 for path in partial.glob(pattern):
-                    path.unlink()
+                    delete(path)
     except OSError as error:
         raise OutputError(f"{partial} cannot be written: {error.strerror}") from error
     try:
@@ -87,19 +86,19 @@ def place_directory(partial: Path, target: Path, files: Mapping[str, bytes], *, 
             with path.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
         sync_directory(partial)
         replaced = _replaced_path(target)
         with contextlib.suppress(FileNotFoundError):
-            os.replace(target, replaced)
+            move(target, replaced)
         try:
-            os.replace(partial, target)
+            move(partial, target)
         except OSError:
             with contextlib.suppress(OSError):
-                os.replace(replaced, target)
+                move(replaced, target)
             raise
         for journal in target.glob("*.partial.journal"):
-            journal.unlink()
+            delete(journal)
         sync_directory(target.parent)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}; all is in {partial}") from error
@@ -113,9 +112,9 @@ def _remove_leftovers(partial: Path, files: Mapping[str, bytes], written: Sequen
         if path.suffix == ".safetensors" or not _matches(path.name, written):
             continue
         if path.is_dir():
-            shutil.rmtree(path)
+            delete_directory(path)
         elif path.name not in files:
-            path.unlink()
+            delete(path)
 
 
 def _keep_what_is_not_ours(replaced: Path, target: Path, written: Sequence[str]) -> None:
@@ -123,9 +122,9 @@ def _keep_what_is_not_ours(replaced: Path, target: Path, written: Sequence[str])
     try:
         for path in sorted(replaced.iterdir()):
             if not _matches(path.name, written):
-                os.replace(path, target / path.name)
+                move(path, target / path.name)
         sync_directory(target)
-        shutil.rmtree(replaced)
+        delete_directory(replaced)
     except OSError as error:
         raise OutputError(
             f"{target} is complete, but files of yours could not be moved from {replaced} into it: "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import OutputError, ResumeError
+from ggufmoe.files import delete, sync
 from ggufmoe.version import __version__
 from ggufmoe.writing.plan import WritePlan
 from ggufmoe.writing.tiling import TILE_WEIGHTS
@@ -73,7 +74,7 @@ class Journal:
 
     def begin(self) -> None:
         """Start a new journal; an older one at its path is deleted."""
-        self.path.unlink(missing_ok=True)
+        delete(self.path)
         self._open(os.O_EXCL)
         self._append({"plan": self._fingerprint, "ggufmoe": __version__})
 
@@ -98,7 +99,7 @@ class Journal:
     def _append_raw(self, line: bytes) -> None:
         assert self._descriptor is not None, "begin or go_on comes first"
         os.write(self._descriptor, line)
-        os.fsync(self._descriptor)
+        sync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -109,7 +110,7 @@ class Journal:
     def remove(self) -> None:
         """Delete the journal: the output is complete."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        delete(self.path)
 
 
 def _ranges(numbers: Sequence[int]) -> list[list[int]]:

@@ -21,7 +21,7 @@ _LOG = logging.getLogger("ggufmoe")
 _MAX_BYTES = 1000
 _LOCKED_BYTE = 2**30
 """Where Windows locks: far behind what the file says, because nobody else can read a locked byte there."""
-_UNSUPPORTED = {getattr(errno, name) for name in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL")}
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def lock_path(output: Path) -> Path:
@@ -55,7 +55,9 @@ def output_lock(output: Path) -> Iterator[None]:
 
 
 def _open_locked(output: Path, path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
     while True:
         descriptor = os.open(path, flags, 0o666)
         try:

@@ -10,13 +10,12 @@ import errno
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from ggufmoe.errors import NoSpaceError, OutputError
-from ggufmoe.files import check_not_input, check_output_file, partial_path, sync_directory
+from ggufmoe.files import check_not_input, check_output_file, delete, move, partial_path, set_size, sync, sync_directory
 from ggufmoe.sizes import file_size
 from ggufmoe.writing.plan import PlannedFile, WritePlan
 
@@ -30,38 +29,71 @@ class OutputFile(Protocol):
 
 
 class PartialFile:
-    """An ``OutputFile`` on disk that has its full size from the start; ``keep`` opens one that an earlier run left."""
+    """An ``OutputFile`` on disk that has its full size from the start; ``keep`` opens one that an earlier run left.
+
+    What the system refuses is raised as OSError with the file's name.
+    """
 
     def __init__(self, path: Path, n_bytes: int, keep: bool) -> None:
         if not keep:
-            path.unlink(missing_ok=True)
-        flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-        self._descriptor = os.open(path, flags | (0 if keep else os.O_CREAT | os.O_EXCL), 0o666)
-        self._lock = threading.Lock()
-        os.ftruncate(self._descriptor, n_bytes)
+            delete(path)
+        self._path = path
+        self._descriptor = self._opened(0 if keep else os.O_CREAT | os.O_EXCL)
+        self._idle: list[int] = []
+        try:
+            with self._named_errors():
+                set_size(self._descriptor, n_bytes)
+        except OSError:
+            self.close()
+            raise
+
+    def _opened(self, flags: int) -> int:
+        flags |= os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        return os.open(self._path, flags, 0o666)
 
     def write_at(self, offset: int, data: memoryview) -> None:
         """Write all of ``data`` (bytes) at ``offset``; safe to call from several threads at once."""
-        while data:
-            count = self._write_some(offset, data)
-            offset, data = offset + count, data[count:]
+        with self._named_errors():
+            while data:
+                count = self._write_some(offset, data)
+                if not count:
+                    raise OSError(errno.EIO, "the disk takes no more bytes and gives no reason")
+                offset, data = offset + count, data[count:]
 
     def _write_some(self, offset: int, data: memoryview) -> int:
-        if sys.platform == "win32":  # it has no pwrite: one writer at a time
-            with self._lock:
-                os.lseek(self._descriptor, offset, os.SEEK_SET)
-                return os.write(self._descriptor, data)
-        return os.pwrite(self._descriptor, data, offset)
+        if sys.platform != "win32":
+            return os.pwrite(self._descriptor, data, offset)
+        # without pwrite, each thread that writes has a descriptor with a position of its own
+        try:
+            descriptor = self._idle.pop()
+        except IndexError:
+            descriptor = self._opened(0)
+        try:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, data)
+        finally:
+            self._idle.append(descriptor)
 
     def sync(self) -> None:
-        """Return when all that was written before the call is on disk."""
-        getattr(os, "fdatasync", os.fsync)(self._descriptor)
+        """Return when all that was written before the call, by whatever descriptor, is on disk."""
+        with self._named_errors():
+            sync(self._descriptor)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        while self._idle:
+            os.close(self._idle.pop())
 
 
 def journal_path(output: Path) -> Path:
@@ -122,12 +154,16 @@ def output_errors(plan: WritePlan) -> Iterator[None]:
                 f"the disk became full while writing {plan.output}: {file_size(plan.n_bytes)} are needed in all, "
                 f"{file_size(free)} are free; make room and go on with --resume"
             ) from error
-        if error.errno == errno.EFBIG:
+        if error.errno == errno.EFBIG or getattr(error, "winerror", None) == _FILE_TOO_LARGE:
             raise OutputError(
                 f"{plan.output.parent} cannot hold a file of this size; write smaller ones with {plan.split_option}"
             ) from error
         where = f"{Path(error.filename).name}: " if isinstance(error.filename, str) else ""
         raise OutputError(f"{plan.output} cannot be written: {where}{error.strerror or error}") from error
+
+
+_FILE_TOO_LARGE = 223
+"""Windows's number for it, which is not among those that become EFBIG."""
 
 
 def check_written(plan: WritePlan) -> None:
@@ -142,5 +178,5 @@ def give_names(plan: WritePlan) -> None:
     """Give every partial file its name; those that an interrupted run has named already keep it."""
     for file in plan.files:
         if partial_path(file.path).exists():
-            os.replace(partial_path(file.path), file.path)
+            move(partial_path(file.path), file.path)
     sync_directory(plan.output.parent)

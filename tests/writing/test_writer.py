@@ -513,14 +513,101 @@ def test_a_run_that_died_while_shards_got_their_names_is_resumed(tiny_checkpoint
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == shards
 
 
+@pytest.fixture
+def without_pwrite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are written as on Windows."""
+    monkeypatch.setattr(place, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.delattr(os, "pwrite", raising=False)
+
+
+@pytest.mark.usefixtures("without_pwrite")
 def test_without_pwrite_the_file_is_the_same(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = write(tiny_checkpoint(), tmp_path / "whole.gguf").read_bytes()
-    monkeypatch.setattr(place, "sys", SimpleNamespace(platform="win32"))
-    monkeypatch.delattr(os, "pwrite", raising=False)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert write(tiny_checkpoint(), tmp_path / "a.gguf").read_bytes() == whole
+    output = write(tiny_checkpoint(), tmp_path / "a.gguf")
+    monkeypatch.undo()
+    assert output.read_bytes() == write(tiny_checkpoint(), tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.usefixtures("without_pwrite")
+def test_without_pwrite_threads_write_at_once_and_each_at_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_threads, far = 3, 5 * 2**30
+    together = threading.Barrier(n_threads, timeout=60)
+    write_some = os.write
+
+    used: set[int] = set()
+
+    def in_small_pieces(descriptor: int, data: memoryview) -> int:
+        used.add(descriptor)
+        together.wait()  # breaks where the writers wait for each other
+        return write_some(descriptor, data[:5])
+
+    file = PartialFile(tmp_path / "a", far + 100, keep=False)
+    monkeypatch.setattr(os, "write", in_small_pieces)
+    offsets = [0, 17, far]
+    writers = [threading.Thread(target=file.write_at, args=(at, memoryview(b"%010d" % at))) for at in offsets]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    monkeypatch.undo()
+    file.sync()
+    file.close()
+    file.close()
+    assert len(used) == n_threads
+    for descriptor in used:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+    with (tmp_path / "a").open("rb") as written:
+        for at in offsets:
+            written.seek(at)
+            assert written.read(10) == b"%010d" % at
+        assert os.fstat(written.fileno()).st_size == far + 100
+
+
+@pytest.mark.parametrize("system", ["linux", "win32"])
+def test_an_error_names_the_file_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(place, "sys", SimpleNamespace(platform=system))
+    for name in ("write", "pwrite"):
+        monkeypatch.setattr(os, name, fail, raising=False)
+    file = PartialFile(tmp_path / "a.partial", 10, keep=False)
+    with pytest.raises(OSError, match=r"a\.partial") as caught:
+        file.write_at(0, memoryview(b"x"))
+    file.close()
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path / "a.partial"))
+
+
+def test_a_disk_that_takes_nothing_and_says_nothing_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("write", "pwrite"):
+        monkeypatch.setattr(os, name, lambda *_: 0, raising=False)
+    file = PartialFile(tmp_path / "a", 10, keep=False)
+    with pytest.raises(OSError, match="takes no more bytes"):
+        file.write_at(0, memoryview(b"x"))
+    file.close()
+
+
+def test_a_file_that_cannot_get_its_size_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    def refuse(descriptor: int, n_bytes: int) -> None:
+        opened.append(descriptor)
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(place, "set_size", refuse)
+    with pytest.raises(OSError, match=r"a\.partial"):
+        PartialFile(tmp_path / "a.partial", 10, keep=False)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def test_ctrl_c_of_a_caller_without_a_cancel_event_is_resumable(tiny_checkpoint: Make, tmp_path: Path) -> None:
