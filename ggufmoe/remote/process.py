@@ -57,7 +57,7 @@ class ChildProcess:
         self._process = subprocess.Popen(
             _command(task), stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ | _ENVIRONMENT, creationflags=flags
         )
-        self._is_read = False
+        self._is_read = self._is_killed = False
         self._parent = os.getpid()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._lines: deque[str] = deque(maxlen=_MAX_LINES)
@@ -105,6 +105,7 @@ class ChildProcess:
             return
         self._outbox.put(None)
         if not self.wait(grace_s):
+            self._is_killed = True
             self._process.kill()
         self.wait(_KILLED_S)
         for thread in self._threads:
@@ -120,9 +121,10 @@ class ChildProcess:
     def how_it_ended(self) -> str:
         """Exit code or signal of a child that has ended, with the line that tells why, if there is one."""
         code = self._process.returncode
-        was_killed = code in (-signal.SIGTERM, -getattr(signal, "SIGKILL", 0))  # its last line is not the cause
+        was_killed = self._is_killed or (sys.platform != "win32" and code in (-signal.SIGTERM, -signal.SIGKILL))
+        # the last line of one that was killed is not the cause
         said = self.abort_message() or ("" if was_killed or not self._lines else self._lines[-1])
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        how = "still there" if code is None else exit_words(code)
         return f"{said} ({how})" if said else how
 
     def _listen(self) -> None:
@@ -141,6 +143,28 @@ class ChildProcess:
             while (data := self._outbox.get()) is not None:
                 stdin.write(data)
                 stdin.flush()
+
+
+def exit_words(code: int) -> str:
+    """``exit code 1``, ``signal 9``; for a crash on Windows ``exit code 0xc0000005 (access violation)``."""
+    if code < 0:
+        return f"signal {-code}"
+    if code <= _LARGEST_CHOSEN_CODE:
+        return f"exit code {code}"
+    known = _NT_STATUS.get(code)
+    return f"exit code {code:#x} ({known})" if known else f"exit code {code:#x}"
+
+
+_LARGEST_CHOSEN_CODE = 255
+_NT_STATUS = {
+    0xC0000005: "access violation",
+    0xC000001D: "illegal instruction",
+    0xC00000FD: "stack overflow",
+    0xC0000135: "a DLL is missing",
+    0xC000013A: "Ctrl-C",
+    0xC0000409: "abort",
+}
+"""With these numbers Windows ends a process that crashes, where other systems give a signal."""
 
 
 def _command(task: TaskName) -> list[str]:
@@ -179,8 +203,11 @@ def child_pipes() -> tuple[IO[bytes], IO[bytes]]:
 def leave_with_parent() -> None:
     """From now on leave at once when the parent has ended, whatever native code is doing.
 
-    The pipe from the parent tells as well, but processes that the parent has forked may hold that open.
+    The pipe from the parent tells as well, and on Windows alone, but processes that the parent has forked may hold that
+    open.
     """
+    if sys.platform == "win32":  # its processes do not fork, and keep the number of a parent that has ended
+        return
     parent = os.getppid()
 
     def follow() -> None:
