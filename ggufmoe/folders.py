@@ -1,4 +1,4 @@
-"""The folders in which this system wants programs to keep what they can make again."""
+"""The folders in which this system wants programs to keep what they can make again, and what they remember."""
 
 from __future__ import annotations
 
@@ -15,6 +15,23 @@ def user_cache_directory() -> Path:
         return Path.home() / "Library" / "Caches"
     given = os.environ.get("XDG_CACHE_HOME", "")
     return Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+
+
+def state_directory() -> Path | None:
+    """The user's folder for state that programs keep, for example the history of typed lines.
+
+    None for a user without a home, as in containers.
+    """
+    try:
+        if sys.platform == "win32":
+            base = user_cache_directory()
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Application Support"
+        else:
+            base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    except RuntimeError:
+        return None
+    return base / "ggufmoe"
 
 
 def cache_directory() -> Path | None:

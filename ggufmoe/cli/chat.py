@@ -15,9 +15,10 @@ import typer
 
 from ggufmoe.cli.console import note, printable
 from ggufmoe.cli.params import option_named, with_options, with_typed
-from ggufmoe.cli.terminal import load_engine, make_chat, speeds, state_directory, stream_answer, why_ended
+from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, ContextFullError, GgufmoeError, InputError, OptionError
+from ggufmoe.folders import state_directory
 from ggufmoe.options import ChatContextOptions, OffloadOptions, PromptOptions, SamplingOptions, StopOptions
 from ggufmoe.runtime.chat import Chat, Message
 from ggufmoe.runtime.events import Event, Timing

@@ -14,9 +14,9 @@ import typer
 
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.progress import ProgressLine
-from ggufmoe.cli.terminal import state_directory
 from ggufmoe.doctor import Finding, check_workers, examine
 from ggufmoe.errors import GgufmoeError, OptionError
+from ggufmoe.folders import state_directory
 from ggufmoe.options import OffloadOptions
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What the verbs that run a model share: loading it, streaming an answer, the line of speeds, the folders of state."""
+"""What the verbs that run a model share: loading it, streaming an answer, the line of speeds."""
 
 from __future__ import annotations
 
@@ -128,23 +128,6 @@ def speeds(timing: Timing) -> str:
 def _speed(tokens_per_s: float) -> str:
     """``, 12.3 tok/s``; empty where nothing was computed."""
     return f", {tokens_per_s:.1f} tok/s" if tokens_per_s else ""
-
-
-def state_directory() -> Path | None:
-    """The user's folder for state that programs keep, for example the history of typed lines.
-
-    None for a user without a home, as in containers.
-    """
-    try:
-        if sys.platform == "win32":
-            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Application Support"
-        else:
-            base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    except RuntimeError:
-        return None
-    return base / "ggufmoe"
 
 
 def rpc_cache_directory() -> Path:

@@ -15,6 +15,7 @@ from ggufmoe.cli.route import _read_prompts
 from ggufmoe.errors import InputError, OptionError, OutputError
 from ggufmoe.evaluation import chunks
 from ggufmoe.files import partial_path
+from ggufmoe.folders import state_directory
 from ggufmoe.runtime.chat import _read_conversation
 from tests.scripted import Scripted
 
@@ -31,7 +32,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_the_history_of_a_chat_is_not_kept() -> None:
-    assert terminal.state_directory() is None
+    assert state_directory() is None
     assert type(_history()).__name__ == "InMemoryHistory"
 
 
