@@ -44,6 +44,8 @@ class Progress:
 
 OnProgress = Callable[[Progress], None]
 
+_WAIT_S = 0.1
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -102,9 +104,12 @@ class Work:
         with ThreadPoolExecutor(n_threads) as pool:
             futures = [pool.submit(function, item) for item in items]
             try:
-                ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in ended:
-                    future.result()
+                pending = {*futures}
+                while pending:
+                    # Windows delivers Ctrl-C only between two waits
+                    ended, pending = wait(pending, _WAIT_S, FIRST_EXCEPTION)
+                    for future in ended:
+                        future.result()
                 return [future.result() for future in futures]
             except BaseException:
                 self._failed.set()
@@ -137,9 +142,11 @@ def usable_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine; 0 on Windows, which promises no more than it has."""
-    if sys.platform == "win32":
-        return 0
+    """Physical memory of this machine; 0 if the system does not tell."""
+    if sys.platform != "linux":
+        import psutil
+
+        return psutil.virtual_memory().total
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures._base import DoneAndNotDoneFutures
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +65,24 @@ def test_an_error_stops_the_other_threads_and_is_the_one_that_is_raised() -> Non
     with pytest.raises(GGUFError, match="the second"):
         call.map(fail_in_the_second, range(100), 2)
     assert begun == [0, 1]
+
+
+def test_the_caller_waits_in_short_pieces_between_which_windows_delivers_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float | None] = []
+
+    def recorded(pending: set[Future[int]], timeout: float | None, until: str) -> DoneAndNotDoneFutures[int]:
+        pauses.append(timeout)
+        return wait(pending, timeout, until)
+
+    monkeypatch.setattr(work, "_WAIT_S", 0.001)
+    monkeypatch.setattr(work, "wait", recorded)
+    late = threading.Timer(0.05, (released := threading.Event()).set)
+    late.start()
+    assert Work("x", 0).map(lambda number: released.wait(60) and number, [7, 8], 2) == [7, 8]
+    assert len(pauses) > 1
+    assert set(pauses) == {0.001}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -162,7 +180,11 @@ def test_a_manifest_is_made_by_as_many_threads_as_were_asked_for(
     assert pools == [5]
 
 
-def test_memory_is_unknown_on_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory_bytes() == 0 if sys.platform == "win32" else 2**28 < memory_bytes() < 2**50
-    monkeypatch.setattr(work, "sys", SimpleNamespace(platform="win32"))
-    assert memory_bytes() == 0
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_the_memory_of_this_machine(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux and psutil, which tells it on the other systems, agree."""
+    here = memory_bytes()
+    assert 2**28 < here < 2**50
+    monkeypatch.setattr(work, "sys", SimpleNamespace(platform=system))
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert memory_bytes() == here

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ggufmoe.cli.console import note, printable, without_controls
 from ggufmoe.cli.router import print_router
+from ggufmoe.files import allowed_name
 from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def default_output(source: str, quant: str, *, quiet: bool) -> Path:
     if path.suffix.lower() == ".gguf" and not is_copy:
         types = "|".join((*FileType.__members__, "FP16", "FP32"))
         name = re.sub(rf"[-._]({types})$", "", name, flags=re.IGNORECASE) or name
-    output = Path(f"{name}-{type_name}.gguf")
+    output = Path(allowed_name(f"{name}-{type_name}.gguf"))
     if not quiet:
         note(f"writes {printable(str(output))}; -o gives another name")
     return output
@@ -119,10 +120,12 @@ def _plan_lines(plan: WritePlan) -> list[str]:
     return lines
 
 
-def _peak_memory_bytes() -> int | None:
-    """The largest resident memory that this process has had; None on Windows."""
+def _peak_memory_bytes() -> int:
+    """The largest resident memory that this process has had."""
     if sys.platform == "win32":
-        return None
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

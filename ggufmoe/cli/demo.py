@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,7 +56,7 @@ def demo_command(
 def _make(console: Console, output: Path, quant: str) -> None:
     from ggufmoe.convert import convert
     from ggufmoe.demo import RECIPE
-    from ggufmoe.files import partial_path
+    from ggufmoe.files import delete, partial_path
     from ggufmoe.writing.place import journal_path
 
     _check_output(output)
@@ -70,7 +71,7 @@ def _make(console: Console, output: Path, quant: str) -> None:
         )
     except Cancelled:
         for left in (partial_path(output), journal_path(output)):
-            left.unlink(missing_ok=True)
+            delete(left)
         raise Cancelled("stopped; nothing is left behind") from None
     weights = f"{result.plan.n_weights / 1e6:.1f} M parameters"
     bits = f"{result.plan.bits_per_weight:.2f} bits each"
@@ -214,4 +215,6 @@ def program_as_typed() -> str:
 
 
 def _quoted(path: Path) -> str:
+    if sys.platform == "win32":  # its shells do not know single quotes
+        return subprocess.list2cmdline([str(path)])
     return shlex.quote(str(path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -64,11 +65,16 @@ class Interrupt:
 
     @contextlib.contextmanager
     def handled(self, *signals: signal.Signals) -> Iterator[None]:
-        """Handle ``signals`` (SIGINT and SIGTERM by default) within the block; only the main thread can."""
+        """Handle ``signals`` within the block; only the main thread can.
+
+        By default these are SIGINT, SIGTERM and on Windows SIGBREAK, which Ctrl-Break sends.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         numbers = signals or (signal.SIGINT, signal.SIGTERM)
+        if sys.platform == "win32" and not signals:
+            numbers += (signal.SIGBREAK,)
         previous = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             yield

@@ -22,6 +22,10 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         allowed = os.sched_getaffinity(0)
         return physical_cores(allowed, _TOPOLOGY) or len(allowed)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
     logical = os.cpu_count() or 1
     return logical if logical <= 4 else logical // 2
 

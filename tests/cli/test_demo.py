@@ -10,9 +10,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ggufmoe.cli import demo
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.demo import bars_for, program_as_typed
@@ -91,6 +93,12 @@ def test_commands_name_the_program_as_it_was_typed(
     monkeypatch.setattr(shutil, "which", lambda _: found)
     monkeypatch.setattr(sys, "argv", [typed.replace("HERE", str(tmp_path)), "demo"])
     assert program_as_typed() == shown
+
+
+def test_commands_quote_paths_as_windows_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "sys", SimpleNamespace(platform="win32"))
+    assert demo._quoted(Path("my models/a.gguf")) == '"my models/a.gguf"'
+    assert demo._quoted(Path("a.gguf")) == "a.gguf"
 
 
 def test_bars_are_characters_that_the_terminal_has() -> None:
