@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,4 +89,48 @@ def test_a_file_system_without_locks_is_written_without_one(tmp_path: Path, monk
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock.output_lock(tmp_path / "a.gguf"):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+class Msvcrt:
+    """Windows's locks: a byte of a file is locked until its descriptor is closed, and an open file is not deleted."""
+
+    LK_NBLCK = 2
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.owners: dict[int, int] = {}
+        close, unlink = os.close, Path.unlink
+
+        def release(descriptor: int) -> None:
+            self.owners.pop(descriptor, None)
+            close(descriptor)
+
+        def refuse_open(path: Path, missing_ok: bool = False) -> None:
+            if path.stat().st_ino in self.owners.values():
+                raise PermissionError(errno.EACCES, "in use")
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(os, "close", release)
+        monkeypatch.setattr(Path, "unlink", refuse_open)
+        monkeypatch.setattr(lock, "sys", SimpleNamespace(platform="win32"))
+        monkeypatch.setitem(sys.modules, "msvcrt", self)
+
+    def locking(self, descriptor: int, mode: int, n_bytes: int) -> None:
+        assert (mode, n_bytes, os.lseek(descriptor, 0, os.SEEK_CUR)) == (self.LK_NBLCK, 1, 2**30)
+        file = os.fstat(descriptor).st_ino
+        if file in self.owners.values():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        self.owners[descriptor] = file
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the other tests ask Windows itself")
+def test_the_locks_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, msvcrt = tmp_path / "a.gguf", Msvcrt(monkeypatch)
+    with output_lock(output):
+        with pytest.raises(OutputError, match=f"is being written by process {os.getpid()}"), output_lock(output):
+            pass
+        assert len(msvcrt.owners) == 1
+    with output_lock(output):
+        pass
+    assert msvcrt.owners == {}
     assert list(tmp_path.iterdir()) == []
