@@ -39,6 +39,7 @@ from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import check_prompts, make_router
 from ggufmoe.merge.targets import EXPERT_MATRICES, ROUTER, kept_names, needed_rule, target_family
 from ggufmoe.merge.tokens import BASE, GatheredRows, KnownTokens, TokenPlan, plan_tokens
+from ggufmoe.quant.kernels.conversions import CONVERSIONS
 from ggufmoe.version import __version__
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
@@ -68,10 +69,11 @@ class RoundedTensor:
         raw: NDArray[Any] = np.empty(out.shape, dtype=self._source.dtype.numpy)
         self._source.read_rows(start, stop, raw)
         rows = np.empty(out.shape, dtype=np.float32)
-        convert_floats(raw, rows)
+        # not cached: it is not known here whether the user allows that, and compiling takes a moment
+        CONVERSIONS.convert(raw, rows, cache=False)
         if self._changes is not None:
             self._changes.apply(rows, start, self._source.dtype)
-        convert_floats(rows, out)
+        CONVERSIONS.convert(rows, out, cache=False)
 
 
 class Changes:
