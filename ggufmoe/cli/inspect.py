@@ -314,10 +314,17 @@ def _network(report: ModelReport) -> list[tuple[str, str | None]]:
         ("width", _number(hyper.n_embd)),
         ("feed-forward", _number(hyper.n_ff)),
         ("heads", _heads(report)),
-        ("window", _with_unit(hyper.sliding_window, "tokens")),
+        ("window", _window(report)),
+        ("recurrent", f"{report.n_recurrent_layers} layers" if report.n_recurrent_layers else None),
         ("rope", _rope(report)),
         *hyper.expert_facts(),
     ]
+
+
+def _window(report: ModelReport) -> str | None:
+    window = _with_unit(report.hyper.sliding_window, "tokens")
+    n = report.n_windowed_layers
+    return f"{window or 'that of the architecture'}, in {n} of {report.hyper.n_layer} layers" if n else window
 
 
 def _heads(report: ModelReport) -> str | None:

@@ -1,6 +1,6 @@
 """The hyper-parameters of a model as its header states them, with one set of defaults for every reader.
 
-Values of a wrong type count as absent. The memory that a model takes is computed from these in ``placement``.
+Values of a wrong type count as absent. What layers keep of a text is in ``layer_memory``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.own_keys import SLIDING_WINDOW
-from ggufmoe.gguf.upstream import LLAMA, Keys
+from ggufmoe.gguf.upstream import Keys
 
 Layers = int | tuple[int, ...] | None
 """One number for all layers, one for each layer where they differ, or None where the header states none."""
@@ -108,10 +108,12 @@ class Hyper:
     expert_weights_norm: bool | None
     """Whether the weights of the chosen experts are rescaled to sum to one."""
     expert_weights_scale: float | None
+    n_expert_groups: int | None
+    """Groups of equal size that the experts of a layer lie in."""
+    n_group_used: int | None
+    """So many groups are chosen first; experts are chosen from these only."""
     n_leading_dense: int | None
     """So many of the first layers have no experts."""
-    has_plain_cache: bool
-    """Whether each layer with attention keeps the keys and values of all tokens, as in a plain transformer."""
     malformed: frozenset[str]
     """Keys that should hold a count, or one for each layer, and hold something else."""
 
@@ -125,6 +127,9 @@ class Hyper:
             return template.format(arch=architecture)
 
         gating = typed.whole(key(Keys.LLM.EXPERT_GATING_FUNC))
+        # qwen2moe and granitemoe state the width of their shared expert alone
+        shared_width = typed.whole(key(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH))
+        graph_gating, _ = _ROUTED_BY_GRAPH.get(architecture or "", (None, None))
         return cls(
             architecture=architecture,
             n_layer=typed.whole(key(Keys.LLM.BLOCK_COUNT)),
@@ -146,12 +151,13 @@ class Hyper:
             rope_scaling_factor=typed.number(key(Keys.Rope.SCALING_FACTOR)),
             n_expert=max(typed.whole(key(Keys.LLM.EXPERT_COUNT)) or 0, 0),
             n_expert_used=max(typed.whole(key(Keys.LLM.EXPERT_USED_COUNT)) or 0, 0),
-            n_expert_shared=typed.whole(key(Keys.LLM.EXPERT_SHARED_COUNT)),
-            expert_gating=None if gating is None else _GATINGS.get(gating, f"function {gating}"),
-            expert_weights_norm=typed.flag(key(Keys.LLM.EXPERT_WEIGHTS_NORM)),
+            n_expert_shared=typed.whole(key(Keys.LLM.EXPERT_SHARED_COUNT)) or (shared_width and 1),
+            expert_gating=graph_gating or (None if gating is None else _GATINGS.get(gating, f"function {gating}")),
+            expert_weights_norm=_rescales(architecture, typed.flag(key(Keys.LLM.EXPERT_WEIGHTS_NORM))),
             expert_weights_scale=typed.number(key(Keys.LLM.EXPERT_WEIGHTS_SCALE)),
+            n_expert_groups=typed.whole(key(Keys.LLM.EXPERT_GROUP_COUNT)),
+            n_group_used=typed.whole(key(Keys.LLM.EXPERT_GROUP_USED_COUNT)),
             n_leading_dense=typed.whole(key(Keys.LLM.LEADING_DENSE_BLOCK_COUNT)),
-            has_plain_cache=architecture == LLAMA or not any(typed.plain(key(other)) for other in _OTHER_CACHES),
             malformed=frozenset(stated for stated in map(key, _COUNTS) if not typed.has_count(stated)),
         )
 
@@ -164,37 +170,49 @@ class Hyper:
         scale, dense = self.expert_weights_scale, self.n_leading_dense
         rescaled = {None: "", True: "rescaled to one", False: "not rescaled"}[self.expert_weights_norm]
         weights = [rescaled, f"times {scale:g}" if scale and scale != 1 else ""]
+        n_groups = self.n_expert_groups or 0
         facts = [
             ("shared experts", f"{self.n_expert_shared}, on every token" if self.n_expert_shared else ""),
             ("gating", self.expert_gating or ""),
             ("expert weights", ", ".join(filter(None, weights))),
+            ("expert groups", f"{n_groups}, chosen from {self.n_group_used}" if n_groups > 1 else ""),
             ("dense layers", f"the first {dense}, without experts" if dense else ""),
         ]
         return [(name, text) for name, text in facts if text] if self.n_expert else []
 
-    def cached_values(self, layer: int) -> tuple[int, int]:
-        """Elements that one token adds to the KV cache of a layer with attention: of keys, and of values."""
-        n_head = at_layer(self.n_head, layer)
-        n_head_kv = at_layer(self.n_head_kv, layer, n_head)
-        width = largest(self.n_embd) // max(n_head, 1)
-        return n_head_kv * largest(self.key_length, width), n_head_kv * largest(self.value_length, width)
-
 
 _GATINGS = {0: "none", 1: "softmax", 2: "sigmoid", 3: "softmax of the chosen", 4: "square root of softplus"}
 """``llama_expert_gating_func_type`` of llama.cpp's src/llama-hparams.h."""
-_OTHER_CACHES = (
-    Keys.Attention.SLIDING_WINDOW,
-    Keys.Attention.KV_LORA_RANK,
-    Keys.SSM.STATE_SIZE,
-    Keys.Attention.SHARED_KV_LAYERS,
-)
-"""A model of another architecture than llama that states one of these keeps less than all keys and values."""
+_ROUTED_BY_GRAPH: dict[str, tuple[str | None, bool | None]] = {
+    "qwen2moe": ("softmax", False),
+    "qwen3moe": ("softmax", True),
+    "qwen3next": ("softmax", True),
+    "qwen35moe": ("softmax", True),
+    "olmoe": ("softmax", False),
+    "granitemoe": ("softmax", True),
+    "gpt-oss": ("softmax of the chosen", None),
+    "deepseek": ("softmax", False),
+    "ernie4_5-moe": ("softmax", True),
+    "lfm2moe": (None, True),
+}
+"""Gating function, and whether weights are rescaled, where llama.cpp's graph decides it whatever the file states.
+
+Source: the calls of ``build_moe_ffn`` in src/models (commit 0c1e57098)."""
+_NOT_RESCALED_UNLESS_STATED = {"afmoe", "bailingmoe", "bailingmoe2", "deepseek2", "dots1", "exaone-moe", "glm4moe"}
+"""Architectures whose graph takes the flag from the file, where it is false if absent."""
 _COUNTS = (
     Keys.LLM.BLOCK_COUNT,
     Keys.Attention.HEAD_COUNT,
     Keys.Attention.HEAD_COUNT_KV,
     Keys.LLM.EXPERT_COUNT,
 )
+
+
+def _rescales(architecture: str | None, stated: bool | None) -> bool | None:
+    _, by_graph = _ROUTED_BY_GRAPH.get(architecture or "", (None, None))
+    if by_graph is not None:
+        return by_graph
+    return False if stated is None and architecture in _NOT_RESCALED_UNLESS_STATED else stated
 
 
 def largest(layers: Layers, default: int = 0) -> int:

@@ -16,6 +16,7 @@ from ggufmoe.errors import GGUFError
 from ggufmoe.files import user_path
 from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, read_header
 from ggufmoe.gguf.hyper import Hyper
+from ggufmoe.gguf.layer_memory import ModelMemory
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import Keys
 
@@ -58,6 +59,11 @@ class ModelHeader:
     def hyper(self) -> Hyper:
         """The model's hyper-parameters."""
         return Hyper.of(self.metadata)
+
+    @cached_property
+    def memory(self) -> ModelMemory:
+        """What the model's layers keep of a text."""
+        return ModelMemory.of(self.metadata)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The plain value of a metadata key, or ``default`` where the model has none."""

@@ -51,6 +51,8 @@ _REPORTED_HYPER = (
     "expert_gating",
     "expert_weights_norm",
     "expert_weights_scale",
+    "n_expert_groups",
+    "n_group_used",
     "n_leading_dense",
 )
 """Hyper-parameters that the JSON of a report has, in this order."""
@@ -145,6 +147,10 @@ class ModelReport:
     n_parameters: int
     n_active_parameters: int
     n_tensors: int
+    n_windowed_layers: int
+    """Layers that attend to a sliding window only."""
+    n_recurrent_layers: int
+    """Layers that keep a state of fixed size."""
     hyper: Hyper
     parts: tuple[Share, ...]
     types: tuple[Share, ...]
@@ -206,6 +212,8 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: HostM
         n_parameters=sum(part.n_parameters for part in parts),
         n_active_parameters=_active_parameters(parts, hyper),
         n_tensors=len(model.tensors),
+        n_windowed_layers=model.memory.n_windowed,
+        n_recurrent_layers=model.memory.n_recurrent,
         hyper=hyper,
         parts=parts,
         types=_shares(model.tensors, lambda tensor: tensor.type.name),

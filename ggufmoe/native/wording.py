@@ -16,12 +16,12 @@ PLACEMENT_LINES = re.compile(r"buffer size = |buffer type overridden to |: offlo
 SIZE_STEP_BYTES = 0.005 * 2**20
 """Sizes are logged in MiB with two decimals: by so much they may be wrong."""
 
-_BUFFER = re.compile(r": +(?P<name>\S+) +(?P<content>model|KV|compute) buffer size = +(?P<mib>[\d.]+) MiB")
+_BUFFER = re.compile(r": +(?P<name>\S+) +(?P<content>model|KV|RS|compute) buffer size = +(?P<mib>[\d.]+) MiB")
 _OVERRIDDEN = re.compile(r"tensor (\S+) .*buffer type overridden to (\S+)")
 _OFFLOADED = re.compile(r": offloaded (\d+)/\d+ layers")
 
-Content = Literal["model", "KV", "compute"]
-"""What a buffer is for."""
+Content = Literal["model", "KV", "RS", "compute"]
+"""What a buffer is for: weights, keys and values, recurrent states, or intermediate results."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def buffer_size(line: str) -> BufferSize | None:
     found = _BUFFER.search(line)
     if found is None:
         return None
-    content: Content = found["content"]  # type: ignore[assignment]  # one of the three by the pattern
+    content: Content = found["content"]  # type: ignore[assignment]  # one of them by the pattern
     return BufferSize(found["name"], content, round(float(found["mib"]) * 2**20))
 
 

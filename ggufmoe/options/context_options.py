@@ -58,6 +58,12 @@ class ComputeOptions:
     flash_attn: Literal["on", "off", "auto"] = option("auto", "-fa", "--flash-attn", help="Use flash attention.")
     cache_type_k: CacheType = option("f16", "-ctk", "--cache-type-k", help="Type of the keys in the KV cache.")
     cache_type_v: CacheType = option("f16", "-ctv", "--cache-type-v", help="Type of the values in the KV cache.")
+    swa_full: bool = option(
+        False,
+        "--swa-full",
+        help="Keep all tokens also in layers that attend to a sliding window only: takes more memory, and any earlier "
+        "part of a text can be continued without computing it again.",
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -165,6 +171,7 @@ class EvaluationKeywords(TypedDict, total=False):
     flash_attn: Literal["on", "off", "auto"]
     cache_type_k: CacheType
     cache_type_v: CacheType
+    swa_full: bool
     chunks: int
 
 

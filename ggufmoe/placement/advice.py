@@ -71,11 +71,28 @@ def notes_of(plan: OffloadPlan, rules: PlacementRules) -> Iterator[str]:
         way_out = "leave it out with --no-repack" if is_short else "--no-repack leaves it out"
         copy = f"{memory_size(host.repacked_bytes)} are a copy of weights, rearranged for this CPU"
         yield f"{copy} beside the mapped file: {way_out}"
-    if not footprint.hyper.has_plain_cache:
-        architecture = footprint.hyper.architecture
-        yield f"the KV cache of {architecture} is not that of a plain transformer: its size is an upper estimate"
+    yield from _memory_notes(footprint)
     if not plan.is_exact:
         yield f"--split-mode {rules.offload.split_mode} cuts tensors: what each GPU gets is an estimate"
+
+
+def _memory_notes(footprint: Footprint) -> Iterator[str]:
+    memory, n_layer = footprint.model.memory, footprint.n_layer
+    if not memory.is_exact:
+        architecture = footprint.hyper.architecture
+        yield f"the KV cache of {architecture} is not that of a plain transformer: its size is an upper estimate"
+    if memory.n_windowed and footprint.saved_by_windows:
+        saved = memory_size(footprint.saved_by_windows)
+        yield (
+            f"{memory.n_windowed} of {n_layer} layers keep only the last {memory.window} tokens and those being "
+            f"computed: --swa-full keeps all, which takes {saved} more and lets any earlier part of a text be continued"
+        )
+    if memory.n_recurrent:
+        size = memory_size(footprint.state_bytes)
+        yield (
+            f"{memory.n_recurrent} of {n_layer} layers keep a state of fixed size, {size} in all: a text can be "
+            "continued at its end, and at the ends of earlier prompts"
+        )
 
 
 def _expert_note(plan: OffloadPlan) -> str:

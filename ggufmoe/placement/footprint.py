@@ -1,27 +1,30 @@
 """What a model is made of, as far as memory goes: its tensors by layer, its KV cache and its compute buffers.
 
-Read from the header and the options alone; ``offload`` decides where all of it goes. Tensor sizes and the KV cache of
-plain transformers are exact, compute buffers are estimates.
+Read from the header and the options alone; ``offload`` decides where all of it goes. Tensor sizes and what layers keep
+of a text (``gguf.layer_memory``) are exact, compute buffers are estimates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ggufmoe.errors import OptionError
 from ggufmoe.gguf.checks import check_loadable
-from ggufmoe.gguf.header import TensorInfo
-from ggufmoe.gguf.hyper import Hyper, largest
+from ggufmoe.gguf.header import TensorInfo, padded
+from ggufmoe.gguf.hyper import largest
+from ggufmoe.gguf.layer_memory import LayerMemory
 from ggufmoe.gguf.model import ModelHeader, check_kind
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, is_input, is_offloadable_expert, is_rope_table, layer_of
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.options.limits import rounded_context
+from ggufmoe.options.limits import CONTEXT_STEP_TOKENS, rounded_context
 
 DEFAULT_MAX_CTX = 4096
 """Tokens of context when the caller names none and the model was trained for more."""
+_FLOAT_BYTES = 4
+"""llama.cpp keeps recurrent states in float32."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class WeightTensor:
     """A tensor of the file, or its second use: an embedding that is the output, too. ``offset`` counts in its shard.
 
     ``layer`` is -1 for the input, the number of layers for the output, None where every layer's device has a copy.
+    ``is_product``: a matrix, or a stack of experts' matrices, that activations are multiplied by. The CPU's backend
+    rearranges no other weights (``supports_op`` of ggml-cpu/repack.cpp), such as the stack of DeepSeek's ``attn_k_b``.
     """
 
     name: str
@@ -96,22 +101,43 @@ class Footprint:
 
     @cached_property
     def kv_layers(self) -> tuple[int, ...]:
-        """Bytes of keys and values of each layer; 0 for layers without attention."""
-        attention = {layer_of(name) for name in self.names if ".attn_" in name}
-        return tuple(
-            kv_cache_bytes(self.hyper, layer, self.n_ctx, self.context) if layer in attention else 0
-            for layer in range(self.n_layer)
-        )
+        """Bytes that each layer keeps of a text: keys and values, a window of them, or a recurrent state."""
+        return tuple(self._kept_bytes(layer, self.context) for layer in self.model.memory.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the recurrent states in ``kv_layers``."""
+        return sum(_FLOAT_BYTES * layer.n_state * self.context.n_seq_max for layer in self.model.memory.layers)
+
+    @property
+    def saved_by_windows(self) -> int:
+        """Bytes that ``kv_layers`` would grow by with ``swa_full``."""
+        full = replace(self.context, swa_full=True)
+        return sum(self._kept_bytes(layer, full) for layer in self.model.memory.layers) - sum(self.kv_layers)
+
+    def _kept_bytes(self, layer: LayerMemory, context: ContextOptions) -> int:
+        memory, n_ctx = self.model.memory, self.n_ctx
+        if layer.is_windowed and not context.swa_full:
+            n_ctx = context.n_seq_max * window_tokens(memory.window, n_ctx // context.n_seq_max, self._n_ubatch)
+        if layer.n_values and memory.pads_values and context.flash_attn == "off":
+            layer = replace(layer, n_values=memory.widest_values)
+        return kv_cache_bytes(layer, n_ctx, context) + _FLOAT_BYTES * layer.n_state * context.n_seq_max
 
     @property
     def compute_bytes(self) -> int:
         """Estimate of the buffer for the graph's largest step, on a device that computes layers."""
         n_tokens, n_embd = self._n_ubatch, largest(self.hyper.n_embd)
         experts = (self.n_expert_used or 1) * (3 * largest(self.hyper.n_ff) + n_embd) + 3 * n_embd
-        output = largest(self.hyper.n_vocab) + 2 * n_embd
+        output = self._n_output_rows + 2 * n_embd
         scores = 2 * largest(self.hyper.n_head) * self.n_ctx if self.context.flash_attn == "off" else 0
         mask = 2 * n_tokens * self.n_ctx
         return 4 * n_tokens * max(experts, output, scores) + mask
+
+    @property
+    def _n_output_rows(self) -> int:
+        """Number of tokens that the model computes logits for; most files state it only by the shape of tensors."""
+        shapes = (tensor.shape for tensor in self.tensors if tensor.name in (OUTPUT, TOKEN_EMBEDDING))
+        return max((shape[0] for shape in shapes if shape), default=largest(self.hyper.n_vocab))
 
     @property
     def host_compute_bytes(self) -> int:
@@ -129,17 +155,24 @@ def context_tokens(context: ContextOptions, n_ctx_train: int) -> int:
     return context.n_ctx or n_ctx_train
 
 
-def kv_cache_bytes(hyper: Hyper, layer: int, n_tokens: int, context: ContextOptions) -> int:
-    """Bytes of the keys and values of ``n_tokens`` in one layer with attention, in the types of ``context``."""
+def window_tokens(window: int, n_ctx: int, n_ubatch: int) -> int:
+    """Tokens of one text that a layer with a sliding window has room for (llama-kv-cache-iswa.cpp)."""
+    return padded(min(n_ctx, window + n_ubatch), CONTEXT_STEP_TOKENS)
+
+
+def kv_cache_bytes(layer: LayerMemory, n_tokens: int, context: ContextOptions) -> int:
+    """Bytes of the keys and values of ``n_tokens`` in a layer, in the types of ``context``."""
     total = 0.0
-    names = (context.cache_type_k, context.cache_type_v)
-    for n_values, name in zip(hyper.cached_values(layer), names, strict=True):
+    for n_values, name in ((layer.n_keys, context.cache_type_k), (layer.n_values, context.cache_type_v)):
         kind = GGMLType[name.upper()]
         total += n_values * n_tokens / kind.block_size * kind.block_bytes
     return int(total)
 
 
 def _weight_tensor(info: TensorInfo, shard: int, offset: int, layer: int | None) -> WeightTensor:
+    is_expert = is_offloadable_expert(info.name)
+    # ggml does not count leading dimensions of one
+    n_dims = next((len(info.shape) - index for index, size in enumerate(info.shape) if size > 1), 1)
     return WeightTensor(
         name=info.name,
         type=info.type,
@@ -148,6 +181,6 @@ def _weight_tensor(info: TensorInfo, shard: int, offset: int, layer: int | None)
         shard=shard,
         offset=offset,
         layer=layer,
-        is_expert=is_offloadable_expert(info.name),
-        is_product=layer != -1 and len(info.shape) > 1 and info.name.endswith(".weight"),
+        is_expert=is_expert,
+        is_product=layer != -1 and n_dims == (3 if is_expert else 2) and info.name.endswith(".weight"),
     )

@@ -17,11 +17,16 @@ from ggufmoe.placement.devices import DeviceTable
 from ggufmoe.placement.offload_plan import DeviceShare, OffloadPlan
 
 _MIB = 2**20
+_MAX_KV_LINES = 3
+"""libllama logs a device's full KV cache, that of sliding windows and recurrent states in a line each."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What libllama logged: bytes by buffer (to 0.01 MiB), buffers of overridden tensors, number of layers on GPUs."""
+    """What libllama logged: bytes by buffer (to 0.01 MiB), buffers of overridden tensors, number of layers on GPUs.
+
+    ``kv_bytes`` holds keys, values and recurrent states.
+    """
 
     weight_bytes: Mapping[str, int]
     kv_bytes: Mapping[str, int]
@@ -48,7 +53,8 @@ def placement_of(plan: OffloadPlan, lines: Iterable[str], machine: DeviceTable) 
 
 def read_report(lines: Iterable[str]) -> LoadReport:
     """Sum up the log lines of a load; lines that match none of ``PLACEMENT_LINES`` do not count."""
-    sizes: dict[Content, dict[str, int]] = {"model": {}, "KV": {}, "compute": {}}
+    kept: dict[str, int] = {}
+    sizes: dict[Content, dict[str, int]] = {"model": {}, "KV": kept, "RS": kept, "compute": {}}
     overridden: dict[str, str] = {}
     n_offloaded: int | None = None
     for line in lines:
@@ -59,7 +65,7 @@ def read_report(lines: Iterable[str]) -> LoadReport:
             overridden[moved[0]] = moved[1]
         elif (n_layers := offloaded_layers(line)) is not None:
             n_offloaded = n_layers
-    return LoadReport(sizes["model"], sizes["KV"], sizes["compute"], overridden, n_offloaded)
+    return LoadReport(sizes["model"], kept, sizes["compute"], overridden, n_offloaded)
 
 
 def _differences(plan: OffloadPlan, report: LoadReport, buffers: Mapping[str, str]) -> Iterator[str]:
@@ -71,8 +77,8 @@ def _differences(plan: OffloadPlan, report: LoadReport, buffers: Mapping[str, st
     gpu_buffers = {name for share in plan.shares[:-1] for name in _names(buffers[share.device])}
     for share in plan.shares:
         mine = _names(buffers[share.device]) if share.device in buffers else None
-        for what, planned, reported in _sums(share, report, mine, gpu_buffers):
-            n_lines = 1 + len(share.buffers)
+        for what, planned, reported in _sums(share, report, mine, gpu_buffers, is_kv_exact=plan.is_kv_exact):
+            n_lines = _MAX_KV_LINES + len(share.buffers)
             if abs(planned - reported) > 0.01 * reported + n_lines * SIZE_STEP_BYTES:
                 numbers = f"planned {planned / _MIB:.2f} MiB, libllama says {reported / _MIB:.2f} MiB"
                 yield f"{share.device}: {what}: {numbers}"
@@ -83,12 +89,12 @@ def _names(buffer: str) -> set[str]:
 
 
 def _sums(
-    share: DeviceShare, report: LoadReport, mine: set[str] | None, gpu_buffers: set[str]
+    share: DeviceShare, report: LoadReport, mine: set[str] | None, gpu_buffers: set[str], *, is_kv_exact: bool
 ) -> Iterator[tuple[str, int, int]]:
     """Planned and reported bytes of weights and of the KV cache. Buffers that belong to no GPU count for the CPU."""
-    for what, planned, reported in (
-        ("weights", share.weight_bytes, report.weight_bytes),
-        ("KV cache", share.kv_bytes, report.kv_bytes),
-    ):
+    compared = [("weights", share.weight_bytes, report.weight_bytes)]
+    if is_kv_exact:
+        compared.append(("KV cache", share.kv_bytes, report.kv_bytes))
+    for what, planned, reported in compared:
         names = set(reported) - gpu_buffers if mine is None else mine & set(reported)
         yield what, planned, sum(reported[name] for name in names)

@@ -48,6 +48,7 @@ def plan_offload(
         uses_mmap=rules.uses_mmap,
         fitted=choice.fitted,
         is_exact=offload.split_mode in ("none", "layer"),
+        is_kv_exact=model.memory.is_exact,
     )
     return replace(plan, warnings=tuple(warnings_of(plan, rules, choice)), notes=tuple(notes_of(plan, rules)))
 

@@ -62,7 +62,7 @@ class BufferShare:
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """What one device gets. ``compute_bytes`` is an estimate; weights and KV cache of plain transformers are exact.
+    """What one device gets. ``compute_bytes`` is an estimate; ``kv_bytes`` counts recurrent states too.
 
     ``layers`` are numbered from 0, the output follows the last layer; ``expert_layers`` are those whose experts the
     device holds.
@@ -99,7 +99,8 @@ class OffloadPlan:
 
     ``tensor_split`` has a number for each GPU. Of the ``overrides``, the first whose pattern matches a tensor counts.
     ``fitted``: something was chosen so that the model fits. ``is_exact``: the plan can be compared with libllama's
-    report, which is not so where rows or tensors are split over several GPUs.
+    report, which is not so where rows or tensors are split over several GPUs. ``is_kv_exact``: so can its KV cache,
+    which is not so for architectures with a cache of their own.
     """
 
     shares: tuple[DeviceShare, ...]
@@ -113,6 +114,7 @@ class OffloadPlan:
     uses_mmap: bool
     fitted: bool
     is_exact: bool
+    is_kv_exact: bool
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

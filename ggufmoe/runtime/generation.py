@@ -193,7 +193,7 @@ class Generation:
             return cache.compute(self._tokens[n:-1])
         with self._watch.prompt():
             self._watch.cached_tokens = n = cache.reuse(self._tokens)
-            done = cache.compute(self._tokens[n:])
+            done = cache.compute_prompt(self._tokens[n:])
             cache.synchronize()
         if not done:
             self._watch.prompt_tokens = max(n, len(cache.tokens))

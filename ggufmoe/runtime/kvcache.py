@@ -2,12 +2,16 @@
 
 Everything here runs in the engine's native thread. When another text takes the place of a conversation, a copy of the
 conversation's cache is kept in main memory, within a limit; returning to it costs a copy and no computing.
+
+Not every model can go back to an earlier token: layers with a sliding window forget what is behind it, and recurrent
+layers have only the state after the newest token. For these, checkpoints of such layers are taken at the ends of
+prompts; where no checkpoint helps, the text is computed again.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +32,9 @@ ComputedBy = Literal["cpu", "gpu", "worker"]
 _SEQUENCE = 0
 _ABORTED = 2
 _NO_ROOM = 1
+_PARTIAL_ONLY = 1
+"""LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY of llama.h: the state of sliding windows and recurrent layers alone."""
+_MAX_CHECKPOINTS = 8
 _WORTH_KEEPING_TOKENS = 16
 """If fewer tokens than this would be lost, they are computed again rather than copied."""
 _WORTH_KEEPING_PART = 8
@@ -35,11 +42,29 @@ _WORTH_KEEPING_PART = 8
 
 
 @dataclass(frozen=True)
+class _CacheCheckpoint:
+    """What layers that forget held after ``n_tokens`` of a text."""
+
+    n_tokens: int
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class SavedState:
-    """A text, and llama.cpp's state of its KV cache."""
+    """A text, and llama.cpp's state of its KV cache.
+
+    ``first``: the first token that all layers hold in ``data``; 0 but for models that forget, which have
+    ``checkpoints``.
+    """
 
     tokens: tuple[int, ...]
     data: NDArray[np.uint8]
+    first: int = 0
+    checkpoints: tuple[_CacheCheckpoint, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        return self.data.nbytes + sum(point.data.nbytes for point in self.checkpoints)
 
 
 class SavedStates:
@@ -51,7 +76,7 @@ class SavedStates:
 
     @property
     def n_bytes(self) -> int:
-        return sum(state.data.nbytes for state in self._states)
+        return sum(state.n_bytes for state in self._states)
 
     def add(self, state: SavedState) -> None:
         """Keep ``state`` and drop texts that are a prefix of it, then the oldest until all fit ``max_bytes``."""
@@ -60,9 +85,9 @@ class SavedStates:
         while self.n_bytes > self.max_bytes:
             self._states.pop(0)
 
-    def best(self, tokens: Sequence[int]) -> SavedState | None:
-        """The text that shares the longest prefix with ``tokens``."""
-        return max(self._states, key=lambda state: common_prefix(state.tokens, tokens), default=None)
+    def best(self, n_usable: Callable[[SavedState], int]) -> SavedState | None:
+        """The text of which most tokens can be used; ``n_usable`` counts them."""
+        return max(self._states, key=n_usable, default=None)
 
     def remove(self, state: SavedState) -> None:
         """Drop the copy of a text, for example because it is in the cache again."""
@@ -74,6 +99,9 @@ class SavedStates:
 
 class KVCache:
     """The cache of ``context`` (a ``llama_context *``, which must live longer), and computing with it.
+
+    ``window``: tokens that the layers with a sliding window attend to, 0 without such layers. ``is_recurrent``: whether
+    some layers keep a state of the whole text.
 
     llama.cpp checks the ``abort_flag`` only where the CPU computes, and returns from a batch before a worker has
     computed it. So prompts are given to GPUs and workers in parts of one ubatch.
@@ -91,9 +119,14 @@ class KVCache:
         abort_flag: ctypes.Array[ctypes.c_char],
         computed_by: ComputedBy,
         spin_limit: SpinLimit,
+        window: int = 0,
+        is_recurrent: bool = False,
     ) -> None:
         self._api = api
         self._spin_limit = spin_limit
+        self._window = window
+        self._is_recurrent = is_recurrent
+        self._checkpoints: list[_CacheCheckpoint] = []
         self._abort_flag = abort_flag
         self._computed_by = computed_by
         self.context = context
@@ -133,6 +166,7 @@ class KVCache:
     def _empty(self) -> None:
         self._api.llama_memory_clear(self._memory, False)
         self.tokens = []
+        self._checkpoints = []
         self._chunks_of = None
         self._shift_pending = False
 
@@ -147,8 +181,8 @@ class KVCache:
         self._drop_chunks()
         wanted = prompt[:-1]
         n = common_prefix(self.tokens, wanted)
-        best = self.saved.best(wanted)
-        better = best if best and common_prefix(best.tokens, wanted) >= n + _WORTH_KEEPING_TOKENS else None
+        best = self.saved.best(lambda state: self._n_usable(state, wanted))
+        better = best if best and self._n_usable(best, wanted) >= self._n_reachable(n) + _WORTH_KEEPING_TOKENS else None
         lost = len(self.tokens) - n
         if lost >= _WORTH_KEEPING_TOKENS and (better or lost * _WORTH_KEEPING_PART >= len(self.tokens)):
             self.set_aside()
@@ -167,13 +201,71 @@ class KVCache:
         ):
             self.saved.add(self.state())
 
+    # ---- going back
+
+    def _n_usable(self, state: SavedState, wanted: Sequence[int]) -> int:
+        """Tokens of ``state`` at the beginning of ``wanted`` that need not be computed again."""
+        n = common_prefix(state.tokens, wanted)
+        return self._nearest(n, len(state.tokens), state.first, state.checkpoints)
+
+    def _n_reachable(self, n: int) -> int:
+        """The number of tokens, at most ``n``, that ``_cut`` can keep."""
+        return self._nearest(n, len(self.tokens), self._first_held(), self._checkpoints)
+
+    def _nearest(self, n: int, n_held: int, first: int, checkpoints: Iterable[_CacheCheckpoint]) -> int:
+        """``n``, or the nearest number of tokens below it that a text of ``n_held`` tokens can be cut to."""
+        if self._can_go_back(n, n_held, first):
+            return n
+        return max((point.n_tokens for point in checkpoints if point.n_tokens <= n), default=0)
+
+    def _can_go_back(self, n: int, n_held: int, first: int) -> bool:
+        """Whether a text of ``n_held`` tokens can be cut to ``n``, if all layers hold the tokens from ``first`` on."""
+        if n in (0, n_held):
+            return True
+        # the token at position n attends to as many tokens as the window has, itself included
+        return not self._is_recurrent and (not self._window or first <= max(0, n - self._window + 1))
+
+    def _first_held(self) -> int:
+        if not (self._window or self._is_recurrent):
+            return 0
+        return max(int(self._api.llama_memory_seq_pos_min(self._memory, _SEQUENCE)), 0)
+
     def _cut(self, n: int) -> int:
-        """Keep the first ``n`` tokens and return ``n``; 0 if the model's cache cannot drop part of a text."""
-        if n < len(self.tokens) and not self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1):
-            self._api.llama_memory_clear(self._memory, False)
-            n = 0
-        self.tokens = self.tokens[:n]
-        return n
+        """Keep the first ``n`` tokens, or fewer if the model cannot go back there; return how many."""
+        n_kept = n
+        if not self._can_go_back(n, len(self.tokens), self._first_held()):
+            n_kept = self._go_to_checkpoint(self._n_reachable(n))
+        elif n < len(self.tokens) and not self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1):
+            n_kept = 0
+        if not n_kept:
+            self._empty()
+        self.tokens = self.tokens[:n_kept]
+        self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
+        return n_kept
+
+    def _go_to_checkpoint(self, n: int) -> int:
+        """Go back to the checkpoint after ``n`` tokens; returns ``n``, or 0 if llama.cpp does not take it."""
+        point = next((point for point in self._checkpoints if point.n_tokens == n), None)
+        if point is None:
+            return 0
+        data, flags = point.data, _PARTIAL_ONLY
+        n_read = self._api.llama_state_seq_set_data_ext(self.context, _bytes_at(data), data.nbytes, _SEQUENCE, flags)
+        # what forgets is now at n, and the other layers follow
+        taken = n_read == data.nbytes and self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1)
+        return n if taken and self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) == n - 1 else 0
+
+    def _take_checkpoint(self) -> None:
+        """Keep what layers that forget hold now, in the room for copies of texts; drops the oldest checkpoints."""
+        size = self._api.llama_state_seq_get_size_ext(self.context, _SEQUENCE, _PARTIAL_ONLY)
+        if size > self.saved.max_bytes or any(point.n_tokens == len(self.tokens) for point in self._checkpoints):
+            return
+        data = np.empty(size, np.uint8)
+        n = self._api.llama_state_seq_get_data_ext(self.context, _bytes_at(data), size, _SEQUENCE, _PARTIAL_ONLY)
+        if n == size:
+            points = [*self._checkpoints, _CacheCheckpoint(len(self.tokens), data)][-_MAX_CHECKPOINTS:]
+            while sum(point.data.nbytes for point in points) > self.saved.max_bytes:
+                del points[0]
+            self._checkpoints = points
 
     def state(self) -> SavedState:
         """A copy of the cache. Raises EngineError right after ``drop``, before the next token is computed."""
@@ -187,7 +279,9 @@ class KVCache:
         n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, _SEQUENCE)
         if n != size:
             raise EngineError(f"{self._path}: llama.cpp gave {n} of {size} bytes of its cache")
-        return SavedState(tuple(self.tokens), data)
+        # of sliding windows llama.cpp writes only what the next token attends to
+        first = max(self._first_held(), len(self.tokens) - self._window) if self._window else self._first_held()
+        return SavedState(tuple(self.tokens), data, first, tuple(self._checkpoints))
 
     def restore(self, state: SavedState) -> None:
         """Replace the cache by a copy. If llama.cpp does not take it, raises EngineError with the cache empty."""
@@ -200,6 +294,7 @@ class KVCache:
             self._api.llama_memory_clear(self._memory, False)
             raise EngineError(f"{self._path}: llama.cpp does not take the state: {self._log.cause_since(mark)}")
         self.tokens = list(state.tokens)
+        self._checkpoints = list(state.checkpoints)
 
     # ---- computing
 
@@ -222,6 +317,18 @@ class KVCache:
             if self._computed_by == "worker":
                 self.synchronize()
         return True
+
+    def compute_prompt(self, tokens: Sequence[int]) -> bool:
+        """``compute`` the end of a prompt; false if that was aborted.
+
+        For models that forget, a checkpoint is taken before the last token: the next text may differ from there on.
+        """
+        if not (self._window or self._is_recurrent):
+            return self.compute(tokens)
+        if not self.compute(tokens[:-1]):
+            return False
+        self._take_checkpoint()
+        return self.compute(tokens[-1:])
 
     def synchronize(self) -> None:
         """Wait until all given tokens are computed: GPUs and workers may still compute when llama.cpp returns."""
@@ -298,7 +405,8 @@ class KVCache:
             self.tokens += tokens
             self._shift_pending = False
             return True
-        if self._shift_pending:  # some keys may be rotated already, and would be rotated twice
+        # some keys may be rotated already, and would be rotated twice; a recurrent state may be ahead of its tokens
+        if self._shift_pending or (self._is_recurrent and status != _NO_ROOM):
             self._empty()
         n_kept = self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
         self.tokens = [*self.tokens, *tokens][:n_kept]
@@ -325,13 +433,19 @@ class KVCache:
     def drop(self, begin: int, n: int) -> bool:
         """Drop ``n`` tokens from ``begin`` on; later ones move up. False if the model's cache cannot do that."""
         self._end_token()
-        if not self._api.llama_memory_can_shift(self._memory):
+        # a recurrent state would keep what is dropped
+        if self._is_recurrent or not self._api.llama_memory_can_shift(self._memory):
             return False
-        end = begin + n
+        end, n_left = begin + n, len(self.tokens) - n
+        # a window that reaches behind the gap needs the tokens before it
+        reaches_back = len(self.tokens) - end < self._window - 1
+        if reaches_back and self._first_held() > max(0, n_left - self._window + 1):
+            return False
         if not self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, begin, end):
             return False
         self._api.llama_memory_seq_add(self._memory, _SEQUENCE, end, -1, -n)
         self.tokens = self.tokens[:begin] + self.tokens[end:]
+        self._checkpoints = []
         self._shift_pending = True
         return True
 

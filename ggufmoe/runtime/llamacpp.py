@@ -312,4 +312,5 @@ def _context_options(parameters: Any) -> ContextOptions:
         flash_attn="on" if parameters.flash_attn_type == 1 else "off",
         cache_type_k=types[parameters.type_k],
         cache_type_v=types[parameters.type_v],
+        swa_full=bool(parameters.swa_full),
     )

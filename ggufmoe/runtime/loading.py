@@ -189,6 +189,8 @@ class LoadedModel:
             abort_flag=self.abort_flag,
             computed_by=("worker" if self._request.offload.workers else "gpu") if elsewhere else "cpu",
             spin_limit=self._spin_limit,
+            window=self.api.llama_model_n_swa(self._model),
+            is_recurrent=self.api.llama_model_is_recurrent(self._model) or self.api.llama_model_is_hybrid(self._model),
         )
 
     # ---- the model
@@ -242,7 +244,7 @@ class LoadedModel:
         refused where the KV cache's size is only an upper estimate, or the system does not tell its memory.
         """
         footprint, there = Footprint(self._request.model, options, self._request.offload), memory_bytes()
-        if not there or not footprint.hyper.has_plain_cache:
+        if not there or not footprint.model.memory.is_exact:
             return
         in_gpus = self._request.offload.kv_offload
         kv_bytes = sum(
@@ -272,6 +274,7 @@ class LoadedModel:
             "type_v": GGMLType[options.cache_type_v.upper()].id,
             "abort_callback": self.abort_callback,
             "abort_callback_data": ctypes.addressof(self.abort_flag),
+            "swa_full": options.swa_full,
             "no_perf": True,
             "offload_kqv": self._request.offload.kv_offload,
         }

@@ -237,7 +237,7 @@ class LocalEngine:
     def _compute_prompt(self, tokens: list[int]) -> int | None:
         kv = self._loaded.cache
         n_reused = kv.reuse(tokens)
-        if not kv.compute(tokens[n_reused:]):
+        if not kv.compute_prompt(tokens[n_reused:]):
             return None
         kv.synchronize()
         kv.check_finite(kv.last_logits())
@@ -396,7 +396,7 @@ class LocalEngine:
 
     def _session_state(self, ids: list[int] | None) -> SavedState:
         kv = self._loaded.cache
-        if ids is not None and not kv.compute(ids[kv.reuse(ids) :]):
+        if ids is not None and not kv.compute_prompt(ids[kv.reuse(ids) :]):
             raise EngineError("saving the session was cancelled from another thread")
         if not kv.tokens:
             raise EngineError(f"{self.path}: nothing has been computed yet that could be kept")

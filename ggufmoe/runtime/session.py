@@ -50,6 +50,8 @@ class SessionFacts:
     cache_type_k: str
     cache_type_v: str
     n_expert_used: int | None
+    swa_full: bool | None
+    """None for models without sliding windows, to which the option makes no difference."""
 
     @classmethod
     def of(cls, model: ModelHeader, context: ContextOptions, offload: OffloadOptions) -> SessionFacts:
@@ -60,6 +62,7 @@ class SessionFacts:
             cache_type_k=context.cache_type_k,
             cache_type_v=context.cache_type_v,
             n_expert_used=offload.n_expert_used,
+            swa_full=context.swa_full if model.memory.n_windowed else None,
         )
 
 
@@ -70,6 +73,7 @@ _WORDS = {
     "cache_type_k": "another --cache-type-k",
     "cache_type_v": "another --cache-type-v",
     "n_expert_used": "another --n-expert-used",
+    "swa_full": "another --swa-full",
 }
 
 

@@ -2,9 +2,9 @@
 
 usage: upstream_convert.py LLAMA_CPP_DIR JOBS.json
 
-A job is ``{"model": DIR, "outtype": "f32", "outfile": FILE, "pre": NAME or null, "log": FILE}``. ``pre`` names the
-pre-tokenizer of a byte-level vocabulary: llama.cpp recognises it by a hash over the ids of a sample text, so that it
-cannot know a vocabulary made for a test.
+A job is ``{"model": DIR, "outtype": "f32", "outfile": FILE, "pre": NAME or null, "log": FILE}``, with further
+``flags`` where the model needs them. ``pre`` names the pre-tokenizer of a byte-level vocabulary: llama.cpp recognises
+it by a hash over the ids of a sample text, so that it cannot know a vocabulary made for a test.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def convert(converter: Any, model_class: Any, job: dict[str, Any]) -> None:
     recognise = model_class.get_vocab_base_pre
     if job["pre"]:
         model_class.get_vocab_base_pre = lambda self, tokenizer: job["pre"]
-    sys.argv = ["convert_hf_to_gguf.py", job["model"], "--outtype", job["outtype"], "--outfile", job["outfile"]]
+    flags = ["--outtype", job["outtype"], "--outfile", job["outfile"], *job.get("flags", ())]
+    sys.argv = ["convert_hf_to_gguf.py", job["model"], *flags]
     try:
         converter.main()
     finally:

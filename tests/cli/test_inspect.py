@@ -12,6 +12,7 @@ from ggufmoe.cli.app import exit_code
 from ggufmoe.gguf.header import GGUFValue, read_header
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType, ValueType
+from tests.architecture_files import write_architecture
 from tests.gguf_files import text, u32, write_gguf, write_mixtral, write_weights
 
 Capture = pytest.CaptureFixture[str]
@@ -100,6 +101,20 @@ def test_what_the_header_says_of_experts(tmp_path: Path, capsys: Capture) -> Non
     assert shown["dense layers"] == "the first 3, without experts"
     hyper = json.loads(run(capsys, path, "--json")[1])["hyper"]
     assert (hyper["n_expert_shared"], hyper["expert_gating"], hyper["n_leading_dense"]) == (1, "sigmoid", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "text"),
+    [
+        ("gpt-oss", "window", "64 tokens, in 2 of 4 layers"),
+        ("gemma3", "window", "64 tokens, in 5 of 6 layers"),
+        ("qwen3next", "recurrent", "3 layers"),
+    ],
+)
+def test_layers_that_do_not_keep_every_token_are_told(
+    name: str, row: str, text: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert rows(run(capsys, write_architecture(tmp_path / "m.gguf", name))[1])[row] == text
 
 
 RECIPE = "base_model: a\nexperts:\n" + "".join(f"  - source_model: \x1b{i}\n" for i in range(30))

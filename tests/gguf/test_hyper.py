@@ -36,7 +36,7 @@ def test_a_mixtral_is_read_as_it_is(tmp_path: Path) -> None:
         "yarn",
         4.0,
     )
-    assert (found.has_plain_cache, found.malformed, found.rms_norm_eps) == (True, frozenset(), None)
+    assert (found.malformed, found.rms_norm_eps) == (frozenset(), None)
     assert found.key("{arch}.expert_used_count") == "llama.expert_used_count"
 
 
@@ -49,7 +49,6 @@ def test_nothing_is_read_from_an_empty_header() -> None:
         0,
         0,
     )
-    assert found.cached_values(0) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,23 +76,53 @@ def test_counts_are_made_of_what_is_stated(stated: Layers, most: int, second: in
     assert (largest(stated, 7), at_layer(stated, 1, 7)) == (most, second)
 
 
-def test_a_token_caches_the_keys_and_values_of_every_kv_head() -> None:
-    assert hyper().cached_values(0) == (2 * 64, 2 * 64)
-    wide = hyper(attention__key_length=u32(96), attention__value_length=u32(32), attention__head_count_kv=layers(1, 3))
-    assert [wide.cached_values(layer) for layer in (0, 1)] == [(96, 32), (288, 96)]
-    assert hyper(attention__head_count_kv=None, attention__key_length=None).cached_values(1) == (256, 256)
-
-
-def test_caches_that_keep_less_are_told_apart() -> None:
-    llama = mixtral_metadata(4, 2)
-    window = {"general.architecture": text("gemma3"), "gemma3.attention.sliding_window": u32(512)}
-    assert Hyper.of(llama | {"llama.attention.sliding_window": u32(512)}).has_plain_cache
-    assert Hyper.of({"general.architecture": text("gemma3")}).has_plain_cache
-    assert Hyper.of(window | {"gemma3.attention.sliding_window": u32(0)}).has_plain_cache
-    assert not Hyper.of(window).has_plain_cache
-
-
 @pytest.mark.parametrize("value", [text("8"), GGUFValue(ValueType.INT32, -1), layers(), layers(-2, 4)])
 def test_counts_that_are_none_are_named(value: GGUFValue) -> None:
     found = hyper(attention__head_count=value, attention__key_length=text("wide"))
     assert found.malformed == {"llama.attention.head_count"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "facts"),
+    [
+        ("llama", {}, {}),
+        (
+            "qwen2moe",
+            {"expert_shared_feed_forward_length": u32(512)},
+            {"shared experts": "1, on every token", "gating": "softmax", "expert weights": "not rescaled"},
+        ),
+        ("qwen3moe", {}, {"gating": "softmax", "expert weights": "rescaled to one"}),
+        ("gpt-oss", {}, {"gating": "softmax of the chosen"}),
+        ("deepseek2", {}, {"expert weights": "not rescaled"}),
+        ("lfm2moe", {"expert_gating_func": u32(2)}, {"gating": "sigmoid", "expert weights": "rescaled to one"}),
+        (
+            "deepseek2",
+            {
+                "expert_shared_count": u32(1),
+                "expert_gating_func": u32(2),
+                "expert_weights_norm": GGUFValue(ValueType.BOOL, True),
+                "expert_weights_scale": GGUFValue(ValueType.FLOAT32, 2.5),
+                "expert_group_count": u32(8),
+                "expert_group_used_count": u32(4),
+                "leading_dense_block_count": u32(3),
+            },
+            {
+                "shared experts": "1, on every token",
+                "gating": "sigmoid",
+                "expert weights": "rescaled to one, times 2.5",
+                "expert groups": "8, chosen from 4",
+                "dense layers": "the first 3, without experts",
+            },
+        ),
+    ],
+)
+def test_how_experts_are_chosen_is_told(architecture: str, keys: dict[str, GGUFValue], facts: dict[str, str]) -> None:
+    metadata = {"general.architecture": text(architecture), f"{architecture}.expert_count": u32(8)}
+    metadata |= {f"{architecture}.{name}": value for name, value in keys.items()}
+    assert dict(Hyper.of(metadata).expert_facts()) == facts
+
+
+def test_the_graph_decides_where_the_file_says_otherwise() -> None:
+    metadata = {"general.architecture": text("qwen3moe"), "qwen3moe.expert_count": u32(8)}
+    metadata["qwen3moe.expert_weights_norm"] = GGUFValue(ValueType.BOOL, False)
+    assert Hyper.of(metadata).expert_weights_norm is True

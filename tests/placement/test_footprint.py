@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ggufmoe.gguf.header import GGUFValue
-from ggufmoe.gguf.hyper import Hyper
+from ggufmoe.gguf.layer_memory import ModelMemory
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.options.limits import rounded_context
@@ -24,9 +24,9 @@ MISTRAL_7B = {
 UNEQUAL_WIDTHS = {"attention.key_length": 96, "attention.value_length": 64}
 
 
-def llama(**numbers: int) -> Hyper:
+def llama(**numbers: int) -> ModelMemory:
     keys = {f"llama.{key}": GGUFValue(ValueType.UINT32, number) for key, number in numbers.items()}
-    return Hyper.of({"general.architecture": GGUFValue(ValueType.STRING, "llama"), **keys})
+    return ModelMemory.of({"general.architecture": GGUFValue(ValueType.STRING, "llama"), **keys})
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,59 @@ def llama(**numbers: int) -> Hyper:
 )
 def test_keys_and_values_of_a_token(numbers: dict[str, int], types: tuple[Any, Any], bytes_per_token: int) -> None:
     context = ContextOptions(cache_type_k=types[0], cache_type_v=types[1])
-    hyper = llama(**numbers)
-    assert sum(kv_cache_bytes(hyper, layer, 1, context) for layer in range(32)) == bytes_per_token
-    assert sum(kv_cache_bytes(hyper, layer, 32768, context) for layer in range(32)) == 32768 * bytes_per_token
+    layers = llama(**numbers).layers
+    assert len(layers) == 32
+    assert sum(kv_cache_bytes(layer, 1, context) for layer in layers) == bytes_per_token
+    assert sum(kv_cache_bytes(layer, 32768, context) for layer in layers) == 32768 * bytes_per_token
 
 
 def test_a_plan_counts_the_keys_and_values_of_every_layer(tmp_path: Path) -> None:
     footprint = Footprint(model_of(tmp_path / "m.gguf"), ContextOptions(n_ctx=1000), OffloadOptions())
     # 1000 tokens are rounded up to 1024; 4 heads for keys and as many for values, 64 wide, 2 bytes each
     assert footprint.kv_layers == (1024 * 4 * 64 * 2 * 2,) * 8
+
+
+WINDOWED = {"general.architecture": GGUFValue(ValueType.STRING, "gpt-oss")} | {
+    f"gpt-oss.{key}": GGUFValue(ValueType.UINT32, number)
+    for key, number in {
+        "block_count": 8,
+        "context_length": 8192,
+        "embedding_length": 512,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 4,
+        "attention.sliding_window": 128,
+        "expert_count": 2,
+        "expert_used_count": 2,
+    }.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "windowed_tokens"),
+    [
+        ({"n_ctx": 4096}, 768),  # the window and a batch of 512, rounded up
+        ({"n_ctx": 4096, "n_ubatch": 32}, 256),
+        ({"n_ctx": 4096, "n_batch": 32}, 256),
+        ({"n_ctx": 512}, 512),
+        ({"n_ctx": 4096, "swa_full": True}, 4096),
+        ({"n_ctx": 8192, "n_seq_max": 4}, 4 * 768),
+    ],
+)
+def test_windowed_layers_keep_the_window_and_a_batch(
+    options: dict[str, Any], windowed_tokens: int, tmp_path: Path
+) -> None:
+    model = model_of(tmp_path / "m.gguf", changes=WINDOWED)
+    footprint = Footprint(model, ContextOptions(**options), OffloadOptions())
+    token_bytes = 2 * 4 * 64 * 2
+    assert footprint.kv_layers == (windowed_tokens * token_bytes, options["n_ctx"] * token_bytes) * 4
+    assert footprint.saved_by_windows == 4 * (options["n_ctx"] - windowed_tokens) * token_bytes
+
+
+def test_the_width_of_the_logits_is_that_of_the_output(tmp_path: Path) -> None:
+    footprint = Footprint(model_of(tmp_path / "m.gguf", changes=WINDOWED), ContextOptions(n_ctx=1024), OffloadOptions())
+    assert footprint.hyper.n_vocab is None
+    # logits of 2048 tokens and two rows of 512, for 512 tokens; the attention mask
+    assert footprint.compute_bytes == 4 * 512 * (2048 + 2 * 512) + 2 * 512 * 1024
 
 
 @pytest.mark.parametrize(

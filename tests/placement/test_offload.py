@@ -304,13 +304,13 @@ def test_mapped_experts_could_be_faster(model: ModelHeader) -> None:
 
 def test_other_caches_are_called_estimates(tmp_path: Path) -> None:
     changes = {
-        "general.architecture": GGUFValue(ValueType.STRING, "gemma2"),
-        "gemma2.block_count": GGUFValue(ValueType.UINT32, 2),
-        "gemma2.attention.sliding_window": GGUFValue(ValueType.UINT32, 512),
-        "gemma2.attention.head_count": GGUFValue(ValueType.ARRAY, [8, 4], ValueType.UINT32),
+        "general.architecture": GGUFValue(ValueType.STRING, "deepseek4"),
+        "deepseek4.block_count": GGUFValue(ValueType.UINT32, 2),
+        "deepseek4.attention.head_count": GGUFValue(ValueType.ARRAY, [8, 4], ValueType.UINT32),
     }
     plan = plan_of(model_of(tmp_path / "m.gguf", n_layer=2, changes=changes))
-    assert any("gemma2 is not that of a plain transformer" in note for note in plan.notes)
+    assert any("deepseek4 is not that of a plain transformer" in note for note in plan.notes)
+    assert not plan.is_kv_exact
 
 
 def test_a_plan_is_plain_values(model: ModelHeader) -> None:
