@@ -146,7 +146,31 @@ class RouteView:
                     self._cell(line, expert, float(values[expert]), trace.n_expert)
                 self._console.print(line)
         if len(shown) < trace.n_expert:
-            self._print(f"(the {len(shown)} experts with the largest shares, of {trace.n_expert})")
+            self._strip(corner, label, listed, trace, shown)
+
+    def _strip(
+        self,
+        corner: str,
+        label: int,
+        rows: list[tuple[str, Numbers]],
+        trace: RoutingTrace,
+        shown: Sequence[int],
+    ) -> None:
+        """Write the sum of the experts that have no column, and one character for each group of neighbouring experts.
+
+        A character is as dark as the group's largest share; 4 times the even share is darkest.
+        """
+        n = trace.n_expert
+        size = -(-n // max(8, min(n, self._console.width - label - _CELL - 2)))
+        each = "a character for each" if size == 1 else f"a character for every {size}"
+        self._print(f"(the {len(shown)} experts with the largest shares, of {n})")
+        self._print(f"{corner:>{label}}  others  all, {each}")
+        shades = _ASCII_SHADES if self._ascii else _SHADES
+        for name, values in rows:
+            others = 1 - sum(float(values[expert]) for expert in shown)
+            steps = (float(values[start : start + size].max()) * n for start in range(0, n, size))
+            strip = "".join(shades[min(4, math.ceil(step))] for step in steps)
+            self._print(f"{name[:label]:>{label}} {100 * abs(others):{_CELL - 2}.1f}  {strip}")
 
     def _two_sided(self, corner: str, label: int, rows: list[tuple[str, Numbers]], trace: RoutingTrace) -> None:
         """Write each row as one bar that is parted between the two experts, with the share of either beside it."""

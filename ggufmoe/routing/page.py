@@ -54,7 +54,9 @@ def routing_page(
     body = [f"<h1>Routing in {escape(visible(model))}</h1>", _intro(one, facts), _legend(one)]
     body += [] if shares is None else [_comparison(shares, one)]
     body += ['<div class="pair">', *sections, "</div>"] if is_pair else sections
-    kinds = " ".join(["two"] * (one.n_expert == 2) + ["wide"] * is_pair)
+    kinds = " ".join(["two"] * (one.n_expert == 2) + ["wide"] * is_pair + ["many"] * (one.n_expert > 10))
+    # the number below a token has room for its digits
+    digits = f' style="--digits:{len(str(one.n_expert - 1))}"' if one.n_expert > 10 else ""
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -63,7 +65,7 @@ def routing_page(
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>Routing in {escape(visible(model))}</title>",
             f"<style>{_resource('page.css')}{STYLE}</style></head>",
-            f'<body class="{kinds}"><main>',
+            f'<body class="{kinds}"{digits}><main>',
             *body,
             "</main>",
             f'<script type="application/json" id="routing-data">{_data([trace for _, trace in texts])}</script>',
@@ -272,11 +274,17 @@ def _share_table(
 
 def _cells(values: Numbers, shown: Sequence[int]) -> str:
     cells = "".join(
-        f'<td style="{_tint(expert, 0.6 * float(values[expert]))}">{100 * values[expert]:.1f} %</td>'
+        f'<td style="{_tint(expert, 0.6 * _cell_strength(float(values[expert]), len(values)))}">'
+        f"{100 * values[expert]:.1f} %</td>"
         for expert in shown
     )
     others = float(values.sum()) - sum(float(values[expert]) for expert in shown)
     return cells + (f"<td>{100 * abs(others):.1f} %</td>" if len(shown) < len(values) else "")
+
+
+def _cell_strength(share: float, n_expert: int) -> float:
+    """How strong a share is coloured: as large as it is, or of many experts full at eight times the even share."""
+    return share if n_expert <= _MOST_SHOWN else min(1.0, share * n_expert / 8)
 
 
 def _numbers(trace: RoutingTrace, summary: Summary) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from ggufmoe.routing.statistics import LabelledShares, Summary, favourites
 from ggufmoe.routing.trace import RoutingTrace
 from ggufmoe.sizes import counted
+
+_MOST_LISTED, _MOST_NAMED = 24, 12
+"""Dead experts beyond the first number are counted; of fewer, so many are named."""
 
 
 def trace_report(trace: RoutingTrace, summary: Summary) -> dict[str, Any]:
@@ -63,8 +67,6 @@ def summary_lines(trace: RoutingTrace, summary: Summary) -> list[tuple[str, str]
     """The numbers of a summary, each as a name and a sentence."""
     most = np.log2(trace.n_expert)
     over = int(summary.over_capacity.sum())
-    dead = ", ".join(f"{expert} in layer {layer}" for layer, expert in summary.dead[:12])
-    more = f" and {len(summary.dead) - 12} more" if len(summary.dead) > 12 else ""
     return [
         ("token entropy", f"{summary.token_entropy_bits:.3f} of {most:.3f} bits (0: the router is sure of each token)"),
         (
@@ -77,8 +79,20 @@ def summary_lines(trace: RoutingTrace, summary: Summary) -> list[tuple[str, str]
             f"{over} of {trace.chosen.size} places, with room for {counted(summary.capacity, 'token')} in each expert "
             f"(capacity factor {summary.capacity_factor:g})",
         ),
-        ("dead experts", dead + more if dead else "none"),
+        ("dead experts", _dead(trace, summary)),
     ]
+
+
+def _dead(trace: RoutingTrace, summary: Summary) -> str:
+    """The experts that no token went to, or how many there are in each layer where the list would be long."""
+    if len(summary.dead) > _MOST_LISTED:
+        by_layer = Counter(layer for layer, _ in summary.dead)
+        most = sorted(by_layer, key=lambda layer: (-by_layer[layer], layer))[:_MOST_NAMED]
+        total = f"{len(summary.dead)} of {trace.n_layer * trace.n_expert}"
+        return f"{total}, most in layers " + ", ".join(f"{layer} ({by_layer[layer]})" for layer in most)
+    named = ", ".join(f"{expert} in layer {layer}" for layer, expert in summary.dead[:_MOST_NAMED])
+    n_more = len(summary.dead) - _MOST_NAMED
+    return (named + f" and {n_more} more" * (n_more > 0)) or "none"
 
 
 def _rounded(array: NDArray[np.floating]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -287,6 +288,27 @@ def test_of_many_experts_the_leading_ones_have_columns(shown: Callable[..., str]
     assert "and 112 more" in plain
     assert "(the 16 experts with the largest shares, of 128)" in plain
     assert plain.count("\nexpert ") == 16
+
+
+@pytest.mark.parametrize(("n_expert", "group"), [(40, 1), (128, 3), (256, 6)])
+def test_all_of_many_experts_are_in_a_strip(n_expert: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    trace = random_trace(40, 2, n_expert, 4)
+    stream = Stream(terminal=False, encoding="ascii")
+    RouteView(stream).summary(trace, summarize(trace), None)
+    lines = stream.getvalue().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer  others"))
+    assert ("a character for each" if group == 1 else f"a character for every {group}") in lines[start]
+    share = summarize(trace).share
+    for row, line in enumerate(lines[start + 1 : start + 3]):
+        others, strip = float(line[6:12]), line[14:].ljust(-(-n_expert // group))
+        shown = list(trace.leading_experts(16))
+        assert others == pytest.approx(100 * (1 - share[row, shown].sum()), abs=0.06)
+        assert len(strip) == -(-n_expert // group)
+        for i, shade in enumerate(strip):
+            most = share[row, i * group : (i + 1) * group].max() * n_expert
+            assert " .:+#".index(shade) == min(4, math.ceil(most))
+    assert max(map(len, lines)) <= 60
 
 
 def test_tokens_cannot_command_the_terminal() -> None:

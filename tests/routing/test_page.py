@@ -244,6 +244,18 @@ def test_the_picture_has_the_palette_s_colours_and_names(tmp_path: Path) -> None
     assert {expert_colour(0), expert_colour(1)} <= drawn
 
 
+def test_shares_of_many_experts_are_seen_and_numbers_have_room() -> None:
+    few, many = (routing_page("m", [("Text", random_trace(40, 2, n, 2))]) for n in (8, 256))
+    assert 'class="many" style="--digits:3"' in many
+    assert "--digits" not in few.replace("var(--digits)", "")
+
+    def strongest(page: str) -> float:
+        return max(float(alpha) for alpha in re.findall(r'<td style="--c:[\d ]+;--a:([\d.]+)"', page))
+
+    assert strongest(few) < 0.2
+    assert strongest(many) > 0.3
+
+
 @pytest.mark.parametrize("n_expert", [16, 256])
 def test_a_picture_of_many_experts_has_the_leading_ones(tmp_path: Path, n_expert: int) -> None:
     write_picture(tmp_path / "p.png", "m", random_trace(12, 4, n_expert, 4))

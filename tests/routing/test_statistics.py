@@ -166,6 +166,9 @@ def test_reports_hold_everything_and_say_it_in_words() -> None:
     assert "room for 3 tokens" in lines["over capacity"]
     many = trace_of([[[1.0] + [0.0] * 15]], 1)
     assert dict(summary_lines(many, summarize(many)))["dead experts"].endswith("12 in layer 0 and 3 more")
+    very_many = trace_of([[[1.0] + [0.0] * 15, [1.0] + [0.0] * 15]], 1)
+    counted = dict(summary_lines(very_many, summarize(very_many)))["dead experts"]
+    assert counted == "30 of 32, most in layers 0 (15), 1 (15)"
     even = trace_of([[[0.6, 0.4]]], 2)
     assert dict(summary_lines(even, summarize(even)))["dead experts"] == "none"
 
