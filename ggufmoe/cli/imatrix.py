@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -67,7 +68,9 @@ def _summary(result: ImatrixResult) -> list[str]:
     if result.coverage:
         lines.append("tokens that reached each expert, by layer:")
     for row in result.coverage:
-        counts = " ".join(f"{n:>7}" for n in row.tokens[:_SHOWN_EXPERTS])
-        more = f" and {len(row.tokens) - _SHOWN_EXPERTS} more" if len(row.tokens) > _SHOWN_EXPERTS else ""
-        lines.append(f"  {row.layer:>3}: {counts}{more}")
+        counts = " ".join(f"{n:>7}" for n in row.tokens)
+        if len(row.tokens) > _SHOWN_EXPERTS:
+            few, many = min(row.tokens), max(row.tokens)
+            counts = f"{few} to {many}, half of the {len(row.tokens)} experts got {median(row.tokens):g} or more"
+        lines.append(f"  {row.layer:>3}: {counts}")
     return lines

@@ -28,6 +28,8 @@ from ggufmoe.work import CancelFlag, OnProgress
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_MOST_NAMED = 8
+"""Experts of a layer that a warning names; more are counted."""
 LOW_COVERAGE_TOKENS = 512
 """With fewer tokens the standard error of an importance exceeds about 6 %, the square root of 2 / tokens."""
 
@@ -95,9 +97,14 @@ class ImatrixResult:
 
 
 def _named(layers: list[tuple[int, tuple[int, ...]]]) -> str:
-    parts = [f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in layers]
+    parts = [f"layer {layer}: {_listed(experts)}" for layer, experts in layers]
     more = f"; and in {len(parts) - 4} more layers" if len(parts) > 4 else ""
     return f"experts ({'; '.join(parts[:4])}{more})"
+
+
+def _listed(experts: tuple[int, ...]) -> str:
+    more = f" and {len(experts) - _MOST_NAMED} more" if len(experts) > _MOST_NAMED else ""
+    return ", ".join(map(str, experts[:_MOST_NAMED])) + more
 
 
 def imatrix(

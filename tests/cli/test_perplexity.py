@@ -16,6 +16,8 @@ import pytest
 
 import ggufmoe
 from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.imatrix import _summary as imatrix_summary
+from ggufmoe.evaluation.imatrix import ImatrixResult, LayerCoverage
 from ggufmoe.quant.importances import Imatrix
 
 TEXT = "the model reads a number and writes the sum of two numbers " * 6
@@ -72,6 +74,12 @@ def test_a_reference_gives_the_table_of_what_it_costs(model: Path, capsys: pytes
         "same likeliest token ",
     ):
         assert any(line.startswith(start) for line in lines), start
+
+
+def test_the_coverage_of_many_experts_fits_a_line() -> None:
+    rows = (LayerCoverage(0, (5, 7)), LayerCoverage(1, (0,) * 100 + (4,) * 156))
+    lines = imatrix_summary(ImatrixResult(Path("x"), 512, 3, 3, 6, rows, 1.0))
+    assert lines[2:] == ["    0:       5       7", "    1: 0 to 4, half of the 256 experts got 4 or more"]
 
 
 def test_imatrix_writes_what_quantize_reads(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

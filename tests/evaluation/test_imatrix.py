@@ -177,6 +177,8 @@ def test_thin_coverage_is_told() -> None:
     assert low.startswith("fewer than 512 tokens reached experts (layer 0: 2); more text")
     assert result.to_dict()["coverage"][1] == {"layer": 1, "tokens": [600, 600, 600]}
     assert ImatrixResult(Path("x"), 512, 3, 3, 6, rows[1:], 1.0).warnings == ()
+    many = ImatrixResult(Path("x"), 512, 3, 3, 6, (LayerCoverage(2, (0,) * 250 + (900,) * 6),), 1.0)
+    assert many.warnings[0].startswith("no token reached experts (layer 2: 0, 1, 2, 3, 4, 5, 6, 7 and 242 more): they")
 
 
 def test_numbers_that_are_none_are_refused() -> None:
