@@ -129,7 +129,6 @@ class Hyper:
         gating = typed.whole(key(Keys.LLM.EXPERT_GATING_FUNC))
         # qwen2moe and granitemoe state the width of their shared expert alone
         shared_width = typed.whole(key(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH))
-        graph_gating, _ = _ROUTED_BY_GRAPH.get(architecture or "", (None, None))
         return cls(
             architecture=architecture,
             n_layer=typed.whole(key(Keys.LLM.BLOCK_COUNT)),
@@ -152,7 +151,7 @@ class Hyper:
             n_expert=max(typed.whole(key(Keys.LLM.EXPERT_COUNT)) or 0, 0),
             n_expert_used=max(typed.whole(key(Keys.LLM.EXPERT_USED_COUNT)) or 0, 0),
             n_expert_shared=typed.whole(key(Keys.LLM.EXPERT_SHARED_COUNT)) or (shared_width and 1),
-            expert_gating=graph_gating or (None if gating is None else _GATINGS.get(gating, f"function {gating}")),
+            expert_gating=_gating(architecture, gating),
             expert_weights_norm=_rescales(architecture, typed.flag(key(Keys.LLM.EXPERT_WEIGHTS_NORM))),
             expert_weights_scale=typed.number(key(Keys.LLM.EXPERT_WEIGHTS_SCALE)),
             n_expert_groups=typed.whole(key(Keys.LLM.EXPERT_GROUP_COUNT)),
@@ -198,14 +197,24 @@ _ROUTED_BY_GRAPH: dict[str, tuple[str | None, bool | None]] = {
 """Gating function, and whether weights are rescaled, where llama.cpp's graph decides it whatever the file states.
 
 Source: the calls of ``build_moe_ffn`` in src/models (commit 0c1e57098)."""
+_GATING_UNLESS_STATED = {"afmoe": "sigmoid", "deepseek2": "softmax", "glm4moe": "sigmoid"}
 _NOT_RESCALED_UNLESS_STATED = {"afmoe", "bailingmoe", "bailingmoe2", "deepseek2", "dots1", "exaone-moe", "glm4moe"}
-"""Architectures whose graph takes the flag from the file, where it is false if absent."""
+"""Architectures whose graph takes the function and the flag from the file: what they are where the key is absent."""
 _COUNTS = (
     Keys.LLM.BLOCK_COUNT,
     Keys.Attention.HEAD_COUNT,
     Keys.Attention.HEAD_COUNT_KV,
     Keys.LLM.EXPERT_COUNT,
 )
+
+
+def _gating(architecture: str | None, stated: int | None) -> str | None:
+    by_graph, _ = _ROUTED_BY_GRAPH.get(architecture or "", (None, None))
+    if by_graph is not None:
+        return by_graph
+    if not stated and architecture in _GATING_UNLESS_STATED:
+        return _GATING_UNLESS_STATED[architecture]
+    return None if stated is None else _GATINGS.get(stated, f"function {stated}")
 
 
 def _rescales(architecture: str | None, stated: bool | None) -> bool | None:

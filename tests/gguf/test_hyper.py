@@ -93,7 +93,8 @@ def test_counts_that_are_none_are_named(value: GGUFValue) -> None:
         ),
         ("qwen3moe", {}, {"gating": "softmax", "expert weights": "rescaled to one"}),
         ("gpt-oss", {}, {"gating": "softmax of the chosen"}),
-        ("deepseek2", {}, {"expert weights": "not rescaled"}),
+        ("deepseek2", {}, {"gating": "softmax", "expert weights": "not rescaled"}),
+        ("glm4moe", {}, {"gating": "sigmoid", "expert weights": "not rescaled"}),
         ("lfm2moe", {"expert_gating_func": u32(2)}, {"gating": "sigmoid", "expert weights": "rescaled to one"}),
         (
             "deepseek2",
