@@ -17,7 +17,7 @@ from ggufmoe.checkpoint.provenance import RECORD
 from ggufmoe.checkpoint.source import ModelSource, RouterReport
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.export_plan import plan_export
-from ggufmoe.files import StrPath, check_output_file, followed, replacing, user_path
+from ggufmoe.files import StrPath, check_output_file, followed, possible_path, replacing
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType
@@ -147,7 +147,7 @@ def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSour
     """The model that ``source`` names: a recipe, a directory or a hub id. It is closed at the end."""
     if str(source).lower().endswith((".yaml", ".yml")):
         model: ModelSource = open_recipe(
-            user_path(source),
+            possible_path(source),
             allow_identical_experts=options.allow_identical_experts,
             allow_outside_files=options.allow_outside_files,
         )
@@ -157,7 +157,9 @@ def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSour
             "recipes"
         )
     else:
-        model = open_checkpoint(source if isinstance(source, str) and not source.startswith("~") else user_path(source))
+        model = open_checkpoint(
+            source if isinstance(source, str) and not source.startswith("~") else possible_path(source)
+        )
     try:
         yield model
     finally:
@@ -166,7 +168,7 @@ def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSour
 
 def output_path(output: StrPath) -> Path:
     """The path of an output as given; a symbolic link is followed. OutputError if it names no file."""
-    path = user_path(output)
+    path = possible_path(output)
     if not path.name:
         raise OutputError(f"{output} is no file name; give one, for example model.gguf")
     return followed(path)
@@ -282,11 +284,11 @@ def merge(
     recipe. ``on_progress``, ``cancel`` and what is raised are those of ``convert``.
     """
     options = options_of(MergeOptions, options, keywords)
-    target = followed(user_path(out_dir))
+    target = followed(possible_path(out_dir))
     check_directory(target, (), record=RECORD, force=options.force)
     _check_report(options.router_report)
     model = open_recipe(
-        user_path(recipe),
+        possible_path(recipe),
         allow_identical_experts=options.allow_identical_experts,
         allow_outside_files=options.allow_outside_files,
     )

@@ -30,14 +30,16 @@ StrPath = Union[str, "os.PathLike[str]"]
 
 
 def user_path(path: StrPath) -> Path:
-    """``path`` with a leading ``~`` replaced by the home directory.
-
-    Raises InputError where there is no such home, and for a text that can be no path.
-    """
+    """``path`` with a leading ``~`` replaced by the home directory. Raises InputError where there is no such home."""
     try:
-        expanded = Path(path).expanduser()
+        return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path}: there is no such home directory") from error
+
+
+def possible_path(path: StrPath) -> Path:
+    """``user_path(path)``. Raises InputError also for a text that can be no path: with NUL, or too long."""
+    expanded = user_path(path)
     try:
         os.lstat(expanded)
     except ValueError as error:  # NUL, or half a surrogate pair

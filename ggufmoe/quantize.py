@@ -10,7 +10,7 @@ from ggufmoe.convert import ConvertResult, checked_output, output_path, type_pol
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import COPY, plan_requantize
-from ggufmoe.files import StrPath, user_path
+from ggufmoe.files import StrPath, possible_path
 from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
 from ggufmoe.quant.importances import Imatrix
@@ -47,7 +47,7 @@ def quantize(
     """
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     path = checked_output(output, options)
-    with contextlib.closing(GGUFSource(user_path(source))) as model:
+    with contextlib.closing(GGUFSource(possible_path(source))) as model:
         return write_gguf(_plan(model, path, options), options, on_progress, cancel)
 
 
@@ -64,7 +64,7 @@ def plan_quantize(
     The plan can be printed; its source is closed again, so it cannot be written.
     """
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
-    with contextlib.closing(GGUFSource(user_path(source))) as model:
+    with contextlib.closing(GGUFSource(possible_path(source))) as model:
         return _plan(model, output_path(output), options)
 
 

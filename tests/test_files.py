@@ -9,13 +9,13 @@ import pytest
 
 import ggufmoe
 from ggufmoe.errors import InputError, OutputError, OutputExistsError
-from ggufmoe.files import check_output_file, decode_text, followed, partial_path, replacing, user_path
+from ggufmoe.files import check_output_file, decode_text, followed, partial_path, possible_path, replacing
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 5000, f"folder/{'x' * 5000}"])
 def test_what_can_be_no_path_is_an_input_error(text: str) -> None:
     with pytest.raises(InputError, match=r"is no path: it holds a character|is too long for a path") as caught:
-        user_path(text)
+        possible_path(text)
     assert len(str(caught.value)) < 200
     calls = lambda: ggufmoe.Engine(text), lambda: ggufmoe.convert(text, "out.gguf"), lambda: ggufmoe.merge(text, "out")
     for call in calls:

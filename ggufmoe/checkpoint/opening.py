@@ -19,7 +19,7 @@ from ggufmoe.checkpoint.shards import open_tensor_files
 from ggufmoe.checkpoint.source import Provenance
 from ggufmoe.errors import CheckpointError
 from ggufmoe.families.model_config import ModelConfig
-from ggufmoe.files import user_path, what_instead
+from ggufmoe.files import possible_path, what_instead
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -91,7 +91,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             raise CheckpointError(f"{source} is a directory, so it has no revision {revision}")
         if (address := _ADDRESS.match(str(source))) is not None:
             raise CheckpointError(f"{source} is the address of a page; give the model's id, {address['repo']}")
-        return open_directory(user_path(source))
+        return open_directory(possible_path(source))
     repo_id, revision = hub.split_id(source, revision)
     return open_directory(hub.fetch(repo_id, revision), repo_id=repo_id)
 

@@ -6,14 +6,14 @@ import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ggufmoe.cli.console import note, printable
+from ggufmoe.cli.console import input_stream, note, printable
 from ggufmoe.cli.params import option_named, with_options, with_typed
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.engine import Engine
@@ -64,7 +64,7 @@ def converse(
     ``make_engine`` loads the model again where the engine was lost with its worker or its process; ``chat`` then has
     the new engine.
     """
-    lines = _typed_lines() if _is_terminal() else _joined_lines(sys.stdin)
+    lines = _typed_lines() if _is_terminal() else _piped_lines()
     _Conversation(chat, make_engine, quiet, stop).hold(lines)
 
 
@@ -330,10 +330,10 @@ def _is_open(text: str) -> bool:
     return text.startswith(_QUOTES) and (len(text) < 2 * len(_QUOTES) or not text.endswith(_QUOTES))
 
 
-def _joined_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Yield ``lines``, those between three quotation marks as one."""
+def _piped_lines() -> Iterator[str]:
+    """Yield the lines of stdin, those between three quotation marks as one."""
     held = ""
-    for line in lines:
+    for line in input_stream():
         held += line
         if not _is_open(held):
             yield held

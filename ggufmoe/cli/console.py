@@ -7,6 +7,8 @@ of a terminal. All that a verb prints goes through ``make_console``, ``note``, `
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import re
 import sys
@@ -43,6 +45,18 @@ def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Conso
         console = Console(file=trimmed, highlight=False, emoji=False, markup=markup, width=width)
     console.push_render_hook(cast(Any, _CleaningHook()))
     return console
+
+
+def input_stream() -> TextIO:
+    """stdin, read as UTF-16 where it begins with the mark of that, as what Windows PowerShell saves does.
+
+    Waits for the first bytes.
+    """
+    stream = sys.stdin
+    peek = getattr(getattr(stream, "buffer", None), "peek", None)
+    if peek is not None and not stream.isatty() and peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        cast(io.TextIOWrapper, stream).reconfigure(encoding="utf-16", errors="replace")
+    return stream
 
 
 def note(line: str, indent: int = 0) -> None:

@@ -18,7 +18,7 @@ from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled
 from ggufmoe.evaluation.activations import ActivationSums, collect
 from ggufmoe.evaluation.chunks import cut_chunks, read_text, report_chunks
-from ggufmoe.files import StrPath, check_output_file, user_path
+from ggufmoe.files import StrPath, check_output_file, possible_path
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import expert_matrix
 from ggufmoe.options import ImatrixKeywords, ImatrixOptions, OffloadOptions, options_of
@@ -132,8 +132,8 @@ def imatrix(
     of ``Engine``, and Cancelled if no chunk was completed.
     """
     options = options_of(ImatrixOptions, options, keywords)
-    path, model = user_path(output), user_path(model)
-    read = [*read_model_header(model).paths, *([] if text_file is None else [user_path(text_file)])]
+    path, model = possible_path(output), possible_path(model)
+    read = [*read_model_header(model).paths, *([] if text_file is None else [possible_path(text_file)])]
     check_output_file(path, read, replace=options.force)
     content = read_text(text, text_file)
     started, result, entries = time.monotonic(), None, None

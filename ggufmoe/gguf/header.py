@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.files import user_path, what_instead
+from ggufmoe.files import possible_path, what_instead
 from ggufmoe.gguf.types import REMOVED_TYPES, STRUCT_CODES, GGMLType, ValueType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
 
@@ -123,7 +123,7 @@ def read_header(path: Path) -> Header:
     than 0 and 1, keys longer than the format's 65535 bytes, keys and names that are not UTF-8. Bytes after the last
     tensor are allowed, as in llama.cpp; ``Header.trailing_bytes`` counts them.
     """
-    path = user_path(path)
+    path = possible_path(path)
     try:
         size = _regular_file_bytes(path)
         with path.open("rb", buffering=0) as file:

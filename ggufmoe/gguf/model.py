@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe.errors import GGUFError
-from ggufmoe.files import user_path
+from ggufmoe.files import possible_path
 from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, read_header
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.gguf.layer_memory import ModelMemory
@@ -83,7 +83,7 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
 
     Raises GGUFError if the header cannot be read, contradicts the file's name, or files are missing.
     """
-    path = user_path(path)
+    path = possible_path(path)
     return _shard_paths(path, read_header(path))
 
 
@@ -92,7 +92,7 @@ def read_model_header(path: Path) -> ModelHeader:
 
     Raises GGUFError as ``read_header`` does, and if shards are missing or belong to another model.
     """
-    path = user_path(path)
+    path = possible_path(path)
     given = read_header(path)
     paths = _shard_paths(path, given)
     if len(paths) == 1:

@@ -28,7 +28,7 @@ from ggufmoe.errors import CheckpointError, InputError, RecipeError
 from ggufmoe.families import family_of
 from ggufmoe.families.family import Family
 from ggufmoe.families.model_config import ModelConfig
-from ggufmoe.files import decode_text, user_path, what_instead
+from ggufmoe.files import decode_text, possible_path, what_instead
 from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
@@ -214,7 +214,7 @@ class MergedModel:
         if choice is not None and choice.startswith("expert:"):
             return self._template_of(int(choice.removeprefix("expert:")))
         if choice is not None and choice != "base":
-            return self._template_in(self._path.parent / user_path(choice))
+            return self._template_in(self._path.parent / possible_path(choice))
         if choice == "base" or default_chat_template(self.tokenizer_dir) is not None:
             return None
         known = self._tokens.ids or KnownTokens(self._base).ids
@@ -324,7 +324,7 @@ def _open(
 ) -> ModelSource:
     """Open a directory, relative to the recipe's, or a hub id, once each. Errors name the place in the recipe."""
     try:
-        directory = recipe_path.parent / user_path(reference)
+        directory = recipe_path.parent / possible_path(reference)
     except InputError as error:
         raise RecipeError(f"{place_of(recipe_path, text, place)}: {error}") from error
     from_hub = is_hub_id(reference) and not directory.exists()

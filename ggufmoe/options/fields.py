@@ -15,7 +15,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ggufmoe.errors import OptionError
-from ggufmoe.files import user_path
+from ggufmoe.files import possible_path
 from ggufmoe.options.limits import MAX_INT32
 
 
@@ -110,7 +110,7 @@ def check_values(options: Any) -> None:
                 fits = fits and all(isinstance(text, str) for text in value)
             check(fits or (value is None and may_be_none), f"{spec.name} must be {called}, not {value!r}")
             if value is not None and annotation in (Path, tuple):
-                object.__setattr__(options, spec.name, user_path(value) if annotation is Path else tuple(value))
+                object.__setattr__(options, spec.name, possible_path(value) if annotation is Path else tuple(value))
         name = max(spec.metadata.get("flags", ()), key=len, default=spec.name)
         if between is not None and value is not None:
             low, high = between

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineError
-from ggufmoe.files import StrPath, user_path
+from ggufmoe.files import StrPath, possible_path, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions
@@ -72,7 +72,7 @@ class ChildEngine:
         on_progress: OnProgress | None = None,
         cancel: CancelFlag | None = None,
     ) -> None:
-        model = read_model_header(user_path(path))
+        model = read_model_header(possible_path(path))
         self.path: Path = model.paths[0]
         self.header: Header = model.shards[0].header
         self._context_options = context

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, InputError
-from ggufmoe.files import StrPath, user_path
+from ggufmoe.files import StrPath, possible_path, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, options_of
 from ggufmoe.placement.load_report import Placement
@@ -79,7 +79,7 @@ class LocalEngine:
     ) -> None:
         self._context_options = context
         self._offload_options = offload
-        self._model = model = checked_model(user_path(path))
+        self._model = model = checked_model(possible_path(path))
         self.path: Path = model.paths[0]
         self.header: Header = model.shards[0].header
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()

@@ -150,6 +150,15 @@ def test_a_byte_order_mark_on_stdin_is_no_part_of_the_prompt(
     assert (code, json.loads(out)["prompt"]) == (0, " once")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_prompt_that_powershell_saved(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    stream = io.BufferedReader(io.BytesIO("\ufeff h\u00e9\r\n".encode(encoding)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream, encoding="utf-8"))
+    assert json.loads(run("-", "-n", "1", "--json")[1])["prompt"] == " h\u00e9"
+
+
 def test_nothing_to_answer(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     for prompt in ("", " ", "-"):
