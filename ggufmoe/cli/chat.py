@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ggufmoe.cli.console import input_stream, note, printable
+from ggufmoe.cli.console import note, piped_lines, printable
 from ggufmoe.cli.params import option_named, with_options, with_typed
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.engine import Engine
@@ -333,7 +333,7 @@ def _is_open(text: str) -> bool:
 def _piped_lines() -> Iterator[str]:
     """Yield the lines of stdin, those between three quotation marks as one."""
     held = ""
-    for line in input_stream():
+    for line in piped_lines():
         held += line
         if not _is_open(held):
             yield held

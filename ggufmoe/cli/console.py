@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ggufmoe.cli.wordwrap import char_cells
+from ggufmoe.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 _UNLIMITED = 10_000
+_MAX_INPUT_CHARS = 64 << 20
+"""Above any context; a device such as /dev/zero has no end."""
 _PADDING = re.compile(r"[ \t]+(?=\n)")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters but tab and newline, and those that turn the direction of the text around them."""
@@ -47,7 +50,24 @@ def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Conso
     return console
 
 
-def input_stream() -> TextIO:
+def piped_text() -> str:
+    """All of stdin without the line break at its end. Raises InputError for more than any prompt has."""
+    text = _piped_stream().read(_MAX_INPUT_CHARS + 1)
+    if len(text) > _MAX_INPUT_CHARS:
+        raise InputError(f"stdin goes on after {_MAX_INPUT_CHARS >> 20} Mi characters, which is no prompt")
+    return text.rstrip("\r\n")
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of stdin. Raises InputError for a line that is longer than any message."""
+    stream = _piped_stream()
+    while line := stream.readline(_MAX_INPUT_CHARS + 1):
+        if len(line) > _MAX_INPUT_CHARS:
+            raise InputError(f"a line of stdin goes on after {_MAX_INPUT_CHARS >> 20} Mi characters: no message does")
+        yield line
+
+
+def _piped_stream() -> TextIO:
     """stdin, read as UTF-16 where it begins with the mark of that, as what Windows PowerShell saves does.
 
     Waits for the first bytes.

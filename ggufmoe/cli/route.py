@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ggufmoe.cli.console import input_stream, note
+from ggufmoe.cli.console import note, piped_text
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.route_view import RouteView
@@ -106,7 +106,7 @@ def _prompts(prompt: str | None, compare: tuple[str, str] | None, route: RouteOp
         if route.png is not None:
             raise typer.BadParameter("--png draws one prompt: use --html to compare")
         return [("A", compare[0]), ("B", compare[1])]
-    text = input_stream().read().rstrip("\r\n") if prompt == "-" else prompt or ""
+    text = piped_text() if prompt == "-" else prompt or ""
     if not text.strip():
         raise InputError("the prompt is empty: there is nothing to route")
     return [("prompt", text)]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.console import input_stream, note
+from ggufmoe.cli.console import note, piped_text
 from ggufmoe.cli.jobs import interruptible
 from ggufmoe.cli.params import USAGE_ERROR, with_options
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
@@ -49,7 +49,7 @@ def run_command(
         raise USAGE_ERROR("--raw takes the text as it is: leave out --system-prompt and --chat-template")
     if prompt is None and sys.stdin.isatty():
         raise USAGE_ERROR("there is no prompt: say something, as in 'ggufmoe run MODEL \"Hello\"', or use chat")
-    text = input_stream().read().rstrip("\r\n") if prompt in (None, "-") else prompt
+    text = piped_text() if prompt in (None, "-") else prompt
     if not (text.strip() or run.raw):
         raise InputError("the prompt is empty: there is nothing to answer")
     with load_engine(model, context, offload) as engine:

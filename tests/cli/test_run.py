@@ -159,6 +159,17 @@ def test_a_prompt_that_powershell_saved(
     assert json.loads(run("-", "-n", "1", "--json")[1])["prompt"] == " h\u00e9"
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="a device of POSIX")
+@pytest.mark.parametrize("verb", ["run", "chat", "route"])
+def test_a_stdin_without_end_is_no_prompt(model: str, verb: str) -> None:
+    options = ["--chat-template", "chatml"] if verb == "chat" else ["-"] if verb == "route" else []
+    command = [sys.executable, "-m", "ggufmoe", verb, model, *options]
+    with Path("/dev/zero").open("rb") as zeros:
+        done = subprocess.run(command, stdin=zeros, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "stdin goes on after 64 Mi characters" in done.stderr
+
+
 def test_nothing_to_answer(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     for prompt in ("", " ", "-"):
