@@ -61,7 +61,9 @@ def piped_text() -> str:
 def piped_lines() -> Iterator[str]:
     """The lines of stdin. Raises InputError for a line that is longer than any message."""
     stream = _piped_stream()
-    while line := stream.readline(_MAX_INPUT_CHARS + 1):
+    # what a host program puts in the place of stdin may be nothing but an iterator
+    is_stream = hasattr(stream, "readline")
+    for line in iter(lambda: stream.readline(_MAX_INPUT_CHARS + 1), "") if is_stream else stream:
         if len(line) > _MAX_INPUT_CHARS:
             raise InputError(f"a line of stdin goes on after {_MAX_INPUT_CHARS >> 20} Mi characters: no message does")
         yield line
