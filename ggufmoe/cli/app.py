@@ -23,8 +23,8 @@ import typer
 import typer.core
 import typer.main
 
-from ggufmoe.cli.console import note, without_controls
-from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand
+from ggufmoe.cli.console import StatusLine, note, terminal_columns, without_controls
+from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand, PlainContext, write_examples
 from ggufmoe.cli.params import SHOWN_ERROR, USAGE_ERROR
 from ggufmoe.errors import GgufmoeError, one_line
 
@@ -112,7 +112,7 @@ VERBS = (
     Verb(
         "plan",
         "ggufmoe.cli.plan:plan_command",
-        "Show what goes where, and how many bytes.",
+        "Show which device would hold which part of a model.",
         ("ggufmoe plan model.gguf", "ggufmoe plan model.gguf --vram 6G -c 8192"),
     ),
     Verb(
@@ -163,6 +163,14 @@ VERBS = (
 )
 
 
+_FIRST_STEPS = (
+    "ggufmoe demo",
+    "ggufmoe convert ./my-mixtral -q Q4_K_M",
+    "ggufmoe chat my-mixtral-Q4_K_M.gguf",
+)
+_DRAWING_AT_ONCE = ("convert", "quantize", "merge")
+"""Verbs that import little before they show their progress."""
+_WITHOUT_STATUS = frozenset({"-h", "--help", "--quiet"})
 _READING_AS_THEY_RUN = ("run", "chat", "route", "perplexity", "imatrix", "bench")
 """Verbs that map a model's file, and end without a word from the system when it becomes shorter."""
 
@@ -200,7 +208,7 @@ def _outcome(arguments: Sequence[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _say("error: stopped", INTERRUPTED)
     except USAGE_ERROR as error:
-        return _wrong_usage(error)
+        return _wrong_usage(error, arguments)
     except GgufmoeError as error:
         return _known_error(error, debug)
     except SHOWN_ERROR as error:
@@ -217,17 +225,21 @@ def _outcome(arguments: Sequence[str], debug: bool) -> int:
 def _open_streams() -> None:
     """Give a stream to each that the parent process has closed, before a file of ours takes its number.
 
-    Writing to a closed stdout stays an error of the system, which says where; notes on a closed stderr are lost.
+    Writing to a closed or full stdout stays an error of the system, which says where; what a closed or full stderr
+    does not take is lost, because notes are not what was asked for.
     """
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (for as long as the process)
     if sys.stdout is None:
-        sys.stdout = _named_stdout(os.open(os.devnull, os.O_RDONLY), "utf-8")
+        sys.stdout = _stream(_Stdout, os.open(os.devnull, os.O_RDONLY), "utf-8")
     elif not sys.stdout.isatty():
         with contextlib.suppress(OSError):  # a stream of a host program without a file
-            sys.stdout = _named_stdout(sys.stdout.fileno(), sys.stdout.encoding)
+            sys.stdout = _stream(_Stdout, sys.stdout.fileno(), sys.stdout.encoding)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    elif not sys.stderr.isatty():
+        with contextlib.suppress(OSError):
+            sys.stderr = _stream(_Stderr, sys.stderr.fileno(), sys.stderr.encoding, line_buffering=True)
 
 
 class _Stdout(io.FileIO):
@@ -240,9 +252,19 @@ class _Stdout(io.FileIO):
             raise OSError(error.errno, error.strerror, "stdout") from error  # a BrokenPipeError stays one
 
 
-def _named_stdout(number: int, encoding: str) -> io.TextIOWrapper:
-    raw = _Stdout(number, "w", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding)
+class _Stderr(io.FileIO):
+    """A file number that loses what cannot be written to it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _stream(kind: type[io.FileIO], number: int, encoding: str, *, line_buffering: bool = False) -> io.TextIOWrapper:
+    raw = kind(number, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, line_buffering=line_buffering)
 
 
 def _failure_of_stdout() -> OSError | None:
@@ -273,7 +295,7 @@ def root_command() -> Any:
 
 
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the versions of ggufmoe and its engine.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Log everything; show where an error came from.")] = False,
 ) -> None:
     del debug  # read by exit_code, which has to know it even when parsing fails
@@ -292,11 +314,19 @@ def _placeholder() -> None:
 class _LazyGroup(typer.core.TyperGroup):
     """A group that shows its verbs without importing them."""
 
+    context_class = PlainContext
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each verb with its whole summary."""
         del ctx
         with formatter.section(typer.style("Commands", bold=True)):
             formatter.write_dl([(verb.name, verb.summary) for verb in VERBS])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write how to begin, and where the options of a command are listed."""
+        del ctx
+        write_examples(formatter, _FIRST_STEPS)
+        formatter.write("\nOptions and examples of a command: ggufmoe COMMAND --help\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # `--version` must do without a verb
@@ -314,7 +344,14 @@ class _LazyGroup(typer.core.TyperGroup):
                 hint = f"did you mean 'ggufmoe chat {name}'?"
             ctx.fail(f"no such command: {name}; {hint}")
         found, _, rest = super().resolve_command(ctx, args)
-        return found, _load(name), rest
+        line = StatusLine(sys.stderr)
+        is_shown = name not in _DRAWING_AT_ONCE and not _WITHOUT_STATUS.intersection(rest)
+        if is_shown and not ctx.resilient_parsing:  # with which a shell asks for completions
+            line.show(f"{name}: preparing")
+        try:
+            return found, _load(name), rest
+        finally:
+            line.clear()
 
 
 def _load(name: str) -> Any:
@@ -333,10 +370,11 @@ def _debug_first(arguments: Sequence[str]) -> list[str]:
     return rest if len(rest) == len(arguments) else ["--debug", *rest]
 
 
-def _wrong_usage(error: Any) -> int:
-    message = one_line(error.format_message(), None).replace("Value error, ", "")
+def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
+    message = one_line(error.format_message(), None).replace("Value error, ", "").removeprefix("Invalid value: ")
     context: Any = getattr(error, "ctx", None)
-    path = "ggufmoe" if context is None else context.command_path
+    typed = [verb.name for verb in VERBS if verb.name in arguments[:2]]
+    path = " ".join(["ggufmoe", *typed]) if context is None else context.command_path
     parameter: Any = getattr(error, "param", None)
     parameters = [] if context is None else context.command.params
     takes_prompt = any(given.name == "prompt" for given in parameters)
@@ -347,12 +385,15 @@ def _wrong_usage(error: Any) -> int:
         message = f"No such option: {name}" + (f"; did you mean {near[0]}?" if near else "")
         if takes_prompt and not near:
             message += "; a PROMPT that begins with - stands after --"
-    elif hasattr(error, "param_type") and getattr(parameter, "param_type_name", "") == "argument":  # a missing argument
-        name = (parameter.metavar or parameter.name.upper()).removesuffix("...")
+    elif hasattr(error, "param_type") and parameter is not None:  # a missing argument or option
+        is_argument = parameter.param_type_name == "argument"
+        name = (parameter.metavar or parameter.name.upper()).removesuffix("...") if is_argument else parameter.opts[-1]
         example = next(verb.examples[0] for verb in VERBS if verb.name == context.info_name)
         message = f"{name} is missing; for example: {example}"
     elif "unexpected extra argument" in message and takes_prompt:
         message += "; a PROMPT of several words stands in quotation marks"
+    elif "unexpected extra argument" in message and typed == ["chat"]:
+        message += "; 'ggufmoe run MODEL PROMPT' gives a single answer"
     return _say(f"error: {message} (see '{path} --help')", 2)
 
 
@@ -385,6 +426,8 @@ def _trace(error: BaseException, debug: bool) -> None:
 
 
 def _say(line: str, code: int) -> int:
+    if code == INTERRUPTED and sys.stderr.isatty():  # in place of the ^C that the terminal shows
+        sys.stderr.write("\r" + " " * (terminal_columns(sys.stderr) - 1) + "\r")
     note(line)
     return code
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from ggufmoe.cli.bench_view import make_printer
+from ggufmoe.cli.console import held_warnings
 from ggufmoe.cli.grid import Values, combinations, listed, numbers, single
 from ggufmoe.cli.jobs import interruptible
 from ggufmoe.cli.params import with_options
@@ -37,7 +38,11 @@ class BenchOptions:
     )
     pg: Values = option((), "-pg", help="A prompt of PP tokens, then TG one by one, timed together.", metavar="PP,TG")
     n_depth: Values = option(
-        (), "-d", "--n-depth", help="Tokens that are in the cache before, not timed. [default: 0]", metavar="N,..."
+        (),
+        "-d",
+        "--n-depth",
+        help="Tokens in the cache before each test; computing them is not timed. [default: 0]",
+        metavar="N,...",
     )
     n_batch: Values = listed(ContextOptions, "n_batch")
     n_ubatch: Values = listed(ContextOptions, "n_ubatch")
@@ -130,7 +135,7 @@ def bench_command(
     def show(progress: Progress) -> None:
         line.update(replace(progress, phase="bench", item=f"{progress.item} {progress.phase}"))
 
-    with printer, line:
+    with held_warnings(), printer, line:
         for result in interruptible(
             lambda cancel: run_bench(
                 cases,

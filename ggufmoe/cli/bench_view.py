@@ -226,7 +226,7 @@ class MarkdownPrinter:
             "backend": record["backends"],
             "threads": str(record["n_threads"]),
             "test": result.case.workload.name,
-            "t/s": f"{result.tokens_per_s:.2f} ± {result.spread_tokens_per_s:.2f}{mark}",
+            "t/s": self._speed(result, mark),
         }
         cells |= {_heading(option): _cell(record[_FIELDS.get(option, option)]) for option in self._options}
         self._constant = {heading: cells[heading] for heading in self._constant}
@@ -234,6 +234,14 @@ class MarkdownPrinter:
             self._print_note(", ".join(f"{heading} {cells[heading]}" for heading in self._headings))
         else:
             self._line([cells[heading] for heading in self._headings])
+
+    def _speed(self, result: Result, mark: str) -> str:
+        """Mean and spread as llama-bench prints them, with fewer digits where a terminal is too narrow for them."""
+        for digits in (2, 1, 0):
+            text = f"{result.tokens_per_s:.{digits}f} ± {result.spread_tokens_per_s:.{digits}f}{mark}"
+            if len(text) <= self._speed_width or not self._stream.isatty():
+                break
+        return text
 
     def _line(self, cells: Sequence[str]) -> None:
         parts = (

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ggufmoe.cli.wordwrap import char_cells
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 _UNLIMITED = 10_000
 _MAX_INPUT_CHARS = 64 << 20
 """Above any context; a device such as /dev/zero has no end."""
+_LINES = 25
+_TYPED_CELLS = 8
+_WORD = re.compile(r"\s*\S+")
 _PADDING = re.compile(r"[ \t]+(?=\n)")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters but tab and newline, and those that turn the direction of the text around them."""
@@ -40,12 +44,11 @@ def make_console(stream: TextIO | None = None, *, markup: bool = False) -> Conso
     from rich.console import Console
 
     stream = sys.stdout if stream is None else stream
-    if stream.isatty():
-        console = Console(file=stream, highlight=False, emoji=False, markup=markup)
-    else:
-        width = None if os.environ.get("COLUMNS") else _UNLIMITED
-        trimmed = cast(TextIO, _Trimmed(stream))
-        console = Console(file=trimmed, highlight=False, emoji=False, markup=markup, width=width)
+    on_terminal = stream.isatty()
+    # rich itself gives 80 columns to a dumb terminal unless it is told a height too, and takes COLUMNS=0 for a width
+    columns = terminal_columns(stream) if on_terminal else _columns_given() or _UNLIMITED
+    file = stream if on_terminal else cast(TextIO, _Trimmed(stream))
+    console = Console(file=file, highlight=False, emoji=False, markup=markup, width=columns, height=_LINES)
     console.push_render_hook(cast(Any, _CleaningHook()))
     return console
 
@@ -93,11 +96,43 @@ def note(line: str, indent: int = 0) -> None:
 
 
 def wrapped(text: str, columns: int, indent: int = 0) -> str:
-    """``text`` broken between words into lines of at most ``columns``; those after the first are indented."""
-    wrapper = textwrap.TextWrapper(
-        columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )
-    return "\n".join(wrapper.fill(part) for part in text.split("\n"))
+    """``text`` broken between words into lines of at most ``columns`` cells; those after the first are indented.
+
+    Only a word that is longer than a line makes a longer line.
+    """
+    lines = []
+    for part in text.split("\n"):
+        line = ""
+        for word in _WORD.findall(part.expandtabs()):
+            if line.strip() and cell_width(line + word) > columns:
+                lines.append(line)
+                line, word = " " * indent, word.lstrip()
+            line += word
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@contextmanager
+def held_warnings() -> Iterator[None]:
+    """Hold the library's warnings back until the block ends, where they would break up a table on the terminal."""
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        held.append(record)
+        return False
+
+    handlers = logging.getLogger("ggufmoe").handlers[:] if sys.stdout.isatty() and sys.stderr.isatty() else []
+    for handler in handlers:
+        handler.addFilter(hold)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hold)
+        for record in held:
+            logging.getLogger(record.name).handle(record)
 
 
 class StatusLine:
@@ -117,9 +152,10 @@ class StatusLine:
             self._width = width
 
     def clear(self) -> None:
-        """Erase the line and put the cursor at its beginning."""
+        """Erase the line, and the ^C that a terminal may have written behind it; put the cursor at its beginning."""
         if self._width:
-            self._write("\r" + " " * self._width + "\r")
+            n_cells = max(self._width, min(self._width + _TYPED_CELLS, terminal_columns(self._stream) - 1))
+            self._write("\r" + " " * n_cells + "\r")
             self._width = 0
 
     def _write(self, text: str) -> None:
@@ -129,14 +165,18 @@ class StatusLine:
 
 def terminal_columns(stream: TextIO) -> int:
     """Width of the terminal that ``stream`` writes to; COLUMNS overrides it, and 80 stands for an unknown one."""
-    try:
-        return int(os.environ["COLUMNS"])
-    except (KeyError, ValueError):
-        pass
+    if given := _columns_given():
+        return given
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError, AttributeError):
         return 80
+
+
+def _columns_given() -> int | None:
+    """COLUMNS of the environment, if it is a width: some programs set it to 0."""
+    given = os.environ.get("COLUMNS", "")
+    return int(given) or None if re.fullmatch("[0-9]{1,5}", given) else None
 
 
 def cell_width(text: str) -> int:
@@ -146,7 +186,7 @@ def cell_width(text: str) -> int:
 
 def cut_to_cells(text: str, n_cells: int) -> str:
     """The beginning of ``text`` that fits into ``n_cells``."""
-    while cell_width(text) > n_cells:
+    while text and cell_width(text) > n_cells:
         text = text[:-1]
     return text
 

@@ -13,21 +13,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggufmoe.cli.console import note, printable, without_controls
+from ggufmoe.cli.console import note, printable, terminal_columns, without_controls, wrapped
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.router import print_router
 from ggufmoe.files import allowed_name
 from ggufmoe.sizes import file_size
+from ggufmoe.work import OnProgress, Progress
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult, MergeResult
-    from ggufmoe.writing.plan import WritePlan
+    from ggufmoe.writing.plan import PlannedTensor, WritePlan
 
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def default_output(source: str, quant: str, *, quiet: bool) -> Path:
-    """``NAME-TYPE.gguf`` in the current folder, and a line that says so.
+def default_output(source: str, quant: str) -> Path:
+    """``NAME-TYPE.gguf`` in the current folder.
 
     NAME is that of the directory, the recipe, the hub id or the GGUF file, without the number of a shard and, unless
     the types stay as they are, without the type that a GGUF file's name ends with. Raises OptionError for an unknown
@@ -48,15 +50,35 @@ def default_output(source: str, quant: str, *, quiet: bool) -> Path:
     if path.suffix.lower() == ".gguf" and not is_copy:
         types = "|".join((*FileType.__members__, "FP16", "FP32"))
         name = re.sub(rf"[-._]({types})$", "", name, flags=re.IGNORECASE) or name
-    output = Path(allowed_name(f"{name}-{type_name}.gguf"))
-    if not quiet:
-        note(f"writes {printable(str(output))}; -o gives another name")
-    return output
+    return Path(allowed_name(f"{name}-{type_name}.gguf"))
+
+
+def naming(output: Path, display: ProgressLine, show: OnProgress) -> OnProgress:
+    """``show`` for a job whose output the user did not name: before the first report a line says how it is called.
+
+    Not before, because a job that is refused writes nothing.
+    """
+    has_told = False
+
+    def tell_and_show(progress: Progress) -> None:
+        nonlocal has_told
+        if not has_told:
+            has_told = True
+            with display.hidden():
+                note(f"writes {printable(str(output))}; -o gives another name")
+        show(progress)
+
+    return tell_and_show
 
 
 def show_plan(plan: WritePlan, *, as_json: bool) -> None:
     """Print a plan: one JSON object, or every tensor and what each type amounts to."""
-    print(json.dumps(plan.to_dict()) if as_json else without_controls("\n".join(_plan_lines(plan))))
+    if as_json:
+        print(json.dumps(plan.to_dict()))
+        return
+    columns = terminal_columns(sys.stdout) if sys.stdout.isatty() else None
+    for line in _plan_lines(plan, columns):
+        print(without_controls(line if columns is None else wrapped(line, columns)))
 
 
 def show_result(result: ConvertResult | MergeResult, *, as_json: bool, quiet: bool) -> None:
@@ -100,14 +122,17 @@ def _fallback_line(plan: WritePlan) -> str:
     )
 
 
-def _plan_lines(plan: WritePlan) -> list[str]:
+def _plan_lines(plan: WritePlan, columns: int | None) -> list[str]:
+    """Files, tensors, types and the sum; without the shapes of tensors where they do not fit into ``columns``."""
     lines: list[str] = []
-    width = max(len(tensor.name) for tensor in plan.tensors)
+    cells = [_cells(tensor) for file in plan.files for tensor in file.tensors]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    has_shapes = columns is None or sum(widths) + 2 * len(widths) <= columns
     for file in plan.files:
         lines.append(f"{file.path}: {file_size(file.n_bytes)}, {len(file.tensors)} tensors")
-        for tensor in file.tensors:
-            shape = " x ".join(map(str, tensor.shape))
-            lines.append(f"  {tensor.name:{width}}  {tensor.type.name:8} {shape:>20}  {file_size(tensor.n_bytes):>10}")
+        for name, kind, shape, size in map(_cells, file.tensors):
+            middle = f"  {shape:>{widths[2]}}" if has_shapes else ""
+            lines.append(f"  {name:{widths[0]}}  {kind:{widths[1]}}{middle}  {size:>{widths[3]}}")
     for name, total in plan.types.items():
         lines.append(
             f"{name:8} {total.n_tensors:5} tensors  {total.n_weights:>14,} weights  {file_size(total.n_bytes):>10}"
@@ -118,6 +143,11 @@ def _plan_lines(plan: WritePlan) -> list[str]:
         f"in all {file_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
     )
     return lines
+
+
+def _cells(tensor: PlannedTensor) -> tuple[str, str, str, str]:
+    shape = " x ".join(map(str, tensor.shape))
+    return tensor.name, tensor.type.name, shape, file_size(tensor.n_bytes)
 
 
 def _peak_memory_bytes() -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ggufmoe.cli.conversion import default_output, show_plan, show_result
+from ggufmoe.cli.conversion import default_output, naming, show_plan, show_result
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
@@ -24,7 +24,10 @@ def convert_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The GGUF file to write; default: NAME-TYPE.gguf, here.", metavar="OUT.gguf"
+            "-o",
+            "--output",
+            help="The GGUF file to write; default: NAME-TYPE.gguf in the current folder.",
+            metavar="OUT.gguf",
         ),
     ] = None,
     *,
@@ -37,18 +40,19 @@ def convert_command(
 
     An interrupted run leaves OUT.partial and a journal; --resume continues from there and writes the same bytes.
     """
-    if output is None:
-        output = default_output(source, options.quant, quiet=quiet or dry_run)
+    path = default_output(source, options.quant) if output is None else output
     if dry_run:
         from ggufmoe.convert import plan_convert
 
-        show_plan(plan_convert(source, output, options=options), as_json=as_json)
+        show_plan(plan_convert(source, path, options=options), as_json=as_json)
         return
 
     def job(show: OnProgress, cancel: CancelFlag) -> ConvertResult:
         from ggufmoe.convert import convert
 
-        return convert(source, output, options=options, on_progress=show, cancel=cancel)
+        told = show if quiet or output is not None else naming(path, display, show)
+        return convert(source, path, options=options, on_progress=told, cancel=cancel)
 
-    result = run_job(job, progress_display(f"convert {options.quant}", quiet=quiet))
+    display = progress_display(f"convert {options.quant}", quiet=quiet)
+    result = run_job(job, display)
     show_result(result, as_json=as_json, quiet=quiet)

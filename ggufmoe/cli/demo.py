@@ -5,6 +5,7 @@ Owns what is printed; every step is one that a user can take by hand, and the la
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ggufmoe.cli.console import make_console, without_controls
+from ggufmoe.cli.console import make_console, without_controls, wrapped
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import file_types
-from ggufmoe.cli.progress import progress_display
+from ggufmoe.cli.progress import ProgressLine, progress_display
 from ggufmoe.errors import Cancelled, GGUFError, ImatrixError, OptionError, OutputExistsError
 from ggufmoe.options import ConvertOptions, SamplingOptions
 from ggufmoe.sizes import file_size
@@ -33,6 +34,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = "_.-:=+*#"
 """Bars for terminals whose encoding has no block characters."""
 _INDENT = "   "
+_WORD_AS_TYPED = re.compile(r"""(?:--?[a-z]+ )?(?:"[^"]*"|'[^']*'|[^\s"'])+""")
+"""A word of a command line, with its quotation marks, or an option and what follows it."""
 _KNOWLEDGE = "opposites, colors, sizes, capitals, and numbers to 100"
 _MATH = 1
 """The recipe's second expert."""
@@ -48,7 +51,10 @@ def demo_command(
     chat: Annotated[bool, typer.Option("--chat", help="Continue with a conversation.")] = False,
 ) -> None:
     """Merge two tiny models that come with ggufmoe into a mixture of experts, quantize it and ask it; offline."""
-    console = make_console(markup=True)
+    with ProgressLine("demo", phase="demo"):
+        console = make_console(markup=True)
+        _check_output(output)
+        _check_quant(output, quant)
     _make(console, output, quant)
     _ask(console, output, chat)
 
@@ -59,9 +65,7 @@ def _make(console: Console, output: Path, quant: str) -> None:
     from ggufmoe.files import delete, partial_path
     from ggufmoe.writing.place import journal_path
 
-    _check_output(output)
     options = ConvertOptions(quant=quant, force=True)
-    _check_quant(output, options)
     console.print("[bold]1. Merge and quantize[/bold] two dense models of 3.4 M parameters, by a recipe:")
     _say_command(console, f"ggufmoe convert {_quoted(RECIPE)} -o {_quoted(output)} -q {quant}")
     try:
@@ -76,7 +80,7 @@ def _make(console: Console, output: Path, quant: str) -> None:
     weights = f"{result.plan.n_weights / 1e6:.1f} M parameters"
     bits = f"{result.plan.bits_per_weight:.2f} bits each"
     size = f"{file_size(result.n_bytes)}, {result.seconds:.1f} s"
-    console.print(f"{_INDENT}{output}: {weights}, {bits}, {size}", markup=False)
+    _say(console, f"{output}: {weights}, {bits}, {size}")
 
 
 def _check_output(output: Path) -> None:
@@ -95,14 +99,15 @@ def _check_output(output: Path) -> None:
         raise OutputExistsError(f"{output} exists and is not an earlier demo; choose another name with -o")
 
 
-def _check_quant(output: Path, options: ConvertOptions) -> None:
+def _check_quant(output: Path, quant: str) -> None:
+    """Raise OptionError if there is no such type, or if it needs more than the demo has."""
     from ggufmoe.convert import plan_convert
     from ggufmoe.demo import RECIPE
 
     try:
-        plan_convert(RECIPE, output, options=options)
+        plan_convert(RECIPE, output, options=ConvertOptions(quant=quant, force=True))
     except ImatrixError as error:
-        raise OptionError(f"{options.quant} needs an importance matrix, which the demo does not make") from error
+        raise OptionError(f"{quant} needs an importance matrix, which the demo does not make") from error
 
 
 def _ask(console: Console, path: Path, chat_after: bool) -> None:
@@ -139,14 +144,16 @@ def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> s
     console.file.write(_INDENT)
     pieces: list[tuple[str, float]] = []
     last = ""
-    for event in tracer.follow(chat.send(text)):
-        console.file.write(without_controls(event.text))
-        console.file.flush()
-        if isinstance(event, RoutedToken):
-            pieces.append((event.text, event.expert_weights[_MATH]))
-        else:
-            last = event.text
-    console.file.write("\n")
+    try:
+        for event in tracer.follow(chat.send(text)):
+            console.file.write(without_controls(event.text))
+            console.file.flush()
+            if isinstance(event, RoutedToken):
+                pieces.append((event.text, event.expert_weights[_MATH]))
+            else:
+                last = event.text
+    finally:  # an error is printed on a line of its own
+        console.file.write("\n")
     console.print(_strip(pieces, bars_for(console)), soft_wrap=True)
     console.print()
     return ("".join(piece for piece, _ in pieces) + last).strip()
@@ -194,12 +201,29 @@ def _go_on(console: Console, path: Path) -> None:
         ("ggufmoe convert recipe.yaml -o model.gguf", "your own recipe, of models of any size"),
     ):
         _say_command(console, command)
-        console.print(f"{_INDENT}{_INDENT}{what}", style="dim", markup=False, soft_wrap=True)
+        _say(console, what, _INDENT * 2, style="dim")
+
+
+def _say(console: Console, text: str, indent: str = _INDENT, style: str | None = None) -> None:
+    """Print ``text`` behind ``indent``, wrapped at words."""
+    shown = wrapped(indent + text, console.width, len(indent))
+    console.print(shown, style=style, markup=False, soft_wrap=True)
 
 
 def _say_command(console: Console, command: str) -> None:
-    """Print ``command`` as it can be typed here, also where the program is not on the PATH."""
-    console.print(f"{_INDENT}{command.replace('ggufmoe', program_as_typed(), 1)}", markup=False, soft_wrap=True)
+    """Print ``command`` as it can be typed here, also where the program is not on the PATH.
+
+    A terminal that is too narrow gets it in several lines that a shell takes as one.
+    """
+    words = [program_as_typed(), *_WORD_AS_TYPED.findall(command)[1:]]
+    lines = [_INDENT + words[0]]
+    for word in words[1:]:
+        if len(f"{lines[-1]} {word} \\") > console.width and sys.platform != "win32":
+            lines[-1] += " \\"
+            lines.append(_INDENT * 2 + word)
+        else:
+            lines[-1] += " " + word
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def program_as_typed() -> str:

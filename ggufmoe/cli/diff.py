@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,12 @@ import typer
 
 from ggufmoe.cli.console import make_console, printable
 from ggufmoe.cli.jobs import run_job
+from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.inspection.diff import KeyDifference, ModelDifference, PartDifference, TensorDifference, diff_models
+from ggufmoe.options import option
+from ggufmoe.options.convert_options import worker_threads
+from ggufmoe.options.fields import check_values
 from ggufmoe.sizes import counted
 
 if TYPE_CHECKING:
@@ -37,22 +42,27 @@ _KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class DiffOptions:
+    """What is compared, and what is shown of it."""
+
+    headers_only: bool = option(
+        False, "--headers-only", help="Compare metadata, types and shapes, and read no weights."
+    )
+    show_all: bool = option(False, "--all", help="Name every tensor that differs, in the file's order.")
+    threads: int | None = worker_threads()
+    json: bool = option(False, "--json", help="Print one JSON object instead of text.")
+    exit_code: bool = option(False, "--exit-code", help="End with exit code 1 if anything differs.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@with_options(DiffOptions)
 def diff_command(
     before: Annotated[Path, typer.Argument(help="A GGUF file, or any shard of a split one.", metavar="A.gguf")],
     after: Annotated[Path, typer.Argument(help="Another one.", metavar="B.gguf")],
-    *,
-    headers_only: Annotated[
-        bool, typer.Option("--headers-only", help="Compare metadata, types and shapes, and read no weights.")
-    ] = False,
-    show_all: Annotated[
-        bool, typer.Option("--all", help="Name every tensor that differs, in the file's order.")
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option("-t", "--threads", help="Threads; one for each core by default.", metavar="N", min=1, max=512),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    tells: Annotated[bool, typer.Option("--exit-code", help="End with exit code 1 if anything differs.")] = False,
+    options: DiffOptions,
 ) -> None:
     """Show how two GGUF files differ: metadata, tensors, types, shapes, and the relative error of each tensor.
 
@@ -61,15 +71,20 @@ def diff_command(
     """
     found = run_job(
         lambda show, cancel: diff_models(
-            before, after, headers_only=headers_only, n_threads=threads, on_progress=show, cancel=cancel
+            before,
+            after,
+            headers_only=options.headers_only,
+            n_threads=options.threads,
+            on_progress=show,
+            cancel=cancel,
         ),
         progress_display("compare", phase="compare"),
     )
-    if as_json:
+    if options.json:
         print(json.dumps(found.to_dict()))
     else:
-        _show(found, headers_only=headers_only, show_all=show_all)
-    if tells and not found.is_same:
+        _show(found, headers_only=options.headers_only, show_all=options.show_all)
+    if options.exit_code and not found.is_same:
         raise typer.Exit(1)
 
 

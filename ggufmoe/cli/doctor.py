@@ -29,9 +29,9 @@ _NARROW_COLUMNS = 64
 def doctor_command(
     *,
     rpc: Annotated[
-        str | None, typer.Option("--rpc", help="Look at these workers as well.", metavar="HOST:PORT,...")
+        str | None, typer.Option("--rpc", help="Check these workers as well.", metavar="HOST:PORT,...")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Check the engine, its devices, the quantization kernels and the software around them.
 

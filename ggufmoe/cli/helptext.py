@@ -5,6 +5,8 @@ Rich's tables, which typer draws by default, cut the names of flags on narrow te
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -13,10 +15,41 @@ import typer.core
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _ARGUMENTS = "Arguments"
 _OWN = "Options"
+_SHORT_BRACKET = re.compile(r"\[[^\]]{,24}\]")
+_HELD = str.maketrans({" ": "\u00a0", "-": "\u2011"})
+_FREED = str.maketrans({"\u00a0": " ", "\u2011": "-"})
+_FORMATTER: Any = typer.Context.formatter_class
+
+
+class _Formatter(_FORMATTER):  # type: ignore[misc]
+    """Breaks lines between words only: neither at the hyphens of a name nor within short square brackets."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(_held(text))
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], *args: Any, **keywords: Any) -> None:
+        super().write_dl([(name, _held(text)) for name, text in rows], *args, **keywords)
+
+    def getvalue(self) -> str:
+        text: str = super().getvalue()
+        return text.translate(_FREED)
+
+
+def _held(text: str) -> str:
+    """``text`` with characters in place of hyphens, and of spaces in brackets, at which lines are not broken."""
+    return _SHORT_BRACKET.sub(lambda found: found[0].translate(_HELD), text).replace("-", "\u2011")
+
+
+class PlainContext(typer.Context):
+    """The context of a command whose help is in plain text."""
+
+    formatter_class = _Formatter
 
 
 class PlainCommand(typer.core.TyperCommand):
     """A command whose help has one section for each panel that its options name (``rich_help_panel``)."""
+
+    context_class = PlainContext
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """``[OPTIONS] MODEL [PROMPT]``."""
@@ -31,7 +64,8 @@ class PlainCommand(typer.core.TyperCommand):
             if record is None:
                 continue
             name, text = record
-            record = name, text.replace("  [default:", " [default:")
+            text = re.sub(r"  \[(default:|required)", r" [\1", text)
+            record = name, re.sub(r"(\[default: -?\d+)\.0\]", r"\1]", text)
             if parameter.param_type_name == "argument":
                 panels[_ARGUMENTS].append((_shown_argument(parameter), getattr(parameter, "help", None) or ""))
             else:
@@ -44,9 +78,14 @@ class PlainCommand(typer.core.TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the examples, each on a line of its own."""
         if self.epilog:
-            with formatter.section(typer.style("Examples", bold=True)):
-                for example in self.epilog.splitlines():
-                    formatter.write(f"  {example}\n")
+            write_examples(formatter, self.epilog.splitlines())
+
+
+def write_examples(formatter: Any, examples: Sequence[str]) -> None:
+    """Write a section of commands as people type them."""
+    with formatter.section(typer.style("Examples", bold=True)):
+        for example in examples:
+            formatter.write(f"  {example}\n")
 
 
 def _shown_argument(argument: Any) -> str:

@@ -6,13 +6,14 @@ Owns what is printed; ``evaluation.imatrix`` measures. The summary goes to stder
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
 import typer
 
-from ggufmoe.cli.console import note
+from ggufmoe.cli.console import note, terminal_columns
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import chunk_display
@@ -34,7 +35,7 @@ def imatrix_command(
     *,
     options: ImatrixOptions,
     offload: OffloadOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
 ) -> None:
     """Make an importance matrix: measure on a text how much each column of each matrix matters, expert by expert.
@@ -67,9 +68,11 @@ def _summary(result: ImatrixResult) -> list[str]:
     ]
     if result.coverage:
         lines.append("tokens that reached each expert, by layer:")
+    room = terminal_columns(sys.stderr) - len("  999:") if sys.stderr.isatty() else 999
+    n_shown = min(_SHOWN_EXPERTS, room // len(" 1234567"))
     for row in result.coverage:
         counts = " ".join(f"{n:>7}" for n in row.tokens)
-        if len(row.tokens) > _SHOWN_EXPERTS:
+        if len(row.tokens) > n_shown:
             few, many = min(row.tokens), max(row.tokens)
             counts = f"{few} to {many}, half of the {len(row.tokens)} experts got {median(row.tokens):g} or more"
         lines.append(f"  {row.layer:>3}: {counts}")

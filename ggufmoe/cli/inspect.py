@@ -17,7 +17,7 @@ import typer
 from ggufmoe.cli.console import make_console, printable
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
-from ggufmoe.cli.progress import progress_display
+from ggufmoe.cli.progress import ProgressLine, progress_display
 from ggufmoe.errors import GGUFError, InputError
 from ggufmoe.gguf import manifest as manifests
 from ggufmoe.gguf.model import read_model_header
@@ -55,14 +55,15 @@ def inspect_command(
     manifest: Annotated[
         Path | None, typer.Option("--manifest", help="Compare with this manifest.", metavar="FILE")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Show what is in a GGUF file: architecture, experts, bytes by part and type, memory, tokenizer, template, origin.
 
     Reads the header only; --verify reads all of it and ends with exit code 1 if anything differs. The memory is that of
     the CPU; `ggufmoe plan` shows what goes where with GPUs.
     """
-    report = inspect_model(model, context, this_host())
+    with ProgressLine("inspect", phase="inspect", waiting="reading the header"):
+        report = inspect_model(model, context, this_host())
     if recipe:
         _print_recipe_alone(model, report.merge)
         return

@@ -25,6 +25,8 @@ Command = Callable[..., None]
 OptionsT = TypeVar("OptionsT")
 # newer typers carry a click of their own; the exceptions are reached through what is public in all of them
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+_MOST_LISTED = 40
+"""Characters up to which the values of an option stand beside its name; a longer list would not fit a terminal."""
 SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
@@ -151,10 +153,14 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
     metadata = field.metadata
     kind = _repeated(hint)
     shown = field.default is not None and kind is None and metadata["parse"] is None
+    text, metavar = metadata["help"], metadata["metavar"]
+    words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    if metavar is None and len("|".join(words)) > _MOST_LISTED:
+        text, metavar = f"{text} One of {', '.join(words)}.", "WORD"
     flag = typer.Option(
         *metadata["flags"],
-        help=metadata["help"],
-        metavar=metadata["metavar"],
+        help=text,
+        metavar=metavar,
         parser=_parser(metadata["parse"] or _NUMBERS.get(hint)),
         show_default=shown,
         autocompletion=_COMPLETIONS.get(field.name),

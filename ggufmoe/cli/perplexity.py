@@ -34,7 +34,7 @@ def perplexity_command(
     ] = None,
     options: EvaluationOptions,
     offload: OffloadOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Measure how well a model predicts a text, or how far it is from another model.

@@ -11,6 +11,7 @@ import typer
 
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.params import with_options
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.options import ContextOptions, OffloadOptions
@@ -35,20 +36,21 @@ def plan_command(
         ),
     ] = None,
     ram: Annotated[str | None, typer.Option("--ram", help="Plan for this much main memory.", metavar="SIZE")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Show what goes where and how many bytes, before anything is loaded.
+    """Show which device would hold which part of a model, and how much memory it takes, before anything is loaded.
 
     Without --vram the devices of this machine are used. The GPUs of --vram are named GPU0, GPU1 and so on.
     """
     if vram and offload.rpc:
         raise typer.BadParameter("--vram replaces all devices: leave out --rpc, and add a --vram for each worker")
-    header = read_model_header(model)
-    devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
-    if ram is not None:
-        n_bytes = _memory(ram, "--ram")
-        host = HostMemory(n_bytes, n_bytes, host.repacked, host.name, host.alignment)
-    plan = plan_offload(header, context, offload, devices, host)
+    with ProgressLine("plan", phase="plan", waiting="looking at devices"):
+        header = read_model_header(model)
+        devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
+        if ram is not None:
+            n_bytes = _memory(ram, "--ram")
+            host = HostMemory(n_bytes, n_bytes, host.repacked, host.name, host.alignment)
+        plan = plan_offload(header, context, offload, devices, host)
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
     else:
@@ -93,7 +95,8 @@ def _show(plan: OffloadPlan) -> None:
     console.print(table)
     console.print()
     for share in plan.shares if narrow else ():
-        console.print(f"{share.device}: layers {', experts of '.join(_layers(share, plan.n_layer))}")
+        layers, experts = _layers(share, plan.n_layer)
+        console.print(f"{share.device}: layers {layers}, experts of {experts}".replace(" -", " none"))
     console.print(f"{unit}, for a context of {plan.n_ctx} tokens; compute is an estimate")
     for line in _lines(plan):
         console.print(line)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ggufmoe.cli.conversion import default_output, show_plan, show_result
+from ggufmoe.cli.conversion import default_output, naming, show_plan, show_result
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import progress_display
@@ -24,7 +24,10 @@ def quantize_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The GGUF file to write; default: NAME-TYPE.gguf, here.", metavar="OUT.gguf"
+            "-o",
+            "--output",
+            help="The GGUF file to write; default: NAME-TYPE.gguf in the current folder.",
+            metavar="OUT.gguf",
         ),
     ] = None,
     *,
@@ -38,18 +41,19 @@ def quantize_command(
     TYPE may also be COPY, which changes no type: it joins a split model and stacks the experts of old Mixtral files. An
     interrupted run leaves OUT.partial and a journal; --resume continues from there.
     """
-    if output is None:
-        output = default_output(str(source), options.quant, quiet=quiet or dry_run)
+    path = default_output(str(source), options.quant) if output is None else output
     if dry_run:
         from ggufmoe.quantize import plan_quantize
 
-        show_plan(plan_quantize(source, output, options=options), as_json=as_json)
+        show_plan(plan_quantize(source, path, options=options), as_json=as_json)
         return
 
     def job(show: OnProgress, cancel: CancelFlag) -> ConvertResult:
         from ggufmoe.quantize import quantize
 
-        return quantize(source, output, options=options, on_progress=show, cancel=cancel)
+        told = show if quiet or output is not None else naming(path, display, show)
+        return quantize(source, path, options=options, on_progress=told, cancel=cancel)
 
-    result = run_job(job, progress_display(f"quantize {options.quant}", quiet=quiet))
+    display = progress_display(f"quantize {options.quant}", quiet=quiet)
+    result = run_job(job, display)
     show_result(result, as_json=as_json, quiet=quiet)

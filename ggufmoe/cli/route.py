@@ -71,7 +71,8 @@ def route_command(
     offload: OffloadOptions,
     prompt: Annotated[str | None, typer.Argument(help="Text to route; - reads it from stdin.")] = None,
     compare: Annotated[
-        tuple[str, str] | None, typer.Option("--compare", help="Compare two prompts.", metavar="A B")
+        tuple[str, str] | None,
+        typer.Option("--compare", help="Compare two prompts, side by side on a wide terminal.", metavar="A B"),
     ] = None,
 ) -> None:
     """Show which experts every token went to."""
@@ -185,8 +186,7 @@ def _show(traced: _Traced, route: RouteOptions) -> None:
         view.summary(first, summarize(first, route.capacity_factor), route.layer)
         return
     if route.prompts is None:
-        for label, trace in traced.texts:
-            view.text(trace, route.layer, title=label)
+        view.texts(traced.texts, route.layer)
     view.comparison(traced.shares, first)
 
 

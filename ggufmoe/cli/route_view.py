@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, zip_longest
 from typing import TextIO
 
+from rich.cells import chop_cells
 from rich.style import Style
 from rich.text import Text
 
-from ggufmoe.cli.console import make_console
+from ggufmoe.cli.console import make_console, wrapped
 from ggufmoe.routing.palette import hex_colour, lead
 from ggufmoe.routing.report import summary_lines
 from ggufmoe.routing.statistics import LabelledShares, Numbers, Summary, favourites
@@ -26,6 +28,9 @@ _BARS = "▁▂▃▄▅▆▇█"
 _CELL = 8
 _MOST_SHOWN = 16
 _PAPER = (235, 235, 235)
+_GAP = 4
+"""Columns between two texts."""
+_LEAST_WIDTH_OF_TWO = 100
 
 
 class RouteView:
@@ -33,6 +38,7 @@ class RouteView:
 
     def __init__(self, stream: TextIO) -> None:
         self._console = make_console(stream)
+        self._on_terminal = stream.isatty()
         self._ascii = self._console.options.ascii_only
 
     def model(self, name: str, trace: RoutingTrace, facts: Sequence[tuple[str, str]] = ()) -> None:
@@ -70,24 +76,49 @@ class RouteView:
 
     def text(self, trace: RoutingTrace, layer: int | None, title: str = "Text") -> None:
         """Write the tokens, each coloured and marked by the expert with the highest weight."""
+        for line in self._text_lines(trace, layer, title, self._console.width):
+            self._console.print(line, soft_wrap=True)
+
+    def texts(self, texts: Sequence[tuple[str, RoutingTrace]], layer: int | None) -> None:
+        """Write several (title, trace): beside each other on a wide terminal, else one below the other."""
+        columns = (self._console.width + _GAP) // len(texts) - _GAP
+        if not self._on_terminal or self._console.width < _LEAST_WIDTH_OF_TWO or len(texts) != 2:
+            for title, trace in texts:
+                self.text(trace, layer, title)
+            return
+        left, right = (self._text_lines(trace, layer, title, columns) for title, trace in texts)
+        for one, other in zip_longest(left, right, fillvalue=Text()):
+            gap = " " * (columns - one.cell_len + _GAP) if other else ""
+            self._console.print(Text.assemble(one, gap, other), soft_wrap=True)
+
+    def _text_lines(self, trace: RoutingTrace, layer: int | None, title: str, columns: int) -> list[Text]:
+        """An empty line, the title, the tokens in lines of at most ``columns``, how many of them were generated."""
         where = "mean of all layers" if layer is None else f"layer {layer}"
-        self._title(f"{visible(title)}, {where}")
-        line, column = Text(), 0
-        for unit, ends_line in self._units(trace, layer):
-            # a token is not parted from its mark
-            if column and column + unit.cell_len > self._console.width:
-                line.append("\n")
-                column = 0
-            line.append_text(unit)
-            column += unit.cell_len
+        lines = [Text(), *map(Text, wrapped(f"{visible(title)}, {where}", columns).split("\n")), Text()]
+        for units, ends_line in self._words(trace, layer):
+            _append(lines, units, columns)
             if ends_line:
-                line.append("\n")
-                column = 0
-        self._console.print(line, soft_wrap=True)
+                lines.append(Text())
+        if not lines[-1]:
+            lines.pop()
         if trace.n_prompt < trace.n_token:
-            self._print(
-                f"({counted(trace.n_token - trace.n_prompt, 'token')} after {'>>' if self._ascii else '»'} generated)"
-            )
+            generated = counted(trace.n_token - trace.n_prompt, "token")
+            sign = ">>" if self._ascii else "»"
+            lines.extend(map(Text, wrapped(f"({generated} after {sign} generated)", columns).split("\n")))
+        return lines
+
+    def _words(self, trace: RoutingTrace, layer: int | None) -> Iterator[tuple[list[Text], bool]]:
+        """The tokens of each word with their marks, and whether the line ends after it."""
+        word: list[Text] = []
+        for i, (unit, ends_line) in enumerate(self._units(trace, layer)):
+            if word and (i == trace.n_prompt or trace.texts[i][:1].isspace()):
+                yield word, False
+                word = []
+            word.append(unit)
+            if ends_line:
+                yield word, True
+                word = []
+        yield word, False
 
     def _units(self, trace: RoutingTrace, layer: int | None) -> Iterator[tuple[Text, bool]]:
         """Each token with its mark, and whether the line ends after it."""
@@ -107,12 +138,12 @@ class RouteView:
         self._heat("layer", rows, trace)
         self._title("Summary")
         for name, value in summary_lines(trace, summary):
-            self._print(f"{name + ':':<21} {value}")
+            self._print(f"{name + ':':<21} {value}", indent=22)
         self._title("Tokens that each expert gets more than its average: share, and points above the average")
         for expert in trace.leading_experts(_MOST_SHOWN):
             liked = favourites(trace, expert, layer=layer)
             words = ", ".join(f"{_word(one.text)} {100 * one.weight:.0f}% (+{100 * one.more:.0f})" for one in liked)
-            self._print(f"{_numbered(trace, expert, 'expert ')}: {words or 'none'}")
+            self._print(f"{_numbered(trace, expert, 'expert ')}: {words or 'none'}", indent=2)
 
     def comparison(self, shares: LabelledShares, trace: RoutingTrace) -> None:
         """Write the share of every expert by label: the mean over all layers, and where labels differ most."""
@@ -207,8 +238,22 @@ class RouteView:
     def _title(self, title: str) -> None:
         self._print(f"\n{title}")
 
-    def _print(self, text: str) -> None:
-        self._console.print(text)
+    def _print(self, text: str, indent: int = 0) -> None:
+        width = self._console.width
+        self._console.print(wrapped(text, width, indent if 2 * indent < width else 2))
+
+
+def _append(lines: list[Text], units: Sequence[Text], columns: int) -> None:
+    """Append a word to the last line, or to a new one where it does not fit; break it only if it fills a line."""
+    n_cells = sum(unit.cell_len for unit in units)
+    if lines[-1] and n_cells <= columns < lines[-1].cell_len + n_cells:
+        lines.append(Text())
+    for unit in units:
+        if lines[-1] and lines[-1].cell_len + unit.cell_len > columns:  # a token is not parted from its mark
+            lines.append(Text())
+        first, *rest = unit.divide(accumulate(map(len, chop_cells(unit.plain, columns)[:-1])))
+        lines[-1].append_text(first)
+        lines.extend(rest)
 
 
 def _numbered(trace: RoutingTrace, expert: int, before: str = "") -> str:

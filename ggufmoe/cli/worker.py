@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 from ggufmoe.cli.console import note
 from ggufmoe.cli.params import with_options
+from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.terminal import rpc_cache_directory
 from ggufmoe.errors import OutputError
 from ggufmoe.options import WorkerOptions
@@ -26,7 +28,9 @@ def worker_command(worker: WorkerOptions) -> None:
             cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{cache_dir}: the folder of --cache cannot be made: {error.strerror}") from error
-    with contextlib.suppress(KeyboardInterrupt), Worker(worker, cache_dir=cache_dir) as served:
+    with ProgressLine("worker", phase="worker"):
+        served = Worker(worker, cache_dir=cache_dir)
+    with contextlib.suppress(KeyboardInterrupt), served:
         if not is_local_only(worker.host):
             note(
                 f"warning: {worker.host} can be reached from other machines. llama.cpp's RPC is experimental and not "
@@ -38,6 +42,8 @@ def worker_command(worker: WorkerOptions) -> None:
         note(f"at {served.endpoint}, {counted(served.n_threads, 'thread')}{kept}")
         note(f"use it with --rpc {_typed(served.endpoint)}; Ctrl-C ends it")
         served.wait()
+    if sys.stderr.isatty():
+        note("")  # ends the line in which the terminal shows ^C
 
 
 def _line(device: ServedDevice) -> str:

@@ -334,7 +334,8 @@ def _warnings(model: ModelHeader, tokenizer: TokenizerReport, template: Template
     hyper, kind = model.hyper, TypedMetadata(model.metadata).text(Keys.General.TYPE)
     if kind in NO_MODELS:
         yield NO_MODELS[kind]
-    elif hyper.architecture is None:
+        return
+    if hyper.architecture is None:
         yield "no general.architecture: this is not a model that llama.cpp can run"
     elif not model.tensors:
         yield "no tensors: only a vocabulary or metadata, which cannot be run"

@@ -139,7 +139,12 @@ class EvaluationOptions(ComputeOptions):
     """
 
     n_ctx: int = option(
-        512, "-c", "--ctx-size", help="Tokens of a chunk.", metavar="N", between=(MIN_CHUNK_TOKENS, MAX_INT32)
+        512,
+        "-c",
+        "--ctx-size",
+        help="Tokens in each chunk of the text.",
+        metavar="N",
+        between=(MIN_CHUNK_TOKENS, MAX_INT32),
     )
     chunks: int = option(-1, "--chunks", help="Evaluate at most N chunks; -1: all that the text fills.", metavar="N")
 

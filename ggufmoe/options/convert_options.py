@@ -31,7 +31,8 @@ def _outside_files() -> Any:
     )
 
 
-def _worker_threads() -> Any:
+def worker_threads() -> Any:
+    """The option field for the number of threads that read, compute and write tensors."""
     return option(
         None,
         "-t",
@@ -74,7 +75,7 @@ class ExportOptions:
         None, "--token-embedding-type", help="Type of token_embd.weight.", metavar="TYPE"
     )
     pure: bool = option(False, "--pure", help="Use one type for all tensors, without the mix of the file type.")
-    threads: int | None = _worker_threads()
+    threads: int | None = worker_threads()
     split_max_size: str | None = option(
         None, "--split-max-size", help="Write shards of at most this size, for example 4G.", metavar="SIZE"
     )
@@ -161,7 +162,7 @@ class MergeOptions:
         "classic", "--layout", help="classic: every tool reads it; fused: transformers 5 reads it."
     )
     max_shard_size: str = option("5G", "--max-shard-size", help="Largest safetensors file.", metavar="SIZE")
-    threads: int | None = _worker_threads()
+    threads: int | None = worker_threads()
     resume: bool = option(False, "--resume", help="Continue the partial directory of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
     allow_identical_experts: bool = _identical_experts()

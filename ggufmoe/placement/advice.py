@@ -43,8 +43,8 @@ def warnings_of(plan: OffloadPlan, rules: PlacementRules, choice: LayerChoice) -
 def context_warnings(footprint: Footprint) -> Iterator[str]:
     """Warnings about positions at which the model is not what it was trained to be."""
     context, n_trained, window = footprint.context, footprint.n_ctx_train, footprint.hyper.unapplied_window
-    n_asked = context.n_ctx or 0
-    if n_asked > n_trained * context.n_seq_max:
+    n_asked = (context.n_ctx or 0) // context.n_seq_max
+    if n_asked > n_trained:
         yield f"a context of {n_asked} tokens is longer than the {n_trained} that the model was trained for"
     if window is not None and context_tokens(context, n_trained) > window * context.n_seq_max:
         yield (

@@ -298,7 +298,7 @@ def _liked(trace: RoutingTrace) -> str:
         f'<tr><th scope="row">{_name(trace, e)}</th><td class="text">{_liked_by(trace, e)}</td></tr>'
         for e in trace.leading_experts(_MOST_SHOWN)
     )
-    return f'<div class="scroll"><table><caption>{caption}</caption><tbody>{rows}</tbody></table></div>'
+    return f'<div class="scroll"><table class="words"><caption>{caption}</caption><tbody>{rows}</tbody></table></div>'
 
 
 def _liked_by(trace: RoutingTrace, expert: int) -> str:

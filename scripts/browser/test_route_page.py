@@ -221,6 +221,24 @@ def test_a_pair_stands_side_by_side_where_there_is_room(browser: Chromium, tmp_p
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize(("width", "most_hidden"), [(1400, 0), (800, 0), (400, 500)])
+def test_text_and_picture_lie_within_the_window(
+    browser: Chromium, tmp_path: Path, width: int, most_hidden: int
+) -> None:
+    """Only what would be too small to read is scrolled to: the picture in a narrow window."""
+    trace = replace(random_trace(60, 2, 2, 2), expert_names=("everyday", "mathematics"))
+    texts = [("A", trace), ("B", trace)]
+    (tmp_path / "page.html").write_text(routing_page("m", texts, shares=share_by_label(texts)), encoding="utf-8")
+    page = browser.page()
+    page.emulate(width=width)
+    page.open(tmp_path / "page.html")
+    boxes = "[...document.querySelectorAll('.scroll:has({})')]"
+    hidden = f"Math.max(...{boxes}.map(box => box.scrollWidth - box.clientWidth))"
+    assert page.evaluate(hidden.format("table.words")) == 0
+    assert page.evaluate(hidden.format("svg.routing")) <= most_hidden
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_a_screen_reader_meets_names(page: Page, numbers: dict[str, Any]) -> None:
     met = page.accessible()
     assert ("heading", "Routing in m.gguf") in met

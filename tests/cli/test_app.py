@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import inspect
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -83,6 +86,77 @@ def test_help_has_every_flag_whole(
             assert flag in words
 
 
+def words_of_options(command: Any) -> set[str]:
+    """Words of the help texts in which a line could be broken though it must not: those with hyphens."""
+    texts = [parameter.help or "" for parameter in command.params if hasattr(parameter, "help")]
+    return {word for text in [command.help or "", *texts] for word in text.split() if "-" in word}
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("name", [verb.name for verb in app.VERBS])
+def test_help_fits_the_terminal_and_splits_no_word(
+    name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert app.exit_code([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert words_of_options(app._load(name)) <= set(out.split())
+    assert not re.search(r"\.0\]|<=x|[a-z.] {2}\[|\u2011|\u00a0", out)
+    assert not re.search(r"\[default:\n", out) or columns == 60
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_first_help_says_how_to_begin(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert app.exit_code([]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert "\nExamples:\n  ggufmoe demo\n  ggufmoe convert " in out
+    assert out.endswith("\n\nOptions and examples of a command: ggufmoe COMMAND --help\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal")
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--help"], ["plan", "--quiet"]])
+def test_a_terminal_shows_at_once_that_a_verb_starts(arguments: list[str]) -> None:
+    """The line is there before the verb's modules are imported, and gone when they are."""
+    code = """
+import sys
+from ggufmoe.cli import app
+load = app._load
+def slow(name):
+    print("loading")
+    return load(name)
+app._load = slow
+app.main(sys.argv[1:])
+"""
+    screen = on_a_terminal([sys.executable, "-c", code, *arguments])
+    if arguments == ["plan"]:
+        assert screen.startswith(
+            "\rplan: preparingloading\r\n\r" + " " * (len("plan: preparing") + 8) + "\rerror: MODEL is missing"
+        )
+    else:
+        assert screen.startswith("loading\r\n")
+
+
+def on_a_terminal(command: list[str]) -> str:
+    """What a command writes to the terminal that is its stdout and stderr."""
+    import pty
+
+    parent, child = pty.openpty()
+    process = subprocess.Popen(command, stdout=child, stderr=child, stdin=child)
+    os.close(child)
+    written = b""
+    with contextlib.suppress(OSError):  # Linux's answer when the last process has closed the terminal
+        while piece := os.read(parent, 1 << 16):
+            written += piece
+    os.close(parent)
+    process.wait()
+    return written.decode()
+
+
 def in_a_shell(line: str) -> subprocess.CompletedProcess[str]:
     """Run a line of a shell in which ``ggufmoe`` is the program."""
     command = shlex.join([sys.executable, "-m", "ggufmoe"])
@@ -102,6 +176,17 @@ def test_a_full_stdout_is_an_error_that_says_where() -> None:
     done = in_a_shell("ggufmoe --version > /dev/full")
     assert done.returncode == 1
     assert done.stderr == "error: stdout: No space left on device (reported by the operating system)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("where", ["2> /dev/full", "2>&-"])
+def test_what_stderr_does_not_take_is_lost_and_changes_no_exit_code(where: str) -> None:
+    assert in_a_shell(f"ggufmoe --version {where}").returncode == 0
+    assert in_a_shell(f"ggufmoe --nonsense {where}").returncode == 2
+    assert in_a_shell(f"ggufmoe inspect nothing.gguf {where}").returncode == 1
+    warn = "from ggufmoe.cli import app; app._open_streams(); app._say('note', 0)"
+    done = in_a_shell(f"exec {shlex.quote(sys.executable)} -c {shlex.quote(warn)} {where}")
+    assert done.returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell closes the stream")
@@ -255,6 +340,11 @@ main()
         (["run"], "error: MODEL is missing; for example: ggufmoe run model.gguf"),
         (["chat", "m.gguf", "--ctx", "512"], "error: no such option: --ctx; did you mean --ctx-size? (see"),
         (["run", "m.gguf", "What", "is", "it"], "(is it); a PROMPT of several words stands in quotation marks (see"),
+        (["chat", "m.gguf", "Hi"], "(Hi); 'ggufmoe run MODEL PROMPT' gives a single answer (see 'ggufmoe "),
+        (["perplexity", "m.gguf"], "error: --file is missing; for example: ggufmoe perplexity model.gguf -f text.txt"),
+        (["convert", "m", "-q"], "error: Option '-q' requires an argument. (see 'ggufmoe convert --help')\n"),
+        (["route", "m.gguf", "--compare", "a"], "'--compare' requires 2 arguments. (see 'ggufmoe route --help')\n"),
+        (["route", "m.gguf"], "error: give one of: a PROMPT, --compare with two prompts, --prompts with a file (see"),
         (["quantize"], "error: IN.gguf is missing; for example: ggufmoe quantize "),
         (["convert"], "error: SOURCE is missing; for example: ggufmoe convert ./my-mixtral -q Q4_K_M (see 'ggufmoe "),
         (["run", "m.gguf", "--temprature", "1"], "no such option: --temprature; did you mean --temperature? (see"),

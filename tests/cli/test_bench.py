@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,26 @@ def test_a_narrow_terminal_gets_fewer_columns(
     assert len(row) == len(heading)
     assert ("size" in heading) == (columns == 120)
     assert ("model" in heading) == (columns == 120 or n_models == 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(1e-12, "8000000000000 ± 0"), (5e-11, "160000000000.0 ± 0.0"), (1, "8.00 ± 0.00")]
+)
+def test_large_speeds_lose_digits_rather_than_break_the_table(
+    model: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, shown: str
+) -> None:
+    cases = plan_bench([model], [Workload(8, 0)], [ContextOptions(n_threads=1)])
+    result = replace(next(run_bench(cases, repetitions=1)), samples_s=(seconds, seconds), repetitions=2)
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setenv("COLUMNS", "60")
+        with make_printer("md", stream, describe_machine(), cases, ()) as printer:
+            printer.add(result)
+        lines = [line for line in stream.getvalue().splitlines() if line.startswith("|")]
+        if stream.isatty():
+            assert table(stream.getvalue())[-1][-1] == shown
+            assert len({len(line) for line in lines}) == 1
+        else:
+            assert table(stream.getvalue())[-1][-1].endswith(" ± 0.00")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -47,8 +48,13 @@ def test_the_output_is_named_after_the_source(
     assert [path.name for path in tmp_path.iterdir()] == [f"{source.name}-Q8_0.gguf"]
     err = capsys.readouterr().err
     assert err.startswith(f"writes {source.name}-Q8_0.gguf; -o gives another name\n")
+    for wrong in ([str(source), "-q", "q8_0"], ["nothing"], [str(source), "-q", "IQ2_XS"], [str(source), "--dry-run"]):
+        exit_code(["convert", *wrong])
+        assert "gives another name" not in capsys.readouterr().err
     assert exit_code(["convert", str(source), "-q", "q8_0"]) == 1
     assert "--force" in capsys.readouterr().err
+    assert exit_code(["convert", str(source), "-q", "q8_0", "--force", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,7 @@ def test_names_of_outputs(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert str(default_output(source, quant, quiet=True)) == name
+    assert str(default_output(source, quant)) == name
     assert capsys.readouterr().err == ""
 
 
@@ -91,7 +97,7 @@ def test_names_of_outputs(
 )
 def test_names_of_outputs_are_allowed_on_windows(source: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
-    assert str(default_output(source, "Q2_K", quiet=True)) == name
+    assert str(default_output(source, "Q2_K")) == name
 
 
 def test_types_that_do_not_fit_the_rows_are_told(
@@ -159,6 +165,30 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     content = json.loads(capsys.readouterr().out)
     assert content["files"][0]["path"] == str(tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [50, 60, 80])
+def test_a_plan_fits_the_terminal(
+    columns: int, tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["convert", str(tiny_checkpoint(n_layer=1, n_embd=96)), "-o", "a.gguf", "--dry-run", "-q", "Q4_K_M"]
+    assert exit_code(arguments) == 0
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert any(line.startswith("  blk.0.ffn_up_exps.weight ") for line in lines)
+    assert ("2 x 512 x 96" in screen.getvalue()) == (columns >= 60)
+    assert "their rows of 96 are not a multiple" in " ".join(screen.getvalue().split())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from ggufmoe.cli import demo
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.console import make_console
-from ggufmoe.cli.demo import bars_for, program_as_typed
+from ggufmoe.cli.demo import _go_on, bars_for, program_as_typed
 from ggufmoe.demo import questions
 from ggufmoe.errors import Cancelled
 from ggufmoe.gguf.header import read_header
@@ -158,3 +158,28 @@ def test_a_conversation_afterwards(
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is 12 + 30?\n"))
     assert exit_code(["demo", "--chat"]) == 0
     assert "so 42\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [40, 60, 120])
+def test_commands_and_sentences_fit_the_terminal(
+    columns: int, in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shlex
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Screen()
+    console = make_console(screen)
+    _go_on(console, Path("a file.gguf"))
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    whole = screen.getvalue().replace("\\\n", " ")
+    commands = [shlex.split(line) for line in whole.splitlines() if line.startswith("   ggufmoe ")]
+    assert ["ggufmoe", "route", "a file.gguf", "--chat", "What is 12 + 30?", "--generate", "24"] in commands
+    assert len(commands) == 4
+    assert "opposites, colors, sizes, capitals, and numbers to 100" in " ".join(whole.split())
+    assert ("\\\n" in screen.getvalue()) == (columns < 120)

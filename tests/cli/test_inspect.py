@@ -213,6 +213,13 @@ def test_notes_are_shown(tmp_path: Path, capsys: Capture) -> None:
     assert "note: both experts run for every token" in flat
 
 
+def test_what_is_no_model_is_told_so_and_nothing_else(tmp_path: Path, capsys: Capture) -> None:
+    path = write_mixtral(tmp_path / "i.gguf", 2, 0, {"general.type": text("imatrix"), "tokenizer.chat_template": None})
+    _, out, _ = run(capsys, path)
+    assert out.count("note: ") == 1
+    assert "note: an importance matrix, not a model; convert and quantize take it with --imatrix" in out
+
+
 def test_an_empty_file_of_the_format_is_shown(tmp_path: Path, capsys: Capture) -> None:
     code, out, _ = run(capsys, write_gguf(tmp_path / "m.gguf", {}))
     assert code == 0

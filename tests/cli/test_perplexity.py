@@ -155,3 +155,15 @@ def test_a_terminal_shows_the_loading_and_the_chunks(model: Path, monkeypatch: p
     assert any(re.fullmatch(r"loading Q4_0.gguf \S{8}   0%", line) for line in shown)
     assert any(re.match(r"perplexity \S{8} \d+/\d+  \d+\.\d{4} ± ", line) for line in shown)
     assert shown[-1] == ""
+
+
+@pytest.mark.parametrize(("columns", "n_expert"), [(60, 6), (80, 9), (400, 16)])
+def test_counts_of_experts_fit_the_terminal(columns: int, n_expert: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stderr", Screen())
+    for n, is_listed in ((n_expert, True), (n_expert + 1, False)):
+        coverage = (LayerCoverage(0, tuple(range(1_234_000, 1_234_000 + n))),)
+        *_, line = imatrix_summary(ImatrixResult(Path("i.gguf"), 512, 1, 1, 1, coverage, 1.0))
+        assert (str(1_234_001) in line) == is_listed
+        assert line.startswith("    0: 1234000 to ") != is_listed
+        assert len(line) <= columns or not is_listed

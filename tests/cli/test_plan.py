@@ -54,6 +54,8 @@ def test_lines_fit_the_terminal(model: Path, capsys: Capture, monkeypatch: pytes
     _, out, _ = plan(capsys, model, "--vram", "8G", "-ncmoe", "2")
     assert max(map(len, out.splitlines())) <= columns
     assert ("GPU0: layers 0-7, output, experts of 2-7" in out) == (columns == 60)
+    _, out, _ = plan(capsys, model, "--vram", "2M")
+    assert ("GPU0: layers none, experts of none" in out) == (columns == 60)
     assert out.split()[0] == "device"
 
 

@@ -18,6 +18,7 @@ from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.console import cell_width
 from ggufmoe.cli.progress import Pace, ProgressLine, chunk_display, duration, progress_display
 from ggufmoe.work import Progress
+from tests.placement.shapes import model_of
 
 
 class Terminal(io.StringIO):
@@ -243,3 +244,24 @@ def test_convert_on_a_terminal_ends_with_its_summary(
     assert drawn[-1].startswith(f"{tmp_path / 'm.gguf'}:")
     assert drawn[-2] == ""
     assert all(cell_width(line) < 60 for line in drawn[:-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "drawn"),
+    [
+        (["inspect", "m.gguf"], ["inspect: preparing", "", "", "inspect: reading the header", "", ""]),
+        (["plan", "m.gguf"], ["plan: preparing", "", "", "plan: looking at devices", "", ""]),
+        (["demo", "-q", "nothing"], ["demo: preparing", "", "", "demo: preparing", "", ""]),
+        (["worker", "-d", "GPU9"], ["worker: preparing", "", "", "worker: preparing", "", ""]),
+    ],
+)
+def test_a_terminal_is_told_what_is_waited_for(
+    arguments: list[str], drawn: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    model_of(tmp_path / "m.gguf")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    exit_code(arguments)
+    assert screen.drawn[: len(drawn) - 1] == drawn[:-1]

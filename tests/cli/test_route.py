@@ -14,6 +14,7 @@ import pytest
 import ggufmoe
 from ggufmoe.cli import route as route_module
 from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.console import cell_width
 from ggufmoe.cli.route_view import RouteView
 from ggufmoe.routing.statistics import share_by_label, summarize
 from tests.routing.traces import random_trace, trace_of
@@ -317,3 +318,54 @@ def test_tokens_cannot_command_the_terminal() -> None:
     RouteView(stream).text(trace, None, title="\x1b]0;x\x07")
     assert "\\x1b[2J\\x07▄ » a⏎b⏎▅\n" in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
+
+
+def texts_shown(monkeypatch: pytest.MonkeyPatch, width: int, *, terminal: bool = True) -> list[str]:
+    """Two texts as the view writes them, without colours."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "dumb")
+    left = trace_of([[[0.9, 0.1]]] * 21, 2, texts=[" wonder", "ful"] * 10 + [" 日本"], n_prompt=20)
+    right = trace_of([[[0.2, 0.8]]] * 3, 2, texts=["one\n", " two", "\x1b[2J"])
+    stream = Stream(terminal=terminal)
+    RouteView(stream).texts([("A", left), ("B", right)], 0)
+    lines = stream.getvalue().splitlines()
+    assert max(map(cell_width, lines)) <= width or not terminal
+    assert " wonder▁ful▁ wonder▁ful▁" in stream.getvalue()
+    assert not any(line.startswith("ful") for line in lines)
+    return lines
+
+
+def test_two_texts_stand_side_by_side_on_a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in (100, 121, 160):
+        lines = texts_shown(monkeypatch, width)
+        column = (width + 4) // 2
+        assert lines[1] == f"{'A, layer 0':<{column}}B, layer 0"
+        for line, right in zip(lines[2:], ("one⏎▇", " two▇\\x1b[2J▇"), strict=False):
+            assert line.endswith(right)
+            assert cell_width(line.removesuffix(right)) == column
+        assert "".join(lines).count("wonder▁ful▁") == 10
+        assert lines[-1] == "(1 token after » generated)"
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(99, True), (60, True), (160, False)])
+def test_two_texts_stand_one_below_the_other_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, width: int, terminal: bool
+) -> None:
+    lines = texts_shown(monkeypatch, width, terminal=terminal)
+    assert "A, layer 0" in lines
+    assert lines[lines.index("B, layer 0") :] == ["B, layer 0", "one⏎▇", " two▇\\x1b[2J▇"]
+
+
+@pytest.mark.parametrize("width", [20, 60, 120])
+def test_words_of_a_text_are_not_split(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "dumb")
+    words = [" un", "believ", "able"] * 9 + [" " + "x" * 130] + [" end"]
+    stream = Stream(terminal=True)
+    RouteView(stream).text(trace_of([[[0.9, 0.1]]] * len(words), 2, texts=words), None)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "".join(lines[2:]).count(" un▁believ▁able▁") == 9
+    assert sum("un▁believ▁able▁" in line for line in lines) >= (9 if width == 20 else 1)
+    assert all(not line.startswith(("believ", "able")) for line in lines)
+    assert "".join(lines[2:]).endswith("x" * 130 + "▁ end▁")

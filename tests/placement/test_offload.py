@@ -284,6 +284,14 @@ def test_a_context_beyond_what_was_trained_is_told(model: ModelHeader) -> None:
     assert any(f"longer than the {trained} that" in warning for warning in plan_of(model, n_ctx=trained + 1).warnings)
 
 
+def test_texts_side_by_side_are_measured_one_by_one(model: ModelHeader) -> None:
+    trained = model.get("llama.context_length")
+    for n_each, n_warnings in ((trained, 0), (trained + 256, 1)):
+        context = ContextOptions(n_ctx=4 * n_each, n_seq_max=4)
+        warnings = plan_offload(model, context, OffloadOptions(), (), CPU).warnings
+        assert [f"a context of {n_each} tokens" in warning for warning in warnings] == [True] * n_warnings
+
+
 def test_a_small_memory_is_told(model: ModelHeader) -> None:
     notes = plan_of(model, host=HostMemory(MIB, MIB, CPU.repacked)).notes
     assert any("are wanted of it" in note for note in notes)
