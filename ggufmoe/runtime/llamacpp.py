@@ -36,7 +36,7 @@ from ggufmoe.placement.offload import plan_offload
 from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.loading import checked_model, loading_lock
-from ggufmoe.runtime.nativethread import NativeThread, T
+from ggufmoe.runtime.nativethread import TEXT_STACK_BYTES, NativeThread, T
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -79,7 +79,8 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
         path = user_path(model_path)
         self._header = read_model_header(path) if arguments.get("vocab_only") else checked_model(path)
         self._machine = find_devices(offload.device if offload else None)
-        self._native = NativeThread(str(path), ctypes.create_string_buffer(1), lambda: None)
+        flag = ctypes.create_string_buffer(1)
+        self._native = NativeThread(str(path), flag, lambda: None, stack_bytes=TEXT_STACK_BYTES)
         try:
             self._load(path, arguments)
         except BaseException:

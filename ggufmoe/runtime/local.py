@@ -152,7 +152,8 @@ class LocalEngine:
                 raise Cancelled("tokenizing was stopped")
 
         tokenize = partial(self._vocabulary.tokenize, text, add_bos=add_bos, parse_special=parse_special)
-        found = self._texts.call_until_cancelled(partial(tokenize, n_ctx=n_ctx, check=check), cancellation)
+        tokenize = partial(tokenize, n_ctx=n_ctx, stack_bytes=self._texts.stack_bytes, check=check)
+        found = self._texts.call_until_cancelled(tokenize, cancellation)
         if found is None:
             raise Cancelled("tokenizing was stopped")
         return found

@@ -30,6 +30,8 @@ _WAIT_S = 0.2
 """Length of one wait: Windows notices Ctrl-C only between waits."""
 WATCH_S = 0.05
 """A waiting thread checks this often whether its computation has been cancelled."""
+TEXT_STACK_BYTES = 2**30
+"""Stack of a thread that tokenizes: address space, of which memory is used as far as llama.cpp recurses."""
 LEAVE_S = 0.25
 """A caller that has cancelled waits this long for llama.cpp to return, and then leaves without. llama.cpp checks the
 abort flag between two operations, and one operation of a large prompt takes a second on few cores."""
@@ -63,7 +65,8 @@ class NativeThread:
 
     ``abort_flag`` is a buffer; when its first byte is not zero, llama.cpp aborts the computation that runs.
     ``at_loss`` is called instead of ``at_end``, with what llama.cpp said, when it has given up; it must not call it.
-    ``has_team`` tells whether ggml computes for this thread with threads of its own.
+    ``has_team`` tells whether ggml computes for this thread with threads of its own. ``stack_bytes`` is the stack that
+    it should have; 0 is the system's default.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class NativeThread:
         at_loss: Callable[[str], None] = lambda message: None,
         *,
         has_team: bool = True,
+        stack_bytes: int = 0,
     ) -> None:
         self.name = name
         self.closed = False
@@ -88,7 +92,8 @@ class NativeThread:
         self._at_end: Callable[[], None] | None = at_end
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="ggufmoe-native", daemon=True)
-        self._thread.start()
+        self.stack_bytes = _start(self._thread, stack_bytes)
+        """The stack that it has; 0 is the system's default."""
         _open_threads().add(self)
 
     def companion(self) -> NativeThread:
@@ -98,7 +103,8 @@ class NativeThread:
         ``at_end`` frees the model.
         """
         at_loss = partial(self._lose, fails_running=False)
-        return NativeThread(self.name, ctypes.create_string_buffer(1), lambda: None, at_loss, has_team=False)
+        flag = ctypes.create_string_buffer(1)
+        return NativeThread(self.name, flag, lambda: None, at_loss, has_team=False, stack_bytes=TEXT_STACK_BYTES)
 
     @property
     def is_busy(self) -> bool:
@@ -278,6 +284,21 @@ class NativeThread:
             self._running, self._running_job = job.cancellation, job
             self._abort_flag[0] = b"\x01" if job.cancellation.aborted else b"\x00"
             return job
+
+
+def _start(thread: threading.Thread, stack_bytes: int) -> int:
+    """Start ``thread`` with as large a stack as the system gives; its size, 0 for the default."""
+    default = threading.stack_size()
+    for size in (stack_bytes, stack_bytes // 16):
+        with contextlib.suppress(ValueError, RuntimeError):  # not a size for this system, or not so much memory
+            threading.stack_size(size or default)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(default)
+            return size
+    thread.start()
+    return 0
 
 
 class _QueuedCall(Generic[T]):

@@ -7,6 +7,7 @@ call llama.cpp in the thread of the caller: an engine calls them in a thread of 
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,11 @@ _SPECIAL = 1 << 0 | 1 << 3 | _USER_DEFINED
 """LLAMA_TOKEN_ATTR_UNKNOWN, CONTROL and USER_DEFINED."""
 _STRIPS_LEFT, _STRIPS_RIGHT = 1 << 7, 1 << 8
 """LLAMA_TOKEN_ATTR_LSTRIP and RSTRIP."""
+_STACK_BYTES_PER_CHAR = 512
+"""``std::regex`` of GCC takes about 340."""
+_USUAL_STACK_BYTES = 8 * 2**20
+_LINE = re.compile(r"[^\n]*\s*")
+"""A line, with the white space up to the first letter of the next one."""
 _BYTE_CHARS = frozenset(map(chr, (*range(33, 127), *range(161, 173), *range(174, 324))))
 """The characters that stand for the 256 bytes in a byte-pair vocabulary (``bytes_to_unicode`` of GPT-2)."""
 _SPACES = (" ", "\u2581")
@@ -105,12 +111,14 @@ class LoadedVocabulary:
         add_bos: bool,
         parse_special: bool,
         n_ctx: int | None = None,
+        stack_bytes: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> list[int]:
         """Token ids of ``text``, as ``Engine.tokenize`` describes them.
 
         With ``n_ctx``, raises ContextFullError once it is certain that a context of so many tokens cannot hold them.
-        ``check`` is called between the pieces of a long text; what it raises ends the work.
+        ``stack_bytes`` is the stack of the calling thread, 0 for the usual one: InputError for a line that llama.cpp
+        might need more for. ``check`` is called between the pieces of a long text; what it raises ends the work.
         """
         if not isinstance(text, str):
             raise TypeError(f"expected a text (str), not {text!r}")
@@ -120,6 +128,7 @@ class LoadedVocabulary:
             self._check_tokenizer()
             begin = self.bos_token if add_bos and self.adds_bos else None
             self._check_spellable(text)
+            self._check_lines(text, stack_bytes or _USUAL_STACK_BYTES)
             if n_ctx is not None and len(text) >= n_ctx:
                 _check_room(self._least_tokens(text), n_ctx)
             cut = self._cut(text, parse_special, check) if len(text) > PIECE_CHARS else iter([Piece(text, False)])
@@ -158,6 +167,22 @@ class LoadedVocabulary:
         found = [special for special in there if parse_special or special.text in self._user_defined]
         borders = None if self._borders is None else self._borders.pattern(text, there)
         return pieces(text, borders, special_ends(text, found, check))
+
+    def _check_lines(self, text: str, stack_bytes: int) -> None:
+        """Raise InputError for a line so long that it could exhaust the stack, which would end the process.
+
+        Most byte-pair vocabularies are split into words by ``std::regex``, which recurses for each character of a match
+        (``unicode_regex_split_stl`` of unicode.cpp, commit 0c1e57098). No match goes on behind the end of a line.
+        """
+        most = stack_bytes // _STACK_BYTES_PER_CHAR
+        if len(text) <= most or self._api.llama_vocab_type(self.handle) != _BYTE_PAIRS:
+            return
+        longest = max(len(line[0]) for line in _LINE.finditer(text))
+        if longest > most:
+            raise InputError(
+                f"a line of {longest} characters is more than llama.cpp's tokenizer can take here, which are {most}: "
+                "break the text into lines"
+            )
 
     def _check_spellable(self, text: str) -> None:
         """Raise InputError for a character that has neither a token nor tokens of its bytes.

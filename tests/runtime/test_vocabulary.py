@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -138,13 +140,13 @@ SPECIALS = {"<|x|>": 4, "<|xx|>": 3, "ab": 4, "bab": 3, "\n\n": 4, "\n\n\n": 4, 
 BYTE_LETTERS = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 324))]
 
 
-def byte_pairs(path: Path) -> Path:
-    """A byte-pair vocabulary with special tokens that overlap."""
+def byte_pairs(path: Path, pre: str = "llama-bpe") -> Path:
+    """A byte-pair vocabulary with special tokens that overlap, whose texts are split into words as for ``pre``."""
     vocab = ["<unk>", "<s>", "</s>", *BYTE_LETTERS, "th", "the", "\u0120the", *SPECIALS]
     types = [2, 3, 3, *[NORMAL] * (len(vocab) - 3 - len(SPECIALS)), *SPECIALS.values()]
     metadata = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": vocab,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": ["t h", "th e", "\u0120 the"],
@@ -219,6 +221,38 @@ def test_a_token_that_takes_white_space_lowers_the_bound(tmp_path: Path) -> None
         assert known._least_tokens(text) > 1000
         known._specials.append(SpecialToken("<mask>", strips_right=True))
         assert known._least_tokens(text) == 1
+
+
+@pytest.mark.parametrize("pre", ["tekken", "gpt-4o", "default", "deepseek-llm"])
+def test_a_word_of_a_megabyte_does_not_exhaust_the_stack(tmp_path: Path, pre: str) -> None:
+    path = byte_pairs(tmp_path / "m.gguf", pre)
+    code = """
+import sys
+from ggufmoe import ContextOptions, Engine, LlamaCpp
+
+with Engine(sys.argv[1], ContextOptions(n_ctx=256, n_threads=1)) as engine:
+    for char in "a!\\n ":
+        print(len(engine.tokenize(char * 500_000, add_bos=False)) > 100_000)
+llama = LlamaCpp(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
+print(len(llama.tokenize(b"a" * 500_000)) > 100_000)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, ["True"] * 5, "")  # a signal before
+
+
+def test_a_line_that_would_exhaust_the_stack_is_refused(special_engine: Engine) -> None:
+    has_byte_pairs = special_engine.header.get("tokenizer.ggml.model") == "gpt2"
+    texts = local_engine(special_engine)._texts
+    assert texts.stack_bytes == 2**30
+    texts.stack_bytes = 2**20
+    for line in ("x" * 3000, "\n " * 1500, "x y " * 700):
+        text = "short\n" + line + "\nshort"
+        if has_byte_pairs:
+            with pytest.raises(InputError, match=r"a line of \d+ characters is more than .*, which are 2048: break"):
+                special_engine.tokenize(text)
+        else:
+            assert special_engine.tokenize(text)
+    assert special_engine.tokenize("x y\n" * 3000)
 
 
 class _SetLater:
