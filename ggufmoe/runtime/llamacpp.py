@@ -78,10 +78,10 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
         self._plan: OffloadPlan | None = None
         path = user_path(model_path)
         self._header = read_model_header(path) if arguments.get("vocab_only") else checked_model(path)
-        self._machine = find_devices(offload.device if offload else None)
         flag = ctypes.create_string_buffer(1)
         self._native = NativeThread(str(path), flag, lambda: None, stack_bytes=TEXT_STACK_BYTES)
         try:
+            self._machine = self._call(partial(find_devices, offload.device if offload else None))
             self._load(path, arguments)
         except BaseException:
             self.close()

@@ -91,7 +91,8 @@ class NativeThread:
         self._has_team = has_team
         self._at_end: Callable[[], None] | None = at_end
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._work, name="ggufmoe-native", daemon=True)
+        kind = "native" if has_team else "text"
+        self._thread = threading.Thread(target=self._work, name=f"ggufmoe-{kind}", daemon=True)
         self.stack_bytes = _start(self._thread, stack_bytes)
         """The stack that it has; 0 is the system's default."""
         _open_threads().add(self)
