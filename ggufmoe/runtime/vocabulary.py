@@ -128,7 +128,6 @@ class LoadedVocabulary:
             self._check_tokenizer()
             begin = self.bos_token if add_bos and self.adds_bos else None
             self._check_spellable(text)
-            self._check_lines(text, stack_bytes or _USUAL_STACK_BYTES)
             if n_ctx is not None and len(text) >= n_ctx:
                 _check_room(self._least_tokens(text), n_ctx)
             cut = self._cut(text, parse_special, check) if len(text) > PIECE_CHARS else iter([Piece(text, False)])
@@ -137,6 +136,7 @@ class LoadedVocabulary:
             check()
             with self._lock:  # between two pieces others may use the vocabulary
                 self._check_open()
+                self._check_lines(piece.text, stack_bytes or _USUAL_STACK_BYTES)
                 found = self._tokens_of(piece.text, parse_special)
                 tokens += found[self._n_prefix(piece.text[0], parse_special) :] if piece.is_inside else found
             if n_ctx is not None and piece.text != text:

@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +29,7 @@ from ggufmoe import (
     OptionError,
     SamplingOptions,
 )
+from tests.interrupts import interrupted_after
 from tests.placement.test_load_report import ROOT, Outcomes, wait_for, worker
 from tests.scripted import Scripted
 
@@ -269,8 +269,7 @@ def test_an_error_of_llama_cpp_stays_one(story: Any) -> None:
 
 def test_ctrl_c_stops_a_prompt_and_the_model_stays_usable(story: Any) -> None:
     tokens = story.tokenize(LONG.encode())
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), interrupted_after(0.3):
         for _ in range(100_000):
             story.reset()
             story.eval(tokens)

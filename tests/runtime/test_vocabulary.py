@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from ggufmoe.errors import Cancelled, ContextFullError, InputError
 from ggufmoe.runtime.textpieces import PIECE_CHARS, SafeBorders, SpecialToken, pieces, special_ends
 from ggufmoe.runtime.vocabulary import LoadedVocabulary
 from tests.engines import local_engine
+from tests.interrupts import interrupted_after
 from tests.scripted import Scripted
 
 NORMAL = 1
@@ -278,9 +277,9 @@ def test_tokenizing_unknown_characters_is_cancelled_between_pieces(engine: Engin
 
 def test_an_interrupted_caller_leaves_at_once(special_engine: Engine) -> None:
     texts = local_engine(special_engine)._texts
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        special_engine.tokenize("<s>" * 3_000_000, parse_special=True)
+    with interrupted_after(0.3):
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            special_engine.tokenize("<s>" * 3_000_000, parse_special=True)
     texts.call(lambda: None)  # nobody works on it any more
     assert time.monotonic() - started < 5
