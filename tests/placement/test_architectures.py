@@ -9,10 +9,12 @@ from typing import Literal
 
 import pytest
 
-from ggufmoe import ContextOptions, Engine, OffloadOptions
+from ggufmoe import ContextOptions, Engine, OffloadOptions, SamplingOptions
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native.wording import SIZE_STEP_BYTES
+from ggufmoe.runtime.events import Token
 from tests.architecture_files import fixtures, write_architecture
+from tests.placement.test_load_report import wait_for, worker
 
 PLAIN = ContextOptions(n_ctx=1024, n_threads=1, n_ubatch=64)
 CONTEXTS = {
@@ -61,3 +63,28 @@ def test_weights_are_where_libllama_puts_them(
     planned = {buffer.name: buffer.n_bytes for buffer in placement.plan.host.buffers}
     assert planned == pytest.approx(dict(placement.report.weight_bytes), abs=2 * SIZE_STEP_BYTES)
     assert placement.differences == ()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "deepseek2-v3", "lfm2moe", "qwen3next"])
+def test_devices_get_what_was_planned_and_answers_stay(name: str, paths: dict[tuple[str, str], Path]) -> None:
+    path, prompt = paths[name, "F32"], [3 + 7 * i % 300 for i in range(400)]
+    changed = [*prompt[:200], *prompt[210:]]
+    with Engine(path, PLAIN, OffloadOptions(load_mode="none", device="none")) as engine:
+        expected = [engine.logits(text)[-1].argmax() for text in (prompt, changed)]
+    with worker() as endpoint:
+        wait_for(endpoint)
+        for offload in (
+            OffloadOptions(rpc=endpoint, n_gpu_layers=99),
+            OffloadOptions(rpc=endpoint, n_gpu_layers=2),
+            OffloadOptions(rpc=endpoint, n_gpu_layers=99, kv_offload=False),
+        ):
+            with Engine(path, PLAIN, offload) as engine:
+                assert engine.placement.differences == ()
+                # the second text needs an earlier part of the first, the third one the end of the first
+                found = [_next_token(engine, text) for text in (prompt, changed, prompt)]
+            assert found == [*expected, expected[0]]
+
+
+def _next_token(engine: Engine, text: list[int]) -> int:
+    settings = SamplingOptions(temperature=0.0, n_predict=1, logit_bias=("2-inf",))
+    return next(event.token_id for event in engine.generate(text, settings) if isinstance(event, Token))

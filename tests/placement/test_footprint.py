@@ -13,6 +13,8 @@ from ggufmoe.gguf.types import ValueType
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.options.limits import rounded_context
 from ggufmoe.placement.footprint import Footprint, context_tokens, kv_cache_bytes
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import HostMemory, Place
 from tests.placement.shapes import model_of
 
 MISTRAL_7B = {
@@ -88,6 +90,20 @@ def test_windowed_layers_keep_the_window_and_a_batch(
     token_bytes = 2 * 4 * 64 * 2
     assert footprint.kv_layers == (windowed_tokens * token_bytes, options["n_ctx"] * token_bytes) * 4
     assert footprint.saved_by_windows == 4 * (options["n_ctx"] - windowed_tokens) * token_bytes
+
+
+def test_more_layers_fit_where_windows_take_less(tmp_path: Path) -> None:
+    model = model_of(tmp_path / "m.gguf", changes=WINDOWED)
+    # weights and buffers take 40 MiB, keys and values 67 MiB, or 128 MiB with --swa-full
+    gpu = Place("GPU0", "GPU0", 150 * 2**20, 150 * 2**20)
+    few, many = (
+        plan_offload(
+            model, ContextOptions(n_ctx=2**14, swa_full=full), OffloadOptions(fit_target=0), [gpu], HostMemory()
+        ).shares[0]
+        for full in (False, True)
+    )
+    assert (len(few.layers), len(few.expert_layers), few.kv_bytes) == (9, 8, 4 * (2**14 + 768) * 1024)
+    assert 0 < len(many.layers) < 9
 
 
 def test_the_width_of_the_logits_is_that_of_the_output(tmp_path: Path) -> None:
