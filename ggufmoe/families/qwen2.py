@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from ggufmoe.families.config_reader import ConfigReader
 from ggufmoe.families.family import Family
-from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.families.standard import (
     NORMS,
     attention,
     common_parameters,
     decoder,
     feed_forward,
-    one_kind_of_layers,
+    heads_of_whole_width,
     only_silu,
     unexpressed,
     window_note,
@@ -36,12 +35,6 @@ def switched_window(reader: ConfigReader) -> int | None:
     return reader.optional_size("sliding_window") if reader.flag("use_sliding_window") else None
 
 
-def _check(reader: ConfigReader, config: ModelConfig) -> None:
-    one_kind_of_layers(reader, config)
-    if config.n_head * config.head_dim != config.n_embd:
-        raise reader.error("head_dim", "hidden_size / num_attention_heads, which llama.cpp's qwen2 graph takes")
-
-
 FAMILY = Family(
     architectures=("Qwen2ForCausalLM",),
     model_types=("qwen2",),
@@ -50,7 +43,7 @@ FAMILY = Family(
     hyper_parameters=common_parameters(),
     defaults=DEFAULTS,
     refusals=(only_silu(),),
-    check=_check,
+    check=heads_of_whole_width,
     sliding_window=switched_window,
     own_keys=window_note,
     unexpressed=unexpressed,

@@ -11,9 +11,11 @@ from typing import Any
 from ggufmoe.families.config_reader import ConfigReader
 from ggufmoe.families.family import (
     BIAS,
+    Arithmetic,
     FusedTensor,
     HyperParameter,
     Refusal,
+    Routing,
     Shape,
     StoredLayout,
     TensorRule,
@@ -278,11 +280,40 @@ def no_bias(key: str) -> Refusal:
     return Refusal(key, (False, None), "false: biases are not supported")
 
 
+def own_output(graph: str) -> Refusal:
+    """The refusal of an output that is the embedding, for a graph of llama.cpp that does not share them."""
+    return Refusal(
+        "tie_word_embeddings", (False, None), f"false: llama.cpp's {graph} graph needs an output matrix of its own"
+    )
+
+
+def rescaled_weights(graph: str) -> Refusal:
+    """The refusal of experts' weights that are rescaled to one, for a graph of llama.cpp that never does that."""
+    return Refusal(
+        "norm_topk_prob",
+        (False, None),
+        f"false: llama.cpp's {graph} graph never rescales the weights of the chosen experts to one, and with true it "
+        "would answer as another model",
+    )
+
+
+def not_rescaled(config: ModelConfig) -> Arithmetic:
+    """A ``Family.arithmetic``: the weights of the chosen experts are their shares among all experts."""
+    return Arithmetic(routing=Routing(normalized=False))
+
+
 def one_kind_of_layers(reader: ConfigReader, config: ModelConfig) -> None:
     """A ``Family.check``: refuse a model whose layers attend in different ways."""
     kinds = reader.value("layer_types")
     if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
         raise reader.error("layer_types", "one kind of attention in all layers")
+
+
+def heads_of_whole_width(reader: ConfigReader, config: ModelConfig) -> None:
+    """A ``Family.check``: one kind of layers, whose heads are together as wide as the residual stream."""
+    one_kind_of_layers(reader, config)
+    if config.n_head * config.head_dim != config.n_embd:
+        raise reader.error("head_dim", "hidden_size / num_attention_heads, which llama.cpp takes for this family")
 
 
 def stated_window(reader: ConfigReader) -> int | None:

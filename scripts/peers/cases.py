@@ -93,6 +93,7 @@ FAMILIES = (
     _family("qwen3-tied", "Qwen3ForCausalLM", "qwen3", head_dim=64, tie_word_embeddings=True),
     _family("qwen3moe", "Qwen3MoeForCausalLM", "qwen3_moe", **_QWEN3_EXPERTS, head_dim=64),
     _family("qwen3moe-tied", "Qwen3MoeForCausalLM", "qwen3_moe", **_QWEN3_EXPERTS, tie_word_embeddings=True),
+    _family("olmoe", "OlmoeForCausalLM", "olmoe", num_experts=8, num_experts_per_tok=2, num_key_value_heads=8),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.export.vocab.pretokenizer import KNOWN, PreTokenizer
+from ggufmoe.families import all_families, llama
 from tests.export.vocab_files import (
     NASTY,
     Tokenize,
@@ -201,7 +203,9 @@ def test_every_pre_tokenizer_of_the_table(
     )
     tokenizer.train_from_iterator([*CORPUS, *NASTY, *generated_lines(200, seed=8)], trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    metadata = tokenizer_metadata(tmp_path, config(600, eos_token_id=0))
+    of_family = next((one for one in all_families() if one.tokenizer.pre_tokenizer == known.name), llama.FAMILY)
+    model = replace(config(600, eos_token_id=0), architecture=of_family.architecture)
+    metadata = tokenizer_metadata(tmp_path, model)
     assert metadata["tokenizer.ggml.pre"].value == known.name
     assert ("some token ids will differ" in caplog.text) == known.approximate
     plain = tuple(text for text in TEXTS[:600] if not known.approximate or text.isascii())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.families.family import Family
 from ggufmoe.gguf.header import read_header
+from ggufmoe.merge import forward
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
@@ -59,6 +63,22 @@ def check_quantized(checkpoint: Path, scratch: Path, file_type: str) -> None:
     assert list(a) == list(b)
     assert [name for name in a if a[name] != b[name]] == []
     assert dict(read_header(ours).metadata) == dict(read_header(theirs).metadata)
+
+
+def check_other_routing_is_wrong(
+    family: Family, checkpoint: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp computes the routing of ``family``; the model with the weights of the chosen experts rescaled where the
+    family does not, or not where it does, gives other logits: why the other ``norm_topk_prob`` is refused."""
+    check_computes(checkpoint, scratch)
+    assert family.arithmetic is not None
+    with open_checkpoint(checkpoint) as model:
+        arithmetic = family.arithmetic(model.config)
+    routing = replace(arithmetic.routing, normalized=not arithmetic.routing.normalized)
+    other = replace(family, arithmetic=lambda _: replace(arithmetic, routing=routing))
+    monkeypatch.setattr(forward, "family_of", lambda _: other)
+    with pytest.raises(AssertionError):
+        assert_close(llama_cpp_logits(scratch / "f32.gguf"), forward_logits(checkpoint))
 
 
 def check_layouts(config: Mapping[str, Any], layouts: tuple[str, ...], scratch: Path) -> None:

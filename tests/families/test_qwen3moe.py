@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,13 @@ import pytest
 
 import ggufmoe
 from ggufmoe.families import qwen3moe
-from ggufmoe.families.family import Arithmetic, Routing
 from ggufmoe.gguf.header import read_header
-from ggufmoe.merge import forward
 from tests.families.agreement import (
-    assert_close,
     check_computes,
     check_identical_experts,
     check_layouts,
+    check_other_routing_is_wrong,
     check_quantized,
-    forward_logits,
-    llama_cpp_logits,
 )
 from tests.families.tiny_family import config_json, make_checkpoint
 
@@ -72,14 +67,8 @@ def test_what_the_graph_cannot_compute_is_refused(tmp_path: Path, keys: dict[str
 
 
 def test_weights_that_are_not_rescaled_would_be_computed_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why ``norm_topk_prob: false`` is refused: llama.cpp's answer is another one than the model's."""
-    checkpoint = make_checkpoint(tmp_path / "model", config())
-    ggufmoe.convert(checkpoint, tmp_path / "model.gguf", "F32")
-    assert_close(llama_cpp_logits(tmp_path / "model.gguf"), forward_logits(checkpoint))
-    unscaled = replace(qwen3moe.FAMILY, arithmetic=lambda _: Arithmetic(routing=Routing(normalized=False)))
-    monkeypatch.setattr(forward, "family_of", lambda _: unscaled)
-    with pytest.raises(AssertionError):
-        assert_close(llama_cpp_logits(tmp_path / "model.gguf"), forward_logits(checkpoint))
+    """Why ``norm_topk_prob: false`` is refused."""
+    check_other_routing_is_wrong(qwen3moe.FAMILY, make_checkpoint(tmp_path / "model", config()), tmp_path, monkeypatch)
 
 
 def test_a_recipe_over_qwen3_becomes_one(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ KNOWN = (
     PreTokenizer("smaug-bpe", (_LLAMA3,)),
     PreTokenizer("smollm", (_DIGIT, _GPT2)),
     PreTokenizer("gpt-2", (_GPT2,)),
+    PreTokenizer("olmo", (_GPT2,)),
     PreTokenizer("qwen2", (_QWEN2,)),
     PreTokenizer("tekken", (_TEKKEN,), ignore_merges=True, adds_bos=True, approximate=True),
     PreTokenizer("gpt-4o", (_GPT4O,), approximate=True),
