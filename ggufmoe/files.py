@@ -176,9 +176,10 @@ def partial_path(path: Path) -> Path:
 def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` when the block ends and all of it is on disk.
 
-    If the block raises, ``path`` stays as it was. Raises OutputError, which names ``what`` ("the manifest"), where the
-    system refuses to write.
+    A symbolic link stays, and the file that it leads to is replaced. If the block raises, ``path`` stays as it was.
+    Raises OutputError, which names ``what`` ("the manifest"), where the system refuses to write.
     """
+    path = followed(path)
     partial = partial_path(path)
     try:
         with partial.open("wb") as file:

@@ -47,6 +47,16 @@ def test_bytes_that_are_no_text(data: bytes) -> None:
         decode_text(data)
 
 
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    with replacing(tmp_path / "link", "the text") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "target"}
+
+
 def test_a_file_is_replaced_when_its_successor_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "note.json"
     path.write_bytes(b"old")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ggufmoe.engine import Engine
-from ggufmoe.errors import Cancelled
+from ggufmoe.errors import Cancelled, OutputExistsError
 from ggufmoe.evaluation.activations import ActivationSums, collect
 from ggufmoe.evaluation.chunks import cut_chunks, read_text, report_chunks
 from ggufmoe.files import StrPath, check_output_file, possible_path
@@ -148,7 +148,12 @@ def imatrix(
                 report_chunks(on_progress, result)
     if result is None or entries is None:
         raise Cancelled("stopped before the first chunk was done")
-    _write(path, entries, () if text_file is None else (os.fspath(text_file),), options.n_ctx)
+    # what another process wrote meanwhile is not replaced, and hours of computing are not lost
+    is_taken = path.exists() and not options.force
+    place = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}") if is_taken else path
+    _write(place, entries, () if text_file is None else (os.fspath(text_file),), options.n_ctx)
+    if is_taken:
+        raise OutputExistsError(f"{path} was made by another process meanwhile; the result of this one is in {place}")
     return result
 
 

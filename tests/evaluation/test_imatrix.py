@@ -143,6 +143,20 @@ def test_who_cancels_gets_whole_chunks(mixtral: tuple[Path, Path], tmp_path: Pat
     assert not (tmp_path / "none.gguf").exists()
 
 
+def test_what_another_process_wrote_meanwhile_is_kept(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    _, path = mixtral
+    output = tmp_path / "imatrix.gguf"
+
+    def write_meanwhile(step: Progress) -> None:
+        output.write_text("of another process")
+
+    with pytest.raises(OutputExistsError, match=r"was made by another process meanwhile; the result of this one is in"):
+        ggufmoe.imatrix(path, output, TEXT, n_ctx=N_CTX, on_progress=write_meanwhile, **EXACT)
+    assert output.read_text() == "of another process"
+    (ours,) = tmp_path.glob("imatrix-*.gguf")
+    assert Imatrix.load(ours).chunk_count > 0
+
+
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
     _, path = mixtral
     there = tmp_path / "there.gguf"
