@@ -174,7 +174,7 @@ class Hyper:
             ("shared experts", f"{self.n_expert_shared}, on every token" if self.n_expert_shared else ""),
             ("gating", self.expert_gating or ""),
             ("expert weights", ", ".join(filter(None, weights))),
-            ("expert groups", f"{n_groups}, chosen from {self.n_group_used}" if n_groups > 1 else ""),
+            ("expert groups", f"{n_groups}, experts come from the best {self.n_group_used}" if n_groups > 1 else ""),
             ("dense layers", f"the first {dense}, without experts" if dense else ""),
         ]
         return [(name, text) for name, text in facts if text] if self.n_expert else []

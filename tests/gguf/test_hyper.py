@@ -111,7 +111,7 @@ def test_counts_that_are_none_are_named(value: GGUFValue) -> None:
                 "shared experts": "1, on every token",
                 "gating": "sigmoid",
                 "expert weights": "rescaled to one, times 2.5",
-                "expert groups": "8, chosen from 4",
+                "expert groups": "8, experts come from the best 4",
                 "dense layers": "the first 3, without experts",
             },
         ),
