@@ -22,23 +22,8 @@ from typing import Any
 
 from ggufmoe import ContextOptions
 from ggufmoe.evaluation.bench import Workload, plan_bench, run_bench
-from ggufmoe.native import library as native
+from ggufmoe.native.threadpool import ThreadPool
 from ggufmoe.placement.cpu import default_threads
-
-_MAX_THREADS = 512
-
-
-class _ThreadpoolParams(ctypes.Structure):
-    """``struct ggml_threadpool_params`` (ggml.h)."""
-
-    _fields_ = (
-        ("cpumask", ctypes.c_bool * _MAX_THREADS),
-        ("n_threads", ctypes.c_int),
-        ("prio", ctypes.c_int),
-        ("poll", ctypes.c_uint32),
-        ("strict_cpu", ctypes.c_bool),
-        ("paused", ctypes.c_bool),
-    )
 
 
 class NativeBench:
@@ -53,14 +38,6 @@ class NativeBench:
         self._vocab = self._api.llama_model_get_vocab(self._model)
         self._n_vocab = self._api.llama_vocab_n_tokens(self._vocab)
         self._random = random.Random(1)
-        lib = native.library()
-        self._new_pool, self._free_pool = lib.ggml_threadpool_new, lib.ggml_threadpool_free
-        self._new_pool.restype, self._new_pool.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
-        self._free_pool.restype, self._free_pool.argtypes = None, (ctypes.c_void_p,)
-        self._attach_pool = lib.llama_attach_threadpool
-        self._attach_pool.restype, self._attach_pool.argtypes = None, (ctypes.c_void_p,) * 3
-        self._default_pool = lib.ggml_threadpool_params_default
-        self._default_pool.restype, self._default_pool.argtypes = _ThreadpoolParams, (ctypes.c_int,)
 
     @contextmanager
     def _context(self, workload: Workload) -> Iterator[Any]:
@@ -68,15 +45,13 @@ class NativeBench:
         parameters.n_ctx = workload.n_ctx
         parameters.n_batch, parameters.n_ubatch = 2048, 512
         context = self._api.llama_init_from_model(self._model, parameters)
-        pool_parameters = self._default_pool(self._n_threads)
-        pool_parameters.poll = 50
-        pool = self._new_pool(ctypes.byref(pool_parameters))
-        self._attach_pool(context, pool, None)
+        pool = ThreadPool(self._n_threads)
+        pool.attach(context)
         try:
             yield context
         finally:
             self._api.llama_free(context)
-            self._free_pool(pool)
+            pool.free()
 
     def seconds(self, workload: Workload) -> float:
         """Of one run, after one to warm up."""

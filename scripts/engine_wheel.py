@@ -20,6 +20,7 @@ import tempfile
 import time
 import venv
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,44 @@ CMAKE = (
     "-DCMAKE_SHARED_LINKER_FLAGS=-s",
     "-DCMAKE_MODULE_LINKER_FLAGS=-s",
 )
+SPINNING = (
+    (
+        """    while (atomic_load_explicit(&tp->n_barrier_passed, memory_order_relaxed) == n_passed) {
+        ggml_thread_cpu_relax();
+    }
+""",
+        """    int n_spins = 0;
+    while (atomic_load_explicit(&tp->n_barrier_passed, memory_order_relaxed) == n_passed) {
+        if (n_spins++ < 100) {
+            ggml_thread_cpu_relax();
+        } else {
+            sched_yield();
+        }
+    }
+""",
+    ),
+    (
+        """        // No new work. Keep polling.
+        ggml_thread_cpu_relax();
+""",
+        """        // No new work. Keep polling.
+        ggml_thread_cpu_relax();
+        if (i % 1000 == 999) {
+            sched_yield();
+        }
+""",
+    ),
+)
+"""Changes of ggml-cpu.c. ggml's threads spin while they wait: beside other programs that compute, a thread burns the
+time that the one it waits for needs, and generation falls to a fortieth. Here they soon give it away instead.
+"""
 TERMINATE = """
+#include <cxxabi.h>
 #include <exception>
-// the C++ library is inside libllama, and its handler is reached through this
-extern "C" __attribute__((visibility("default"))) void * ggufmoe_set_terminate(void (*handler)()) {
-    return reinterpret_cast<void *>(std::set_terminate(handler));
-}
+#define EXPORT extern "C" __attribute__((visibility("default")))
+// the C++ library is inside libllama: its handler, and the exception in it, are reached through these
+EXPORT void * ggufmoe_set_terminate(void (*handler)()) { return reinterpret_cast<void *>(std::set_terminate(handler)); }
+EXPORT void * ggufmoe_current_exception_type() { return abi::__cxa_current_exception_type(); }
 """
 
 
@@ -177,6 +210,7 @@ def compile_all(pin: setup.Pin, source: Path, compilers: dict[str, Path], build_
     if len(kept) != len(lines) - len(omitted):
         raise setup.SetupError(f"{backends} does not name the backends {', '.join(OMITTED_BACKENDS)} once each")
     backends.write_text("".join(kept), encoding="utf-8")
+    change(llama / "ggml" / "src" / "ggml-cpu" / "ggml-cpu.c", SPINNING)
     (llama / "src" / "ggufmoe-terminate.cpp").write_text(TERMINATE, encoding="utf-8")
     with (llama / "src" / "CMakeLists.txt").open("a", encoding="utf-8") as file:
         file.write("\ntarget_sources(llama PRIVATE ggufmoe-terminate.cpp)\n")
@@ -185,6 +219,16 @@ def compile_all(pin: setup.Pin, source: Path, compilers: dict[str, Path], build_
     run(["cmake", "-S", str(llama), "-B", str(build_dir), "-G", "Ninja", *tools, *CMAKE, commit])
     run(["cmake", "--build", str(build_dir), "-j", str(jobs), "--target", "llama", "ggml-rpc"])
     return sorted((build_dir / "bin").glob("lib*.so"))
+
+
+def change(path: Path, replacements: Sequence[tuple[str, str]]) -> None:
+    """Replace texts of a file, each of which is there once. Raises SetupError if one is not."""
+    text = path.read_text(encoding="utf-8")
+    for old, new in replacements:
+        if text.count(old) != 1:
+            raise setup.SetupError(f"{path} does not have once: {old}")
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
 
 
 def run(command: list[str]) -> None:

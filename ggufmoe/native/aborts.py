@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +32,8 @@ _ABORT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _TERMINATE_HANDLER = ctypes.CFUNCTYPE(None)
 _SET_TERMINATE = ("ggufmoe_set_terminate", "_ZSt13set_terminatePFvvE")
 """``std::set_terminate`` of a libllama with the C++ library inside (``scripts/engine_wheel``), or of a shared one."""
+_EXCEPTION_TYPE = ("ggufmoe_current_exception_type", "__cxa_current_exception_type")
+"""Likewise for the type of the exception that has no handler."""
 _STATIC_SCHEDULE = 1
 """omp_sched_static"""
 _FIRST_MARK = 2**20
@@ -48,6 +50,8 @@ class AbortWatch:
         self._owners: dict[int, _Owner] = {}
         self._marks = itertools.count(_FIRST_MARK)
         self._kept: list[Any] = []
+        self._told: set[int] = set()
+        """Marks of the owners that have been told of an abort."""
 
     def attach(self) -> None:
         """Install handlers for ggml's aborts and unhandled C++ exceptions, for the rest of the process."""
@@ -90,8 +94,7 @@ class AbortWatch:
         if not owners:  # a thread of the app, which cannot be taken from it: the process ends, without a debugger
             os.write(2, f"llama.cpp ends this process: {said}\n".encode("utf-8", "replace"))
             return
-        for owner in owners:
-            owner.on_abort(said)
+        self._tell(owners, said)
         _wait_for_ever()
 
     def _terminated(self, library: ctypes.CDLL) -> None:
@@ -100,15 +103,20 @@ class AbortWatch:
         if not owners:
             os.write(2, f"{said} ends this process\n".encode("utf-8", "replace"))
             return
+        self._tell(owners, said)
+        _wait_for_ever()
+
+    def _tell(self, owners: Sequence[_Owner], said: str) -> None:
+        with self._lock:
+            self._told.update(owner.mark for owner in owners)
         for owner in owners:
             owner.on_abort(said)
-        _wait_for_ever()
 
     def _owners_here(self) -> list[_Owner]:
         """The owners to notify of an abort in this thread.
 
-        That is its own owner; none for another Python thread; otherwise those of its OpenMP team, or all that compute
-        if the team is unknown.
+        That is its own owner; none for another Python thread; otherwise those of its OpenMP team. If the team is
+        unknown, all that compute; if none does, those that have been told before, whose threads fail one by one.
         """
         with self._lock:
             owners = dict(self._owners)
@@ -119,7 +127,8 @@ class AbortWatch:
             return []
         mark = _team_mark()
         marked = [owner for owner in owners.values() if owner.mark == mark]
-        return marked or [owner for owner in owners.values() if owner.is_busy()]
+        busy = [owner for owner in owners.values() if owner.is_busy()]
+        return marked or busy or [owner for owner in owners.values() if owner.mark in self._told]
 
 
 _ABORT_SETTER = ctypes.CFUNCTYPE(ctypes.c_void_p, _ABORT_CALLBACK)
@@ -192,7 +201,8 @@ def _exception_name(library: ctypes.CDLL) -> str:
     """The mangled name of the exception's type: ``St12out_of_range``."""
     with contextlib.suppress(AttributeError, ValueError):
         # std::type_info * __cxa_current_exception_type(); the name is behind the pointer to its functions
-        found = ctypes.CFUNCTYPE(ctypes.c_void_p)(("__cxa_current_exception_type", library))()
+        name = next((name for name in _EXCEPTION_TYPE if hasattr(library, name)), _EXCEPTION_TYPE[-1])
+        found = ctypes.CFUNCTYPE(ctypes.c_void_p)((name, library))()
         if found:
             name = ctypes.c_char_p.from_address(found + ctypes.sizeof(ctypes.c_void_p)).value or b""
             return name.decode("utf-8", "replace")

@@ -6,7 +6,6 @@ process that loses a worker, which is why no test does this itself.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe import ContextOptions, Engine, OffloadOptions, SamplingOptions
-from ggufmoe.native import library as native
+from ggufmoe.native import rpc_calls
 from ggufmoe.placement.devices import find_devices
 from ggufmoe.runtime.events import Token
 
@@ -23,13 +22,6 @@ GREEDY = SamplingOptions(temperature=0, n_predict=12)
 SMALL = ContextOptions(n_ctx=300, n_threads=1)
 ON_RPC: dict[str, Any] = {"device": "RPC0", "load_mode": "none", "fit": "off"}
 MIB = 2**20
-
-
-def register(endpoint: str) -> None:
-    lib = native.library()
-    lib.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
-    lib.ggml_backend_register.restype, lib.ggml_backend_register.argtypes = None, (ctypes.c_void_p,)
-    lib.ggml_backend_register(lib.ggml_backend_rpc_add_server(endpoint.encode()))
 
 
 def outcome(model: Path, context: ContextOptions, offload: OffloadOptions) -> dict[str, Any]:
@@ -51,7 +43,7 @@ def limited(model: Path) -> OffloadOptions:
 
 def main(model: Path, endpoints: list[str]) -> None:
     for endpoint in endpoints:
-        register(endpoint)
+        rpc_calls.register_rpc_server(endpoint)
     cases = {
         "cpu": OffloadOptions(device="none", load_mode="none"),
         "default": OffloadOptions(load_mode="none"),
