@@ -201,8 +201,8 @@ def _exception_name(library: ctypes.CDLL) -> str:
     """The mangled name of the exception's type: ``St12out_of_range``."""
     with contextlib.suppress(AttributeError, ValueError):
         # std::type_info * __cxa_current_exception_type(); the name is behind the pointer to its functions
-        name = next((name for name in _EXCEPTION_TYPE if hasattr(library, name)), _EXCEPTION_TYPE[-1])
-        found = ctypes.CFUNCTYPE(ctypes.c_void_p)((name, library))()
+        function = next((name for name in _EXCEPTION_TYPE if hasattr(library, name)), _EXCEPTION_TYPE[-1])
+        found = ctypes.CFUNCTYPE(ctypes.c_void_p)((function, library))()
         if found:
             name = ctypes.c_char_p.from_address(found + ctypes.sizeof(ctypes.c_void_p)).value or b""
             return name.decode("utf-8", "replace")
