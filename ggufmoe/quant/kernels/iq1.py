@@ -180,11 +180,11 @@ def level_value(word: Value, i: int, moved: Value) -> Value:
 
 
 def mark_unsafe(k: Lanes, x: Rows, weights: Rows, n: int, active: Value) -> None:
-    """Mark lanes odd in which distances from the grid might overflow."""
+    """Mark lanes odd in which distances from the grid might overflow; unbounded kernels mark those in which they do."""
     total, extent = k.f32(0.0), k.f32(0.0)
     for i in range(n):
         total, extent = total + weights[i], k.larger(k.magnitude(x[i]), extent)
-    k.mark_overflow(active & ~(total * extent * extent < _UNSAFE))
+    k.mark_odd(active & ~(total * extent * extent < _UNSAFE))
 
 
 def scale_level(k: Lanes, inverse: Value, scale: Value) -> Value:

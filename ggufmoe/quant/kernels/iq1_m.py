@@ -52,6 +52,8 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
             search.moved[half] = moved
         points = search.find(block, weights, levels, scale)
         scale = renewed_scale(k, block, weights, points, search.moved, scale)
+        if k.unbounded:
+            k.mark_overflow(active & search.failed[0].differs(0))
         k.mark_overflow(active & scale.differs(scale))
         scales[j], ways[j] = k.where(active, scale, 0.0), k.where(active, way, 0)
         for half, point in enumerate(points):

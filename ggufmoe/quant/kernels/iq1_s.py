@@ -55,6 +55,8 @@ def quantize(k: Tiles, x: Rows, importance: Rows | None) -> None:
             search.moved[group] = moved
         words = search.find(block, weights, levels, scale)
         scale = renewed_scale(k, block, weights, words, search.moved, scale)
+        if k.unbounded:
+            k.mark_overflow(active & search.failed[0].differs(0))
         k.mark_overflow(active & scale.differs(scale))
         scales[j] = k.where(active, scale, 0.0)
         numbers = [search.number(word) for word in words]

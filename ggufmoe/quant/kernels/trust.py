@@ -38,8 +38,6 @@ _SOURCES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 _NAMES = "Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 NVFP4 IQ4_NL IQ4_XS"
 _GRID_NAMES = "IQ3_S IQ3_XXS IQ2_S IQ2_XS IQ2_XXS IQ1_S IQ1_M"
 _MODULES = {GGMLType[name]: name.lower() for name in f"{_NAMES} {_GRID_NAMES}".split()}
-_ONLY_USUAL = frozenset({GGMLType.IQ1_S, GGMLType.IQ1_M})
-"""Formats whose kernels leave out only blocks at which ggml ends the process."""
 # here ggml spreads importances by the mean square of the whole row
 _ROW_ENERGY = frozenset({GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1})
 
@@ -294,7 +292,7 @@ def compile_format(
         return Kernel(type, weighted, native, row_energies)
 
     native = linked(name, lambda: compile_whole(unbounded=False))
-    return Kernel(type, weighted, native, row_energies, None if type in _ONLY_USUAL else Unbounded(compile_unbounded))
+    return Kernel(type, weighted, native, row_energies, Unbounded(compile_unbounded))
 
 
 def _difference(kernel: Kernel, source: str) -> str:

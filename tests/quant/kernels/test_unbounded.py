@@ -15,13 +15,12 @@ from ggufmoe.errors import NonFiniteError
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
-from ggufmoe.quant.kernels import trust
 from ggufmoe.quant.kernels.probe_hashes import HASHES
 from ggufmoe.quant.kernels.probe_tile import probe
 from ggufmoe.quant.kernels.trust import Kernel, Unbounded, compile_format, has_kernel, run
 from tests.quant.kernels.corpora import N_COLS, Floats, importances, kinds, rows
 
-FORMATS = [kind for kind in GGMLType if has_kernel(kind) and kind not in trust._ONLY_USUAL]
+FORMATS = [kind for kind in GGMLType if has_kernel(kind)]
 CASES = [
     (kind, weighted)
     for kind in FORMATS
@@ -29,7 +28,15 @@ CASES = [
     if kind not in (IGNORES_IMATRIX if weighted else ABORTS_WITHOUT_IMATRIX)
 ]
 DOES_ALL = {(kind, weighted) for kind in ("Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "NVFP4") for weighted in (False, True)}
-DOES_ALL |= {("Q4_0", True), ("Q5_0", True), ("IQ3_XXS", False), ("IQ2_S", False), ("IQ2_S", True)}
+DOES_ALL |= {
+    ("Q4_0", True),
+    ("Q5_0", True),
+    ("IQ3_XXS", False),
+    ("IQ2_S", False),
+    ("IQ2_S", True),
+    ("IQ1_S", True),
+    ("IQ1_M", True),
+}
 """Formats, and whether with importances, whose usual kernels leave out none of these blocks."""
 
 TOO_LARGE = """
@@ -60,8 +67,8 @@ def extremes(kind: GGMLType, imatrix: Floats | None) -> Floats:
     names = kinds(kind)
     mixed = [rows(seed, "mixed", 8, names) for seed in range(3)]
     made = np.concatenate([rows(7, name) for name in names] + mixed)
-    if imatrix is None:
-        return made
+    if imatrix is None:  # where IQ1's cubes might overflow, and do not
+        return np.concatenate([made, rows(6, "normal") * np.float32(1.5e10)])
     return np.concatenate([made, rows(5, "normal") * np.where(imatrix == 0, np.float32(1e7), np.float32(1))])
 
 
