@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ggufmoe import Engine, LlamaCpp, OffloadOptions
-from tests.placement.placed_child import GREEDY, ON_RPC, SMALL, TEXT, register
+from ggufmoe.native import rpc_calls
+from tests.placement.placed_child import GREEDY, ON_RPC, SMALL, TEXT
 
 ARGUMENTS: dict[str, Any] = {"n_ctx": 300, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 
@@ -34,7 +35,7 @@ def outcome(model: Path, prompt: list[int], offload: OffloadOptions | None, **ar
 
 
 def main(model: Path, endpoint: str) -> None:
-    register(endpoint)
+    rpc_calls.register_rpc_server(endpoint)
     prompt, text = text_of_engine(model)
     elsewhere = rf"blk\.0\.ffn_up_exps=RPC0[{endpoint}],attn_q=CPU"
     cases = {
