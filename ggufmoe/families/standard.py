@@ -29,7 +29,7 @@ from ggufmoe.gguf.own_keys import SLIDING_WINDOW
 from ggufmoe.gguf.upstream import MODEL_TENSOR, Keys
 from ggufmoe.gguf.values import f32, u32
 from ggufmoe.weights.source_tensor import SourceTensor
-from ggufmoe.weights.views import Reshaped, rope_ordered
+from ggufmoe.weights.views import rope_ordered
 
 Where = Callable[[ModelConfig, int], bool]
 Width = Callable[[ModelConfig], int]
@@ -200,8 +200,6 @@ def shared_experts(
                 f"{_LAYER}{gate}.weight",
                 lambda config: (1, config.n_embd),
                 where=where,
-                # llama.cpp has it as a vector
-                transform=lambda source, config: Reshaped(source, (config.n_embd,)),
             )
         )
     return tuple(rules)

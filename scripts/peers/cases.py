@@ -86,6 +86,11 @@ def _family(name: str, architecture: str, model_type: str, **config: Any) -> Fam
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
 _QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+_QWEN2_EXPERTS = {
+    **_QWEN3_EXPERTS,
+    "norm_topk_prob": False,
+    "shared_expert_intermediate_size": 768,
+}
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
@@ -94,6 +99,7 @@ FAMILIES = (
     _family("qwen3moe", "Qwen3MoeForCausalLM", "qwen3_moe", **_QWEN3_EXPERTS, head_dim=64),
     _family("qwen3moe-tied", "Qwen3MoeForCausalLM", "qwen3_moe", **_QWEN3_EXPERTS, tie_word_embeddings=True),
     _family("olmoe", "OlmoeForCausalLM", "olmoe", num_experts=8, num_experts_per_tok=2, num_key_value_heads=8),
+    _family("qwen2moe", "Qwen2MoeForCausalLM", "qwen2_moe", **_QWEN2_EXPERTS),
 )
 
 

@@ -1,0 +1,71 @@
+"""Qwen2-MoE: Qwen2 whose feed-forward part is a router, a stack of experts, and a shared expert with a gate of its own.
+
+Source: ``conversion/qwen.py`` and ``src/models/qwen2moe.cpp`` at the pinned llama.cpp; defaults from transformers'
+configuration_qwen2_moe.py, 5.24.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ggufmoe.families.family import BIAS, ConfigKey, HyperParameter, Kind, Refusal, StoredLayout
+from ggufmoe.families.qwen2 import FAMILY as QWEN2
+from ggufmoe.families.standard import (
+    NORMS,
+    attention,
+    common_parameters,
+    decoder,
+    experts,
+    fused_experts,
+    not_rescaled,
+    own_output,
+    rescaled_weights,
+    shared_experts,
+    size_of,
+)
+from ggufmoe.gguf.upstream import MODEL_ARCH, Keys
+from ggufmoe.gguf.values import u32
+
+_EXPERT_WIDTH, _SHARED_WIDTH, _BIAS = "moe_intermediate_size", "shared_expert_intermediate_size", "qkv_bias"
+_EXPERTS = experts(size_of(_EXPERT_WIDTH))
+_ATTENTION = tuple(
+    replace(rule, where=lambda config, _: config.flag(_BIAS)) if rule.suffix == BIAS else rule
+    for rule in attention(biases="qkv")
+)
+
+FAMILY = replace(
+    QWEN2,
+    architectures=("Qwen2MoeForCausalLM",),
+    model_types=("qwen2_moe",),
+    arch=MODEL_ARCH.QWEN2MOE,
+    tensors=decoder(
+        *NORMS,
+        *_ATTENTION,
+        *_EXPERTS,
+        *shared_experts(size_of(_SHARED_WIDTH), module="mlp.shared_expert", gate="mlp.shared_expert_gate"),
+    ),
+    hyper_parameters=(
+        *common_parameters(),
+        HyperParameter(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, u32, size_of(_EXPERT_WIDTH)),
+        HyperParameter(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, u32, size_of(_SHARED_WIDTH)),
+    ),
+    defaults={
+        **QWEN2.defaults,
+        "num_key_value_heads": 16,
+        "num_local_experts": 60,
+        "num_experts_per_tok": 4,
+        _EXPERT_WIDTH: 1408,
+        _SHARED_WIDTH: 5632,
+    },
+    aliases={"num_local_experts": ("num_experts",)},
+    keys=(ConfigKey(_EXPERT_WIDTH), ConfigKey(_SHARED_WIDTH), ConfigKey(_BIAS, Kind.FLAG, True)),
+    refusals=(
+        *QWEN2.refusals,
+        rescaled_weights("qwen2moe"),
+        own_output("qwen2moe"),
+        Refusal("decoder_sparse_step", (1,), "1: llama.cpp's qwen2moe graph has experts in every layer"),
+        Refusal("mlp_only_layers", ([], None), "no layers: llama.cpp's qwen2moe graph has experts in every layer"),
+    ),
+    layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
+    arithmetic=not_rescaled,
+)
