@@ -88,6 +88,11 @@ def size_of(key: str) -> Width:
     return lambda config: config.size(key)
 
 
+def number_of(key: str) -> Callable[[ModelConfig], float]:
+    """The number under a key of the family (``Family.keys``)."""
+    return lambda config: config.number(key)
+
+
 def in_rope_order(source: SourceTensor, config: ModelConfig) -> SourceTensor:
     """A ``TensorRule.transform``: the rows of queries or keys as llama.cpp's ``llama`` graph rotates them."""
     return rope_ordered(source, config.head_dim)

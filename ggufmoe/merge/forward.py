@@ -181,7 +181,8 @@ class ForwardPass:
     def _shared_experts(self, layer: int, hidden: Floats) -> Floats:
         """The output of the experts that every token goes to, weighted by their gate where there is one; else zeros."""
         shared = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
-        if self._family.rule(shared[0]) is None:
+        rule = self._family.rule(shared[0])
+        if rule is None or not rule.where(self._config, layer):
             return np.zeros_like(hidden)
         out = self._swiglu(hidden, *(self._name(tensor, layer) for tensor in shared))
         gate = self._vector(MODEL_TENSOR.FFN_GATE_INP_SHEXP, layer, WEIGHT)

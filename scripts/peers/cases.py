@@ -91,6 +91,13 @@ _QWEN2_EXPERTS = {
     "norm_topk_prob": False,
     "shared_expert_intermediate_size": 768,
 }
+_GRANITE = {
+    "attention_multiplier": 0.05,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+}
+_GRANITE_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
@@ -100,6 +107,18 @@ FAMILIES = (
     _family("qwen3moe-tied", "Qwen3MoeForCausalLM", "qwen3_moe", **_QWEN3_EXPERTS, tie_word_embeddings=True),
     _family("olmoe", "OlmoeForCausalLM", "olmoe", num_experts=8, num_experts_per_tok=2, num_key_value_heads=8),
     _family("qwen2moe", "Qwen2MoeForCausalLM", "qwen2_moe", **_QWEN2_EXPERTS),
+    _family("granite", "GraniteForCausalLM", "granite", **_GRANITE),
+    _family("granite-tied-plain", "GraniteForCausalLM", "granite", tie_word_embeddings=True),
+    _family("granitemoe", "GraniteMoeForCausalLM", "granitemoe", **_GRANITE, **_GRANITE_EXPERTS),
+    _family(
+        "granitemoe-shared-tied",
+        "GraniteMoeSharedForCausalLM",
+        "granitemoeshared",
+        **_GRANITE,
+        **_GRANITE_EXPERTS,
+        shared_intermediate_size=768,
+        tie_word_embeddings=True,
+    ),
 )
 
 

@@ -73,6 +73,7 @@ KNOWN = (
     PreTokenizer("llama-bpe", (_LLAMA3,), ignore_merges=True, adds_bos=True),
     PreTokenizer("smaug-bpe", (_LLAMA3,)),
     PreTokenizer("smollm", (_DIGIT, _GPT2)),
+    PreTokenizer("refact", (_DIGIT, _GPT2)),
     PreTokenizer("gpt-2", (_GPT2,)),
     PreTokenizer("olmo", (_GPT2,)),
     PreTokenizer("qwen2", (_QWEN2,)),
