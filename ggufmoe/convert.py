@@ -281,7 +281,8 @@ def merge(
     The options are given as one object (``options=MergeOptions(threads=4)``) or by name (``threads=4``). The directory
     appears under its name when it is complete: safetensors, config, tokenizer and model card, readable by transformers
     4 and 5; until then its files are in ``OUT_DIR.partial``. Converting it writes the same bytes as converting the
-    recipe. ``on_progress``, ``cancel`` and what is raised are those of ``convert``.
+    recipe. A merge of Qwen2 models is refused, as transformers' Mixtral has no biases; ``convert`` writes it as GGUF.
+    ``on_progress``, ``cancel`` and what is raised are those of ``convert``.
     """
     options = options_of(MergeOptions, options, keywords)
     target = followed(possible_path(out_dir))
@@ -293,6 +294,7 @@ def merge(
         allow_outside_files=options.allow_outside_files,
     )
     with contextlib.closing(model):
+        model.check_checkpoint()
         check_directory(target, model.input_paths, record=RECORD, force=options.force)
         write = WriteOptions(
             threads=options.threads,

@@ -56,7 +56,8 @@ def family_of(config: ModelConfig) -> Family:
 
 def supported(architecture: object = None) -> str:
     """For messages: ``supported are ...``, and which of them have names like ``architecture``."""
-    names = sorted(family.architecture for family in all_families())
+    stored = (family for family in all_families() if family.merge is None or not family.merge.only_gguf)
+    names = sorted(family.architecture for family in stored)
     nearest = _nearest(str(architecture), names)
     return f"supported are {', '.join(names)}" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")
 

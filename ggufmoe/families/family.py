@@ -260,6 +260,8 @@ class MergeTarget:
     number of those used for a token. ``merge.merged`` adds what holds for every family."""
     on_request: tuple[str, ...] = ()
     """Architectures of dense models that become this one where a recipe names it."""
+    only_gguf: str = ""
+    """Why such a merge is written as a GGUF file alone and not as a checkpoint of transformers; else empty."""
 
 
 @dataclass(frozen=True)

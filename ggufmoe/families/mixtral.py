@@ -16,16 +16,17 @@ from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.families.standard import GATE_UP_DOWN, common_parameters, decoder, experts, fused_experts
 
 _MODULE, _WORDS = "block_sparse_moe", ("w1", "w3", "w2")
-_EXPERTS = experts(module=_MODULE, words=_WORDS)
+EXPERTS = experts(module=_MODULE, words=_WORDS)
 
 
 def _one_by_one(module: str, words: tuple[str, str, str]) -> StoredLayout:
     """One tensor for each matrix of an expert, in a module and words that some versions of transformers write."""
     stored = experts(module=module, words=words)
-    return StoredLayout("classic", {rule.hf: other.hf for rule, other in zip(_EXPERTS, stored, strict=True)})
+    return StoredLayout("classic", {rule.hf: other.hf for rule, other in zip(EXPERTS, stored, strict=True)})
 
 
-def _merged_config(base: ModelConfig, n_expert: int, n_expert_used: int) -> dict[str, Any]:
+def merged_config(base: ModelConfig, n_expert: int, n_expert_used: int) -> dict[str, Any]:
+    """A ``MergeTarget.config``: the number of experts, and of those used for a token."""
     return {"num_local_experts": n_expert, "num_experts_per_tok": n_expert_used}
 
 
@@ -33,7 +34,7 @@ FAMILY = replace(
     MISTRAL,
     architectures=("MixtralForCausalLM",),
     model_types=("mixtral",),
-    tensors=decoder(*ATTENTION, *_EXPERTS),
+    tensors=decoder(*ATTENTION, *EXPERTS),
     hyper_parameters=(*common_parameters(), *LLAMA_KEYS),
     defaults={
         "num_key_value_heads": 8,
@@ -49,8 +50,8 @@ FAMILY = replace(
         _one_by_one("mlp", _WORDS),
         _one_by_one(_MODULE, GATE_UP_DOWN),
         _one_by_one("mlp", GATE_UP_DOWN),
-        fused_experts("fused", _MODULE, _EXPERTS),
-        fused_experts("fused", _MODULE, _EXPERTS, stored=_MODULE),
+        fused_experts("fused", _MODULE, EXPERTS),
+        fused_experts("fused", _MODULE, EXPERTS, stored=_MODULE),
     ),
-    merge=MergeTarget("Mixtral", (LLAMA.architecture, MISTRAL.architecture), _merged_config),
+    merge=MergeTarget("Mixtral", (LLAMA.architecture, MISTRAL.architecture), merged_config),
 )

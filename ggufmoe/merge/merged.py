@@ -177,6 +177,13 @@ class MergedModel:
         """The recipe and every file of its models."""
         return (self._path, *(path for source in self._sources for path in source.input_paths))
 
+    def check_checkpoint(self) -> None:
+        """Raise RecipeError, with the reason, if the merge is written as a GGUF file alone."""
+        assert self._family.merge is not None, "target_family gives families that are targets"
+        if why := self._family.merge.only_gguf:
+            made = f"a merge of {self._base.config.architecture} models is not written as a checkpoint"
+            raise RecipeError(f"{self._path}: {made}: {why}; `ggufmoe convert {self._path}` writes it as a GGUF file")
+
     def prepare(
         self,
         *,

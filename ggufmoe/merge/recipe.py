@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from ggufmoe.errors import RecipeError, one_line
 from ggufmoe.files import decode_text, what_instead
-from ggufmoe.merge.targets import is_known, known_names
+from ggufmoe.merge.targets import is_known, known_names, why_not_made
 from ggufmoe.options.limits import MAX_EXPERTS
 from ggufmoe.weights.source_tensor import Dtype
 
@@ -331,7 +331,8 @@ def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
     if recipe.shared_experts:
         yield ("shared_experts",), "the mixtures that ggufmoe makes have no shared experts; remove the key"
     if recipe.architecture and not is_known(recipe.architecture):
-        yield ("architecture",), f"{recipe.architecture!r:.60} is not supported; ggufmoe makes {known_names()}"
+        reason = f": {why}" if (why := why_not_made(recipe.architecture)) else ""
+        yield ("architecture",), f"{recipe.architecture!r:.60} is not supported{reason}; ggufmoe makes {known_names()}"
     if recipe.dtype is not None and recipe.dtype not in _DTYPES:
         yield ("dtype",), f"unknown dtype {recipe.dtype!r:.60}; one of bfloat16, float16, float32"
     models = [(("base_model",), recipe.base_model)]

@@ -20,6 +20,11 @@ EXPERT_MATRICES = (
 """The matrices of a dense feed-forward part and what they become in a mixture; noise is numbered in this order."""
 
 
+_COMPUTED_DIFFERENTLY = ("Qwen MoE", "Qwen2 MoE", "DeepSeek MoE")
+"""Mixtures of mergekit's whose graphs in llama.cpp (``src/models/qwen2moe.cpp``, ``deepseek.cpp``) do not rescale the
+weights of the chosen experts, which the configurations that mergekit writes ask for (``norm_topk_prob``)."""
+
+
 def all_targets() -> Iterator[tuple[MergeTarget, Family]]:
     """Every family that a merge can make, with its description as a target."""
     for family in all_families():
@@ -37,8 +42,19 @@ def known_names() -> str:
     return ", ".join(target.name for target, _ in all_targets())
 
 
+def why_not_made(name: str) -> str:
+    """For messages: why ``architecture: name``, which mergekit knows, is not made here; empty for any other name."""
+    if not any(_begins(other, name) for other in _COMPUTED_DIFFERENTLY):
+        return ""
+    return "llama.cpp does not rescale the weights of its chosen experts to one, so it would answer as another model"
+
+
 def _is_called(target: MergeTarget, name: str) -> bool:
-    return target.name.lower().startswith(name.lower())
+    return _begins(target.name, name)
+
+
+def _begins(full: str, name: str) -> bool:
+    return full.lower().startswith(name.lower())
 
 
 def target_family(base: ModelConfig, wanted: str | None) -> Family:
@@ -53,7 +69,8 @@ def target_family(base: ModelConfig, wanted: str | None) -> Family:
             return family
     if wanted:
         others = f"; it can become {' or '.join(target.name for target, _ in possible)}" if possible else ""
-        raise RecipeError(f"a {made} does not become a {wanted!r:.40}{others}")
+        reason = f": {why}" if (why := why_not_made(wanted)) else ""
+        raise RecipeError(f"a {made} does not become a {wanted!r:.40}{reason}{others}")
     bases = sorted({name for target, _ in all_targets() for name in (*target.sources, *target.on_request)})
     raise RecipeError(f"no mixture is made of {made}; a recipe takes {', '.join(bases)}")
 

@@ -91,20 +91,31 @@ def check_layouts(config: Mapping[str, Any], layouts: tuple[str, ...], scratch: 
     assert len(set(files)) == 1
 
 
+def write_recipe(path: Path, *models: Path, **recipe: Any) -> Path:
+    """A recipe of these models, the first of which is the base too; ``recipe`` has further keys. Returns ``path``."""
+    keys = {"base_model": models[0], "gate_mode": "hidden", "dtype": "bfloat16", **recipe}
+    text = "".join(f"{key}: {value}\n" for key, value in keys.items()) + "experts:\n"
+    for model, prompt in zip(models, ("the cat sat", "seven times six", "rivers and the sea"), strict=False):
+        text += f"  - {{source_model: {model}, positive_prompts: [{prompt}]}}\n"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def check_recipe_computes_its_model(base: Path, scratch: Path, **recipe: Any) -> Path:
+    """A recipe of one model with itself computes what the model computes; its path is returned."""
+    path = write_recipe(scratch / "recipe.yaml", base, base, **recipe)
+    ggufmoe.convert(path, scratch / "recipe.gguf", "F32", allow_identical_experts=True)
+    ggufmoe.convert(base, scratch / "base.gguf", "F32")
+    assert_close(llama_cpp_logits(scratch / "recipe.gguf"), llama_cpp_logits(scratch / "base.gguf"))
+    return path
+
+
 def check_identical_experts(base: Path, scratch: Path, expected: str, **recipe: Any) -> Path:
     """A recipe of one model with itself becomes ``expected`` and computes what the model computes.
 
     Its merged checkpoint, whose directory is returned, gives the same tensors.
     """
-    text = f"base_model: {base}\ngate_mode: hidden\ndtype: bfloat16\n"
-    text += "".join(f"{key}: {value}\n" for key, value in recipe.items()) + "experts:\n"
-    for prompt in ("the cat sat", "seven times six"):
-        text += f"  - {{source_model: {base}, positive_prompts: [{prompt}]}}\n"
-    path = scratch / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    ggufmoe.convert(path, scratch / "recipe.gguf", "F32", allow_identical_experts=True)
-    ggufmoe.convert(base, scratch / "base.gguf", "F32")
-    assert_close(llama_cpp_logits(scratch / "recipe.gguf"), llama_cpp_logits(scratch / "base.gguf"))
+    path = check_recipe_computes_its_model(base, scratch, **recipe)
     merged = ggufmoe.merge(path, scratch / "merged", allow_identical_experts=True).directory
     with open_checkpoint(merged) as model:
         assert model.config.architecture == expected

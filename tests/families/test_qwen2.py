@@ -10,7 +10,7 @@ import pytest
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.gguf.header import read_header
-from tests.families.agreement import check_computes, check_identical_experts, check_quantized
+from tests.families.agreement import check_computes, check_quantized
 from tests.families.tiny_family import config_json, make_checkpoint
 
 
@@ -45,14 +45,6 @@ def test_the_window_counts_only_where_it_is_switched_on(tmp_path: Path) -> None:
         directory = model(tmp_path / str(switched), sliding_window=64, use_sliding_window=switched)
         with open_checkpoint(directory) as opened:
             assert opened.config.sliding_window == expected
-
-
-def test_no_recipe_takes_it_as_its_base_yet(tmp_path: Path) -> None:
-    base = model(tmp_path / "base")
-    with pytest.raises(
-        ggufmoe.RecipeError, match=r"recipe\.yaml:1: base_model: no mixture is made of Qwen2ForCausalLM"
-    ):
-        check_identical_experts(base, tmp_path, "")
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,8 @@ def test_an_empty_negative_prompt_is_no_mistake(tmp_path: Path) -> None:
         (TWO + "experts_per_token: 0\n", "experts_per_token: must be greater than or equal to 1, found 0"),
         (TWO + "shared_experts: [{source_model: c}]\n", "the mixtures that ggufmoe makes have no shared experts"),
         (TWO + "architecture: falcon\n", "'falcon' is not supported; ggufmoe makes Mixtral"),
+        (TWO + "architecture: qwen2 moe\n", "'qwen2 moe' is not supported: llama.cpp does not rescale the weights"),
+        (TWO + "architecture: deepseek\n", "would answer as another model; ggufmoe makes Mixtral"),
         (TWO + "tokenizer_source: expert:2\n", "'expert:2' is neither base nor expert:0 to expert:1"),
         (TWO + "chat_template: expert:9\n", "'expert:9' is neither base nor expert:0 to expert:1"),
         (TWO.replace("a/two", "a/two+b/lora"), "adds a LoRA; merge the adapter into the model first"),
