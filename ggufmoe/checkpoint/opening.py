@@ -136,6 +136,7 @@ def _check_directory(directory: Path) -> None:
     try:
         if directory.is_dir():
             next(directory.iterdir(), None)
+            (directory / "config.json").is_file()  # a directory may be listed and not entered
             return
         is_file = directory.is_file()
     except OSError as error:
