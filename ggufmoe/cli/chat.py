@@ -347,10 +347,15 @@ def _typed_lines() -> Iterator[str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app
     from prompt_toolkit.filters import Condition
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
 
+    keys = KeyBindings()
+    # pasted colours of a terminal (ESC [ 3 1 m) look like the mouse's reports, and prompt_toolkit fails on them
+    keys.add(Keys.Vt100MouseEvent)(lambda event: None)
     is_open = Condition(lambda: _is_open(get_app().current_buffer.text))
     session: PromptSession[str] = PromptSession(
-        "> ", history=_history(), multiline=is_open, prompt_continuation=lambda *_: "  "
+        "> ", history=_history(), multiline=is_open, prompt_continuation=lambda *_: "  ", key_bindings=keys
     )
     while True:
         try:

@@ -256,10 +256,10 @@ def test_mistakes_do_not_end_the_conversation(talk: Talk, tmp_path: Path) -> Non
         ("/save FOLDER/none/x", "error: FOLDER/none/x: the conversation cannot be written: No such file or directory"),
         ("/load FOLDER/pipe", "error: FOLDER/pipe: it is a device or a pipe, not a saved conversation"),
         ("/save FOLDER/pipe", "error: FOLDER/pipe: the conversation cannot be written: it is a device or a pipe"),
-        ("/load " + "x" * 300, "error: '" + "x" * 99 + "... is too long for a path"),
-        ("/save " + "x" * 300, "error: '" + "x" * 99 + "... is too long for a path"),
-        ("/save a\0b", "error: 'a\\x00b' is no path: it holds a character that no file name may have"),
-        ("/load a\0b", "error: 'a\\x00b' is no path: it holds a character that no file name may have"),
+        ("/load " + "x" * 300, "error: " + "x" * 300 + ": cannot be read: File name too long"),
+        ("/save " + "x" * 300, "error: " + "x" * 300 + ": File name too long"),
+        ("/save a\0b", "error: a\ufffdb: embedded null byte"),
+        ("/load a\0b", "error: a\ufffdb: embedded null byte"),
     ],
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="devices of POSIX")
@@ -313,6 +313,11 @@ def test_typed_lines_are_edited_and_remembered(
     assert capsys.readouterr().err == "(Ctrl-D or /exit leaves)\n"
     assert list(chat_module._history().load_history_strings()) == ["again", "hello"]
     assert (tmp_path / "state" / "chat_history").is_file()
+
+
+def test_colours_that_are_pasted_are_no_reports_of_the_mouse(keys: PipeInput) -> None:
+    keys.send_text("a\x1b[31mred\x1b[0m b\n" + "\x04")
+    assert list(chat_module._typed_lines()) == ["ared b"]
 
 
 def test_several_lines_are_typed_between_quotation_marks(keys: PipeInput) -> None:
