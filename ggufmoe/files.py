@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -176,23 +177,32 @@ def partial_path(path: Path) -> Path:
 def replacing(path: Path, what: str) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of ``path`` when the block ends and all of it is on disk.
 
-    A symbolic link stays, and the file that it leads to is replaced. If the block raises, ``path`` stays as it was.
-    Raises OutputError, which names ``what`` ("the manifest"), where the system refuses to write.
+    It is ``NAME.PID-RANDOM.partial`` beside ``path`` until then, so blocks for one path do not disturb each other: the
+    last that ends wins. A symbolic link stays, and the file that it leads to is replaced. If the block raises, ``path``
+    stays as it was. Raises OutputError, which names ``what`` ("the manifest"), where the system refuses to write.
     """
     path = followed(path)
-    partial = partial_path(path)
+    unique = f"{path.name[:_SHOWN_CHARS]}.{os.getpid()}-{secrets.token_hex(4)}"
+    partial = partial_path(path).with_name(f"{unique}.partial")
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            sync(file.fileno())
-        move(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            delete(partial)
-        if isinstance(error, OSError):
-            raise OutputError(f"{path}: {what} cannot be written: {error.strerror or error}") from error
-        raise
+        file = partial.open("xb")
+        try:
+            with file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            move(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                delete(partial)
+            raise
+        sync_directory(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: {what} cannot be written: {error.strerror or error}") from error
+
+
+_SHOWN_CHARS = 40
+"""Of a file's name in that of its partial file: a name may be as long as the system allows."""
 
 
 def sync(descriptor: int) -> None:
@@ -217,11 +227,15 @@ _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
 def sync_directory(path: Path) -> None:
     """Return when the names in a directory are on disk. Raises OSError.
 
-    Does nothing on Windows and on file systems that cannot be asked for it.
+    Does nothing on Windows, for a directory that may be written but not read, and on file systems that cannot be asked
+    for it.
     """
     if sys.platform == "win32":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         sync(descriptor)
     except OSError as error:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import secrets
 from pathlib import Path
 
 import pytest
 
 import ggufmoe
+from ggufmoe import files
 from ggufmoe.errors import InputError, OutputError, OutputExistsError
 from ggufmoe.files import check_output_file, decode_text, followed, partial_path, possible_path, replacing
 
@@ -64,7 +68,8 @@ def test_a_file_is_replaced_when_its_successor_is_complete(tmp_path: Path) -> No
         file.write(b"new and longer")
         file.flush()
         assert path.read_bytes() == b"old"
-        assert partial_path(path).read_bytes() == b"new and longer"
+        (partial,) = tmp_path.glob("note.json.*.partial")
+        assert partial.read_bytes() == b"new and longer"
     assert path.read_bytes() == b"new and longer"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -81,13 +86,74 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: Ba
 
 
 def test_what_the_system_refuses_names_the_file_and_what_it_is(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "no" / "note", "No such file or directory"), (tmp_path, "directory")):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path, reason in ((tmp_path / "no" / "note", "No such file or directory"), (folder, "directory")):
         with (
             pytest.raises(OutputError, match=f"{path}: the note cannot be written: .*{reason}"),
             replacing(path, "the note"),
         ):
             pass
-    assert not partial_path(tmp_path).exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_two_blocks_for_one_path_do_not_disturb_each_other(tmp_path: Path, fails: bool) -> None:
+    path = tmp_path / "note.json"
+    with contextlib.ExitStack() as outer:
+        first = outer.enter_context(replacing(path, "the note"))
+        first.write(b"first, and longer")
+        with contextlib.suppress(ValueError), replacing(path, "the note") as second:
+            second.write(b"second")
+            if fails:
+                raise ValueError
+        assert [path.read_bytes() for path in [path] if path.exists()] == ([] if fails else [b"second"])
+    assert path.read_bytes() == b"first, and longer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_called_like_a_partial_one_stays(tmp_path: Path) -> None:
+    mine = partial_path(tmp_path / "note.json")
+    mine.write_bytes(b"mine")
+    with replacing(tmp_path / "note.json", "the note") as file:
+        file.write(b"new")
+    assert mine.read_bytes() == b"mine"
+
+
+def test_what_could_not_be_created_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0")
+    taken = tmp_path / f"note.json.{os.getpid()}-0.partial"
+    taken.write_bytes(b"mine")
+    with (
+        pytest.raises(OutputError, match="the note cannot be written: File exists"),
+        replacing(tmp_path / "note.json", "the note"),
+    ):
+        pass
+    assert taken.read_bytes() == b"mine"
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    with replacing(path, "the note") as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_name_is_on_disk_when_the_block_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[Path, bool]] = []
+    path = tmp_path / "note.json"
+    monkeypatch.setattr(files, "sync_directory", lambda folder: flushed.append((folder, path.exists())))
+    with replacing(path, "the note") as file:
+        file.write(b"new")
+    assert flushed == [(tmp_path, True)]
+
+
+def test_a_directory_that_may_not_be_read_is_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    files.sync_directory(tmp_path)
 
 
 def test_outputs_that_are_refused_before_the_work(tmp_path: Path) -> None:
