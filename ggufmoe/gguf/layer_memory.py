@@ -44,6 +44,8 @@ class ModelMemory:
     layers: tuple[LayerMemory, ...]
     window: int = 0
     """Tokens that a windowed layer attends to; 0 where no layer is windowed."""
+    is_chunked: bool = False
+    """Whether a window begins at a multiple of its length and grows from there, instead of moving with each token."""
     pads_values: bool = True
     is_exact: bool = True
 
@@ -74,13 +76,14 @@ class _Window:
 
     Where the file has no array for it, all layers but each ``period``-th are, the last of the period or with
     ``full_first`` the first of it; all layers are for 0. ``default``: the window where the file states none, in tokens.
-    ``fixed``: the window whatever the file states, unless that is 0.
+    ``fixed``: the window whatever the file states, unless that is 0. ``is_chunked``: LLAMA_SWA_TYPE_CHUNKED.
     """
 
     period: int
     full_first: bool = False
     default: int = 0
     fixed: int = 0
+    is_chunked: bool = False
 
 
 _WINDOWS = {
@@ -96,7 +99,7 @@ _WINDOWS = {
     "granite_swa": _Window(0),
     "laguna": _Window(4, full_first=True),
     "lfm2": _Window(0),
-    "llama4": _Window(4, default=8192, fixed=8192),
+    "llama4": _Window(4, default=8192, fixed=8192, is_chunked=True),
     "maple": _Window(0),
     "mellum": _Window(4),
     "mimo2": _Window(0),
@@ -153,7 +156,13 @@ class _Reader:
         if not has_values:  # the values are part of the compressed keys
             layers = [replace(layer, n_values=0) for layer in layers]
         tokens = 0 if window is None else self._window_tokens(window)
-        return ModelMemory(tuple(layers), tokens, has_values, self._architecture not in _OTHER_CACHES)
+        return ModelMemory(
+            tuple(layers),
+            window=tokens,
+            is_chunked=window is not None and window.is_chunked,
+            pads_values=has_values,
+            is_exact=self._architecture not in _OTHER_CACHES,
+        )
 
     def _count(self, template: str, default: int = 0) -> int:
         return largest(self._typed.whole(self._hyper.key(template)), default)

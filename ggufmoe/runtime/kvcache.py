@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,12 @@ class SavedStates:
         return sum(state.n_bytes for state in self._states)
 
     def add(self, state: SavedState) -> None:
-        """Keep ``state`` and drop texts that are a prefix of it, then the oldest until all fit ``max_bytes``."""
+        """Keep ``state`` and drop texts that are a prefix of it, then the oldest until all fit ``max_bytes``.
+
+        Does nothing if ``state`` alone is larger than that.
+        """
+        if state.n_bytes > self.max_bytes:
+            return
         self._states = [old for old in self._states if common_prefix(old.tokens, state.tokens) < len(old.tokens)]
         self._states.append(state)
         while self.n_bytes > self.max_bytes:
@@ -100,8 +106,9 @@ class SavedStates:
 class KVCache:
     """The cache of ``context`` (a ``llama_context *``, which must live longer), and computing with it.
 
-    ``window``: tokens that the layers with a sliding window attend to, 0 without such layers. ``is_recurrent``: whether
-    some layers keep a state of the whole text.
+    ``window``: tokens that the layers with a sliding window attend to, 0 without such layers. ``is_chunked``: whether
+    the window begins at a multiple of its length instead of moving with each token. ``swa_full``: whether the cache
+    keeps what is behind the window. ``is_recurrent``: whether some layers keep a state of the whole text.
 
     llama.cpp checks the ``abort_flag`` only where the CPU computes, and returns from a batch before a worker has
     computed it. So prompts are given to GPUs and workers in parts of one ubatch.
@@ -120,11 +127,15 @@ class KVCache:
         computed_by: ComputedBy,
         spin_limit: SpinLimit,
         window: int = 0,
+        is_chunked: bool = False,
+        swa_full: bool = False,
         is_recurrent: bool = False,
     ) -> None:
         self._api = api
         self._spin_limit = spin_limit
         self._window = window
+        self._is_chunked = is_chunked
+        self._swa_full = swa_full
         self._is_recurrent = is_recurrent
         self._checkpoints: list[_CacheCheckpoint] = []
         self._abort_flag = abort_flag
@@ -193,13 +204,18 @@ class KVCache:
         return self._cut(n)
 
     def set_aside(self) -> None:
-        """Copy the cache to ``saved``, unless the copy would be larger than all copies may be."""
+        """Copy the cache to ``saved``, unless the copy would be larger than all copies may be.
+
+        The copy has as many of the newest checkpoints as fit beside its data.
+        """
         if (
             self.tokens
             and not self._shift_pending
             and self._api.llama_state_seq_get_size(self.context, _SEQUENCE) <= self.saved.max_bytes
         ):
-            self.saved.add(self.state())
+            state = self.state()
+            room = self.saved.max_bytes - state.data.nbytes
+            self.saved.add(replace(state, checkpoints=_newest_within(state.checkpoints, room)))
 
     # ---- going back
 
@@ -222,8 +238,13 @@ class KVCache:
         """Whether a text of ``n_held`` tokens can be cut to ``n``, if all layers hold the tokens from ``first`` on."""
         if n in (0, n_held):
             return True
-        # the token at position n attends to as many tokens as the window has, itself included
-        return not self._is_recurrent and (not self._window or first <= max(0, n - self._window + 1))
+        return not self._is_recurrent and (not self._window or first <= self._attends_from(n))
+
+    def _attends_from(self, position: int) -> int:
+        """The first token that windowed layers attend to at ``position``; the token there is one of the window."""
+        if self._is_chunked:
+            return position // self._window * self._window
+        return max(0, position - self._window + 1)
 
     def _first_held(self) -> int:
         if not (self._window or self._is_recurrent):
@@ -255,7 +276,10 @@ class KVCache:
         return n if taken and self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) == n - 1 else 0
 
     def _take_checkpoint(self) -> None:
-        """Keep what layers that forget hold now, in the room for copies of texts; drops the oldest checkpoints."""
+        """Keep what layers that forget hold now, and drop the oldest checkpoints until all fit ``saved.max_bytes``.
+
+        The copies of other texts do not count: they fill that room sooner or later, and would leave no checkpoint.
+        """
         size = self._api.llama_state_seq_get_size_ext(self.context, _SEQUENCE, _PARTIAL_ONLY)
         if size > self.saved.max_bytes or any(point.n_tokens == len(self.tokens) for point in self._checkpoints):
             return
@@ -263,9 +287,7 @@ class KVCache:
         n = self._api.llama_state_seq_get_data_ext(self.context, _bytes_at(data), size, _SEQUENCE, _PARTIAL_ONLY)
         if n == size:
             points = [*self._checkpoints, _CacheCheckpoint(len(self.tokens), data)][-_MAX_CHECKPOINTS:]
-            while sum(point.data.nbytes for point in points) > self.saved.max_bytes:
-                del points[0]
-            self._checkpoints = points
+            self._checkpoints = list(_newest_within(points, self.saved.max_bytes))
 
     def state(self) -> SavedState:
         """A copy of the cache. Raises EngineError right after ``drop``, before the next token is computed."""
@@ -279,8 +301,9 @@ class KVCache:
         n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, _SEQUENCE)
         if n != size:
             raise EngineError(f"{self._path}: llama.cpp gave {n} of {size} bytes of its cache")
-        # of sliding windows llama.cpp writes only what the next token attends to
-        first = max(self._first_held(), len(self.tokens) - self._window) if self._window else self._first_held()
+        first = self._first_held()
+        if self._window and self.tokens:  # llama.cpp writes of windowed layers only what the newest token attends to
+            first = max(first, self._attends_from(len(self.tokens) - 1))
         return SavedState(tuple(self.tokens), data, first, tuple(self._checkpoints))
 
     def restore(self, state: SavedState) -> None:
@@ -323,12 +346,23 @@ class KVCache:
 
         For models that forget, a checkpoint is taken before the last token: the next text may differ from there on.
         """
-        if not (self._window or self._is_recurrent):
+        if not self._needs_checkpoint():
             return self.compute(tokens)
         if not self.compute(tokens[:-1]):
             return False
         self._take_checkpoint()
         return self.compute(tokens[-1:])
+
+    def _needs_checkpoint(self) -> bool:
+        """Whether a checkpoint may be needed to go back to the end of the prompt that is to be computed.
+
+        A cache that keeps what is behind the window goes back by itself, but not after it was copied: llama.cpp writes
+        the window only. So it needs them as soon as there are copies, that is, texts that are exchanged.
+        """
+        if not (self._window or self._is_recurrent) or not self.saved.max_bytes:
+            return False
+        keeps_all = self._swa_full and not self._is_recurrent and self._first_held() == 0
+        return not keeps_all or self.saved.n_bytes > 0
 
     def synchronize(self) -> None:
         """Wait until all given tokens are computed: GPUs and workers may still compute when llama.cpp returns."""
@@ -453,6 +487,13 @@ class KVCache:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _newest_within(points: Sequence[_CacheCheckpoint], max_bytes: int) -> tuple[_CacheCheckpoint, ...]:
+    """The checkpoints without the oldest, as many as fit."""
+    totals = list(accumulate(point.data.nbytes for point in reversed(points)))
+    n = sum(total <= max_bytes for total in totals)
+    return tuple(points[len(points) - n :])
 
 
 def _bytes_at(data: NDArray[np.uint8]) -> Any:

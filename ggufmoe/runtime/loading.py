@@ -190,6 +190,8 @@ class LoadedModel:
             computed_by=("worker" if self._request.offload.workers else "gpu") if elsewhere else "cpu",
             spin_limit=self._spin_limit,
             window=self.api.llama_model_n_swa(self._model),
+            is_chunked=self._request.model.memory.is_chunked,
+            swa_full=self._request.context.swa_full,
             is_recurrent=self.api.llama_model_is_recurrent(self._model) or self.api.llama_model_is_hybrid(self._model),
         )
 

@@ -86,6 +86,7 @@ def test_the_architecture_says_which_layers_have_a_window(architecture: str, win
     assert [int(layer.is_windowed) for layer in found.layers] == windowed
     expected = {"llama4": 8192, "llama": 0, "phi3": 0}.get(architecture, 512)
     assert (found.window, found.n_windowed) == (expected, sum(windowed))
+    assert found.is_chunked == (architecture == "llama4")
 
 
 def test_the_file_may_say_which_layers_have_a_window() -> None:

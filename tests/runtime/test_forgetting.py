@@ -10,6 +10,7 @@ import pytest
 
 from ggufmoe import ContextOptions, Engine, InputError, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.events import Finished, Token
+from ggufmoe.runtime.kvcache import SavedState
 from tests.architecture_files import write_architecture
 from tests.engines import local_engine
 
@@ -97,6 +98,29 @@ def test_another_text_comes_back_from_its_copy(engine: Engine) -> None:
     assert (again, cached) == (first, len(TEXT) - 1)
 
 
+def test_a_copy_has_the_checkpoints_for_which_there_is_room(engine: Engine) -> None:
+    for n in (200, 300, 400):
+        answer(engine, TEXT[:n])
+    cache = local_engine(engine)._loaded.cache
+
+    def set_aside() -> list[SavedState]:
+        state = cache.state()
+        cache.saved.max_bytes = state.n_bytes - 1
+        cache.set_aside()
+        assert len(state.checkpoints) == 3
+        return [replace(state, checkpoints=state.checkpoints[1:]), *cache.saved._states]
+
+    expected, kept = local_engine(engine)._native.call(set_aside)
+    assert (kept.n_bytes, kept.checkpoints) == (expected.n_bytes, expected.checkpoints)
+
+
+def test_without_room_for_copies_no_token_is_computed_apart(paths: dict[str, Path]) -> None:
+    for name in (*WINDOWED, *RECURRENT):
+        with Engine(paths[name], replace(SMALL, cache_ram=0), CPU) as engine:
+            answer(engine, TEXT, n=1)
+            assert local_engine(engine)._loaded.cache.n_returned == 1, name
+
+
 def test_without_room_for_copies_everything_is_computed_again(paths: dict[str, Path]) -> None:
     with Engine(paths["qwen3next"], replace(SMALL, cache_ram=0), CPU) as engine:
         first = answer(engine, TEXT)
@@ -171,6 +195,19 @@ def test_a_full_cache_can_go_back_anywhere(windowed: Path) -> None:
         assert cached == 200
     assert small == full
     assert few < many
+
+
+def test_a_full_cache_takes_checkpoints_when_texts_take_turns(windowed: Path) -> None:
+    with Engine(windowed, replace(SMALL, swa_full=True), CPU) as engine:
+        cache = local_engine(engine)._loaded.cache
+        answer(engine, TEXT, n=1)
+        assert (cache.n_returned, cache._checkpoints) == (1, [])
+        answer(engine, TEXT[::-1], n=100)
+        assert cache._checkpoints
+        answer(engine, TEXT)
+        found, cached = answer(engine, [*TEXT[::-1], 5, 6, 7])
+        assert cached == len(TEXT) - 1
+        assert found == fresh(engine, [*TEXT[::-1], 5, 6, 7])
 
 
 def test_a_session_is_not_taken_by_another_size_of_cache(windowed: Path, tmp_path: Path) -> None:

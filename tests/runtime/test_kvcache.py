@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ggufmoe import Cancelled, ContextOptions, DecodeError, Engine, EngineError
 from ggufmoe.native.graph_tensors import tensor_name, tensor_shape
-from ggufmoe.runtime.kvcache import KVCache
+from ggufmoe.native.log import NativeLog
+from ggufmoe.native.openmp import SpinLimit
+from ggufmoe.runtime.kvcache import KVCache, SavedState, SavedStates, _CacheCheckpoint
 from tests.engines import local_engine
 from tests.remote.workers import PATIENT_S, wait_until
 from tests.runtime.test_engine import last_of
@@ -63,6 +67,95 @@ def test_a_shift_that_is_broken_off_leaves_nothing(engine: Engine) -> None:
     expected = engine.logits(rest)[-1]
     engine.forget()
     assert np.array_equal(engine.logits(rest)[-1], expected)
+
+
+# ---- copies
+
+
+def saved_state(text: int, n_bytes: int, *checkpoint_bytes: int) -> SavedState:
+    points = [_CacheCheckpoint(n, np.empty(size, np.uint8)) for n, size in enumerate(checkpoint_bytes)]
+    return SavedState((text,), np.empty(n_bytes, np.uint8), checkpoints=tuple(points))
+
+
+def test_a_copy_that_is_larger_than_all_may_be_leaves_the_others() -> None:
+    saved = SavedStates(100)
+    for text in (1, 2, 3):
+        saved.add(saved_state(text, 20))
+    saved.add(saved_state(4, 60, *[10] * 8))
+    assert saved.n_bytes == 60
+    saved.add(saved_state(5, 60))
+    assert saved.n_bytes == 100, "the oldest has gone"
+
+
+class WindowedLlama:
+    """llama.cpp as far as copies of a cache of one windowed layer go; the state has one byte for each position."""
+
+    def __init__(self, window: int, *, is_chunked: bool) -> None:
+        self._window, self._is_chunked = window, is_chunked
+        self.positions: list[int] = []
+
+    def _written(self) -> bytes:
+        """As ``is_masked_swa`` of llama-hparams.h judges by the newest position."""
+        newest = max(self.positions)
+        begin = newest // self._window * self._window if self._is_chunked else newest - self._window + 1
+        return bytes(position for position in self.positions if position >= begin)
+
+    def llama_state_seq_get_size(self, *_: object) -> int:
+        return len(self._written())
+
+    def llama_state_seq_get_data(self, _context: object, room: Any, size: int, _sequence: int) -> int:
+        ctypes.memmove(room, self._written(), size)
+        return size
+
+    def llama_state_seq_set_data(self, _context: object, data: Any, size: int, _sequence: int) -> int:
+        self.positions = list(ctypes.string_at(data, size))
+        return size
+
+    def llama_memory_seq_rm(self, _memory: object, _sequence: int, begin: int, _end: int) -> bool:
+        self.positions = [position for position in self.positions if position < begin]
+        return True
+
+    def llama_memory_clear(self, *_: object) -> None:
+        self.positions = []
+
+    def llama_memory_seq_pos_min(self, *_: object) -> int:
+        return min(self.positions, default=-1)
+
+    def llama_memory_seq_pos_max(self, *_: object) -> int:
+        return max(self.positions, default=-1)
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        assert name in ("llama_get_memory", "llama_n_ctx_seq", "llama_n_batch", "llama_batch_get_one")
+        return lambda *_: 64
+
+
+@pytest.mark.parametrize(("is_chunked", "first", "n_back"), [(True, 16, 0), (True, 16, 2), (False, 14, 0)])
+def test_a_copy_knows_which_tokens_windowed_layers_hold(is_chunked: bool, first: int, n_back: int) -> None:
+    api = WindowedLlama(8, is_chunked=is_chunked)
+    flag, log = ctypes.create_string_buffer(2), NativeLog()
+    kv = KVCache(
+        api,
+        None,
+        n_vocab=1,
+        log=log,
+        path=Path("a.gguf"),
+        saved=SavedStates(100),
+        abort_flag=flag,
+        computed_by="cpu",
+        spin_limit=SpinLimit(),
+        window=8,
+        is_chunked=is_chunked,
+    )
+    kv.tokens, api.positions = list(range(22)), list(range(22))
+    state = kv.state()
+    kv.restore(state)
+    assert state.first == min(api.positions) == first
+    assert kv.reuse([*range(21 - n_back), 99]) == 21 - n_back
+    api.positions, kv.tokens = list(range(8, 22)), list(range(22))
+    assert kv.reuse([*range(12), 99]) == (12 if is_chunked else 0), "the tokens before the chunk are not needed"
+
+
+# ---- what can be stopped
 
 
 class SlowGraph:
