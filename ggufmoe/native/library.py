@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -82,9 +83,17 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-@cache
 def engine_lookup() -> Lookup:
-    """Which libllama this process uses, and which were refused; the first call loads it."""
+    """Which libllama this process uses, and which were refused; the first call loads it, and others wait for that."""
+    with _lookup_lock:  # `cache` alone lets two threads look at once, and both load the backends
+        return _looked_up()
+
+
+_lookup_lock = threading.Lock()
+
+
+@cache
+def _looked_up() -> Lookup:
     return find_library(tuple(_PROTOTYPES))
 
 

@@ -186,10 +186,14 @@ def load_backends(library: ctypes.CDLL, folder: Path) -> None:
         load_all = library.ggml_backend_load_all_from_path
         load_all.restype, load_all.argtypes = None, (ctypes.c_char_p,)
         quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+        previous, user_data = ctypes.c_void_p(), ctypes.c_void_p()  # llama-cpp-python has set its own when imported
+        if hasattr(library, "ggml_log_get"):
+            # void ggml_log_get(ggml_log_callback * log_callback, void ** user_data)
+            library.ggml_log_get(ctypes.byref(previous), ctypes.byref(user_data))
         # void ggml_log_set(ggml_log_callback log_callback, void * user_data)
         library.ggml_log_set(quiet, None)
         load_all(os.fsencode(folder))
-        library.ggml_log_set(None, None)
+        library.ggml_log_set(previous, user_data)
     # ggml_backend_reg_t ggml_backend_reg_by_name(const char * name)
     library.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     library.ggml_backend_reg_by_name.argtypes = (ctypes.c_char_p,)

@@ -95,7 +95,8 @@ class ContextOptions(ComputeOptions):
         1024,
         "-cram",
         "--cache-ram",
-        help="Main memory for KV cache copies of other conversations, and as much again for checkpoints, in MiB; 0: none.",
+        help="Main memory for KV cache copies of other conversations, in MiB, and as much again for checkpoints; "
+        "0: none.",
         metavar="MiB",
         between=(0, MAX_INT32),
     )

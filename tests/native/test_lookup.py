@@ -24,6 +24,7 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import library as native
 from ggufmoe.native import llama_api, lookup
 from ggufmoe.native.lookup import SETTING, Lookup, RefusedLibrary, UnfitLibraryError, check_interface, find_library
+from tests.llama_log import llama_log_to
 
 LIBRARY = native.found_library().path
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -168,6 +169,34 @@ def returns(value: ctypes.Structure, n_more: int = 0) -> Any:
         return room
 
     return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(write)
+
+
+def test_the_log_goes_on_as_before_when_backends_have_been_loaded(tmp_path: Path) -> None:
+    handle = ctypes.CDLL(str(LIBRARY))
+
+    def receiver() -> tuple[int | None, int | None]:
+        callback, user_data = ctypes.c_void_p(), ctypes.c_void_p()
+        handle.ggml_log_get(ctypes.byref(callback), ctypes.byref(user_data))
+        return callback.value, user_data.value
+
+    def load_all(folder: bytes) -> None:
+        assert folder == os.fsencode(tmp_path)
+        during.append(receiver())
+
+    during: list[tuple[int | None, int | None]] = []
+    library: Any = SimpleNamespace(
+        ggml_backend_dev_count=lambda: 0,
+        ggml_backend_load_all_from_path=load_all,
+        ggml_backend_reg_by_name=lambda _: 1,
+        ggml_log_get=handle.ggml_log_get,
+        ggml_log_set=handle.ggml_log_set,
+    )
+    with llama_log_to(lambda _: None):
+        before = receiver()
+        lookup.load_backends(library, tmp_path)
+        assert receiver() == before
+        assert before not in during
+        assert len(during) == 1
 
 
 def test_the_engine_itself_has_the_interface() -> None:
