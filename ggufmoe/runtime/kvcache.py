@@ -334,12 +334,16 @@ class KVCache:
         for begin in range(0, len(tokens), self._step):
             part = tokens[begin : begin + self._step]
             ids = (ctypes.c_int32 * len(part))(*part)
-            is_stopped = self._computed_by != "cpu" and self._abort_flag[0] != b"\x00"
-            if is_stopped or not self._decode(self._api.llama_batch_get_one(ids, len(part)), part):
+            if self._is_stopped or not self._decode(self._api.llama_batch_get_one(ids, len(part)), part):
                 return False
             if self._computed_by == "worker":
                 self.synchronize()
         return True
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether the abort flag is set, where llama.cpp itself does not look at it: only its CPU backend does."""
+        return self._computed_by != "cpu" and self._abort_flag[0] != b"\x00"
 
     def compute_prompt(self, tokens: Sequence[int]) -> bool:
         """``compute`` the end of a prompt; false if that was aborted.
@@ -371,6 +375,8 @@ class KVCache:
     def compute_all_logits(self, tokens: Sequence[int]) -> bool:
         """``compute`` at most ``n_batch`` tokens, with logits after each of them; False if that was aborted."""
         self._drop_chunks()
+        if self._is_stopped:
+            return False
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
         batch = self._api.llama_batch_get_one(ids, len(tokens))

@@ -158,7 +158,11 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     # ---- the native thread
 
     def _call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the native thread. Ctrl-C stops it. Raises EngineLostError once llama.cpp gives up."""
+        """Run ``function`` in the native thread. Raises EngineLostError once llama.cpp gives up.
+
+        Ctrl-C stops a computation of tokens; loading and tokenizing are waited for. A second Ctrl-C leaves at once, and
+        the next call waits.
+        """
         native = self._native
         if native is None or native.is_current:
             return function()
@@ -166,8 +170,10 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
             return native.call(function)
         except KeyboardInterrupt:
             self.cancel()
-            native.call(lambda: None)  # the function has ended
-            self._abort_flag[0] = b"\x00"
+            try:
+                native.call(lambda: None)  # the function has ended
+            finally:
+                self._abort_flag[0] = b"\x00"
             raise
 
     # ---- stopping

@@ -167,11 +167,11 @@ class LoadedModel:
                 self._is_loading = False
 
     def release_locks(self) -> None:
-        """Give back the locks of the calling thread, which will never do so: llama.cpp has given up in it."""
+        """Give back what the calling thread holds, which will never do so: llama.cpp has given up in it."""
         if self._is_loading:
             loading_lock.release()
         elif hasattr(self, "vocabulary"):
-            self.vocabulary.release_lock()
+            self.vocabulary.end_uses()
 
     def _check_not_cancelled(self, callback: LoadCallback) -> None:
         if callback.cancelled():

@@ -30,7 +30,7 @@ from ggufmoe.placement.load_report import Placement
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
 from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter, described
-from ggufmoe.runtime.events import Event
+from ggufmoe.runtime.events import NO_TIMING, Event, Finished
 from ggufmoe.runtime.generation import Generation, GenerationRequest
 from ggufmoe.runtime.kvcache import SavedState
 from ggufmoe.runtime.loading import LoadCallback, LoadedModel, LoadRequest, checked_model
@@ -145,16 +145,19 @@ class LocalEngine:
         must_fit: bool = False,
         cancel: CancelFlag | None = None,
     ) -> list[int]:
-        cancellation, n_ctx = Cancellation(cancel), self.n_ctx if must_fit else None
+        cancellation, texts = self._remember(Cancellation(cancel)), self._texts
+        n_ctx = self.n_ctx if must_fit else None
 
         def check() -> None:
             if cancellation.is_requested():
+                texts.check_usable()
                 raise Cancelled("tokenizing was stopped")
 
         tokenize = partial(self._vocabulary.tokenize, text, add_bos=add_bos, parse_special=parse_special)
-        tokenize = partial(tokenize, n_ctx=n_ctx, stack_bytes=self._texts.stack_bytes, check=check)
-        found = self._texts.call_until_cancelled(tokenize, cancellation)
+        tokenize = partial(tokenize, n_ctx=n_ctx, stack_bytes=texts.stack_bytes, check=check)
+        found = texts.call_until_cancelled(tokenize, cancellation)
         if found is None:
+            texts.check_usable()
             raise Cancelled("tokenizing was stopped")
         return found
 
@@ -162,6 +165,7 @@ class LocalEngine:
         return self._texts.call(partial(self._vocabulary.piece, token, special=special))
 
     def ends_text(self, token: int) -> bool:
+        self._native.check_not_forked()
         return self._vocabulary.ends_text(token)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> bytes:
@@ -187,8 +191,13 @@ class LocalEngine:
         tokens = overflow.fitted(tokens, self.n_ctx)
         settings = resolve(options_of(SamplingOptions, sampling), self.header.get)
         # made now, so that an error in a grammar is raised here and not when the first token is asked for
-        sampler = self._texts.call(partial(Sampler, self._api, self._vocabulary, settings, tokens))
-        return self._read(GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow), sampler)
+        make = partial(Sampler, self._api, self._vocabulary, settings, tokens)
+        sampler = self._texts.call_until_cancelled(make, self._remember(Cancellation(cancel)))
+        request = GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow)
+        if sampler is None:
+            self._texts.check_usable()
+            return iter([Finished("", "cancelled", NO_TIMING, settings.seed)])
+        return self._read(request, sampler)
 
     def _read(self, request: GenerationRequest, sampler: Sampler) -> Iterator[Event]:
         generation = Generation(self._native, self._loaded, request, sampler)
@@ -210,13 +219,16 @@ class LocalEngine:
             )
 
     def cancel(self) -> None:
+        if self._native.is_forked:  # nothing runs here, and the lock may stay held
+            return
         with self._cancellations_lock:
             cancellations = list(self._cancellations)
         for cancellation in cancellations:
             self._native.abort(cancellation)
 
     def _remember(self, cancellation: Cancellation) -> Cancellation:
-        """Let ``cancel`` reach ``cancellation`` as long as somebody holds it."""
+        """Let ``cancel`` reach ``cancellation`` as long as it is held. Raises EngineError in a forked process."""
+        self._native.check_not_forked()
         with self._cancellations_lock:
             self._cancellations.add(cancellation)
         return cancellation
@@ -314,8 +326,9 @@ class LocalEngine:
         chunk = ids[begin : begin + size]
         if begin == 0:
             kv.clear()
-        elif kv.tokens != ids[:begin]:  # another caller has used the cache in between
-            kv.compute(ids[kv.reuse(ids[: begin + 1]) : begin])
+        # another caller may have used the cache in between
+        elif kv.tokens != ids[:begin] and not kv.compute(ids[kv.reuse(ids[: begin + 1]) : begin]):
+            return None
         if not kv.compute_all_logits(chunk):
             return None
         rows = kv.logits(len(chunk))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import threading
@@ -35,6 +36,9 @@ TEXT_STACK_BYTES = 2**30
 LEAVE_S = 0.25
 """A caller that has cancelled waits this long for llama.cpp to return, and then leaves without. llama.cpp checks the
 abort flag between two operations, and one operation of a large prompt takes a second on few cores."""
+_numbers = itertools.count()
+_start_lock = threading.Lock()
+"""Held while a thread is started: the size of the next thread's stack is a setting of the whole process."""
 
 
 class Cancellation:
@@ -87,6 +91,8 @@ class NativeThread:
         self._running: Cancellation | None = None
         self._running_job: Job | None = None
         self._loss = ""
+        self._is_lost_here = False
+        """Whether llama.cpp has given up in this thread or in one that it leads, and not in its companion."""
         self._at_loss = at_loss
         self._has_team = has_team
         self._at_end: Callable[[], None] | None = at_end
@@ -95,7 +101,7 @@ class NativeThread:
         self._thread = threading.Thread(target=self._work, name=f"ggufmoe-{kind}", daemon=True)
         self.stack_bytes = _start(self._thread, stack_bytes)
         """The stack that it has; 0 is the system's default."""
-        _open_threads().add(self)
+        _open_threads()[next(_numbers)] = self
 
     def companion(self) -> NativeThread:
         """A second thread, for short calls about the same model. When llama.cpp gives up there, this one is lost too.
@@ -114,7 +120,7 @@ class NativeThread:
 
     @property
     def is_lost(self) -> bool:
-        """Whether llama.cpp has given up in this thread."""
+        """Whether llama.cpp has given up in this thread or in its companion."""
         return bool(self._loss)
 
     def submit(self, job: Job) -> None:
@@ -122,8 +128,7 @@ class NativeThread:
 
         Raises EngineLostError once llama.cpp has given up.
         """
-        if self._is_forked():
-            raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
+        self.check_not_forked()
         with self._lock:
             self.check_usable()
             self._jobs.append(job)
@@ -177,7 +182,7 @@ class NativeThread:
 
     def abort(self, cancellation: Cancellation) -> None:
         """Stop the job of ``cancellation``: before it begins, or inside a computation of llama.cpp."""
-        if self._is_forked():
+        if self.is_forked:
             cancellation.aborted = True
             return
         with self._lock:
@@ -200,21 +205,29 @@ class NativeThread:
 
         May be called again, and from any thread. A thread in which llama.cpp has given up is left behind.
         """
-        if self._is_forked():
+        if self.is_forked:
             self.closed = True
             return
         with self._lock:
             self.closed = True
+            if self._running is not None:
+                self._running.aborted = True
             self._abort_flag[0] = b"\x01"
             self._lock.notify()
         if self.is_current:
             return
-        while self._thread.is_alive() and not self._loss:  # llama.cpp may give up meanwhile
+        while self._thread.is_alive() and not self._is_lost_here:  # llama.cpp may give up meanwhile
             self._thread.join(_WAIT_S)
 
-    def _is_forked(self) -> bool:
-        """Whether this process was forked from that of the thread: it lacks the thread, and the lock may stay held."""
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from that of the thread: it lacks the thread, and locks may stay held."""
         return os.getpid() != self._process
+
+    def check_not_forked(self) -> None:
+        """Raise EngineError in a process that was forked after the thread was started."""
+        if self.is_forked:
+            raise EngineError(f"{self.name}: loaded before this process was forked; load it again in here")
 
     def _queue(self, function: Callable[[], T], cancellation: Cancellation) -> _QueuedCall[T]:
         self.check_not_native_thread()
@@ -244,6 +257,7 @@ class NativeThread:
 
     def _lose(self, message: str, *, fails_running: bool) -> None:
         with self._lock:
+            self._is_lost_here = self._is_lost_here or fails_running
             if self._loss:
                 return
             self._loss = one_line(message, None) or "it gave no reason"
@@ -288,18 +302,18 @@ class NativeThread:
 
 
 def _start(thread: threading.Thread, stack_bytes: int) -> int:
-    """Start ``thread`` with as large a stack as the system gives; its size, 0 for the default."""
-    default = threading.stack_size()
-    for size in (stack_bytes, stack_bytes // 16):
-        with contextlib.suppress(ValueError, RuntimeError):  # not a size for this system, or not so much memory
-            threading.stack_size(size or default)
-            try:
-                thread.start()
-            finally:
-                threading.stack_size(default)
-            return size
-    thread.start()
-    return 0
+    """Start ``thread`` with as large a stack as the system gives; return its size, 0 for the default."""
+    with _start_lock:
+        for size in (stack_bytes, stack_bytes // 16) if stack_bytes else ():
+            with contextlib.suppress(ValueError, RuntimeError):  # not a size for this system, or not so much memory
+                before = threading.stack_size(size)  # without an argument it would set the size to 0
+                try:
+                    thread.start()
+                finally:
+                    threading.stack_size(before)
+                return size
+        thread.start()
+        return 0
 
 
 class _QueuedCall(Generic[T]):
@@ -333,12 +347,16 @@ class _QueuedCall(Generic[T]):
 
 
 @cache
-def _open_threads() -> weakref.WeakSet[NativeThread]:
-    """The native threads of this process. All are closed at the interpreter's end: native code would crash after it."""
-    threads: weakref.WeakSet[NativeThread] = weakref.WeakSet()
+def _open_threads() -> weakref.WeakValueDictionary[int, NativeThread]:
+    """The native threads of this process in the order of their start, by number.
+
+    All are closed at the interpreter's end, as native code would crash after it; the newest first, so that a companion
+    has ended before the model is freed.
+    """
+    threads: weakref.WeakValueDictionary[int, NativeThread] = weakref.WeakValueDictionary()
 
     def close_all() -> None:
-        for thread in list(threads):
+        for _, thread in sorted(threads.items(), reverse=True):
             with contextlib.suppress(RuntimeError):
                 thread.close()
 

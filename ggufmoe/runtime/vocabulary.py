@@ -1,7 +1,8 @@
 """The vocabulary of a loaded model: text to tokens and back.
 
-It needs no context and has a lock of its own, so text can be tokenized while a long prompt is computed. Its methods
-call llama.cpp in the thread of the caller: an engine calls them in a thread of its own, in which llama.cpp may give up.
+It needs no context, and llama.cpp only reads it, so several threads may use it at once: text is tokenized while a long
+prompt is computed and tokens are drawn. Only ``close`` waits for its users. Its methods call llama.cpp in the thread of
+the caller: an engine calls them in a thread of its own, in which llama.cpp may give up.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -51,55 +52,66 @@ class LoadedVocabulary:
     def __init__(self, api: Any, model: Any, path: Path, ends: object = ()) -> None:
         self._api = api
         self._path = path
-        self._lock = threading.RLock()
+        self._lock = threading.Condition()
+        self._users: list[int] = []
+        """The threads that are inside ``in_use``, each as often as it is."""
         self._drawn: dict[int, tuple[bytes, bool]] = {}
         self._ends = frozenset(end for end in (ends if isinstance(ends, list) else ()) if type(end) is int)
         self.handle: Any = api.llama_model_get_vocab(model)
         """The ``llama_vocab *``; None after ``close``."""
         self.n_tokens: int = api.llama_vocab_n_tokens(self.handle)
+        bos, eos = int(api.llama_vocab_bos(self.handle)), int(api.llama_vocab_eos(self.handle))
+        self._bos = None if bos < 0 else bos
+        self._eos = None if eos < 0 else eos
+        self._adds_bos = self._bos is not None and bool(api.llama_vocab_get_add_bos(self.handle))
 
     def close(self) -> None:
         """Call this before the model is freed. Waits for calls that are running; later ones raise EngineError."""
         with self._lock:
+            self._lock.wait_for(lambda: not self._users)
             self.handle = None
 
-    def release_lock(self) -> None:
-        """Give the lock back for the calling thread, as often as it has it, because llama.cpp has given up in it."""
-        with suppress(RuntimeError):  # it does not have it any more
-            while True:
-                self._lock.release()
+    def end_uses(self) -> None:
+        """Count the calling thread as a user no more, because llama.cpp has given up in it."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._users = [user for user in self._users if user != thread]
+            self._lock.notify_all()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """While the block runs, ``handle`` stays valid: ``close`` waits. Raises EngineError once closed."""
+        thread = threading.get_ident()
         with self._lock:
             self._check_open()
+            self._users.append(thread)
+        try:
             yield
+        finally:
+            with self._lock:
+                self._users.remove(thread)
+                self._lock.notify_all()
 
     @property
     def bos_token(self) -> int | None:
-        return self._special(self._api.llama_vocab_bos)
+        self._check_open()
+        return self._bos
 
     @property
     def eos_token(self) -> int | None:
-        return self._special(self._api.llama_vocab_eos)
+        self._check_open()
+        return self._eos
 
     @property
     def adds_bos(self) -> bool:
-        with self._lock:
-            return self.bos_token is not None and bool(self._api.llama_vocab_get_add_bos(self.handle))
-
-    def _special(self, function: Any) -> int | None:
-        with self._lock:
-            self._check_open()
-            token = int(function(self.handle))
-        return None if token < 0 else token
+        self._check_open()
+        return self._adds_bos
 
     def token_text(self, token: int | None) -> str:
         """A token as the vocabulary spells it (``<s>``); empty for None."""
         if token is None:
             return ""
-        with self._lock:
+        with self.in_use():
             self._check_tokenizer()
             self.check_tokens([token])
             return self._text(token)
@@ -124,7 +136,7 @@ class LoadedVocabulary:
             raise TypeError(f"expected a text (str), not {text!r}")
         # on text that is not UTF-8 llama.cpp would abort the process
         text = text.encode("utf-8", "replace").decode()
-        with self._lock:
+        with self.in_use():
             self._check_tokenizer()
             begin = self.bos_token if add_bos and self.adds_bos else None
             self._check_spellable(text)
@@ -134,8 +146,7 @@ class LoadedVocabulary:
         tokens = [] if begin is None else [begin]
         for piece in cut:
             check()
-            with self._lock:  # between two pieces others may use the vocabulary
-                self._check_open()
+            with self.in_use():  # between two pieces it may be closed
                 self._check_lines(piece.text, stack_bytes or _USUAL_STACK_BYTES)
                 found = self._tokens_of(piece.text, parse_special)
                 tokens += found[self._n_prefix(piece.text[0], parse_special) :] if piece.is_inside else found
@@ -267,7 +278,7 @@ class LoadedVocabulary:
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token; those of a control token are empty unless ``special``."""
         room = 64
-        with self._lock:
+        with self.in_use():
             self._check_tokenizer()
             self.check_tokens([token])
             while True:
@@ -279,7 +290,7 @@ class LoadedVocabulary:
 
     def ends_text(self, token: int) -> bool:
         """Whether the model ends its text with this token (EOS, or an end of turn)."""
-        with self._lock:
+        with self._lock:  # a caller may be interrupted here, and would stay among the users
             self.check_tokens([token])
             return token in self._ends or bool(self._api.llama_vocab_is_eog(self.handle, token))
 

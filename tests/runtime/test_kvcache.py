@@ -330,3 +330,29 @@ def test_cancelling_while_room_is_made(mixing_path: Path, monkeypatch: pytest.Mo
         assert last_of(engine.generate(engine.tokenize(" w1"), LONG, cancel=slow.flag)).reason == "cancelled"
     assert slow.nodes
     assert b"result_output" not in slow.nodes
+
+
+def test_logits_whose_beginning_is_not_computed_again_are_not_given(
+    mixing_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(mixing_path, replace(SMALL, n_batch=8)) as engine:
+        ids = engine.tokenize(" w1" * 20)
+        parts = engine.logits_by_batch(ids)
+        next(parts)
+        engine.prefill(engine.tokenize(" w2"))
+        monkeypatch.setattr(local_engine(engine)._loaded.cache, "compute", lambda tokens: False)  # as after an abort
+        with pytest.raises(DecodeError, match="cancelled"):
+            next(parts)
+
+
+@pytest.mark.parametrize("computed_by", ["gpu", "worker"])
+def test_logits_are_not_computed_once_aborted(mixing_path: Path, computed_by: str) -> None:
+    with Engine(mixing_path, SMALL) as engine:
+
+        def aborted(kv: KVCache) -> tuple[bool, int]:
+            kv._computed_by = computed_by  # type: ignore[assignment]
+            kv._abort_flag[0] = b"\x01"
+            before = kv.n_returned
+            return kv.compute_all_logits([1, 2]), kv.n_returned - before
+
+        assert in_cache(engine, aborted) == (False, 0)

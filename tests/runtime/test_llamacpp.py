@@ -279,6 +279,23 @@ def test_ctrl_c_stops_a_prompt_and_the_model_stays_usable(story: Any) -> None:
     assert story.n_tokens == 8
 
 
+def test_a_second_ctrl_c_leaves_the_model_usable(story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        is_current = False
+
+        def call(self, function: Callable[[], object]) -> object:
+            raise KeyboardInterrupt
+
+    story.reset()
+    tokens = story.tokenize(b" on")
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "_native", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            story.eval(tokens)
+    story.eval(tokens)
+    assert story.n_tokens == len(tokens)
+
+
 def test_calls_run_in_a_thread_of_their_own_that_ends_with_the_object(model: Path) -> None:
     def n_threads() -> int:
         return sum(thread.name == "ggufmoe-native" for thread in threading.enumerate())

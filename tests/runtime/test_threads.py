@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -27,6 +29,7 @@ from ggufmoe.errors import InputError
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.nativethread import Cancellation, NativeThread
 from ggufmoe.work import Progress
+from tests.engines import local_engine
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
 from tests.stories import GREEDY, ONE_THREAD
 
@@ -209,6 +212,64 @@ def test_prefill_can_be_stopped_and_serves_the_next_answer(story: Engine) -> Non
     assert last_of(story.generate([*prompt, prompt[-1]], GREEDY)).timing.cached_tokens == 3
 
 
+def test_a_cancelled_answer_does_not_wait_for_a_text_that_is_tokenized(story: Engine) -> None:
+    flag, release = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(local_engine(story)._texts.call, release.wait)
+        answer = pool.submit(lambda: last_of(story.generate([1], GREEDY, cancel=flag)))
+        flag.set()
+        try:
+            assert answer.result(20).reason == "cancelled"
+            assert not busy.done()
+        finally:
+            release.set()
+
+
+@pytest.mark.parametrize(("end", "error"), [(Engine.cancel, Cancelled), (Engine.close, EngineError)])
+def test_cancel_and_close_end_tokenizing(
+    story_path: Path, end: Callable[[Engine], None], error: type[Exception]
+) -> None:
+    engine = Engine(story_path, ONE_THREAD)
+    texts = local_engine(engine)._texts
+    with ThreadPoolExecutor(1) as pool:
+        tokenizing = pool.submit(engine.tokenize, "<s>" * 3_000_000, parse_special=True)
+        while not texts.is_busy:
+            time.sleep(0.01)
+        started = time.process_time()
+        end(engine)
+        with pytest.raises(error):
+            tokenizing.result(60)
+        engine.close()
+    assert time.process_time() - started < 10  # minutes for the whole text
+
+
+def test_who_uses_the_vocabulary_holds_up_nobody_but_close(story_path: Path) -> None:
+    engine = Engine(story_path, ONE_THREAD)
+    release, used = threading.Event(), threading.Event()
+
+    def use() -> None:  # as the thread for texts does while llama.cpp tokenizes
+        with local_engine(engine)._vocabulary.in_use():
+            used.set()
+            release.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        using = pool.submit(use)
+        try:
+            assert used.wait(20)
+            drawing = pool.submit(lambda: last_of(engine.generate(engine.tokenize(" once"), GREEDY)).reason)
+            assert drawing.result(20) == "stop"
+            assert not pool.submit(engine.ends_text, 1).result(20)
+            closing = pool.submit(engine.close)
+            time.sleep(0.5)
+            assert not closing.done()
+        finally:
+            release.set()
+        using.result(20)
+        closing.result(20)
+    with pytest.raises(EngineError, match="closed"):
+        _ = engine.bos_token
+
+
 # ---- closing
 
 
@@ -333,13 +394,67 @@ def test_an_interpreter_that_ends_while_tokens_are_drawn(story_path: Path) -> No
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_process_forked_while_the_lock_is_held_does_not_wait_for_it() -> None:
-    thread = NativeThread("m.gguf", ctypes.create_string_buffer(1), lambda: None)
+def test_threads_that_start_at_once_leave_the_stack_size_of_others_as_it_was() -> None:
+    def start_both() -> None:
+        native = NativeThread("m.gguf", ctypes.create_string_buffer(1), lambda: None)
+        texts = native.companion()
+        texts.close()
+        native.close()
+
+    before = threading.stack_size(2**20)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(40):
+                for done in [pool.submit(start_both) for _ in range(4)]:
+                    done.result()
+        assert threading.stack_size(2**20) == 2**20
+    finally:
+        threading.stack_size(before)
+
+
+def test_at_the_end_of_the_interpreter_the_newest_thread_is_closed_first() -> None:
+    program = (
+        "import ctypes\n"
+        "from ggufmoe.runtime.nativethread import NativeThread\n"
+        "close = NativeThread.close\n"
+        "NativeThread.close = lambda thread: (print(thread.name), close(thread))\n"
+        "threads = [NativeThread(str(i), ctypes.create_string_buffer(1), lambda: None) for i in range(20)]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(i) for i in reversed(range(20))]
+
+
+def test_closing_waits_for_a_computation_though_the_companion_is_lost() -> None:
+    native = NativeThread("m.gguf", ctypes.create_string_buffer(1), lambda: None)
+    texts = native.companion()
+    release, begun = threading.Event(), threading.Event()
+
+    def compute() -> bool:
+        begun.set()
+        return release.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(native.call, compute)
+        assert begun.wait(20)
+        texts.lose("no such text")
+        texts.close()
+        closing = pool.submit(native.close)
+        time.sleep(0.5)
+        is_waiting = not closing.done()
+        release.set()
+        assert running.result(20)
+        closing.result(20)
+    assert is_waiting
+
+
+def status_of_fork(locks: list[Any], use: Callable[[], bool]) -> int:
+    """The exit status of a process that is forked while another thread holds ``locks``: 0 if ``use`` is true there."""
     is_held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with thread._lock:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
             is_held.set()
             release.wait()
 
@@ -352,19 +467,49 @@ def test_a_process_forked_while_the_lock_is_held_does_not_wait_for_it() -> None:
     if not pid:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(10)  # ends a process that waits
-        said = ""
+        passed = False
         try:
-            try:
-                thread.call(lambda: None)
-            except EngineError as error:
-                said = str(error)
-            thread.abort(Cancellation())
-            thread.close()
+            passed = use()
         finally:
-            os._exit(0 if "forked" in said and thread.closed else 1)
+            os._exit(0 if passed else 1)
     try:
-        assert os.waitpid(pid, 0)[1] == 0
+        return os.waitpid(pid, 0)[1]
     finally:
         release.set()
         holder.join()
+
+
+def is_refused(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except EngineError as error:
+        return "forked" in str(error)
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_forked_while_the_lock_is_held_does_not_wait_for_it() -> None:
+    thread = NativeThread("m.gguf", ctypes.create_string_buffer(1), lambda: None)
+
+    def use() -> bool:
+        refused = is_refused(lambda: thread.call(lambda: None))
+        thread.abort(Cancellation())
         thread.close()
+        return refused and thread.closed
+
+    try:
+        assert status_of_fork([thread._lock], use) == 0
+    finally:
+        thread.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_does_not_wait_for_the_locks_of_an_engine(story: Engine) -> None:
+    runner, known = local_engine(story), (story.bos_token, story.eos_token, story.adds_bos)
+
+    def use() -> bool:
+        story.cancel()
+        calls = (lambda: story.ends_text(1), lambda: story.tokenize("a"), lambda: story.prefill([1]))
+        return (story.bos_token, story.eos_token, story.adds_bos) == known and all(map(is_refused, calls))
+
+    assert status_of_fork([runner._vocabulary._lock, runner._cancellations_lock], use) == 0
