@@ -149,7 +149,8 @@ class Engine:
 
         With ``parse_special``, special tokens that are written out (``</s>``) become those tokens. No EOS is added.
         ``must_fit`` raises ContextFullError instead of tokenizing the rest of a text that certainly leaves no room in
-        the context; a text that comes close is tokenized. Raises Cancelled when ``cancel`` is set meanwhile.
+        the context; a text that comes close is tokenized. Raises Cancelled when ``cancel`` is set meanwhile
+        or ``cancel()`` called.
         """
         return self._runner.tokenize(
             text, add_bos=add_bos, parse_special=parse_special, must_fit=must_fit, cancel=cancel
@@ -208,7 +209,7 @@ class Engine:
         return read_async(lambda flag: self.generate(prompt, sampling, stop=stop, cancel=flag, n_keep=n_keep), cancel)
 
     def cancel(self) -> None:
-        """Cancel every answer and computation that has begun. Answers end with the reason ``cancelled``.
+        """Cancel every answer, computation and tokenizing that has begun. Answers end with the reason ``cancelled``.
 
         Meant to be called from another thread.
         """

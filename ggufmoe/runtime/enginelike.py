@@ -136,7 +136,7 @@ class EngineLike(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Cancel every answer and computation that has begun."""
+        """Cancel every answer, computation and tokenizing that has begun."""
         ...
 
     def forget(self) -> None:
