@@ -58,7 +58,8 @@ def test_the_commands_that_it_names_work(in_tmp_path: Path, capsys: pytest.Captu
 
     assert exit_code(["demo", "-q", "Q8_0"]) == 0
     out, _ = capsys.readouterr()
-    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("   ggufmoe ")]
+    lines = out.replace("\\\n", "").splitlines()  # a long command goes on in the next line
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("   ggufmoe ")]
     assert {arguments[0] for arguments in commands} == {"convert", "chat", "route", "inspect"}
     for arguments in commands:
         if arguments[0] in ("route", "inspect"):

@@ -57,7 +57,7 @@ def test_it_says_what_it_serves_until_ctrl_c(tmp_path: Path) -> None:
         out, rest = process.communicate(timeout=PATIENT_S)
         assert time.monotonic() - started < PATIENT_S
     assert process.returncode == 0
-    assert out == rest == ""
+    assert out == rest == "", said
     assert said[0].startswith("serving CPU: ")
     assert said[1] == f"at 127.0.0.1:{port}, 1 thread\n"
     assert said[2] == f"use it with --rpc 127.0.0.1:{port}; Ctrl-C ends it\n"
