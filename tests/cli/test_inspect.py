@@ -217,7 +217,8 @@ def test_what_is_no_model_is_told_so_and_nothing_else(tmp_path: Path, capsys: Ca
     path = write_mixtral(tmp_path / "i.gguf", 2, 0, {"general.type": text("imatrix"), "tokenizer.chat_template": None})
     _, out, _ = run(capsys, path)
     assert out.count("note: ") == 1
-    assert "note: an importance matrix, not a model; convert and quantize take it with --imatrix" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "note: an importance matrix, not a model; convert and quantize take it with --imatrix" in said
 
 
 def test_an_empty_file_of_the_format_is_shown(tmp_path: Path, capsys: Capture) -> None:
