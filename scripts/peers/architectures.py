@@ -39,7 +39,9 @@ CONTEXTS = {
     "q8-kv": replace(PLAIN, cache_type_k="q8_0", cache_type_v="q8_0", flash_attn="on"),
 }
 PLACEMENTS = {"none": OffloadOptions(load_mode="none", device="none"), "mmap": OffloadOptions(device="none")}
-N_NEW = 12
+N_NEW = 4
+"""Tokens of an answer: a wrong cache shows at the first. Later ones may part with a right one too: where rounding gives
+a near tie between two experts to the other one, a random model's logits change by far more than ``TIE``."""
 TIE = 0.02
 """Logits that are so close may change places by rounding."""
 
