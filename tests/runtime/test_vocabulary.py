@@ -223,7 +223,7 @@ def test_a_token_that_takes_white_space_lowers_the_bound(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("pre", ["tekken", "gpt-4o", "default", "deepseek-llm"])
-def test_a_word_of_a_megabyte_does_not_exhaust_the_stack(tmp_path: Path, pre: str) -> None:
+def test_a_word_of_many_letters_does_not_exhaust_the_stack(tmp_path: Path, pre: str) -> None:
     path = byte_pairs(tmp_path / "m.gguf", pre)
     code = """
 import sys
@@ -231,9 +231,9 @@ from ggufmoe import ContextOptions, Engine, LlamaCpp
 
 with Engine(sys.argv[1], ContextOptions(n_ctx=256, n_threads=1)) as engine:
     for char in "a!\\n ":
-        print(len(engine.tokenize(char * 500_000, add_bos=False)) > 100_000)
+        print(len(engine.tokenize(char * 150_000, add_bos=False)) > 30_000)
 llama = LlamaCpp(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
-print(len(llama.tokenize(b"a" * 500_000)) > 100_000)
+print(len(llama.tokenize(b"a" * 150_000)) > 30_000)
 """
     ended = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, ["True"] * 5, "")  # a signal before
