@@ -112,6 +112,7 @@ class Follower(threading.Thread):
         self._ends = False
         self.start()
         assert self.has_begun.wait(PATIENT_S)
+        time.sleep(0.1)  # until it waits: what it uses before would count as work
 
     def run(self) -> None:
         self._watch.follow_this_thread()
