@@ -8,6 +8,7 @@ The summary goes to stderr, so that stdout holds only what was asked for.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def default_output(source: str, quant: str) -> Path:
     if path.suffix.lower() in (".gguf", ".yaml", ".yml"):
         name = _SHARD.sub("", path.stem)
     elif path.is_dir():
-        name = path.resolve().name
+        name = Path(os.path.abspath(path)).name  # of a link as it was typed, and of "." as well
     else:
         name = path.name.partition("@")[0]  # org/name@revision
     if path.suffix.lower() == ".gguf" and not is_copy:

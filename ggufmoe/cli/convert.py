@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ggufmoe.cli.conversion import default_output, naming, show_plan, show_result
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import ConvertOptions
 from ggufmoe.work import CancelFlag, OnProgress
@@ -21,20 +20,12 @@ if TYPE_CHECKING:
 @with_options(ConvertOptions)
 def convert_command(
     source: Annotated[str, typer.Argument(help="A checkpoint directory, a recipe.yaml, or a hub id (org/name).")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="The GGUF file to write; default: NAME-TYPE.gguf in the current folder.",
-            metavar="OUT.gguf",
-        ),
-    ] = None,
+    output: GGUFOutput = None,
     *,
     options: ConvertOptions,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
+    dry_run: DryRun = False,
+    as_json: EndWithJSON = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn a checkpoint or a merge recipe into a quantized GGUF file, in one pass.
 

@@ -15,7 +15,7 @@ import typer
 
 from ggufmoe.cli.console import note, terminal_columns
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import EndWithJSON, Quiet, with_options
 from ggufmoe.cli.progress import chunk_display
 from ggufmoe.evaluation.chunks import check_complete
 from ggufmoe.evaluation.imatrix import ImatrixResult, imatrix
@@ -35,8 +35,8 @@ def imatrix_command(
     *,
     options: ImatrixOptions,
     offload: OffloadOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
+    as_json: EndWithJSON = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make an importance matrix: measure on a text how much each column of each matrix matters, expert by expert.
 

@@ -9,7 +9,7 @@ import typer
 
 from ggufmoe.cli.conversion import show_result
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import EndWithJSON, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import MergeOptions
 from ggufmoe.work import CancelFlag, OnProgress
@@ -24,8 +24,8 @@ def merge_command(
     out_dir: Annotated[Path, typer.Argument(help="The directory to write.", metavar="OUT_DIR")],
     *,
     options: MergeOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
+    as_json: EndWithJSON = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge the models of a recipe into a mixture's checkpoint that transformers reads.
 

@@ -1,7 +1,8 @@
 """Command-line parameters made from option objects.
 
-Owns the way from a frozen dataclass of ``options`` to typer's parameters, so that a flag is defined once. Each verb's
-module says which option objects it takes, and chat changes them by name while it runs.
+Owns the way from a frozen dataclass of ``options`` to typer's parameters, so that a flag is defined once, and the
+parameters that several verbs share. Each verb's module says which option objects it takes, and chat changes them by
+name while it runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -28,6 +30,19 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 _MOST_LISTED = 40
 """Characters up to which the values of an option stand beside its name; a longer list would not fit a terminal."""
 SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
+
+GGUFOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        help="The GGUF file to write; default: NAME-TYPE.gguf in the current folder.",
+        metavar="OUT.gguf",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")]
+EndWithJSON = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
 
 
 def _number(kind: type, what: str) -> Callable[[str], Any]:

@@ -9,7 +9,7 @@ import typer
 
 from ggufmoe.cli.conversion import default_output, naming, show_plan, show_result
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.options import QuantizeOptions
 from ggufmoe.work import CancelFlag, OnProgress
@@ -21,20 +21,12 @@ if TYPE_CHECKING:
 @with_options(QuantizeOptions)
 def quantize_command(
     source: Annotated[Path, typer.Argument(help="A GGUF file, or any file of a split one.", metavar="IN.gguf")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="The GGUF file to write; default: NAME-TYPE.gguf in the current folder.",
-            metavar="OUT.gguf",
-        ),
-    ] = None,
+    output: GGUFOutput = None,
     *,
     options: QuantizeOptions,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
+    dry_run: DryRun = False,
+    as_json: EndWithJSON = False,
+    quiet: Quiet = False,
 ) -> None:
     """Turn a GGUF file into one of another type, with the bytes that llama-quantize writes.
 

@@ -202,7 +202,8 @@ class MergedModel:
             tensor.fill(rows)
         self.router_report = router.report
         if layers := router.report.degenerate_layers:
-            where = "all layers" if len(layers) == self.config.n_layer else f"layers {', '.join(map(str, layers))}"
+            numbers = ", ".join(map(str, layers))
+            where = "all layers" if len(layers) == self.config.n_layer else f"layer{'s' * (len(layers) > 1)} {numbers}"
             log.warning("the router hardly tells the experts apart in %s; use prompts that differ more", where)
 
     def close(self) -> None:

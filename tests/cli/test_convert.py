@@ -69,6 +69,8 @@ def test_the_output_is_named_after_the_source(
         ("m-F16-00001-of-00003.gguf", "copy", "m-F16-COPY.gguf"),
         ("Q8_0.gguf", "Q2_K", "Q8_0-Q2_K.gguf"),
         (".", "Q2_K", "here-Q2_K.gguf"),
+        ("../here/", "Q2_K", "here-Q2_K.gguf"),
+        ("./my-mixtral", "Q2_K", "my-mixtral-Q2_K.gguf"),
     ],
 )
 def test_names_of_outputs(
@@ -80,7 +82,9 @@ def test_names_of_outputs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "here").mkdir()
+    (tmp_path / "stored-elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    Path("my-mixtral").symlink_to(tmp_path / "stored-elsewhere")
     assert str(default_output(source, quant)) == name
     assert capsys.readouterr().err == ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import yaml
 
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.opening import Checkpoint
+from ggufmoe.checkpoint.source import RouterReport
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.merged import MergedModel, open_recipe
@@ -322,3 +324,14 @@ def test_router_rows_that_hardly_differ_are_reported(pair: Path, caplog: pytest.
     model.prepare()
     model.prepare()
     assert "the router hardly tells the experts apart in all layers" in caplog.text
+
+
+@pytest.mark.parametrize(("layers", "said"), [((1,), "in layer 1;"), ((0, 2), "in layers 0, 2;")])
+def test_layers_in_which_router_rows_hardly_differ_are_named(
+    pair: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...], said: str
+) -> None:
+    model = opened(open_recipe(write_recipe(pair, "base", "math")))
+    monkeypatch.setattr(model, "config", replace(model.config, n_layer=4))
+    monkeypatch.setattr(RouterReport, "degenerate_layers", layers)
+    model.prepare()
+    assert f"the router hardly tells the experts apart {said}" in caplog.text
