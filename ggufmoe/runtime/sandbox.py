@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
@@ -158,8 +159,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
         }
 
-    def metered_template(self, source: str) -> jinja2.Template:
-        tree = self.parse(source)
+    def metered_template(self, tree: nodes.Template) -> jinja2.Template:
         _Metered().visit(tree)
         # the nodes that were added have no line and no environment yet
         tree.set_environment(self)
@@ -296,7 +296,10 @@ def _part_of_time(now: datetime.datetime, flag: str, directive: str) -> str:
 
 
 class Program:
-    """A compiled template. Raises TemplateError when it is too long or not a template."""
+    """A compiled template. ``variables`` are the names that it reads and does not always set.
+
+    Raises TemplateError when it is too long or not a template.
+    """
 
     def __init__(self, source: str, name: str, limits: Limits | None = None) -> None:
         self._name = name
@@ -305,7 +308,9 @@ class Program:
             raise TemplateError(f"{name}: {len(source)} characters; a template may have {MAX_TEMPLATE_CHARS}")
         self._environment = _Environment()
         try:
-            self._template = self._environment.metered_template(source)
+            tree = self._environment.parse(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree)) - self._environment.globals.keys()
+            self._template = self._environment.metered_template(tree)
         except _FAILURES as error:
             raise TemplateError(f"{name}: not a template that can be used: {one_line(error, 300)}") from error
 

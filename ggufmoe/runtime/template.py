@@ -21,12 +21,15 @@ from ggufmoe.gguf.upstream import Keys
 from ggufmoe.runtime.budget import Limits
 from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Program
 
-Message = Mapping[str, Any]
+TemplateMessage = Mapping[str, Any]
+"""A message as a template sees it: ``role``, ``content`` and others."""
 
 TEMPLATE_KEY: str = Keys.Tokenizer.CHAT_TEMPLATE
 _PROBE = "ggufmoeSystemProbe"
 _ALWAYS_GIVEN: Mapping[str, Any] = {"tools": None, "documents": None}
 """Variables that transformers gives to every template, whether or not the caller names them."""
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which templates look for the reasoning of a message, the usual one first."""
 
 
 @dataclass(frozen=True)
@@ -107,34 +110,71 @@ class ChatTemplate:
         self._program = Program(source, name, limits)
         self._lock = threading.Lock()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The text of the prompt for ``messages`` (``role`` and ``content``), up to the assistant's next answer.
+    def render(
+        self, messages: Sequence[TemplateMessage], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The text of the prompt for ``messages`` (``role``, ``content`` and others), up to the next answer.
 
         If the template ignores or refuses a system message, its text is put before that of the first user message.
-        ``variables`` are passed to the template (``tools`` and others that it knows). Raises TemplateError when the
-        template refuses the conversation, fails, or exceeds its limits.
+        ``variables`` are passed to the template (``tools`` and others that it knows). A template that loops over tools
+        without asking whether there are any gets an empty list. Raises TemplateError when the template refuses the
+        conversation, fails, or exceeds its limits.
         """
         turns = [dict(message) for message in messages]
         if turns and turns[0].get("role") == "system" and not self.takes_system:
             turns = fold_system(turns)
-        return self._render(turns, {"add_generation_prompt": add_generation_prompt, **variables})
+        return self._render(turns, {"add_generation_prompt": add_generation_prompt, **self._no_tools, **variables})
+
+    def render_strictly(self, messages: Sequence[TemplateMessage], **variables: Any) -> str:
+        """The text that ``apply_chat_template`` of transformers makes of ``messages``; raises where that raises."""
+        return self._render([dict(message) for message in messages], variables)
 
     def _render(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        size = sum(len(str(message.get("content", ""))) for message in turns)
+        turns = [_as_transformers_gives_it(turn) for turn in turns]
+        size = len(str(turns)) + len(str(variables))
         with self._lock:
             return self._program.run({**self._tokens, **_ALWAYS_GIVEN, "messages": turns, **variables}, size)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and does not always set itself; those that every template gets among them."""
+        return self._program.variables
+
+    @cached_property
+    def _no_tools(self) -> Mapping[str, Any]:
+        """What a template that fails without tools gets in their place."""
+        turns = [{"role": "user", "content": _PROBE}]
+        try:
+            self._render(turns, {"add_generation_prompt": True})
+        except TemplateError:
+            try:
+                self._render(turns, {"add_generation_prompt": True, "tools": []})
+            except TemplateError:
+                return {}
+            return {"tools": []}
+        return {}
 
     @cached_property
     def takes_system(self) -> bool:
         """Whether a system message appears in the prompt: some templates raise for one, others leave it out."""
         turns = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "hello"}]
         try:
-            return _PROBE in self._render(turns, {"add_generation_prompt": True})
+            return _PROBE in self._render(turns, {"add_generation_prompt": True, **self._no_tools})
         except TemplateError:
             return False
 
 
-def fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _as_transformers_gives_it(message: dict[str, Any]) -> dict[str, Any]:
+    """``message`` without fields that hold None, its reasoning under all names that templates read.
+
+    Source: ``apply_chat_template`` and ``_alias_reasoning_fields`` of transformers 5.23.
+    """
+    given = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((given[name] for name in _REASONING_FIELDS if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+def fold_system(messages: Sequence[TemplateMessage]) -> list[dict[str, Any]]:
     """``messages`` with the text of the leading system message put before that of the first user message."""
     system, *turns = (dict(message) for message in messages)
     for turn in turns:

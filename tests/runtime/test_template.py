@@ -133,6 +133,26 @@ def test_special_tokens_and_what_transformers_always_gives() -> None:
     assert template.render([], documents=["d"]) == "<unk>||FalseTrue"
 
 
+def test_a_template_that_loops_over_tools_without_asking_gets_none() -> None:
+    template = ChatTemplate("{% for tool in tools %}{{ tool }};{% endfor %}" + PLAIN)
+    assert template.render(TALK[:1]) == "user=U1;>"
+    assert template.render(TALK[:1], tools=["t"]) == "t;user=U1;>"
+    with pytest.raises(TemplateError, match="failed: 'NoneType' object is not iterable"):
+        template.render_strictly(TALK[:1])
+    assert ChatTemplate("{{ functions[0].name }}")._no_tools == {}
+
+
+def test_reasoning_has_the_names_that_templates_look_for_and_none_is_no_field() -> None:
+    source = "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.content is defined }};{% endfor %}"
+    turns = [{"role": "assistant", name: "R", "content": None} for name in ("reasoning", "reasoning_content")]
+    assert ChatTemplate(source).render(turns) == "R|R|False;" * 2
+
+
+def test_a_template_names_the_variables_that_it_reads() -> None:
+    source = "{% if think is defined and think %}{{ strftime_now('%Y') }}{% endif %}{% set x = 1 %}{{ x }}" + PLAIN
+    assert ChatTemplate(source).variables == {"think", "messages", "add_generation_prompt"}
+
+
 ORACLE = json.loads((Path(__file__).parent / "fixtures" / "transformers_templates.json").read_text("utf-8"))
 
 
@@ -143,7 +163,7 @@ def test_templates_render_as_transformers_renders_them(name: str) -> None:
 
     def rendered() -> str:
         template = ChatTemplate(case["template"], bos="<s>", eos="</s>")
-        return template._render(messages, {"add_generation_prompt": True})  # as given, without folding a system message
+        return template.render_strictly(messages, add_generation_prompt=True)
 
     if case["text"] is None:
         with pytest.raises(TemplateError):
