@@ -91,10 +91,15 @@ class TensorRule:
         return EXPERT in self.hf
 
     @property
+    def is_norm(self) -> bool:
+        """Whether the tensor holds the weights of a norm."""
+        name: str = TENSOR_NAMES[self.tensor]
+        return name.endswith("_norm")
+
+    @property
     def is_f32(self) -> bool:
         """Whether the tensor is float32 in every GGUF file. Source: ``prepare_tensors`` of ``conversion/base.py``."""
-        is_norm = TENSOR_NAMES[self.tensor].endswith("_norm")
-        return is_norm or self.suffix != WEIGHT or self.tensor in _F32_TENSORS
+        return self.is_norm or self.suffix != WEIGHT or self.tensor in _F32_TENSORS
 
     def name(self, layer: int = 0, expert: int = 0) -> str:
         """The name in the model source."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ggufmoe.families.family import BIAS, ConfigKey, HyperParameter, Kind, Refusal, StoredLayout
+from ggufmoe.families.family import BIAS, ConfigKey, HyperParameter, Kind, StoredLayout
 from ggufmoe.families.qwen2 import FAMILY as QWEN2
 from ggufmoe.families.standard import (
     NORMS,
     attention,
     common_parameters,
     decoder,
+    dense_layers,
     experts,
     fused_experts,
     not_rescaled,
@@ -63,8 +64,7 @@ FAMILY = replace(
         *QWEN2.refusals,
         rescaled_weights("qwen2moe"),
         own_output("qwen2moe"),
-        Refusal("decoder_sparse_step", (1,), "1: llama.cpp's qwen2moe graph has experts in every layer"),
-        Refusal("mlp_only_layers", ([], None), "no layers: llama.cpp's qwen2moe graph has experts in every layer"),
+        *dense_layers("qwen2moe"),
     ),
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
     arithmetic=not_rescaled,

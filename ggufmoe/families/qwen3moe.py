@@ -9,12 +9,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ggufmoe.families.family import ConfigKey, HyperParameter, MergeTarget, Refusal, StoredLayout
+from ggufmoe.families.family import ConfigKey, HyperParameter, MergeTarget, StoredLayout
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.families.qwen2 import DEFAULTS
 from ggufmoe.families.qwen3 import ATTENTION
 from ggufmoe.families.qwen3 import FAMILY as QWEN3
-from ggufmoe.families.standard import common_parameters, decoder, experts, fused_experts, size_of
+from ggufmoe.families.standard import (
+    common_parameters,
+    decoder,
+    dense_layers,
+    experts,
+    fused_experts,
+    size_of,
+    unrescaled_weights,
+)
 from ggufmoe.gguf.upstream import MODEL_ARCH, Keys
 from ggufmoe.gguf.values import u32
 
@@ -55,14 +63,8 @@ FAMILY = replace(
     keys=(ConfigKey(_EXPERT_WIDTH),),
     refusals=(
         *QWEN3.refusals,
-        Refusal(
-            "norm_topk_prob",
-            (True,),
-            "true: llama.cpp's qwen3moe graph always rescales the weights of the chosen experts to one, and with false "
-            "it would answer as another model",
-        ),
-        Refusal("decoder_sparse_step", (1,), "1: llama.cpp's qwen3moe graph has experts in every layer"),
-        Refusal("mlp_only_layers", ([], None), "no layers: llama.cpp's qwen3moe graph has experts in every layer"),
+        unrescaled_weights("qwen3moe"),
+        *dense_layers("qwen3moe"),
     ),
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
     merge=MergeTarget("Qwen3 MoE", (QWEN3.architecture,), _merged_config),

@@ -5,8 +5,11 @@ Each function gives rules that a family puts together; a family that differs in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from ggufmoe.families.config_reader import ConfigReader
 from ggufmoe.families.family import (
@@ -29,7 +32,7 @@ from ggufmoe.gguf.own_keys import SLIDING_WINDOW
 from ggufmoe.gguf.upstream import MODEL_TENSOR, Keys
 from ggufmoe.gguf.values import f32, u32
 from ggufmoe.weights.source_tensor import SourceTensor
-from ggufmoe.weights.views import rope_ordered
+from ggufmoe.weights.views import Changed, rope_ordered
 
 Where = Callable[[ModelConfig, int], bool]
 Width = Callable[[ModelConfig], int]
@@ -96,6 +99,19 @@ def number_of(key: str) -> Callable[[ModelConfig], float]:
 def in_rope_order(source: SourceTensor, config: ModelConfig) -> SourceTensor:
     """A ``TensorRule.transform``: the rows of queries or keys as llama.cpp's ``llama`` graph rotates them."""
     return rope_ordered(source, config.head_dim)
+
+
+def one_added(source: SourceTensor, config: ModelConfig) -> SourceTensor:
+    """A ``TensorRule.transform``: the weights of a norm that a checkpoint stores around 0, as llama.cpp's graph has
+    them."""
+    return Changed(source, lambda values: values + np.float32(1))
+
+
+def norms_around_zero(rules: Iterable[TensorRule], *, but: Any = None) -> tuple[TensorRule, ...]:
+    """The rules of a model whose checkpoints store the weights of norms less one, but those of the tensor ``but``."""
+    return tuple(
+        replace(rule, transform=one_added) if rule.is_norm and rule.tensor is not but else rule for rule in rules
+    )
 
 
 EMBEDDING = TensorRule(MODEL_TENSOR.TOKEN_EMBD, "model.embed_tokens.weight", matrix(n_vocab, n_embd))
@@ -297,6 +313,25 @@ def rescaled_weights(graph: str) -> Refusal:
         (False, None),
         f"false: llama.cpp's {graph} graph never rescales the weights of the chosen experts to one, and with true it "
         "would answer as another model",
+    )
+
+
+def unrescaled_weights(graph: str) -> Refusal:
+    """The refusal of experts' weights that are not rescaled to one, for a graph of llama.cpp that always does that."""
+    return Refusal(
+        "norm_topk_prob",
+        (True,),
+        f"true: llama.cpp's {graph} graph always rescales the weights of the chosen experts to one, and with false it "
+        "would answer as another model",
+    )
+
+
+def dense_layers(graph: str) -> tuple[Refusal, ...]:
+    """The refusals of layers without experts in the configurations of Qwen, for a graph that has none."""
+    why = f"llama.cpp's {graph} graph has experts in every layer"
+    return (
+        Refusal("decoder_sparse_step", (1,), f"1: {why}"),
+        Refusal("mlp_only_layers", ([], None), f"no layers: {why}"),
     )
 
 

@@ -14,7 +14,7 @@ from ggufmoe.gguf.hyper import Hyper, TypedMetadata, at_layer, largest
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options.limits import MAX_LAYERS
 
-_RECURRENT_LAYERS = "{arch}.attention.recurrent_layers"
+RECURRENT_LAYERS = "{arch}.attention.recurrent_layers"
 """LLM_KV_ATTENTION_RECURRENT_LAYERS, which the ``gguf`` package does not name."""
 
 
@@ -200,7 +200,7 @@ class _Reader:
         if architecture in _NEMOTRON:
             return not self._n_head_kv(layer) and not self._n_ff(layer)
         if architecture in _HYBRID_BY_INTERVAL:
-            stated = self._flags(_RECURRENT_LAYERS)
+            stated = self._flags(RECURRENT_LAYERS)
             interval = self._count(Keys.LLM.FULL_ATTENTION_INTERVAL, _HYBRID_BY_INTERVAL[architecture])
             return stated[layer] if layer < len(stated) else (layer + 1) % max(interval, 1) != 0
         return False

@@ -28,6 +28,11 @@ def boolean(value: bool) -> GGUFValue:
     return GGUFValue(ValueType.BOOL, value, None)
 
 
+def booleans(values: Iterable[bool]) -> GGUFValue:
+    """An array of BOOL values as a metadata value."""
+    return GGUFValue(ValueType.ARRAY, list(values), ValueType.BOOL)
+
+
 def texts(values: Iterable[str]) -> GGUFValue:
     """An array of strings as a metadata value."""
     return GGUFValue(ValueType.ARRAY, list(values), ValueType.STRING)

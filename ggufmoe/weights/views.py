@@ -178,7 +178,11 @@ class Reshaped:
 
 
 class Changed:
-    """Values computed in float32 from those of its source, one by one; for small tensors such as norms."""
+    """Values computed from those of its source, one by one; for small tensors such as norms.
+
+    They are computed in float32 and, of a source in F16, rounded to F16: torch computes so, and llama.cpp's converter
+    with it, which turns BF16 into float32 before and leaves F16 as it is (``prepare_tensors``).
+    """
 
     dtype = Dtype.F32
 
@@ -190,7 +194,8 @@ class Changed:
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
-        out[...] = self._change(read_f32(self._source, start, stop))
+        changed = self._change(read_f32(self._source, start, stop))
+        out[...] = changed.astype(np.float16) if self._source.dtype is Dtype.F16 else changed
 
 
 class Computed:

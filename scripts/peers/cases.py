@@ -34,6 +34,8 @@ class Case:
     """File types compared with llama.cpp's converter."""
     pre: str | None = None
     """llama.cpp's name of the pre-tokenizer, where its table of hashes cannot know the vocabulary."""
+    flags: tuple[str, ...] = ()
+    """Further flags of llama.cpp's converter."""
     not_equal: tuple[str, ...] = ()
     """Metadata in which llama.cpp's converter is known to be wrong."""
     directory: Path | None = None
@@ -58,6 +60,8 @@ class FamilyCase:
     """A kind of ``tests.tiny_tokenizers``."""
     pre: str = "qwen2"
     """llama.cpp's name of that tokenizer's pre-tokenizer."""
+    flags: tuple[str, ...] = ()
+    """Further flags of llama.cpp's converter."""
 
     @property
     def is_mixture(self) -> bool:
@@ -80,8 +84,9 @@ SIZES: Mapping[str, Any] = {
 }
 
 
-def _family(name: str, architecture: str, model_type: str, **config: Any) -> FamilyCase:
-    return FamilyCase(name, {**SIZES, "architectures": [architecture], "model_type": model_type, **config})
+def _family(name: str, architecture: str, model_type: str, flags: tuple[str, ...] = (), **config: Any) -> FamilyCase:
+    own = {"architectures": [architecture], "model_type": model_type, **config}
+    return FamilyCase(name, {**SIZES, **own}, flags=flags)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
@@ -98,6 +103,23 @@ _GRANITE = {
     "logits_scaling": 6.0,
 }
 _GRANITE_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_LINEAR_ATTENTION = {
+    "num_hidden_layers": 4,
+    "head_dim": 64,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_OTHER_LAYERS = {
+    "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+    "linear_num_key_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+}
+_QWEN3_NEXT = {**_QWEN2_EXPERTS, "norm_topk_prob": True, **_LINEAR_ATTENTION}
+_NO_MTP = ("--no-mtp",)
+"""Without it the converter fails on checkpoints that hold no layers of multi-token prediction, as these do."""
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
@@ -117,6 +139,15 @@ FAMILIES = (
         **_GRANITE,
         **_GRANITE_EXPERTS,
         shared_intermediate_size=768,
+        tie_word_embeddings=True,
+    ),
+    _family("qwen3next", "Qwen3NextForCausalLM", "qwen3_next", _NO_MTP, **_QWEN3_NEXT),
+    _family(
+        "qwen3next-tied",
+        "Qwen3NextForCausalLM",
+        "qwen3_next",
+        _NO_MTP,
+        **_QWEN3_NEXT | _OTHER_LAYERS,
         tie_word_embeddings=True,
     ),
 )

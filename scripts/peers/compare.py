@@ -118,7 +118,9 @@ def families_by_transformers(bench: Bench, only: str) -> list[Case]:
             bench.ask("reference.py", jobs)
             for out in (saved, directory):
                 write_tokenizer(out, family.tokenizer, None)
-            found.append(Case(name, types=family.types, pre=family.pre, directory=directory, classic=saved))
+            found.append(
+                Case(name, types=family.types, pre=family.pre, flags=family.flags, directory=directory, classic=saved)
+            )
     return found
 
 
@@ -157,6 +159,7 @@ def file_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
             "outfile": str(_file(bench, subject, kind, "theirs")),
             "log": str(_file(bench, subject, kind, "log")),
             "pre": subject.case.pre,
+            "flags": subject.case.flags,
         }
         for subject, kind in wanted
     ]

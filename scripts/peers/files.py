@@ -14,6 +14,10 @@ import numpy as np
 SAME_GENERAL = ("general.architecture", "general.type", "general.file_type", "general.quantization_version")
 """The keys under ``general`` that are facts of the file; the others tell where a model comes from."""
 
+EXPONENTIALS = ".ssm_a"
+"""Float32 values that may differ in the last bit: torch's exp, which the converter takes, is not rounded correctly in
+about 1 of 100 values on x86-64 (measured: 10 868 of a million; ours are) and depends on the processor."""
+
 
 def differences(ours: Path, theirs: Path, except_keys: tuple[str, ...] = ()) -> list[str]:
     """Every difference in words but in provenance, keys of ours and ``except_keys``; empty if they say the same."""
@@ -64,6 +68,8 @@ def _tensor_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> list[
             found.append(f"{name}: type {x.tensor_type.name}, theirs {y.tensor_type.name}")
         elif x.shape.tolist() != y.shape.tolist():
             found.append(f"{name}: shape {x.shape.tolist()}, theirs {y.shape.tolist()}")
+        elif name.endswith(EXPONENTIALS) and np.all(np.abs(x.data - y.data) <= np.spacing(np.abs(y.data))):
+            continue
         elif x.data.tobytes() != y.data.tobytes():
             n_wrong = int(np.count_nonzero(x.data.view(np.uint8) != y.data.view(np.uint8)))
             found.append(f"{name}: {n_wrong} of {x.data.nbytes} bytes differ")

@@ -94,6 +94,16 @@ def test_far_rows_are_not_read_with_what_lies_between() -> None:
     assert source.n_read == 99
 
 
+def test_values_changed_in_half_precision() -> None:
+    """As torch computes them, in which llama.cpp's converter leaves F16."""
+    source = numbered(1, 7)
+    source.values = np.array([[0.1, 1e-3, 3.0, 0.3, 2.7, 700.1, 1e-7]]).astype(np.float16)
+    source.dtype = Dtype.F16
+    found = read_f32(Changed(source, lambda values: values + np.float32(1)))
+    assert np.array_equal(found, source.values + np.float16(1))
+    assert not np.array_equal(found, source.values.astype(np.float32) + np.float32(1))
+
+
 def test_the_row_of_the_source_is_known() -> None:
     picked = PickedRows(numbered(12, 2), ORDER)
     assert [picked.source_row(row) for row in range(12)] == ORDER.tolist()
