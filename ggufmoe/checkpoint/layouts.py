@@ -238,10 +238,10 @@ def _without_skipped(
 ) -> Mapping[str, tuple[TensorFile, TensorEntry]]:
     """The stored tensors but for those that the family leaves out, which is told."""
     for skipped in family.skipped:
-        names = [name for name in stored if skipped.matches(config, name)]
-        if names:
-            _LOG.warning("%s: %d tensors are left out: %s", where, len(names), skipped.why)
-            stored = {name: found for name, found in stored.items() if name not in set(names)}
+        kept = {name: found for name, found in stored.items() if not skipped.matches(config, name)}
+        if len(kept) < len(stored):
+            _LOG.warning("%s: %d tensors are left out: %s", where, len(stored) - len(kept), skipped.why)
+        stored = kept
     return stored
 
 

@@ -14,7 +14,9 @@ from ggufmoe.export.model_keys import imatrix_metadata, model_metadata
 from ggufmoe.export.model_tensors import model_tensors, source_part
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.families import family_of
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.names import llama_quantize_order
+from ggufmoe.gguf.upstream import Keys
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types, unfit_types
 from ggufmoe.writing.plan import PlannedTensor, WritePlan
@@ -35,10 +37,7 @@ def plan_export(
     """
     tensors = sorted(model_tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))
     weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
-    config = source.config
-    model_shape = ModelShape(
-        config.n_layer, config.n_head, config.n_head_kv, config.n_expert, family_of(config).gguf_arch
-    )
+    model_shape = _model_shape(source.config)
     tensor_shapes = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in tensors]
     types = choose_types(tensor_shapes, model_shape, policy, weighted)
     unfit = unfit_types(tensor_shapes, model_shape, policy, weighted)
@@ -67,3 +66,11 @@ def plan_export(
         imatrix=imatrix,
         split_max_bytes=split_max_bytes,
     )
+
+
+def _model_shape(config: ModelConfig) -> ModelShape:
+    """What the mixes depend on, as the file's own keys state it: with latent attention there is one key-value head."""
+    family = family_of(config)
+    key = Keys.Attention.HEAD_COUNT_KV.format(arch=family.gguf_arch)
+    n_head_kv = family.metadata(config)[key].value
+    return ModelShape(config.n_layer, config.n_head, n_head_kv, config.n_expert, family.gguf_arch)

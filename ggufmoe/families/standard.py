@@ -5,6 +5,7 @@ Each function gives rules that a family puts together; a family that differs in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -240,6 +241,12 @@ def layers_from(key: str) -> Where:
 def layers_before(key: str) -> Where:
     """A ``TensorRule.where``: the layers before the number that a key of the family states."""
     return lambda config, layer: layer < config.size(key)
+
+
+def past_last_layer(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor of a checkpoint is one of a layer beyond ``num_hidden_layers``."""
+    number = re.match(r"model\.layers\.(\d+)\.", name)
+    return number is not None and int(number[1]) >= config.n_layer
 
 
 def fused_experts(name: str, module: str, rules: tuple[TensorRule, ...], *, stored: str = "mlp") -> StoredLayout:

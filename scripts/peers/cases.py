@@ -62,6 +62,8 @@ class FamilyCase:
     """llama.cpp's name of that tokenizer's pre-tokenizer."""
     flags: tuple[str, ...] = ()
     """Further flags of llama.cpp's converter."""
+    not_equal: tuple[str, ...] = ()
+    """Metadata in which llama.cpp's converter is known to be wrong."""
 
     @property
     def is_mixture(self) -> bool:
@@ -84,26 +86,39 @@ SIZES: Mapping[str, Any] = {
 }
 
 
-def _family(name: str, architecture: str, model_type: str, flags: tuple[str, ...] = (), **config: Any) -> FamilyCase:
+def _family(
+    name: str,
+    architecture: str,
+    model_type: str,
+    flags: tuple[str, ...] = (),
+    not_equal: tuple[str, ...] = (),
+    **config: Any,
+) -> FamilyCase:
     own = {"architectures": [architecture], "model_type": model_type, **config}
-    return FamilyCase(name, {**SIZES, **own}, flags=flags)
+    return FamilyCase(name, {**SIZES, **own}, flags=flags, not_equal=not_equal)
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
-_QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
-_QWEN2_EXPERTS = {
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
+_LATENT_YARN: dict[str, Any] = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
+_QWEN3_EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+}
+_QWEN2_EXPERTS: dict[str, Any] = {
     **_QWEN3_EXPERTS,
     "norm_topk_prob": False,
     "shared_expert_intermediate_size": 768,
 }
-_GRANITE = {
+_GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.05,
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
     "logits_scaling": 6.0,
 }
-_GRANITE_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
-_LINEAR_ATTENTION = {
+_GRANITE_EXPERTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_LINEAR_ATTENTION: dict[str, Any] = {
     "num_hidden_layers": 4,
     "head_dim": 64,
     "linear_key_head_dim": 64,
@@ -111,15 +126,41 @@ _LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-_OTHER_LAYERS = {
+_OTHER_LAYERS: dict[str, Any] = {
     "layer_types": ["full_attention", "linear_attention", "linear_attention"],
     "num_hidden_layers": 3,
     "linear_num_key_heads": 4,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
 }
-_QWEN3_NEXT = {**_QWEN2_EXPERTS, "norm_topk_prob": True, **_LINEAR_ATTENTION}
+_QWEN3_NEXT: dict[str, Any] = {**_QWEN2_EXPERTS, "norm_topk_prob": True, **_LINEAR_ATTENTION}
 _NO_MTP = ("--no-mtp",)
 """Without it the converter fails on checkpoints that hold no layers of multi-token prediction, as these do."""
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 256,
+    "q_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 48,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 256,
+    "routed_scaling_factor": 1.5,
+}
+_DEEPSEEK_V3: dict[str, Any] = {**_DEEPSEEK, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+_LITE: dict[str, Any] = {
+    **_DEEPSEEK,
+    "q_lora_rank": None,
+    "num_hidden_layers": 26,
+    "n_routed_experts": 4,
+    "kv_lora_rank": 64,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 64,
+    "scoring_func": "softmax",
+    "n_group": 1,
+    "topk_group": 1,
+}
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
@@ -149,6 +190,30 @@ FAMILIES = (
         _NO_MTP,
         **_QWEN3_NEXT | _OTHER_LAYERS,
         tie_word_embeddings=True,
+    ),
+    _family("deepseek-v2", "DeepseekV2ForCausalLM", "deepseek_v2", **_DEEPSEEK, rope_parameters=_LATENT_YARN),
+    _family("deepseek-v2-lite", "DeepseekV2ForCausalLM", "deepseek_v2", **_LITE),
+    _family(
+        "deepseek-v2-short-lite",
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        not_equal=("deepseek2.attention.q_lora_rank",),
+        **{**_DEEPSEEK, "q_lora_rank": None, "tie_word_embeddings": True},
+    ),
+    _family(
+        "deepseek-v3",
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        **_DEEPSEEK_V3,
+        scoring_func="sigmoid",
+        rope_parameters={**_LATENT_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    _family(
+        "deepseek-v3-unsaid-gating",
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        not_equal=("deepseek2.expert_gating_func",),
+        **{**_DEEPSEEK_V3, "norm_topk_prob": False, "first_k_dense_replace": 0},
     ),
 )
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,8 @@ def families_by_transformers(bench: Bench, only: str) -> list[Case]:
             bench.ask("reference.py", jobs)
             for out in (saved, directory):
                 write_tokenizer(out, family.tokenizer, None)
-            found.append(
-                Case(name, types=family.types, pre=family.pre, flags=family.flags, directory=directory, classic=saved)
-            )
+            case = Case(name, types=family.types, pre=family.pre, flags=family.flags, not_equal=family.not_equal)
+            found.append(replace(case, directory=directory, classic=saved))
     return found
 
 

@@ -55,6 +55,12 @@ _DEEPSEEK_LETTERS = (
     "\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 _DEEPSEEK_PUNCTUATION = "[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ KNOWN = (
         "deepseek-llm",
         (_NEWLINE, rf"\s?[{_DEEPSEEK_LETTERS}]+", rf"\s?{_DEEPSEEK_PUNCTUATION}", r"\s+$", _CJK, _DIGITS),
     ),
+    PreTokenizer("deepseek-v3", _DEEPSEEK_V3),
     PreTokenizer("deepseek-coder", (_NEWLINE, r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT)),
 )
 
