@@ -18,7 +18,7 @@ from ggufmoe.checkpoint.jsonfile import read_object
 from ggufmoe.errors import ArchitectureError, CheckpointError
 from ggufmoe.families import family_named, supported
 from ggufmoe.families.config_reader import POSITIVE, ConfigReader, is_float32
-from ggufmoe.families.family import REQUIRED, ConfigKey, Family, Kind, Refusal
+from ggufmoe.families.family import REQUIRED, ConfigKey, Family, Kind, Refusal, no_tensors
 from ggufmoe.families.model_config import ModelConfig, RopeScaling
 from ggufmoe.files import what_instead
 from ggufmoe.options.limits import MAX_EXPERTS, MAX_LAYERS
@@ -101,11 +101,17 @@ def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
     if family.nested_config is not None and isinstance(inner := raw.get(family.nested_config), dict):
         raw = {**raw, **inner, "architectures": raw.get("architectures")}
     keys = ConfigReader(path, raw, family.defaults, family.aliases)
+    family = next((variant.family for variant in family.variants if variant.holds(keys)), family)
     _refuse_inexpressible(keys, family.refusals)
     n_embd = keys.size("hidden_size")
     n_head = keys.size("num_attention_heads")
     n_vocab = keys.size("vocab_size")
     theta, scaling, rotary_fraction = _rope(keys, family)
+    if scaling.kind == "llama3" and family.computed is no_tensors:
+        raise CheckpointError(
+            f"{path}: llama.cpp's {family.gguf_arch} graph does not take the factors of rope type llama3, and would "
+            "answer as another model"
+        )
     config = ModelConfig(
         architecture=family.architecture,
         n_layer=keys.size("num_hidden_layers", maximum=MAX_LAYERS),
@@ -177,7 +183,8 @@ def _refuse_inexpressible(reader: ConfigReader, refusals: Iterable[Refusal]) -> 
         value = reader.value(refusal.key)
         is_stated = value is not None or reader.spelling(refusal.key) in reader.raw
         # types are compared as well: 0 == False
-        if is_stated and not any(type(value) is type(one) and value == one for one in refusal.allowed):
+        is_allowed = any(type(value) is type(one) and value == one for one in refusal.allowed)
+        if is_stated and not is_allowed and not refusal.unless(reader):
             raise reader.error(refusal.key, refusal.expected)
 
 

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @cache
 def all_families() -> tuple[Family, ...]:
-    """Every family, by the name of its module."""
+    """Every family, by the name of its module, each before its variants."""
     names = sorted(found.name for found in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    families = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return tuple(one for family in families for one in (family, *(variant.family for variant in family.variants)))
 
 
 def family_named(architecture: object, model_type: object = None) -> Family | None:
@@ -56,8 +57,9 @@ def family_of(config: ModelConfig) -> Family:
 
 def supported(architecture: object = None) -> str:
     """For messages: ``supported are ...``, and which of them have names like ``architecture``."""
-    stored = (family for family in all_families() if family.merge is None or not family.merge.only_gguf)
-    names = sorted(family.architecture for family in stored)
+    variants = {variant.family.architecture for family in all_families() for variant in family.variants}
+    ours = {family.architecture for family in all_families() if family.merge is not None and family.merge.only_gguf}
+    names = sorted({family.architecture for family in all_families()} - variants - ours)
     nearest = _nearest(str(architecture), names)
     return f"supported are {', '.join(names)}" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")
 

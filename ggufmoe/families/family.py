@@ -42,6 +42,11 @@ def always(config: ModelConfig) -> bool:
     return True
 
 
+def always_matters(reader: ConfigReader) -> bool:
+    """A ``Refusal.unless``: the value always matters."""
+    return False
+
+
 def unchanged(source: SourceTensor, config: ModelConfig) -> SourceTensor:
     """A ``TensorRule.transform``: the GGUF tensor has the rows of the source."""
     return source
@@ -190,6 +195,8 @@ class Refusal:
     """Null is allowed where None is one of them. A key that neither the file nor ``Family.defaults`` has is allowed."""
     expected: str
     """For the message: ``KEY is VALUE, expected EXPECTED``; name the value and the reason."""
+    unless: Callable[[ConfigReader], bool] = always_matters
+    """Whether llama.cpp computes this configuration whatever the value is."""
 
 
 @dataclass(frozen=True)
@@ -248,12 +255,26 @@ def plain_arithmetic(config: ModelConfig) -> Arithmetic:
     return Arithmetic()
 
 
+class SharedExperts(Enum):
+    """The shared expert of a mixture: one that every token goes to."""
+
+    NONE = "no shared expert"
+    PLAIN = "a shared expert without prompts, whose output is added as it is"
+    GATED = "a shared expert with prompts, whose output is weighted by the sigmoid of a router row of its own"
+
+
+def no_obstacle(base: ModelConfig, n_expert: int, n_expert_used: int) -> str:
+    """A ``MergeTarget.obstacle``: llama.cpp computes every such mixture."""
+    return ""
+
+
 @dataclass(frozen=True)
 class MergeTarget:
     """What a recipe over dense models becomes: a mixture of this family.
 
     Tensors are matched by what they become in GGUF: all but the feed-forward matrices of the base are taken as they
-    are, and FFN_GATE, FFN_UP and FFN_DOWN of each expert become FFN_GATE_EXP, FFN_UP_EXP and FFN_DOWN_EXP.
+    are, and FFN_GATE, FFN_UP and FFN_DOWN of each expert become FFN_GATE_EXP, FFN_UP_EXP and FFN_DOWN_EXP, those of a
+    shared expert FFN_GATE_SHEXP, FFN_UP_SHEXP and FFN_DOWN_SHEXP.
     """
 
     name: str
@@ -267,6 +288,13 @@ class MergeTarget:
     """Architectures of dense models that become this one where a recipe names it."""
     only_gguf: str = ""
     """Why such a merge is written as a GGUF file alone and not as a checkpoint of transformers; else empty."""
+    also_called: tuple[str, ...] = ()
+    """Other names of mixtures that compute the same: a recipe that says one of them becomes this one."""
+    shared: SharedExperts = SharedExperts.NONE
+    """The shared expert that the mixture has; a recipe with another kind does not become this one."""
+    obstacle: Callable[[ModelConfig, int, int], str] = no_obstacle
+    """Why llama.cpp does not compute the mixture of a base with this number of experts and of those that a token uses;
+    else empty."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +309,15 @@ class TokenizerRules:
     vocabulary lacks is left out."""
     pre_tokenizer: str | None = None
     """llama.cpp's name of the pre-tokenizer where several have the same patterns; None for the first of them."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Configurations of a class of transformers that are another family: with other tensors or another graph."""
+
+    holds: Callable[[ConfigReader], bool]
+    family: Family
+    """Its ``architectures`` is a name of ours, which no configuration has."""
 
 
 def no_hyper_parameters(config: ModelConfig) -> Mapping[str, GGUFValue]:
@@ -352,6 +389,8 @@ class Family:
     """None where ``merge.forward`` cannot compute the family."""
     merge: MergeTarget | None = None
     """For families of mixtures: which recipes become one."""
+    variants: tuple[Variant, ...] = ()
+    """Configurations of the same classes that are families of their own; the first that holds is taken."""
     tokenizer: TokenizerRules = TokenizerRules()
 
     @property

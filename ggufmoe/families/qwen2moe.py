@@ -7,8 +7,20 @@ configuration_qwen2_moe.py, 5.24.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from ggufmoe.families.family import BIAS, ConfigKey, HyperParameter, Kind, StoredLayout
+from ggufmoe.families.family import (
+    BIAS,
+    ConfigKey,
+    HyperParameter,
+    Kind,
+    MergeTarget,
+    SharedExperts,
+    StoredLayout,
+)
+from ggufmoe.families.llama import FAMILY as LLAMA
+from ggufmoe.families.mistral import FAMILY as MISTRAL
+from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.families.qwen2 import FAMILY as QWEN2
 from ggufmoe.families.standard import (
     NORMS,
@@ -18,6 +30,7 @@ from ggufmoe.families.standard import (
     dense_layers,
     experts,
     fused_experts,
+    narrow_heads,
     not_rescaled,
     own_output,
     rescaled_weights,
@@ -33,6 +46,35 @@ _ATTENTION = tuple(
     replace(rule, where=lambda config, _: config.flag(_BIAS)) if rule.suffix == BIAS else rule
     for rule in attention(biases="qkv")
 )
+
+
+def _merged_config(base: ModelConfig, n_expert: int, n_expert_used: int) -> dict[str, Any]:
+    return {
+        "num_experts": n_expert,
+        "num_experts_per_tok": n_expert_used,
+        _EXPERT_WIDTH: base.n_ff,
+        _SHARED_WIDTH: base.n_ff,
+        _BIAS: base.architecture == QWEN2.architecture,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def _obstacle(base: ModelConfig, n_expert: int, n_expert_used: int) -> str:
+    if n_expert_used < n_expert:
+        return (
+            "the weights of the chosen experts are to add up to one, and llama.cpp's qwen2moe graph does not rescale "
+            "them, so that it would answer as another model; take the prompts of the shared expert away (it is then "
+            f"added as it is), or set experts_per_token to {n_expert}, all experts"
+        )
+    if base.rope_scaling.kind == "llama3":
+        return "llama.cpp's qwen2moe graph does not take the factors of rope type llama3"
+    return narrow_heads(base, n_expert, n_expert_used)
+
 
 FAMILY = replace(
     QWEN2,
@@ -68,4 +110,12 @@ FAMILY = replace(
     ),
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
     arithmetic=not_rescaled,
+    merge=MergeTarget(
+        "Qwen MoE",
+        (QWEN2.architecture, LLAMA.architecture, MISTRAL.architecture),
+        _merged_config,
+        also_called=("Qwen2 MoE",),
+        shared=SharedExperts.GATED,
+        obstacle=_obstacle,
+    ),
 )

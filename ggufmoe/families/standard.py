@@ -319,7 +319,8 @@ def rescaled_weights(graph: str) -> Refusal:
         "norm_topk_prob",
         (False, None),
         f"false: llama.cpp's {graph} graph never rescales the weights of the chosen experts to one, and with true it "
-        "would answer as another model",
+        "would answer as another model, unless every expert is chosen for every token (num_experts_per_tok)",
+        unless=every_expert_is_used,
     )
 
 
@@ -329,7 +330,8 @@ def unrescaled_weights(graph: str) -> Refusal:
         "norm_topk_prob",
         (True,),
         f"true: llama.cpp's {graph} graph always rescales the weights of the chosen experts to one, and with false it "
-        "would answer as another model",
+        "would answer as another model, unless every expert is chosen for every token (num_experts_per_tok)",
+        unless=every_expert_is_used,
     )
 
 
@@ -340,6 +342,11 @@ def dense_layers(graph: str) -> tuple[Refusal, ...]:
         Refusal("decoder_sparse_step", (1,), f"1: {why}"),
         Refusal("mlp_only_layers", ([], None), f"no layers: {why}"),
     )
+
+
+def every_expert_is_used(reader: ConfigReader) -> bool:
+    """A ``Refusal.unless`` for how experts are weighted: the weights of all of them add up to one in any case."""
+    return bool(reader.value("num_experts_per_tok") == reader.value("num_local_experts"))
 
 
 def not_rescaled(config: ModelConfig) -> Arithmetic:
@@ -359,6 +366,13 @@ def heads_of_whole_width(reader: ConfigReader, config: ModelConfig) -> None:
     one_kind_of_layers(reader, config)
     if config.n_head * config.head_dim != config.n_embd:
         raise reader.error("head_dim", "hidden_size / num_attention_heads, which llama.cpp takes for this family")
+
+
+def narrow_heads(base: ModelConfig, n_expert: int, n_expert_used: int) -> str:
+    """A ``MergeTarget.obstacle``: heads of another width than a graph without a key for it takes."""
+    if base.n_head * base.head_dim == base.n_embd:
+        return ""
+    return f"its heads are {base.head_dim} wide, and llama.cpp takes hidden_size / num_attention_heads for this family"
 
 
 def stated_window(reader: ConfigReader) -> int | None:

@@ -15,7 +15,7 @@ from ggufmoe.checkpoint.safetensors import read_header
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError, SafetensorsError
 from ggufmoe.families import family_of
-from ggufmoe.families.family import StoredLayout, numbered
+from ggufmoe.families.family import EXPERT, StoredLayout, numbered
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.writing.plan import Part, PlannedFile, PlannedTensor, WritePlan, plan_file, split_tensors
@@ -28,8 +28,8 @@ _HEADER_ALIGNMENT = 8
 def plan_checkpoint(model: ModelSource, directory: Path, layout: Layout, max_shard_bytes: int) -> WritePlan:
     """Plan the safetensors files of a merged model in ``directory``, of at most ``max_shard_bytes`` of tensors each.
 
-    A larger tensor gets a shard of its own. ``classic`` has one tensor per expert projection and is read by every tool;
-    ``fused`` is how transformers 5 and mergekit stack them.
+    A larger tensor gets a shard of its own. ``classic`` is read by every tool and has, in nearly all families, one
+    tensor per expert projection; ``fused`` is how transformers 5 and mergekit stack them.
     """
     stored = _stored_as(model, layout)
     tensors = []
@@ -78,12 +78,12 @@ _Stored = tuple[str, tuple[int, ...], tuple[SourceTensor, ...]]
 
 def _stored_as(model: ModelSource, layout: Layout) -> Iterator[_Stored]:
     """The tensors of the checkpoint. Raises OptionError if the family has no such layout."""
-    if layout == "classic":
-        return ((name, one.shape, (one,)) for name, one in model.tensors.items())
     family = family_of(model.config)
     found = next((one for one in family.layouts if one.name == layout), None)
     if found is None:
         raise OptionError(f"a {family.architecture} has no layout {layout!r}; leave --layout out")
+    if not found.fused:
+        return ((name, one.shape, (one,)) for name, one in model.tensors.items())
     return _fused(model, found)
 
 
@@ -106,10 +106,11 @@ def _fused(model: ModelSource, layout: StoredLayout) -> Iterator[_Stored]:
         for fused in layout.fused:
             is_run_of_rows = not fused.transposed and not fused.interleaved
             assert is_run_of_rows, f"{fused.stored} cannot be written part after part"
-            experts = range(config.n_expert)
+            stack = (config.n_expert,) if EXPERT in fused.parts[0] else ()
+            experts = range(*stack or (1,))
             rows = [model.tensors[numbered(part, layer, expert)] for expert in experts for part in fused.parts]
-            n_rows = sum(row_count(one.shape) for one in rows) // config.n_expert
-            yield numbered(fused.stored, layer), (config.n_expert, n_rows, rows[0].shape[-1]), tuple(rows)
+            n_rows = sum(row_count(one.shape) for one in rows) // len(experts)
+            yield numbered(fused.stored, layer), (*stack, n_rows, rows[0].shape[-1]), tuple(rows)
 
 
 def _header(tensors: Sequence[PlannedTensor]) -> bytes:

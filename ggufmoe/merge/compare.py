@@ -31,16 +31,17 @@ _BASES_ALONE = {"rope_theta": "rope_theta", "rope_scaling": "rope scaling", "rms
 
 
 def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSource]) -> tuple[str, ...]:
-    """Warnings, one for each difference that may be intended.
+    """Warnings, one for each difference that may be intended. ``experts`` are those of the recipe, then its shared one.
 
     Raises RecipeError, naming all of them, for differences that would make the merge wrong.
     """
     errors: list[str] = []
     warnings: list[str] = []
-    for index, expert in enumerate(experts):
+    names = [f"expert {index} ({spec.source_model})" for index, spec in enumerate(recipe.experts)]
+    names += [f"shared expert ({spec.source_model})" for spec in recipe.shared_experts or ()]
+    for name, expert in zip(names, experts, strict=True):
         if expert is base:
             continue
-        name = f"expert {index} ({recipe.experts[index].source_model})"
         for field, called in _MUST_AGREE.items():
             ours, theirs = getattr(base.config, field), getattr(expert.config, field)
             if ours != theirs:

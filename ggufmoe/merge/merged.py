@@ -37,7 +37,15 @@ from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.model_card import model_card
 from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import check_prompts, make_router
-from ggufmoe.merge.targets import EXPERT_MATRICES, ROUTER, kept_names, needed_rule, target_family
+from ggufmoe.merge.targets import (
+    EXPERT_MATRICES,
+    ROUTER,
+    SHARED_GATE,
+    SHARED_MATRICES,
+    kept_names,
+    needed_rule,
+    target_family,
+)
 from ggufmoe.merge.tokens import BASE, GatheredRows, KnownTokens, TokenPlan, plan_tokens
 from ggufmoe.quant.kernels.conversions import CONVERSIONS
 from ggufmoe.version import __version__
@@ -140,25 +148,26 @@ class MergedModel:
                 _open(expert.source_model, path, text, ("experts", i, "source_model"), opened)
                 for i, expert in enumerate(recipe.experts)
             ]
+            self._shared = [
+                _open(expert.source_model, path, text, ("shared_experts", i, "source_model"), opened)
+                for i, expert in enumerate(recipe.shared_experts or ())
+            ]
             self._sources = tuple(opened.values())
             self._family = _target(self._base.config, recipe, path, text)
-            self.warnings = compare_sources(self._base, recipe, self._experts)
+            self.warnings = compare_sources(self._base, recipe, [*self._experts, *self._shared])
             # the largest tensor has the dtype of all matrices
             largest = max(self._base.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape)))
             self._dtype = recipe.storage_dtype or largest.dtype
-            self._tokens = plan_tokens(recipe.tokenizer_source, self._base, self._experts)
+            self._tokens = plan_tokens(recipe.tokenizer_source, self._base, [*self._experts, *self._shared])
             self.config = _config(path, self._base.config, self._family, recipe, self._dtype, self._tokens)
             self.tokenizer_dir = self._tokens.directory
             self.chat_template = self._chosen_template()
             self.provenance = _provenance(recipe, text, path, opened)
-            self._routers = [
-                RouterTensor(
-                    needed_rule(self._family, ROUTER).name(layer),
-                    (self.config.n_expert, self.config.n_embd),
-                    self._dtype,
-                )
-                for layer in range(self.config.n_layer)
-            ]
+            self._routers = self._router_tensors(ROUTER, self.config.n_expert)
+            self._shared_gates = self._router_tensors(SHARED_GATE, 1) if self._family.rule(SHARED_GATE) else []
+            if self._base.config.sliding_window and not self.config.sliding_window:
+                window = f"the base's sliding window of {self._base.config.sliding_window} tokens is not applied"
+                self.warnings += (f"{window}: a {self._family.architecture} has none",)
             self.tensors: Mapping[str, SourceTensor] = MappingProxyType(dict(self._named_tensors()))
             check_prompts(recipe, self._base)
         except BaseException:
@@ -199,6 +208,8 @@ class MergedModel:
             return
         router = make_router(self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel)
         for tensor, rows in zip(self._routers, router.rows, strict=True):
+            tensor.fill(rows)
+        for tensor, rows in zip(self._shared_gates, router.shared_rows if self._shared_gates else (), strict=True):
             tensor.fill(rows)
         self.router_report = router.report
         if layers := router.report.degenerate_layers:
@@ -271,29 +282,54 @@ class MergedModel:
         return template
 
     def _named_tensors(self) -> Iterator[tuple[str, SourceTensor]]:
+        yield from self._base_tensors()
+        for router in (*self._routers, *self._shared_gates):
+            yield router.name, router
+        n_expert, n_parts = len(self._experts), len(EXPERT_MATRICES)
+        for layer in range(self.config.n_layer):
+            for index, (spec, source) in enumerate(zip(self.recipe.experts, self._experts, strict=True)):
+                first = (layer * n_expert + index) * n_parts
+                yield from self._expert_tensors(spec, source, EXPERT_MATRICES, (layer, index), first)
+            for spec, source in zip(self.recipe.shared_experts or (), self._shared, strict=True):
+                first = (self.config.n_layer * n_expert + layer) * n_parts
+                yield from self._expert_tensors(spec, source, SHARED_MATRICES, (layer, 0), first)
+
+    def _base_tensors(self) -> Iterator[tuple[str, SourceTensor]]:
         dense = family_of(self._base.config)
         kept = kept_names(self._base.config, self._family)
-        token_rows = {rule.hf for rule in map(dense.rule, _TOKEN_ROWS) if rule is not None}
-        for name, tensor in self._base.tensors.items():
-            if name in token_rows and self._tokens.runs:
+        embedding, output = (needed_rule(dense, tensor).hf for tensor in _TOKEN_ROWS)
+        stored = dict(self._base.tensors)
+        if output not in stored and not self.config.tie_embeddings:
+            stored[output] = stored[embedding]
+        for name, tensor in stored.items():
+            if name in (embedding, output) and self._tokens.runs:
                 yield kept[name], self._gathered_rows(kept[name], name)
             elif name in kept:
                 yield kept[name], RoundedTensor(kept[name], tensor, self._dtype)
-        for router in self._routers:
-            yield router.name, router
-        matrices = [(needed_rule(dense, one), needed_rule(self._family, other)) for one, other in EXPERT_MATRICES]
-        for layer in range(self.config.n_layer):
-            for index, (spec, source) in enumerate(zip(self.recipe.experts, self._experts, strict=True)):
-                for place, (one, other) in enumerate(matrices):
-                    name = other.name(layer, index)
-                    tensor_number = (layer * len(self._experts) + index) * len(matrices) + place
-                    is_down = one.tensor is MODEL_TENSOR.FFN_DOWN
-                    changes = _changes(spec, (self.recipe.seed, tensor_number), is_down=is_down)
-                    yield name, RoundedTensor(name, source.tensors[one.name(layer)], self._dtype, changes)
+
+    def _expert_tensors(
+        self,
+        spec: ExpertRecipe,
+        source: ModelSource,
+        matrices: Sequence[tuple[Any, Any]],
+        place: tuple[int, int],
+        first: int,
+    ) -> Iterator[tuple[str, SourceTensor]]:
+        """The matrices of one expert of one layer; ``first`` is the number of the first one's noise."""
+        dense = family_of(self._base.config)
+        for number, (tensor, becomes) in enumerate(matrices, first):
+            name = needed_rule(self._family, becomes).name(*place)
+            stored = source.tensors[needed_rule(dense, tensor).name(place[0])]
+            changes = _changes(spec, (self.recipe.seed, number), is_down=tensor is MODEL_TENSOR.FFN_DOWN)
+            yield name, RoundedTensor(name, stored, self._dtype, changes)
+
+    def _router_tensors(self, tensor: Any, n_rows: int) -> list[RouterTensor]:
+        rule, shape = needed_rule(self._family, tensor), (n_rows, self.config.n_embd)
+        return [RouterTensor(rule.name(layer), shape, self._dtype) for layer in range(self.config.n_layer)]
 
     def _gathered_rows(self, name: str, source_name: str) -> GatheredRows:
         embedding = needed_rule(family_of(self._base.config), MODEL_TENSOR.TOKEN_EMBD).hf
-        sources = {BASE: self._base, **dict(enumerate(self._experts))}
+        sources = {BASE: self._base, **dict(enumerate([*self._experts, *self._shared]))}
         used = {source for run in self._tokens.runs for source, _ in run.sources}
         tensors: dict[int, SourceTensor] = {}
         for source in used:
@@ -354,9 +390,9 @@ def _open(
 def _target(base: ModelConfig, recipe: Recipe, path: Path, text: str) -> Family:
     """The family of the result. Errors name the place in the recipe."""
     try:
-        return target_family(base, recipe.architecture)
+        return target_family(base, recipe.wanted)
     except RecipeError as error:
-        key = "architecture" if recipe.architecture else "base_model"
+        key = "architecture" if recipe.architecture else "shared_experts" if recipe.shared else "base_model"
         raise RecipeError(f"{place_of(path, text, (key,))}: {error}") from error
 
 
@@ -398,10 +434,11 @@ def _config(
     assert family.merge is not None, "target_family gives families that are targets"
     spellings = {other: key for key, others in family_of(base).aliases.items() for other in others}
     raw = {spellings.get(key, key): value for key, value in base.raw.items() if key not in _DROPPED}
+    own = family.merge.config(base, len(recipe.experts), recipe.experts_per_token)
     raw |= {
         "architectures": [family.architecture],
         "model_type": family.model_types[0],
-        **family.merge.config(base, len(recipe.experts), recipe.experts_per_token),
+        **own,
         "num_key_value_heads": base.n_head_kv,
         "head_dim": base.head_dim,
         "rms_norm_eps": base.rms_norm_eps,
@@ -415,6 +452,7 @@ def _config(
         "torch_dtype": _TORCH_DTYPES[dtype],
         "dtype": _TORCH_DTYPES[dtype],
         **tokens.config,
+        **own,
     }
     return replace(
         parse_config(path, MappingProxyType(raw)),

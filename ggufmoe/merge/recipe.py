@@ -19,8 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, S
 from pydantic_core import PydanticCustomError
 
 from ggufmoe.errors import RecipeError, one_line
+from ggufmoe.families.family import SharedExperts
 from ggufmoe.files import decode_text, what_instead
-from ggufmoe.merge.targets import is_known, known_names, why_not_made
+from ggufmoe.merge.targets import Wanted, is_known, known_names
 from ggufmoe.options.limits import MAX_EXPERTS
 from ggufmoe.weights.source_tensor import Dtype
 
@@ -109,7 +110,7 @@ class Recipe(BaseModel):
     dtype: StrictStr | None = None
     experts_per_token: StrictInt = Field(default=2, ge=1)
     architecture: StrictStr | None = None
-    shared_experts: tuple[ExpertRecipe, ...] | None = None
+    shared_experts: tuple[ExpertRecipe, ...] | None = Field(default=None, max_length=1)
 
     seed: StrictInt = Field(default=0, ge=0, lt=1 << 64)
     name: StrictStr | None = None
@@ -120,6 +121,26 @@ class Recipe(BaseModel):
     def storage_dtype(self) -> Dtype | None:
         """The dtype every weight is rounded to; None keeps the base model's."""
         return None if self.dtype is None else _DTYPES[self.dtype]
+
+    @property
+    def shared(self) -> ExpertRecipe | None:
+        """The expert that every token goes to, if there is one."""
+        return self.shared_experts[0] if self.shared_experts else None
+
+    @property
+    def gated(self) -> tuple[ExpertRecipe, ...]:
+        """The experts that get a router row: the routed ones, and a shared one that has prompts or needs none."""
+        shared = self.shared_experts or ()
+        return (*self.experts, *(one for one in shared if one.positive_prompts or not self.gate_mode.needs_prompts))
+
+    @property
+    def wanted(self) -> Wanted:
+        """What decides which mixture the recipe becomes."""
+        kind = SharedExperts.NONE
+        if self.shared is not None:
+            kind = SharedExperts.GATED if self.shared.positive_prompts else SharedExperts.PLAIN
+        gates_are_random = not self.gate_mode.needs_prompts
+        return Wanted(self.architecture, kind, len(self.experts), self.experts_per_token, gates_are_random)
 
 
 def load_recipe(path: Path, *, allow_identical_experts: bool = False) -> tuple[Recipe, str]:
@@ -276,7 +297,7 @@ def _message(kind: str, place: Sequence[str | int], problem: Any) -> str:
     if kind == "too_short":
         return "there must be at least one"
     if kind == "too_long":
-        return f"there may be at most {MAX_EXPERTS}"
+        return f"there may be at most {problem['ctx']['max_length']}"
     if kind == "string_type":
         return f"expected text, found {found}; put it in quotes if it is meant as text"
     if kind in _EXPECTED:
@@ -327,17 +348,20 @@ def _problems(recipe: Recipe, allow_identical: bool) -> Iterator[_Problem]:
         yield from _identical_experts(recipe)
 
 
+def _all_experts(recipe: Recipe) -> Iterator[tuple[tuple[str, int], ExpertRecipe]]:
+    """Routed and shared experts, each with its place in the recipe."""
+    for key, experts in (("experts", recipe.experts), ("shared_experts", recipe.shared_experts or ())):
+        for i, expert in enumerate(experts):
+            yield (key, i), expert
+
+
 def _unsupported(recipe: Recipe) -> Iterator[_Problem]:
-    if recipe.shared_experts:
-        yield ("shared_experts",), "the mixtures that ggufmoe makes have no shared experts; remove the key"
     if recipe.architecture and not is_known(recipe.architecture):
-        reason = f": {why}" if (why := why_not_made(recipe.architecture)) else ""
-        yield ("architecture",), f"{recipe.architecture!r:.60} is not supported{reason}; ggufmoe makes {known_names()}"
+        yield ("architecture",), f"{recipe.architecture!r:.60} is not supported; ggufmoe makes {known_names()}"
     if recipe.dtype is not None and recipe.dtype not in _DTYPES:
         yield ("dtype",), f"unknown dtype {recipe.dtype!r:.60}; one of bfloat16, float16, float32"
-    models = [(("base_model",), recipe.base_model)]
-    models += [(("experts", i, "source_model"), expert.source_model) for i, expert in enumerate(recipe.experts)]  # type: ignore[misc]
-    for place, model in models:
+    models = [((*place, "source_model"), expert.source_model) for place, expert in _all_experts(recipe)]
+    for place, model in [(("base_model",), recipe.base_model), *models]:
         if not model.strip():
             yield place, "names no model"
         elif _NO_PATH.search(model):
@@ -362,13 +386,13 @@ def _bad_choice(key: str, value: str | None, recipe: Recipe, others: str = "") -
 
 def _prompt_problems(recipe: Recipe) -> Iterator[_Problem]:
     mode = recipe.gate_mode.value
-    for i, expert in enumerate(recipe.experts):
-        if not expert.positive_prompts:
-            yield ("experts", i, "positive_prompts"), f"gate mode {mode} needs at least one prompt for each expert"
+    for (key, i), expert in _all_experts(recipe):
+        if not expert.positive_prompts and (key == "experts" or expert.negative_prompts):
+            yield (key, i, "positive_prompts"), f"gate mode {mode} needs at least one prompt for each expert"
         # an empty negative prompt is the beginning-of-text token alone, as for mergekit
         for j, prompt in enumerate(expert.positive_prompts):
             if not prompt.strip():
-                yield ("experts", i, "positive_prompts", j), "the prompt is empty"
+                yield (key, i, "positive_prompts", j), "the prompt is empty"
 
 
 def _identical_prompts(recipe: Recipe) -> Iterator[_Problem]:

@@ -29,6 +29,8 @@ class Router:
 
     rows: Floats
     report: RouterReport
+    shared_rows: Floats
+    """The rows of a shared expert's gate, (n_layer, 1, n_embd); of a recipe without one (n_layer, 0, n_embd)."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,9 @@ def make_router(
     Progress is reported after each layer, as an equal share of the base's bytes. Raises Cancelled when ``cancel`` is
     set.
     """
-    n_expert = len(recipe.experts)
+    n_rows = len(recipe.gated)
     if not recipe.gate_mode.needs_prompts:
-        rows = _random_rows(recipe, base.config, n_expert)
-        return Router(rows, _report(recipe, rows, (), None))
+        return _router(recipe, _random_rows(recipe, base.config, n_rows), (), None)
     prompts = _tokenized(recipe, base)
     n_layer = base.config.n_layer
     layer_bytes = sum(prod(tensor.shape) * tensor.dtype.n_bytes for tensor in base.tensors.values()) // n_layer
@@ -71,16 +72,15 @@ def make_router(
         table = base.tensors[rule.name()]
         sums = np.stack([embedding_rows(table, prompt.tokens).sum(axis=0) for prompt in prompts])[None]
         work.advance(layer_bytes * n_layer, f"layer {n_layer} of {n_layer}")
-        rows = np.repeat(_combine_sums(sums, prompts, n_expert), n_layer, axis=0)
-        return Router(rows, _report(recipe, rows, prompts, np.repeat(sums, n_layer, axis=0)))
+        rows = np.repeat(_combine_sums(sums, prompts, n_rows), n_layer, axis=0)
+        return _router(recipe, rows, prompts, np.repeat(sums, n_layer, axis=0))
 
     def on_layer(done: int) -> None:
         work.advance(layer_bytes, f"layer {done} of {n_layer}")
 
     forward = ForwardPass(base, threads=threads, work=work)
     inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, on_layer)
-    rows = _combine_means(inputs, prompts, n_expert)
-    return Router(rows, _report(recipe, rows, prompts, router_inputs))
+    return _router(recipe, _combine_means(inputs, prompts, n_rows), prompts, router_inputs)
 
 
 def check_prompts(recipe: Recipe, base: ModelSource) -> int:
@@ -99,7 +99,7 @@ def check_prompts(recipe: Recipe, base: ModelSource) -> int:
 def _tokenized(recipe: Recipe, base: ModelSource) -> tuple[_Prompt, ...]:
     tokenize = prompt_tokenizer(base.tokenizer_dir)
     prompts = []
-    for expert, spec in enumerate(recipe.experts):
+    for expert, spec in enumerate(recipe.gated):
         for positive, texts in zip((True, False), spec.prompts, strict=True):
             ids = tokenize_prompts(tokenize, texts, n_vocab=base.config.n_vocab, n_ctx=base.config.n_ctx)
             prompts += [_Prompt(expert, positive, *pair) for pair in zip(texts, map(tuple, ids), strict=True)]
@@ -172,6 +172,15 @@ def _normalized(vectors: Floats) -> Floats:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     out: Floats = (vectors / np.maximum(lengths, 1e-8)).astype(np.float32)
     return out
+
+
+def _router(recipe: Recipe, rows: Floats, prompts: Sequence[_Prompt], vectors: NDArray[Any] | None) -> Router:
+    """The router of the rows of ``Recipe.gated``; its report is about the routed experts alone."""
+    n_expert = len(recipe.experts)
+    routed, shared = rows[:, :n_expert], rows[:, n_expert:]
+    mine = [i for i, prompt in enumerate(prompts) if prompt.expert < n_expert]
+    report = _report(recipe, routed, [prompts[i] for i in mine], None if vectors is None else vectors[:, mine])
+    return Router(routed, report, shared)
 
 
 def _report(recipe: Recipe, rows: Floats, prompts: Sequence[_Prompt], vectors: NDArray[Any] | None) -> RouterReport:

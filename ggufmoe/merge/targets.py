@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ggufmoe.errors import RecipeError
 from ggufmoe.families import all_families, family_of
-from ggufmoe.families.family import Family, MergeTarget, TensorRule
+from ggufmoe.families.family import Family, MergeTarget, SharedExperts, TensorRule
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 
@@ -18,11 +19,32 @@ EXPERT_MATRICES = (
     (MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_UP_EXP),
 )
 """The matrices of a dense feed-forward part and what they become in a mixture; noise is numbered in this order."""
+SHARED_MATRICES = (
+    (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_GATE_SHEXP),
+    (MODEL_TENSOR.FFN_DOWN, MODEL_TENSOR.FFN_DOWN_SHEXP),
+    (MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_UP_SHEXP),
+)
+"""The same of a shared expert."""
+SHARED_GATE = MODEL_TENSOR.FFN_GATE_INP_SHEXP
 
 
-_COMPUTED_DIFFERENTLY = ("Qwen MoE", "Qwen2 MoE", "DeepSeek MoE")
-"""Mixtures of mergekit's whose graphs in llama.cpp (``src/models/qwen2moe.cpp``, ``deepseek.cpp``) do not rescale the
-weights of the chosen experts, which the configurations that mergekit writes ask for (``norm_topk_prob``)."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a recipe says about the mixture that it becomes."""
+
+    architecture: str | None
+    """The beginning of a target's name; None where the recipe does not say."""
+    shared: SharedExperts
+    """PLAIN or GATED by whether the shared expert has prompts."""
+    n_expert: int
+    n_expert_used: int
+    gates_are_random: bool = False
+    """Whether a shared expert can be gated without prompts."""
+
+    def may_become(self, target: MergeTarget) -> bool:
+        """Whether the target has the shared expert that the recipe has."""
+        drawn = self.architecture is not None and self.gates_are_random and self.shared is SharedExperts.PLAIN
+        return target.shared is self.shared or (drawn and target.shared is SharedExperts.GATED)
 
 
 def all_targets() -> Iterator[tuple[MergeTarget, Family]]:
@@ -42,37 +64,33 @@ def known_names() -> str:
     return ", ".join(target.name for target, _ in all_targets())
 
 
-def why_not_made(name: str) -> str:
-    """For messages: why ``architecture: name``, which mergekit knows, is not made here; empty for any other name."""
-    if not any(_begins(other, name) for other in _COMPUTED_DIFFERENTLY):
-        return ""
-    return "llama.cpp does not rescale the weights of its chosen experts to one, so it would answer as another model"
-
-
 def _is_called(target: MergeTarget, name: str) -> bool:
-    return _begins(target.name, name)
+    return any(one.lower().startswith(name.lower()) for one in (target.name, *target.also_called))
 
 
-def _begins(full: str, name: str) -> bool:
-    return full.lower().startswith(name.lower())
-
-
-def target_family(base: ModelConfig, wanted: str | None) -> Family:
+def target_family(base: ModelConfig, wanted: Wanted) -> Family:
     """The family that a recipe over this base becomes: the one that it names in ``architecture:``, or the base's own.
 
-    Raises RecipeError if no mixture, or not this one, is made of models of the base's architecture.
+    Raises RecipeError if no mixture, or not this one, is made of models of the base's architecture, or if llama.cpp
+    would compute another one.
     """
-    made = base.architecture
+    made, name = base.architecture, wanted.architecture
     possible = [(target, family) for target, family in all_targets() if made in (*target.sources, *target.on_request)]
-    for target, family in possible:
-        if _is_called(target, wanted) if wanted else made in target.sources:
+    if not possible:
+        bases = sorted({name for target, _ in all_targets() for name in (*target.sources, *target.on_request)})
+        raise RecipeError(f"no mixture is made of {made}; a recipe takes {', '.join(bases)}")
+    named = [pair for pair in possible if (_is_called(pair[0], name) if name else made in pair[0].sources)]
+    for target, family in named:
+        if wanted.may_become(target):
+            if obstacle := target.obstacle(base, wanted.n_expert, wanted.n_expert_used):
+                raise RecipeError(f"a {target.name} of {made} models is not made: {obstacle}")
             return family
-    if wanted:
-        others = f"; it can become {' or '.join(target.name for target, _ in possible)}" if possible else ""
-        reason = f": {why}" if (why := why_not_made(wanted)) else ""
-        raise RecipeError(f"a {made} does not become a {wanted!r:.40}{reason}{others}")
-    bases = sorted({name for target, _ in all_targets() for name in (*target.sources, *target.on_request)})
-    raise RecipeError(f"no mixture is made of {made}; a recipe takes {', '.join(bases)}")
+    kind = f"a {name!r:.40}" if name else "a mixture"
+    if not named:
+        others = " or ".join(target.name for target, _ in possible)
+        raise RecipeError(f"a {made} does not become {kind}; it can become {others}")
+    others = "; ".join(f"{target.name} has {target.shared.value}" for target, _ in possible)
+    raise RecipeError(f"a {made} does not become {kind} with {wanted.shared.value}: {others}")
 
 
 def kept_names(base: ModelConfig, target: Family) -> dict[str, str]:

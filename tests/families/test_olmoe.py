@@ -19,7 +19,9 @@ def config(**keys: Any) -> dict[str, Any]:
     return config_json("OlmoeForCausalLM", "olmoe", **{**own, **keys})
 
 
-@pytest.mark.parametrize("keys", [{}, {"norm_topk_prob": ..., "rms_norm_eps": 1e-2}])
+@pytest.mark.parametrize(
+    "keys", [{"norm_topk_prob": ...}, {"norm_topk_prob": True, "num_experts_per_tok": 4, "rms_norm_eps": 1e-2}]
+)
 def test_llama_cpp_computes_the_same(tmp_path: Path, keys: dict[str, Any]) -> None:
     check_computes(make_checkpoint(tmp_path / "model", config(**keys)), tmp_path)
 

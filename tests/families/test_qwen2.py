@@ -58,3 +58,10 @@ def test_the_window_counts_only_where_it_is_switched_on(tmp_path: Path) -> None:
 def test_what_the_graph_cannot_compute_is_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ggufmoe.CheckpointError, match=message):
         model(tmp_path, **keys)
+
+
+def test_factors_of_llama_3_are_refused(tmp_path: Path) -> None:
+    """llama.cpp's graph reads no table of them, so that the positions of another model would be computed."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    with pytest.raises(ggufmoe.CheckpointError, match="qwen2 graph does not take the factors of rope type llama3"):
+        model(tmp_path, rope_scaling={**scaling, "original_max_position_embeddings": 512})

@@ -19,7 +19,9 @@ def config(**keys: Any) -> dict[str, Any]:
     return config_json("Qwen2MoeForCausalLM", "qwen2_moe", **{**own, "shared_expert_intermediate_size": 768, **keys})
 
 
-@pytest.mark.parametrize("keys", [{}, {"norm_topk_prob": ..., "qkv_bias": False}])
+@pytest.mark.parametrize(
+    "keys", [{"norm_topk_prob": ...}, {"norm_topk_prob": True, "num_experts_per_tok": 4, "qkv_bias": False}]
+)
 def test_llama_cpp_computes_the_same(tmp_path: Path, keys: dict[str, Any]) -> None:
     check_computes(make_checkpoint(tmp_path / "model", config(**keys)), tmp_path)
 

@@ -26,8 +26,9 @@ def config(**keys: Any) -> dict[str, Any]:
     return config_json("Qwen3MoeForCausalLM", "qwen3_moe", **{**own, "head_dim": 32, **keys})
 
 
-def test_llama_cpp_computes_the_same(tmp_path: Path) -> None:
-    check_computes(make_checkpoint(tmp_path / "model", config()), tmp_path)
+@pytest.mark.parametrize("keys", [{}, {"norm_topk_prob": False, "num_experts_per_tok": 4}])
+def test_llama_cpp_computes_the_same(tmp_path: Path, keys: dict[str, Any]) -> None:
+    check_computes(make_checkpoint(tmp_path / "model", config(**keys)), tmp_path)
 
 
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "IQ4_XS"])
