@@ -17,9 +17,7 @@ def model_card(recipe: Recipe, provenance: Provenance) -> str:
     sources = "\n".join(
         f"* [{base.name}]({base.repo_url})" if base.repo_url else f"* `{base.name}`" for base in provenance.base_models
     )
-    shared = (
-        f", and a shared expert of `{recipe.shared.source_model}` that answers every token" if recipe.shared else ""
-    )
+    also = f", and a shared expert of `{recipe.shared.source_model}` that answers every token" if recipe.shared else ""
     return f"""---
 {yaml.safe_dump(_front_matter(provenance), sort_keys=False, allow_unicode=True)}---
 
@@ -30,7 +28,7 @@ A Mixture of Experts made with ggufmoe from:
 {sources}
 
 Attention, embeddings and norms are those of `{recipe.base_model}`. Each layer has {len(recipe.experts)} experts,
-of which {recipe.experts_per_token} answer each token{shared}. The router was not trained: its rows were made by gate mode
+of which {recipe.experts_per_token} answer each token{also}. The router was not trained: its rows were made by gate mode
 {rows}.
 
 ## Recipe
