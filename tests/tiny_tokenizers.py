@@ -1,8 +1,8 @@
 """Small tokenizers for the tiny models, trained on a few sentences, once in a process.
 
 ``spm`` is sentencepiece's own file; ``json`` the same vocabulary as a ``tokenizer.json`` of the sentencepiece kind;
-``bpe`` a byte-level ``tokenizer.json`` with Llama 3's pre-tokenizer, ``smollm`` one with SmolLM2's and ``qwen`` one
-with Qwen2's.
+``bpe`` a byte-level ``tokenizer.json`` with Llama 3's pre-tokenizer, ``smollm`` one with SmolLM2's ``qwen`` one
+with Qwen2's and ``qwen35`` one with Qwen3.5's.
 """
 
 from __future__ import annotations
@@ -130,6 +130,10 @@ def sentencepiece_json() -> str:
 
 
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _splitting_pre_tokenizer(pattern: str) -> Any:
@@ -154,12 +158,12 @@ def _smollm_pre_tokenizer() -> Any:
 @cache
 def byte_level_json(kind: str) -> str:
     """A byte-level ``tokenizer.json``: ``bpe`` as Llama 3's (specials last, BOS added), ``smollm`` as SmolLM2's, and
-    ``qwen`` as Qwen2's (specials last, none added)."""
+    ``qwen`` as Qwen2's and ``qwen35`` as Qwen3.5's (specials last, none added)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = list(SPECIAL_TOKENS[kind])
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "bpe"))
-    patterns = {"bpe": LLAMA3_PATTERN, "qwen": QWEN2_PATTERN}
+    patterns = {"bpe": LLAMA3_PATTERN, "qwen": QWEN2_PATTERN, "qwen35": QWEN35_PATTERN}
     tokenizer.pre_tokenizer = _splitting_pre_tokenizer(patterns[kind]) if kind in patterns else _smollm_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -182,8 +186,9 @@ SPECIAL_TOKENS = {
     "bpe": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
     "smollm": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "qwen": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "qwen35": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 }
-"""Beginning and end of text first; ``smollm`` begins with the token that also ends, ``qwen`` with none."""
+"""Beginning and end of text first; ``smollm`` begins with the token that also ends, those of Qwen with none."""
 
 
 def special_ids(kind: str) -> tuple[int, int]:
@@ -192,14 +197,14 @@ def special_ids(kind: str) -> tuple[int, int]:
         return 1, 2
     if kind == "bpe":
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 2
-    if kind == "qwen":
+    if kind.startswith("qwen"):
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 1
     return 1, 2
 
 
 def vocabulary_size(kind: str | None) -> int:
     """Number of tokens; models without a tokenizer get as many as ``spm`` ones."""
-    return N_BYTE_LEVEL if kind in ("bpe", "smollm", "qwen") else N_PIECES
+    return N_BYTE_LEVEL if kind in ("bpe", "smollm", "qwen", "qwen35") else N_PIECES
 
 
 def tokenizer_files(kind: str) -> dict[str, bytes]:
@@ -212,7 +217,7 @@ def tokenizer_files(kind: str) -> dict[str, bytes]:
 
 def tokenizer_config(kind: str) -> dict[str, Any]:
     """``tokenizer_config.json`` as transformers writes it for a tokenizer of this kind."""
-    if kind == "qwen":
+    if kind.startswith("qwen"):
         return {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_prefix_space": False,
                 "tokenizer_class": "Qwen2Tokenizer"}  # fmt: skip
     begin, end = SPECIAL_TOKENS[kind][:2] if kind != "smollm" else SPECIAL_TOKENS[kind][1:]

@@ -55,7 +55,7 @@ from ggufmoe.weights.views import Changed, PickedRows, Reshaped
 EXPERT_WIDTH, SHARED_WIDTH = "moe_intermediate_size", "shared_expert_intermediate_size"
 KERNEL, KEY_DIM, VALUE_DIM = "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"
 KEY_HEADS, VALUE_HEADS = "linear_num_key_heads", "linear_num_value_heads"
-_INTERVAL, _LAYER_TYPES = "full_attention_interval", "layer_types"
+INTERVAL, _LAYER_TYPES = "full_attention_interval", "layer_types"
 _LINEAR, _FULL = "linear_attention", "full_attention"
 LINEAR_MODULE = "model.layers.{layer}.linear_attn."
 
@@ -63,7 +63,7 @@ LINEAR_MODULE = "model.layers.{layer}.linear_attn."
 def is_linear(config: ModelConfig, layer: int) -> bool:
     """A ``TensorRule.where``: the layers with linear attention."""
     kinds: Sequence[str] | None = config.raw.get(_LAYER_TYPES)
-    return (layer + 1) % config.size(_INTERVAL) != 0 if kinds is None else kinds[layer] == _LINEAR
+    return (layer + 1) % config.size(INTERVAL) != 0 if kinds is None else kinds[layer] == _LINEAR
 
 
 def is_full(config: ModelConfig, layer: int) -> bool:
@@ -189,10 +189,31 @@ def hybrid_parameters(*common: HyperParameter) -> tuple[HyperParameter, ...]:
         HyperParameter(Keys.SSM.TIME_STEP_RANK, u32, size_of(VALUE_HEADS)),
         HyperParameter(Keys.SSM.INNER_SIZE, u32, linear_width),
         HyperParameter(RECURRENT_LAYERS, booleans, lambda c: [is_linear(c, layer) for layer in range(c.n_layer)]),
-        HyperParameter(Keys.LLM.FULL_ATTENTION_INTERVAL, u32, size_of(_INTERVAL)),
+        HyperParameter(Keys.LLM.FULL_ATTENTION_INTERVAL, u32, size_of(INTERVAL)),
         HyperParameter(Keys.Rope.DIMENSION_COUNT, u32, rotated_width),
     )
 
+
+WITHOUT_MTP = SkippedTensors(
+    lambda config, name: name.startswith(("mtp.", "model.mtp.")),
+    "they predict further tokens (MTP), which answers do not need",
+)
+KEYS = (EXPERT_WIDTH, SHARED_WIDTH, KERNEL, KEY_DIM, VALUE_DIM, KEY_HEADS, VALUE_HEADS, INTERVAL)
+DEFAULTS = {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "head_dim": 256,
+    EXPERT_WIDTH: 512,
+    SHARED_WIDTH: 512,
+    KERNEL: 4,
+    KEY_DIM: 128,
+    VALUE_DIM: 128,
+    KEY_HEADS: 16,
+    VALUE_HEADS: 32,
+    INTERVAL: 4,
+}
 
 FAMILY = Family(
     architectures=("Qwen3NextForCausalLM",),
@@ -201,28 +222,14 @@ FAMILY = Family(
     tensors=hybrid_decoder(linear_attention(*_projections())),
     hyper_parameters=hybrid_parameters(*common_parameters(head_size=head_dim)),
     defaults={
+        **DEFAULTS,
         "intermediate_size": 5632,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e4,
-        "head_dim": 256,
         "num_local_experts": 512,
         "num_experts_per_tok": 10,
         "norm_topk_prob": True,
-        EXPERT_WIDTH: 512,
-        SHARED_WIDTH: 512,
-        KERNEL: 4,
-        KEY_DIM: 128,
-        VALUE_DIM: 128,
-        KEY_HEADS: 16,
-        VALUE_HEADS: 32,
-        _INTERVAL: 4,
     },
     aliases={"num_local_experts": ("num_experts",)},
-    keys=tuple(
-        map(ConfigKey, (EXPERT_WIDTH, SHARED_WIDTH, KERNEL, KEY_DIM, VALUE_DIM, KEY_HEADS, VALUE_HEADS, _INTERVAL))
-    ),
+    keys=tuple(map(ConfigKey, KEYS)),
     refusals=(
         only_silu(),
         no_bias("attention_bias"),
@@ -232,12 +239,7 @@ FAMILY = Family(
     check=check,
     rotary_fraction=0.25,
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", EXPERTS)),
-    skipped=(
-        SkippedTensors(
-            lambda config, name: name.startswith(("mtp.", "model.mtp.")),
-            "they predict further tokens (MTP), which answers do not need",
-        ),
-    ),
+    skipped=(WITHOUT_MTP,),
     unexpressed=unexpressed,
     arithmetic=None,
 )

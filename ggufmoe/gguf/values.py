@@ -33,6 +33,11 @@ def booleans(values: Iterable[bool]) -> GGUFValue:
     return GGUFValue(ValueType.ARRAY, list(values), ValueType.BOOL)
 
 
+def i32s(values: Iterable[int]) -> GGUFValue:
+    """An array of INT32 values as a metadata value."""
+    return GGUFValue(ValueType.ARRAY, list(values), ValueType.INT32)
+
+
 def texts(values: Iterable[str]) -> GGUFValue:
     """An array of strings as a metadata value."""
     return GGUFValue(ValueType.ARRAY, list(values), ValueType.STRING)

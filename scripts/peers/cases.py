@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class FamilyCase:
     @property
     def is_mixture(self) -> bool:
         """Whether transformers holds the experts of the model in fused tensors."""
-        return any("expert" in key for key in self.config)
+        return any("expert" in key for key in {**self.config, **self.config.get("text_config", {})})
 
 
 SIZES: Mapping[str, Any] = {
@@ -133,6 +133,15 @@ _OTHER_LAYERS: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
 }
 _QWEN3_NEXT: dict[str, Any] = {**_QWEN2_EXPERTS, "norm_topk_prob": True, **_LINEAR_ATTENTION}
+_SECTIONS: dict[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 1e6,
+    "mrope_section": [3, 3, 2],
+    "mrope_interleaved": True,
+}
+_QWEN35: dict[str, Any] = {**_LINEAR_ATTENTION, "rope_parameters": _SECTIONS, "head_dim": 64} | {
+    key: value for key, value in _QWEN2_EXPERTS.items() if key != "norm_topk_prob"
+}
 _NO_MTP = ("--no-mtp",)
 """Without it the converter fails on checkpoints that hold no layers of multi-token prediction, as these do."""
 _DEEPSEEK: dict[str, Any] = {
@@ -190,6 +199,28 @@ FAMILIES = (
         _NO_MTP,
         **_QWEN3_NEXT | _OTHER_LAYERS,
         tie_word_embeddings=True,
+    ),
+    replace(
+        _family("qwen35moe", "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", _NO_MTP, **_QWEN35),
+        tokenizer="qwen35",
+        pre="qwen35",
+    ),
+    FamilyCase(
+        "qwen35moe-vision-tied",
+        {
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "model_type": "qwen3_5_moe",
+            "text_config": {key: value for key, value in SIZES.items() if key != "intermediate_size"}
+            | _QWEN35
+            | _OTHER_LAYERS
+            | {"tie_word_embeddings": True},
+            "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+            | {"out_hidden_size": 256, "num_position_embeddings": 16},
+            "tie_word_embeddings": True,
+        },
+        tokenizer="qwen35",
+        pre="qwen35",
+        flags=_NO_MTP,
     ),
     _family("deepseek-v2", "DeepseekV2ForCausalLM", "deepseek_v2", **_DEEPSEEK, rope_parameters=_LATENT_YARN),
     _family("deepseek-v2-lite", "DeepseekV2ForCausalLM", "deepseek_v2", **_LITE),

@@ -102,7 +102,7 @@ def families_by_transformers(bench: Bench, only: str) -> list[Case]:
 
     ``only`` is a word that the name of the case has.
     """
-    found = []
+    found, configs = [], {}
     for family in FAMILIES:
         saved = bench.work / family.name
         for fused in (False, True) if family.is_mixture else (False,):
@@ -110,16 +110,17 @@ def families_by_transformers(bench: Bench, only: str) -> list[Case]:
             if only not in name:
                 continue
             directory = bench.work / name
-            jobs = [
-                {"do": "save", "out": str(out), "fused": out != saved, "config": {**family.config}}
-                for out in dict.fromkeys((saved, directory))
-                if not (out / "config.json").exists()
-            ]
-            bench.ask("reference.py", jobs)
-            for out in (saved, directory):
-                write_tokenizer(out, family.tokenizer, None)
+            configs |= {saved: family, directory: family}
             case = Case(name, types=family.types, pre=family.pre, flags=family.flags, not_equal=family.not_equal)
             found.append(replace(case, directory=directory, classic=saved))
+    jobs = [
+        {"do": "save", "out": str(out), "fused": out.name != family.name, "config": {**family.config}}
+        for out, family in configs.items()
+        if not (out / "config.json").exists()
+    ]
+    bench.ask("reference.py", jobs)
+    for out, family in configs.items():
+        write_tokenizer(out, family.tokenizer, None)
     return found
 
 
@@ -201,9 +202,8 @@ def logit_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
 
 
 def _logit_job(bench: Bench, subject: Subject) -> dict[str, Any]:
-    config = json.loads((subject.directory / "config.json").read_text(encoding="utf-8"))
     seed = zlib.crc32(subject.case.name.encode())
-    ids = np.random.default_rng(seed).integers(3, config["vocab_size"], N_TOKENS, dtype=np.int32)
+    ids = np.random.default_rng(seed).integers(3, _vocabulary_size(subject), N_TOKENS, dtype=np.int32)
     path = bench.work / f"{subject.case.name}-ids.npy"
     np.save(path, ids)
     return {"do": "logits", "model": str(subject.directory), "ids": str(path), "out": f"{path}-logits.npy"}
@@ -242,9 +242,13 @@ def token_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
 
 
 def _vocabulary(subject: Subject) -> tuple[Any, ...]:
-    config = json.loads((subject.directory / "config.json").read_text(encoding="utf-8"))
     files = [path.read_bytes() for path in sorted(subject.directory.glob("tokenizer*"))]
-    return (config["vocab_size"], *files)
+    return (_vocabulary_size(subject), *files)
+
+
+def _vocabulary_size(subject: Subject) -> int:
+    config = json.loads((subject.directory / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def own_text() -> str:

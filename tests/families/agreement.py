@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.export.model_tensors import model_tensors
 from ggufmoe.families.family import Family
 from ggufmoe.gguf.header import read_header
 from ggufmoe.merge import forward
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
+from ggufmoe.weights.dtypes import read_f32
 from tests.families.tiny_family import make_checkpoint
 from tests.quant.llama_quantize import quantize, read_tensors
 
@@ -44,6 +46,17 @@ def assert_close(ours: Logits, theirs: Logits) -> None:
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() < 1e-3 * (theirs.max() - theirs.min())
     assert (ours.argmax(-1) == theirs.argmax(-1)).all()
+
+
+def stored_and_written(checkpoint: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+    """Every tensor in float32: as it is stored, by its name there, and as it is written, by its name in GGUF."""
+    with open_checkpoint(checkpoint) as model:
+        stored = {name: read_f32(tensor).reshape(tensor.shape) for name, tensor in model.tensors.items()}
+        written = {
+            tensor.name: np.concatenate([read_f32(part) for part in tensor.parts]).reshape(tensor.shape)
+            for tensor in model_tensors(model)
+        }
+    return stored, written
 
 
 def check_computes(checkpoint: Path, scratch: Path) -> None:

@@ -7,18 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.config import parse_config
-from ggufmoe.export.model_tensors import model_tensors
 from ggufmoe.families.qwen3next import is_linear
 from ggufmoe.gguf.header import read_header
-from ggufmoe.weights.dtypes import read_f32
-from tests import tiny
-from tests.families.agreement import check_layouts, check_quantized, llama_cpp_logits
-from tests.families.tiny_family import config_json, make_checkpoint
+from tests.families.agreement import check_layouts, check_quantized, llama_cpp_logits, stored_and_written
+from tests.families.tiny_family import add_tensors, config_json, make_checkpoint
 
 LINEAR = "model.layers.0.linear_attn."
 N_KEY, N_KEY_HEADS, N_VALUE_HEADS = 64, 2, 4
@@ -45,19 +41,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("qwen3next") / "model", config())
 
 
-def both(checkpoint: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-    """Every tensor in float32: as it is stored, by its name there, and as it is written, by its name in GGUF."""
-    with open_checkpoint(checkpoint) as model:
-        stored = {name: read_f32(tensor).reshape(tensor.shape) for name, tensor in model.tensors.items()}
-        written = {
-            tensor.name: np.concatenate([read_f32(part) for part in tensor.parts]).reshape(tensor.shape)
-            for tensor in model_tensors(model)
-        }
-    return stored, written
-
-
 def test_one_is_added_to_all_norms_but_that_of_linear_attention(checkpoint: Path) -> None:
-    stored, written = both(checkpoint)
+    stored, written = stored_and_written(checkpoint)
     for name, hf in {
         "blk.0.attn_norm": "model.layers.0.input_layernorm",
         "blk.0.post_attention_norm": "model.layers.0.post_attention_layernorm",
@@ -71,7 +56,7 @@ def test_one_is_added_to_all_norms_but_that_of_linear_attention(checkpoint: Path
 
 def test_projections_are_ordered_by_their_use(checkpoint: Path) -> None:
     """In the checkpoint each head of keys is followed by the values and gates that go with it."""
-    stored, written = both(checkpoint)
+    stored, written = stored_and_written(checkpoint)
     heads = stored[f"{LINEAR}in_proj_qkvz.weight"].reshape(N_KEY_HEADS, -1, 256)
     n_values = N_KEY * N_VALUE_HEADS // N_KEY_HEADS
     parts = np.split(heads, [N_KEY, 2 * N_KEY, 2 * N_KEY + n_values], axis=1)
@@ -82,7 +67,7 @@ def test_projections_are_ordered_by_their_use(checkpoint: Path) -> None:
 
 
 def test_small_tensors_of_linear_attention(checkpoint: Path) -> None:
-    stored, written = both(checkpoint)
+    stored, written = stored_and_written(checkpoint)
     assert np.array_equal(written["blk.0.ssm_conv1d.weight"], stored[f"{LINEAR}conv1d.weight"][:, 0])
     assert np.array_equal(written["blk.0.ssm_dt.bias"], stored[f"{LINEAR}dt_bias"])
     exact = -np.exp(stored[f"{LINEAR}A_log"].astype(np.float64))
@@ -90,7 +75,7 @@ def test_small_tensors_of_linear_attention(checkpoint: Path) -> None:
 
 
 def test_each_layer_has_the_tensors_of_its_kind(checkpoint: Path) -> None:
-    shapes = {name: values.shape for name, values in both(checkpoint)[1].items()}
+    shapes = {name: values.shape for name, values in stored_and_written(checkpoint)[1].items()}
     linear = ("attn_qkv.weight", "attn_gate.weight", "ssm_ba.weight", "ssm_a", "ssm_out.weight", "ssm_norm.weight")
     full = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight", "attn_q_norm.weight")
     for layer, has, lacks in ((0, linear, full), (1, full, linear)):
@@ -133,10 +118,7 @@ def test_both_layouts_give_one_file(tmp_path: Path) -> None:
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = make_checkpoint(tmp_path, config(num_hidden_layers=1, layer_types=["full_attention"]))
-    extra = {"mtp.fc.weight": ("BF16", np.zeros((256, 512), np.uint16))}
-    (shard,) = directory.glob("*.safetensors")
-    shard.rename(directory / "model-00001-of-00002.safetensors")
-    tiny.write_safetensors(directory / "model-00002-of-00002.safetensors", extra)
+    add_tensors(directory, "mtp.fc.weight")
     with open_checkpoint(directory) as model:
         assert not any(name.startswith("mtp") for name in model.tensors)
     assert "1 tensors are left out: they predict further tokens (MTP), which answers do not need" in caplog.text

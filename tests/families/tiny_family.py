@@ -68,6 +68,14 @@ def make_checkpoint(
     return directory
 
 
+def add_tensors(directory: Path, *names: str) -> None:
+    """Store further tensors, small ones of zeros, beside those of a checkpoint."""
+    (stored,) = directory.glob("*.safetensors")
+    stored.rename(directory / "model-00001-of-00002.safetensors")
+    tensors = {name: ("BF16", np.zeros((2, 2), np.uint16)) for name in names}
+    tiny.write_safetensors(directory / "model-00002-of-00002.safetensors", tensors)
+
+
 def _pieces(config: Mapping[str, Any], layout: str) -> Iterable[TensorPiece]:
     model = parse_config(Path("config.json"), config)
     return pieces(model, next(one for one in family_of(model).layouts if one.name == layout))

@@ -35,6 +35,7 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_U
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_TAIL}"
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _TEKKEN = rf"{_CASED % ('', '')}|\p{{N}}|{_TAIL_WITH_SLASH}"
 _GPT4O = rf"{_CASED % (_CONTRACTIONS + '?', _CONTRACTIONS + '?')}|\p{{N}}{{1,3}}|{_TAIL_WITH_SLASH}"
 _SEED_CODER = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -83,6 +84,7 @@ KNOWN = (
     PreTokenizer("gpt-2", (_GPT2,)),
     PreTokenizer("olmo", (_GPT2,)),
     PreTokenizer("qwen2", (_QWEN2,)),
+    PreTokenizer("qwen35", (_QWEN35,)),
     PreTokenizer("tekken", (_TEKKEN,), ignore_merges=True, adds_bos=True, approximate=True),
     PreTokenizer("gpt-4o", (_GPT4O,), approximate=True),
     PreTokenizer("seed-coder", (_SEED_CODER,)),
