@@ -132,7 +132,7 @@ def grouped(tensors: Tensors, dtype: Dtype, max_bytes: int) -> list[Tensors]:
     shards: list[Tensors] = [[]]
     size = 0
     for name, shape in tensors:
-        n_bytes = prod(shape) * dtype.n_bytes
+        n_bytes = prod(shape) * dtype.numpy.itemsize
         if shards[-1] and size + n_bytes > max_bytes:
             shards.append([])
             size = 0
@@ -146,7 +146,7 @@ def header(tensors: Tensors, dtype: Dtype) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in tensors:
-        end = offset + prod(shape) * dtype.n_bytes
+        end = offset + prod(shape) * dtype.numpy.itemsize
         entries[name] = {"dtype": dtype.value, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(entries).encode()
@@ -174,7 +174,7 @@ def write_weights(out: Path, shards: list[Tensors], dtype: Dtype, seed: int) -> 
                 pool.write(file, shape, rng)
                 weight_map[tensor] = name
     if len(shards) > 1:
-        total = sum(prod(shape) * dtype.n_bytes for tensors in shards for _, shape in tensors)
+        total = sum(prod(shape) * dtype.numpy.itemsize for tensors in shards for _, shape in tensors)
         write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -209,7 +209,7 @@ def make(args: argparse.Namespace) -> str:
     if args.tokenizer is not None:
         write_tokenizer(args.out, args.tokenizer)
     n_weights = sum(prod(shape) for _, shape in tensors)
-    size = f"{n_weights * dtype.n_bytes / 1e9:.2f} GB in {len(shards)} files"
+    size = f"{n_weights * dtype.numpy.itemsize / 1e9:.2f} GB in {len(shards)} files"
     return f"{args.out}: {n_weights / 1e9:.3f} B weights, {size}"
 
 

@@ -206,7 +206,7 @@ def _rope(keys: ConfigReader, family: Family) -> tuple[float, RopeScaling, float
     key = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
     given = keys.raw.get(key)
     if given is None:
-        given = {}
+        given = family.defaults.get("rope_scaling", {})
     if not isinstance(given, dict):
         raise keys.error(key, "an object or null")
     parameters = {name: value for name, value in given.items() if value is not None and name not in family.rope_notes}

@@ -13,7 +13,9 @@ from typing import Any, cast
 from ggufmoe.checkpoint import shards
 from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.checkpoint.foreign_weights import what_made
+from ggufmoe.checkpoint.layouts import unread
 from ggufmoe.errors import CheckpointError, HubError, one_line
+from ggufmoe.families import family_of
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
 
@@ -62,14 +64,16 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     """
     directory = _snapshot(repo_id, revision, SMALL_FILES)
     shards.check_links(directory)
-    method = quantization_method(read_config(directory).raw)
+    config = read_config(directory)
+    method = quantization_method(config.raw)
     index = directory / shards.INDEX
     weight_map = shards.parse_index(index) if index.is_file() else {}
-    if (made := what_made(weight_map)) is not None:
+    if (made := what_made(unread(config, weight_map))) is not None:
         raise CheckpointError(f"{repo_id} {made}")
     # fine-tuning leaves a method in the config of weights that are not quantized, bitsandbytes above all; names or
     # weights that are here already say more than the config
-    if method not in (None, "bitsandbytes") and not weight_map and not (directory / shards.SINGLE).is_file():
+    harmless = {None, "bitsandbytes", *family_of(config).quant_methods}
+    if method not in harmless and not weight_map and not (directory / shards.SINGLE).is_file():
         raise CheckpointError(f"{repo_id} is quantized already ({method!r:.40}); use the original model")
     names = [shards.SINGLE, *(sorted(set(weight_map.values())) or [shards.NUMBERED])]
     directory = _snapshot(repo_id, directory.name, ("config.json", *names))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.config import quantization_method
 from ggufmoe.checkpoint.foreign_weights import packed_among, way_out_of, what_made
+from ggufmoe.checkpoint.mxfp4 import BLOCK_WEIGHTS, CODE_BYTES, MXFP4Rows
 from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
 from ggufmoe.errors import CheckpointError, TensorMismatchError
 from ggufmoe.families import family_of
@@ -27,7 +27,7 @@ from ggufmoe.families.family import EXPERT, LAYER, Family, FusedTensor, Shape, S
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
-from ggufmoe.weights.views import PickedRows, Transposed
+from ggufmoe.weights.views import SpacedRows, Transposed
 
 _LOG = logging.getLogger("ggufmoe")
 
@@ -45,7 +45,8 @@ class TensorPiece:
     """A tensor of a model and where it is stored: in the tensor ``stored``, whole or a part of it.
 
     A part is the rows ``first_row``, ``first_row + step``, ... of the stored tensor, or, where that is ``transposed``,
-    of the stack of its matrices with rows and columns exchanged.
+    of the stack of its matrices with rows and columns exchanged. With ``scales``, the stored tensor has codes of MXFP4
+    in place of columns (``families.family.FusedTensor``).
     """
 
     name: str
@@ -55,6 +56,7 @@ class TensorPiece:
     first_row: int = 0
     step: int = 1
     transposed: bool = False
+    scales: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class StoredRows:
         if out.shape != (stop - start, n_cols) or out.dtype != self.dtype.numpy or not out.flags.c_contiguous:
             raise ValueError(f"{self.name}: out must be contiguous {(stop - start, n_cols)} {self.dtype.numpy}")
         if out.size:
-            begin = self.begin + start * n_cols * self.dtype.n_bytes
+            begin = self.begin + start * self.dtype.row_bytes(n_cols)
             self.file.read_into(begin, out.data.cast("B"))
 
 
@@ -97,21 +99,28 @@ def pieces(config: ModelConfig, layout: StoredLayout, stored: Container[str] = (
         if found is None and rule.optional(config):
             continue
         piece = TensorPiece(rule.name(layer, expert), rule.shape(config), found or names[0], rule.shape(config))
-        yield piece if fused is None else _within(fused, piece, rule, config, expert)
+        yield piece if fused is None else _within(fused, piece, rule, config, layer, expert)
 
 
-def _within(fused: FusedTensor, piece: TensorPiece, rule: TensorRule, config: ModelConfig, expert: int) -> TensorPiece:
+def _within(
+    fused: FusedTensor, piece: TensorPiece, rule: TensorRule, config: ModelConfig, layer: int, expert: int
+) -> TensorPiece:
     """The piece as a part of a fused tensor: which rows it has there."""
     shapes = {other.hf: other.shape(config) for other in family_of(config).tensors if other.hf in fused.parts}
     n_rows = [row_count(shapes[part]) for part in fused.parts]
     place, n_cols = fused.parts.index(rule.hf), piece.shape[-1]
-    matrix = (n_cols, sum(n_rows)) if fused.transposed else (sum(n_rows), n_cols)
+    matrix: Shape = (n_cols, sum(n_rows)) if fused.transposed else (sum(n_rows), n_cols)
+    if fused.scales is not None:
+        if n_cols % BLOCK_WEIGHTS:
+            raise TensorMismatchError(f"{piece.stored}: rows of {n_cols} weights do not fill blocks of {BLOCK_WEIGHTS}")
+        matrix = (sum(n_rows), n_cols // BLOCK_WEIGHTS, CODE_BYTES)
     return replace(
         piece,
         stored_shape=(config.n_expert, *matrix) if rule.is_per_expert else matrix,
         first_row=expert * sum(n_rows) + (place if fused.interleaved else sum(n_rows[:place])),
         step=len(fused.parts) if fused.interleaved else 1,
         transposed=fused.transposed,
+        scales=None if fused.scales is None else numbered(fused.scales, layer, expert),
     )
 
 
@@ -144,7 +153,12 @@ def find_layout(where: str, family: Family, names: Iterable[str]) -> StoredLayou
 def _stored_patterns(family: Family, layout: StoredLayout) -> set[str]:
     held = {part for fused in layout.fused for part in fused.parts}
     single = {layout.renamed.get(rule.hf, rule.hf) for rule in family.tensors if rule.hf not in held}
-    return single | {fused.stored for fused in layout.fused}
+    return single | {fused.stored for fused in layout.fused} | _quantized_patterns(layout)
+
+
+def _quantized_patterns(layout: StoredLayout) -> set[str]:
+    """Patterns of the stored names of quantized weights and their scales."""
+    return {name for fused in layout.fused if fused.scales is not None for name in (fused.stored, fused.scales)}
 
 
 def _pattern_of(name: str) -> str:
@@ -156,6 +170,12 @@ def _pattern_of(name: str) -> str:
 def is_harmless(name: str) -> bool:
     """Whether a tensor of this name is a buffer that models compute anyway, so that it may be present or absent."""
     return _HARMLESS.fullmatch(name) is not None
+
+
+def unread(config: ModelConfig, names: Iterable[str]) -> list[str]:
+    """The stored names but for those of quantized weights that a layout of the model's family reads."""
+    read = {pattern for layout in family_of(config).layouts for pattern in _quantized_patterns(layout)}
+    return [name for name, plain in plain_names(names).items() if _pattern_of(plain) not in read]
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -190,12 +210,13 @@ def arrange(
     (``conversion/llama.py``). Raises TensorMismatchError if tensors are missing, left over or wrongly shaped (it names
     up to eight of each kind), and CheckpointError for weights that are quantized or not BF16, F16 or F32.
     """
-    if (made := what_made(stored)) is not None:
+    if (made := what_made(unread(config, stored))) is not None:
         raise CheckpointError(f"{where} {made}")
     try:
         return _arrange(where, config, _by_plain_name(where, stored))
     except CheckpointError as error:
-        if (method := quantization_method(config.raw)) is None:
+        method = quantization_method(config.raw)
+        if method is None or method in family_of(config).quant_methods:
             raise
         raise CheckpointError(
             f"{where}: config.json says that this checkpoint is quantized already ({method!r:.40}); "
@@ -216,9 +237,18 @@ def _arrange(
         )
     stored = _without_skipped(where, family, config, stored)
     wanted = list(pieces(config, layout, stored))
-    _check_shapes(where, {piece.stored: piece.stored_shape for piece in wanted}, stored)
-    dtypes = _dtypes(where, {piece.stored for piece in wanted}, stored)
-    return {piece.name: _rows(piece, *stored[piece.stored], dtypes[piece.stored]) for piece in wanted}
+    shapes = {piece.stored: piece.stored_shape for piece in wanted}
+    scales = {piece.scales: piece.stored_shape[:-1] for piece in wanted if piece.scales is not None}
+    _check_shapes(where, shapes | scales, stored)
+    quantized = {piece.stored for piece in wanted if piece.scales is not None}
+    _check_bytes(where, quantized | scales.keys(), stored)
+    dtypes = _dtypes(where, shapes.keys() - quantized, stored)
+    return {
+        piece.name: _rows(piece, *stored[piece.stored], dtypes[piece.stored])
+        if piece.scales is None
+        else _quantized_rows(piece, stored[piece.stored], stored[piece.scales])
+        for piece in wanted
+    }
 
 
 def _count(family: Family, config: ModelConfig, layout: StoredLayout) -> int:
@@ -259,18 +289,29 @@ def _by_plain_name(
 
 def _rows(piece: TensorPiece, file: TensorFile, entry: TensorEntry, dtype: Dtype) -> SourceTensor:
     if piece.step == 1 and not piece.transposed:
-        begin = entry.begin + piece.first_row * piece.shape[-1] * dtype.n_bytes
+        begin = entry.begin + piece.first_row * dtype.row_bytes(piece.shape[-1])
         return StoredRows(piece.name, dtype, piece.shape, file, begin)
-    n_rows = row_count(piece.shape)
     if not piece.transposed:
         whole = StoredRows(piece.name, dtype, piece.stored_shape, file, entry.begin)
-        return PickedRows(whole, piece.first_row + piece.step * np.arange(n_rows), piece.shape)
+        return SpacedRows(whole, piece.shape, first=piece.first_row, step=piece.step)
     # only the matrix that the piece lies in is transposed
     matrix_rows = piece.stored_shape[-1]
     number, first = divmod(piece.first_row, matrix_rows)
-    begin = entry.begin + number * prod(piece.stored_shape[-2:]) * dtype.n_bytes
+    begin = entry.begin + number * dtype.row_bytes(prod(piece.stored_shape[-2:]))
     matrix = Transposed(StoredRows(piece.name, dtype, piece.stored_shape[-2:], file, begin))
-    return PickedRows(matrix, first + piece.step * np.arange(n_rows), piece.shape)
+    return SpacedRows(matrix, piece.shape, first=first, step=piece.step)
+
+
+def _quantized_rows(
+    piece: TensorPiece, codes: tuple[TensorFile, TensorEntry], scales: tuple[TensorFile, TensorEntry]
+) -> SourceTensor:
+    whole = MXFP4Rows(
+        piece.name,
+        (*piece.stored_shape[:-2], piece.shape[-1]),
+        codes=(codes[0], codes[1].begin),
+        scales=(scales[0], scales[1].begin),
+    )
+    return SpacedRows(whole, piece.shape, first=piece.first_row, step=piece.step)
 
 
 def _check_shapes(
@@ -291,6 +332,13 @@ def _check_shapes(
         raise TensorMismatchError(f"{where} {packed} ({'; '.join(faults)})")
     if faults:
         raise TensorMismatchError(f"{where} does not hold the tensors of its config.json; {'; '.join(faults)}")
+
+
+def _check_bytes(where: str, names: set[str], stored: Mapping[str, tuple[TensorFile, TensorEntry]]) -> None:
+    """Raise CheckpointError if tensors that hold bytes of quantized weights have another dtype."""
+    odd = [f"{name} ({stored[name][1].dtype})" for name in sorted(names) if stored[name][1].dtype != "U8"]
+    if odd:
+        raise CheckpointError(f"{where} has quantized weights that are not bytes (U8): {_listed(odd)}")
 
 
 def _dtypes(where: str, names: set[str], stored: Mapping[str, tuple[TensorFile, TensorEntry]]) -> dict[str, Dtype]:

@@ -106,7 +106,8 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
     files, stored = open_tensor_files(directory)
     try:
         tensors = arrange(str(directory), config, stored)
-        if (method := quantization_method(config.raw)) is not None:
+        is_quantized = any(tensor.dtype.ggml_type.is_quantized for tensor in tensors.values())
+        if (method := quantization_method(config.raw)) is not None and not is_quantized:
             _LOG.warning(
                 "%s has a quantization_config (%s), but its weights are not quantized; it is ignored",
                 *(directory / "config.json", method[:40]),

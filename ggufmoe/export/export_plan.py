@@ -6,17 +6,21 @@ those outside the layers first, then layer by layer, by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ggufmoe.checkpoint.source import ModelSource
+from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.model_keys import imatrix_metadata, model_metadata
-from ggufmoe.export.model_tensors import model_tensors, source_part
+from ggufmoe.export.model_tensors import ModelTensor, model_tensors, source_part
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.families import family_of
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.names import llama_quantize_order
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
+from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types, unfit_types
 from ggufmoe.writing.plan import PlannedTensor, WritePlan
@@ -41,9 +45,12 @@ def plan_export(
     tensor_shapes = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in tensors]
     types = choose_types(tensor_shapes, model_shape, policy, weighted)
     unfit = unfit_types(tensor_shapes, model_shape, policy, weighted)
+    kept = _kept_types(tensors, types, policy)
+    types |= kept
+    file_type = FileType.MXFP4_MOE if kept else policy.file_type
     warn_of_missing_importances(imatrix, types, weighted)
     tokenizer = tokenizer_metadata(source.tokenizer_dir, source.config, source.chat_template)
-    metadata = model_metadata(source, tensors, policy.file_type, tokenizer)
+    metadata = model_metadata(source, tensors, file_type, tokenizer)
     if imatrix:
         metadata |= imatrix_metadata(imatrix)
     planned = [
@@ -62,7 +69,7 @@ def plan_export(
         metadata,
         planned,
         input_paths=source.input_paths,
-        file_type=policy.file_type.name,
+        file_type=file_type.name,
         imatrix=imatrix,
         split_max_bytes=split_max_bytes,
     )
@@ -74,3 +81,24 @@ def _model_shape(config: ModelConfig) -> ModelShape:
     key = Keys.Attention.HEAD_COUNT_KV.format(arch=family.gguf_arch)
     n_head_kv = family.metadata(config)[key].value
     return ModelShape(config.n_layer, config.n_head, n_head_kv, config.n_expert, family.gguf_arch)
+
+
+def _kept_types(
+    tensors: Sequence[ModelTensor], types: Mapping[str, GGMLType], policy: TypePolicy
+) -> dict[str, GGMLType]:
+    """The types of tensors that a checkpoint has quantized and a file of plain numbers keeps, as the converter does.
+
+    Such a file says that it is MXFP4_MOE. Raises OptionError if a quantized file would quantize them once more, which
+    ``llama_model_quantize`` refuses too.
+    """
+    quantized = {tensor.name: tensor.source_type for tensor in tensors if tensor.source_type.is_quantized}
+    if not policy.file_type.default_type.is_quantized:
+        return quantized
+    for name, stored in quantized.items():
+        if types[name] is not stored:
+            raise OptionError(
+                f"{name} is quantized already ({stored.name}), making it {types[name].name} loses twice; keep it with "
+                f"-q {stored.name}_MOE or with --tensor-type _exps={stored.name.lower()}, or convert with -q BF16 and "
+                "then use quantize --allow-requantize"
+            )
+    return {}

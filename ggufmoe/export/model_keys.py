@@ -89,7 +89,7 @@ def size_label(tensors: Iterable[ModelTensor]) -> str:
     shared = expert = n_expert = 0
     for tensor in tensors:
         n_weights = math.prod(tensor.shape)
-        if is_expert_stack(tensor.name):
+        if is_expert_stack(tensor.name) and len(tensor.shape) > 2:  # their biases count as shared
             n_expert = tensor.shape[0]
             expert += n_weights // n_expert
         else:

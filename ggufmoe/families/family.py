@@ -134,6 +134,9 @@ class FusedTensor:
     """Whether each matrix is stored as (columns, rows)."""
     interleaved: bool = False
     """Whether rows of the parts alternate in place of following one another."""
+    scales: str | None = None
+    """Where the weights are quantized to MXFP4, the stored tensor of their scales: ``stored`` then has for each row
+    (columns / 32, 16) bytes of codes, ``scales`` columns / 32 bytes. They become ggml's blocks of the same values."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,8 @@ class StoredLayout:
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Patterns of ``TensorRule.hf`` to the patterns of the names under which they are stored."""
     fused: tuple[FusedTensor, ...] = ()
+    quant_method: str | None = None
+    """``quant_method`` of config.json where checkpoints of this layout are quantized, and read all the same."""
 
 
 @dataclass(frozen=True)
@@ -403,6 +408,11 @@ class Family:
         """GGUF's name of the architecture."""
         name: str = MODEL_ARCH_NAMES[self.arch]
         return name
+
+    @property
+    def quant_methods(self) -> frozenset[str]:
+        """The methods of quantization (``quant_method`` of config.json) whose weights are read."""
+        return frozenset(layout.quant_method for layout in self.layouts if layout.quant_method is not None)
 
     @property
     def has_experts(self) -> bool:

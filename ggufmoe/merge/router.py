@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import GateMode, Recipe
+from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, Work
 
 
@@ -63,7 +63,8 @@ def make_router(
         return _router(recipe, _random_rows(recipe, base.config, n_rows), (), None)
     prompts = _tokenized(recipe, base)
     n_layer = base.config.n_layer
-    layer_bytes = sum(prod(tensor.shape) * tensor.dtype.n_bytes for tensor in base.tensors.values()) // n_layer
+    weights = base.tensors.values()
+    layer_bytes = sum(row_count(one.shape) * one.dtype.row_bytes(one.shape[-1]) for one in weights) // n_layer
     stopped = "stopped while computing the router"
     work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
     if recipe.gate_mode is GateMode.CHEAP_EMBED:

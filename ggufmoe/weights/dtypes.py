@@ -1,4 +1,4 @@
-"""Reads rows of source weights in BF16, F16 or F32 as float32."""
+"""Reads rows of source weights as float32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.gguf.floats import convert_floats
+from ggufmoe.native import quantizing
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
 
@@ -15,12 +16,15 @@ def read_f32(tensor: SourceTensor, start: int = 0, stop: int | None = None) -> N
     For small tensors (norms, routers) and for a layer of a forward pass; the conversion reads tiles instead.
     """
     stop = row_count(tensor.shape) if stop is None else stop
-    raw = np.empty((stop - start, tensor.shape[-1]), tensor.dtype.numpy)
+    raw = tensor.dtype.empty_rows(stop - start, tensor.shape[-1])
     tensor.read_rows(start, stop, raw)
     if tensor.dtype is Dtype.F32:
         return raw
-    out = np.empty(raw.shape, np.float32)
-    convert_floats(raw, out)
+    out = np.empty((stop - start, tensor.shape[-1]), np.float32)
+    if tensor.dtype.ggml_type.is_quantized:
+        quantizing.dequantize_rows(tensor.dtype.ggml_type, raw, out)
+    else:
+        convert_floats(raw, out)
     return out
 
 

@@ -114,6 +114,32 @@ class PickedRows(ReorderedRows):
             done += len(run)
 
 
+class SpacedRows(ReorderedRows):
+    """The rows ``first``, ``first + step``, ... of a matrix, or of a stack of matrices seen as one."""
+
+    def __init__(self, source: SourceTensor, shape: tuple[int, ...], *, first: int, step: int) -> None:
+        super().__init__(source, shape)
+        assert first + step * (row_count(shape) - 1) < row_count(source.shape), f"{source.name} is {source.shape}"
+        self._first = first
+        self._step = step
+
+    def source_row(self, row: int) -> int:
+        """The row of the source that is read as ``row``."""
+        return self._first + self._step * row
+
+    def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
+        if self._step == 1:
+            self._source.read_rows(self._first + start, self._first + stop, out)
+            return
+        n_at_once = max(1, _CHUNK_BYTES // (self._step * out.shape[1] * out.itemsize))
+        for begin in range(start, stop, n_at_once):
+            end = min(begin + n_at_once, stop)
+            raw: NDArray[Any] = np.empty(((end - begin - 1) * self._step + 1, out.shape[1]), out.dtype)
+            self._source.read_rows(self.source_row(begin), self.source_row(end - 1) + 1, raw)
+            out[begin - start : end - start] = raw[:: self._step]
+
+
 class PickedColumns:
     """Columns of every row of its source, in the order of their numbers ``picked``."""
 

@@ -27,4 +27,4 @@ def test_tensors_read_as_float32(dtype: str, tmp_path: Path) -> None:
 
 def test_rows() -> None:
     assert [row_count(shape) for shape in ((7,), (3, 7), (2, 3, 7))] == [1, 3, 6]
-    assert [dtype.n_bytes for dtype in (Dtype.BF16, Dtype.F16, Dtype.F32)] == [2, 2, 4]
+    assert [dtype.row_bytes(1) for dtype in (Dtype.BF16, Dtype.F16, Dtype.F32)] == [2, 2, 4]
