@@ -1,8 +1,8 @@
 """Small tokenizers for the tiny models, trained on a few sentences, once in a process.
 
 ``spm`` is sentencepiece's own file; ``json`` the same vocabulary as a ``tokenizer.json`` of the sentencepiece kind;
-``bpe`` a byte-level ``tokenizer.json`` with Llama 3's pre-tokenizer, ``smollm`` one with SmolLM2's ``qwen`` one
-with Qwen2's and ``qwen35`` one with Qwen3.5's.
+``bpe`` a byte-level ``tokenizer.json`` with Llama 3's pre-tokenizer, ``smollm`` one with SmolLM2's, ``qwen`` one with
+Qwen2's, ``qwen35`` one with Qwen3.5's and ``harmony`` one with gpt-oss's.
 """
 
 from __future__ import annotations
@@ -134,6 +134,13 @@ QWEN35_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BEGIN, _END = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+GPT4O_PATTERN = (
+    rf"{_BEGIN}*{_END}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|{_BEGIN}+{_END}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {"bpe": LLAMA3_PATTERN, "qwen": QWEN2_PATTERN, "qwen35": QWEN35_PATTERN, "harmony": GPT4O_PATTERN}
+"""Kinds of which the pre-tokenizer is one pattern."""
 
 
 def _splitting_pre_tokenizer(pattern: str) -> Any:
@@ -158,16 +165,15 @@ def _smollm_pre_tokenizer() -> Any:
 @cache
 def byte_level_json(kind: str) -> str:
     """A byte-level ``tokenizer.json``: ``bpe`` as Llama 3's (specials last, BOS added), ``smollm`` as SmolLM2's, and
-    ``qwen`` as Qwen2's and ``qwen35`` as Qwen3.5's (specials last, none added)."""
+    those of ``PATTERNS`` as the models that have them (specials last, none added)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = list(SPECIAL_TOKENS[kind])
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "bpe"))
-    patterns = {"bpe": LLAMA3_PATTERN, "qwen": QWEN2_PATTERN, "qwen35": QWEN35_PATTERN}
-    tokenizer.pre_tokenizer = _splitting_pre_tokenizer(patterns[kind]) if kind in patterns else _smollm_pre_tokenizer()
+    tokenizer.pre_tokenizer = _splitting_pre_tokenizer(PATTERNS[kind]) if kind in PATTERNS else _smollm_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=N_BYTE_LEVEL - (len(specials) if kind in patterns else 0),
+        vocab_size=N_BYTE_LEVEL - (len(specials) if kind in PATTERNS else 0),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=specials if kind == "smollm" else [],
         show_progress=False,
@@ -187,6 +193,10 @@ SPECIAL_TOKENS = {
     "smollm": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "qwen": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "qwen35": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "harmony": (
+        *("<|startoftext|>", "<|return|>", "<|endoftext|>"),
+        *("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>"),
+    ),
 }
 """Beginning and end of text first; ``smollm`` begins with the token that also ends, those of Qwen with none."""
 
@@ -199,12 +209,15 @@ def special_ids(kind: str) -> tuple[int, int]:
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 2
     if kind.startswith("qwen"):
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 1
+    if kind == "harmony":
+        first = N_BYTE_LEVEL - len(SPECIAL_TOKENS[kind])
+        return first, first + 1
     return 1, 2
 
 
 def vocabulary_size(kind: str | None) -> int:
     """Number of tokens; models without a tokenizer get as many as ``spm`` ones."""
-    return N_BYTE_LEVEL if kind in ("bpe", "smollm", "qwen", "qwen35") else N_PIECES
+    return N_PIECES if kind in (None, "spm", "json") else N_BYTE_LEVEL
 
 
 def tokenizer_files(kind: str) -> dict[str, bytes]:
@@ -235,4 +248,4 @@ def tokenizer_config(kind: str) -> dict[str, Any]:
             "tokenizer_class": "LlamaTokenizer",
         }
         return config | llama | ({"legacy": True} if kind == "spm" else {})
-    return config | {"tokenizer_class": "PreTrainedTokenizerFast" if kind == "bpe" else "GPT2Tokenizer"}
+    return config | {"tokenizer_class": "GPT2Tokenizer" if kind == "smollm" else "PreTrainedTokenizerFast"}

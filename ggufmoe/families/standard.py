@@ -400,6 +400,11 @@ def unexpressed(config: ModelConfig) -> Iterator[str]:
             f"for this architecture: past position {window} the answers are another model's, so keep the context "
             f"at {window} tokens (--ctx-size)"
         )
+    yield from unexpressed_code_and_rope(config)
+
+
+def unexpressed_code_and_rope(config: ModelConfig) -> Iterator[str]:
+    """A ``Family.unexpressed`` for graphs that apply the sliding window: code of the model's own, and rope scaling."""
     code: Any = config.raw.get("auto_map")
     if isinstance(code, dict) and "AutoModelForCausalLM" in code:
         yield f"its own modelling code (auto_map) is not run; it is converted as a plain {config.architecture}"

@@ -64,11 +64,14 @@ class FamilyCase:
     """Further flags of llama.cpp's converter."""
     not_equal: tuple[str, ...] = ()
     """Metadata in which llama.cpp's converter is known to be wrong."""
+    other_form: str | None = None
+    """The form beside ``saved`` in which the model is stored (``form`` of reference.py), where it is a mixture."""
 
     @property
-    def is_mixture(self) -> bool:
-        """Whether transformers holds the experts of the model in fused tensors."""
-        return any("expert" in key for key in {**self.config, **self.config.get("text_config", {})})
+    def forms(self) -> tuple[str, ...]:
+        """Every form in which the model is stored: by transformers, and another one that mixtures have."""
+        is_mixture = any("expert" in key for key in {**self.config, **self.config.get("text_config", {})})
+        return ("saved", self.other_form or "state") if is_mixture else ("saved",)
 
 
 SIZES: Mapping[str, Any] = {
@@ -170,6 +173,16 @@ _LITE: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
+
+
+def _gpt_oss(name: str, **config: Any) -> FamilyCase:
+    begin, end = tiny_tokenizers.special_ids("harmony")
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 16}
+    tokens = {"bos_token_id": begin, "eos_token_id": end, "vocab_size": tiny_tokenizers.vocabulary_size("harmony")}
+    plain = _family(name, "GptOssForCausalLM", "gpt_oss", **sizes, **tokens, **config)
+    return replace(plain, tokenizer="harmony", pre="gpt-4o", other_form="mxfp4")
+
+
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
@@ -246,6 +259,7 @@ FAMILIES = (
         not_equal=("deepseek2.expert_gating_func",),
         **{**_DEEPSEEK_V3, "norm_topk_prob": False, "first_k_dense_replace": 0},
     ),
+    _gpt_oss("gpt-oss", rope_parameters=YARN),
 )
 
 

@@ -27,6 +27,7 @@ from engine_logits import logits_of
 from files import differences
 
 import ggufmoe
+from ggufmoe.gguf.header import read_header
 from tests import tiny_tokenizers
 from tests.tiny import write_tokenizer
 
@@ -77,8 +78,11 @@ class Subject:
         return not (self.directory / "tokenizer.model").exists()
 
 
-def saved_by_transformers(bench: Bench) -> list[Case]:
-    """A Mixtral as transformers 5 saves it, and one as it lies in memory, which is what mergekit writes."""
+def saved_by_transformers(bench: Bench, only: str) -> list[Case]:
+    """A Mixtral as transformers 5 saves it, and one as it lies in memory, which is what mergekit writes.
+
+    ``only`` is a word that the name of the case has.
+    """
     config = {
         "model_type": "mixtral", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
@@ -86,9 +90,12 @@ def saved_by_transformers(bench: Bench) -> list[Case]:
         "architectures": ["MixtralForCausalLM"],
     }  # fmt: skip
     found = []
-    for name, fused in (("transformers-5-saved", False), ("transformers-5-state", True)):
+    for form in ("saved", "state"):
+        name = f"transformers-5-{form}"
+        if only not in name:
+            continue
         directory = bench.work / name
-        bench.ask("reference.py", [{"do": "save", "out": str(directory), "fused": fused, "config": config}])
+        bench.ask("reference.py", [{"do": "save", "out": str(directory), "form": form, "config": config}])
         for file, content in tiny_tokenizers.tokenizer_files("spm").items():
             (directory / file).write_bytes(content)
         written = json.dumps(tiny_tokenizers.tokenizer_config("spm"))
@@ -98,29 +105,27 @@ def saved_by_transformers(bench: Bench) -> list[Case]:
 
 
 def families_by_transformers(bench: Bench, only: str) -> list[Case]:
-    """Each family's models as transformers saves them and, of mixtures, as they lie in memory.
+    """Each family's models as transformers saves them and, of mixtures, in another form that is in use.
 
     ``only`` is a word that the name of the case has.
     """
-    found, configs = [], {}
+    found, jobs = [], []
     for family in FAMILIES:
-        saved = bench.work / family.name
-        for fused in (False, True) if family.is_mixture else (False,):
-            name = f"{family.name}-state" if fused else family.name
-            if only not in name:
-                continue
-            directory = bench.work / name
-            configs |= {saved: family, directory: family}
-            case = Case(name, types=family.types, pre=family.pre, flags=family.flags, not_equal=family.not_equal)
-            found.append(replace(case, directory=directory, classic=saved))
-    jobs = [
-        {"do": "save", "out": str(out), "fused": out.name != family.name, "config": {**family.config}}
-        for out, family in configs.items()
-        if not (out / "config.json").exists()
-    ]
+        names = {form: family.name if form == "saved" else f"{family.name}-{form}" for form in family.forms}
+        wanted = [form for form in family.forms if only in names[form]]
+        # llama.cpp's converter reads only what transformers saves, and MXFP4
+        made = [form for form in family.forms if form in wanted or (form == "saved" and "state" in wanted)]
+        for form in made:
+            directory = bench.work / names[form]
+            if not (directory / "config.json").exists():
+                jobs.append({"do": "save", "out": str(directory), "form": form, "config": {**family.config}})
+                directory.mkdir(exist_ok=True)
+                write_tokenizer(directory, family.tokenizer, None)
+        for form in wanted:
+            directory, classic = (bench.work / names[one] for one in (form, "saved" if form == "state" else form))
+            case = Case(names[form], types=family.types, pre=family.pre, flags=family.flags, not_equal=family.not_equal)
+            found.append(replace(case, directory=directory, classic=classic))
     bench.ask("reference.py", jobs)
-    for out, family in configs.items():
-        write_tokenizer(out, family.tokenizer, None)
     return found
 
 
@@ -197,8 +202,17 @@ def logit_rows(bench: Bench, subjects: list[Subject]) -> Iterator[Row]:
         if not ours.exists():
             faults = ["there is no F32 file of ours"]
         elif out.exists():
-            detail, faults = compare_logits(logits_of(ours, np.load(job["ids"])), np.load(out))
+            detail, faults = compare_logits(logits_of(_unquantized(ours), np.load(job["ids"])), np.load(out))
         yield Row(subject.case.name, "logits", "transformers, float32", detail, tuple(faults))
+
+
+def _unquantized(ours: Path) -> Path:
+    """The file with nothing quantized: llama.cpp would round what such weights are multiplied with, too."""
+    if not any(tensor.type.is_quantized for tensor in read_header(ours).tensors):
+        return ours
+    plain = ours.with_suffix(".plain.gguf")
+    ggufmoe.quantize(ours, plain, "F32", allow_requantize=True, force=True)
+    return plain
 
 
 def _logit_job(bench: Bench, subject: Subject) -> dict[str, Any]:
@@ -302,9 +316,11 @@ def main() -> int:
     bench = Bench(work, arguments.peers_python, arguments.llama_cpp, texts)
     data = arguments.data or os.environ.get("GGUFMOE_PEER_DATA")
     try:
-        cases = [*own_cases(), *saved_by_transformers(bench), *(found_cases(Path(data)) if data else [])]
-        cases = [case for case in cases if arguments.only in case.name]
-        return int(compare(bench, [*cases, *families_by_transformers(bench, arguments.only)]) > 0)
+        own = [*own_cases(), *(found_cases(Path(data)) if data else [])]
+        cases = [case for case in own if arguments.only in case.name]
+        for made in (saved_by_transformers, families_by_transformers):
+            cases += made(bench, arguments.only)
+        return int(compare(bench, cases) > 0)
     finally:
         if not arguments.keep:
             shutil.rmtree(work, ignore_errors=True)

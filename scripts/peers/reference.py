@@ -3,9 +3,10 @@
 usage: reference.py JOBS.json
 
 ``{"do": "logits", "model": DIR, "ids": FILE.npy, "out": FILE.npy}`` runs a checkpoint on token ids; ``{"do": "save",
-"out": DIR, "fused": bool, "config": {...}}`` makes a seeded random model and saves it, by ``save_pretrained`` (the
-classic layout) or as its state has it in memory (the fused one, which mergekit writes); ``{"do": "classic", "model":
-DIR, "out": DIR}`` copies a fused checkpoint in the classic layout, the only one that llama.cpp's converter reads;
+"out": DIR, "form": FORM, "config": {...}}`` makes a seeded random model and stores it: ``saved`` by ``save_pretrained``
+(mostly the classic layout), ``state`` as it lies in memory (the fused one, which mergekit writes), ``mxfp4`` with
+experts that are random MXFP4, as OpenAI stores gpt-oss; ``{"do": "classic", "model": DIR, "out": DIR}`` copies a fused
+checkpoint in the classic layout, the only one that llama.cpp's converter reads;
 ``{"do": "answer", "model": DIR, "ids": FILE.json, "out": FILE.json}`` continues each list of ids greedily. An
 error goes into ``OUT.error``.
 """
@@ -27,9 +28,11 @@ from safetensors.torch import load_file, save_file
 
 def logits(job: dict[str, Any]) -> None:
     """Write the logits of every position, shape (n_tokens, n_vocab) float32."""
+    is_mxfp4 = '"mxfp4"' in (Path(job["model"]) / "config.json").read_text(encoding="utf-8")
+    method = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if is_mxfp4 else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.float32, attn_implementation="eager"
-    )
+        job["model"], dtype=torch.float32, attn_implementation="eager", **method
+    ).float()
     ids = torch.from_numpy(np.load(job["ids"]).astype(np.int64))[None]
     with torch.inference_mode():
         np.save(job["out"], model.eval()(ids).logits[0].float().numpy())
@@ -57,12 +60,18 @@ def save(job: dict[str, Any]) -> None:
         for tensor in (*model.parameters(), *(one for name, one in model.named_buffers() if name.endswith("_bias"))):
             if tensor.ndim == 1:
                 tensor.add_(torch.randn(tensor.shape).to(tensor.dtype) * 0.05)
-    if not job["fused"]:
+    if job["form"] == "saved":
         model.save_pretrained(out)
         return
     out.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(out)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if job["form"] == "mxfp4":
+        model.config.quantization_config = {"quant_method": "mxfp4"}
+        for name in [name for name in state if name.endswith((".gate_up_proj", ".down_proj"))]:
+            n_expert, n_cols, n_rows = state.pop(name).shape
+            state[f"{name}_blocks"] = torch.randint(256, (n_expert, n_rows, n_cols // 32, 16), dtype=torch.uint8)
+            state[f"{name}_scales"] = torch.randint(118, 122, (n_expert, n_rows, n_cols // 32), dtype=torch.uint8)
+    model.config.save_pretrained(out)
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ggufmoe.weights import views
 from ggufmoe.weights.dtypes import read_f32, row_count
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
-from ggufmoe.weights.views import Changed, PickedColumns, PickedRows, Reshaped, Transposed, rope_ordered
+from ggufmoe.weights.views import Changed, PickedColumns, PickedRows, Reshaped, SpacedRows, Transposed, rope_ordered
 
 
 class Stored:
@@ -45,6 +45,8 @@ SHUFFLED = np.random.default_rng(0).permutation(12)
         (lambda x: PickedRows(x, ORDER), lambda x: x.reshape(12, 7)[ORDER]),
         (lambda x: PickedRows(x, SHUFFLED, (3, 4, 7)), lambda x: x.reshape(12, 7)[SHUFFLED].reshape(3, 4, 7)),
         (lambda x: PickedRows(x, np.arange(1, 12, 2)), lambda x: x.reshape(12, 7)[1::2]),
+        (lambda x: SpacedRows(x, (5, 7), first=2, step=2), lambda x: x.reshape(12, 7)[2:12:2]),
+        (lambda x: SpacedRows(x, (1, 5, 7), first=3, step=1), lambda x: x.reshape(12, 7)[None, 3:8]),
         (lambda x: PickedColumns(x, np.array([6, 0, 3])), lambda x: x[..., [6, 0, 3]]),
         (Transposed, lambda x: x.swapaxes(-1, -2)),
         (lambda x: Transposed(x, (2, 6, 7)), lambda x: x.reshape(2, 6, 7).swapaxes(-1, -2)),
@@ -105,6 +107,8 @@ def test_values_changed_in_half_precision() -> None:
 
 
 def test_the_row_of_the_source_is_known() -> None:
+    spaced = SpacedRows(numbered(12, 2), (4, 2), first=1, step=3)
+    assert [spaced.source_row(row) for row in range(4)] == [1, 4, 7, 10]
     picked = PickedRows(numbered(12, 2), ORDER)
     assert [picked.source_row(row) for row in range(12)] == ORDER.tolist()
 
