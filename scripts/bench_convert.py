@@ -7,7 +7,7 @@ lossless GGUF of the same checkpoint. ``cold`` takes the input files out of the 
 to the system (Linux only). The load of the machine when a round began is printed: other work makes all of it wrong.
 
     python scripts/bench_convert.py [--source DIR] [--rounds 3] [--types BF16,Q8_0,Q4_K_M] [--quantize Q4_K_M]
-        [--cache warm,cold] [--llama-cpp DIR --peer-python PYTHON]
+        [--imatrix] [--cache warm,cold] [--llama-cpp DIR --peer-python PYTHON]
 
 ``--llama-cpp`` is the directory of llama.cpp's sources, ``--peer-python`` an interpreter with torch and transformers;
 without them only ``quantize`` has somebody to compare with. scripts/peers/run makes both.
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,12 @@ import ctypes, sys
 from llama_cpp import llama_cpp
 parameters = llama_cpp.llama_model_quantize_default_params()
 parameters.ftype, parameters.nthread = int(sys.argv[3]), int(sys.argv[4])
+if len(sys.argv) > 5:
+    import numpy as np
+    weights = dict(np.load(sys.argv[5]))
+    entry, floats = llama_cpp.llama_model_imatrix_data, ctypes.POINTER(ctypes.c_float)
+    entries = [entry(name.encode(), values.ctypes.data_as(floats), values.size) for name, values in weights.items()]
+    parameters.imatrix = (entry * (len(entries) + 1))(*entries, entry(None, None, 0))
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(parameters)))
 """
 
@@ -119,13 +126,37 @@ def set_cache(paths: list[Path], cache: str) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def ours(verb: str, source: Path, output: Path, file_type: str, threads: int) -> Cost:
+@dataclass(frozen=True)
+class Importances:
+    """One importance matrix as each side reads it: a GGUF file for ggufmoe, arrays by tensor name for llama.cpp."""
+
+    gguf: Path
+    arrays: Path
+
+
+def make_importances(source: Path, scratch: Path) -> Importances:
+    """A made-up importance for each column of each matrix of the checkpoint."""
+    from check_bytes import importance
+
+    made = Importances(scratch / "imatrix.gguf", scratch / "imatrix.npz")
+    weights = importance(source, made.gguf)
+    np.savez(made.arrays, **weights)  # type: ignore[arg-type]  # its names are those of tensors, none is allow_pickle
+    return made
+
+
+def ours(
+    verb: str, source: Path, output: Path, file_type: str, threads: int, importances: Importances | None = None
+) -> Cost:
     """ggufmoe, from the command line, start of Python included."""
     command = [sys.executable, "-m", "ggufmoe", verb, str(source), "-o", str(output), "-q", file_type]
+    if importances is not None:
+        command += ["--imatrix", str(importances.gguf)]
     return measure([*command, "-t", str(threads), "--force", "--json"])
 
 
-def convert_theirs(arguments: argparse.Namespace, source: Path, output: Path, file_type: str) -> Cost:
+def convert_theirs(
+    arguments: argparse.Namespace, source: Path, output: Path, file_type: str, importances: Importances | None
+) -> Cost:
     """llama.cpp: its converter, and llama_model_quantize on what that wrote."""
     direct = file_type in ("BF16", "F16", "F32", "Q8_0")
     lossless = output if direct else output.with_suffix(".lossless.gguf")
@@ -134,17 +165,20 @@ def convert_theirs(arguments: argparse.Namespace, source: Path, output: Path, fi
     cost = measure([*converter, "--outtype", outtype, "--outfile", str(lossless)])
     if direct:
         return cost
-    cost += quantize_theirs(lossless, output, file_type, arguments.threads)
+    cost += quantize_theirs(lossless, output, file_type, arguments.threads, importances)
     lossless.unlink()
     return cost
 
 
-def quantize_theirs(source: Path, output: Path, file_type: str, threads: int) -> Cost:
+def quantize_theirs(
+    source: Path, output: Path, file_type: str, threads: int, importances: Importances | None = None
+) -> Cost:
     """llama_model_quantize, from a Python that loads nothing else."""
     from ggufmoe.quant.filetypes import FileType
 
     number = str(FileType.from_name(file_type).id)
-    return measure([sys.executable, "-c", QUANTIZE, str(source), str(output), number, str(threads)])
+    arrays = [] if importances is None else [str(importances.arrays)]
+    return measure([sys.executable, "-c", QUANTIZE, str(source), str(output), number, str(threads), *arrays])
 
 
 @dataclass(frozen=True)
@@ -199,17 +233,18 @@ def contests(arguments: argparse.Namespace, source: Path, scratch: Path) -> Iter
     """Every conversion, then every quantization, whose source is made when its turn comes."""
     weights = sorted(source.glob("*.safetensors"))
     output, other, threads = scratch / "ours.gguf", scratch / "theirs.gguf", arguments.threads
+    matrix = make_importances(source, scratch) if arguments.imatrix else None
     for file_type in filter(None, arguments.types.split(",")):
-        theirs = partial(convert_theirs, arguments, source, other, file_type) if arguments.llama_cpp else None
-        mine = partial(ours, "convert", source, output, file_type, threads)
+        theirs = partial(convert_theirs, arguments, source, other, file_type, matrix) if arguments.llama_cpp else None
+        mine = partial(ours, "convert", source, output, file_type, threads, matrix)
         yield Contest(f"convert {file_type}", weights, output, mine, theirs)
     other.unlink(missing_ok=True)
     lossless = scratch / "lossless.gguf"
     if arguments.quantize:
         ours("convert", source, lossless, "BF16", threads)
     for file_type in filter(None, arguments.quantize.split(",")):
-        theirs = partial(quantize_theirs, lossless, other, file_type, threads)
-        mine = partial(ours, "quantize", lossless, output, file_type, threads)
+        theirs = partial(quantize_theirs, lossless, other, file_type, threads, matrix)
+        mine = partial(ours, "quantize", lossless, output, file_type, threads, matrix)
         yield Contest(f"quantize {file_type}", [lossless], output, mine, theirs)
 
 
@@ -231,6 +266,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--types", default="BF16,Q8_0,Q4_K_M")
     parser.add_argument("--quantize", default="Q4_K_M", help="file types to quantize the BF16 file to")
+    parser.add_argument("--imatrix", action="store_true", help="with an importance matrix, which is made up")
     parser.add_argument("--cache", default="warm,cold", help="states of the page cache to measure in")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--llama-cpp", help="llama.cpp's sources")

@@ -12,7 +12,8 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_ON_HUGE_WEIGHTS
 from ggufmoe.quant.kernels import quantize_rows
-from ggufmoe.quant.kernels.trust import widened
+from ggufmoe.quant.kernels.machine import code_cache
+from ggufmoe.quant.kernels.trust import Kernel, compile_format, widened
 
 Floats = NDArray[np.float32]
 N_COLS = 512
@@ -74,6 +75,11 @@ def rows(seed: int, kind: str, n_rows: int = 4, among: list[str] | None = None) 
 def importances(seed: int, kind: str) -> Floats:
     """One importance per column."""
     return IMPORTANCES[kind](np.random.default_rng(seed), N_COLS).astype(np.float32)
+
+
+def compiled(type: GGMLType, weighted: bool) -> Kernel:
+    """The kernel for float32 rows, unchecked; the tests of a session compile it once and share its code."""
+    return compile_format(type, "F32", weighted, cache=code_cache())
 
 
 def differing(type: GGMLType, src: NDArray[Any], imatrix: Floats | None = None) -> int:

@@ -10,12 +10,13 @@ from hypothesis.extra.numpy import arrays
 
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.quant.filetypes import ABORTS_ON_HUGE_WEIGHTS, ABORTS_WITHOUT_IMATRIX
-from ggufmoe.quant.kernels.trust import compile_format, has_kernel
+from ggufmoe.quant.kernels.trust import has_kernel
 from tests.quant.kernels.corpora import (
     HUGE_KINDS,
     IMPORTANCES,
     N_COLS,
     Floats,
+    compiled,
     differing,
     importances,
     kinds,
@@ -108,7 +109,7 @@ def test_tiles_that_do_not_fill_the_lanes(n_rows: int) -> None:
 @pytest.mark.parametrize("type", GRID_FORMATS)
 def test_a_kernel_leaves_to_ggml_where_it_aborts(type: GGMLType) -> None:
     """It neither hangs nor crashes there itself, and marks each block that ggml's arithmetic cannot serve."""
-    kernel = compile_format(type, "F32", True)
+    kernel = compiled(type, weighted=True)
     made = np.zeros((4, type.row_bytes(N_COLS)), np.uint8)
     for value in (np.nan, np.inf, -np.inf, 1e30):
         src = rows(7, "normal")
@@ -128,7 +129,7 @@ def test_blocks_of_zeros_between_others(type: GGMLType) -> None:
     src.reshape(-1, 32)[np.random.default_rng(2).random(src.size // 32) < 0.4] = 0
     for imatrix in (importances(0, "random"), None) if type in WITHOUT_IMPORTANCES else (importances(0, "random"),):
         assert differing(type, src, imatrix) == 0
-        kernel = compile_format(type, "F32", imatrix is not None)
+        kernel = compiled(type, weighted=imatrix is not None)
         assert kernel.call(src, np.zeros((64, type.row_bytes(N_COLS)), np.uint8), imatrix) is None
 
 

@@ -17,8 +17,8 @@ from ggufmoe.native import quantizing
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, IGNORES_IMATRIX
 from ggufmoe.quant.kernels.probe_hashes import HASHES
 from ggufmoe.quant.kernels.probe_tile import probe
-from ggufmoe.quant.kernels.trust import Kernel, Unbounded, compile_format, has_kernel, run
-from tests.quant.kernels.corpora import N_COLS, Floats, importances, kinds, rows
+from ggufmoe.quant.kernels.trust import Kernel, Unbounded, has_kernel, run
+from tests.quant.kernels.corpora import N_COLS, Floats, compiled, importances, kinds, rows
 
 FORMATS = [kind for kind in GGMLType if has_kernel(kind)]
 CASES = [
@@ -59,7 +59,7 @@ for quantizer in ("fast", "auto"):
 
 @cache
 def usual(kind: GGMLType, weighted: bool) -> Kernel:
-    return compile_format(kind, "F32", weighted)
+    return compiled(kind, weighted)
 
 
 def extremes(kind: GGMLType, imatrix: Floats | None) -> Floats:
