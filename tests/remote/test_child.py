@@ -58,6 +58,7 @@ from tests.remote.workers import (
     PATIENT_S,
     is_running,
     never_answer,
+    pause,
     paused,
     pretender,
     start_worker,
@@ -314,7 +315,7 @@ def test_a_prompt_is_timed_until_the_worker_has_computed_it(patient: Engine, wor
     prompt = patient.tokenize(" once" * 100)
     patient.prefill(prompt)  # the second time llama.cpp does not wait for answers before it comes back
     patient.forget()
-    os.kill(worker.pid, signal.SIGSTOP)
+    pause(worker.pid)
     going_on = go_on_later(worker, 0.5)
     *_, last = patient.generate(prompt, TWELVE)
     going_on.join()
@@ -682,7 +683,7 @@ def test_stopping_again_and_again_does_not_keep_a_worker_that_hangs(impatient: E
 
 def test_a_prompt_has_ten_times_as_long_as_a_token(patient: Engine, worker: Worker) -> None:
     prompt = patient.tokenize(" once" * 400)
-    os.kill(worker.pid, signal.SIGSTOP)  # as one that computes for long
+    pause(worker.pid)  # as one that computes for long
     going_on = go_on_later(worker, PAUSE_S)
     assert patient.prefill(prompt) == len(prompt)
     going_on.join()
@@ -694,7 +695,7 @@ def test_the_last_token_of_a_prompt_does_not_shorten_its_time(story_path: Path, 
         prompt = engine.tokenize(" on" * 400)[:129]
         engine.prefill(prompt)
         engine.forget()
-        os.kill(worker.pid, signal.SIGSTOP)
+        pause(worker.pid)
         going_on = go_on_later(worker, PAUSE_S)
         assert engine.prefill(prompt) == 129
         going_on.join()

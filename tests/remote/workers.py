@@ -103,10 +103,17 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENT_S) -> N
         time.sleep(0.05)
 
 
+def pause(pid: int) -> None:
+    """Stop a child of this process; when this returns, none of its threads computes any more."""
+    os.kill(pid, signal.SIGSTOP)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
 @contextmanager
 def paused(pid: int) -> Iterator[None]:
     """A process that does nothing while this lasts, though its connections stay open."""
-    os.kill(pid, signal.SIGSTOP)
+    pause(pid)
     try:
         yield
     finally:
