@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ggufmoe import OptionError, WorkerError, WorkerOptions
@@ -52,6 +53,9 @@ def test_it_says_what_it_serves_until_ctrl_c(tmp_path: Path) -> None:
         wait_until(answers(port), 4 * PATIENT_S)
         assert process.stderr is not None
         said = [process.stderr.readline() for _ in range(3)]
+        main_thread = psutil.Process(process.pid)
+        # Python writes a line twice if Ctrl-C comes before the write has returned
+        wait_until(lambda: main_thread.status() == psutil.STATUS_SLEEPING)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         out, rest = process.communicate(timeout=PATIENT_S)
