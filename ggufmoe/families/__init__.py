@@ -65,7 +65,7 @@ def supported(architecture: object = None) -> str:
 
 
 def _nearest(architecture: str, names: Iterable[str]) -> list[str]:
-    """The names that are like this one but for the end that nearly all of them have."""
-    stems = {name.removesuffix("ForCausalLM").lower(): name for name in names}
-    matches = difflib.get_close_matches(architecture.removesuffix("ForCausalLM").lower(), stems, n=2, cutoff=0.6)
+    """The names that are like this one in what comes before ``ForCausalLM`` and the like."""
+    stems = {name.partition("For")[0].lower(): name for name in names}
+    matches = difflib.get_close_matches(architecture.partition("For")[0].lower(), stems, n=2, cutoff=0.6)
     return [stems[match] for match in matches]
