@@ -203,13 +203,14 @@ def _rope(keys: ConfigReader, family: Family) -> tuple[float, RopeScaling, float
     """Read rope theta, scaling and the rotated part of a head: from ``rope_parameters`` (transformers 5), or from
     ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``.
     """
-    key = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
+    key = keys.rope_key
     given = keys.raw.get(key)
     if given is None:
         given = family.defaults.get("rope_scaling", {})
     if not isinstance(given, dict):
         raise keys.error(key, "an object or null")
-    parameters = {name: value for name, value in given.items() if value is not None and name not in family.rope_notes}
+    stated = family.common_rope(given)
+    parameters = {name: value for name, value in stated.items() if value is not None and name not in family.rope_notes}
     theta = parameters.pop("rope_theta", keys.value("rope_theta"))
     if not is_float32(theta) or theta <= 0:
         raise CheckpointError(f"{keys.path}: rope_theta is {theta!r:.40}, expected {POSITIVE}")

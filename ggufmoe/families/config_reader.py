@@ -44,6 +44,11 @@ class ConfigReader:
         """How this file spells ``key``: the first of its spellings that is there, else ``key``."""
         return next((name for name in (key, *self._aliases.get(key, ())) if name in self.raw), key)
 
+    @property
+    def rope_key(self) -> str:
+        """Under which key the parameters of rope stand: that of transformers 5, else that of 4."""
+        return "rope_parameters" if self.raw.get("rope_parameters") is not None else "rope_scaling"
+
     def value(self, key: str) -> Any:
         """The value of a key, whatever it is; the family's default, or None, where it is absent."""
         spelt = self.spelling(key)

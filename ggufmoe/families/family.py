@@ -345,6 +345,11 @@ def as_many_as_layers(config: ModelConfig) -> int:
     return config.n_layer
 
 
+def whole_rope(stated: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A ``Family.common_rope``: all of them."""
+    return stated
+
+
 def no_window(reader: ConfigReader) -> int | None:
     """A ``Family.sliding_window``: every token attends to all before it."""
     return None
@@ -377,6 +382,9 @@ class Family:
     sliding_window: Callable[[ConfigReader], int | None] = no_window
     rotary_fraction: float | None = None
     """The default of ``partial_rotary_factor``; None where llama.cpp's graph rotates whole heads only."""
+    common_rope: Callable[[Mapping[str, Any]], Mapping[str, Any]] = whole_rope
+    """Those parameters of rope (``ModelConfig.stated_rope``) that are read for ``rope_theta``, ``rope_scaling`` and
+    ``rotary_fraction``; the family reads others itself, and checks them."""
     rope_notes: frozenset[str] = frozenset()
     """Parameters of rope that are no scaling; a family that needs one reads it from ``ModelConfig.raw``."""
     layouts: tuple[StoredLayout, ...] = (StoredLayout("classic"),)

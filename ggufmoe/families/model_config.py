@@ -51,6 +51,12 @@ class ModelConfig:
     raw: Mapping[str, Any] = field(default_factory=dict)
     """config.json as it was read."""
 
+    @property
+    def stated_rope(self) -> Mapping[str, Any]:
+        """The parameters of rope as config.json states them: of transformers 5, else of 4; empty where it does not."""
+        stated = self.raw.get("rope_parameters")
+        return (self.raw.get("rope_scaling") if stated is None else stated) or {}
+
     def size(self, key: str) -> int:
         """The whole number under a key of the family."""
         value = self.values[key]

@@ -37,10 +37,18 @@ from ggufmoe.families.qwen3next import (
     linear_width,
     mixed_width,
     one_kernel_each,
-    rotated_width,
 )
 from ggufmoe.families.qwen3next import FAMILY as QWEN3_NEXT
-from ggufmoe.families.standard import common_parameters, head_dim, matrix, n_embd, no_bias, only_silu, size_of
+from ggufmoe.families.standard import (
+    common_parameters,
+    head_dim,
+    matrix,
+    n_embd,
+    no_bias,
+    only_silu,
+    rotated_width,
+    size_of,
+)
 from ggufmoe.gguf.upstream import MODEL_ARCH, MODEL_TENSOR, Keys
 from ggufmoe.gguf.values import i32s
 from ggufmoe.weights.source_tensor import SourceTensor
@@ -112,8 +120,7 @@ def _linear() -> tuple[TensorRule, ...]:
 
 
 def _stated_sections(config: ModelConfig) -> Any:
-    raw = config.raw
-    stated = (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).get(_SECTIONS)
+    stated = config.stated_rope.get(_SECTIONS)
     return _DEFAULT_SECTIONS if stated is None else stated
 
 
@@ -126,11 +133,11 @@ def _check(reader: ConfigReader, config: ModelConfig) -> None:
     check(reader, config)
     stated = _stated_sections(config)
     if not isinstance(stated, list) or len(stated) not in (3, 4) or any(type(one) is not int for one in stated):
-        raise reader.error("rope_parameters", f"{_SECTIONS} of three whole numbers")
+        raise reader.error(reader.rope_key, f"{_SECTIONS} of three whole numbers")
     pairs = [pair % max(sum(stated), 1) for pair in range(rotated_width(config) // 2)]
     if min(stated) < 0 or any(pair >= 3 * stated[pair % 3] for pair in pairs):
         raise reader.error(
-            "rope_parameters",
+            reader.rope_key,
             f"{_SECTIONS} in which every rotated pair has its turn, such as {_DEFAULT_SECTIONS}: llama.cpp's qwen35moe "
             "graph does not rotate the others",
         )

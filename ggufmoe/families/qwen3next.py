@@ -40,6 +40,8 @@ from ggufmoe.families.standard import (
     norms_around_zero,
     only_silu,
     query_width,
+    rotated_pairs,
+    rotated_width,
     shared_experts,
     size_of,
     unexpressed,
@@ -157,11 +159,6 @@ def _projections() -> tuple[TensorRule, ...]:
     )
 
 
-def rotated_width(config: ModelConfig) -> int:
-    """How many values of each head rope rotates."""
-    return int(config.head_dim * config.rotary_fraction)
-
-
 def check(reader: ConfigReader, config: ModelConfig) -> None:
     """A ``Family.check``: refuse heads and kinds of layers that llama.cpp's graph does not compute."""
     kinds = reader.value(_LAYER_TYPES)
@@ -173,8 +170,7 @@ def check(reader: ConfigReader, config: ModelConfig) -> None:
         raise reader.error(VALUE_DIM, f"{KEY_DIM} ({config.size(KEY_DIM)}), because llama.cpp's graph has one width")
     if config.size(VALUE_HEADS) % config.size(KEY_HEADS):
         raise reader.error(VALUE_HEADS, f"a multiple of {KEY_HEADS} ({config.size(KEY_HEADS)})")
-    if rotated_width(config) % 2 or not rotated_width(config):
-        raise reader.error("partial_rotary_factor", f"an even number of rotated values in a head of {config.head_dim}")
+    rotated_pairs(reader, config)
 
 
 def hybrid_parameters(*common: HyperParameter) -> tuple[HyperParameter, ...]:

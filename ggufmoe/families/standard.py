@@ -87,6 +87,11 @@ def key_width(config: ModelConfig) -> int:
     return config.n_head_kv * config.head_dim
 
 
+def rotated_width(config: ModelConfig) -> int:
+    """How many values of each head rope rotates."""
+    return int(config.head_dim * config.rotary_fraction)
+
+
 def size_of(key: str) -> Width:
     """The width under a key of the family (``Family.keys``)."""
     return lambda config: config.size(key)
@@ -359,6 +364,12 @@ def one_kind_of_layers(reader: ConfigReader, config: ModelConfig) -> None:
     kinds = reader.value("layer_types")
     if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
         raise reader.error("layer_types", "one kind of attention in all layers")
+
+
+def rotated_pairs(reader: ConfigReader, config: ModelConfig) -> None:
+    """A ``Family.check``: refuse a part of each head that is not a number of pairs."""
+    if rotated_width(config) % 2 or not rotated_width(config):
+        raise reader.error("partial_rotary_factor", f"an even number of rotated values in a head of {config.head_dim}")
 
 
 def heads_of_whole_width(reader: ConfigReader, config: ModelConfig) -> None:

@@ -101,6 +101,20 @@ def _family(
     return FamilyCase(name, {**SIZES, **own}, flags=flags, not_equal=not_equal)
 
 
+def _with_tokenizer(case: FamilyCase, kind: str, pre: str = "default") -> FamilyCase:
+    """The same model with another vocabulary of ``tests.tiny_tokenizers``."""
+    begin, end = tiny_tokenizers.special_ids(kind)
+    ids = {"bos_token_id": begin, "eos_token_id": end, "vocab_size": tiny_tokenizers.vocabulary_size(kind)}
+    return replace(case, config={**case.config, **ids}, tokenizer=kind, pre=pre)
+
+
+def _long_rope(n_original: int, n_pairs: int, fraction: float = 1.0) -> dict[str, Any]:
+    """The configuration of LongRoPE for texts that were of ``n_original`` tokens before."""
+    factors = {"short_factor": [1 + i / 50 for i in range(n_pairs)], "long_factor": [1.5 + i for i in range(n_pairs)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": fraction, **factors}
+    return {"rope_parameters": rope, "original_max_position_embeddings": n_original}
+
+
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
 _LATENT_YARN: dict[str, Any] = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
 _QWEN3_EXPERTS: dict[str, Any] = {
@@ -234,6 +248,13 @@ FAMILIES = (
         tokenizer="qwen35",
         pre="qwen35",
         flags=_NO_MTP,
+    ),
+    _with_tokenizer(_family("phi-window", "Phi3ForCausalLM", "phi3", sliding_window=300), "spm"),
+    _with_tokenizer(_family("phi-long", "Phi3ForCausalLM", "phi3", **_long_rope(32, 16)), "spm"),
+    _with_tokenizer(
+        _family("phi-part-tied", "Phi3ForCausalLM", "phi3", tie_word_embeddings=True, **_long_rope(256, 12, 0.75)),
+        "smollm",
+        "smollm",
     ),
     _family("deepseek-v2", "DeepseekV2ForCausalLM", "deepseek_v2", **_DEEPSEEK, rope_parameters=_LATENT_YARN),
     _family("deepseek-v2-lite", "DeepseekV2ForCausalLM", "deepseek_v2", **_LITE),
