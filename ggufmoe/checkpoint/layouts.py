@@ -36,7 +36,7 @@ _HARMLESS = re.compile(r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|atten
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts that torch.compile, FSDP and activation checkpointing insert into names, at any depth."""
 _EMBEDDING = "embed_tokens.weight"
-_INNER = re.compile(r"(embed_tokens|layers|norm)\.")
+_INNER = re.compile(r"(embed_tokens|layers|norm|embedding_norm)\.")
 _NAMES_SHOWN = 8
 
 

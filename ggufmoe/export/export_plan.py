@@ -76,10 +76,12 @@ def plan_export(
 
 
 def _model_shape(config: ModelConfig) -> ModelShape:
-    """What the mixes depend on, as the file's own keys state it: with latent attention there is one key-value head."""
+    """What the mixes depend on, as the file's own keys state it: with latent attention there is one key-value head, and
+    where layers differ in their number the first layer's counts."""
     family = family_of(config)
     key = Keys.Attention.HEAD_COUNT_KV.format(arch=family.gguf_arch)
-    n_head_kv = family.metadata(config)[key].value
+    stated = family.metadata(config)[key].value
+    n_head_kv = stated[0] if isinstance(stated, list) else stated
     return ModelShape(config.n_layer, config.n_head, n_head_kv, config.n_expert, family.gguf_arch)
 
 

@@ -168,21 +168,28 @@ def attention(*, rope_order: bool = False, biases: str = "", qk_norm: Width | No
     return tuple(rules)
 
 
-def feed_forward(width: Width = n_ff, *, where: Where = everywhere, module: str = "mlp") -> tuple[TensorRule, ...]:
-    """Gate, up and down of a dense SwiGLU part of the layers ``where``."""
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+"""The words for the matrices of a feed-forward part, and of an expert, in nearly all families."""
+
+
+def feed_forward(
+    width: Width = n_ff,
+    *,
+    where: Where = everywhere,
+    module: str = "mlp",
+    words: tuple[str, str, str] = GATE_UP_DOWN,
+) -> tuple[TensorRule, ...]:
+    """Gate, up and down (in ``words``) of a dense SwiGLU part of the layers ``where``."""
     rows, columns = matrix(width, n_embd), matrix(n_embd, width)
     return tuple(
-        TensorRule(tensor, f"{_LAYER}{module}.{word}_proj.weight", shape, where=where)
-        for word, tensor, shape in (
-            ("gate", MODEL_TENSOR.FFN_GATE, rows),
-            ("up", MODEL_TENSOR.FFN_UP, rows),
-            ("down", MODEL_TENSOR.FFN_DOWN, columns),
+        TensorRule(tensor, f"{_LAYER}{module}.{word}.weight", shape, where=where)
+        for word, tensor, shape in zip(
+            words,
+            (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_DOWN),
+            (rows, rows, columns),
+            strict=True,
         )
     )
-
-
-GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
-"""The words for the matrices of an expert in nearly all families."""
 
 
 def experts(

@@ -42,6 +42,8 @@ class Case:
     """A checkpoint that is there already."""
     classic: Path | None = None
     """The same weights in the layout that llama.cpp's converter reads; None: made of ``directory``."""
+    text_step: int = 1
+    """Token ids are compared for each so-many-th text; for gpt-4o llama.cpp takes 15 times as long as for others."""
 
     def checkpoint(self, parent: Path) -> Path:
         """The checkpoint's directory, made below ``parent`` unless it is there already."""
@@ -56,6 +58,7 @@ class FamilyCase:
     config: Mapping[str, Any]
     """config.json, with ``architectures`` and ``model_type``; ``SIZES`` come before it."""
     types: tuple[str, ...] = ("F32", "BF16")
+    """File types compared with llama.cpp's converter; none where it cannot convert the model."""
     tokenizer: str = "qwen"
     """A kind of ``tests.tiny_tokenizers``."""
     pre: str = "qwen2"
@@ -64,6 +67,8 @@ class FamilyCase:
     """Further flags of llama.cpp's converter."""
     not_equal: tuple[str, ...] = ()
     """Metadata in which llama.cpp's converter is known to be wrong."""
+    text_step: int = 1
+    """As in ``Case``."""
     other_form: str | None = None
     """The form beside ``saved`` in which the model is stored (``form`` of reference.py), where it is a mixture."""
 
@@ -194,7 +199,25 @@ def _gpt_oss(name: str, **config: Any) -> FamilyCase:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 16}
     tokens = {"bos_token_id": begin, "eos_token_id": end, "vocab_size": tiny_tokenizers.vocabulary_size("harmony")}
     plain = _family(name, "GptOssForCausalLM", "gpt_oss", **sizes, **tokens, **config)
-    return replace(plain, tokenizer="harmony", pre="gpt-4o", other_form="mxfp4")
+    return replace(plain, tokenizer="harmony", pre="gpt-4o", other_form="mxfp4", text_step=20)
+
+
+_LFM2 = {
+    "norm_eps": 1e-5,
+    "conv_L_cache": 3,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "num_dense_layers": 1,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}
+
+
+def _lfm2(name: str, types: tuple[str, ...], **config: Any) -> FamilyCase:
+    begin, end = tiny_tokenizers.special_ids("bpe")
+    tokens = {"bos_token_id": begin, "eos_token_id": end, "vocab_size": tiny_tokenizers.vocabulary_size("bpe")}
+    plain = _family(name, "Lfm2MoeForCausalLM", "lfm2_moe", **{**_LFM2, **tokens, **config})
+    return replace(plain, tokenizer="bpe", pre="lfm2", types=types)
 
 
 FAMILIES = (
@@ -281,6 +304,8 @@ FAMILIES = (
         **{**_DEEPSEEK_V3, "norm_topk_prob": False, "first_k_dense_replace": 0},
     ),
     _gpt_oss("gpt-oss", rope_parameters=YARN),
+    _lfm2("lfm2moe", ()),
+    _lfm2("lfm2moe-tied", ("F32", "BF16"), tie_word_embeddings=True, rope_parameters=YARN, conv_L_cache=4),
 )
 
 

@@ -93,6 +93,7 @@ KNOWN = (
         (_NEWLINE, rf"\s?[{_DEEPSEEK_LETTERS}]+", rf"\s?{_DEEPSEEK_PUNCTUATION}", r"\s+$", _CJK, _DIGITS),
     ),
     PreTokenizer("deepseek-v3", _DEEPSEEK_V3),
+    PreTokenizer("lfm2", (_LLAMA3,), ignore_merges=True, adds_bos=True),
     PreTokenizer("deepseek-coder", (_NEWLINE, r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT)),
 )
 
