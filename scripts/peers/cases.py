@@ -220,6 +220,16 @@ def _lfm2(name: str, types: tuple[str, ...], **config: Any) -> FamilyCase:
     return replace(plain, tokenizer="bpe", pre="lfm2", types=types)
 
 
+def _ernie(name: str, not_equal: tuple[str, ...] = (), **config: Any) -> FamilyCase:
+    """``intermediate_size`` over key-value heads is the width of the shared experts, as in the published models."""
+    begin, end = tiny_tokenizers.special_ids("spm")
+    tokens = {"bos_token_id": begin, "eos_token_id": end, "vocab_size": tiny_tokenizers.vocabulary_size("spm")}
+    experts = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 128, "moe_num_shared_experts": 2}
+    own = {**experts, **tokens, **config}
+    plain = _family(name, "Ernie4_5_MoeForCausalLM", "ernie4_5_moe", not_equal=not_equal, **own)
+    return replace(plain, tokenizer="spm", pre="")
+
+
 FAMILIES = (
     _family("qwen2", "Qwen2ForCausalLM", "qwen2"),
     _family("qwen2-tied-yarn", "Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, rope_parameters=YARN),
@@ -305,6 +315,9 @@ FAMILIES = (
     ),
     _gpt_oss("gpt-oss", rope_parameters=YARN),
     _lfm2("lfm2moe", ()),
+    _ernie("ernie4_5-moe"),
+    _ernie("ernie4_5-moe-no-shared-tied", moe_num_shared_experts=0, moe_layer_start_index=0, tie_word_embeddings=True),
+    _ernie("ernie4_5-moe-wide", ("ernie4_5-moe.expert_shared_feed_forward_length",), moe_num_shared_experts=1),
     _lfm2("lfm2moe-tied", ("F32", "BF16"), tie_word_embeddings=True, rope_parameters=YARN, conv_L_cache=4),
 )
 

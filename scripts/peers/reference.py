@@ -57,8 +57,8 @@ def save(job: dict[str, Any]) -> None:
     config = transformers.AutoConfig.for_model(**job["config"])
     model = getattr(transformers, config.architectures[0])(config).to(torch.bfloat16)
     with torch.no_grad():
-        for tensor in (*model.parameters(), *(one for name, one in model.named_buffers() if name.endswith("_bias"))):
-            if tensor.ndim == 1:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("bias") or (tensor.ndim == 1 and isinstance(tensor, torch.nn.Parameter)):
                 tensor.add_(torch.randn(tensor.shape).to(tensor.dtype) * 0.05)
     if job["form"] == "saved":
         model.save_pretrained(out)
