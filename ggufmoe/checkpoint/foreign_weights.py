@@ -34,7 +34,13 @@ _SIGNS = (
     _Sign(r"\.(SCB|weight_format)$", "is quantized by bitsandbytes to 8 bits"),
     _Sign(r"\.weight_(packed|zero_point)$", "is quantized by llm-compressor (compressed-tensors)"),
     _Sign(r"\.weight_scale_2$", "is quantized to NVFP4"),
-    _Sign(r"\.(weight_scale(_inv)?|input_scale)$", "is quantized to FP8 or 8 bits, with scales beside the weights"),
+    _Sign(
+        r"\.weight_scale_inv$",
+        "is quantized to FP8 or 8 bits, with scales beside the weights",
+        "a config.json whose quantization_config states quant_method fp8, fmt e4m3 and weight_block_size tells how to "
+        f"read it; or {_UNQUANTIZED}",
+    ),
+    _Sign(r"\.(weight_scale|input_scale)$", "is quantized to FP8 or 8 bits, with scales beside the weights"),
     _Sign(r"(gate_up|down)_proj_(blocks|scales)$", "is quantized to MXFP4"),
     _Sign(r"\.W_q$", "is quantized with HQQ"),
     _Sign(r"\.weight\._(data|scale)$", "is quantized by quanto"),

@@ -13,9 +13,8 @@ from typing import Any, cast
 from ggufmoe.checkpoint import shards
 from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.checkpoint.foreign_weights import what_made
-from ggufmoe.checkpoint.layouts import unread
+from ggufmoe.checkpoint.layouts import is_read_quantization, unread
 from ggufmoe.errors import CheckpointError, HubError, one_line
-from ggufmoe.families import family_of
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
 
@@ -72,8 +71,8 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{repo_id} {made}")
     # fine-tuning leaves a method in the config of weights that are not quantized, bitsandbytes above all; names or
     # weights that are here already say more than the config
-    harmless = {None, "bitsandbytes", *family_of(config).quant_methods}
-    if method not in harmless and not weight_map and not (directory / shards.SINGLE).is_file():
+    harmless = method in (None, "bitsandbytes") or is_read_quantization(config)
+    if not harmless and not weight_map and not (directory / shards.SINGLE).is_file():
         raise CheckpointError(f"{repo_id} is quantized already ({method!r:.40}); use the original model")
     names = [shards.SINGLE, *(sorted(set(weight_map.values())) or [shards.NUMBERED])]
     directory = _snapshot(repo_id, directory.name, ("config.json", *names))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.config import quantization_method
 from ggufmoe.checkpoint.foreign_weights import packed_among, way_out_of, what_made
+from ggufmoe.checkpoint.fp8_blocks import STORED_DTYPE, BlockScaledRows, block_size, scales_among, scales_shape
 from ggufmoe.checkpoint.mxfp4 import BLOCK_WEIGHTS, CODE_BYTES, MXFP4Rows
 from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
 from ggufmoe.errors import CheckpointError, TensorMismatchError
@@ -172,10 +173,17 @@ def is_harmless(name: str) -> bool:
     return _HARMLESS.fullmatch(name) is not None
 
 
-def unread(config: ModelConfig, names: Iterable[str]) -> list[str]:
-    """The stored names but for those of quantized weights that a layout of the model's family reads."""
+def unread(config: ModelConfig, names: Collection[str]) -> list[str]:
+    """The stored names but for those of quantized weights that are read: by a layout of the model's family, or with
+    scales of blocks, which config.json states."""
     read = {pattern for layout in family_of(config).layouts for pattern in _quantized_patterns(layout)}
-    return [name for name, plain in plain_names(names).items() if _pattern_of(plain) not in read]
+    scales = set(scales_among(names, config.raw).values())
+    return [name for name, plain in plain_names(names).items() if _pattern_of(plain) not in read and name not in scales]
+
+
+def is_read_quantization(config: ModelConfig) -> bool:
+    """Whether config.json states a quantization that is read here."""
+    return quantization_method(config.raw) in family_of(config).quant_methods or block_size(config.raw) is not None
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -208,7 +216,8 @@ def arrange(
     ``stored`` maps the names in the files, which may have prefixes of wrappers, to file and entry. An
     ``lm_head.weight`` is kept even if the config ties the embeddings, as in llama.cpp's converter
     (``conversion/llama.py``). Raises TensorMismatchError if tensors are missing, left over or wrongly shaped (it names
-    up to eight of each kind), and CheckpointError for weights that are quantized or not BF16, F16 or F32.
+    up to eight of each kind), and CheckpointError for weights that are not BF16, F16 or F32, nor quantized in a way
+    that is read here (``fp8_blocks``, ``mxfp4``).
     """
     if (made := what_made(unread(config, stored))) is not None:
         raise CheckpointError(f"{where} {made}")
@@ -216,7 +225,7 @@ def arrange(
         return _arrange(where, config, _by_plain_name(where, stored))
     except CheckpointError as error:
         method = quantization_method(config.raw)
-        if method is None or method in family_of(config).quant_methods:
+        if method is None or is_read_quantization(config):
             raise
         raise CheckpointError(
             f"{where}: config.json says that this checkpoint is quantized already ({method!r:.40}); "
@@ -236,19 +245,55 @@ def _arrange(
             f"{where} holds {len(stored)} tensors, but a model of its config.json has at least {n_least}"
         )
     stored = _without_skipped(where, family, config, stored)
+    scaled = _block_scaled(where, config, stored)
+    beside = {one.scales.name for one in scaled.values()}
+    stored = {name: found for name, found in stored.items() if name not in beside}
     wanted = list(pieces(config, layout, stored))
     shapes = {piece.stored: piece.stored_shape for piece in wanted}
     scales = {piece.scales: piece.stored_shape[:-1] for piece in wanted if piece.scales is not None}
     _check_shapes(where, shapes | scales, stored)
     quantized = {piece.stored for piece in wanted if piece.scales is not None}
     _check_bytes(where, quantized | scales.keys(), stored)
-    dtypes = _dtypes(where, shapes.keys() - quantized, stored)
-    return {
-        piece.name: _rows(piece, *stored[piece.stored], dtypes[piece.stored])
-        if piece.scales is None
-        else _quantized_rows(piece, stored[piece.stored], stored[piece.scales])
-        for piece in wanted
-    }
+    dtypes = _dtypes(where, shapes.keys() - quantized - scaled.keys(), stored)
+
+    def rows_of(piece: TensorPiece) -> SourceTensor:
+        if piece.scales is not None:
+            return _quantized_rows(piece, stored[piece.stored], stored[piece.scales])
+        if piece.stored in scaled:
+            return _scaled_rows(piece, scaled[piece.stored])
+        return _rows(piece, *stored[piece.stored], dtypes[piece.stored])
+
+    return {piece.name: rows_of(piece) for piece in wanted}
+
+
+def _block_scaled(
+    where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
+) -> dict[str, BlockScaledRows]:
+    """The stored tensors that have scales of blocks, which must have the right shapes and dtypes."""
+    block = block_size(config.raw)
+    scales = scales_among(stored, config.raw)
+    if block is None or not scales:
+        return {}
+    dtypes = _dtypes(where, set(scales.values()), stored)
+    found: dict[str, BlockScaledRows] = {}
+    for name, beside in scales.items():
+        if name not in stored:
+            raise TensorMismatchError(f"{where} holds {_shown(beside)}, but no {_shown(name)}")
+        (file, entry), (file_of_scales, its) = stored[name], stored[beside]
+        if entry.dtype != STORED_DTYPE or len(entry.shape) < 2:
+            raise CheckpointError(
+                f"{where}: {_shown(name)} has scales and is {entry.dtype} of shape {list(entry.shape)}, expected a "
+                f"matrix of {STORED_DTYPE}"
+            )
+        if its.shape != (shape := scales_shape(entry.shape, block)):
+            raise TensorMismatchError(
+                f"{where}: {_shown(beside)} is {list(its.shape)}, by weight_block_size {list(block)} of config.json it "
+                f"should be {list(shape)}"
+            )
+        rows = StoredRows(beside, dtypes[beside], its.shape, file_of_scales, its.begin)
+        found[name] = BlockScaledRows(name, entry.shape, file, entry.begin, rows, block)
+    _LOG.info("%s: %d tensors of 8-bit floats are read with the scales of their blocks", where, len(found))
+    return found
 
 
 def _count(family: Family, config: ModelConfig, layout: StoredLayout) -> int:
@@ -312,6 +357,13 @@ def _quantized_rows(
         scales=(scales[0], scales[1].begin),
     )
     return SpacedRows(whole, piece.shape, first=piece.first_row, step=piece.step)
+
+
+def _scaled_rows(piece: TensorPiece, whole: BlockScaledRows) -> SourceTensor:
+    if piece.shape == piece.stored_shape and not piece.transposed:
+        return whole
+    rows = Transposed(whole) if piece.transposed else whole
+    return SpacedRows(rows, piece.shape, first=piece.first_row, step=piece.step)
 
 
 def _check_shapes(

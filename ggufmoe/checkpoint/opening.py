@@ -12,6 +12,7 @@ from types import TracebackType
 
 from ggufmoe.checkpoint import hub
 from ggufmoe.checkpoint.config import quantization_method, read_config
+from ggufmoe.checkpoint.fp8_blocks import scales_among
 from ggufmoe.checkpoint.layouts import arrange
 from ggufmoe.checkpoint.provenance import RECORD, read_provenance
 from ggufmoe.checkpoint.safetensors import TensorFile
@@ -106,7 +107,8 @@ def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint
     files, stored = open_tensor_files(directory)
     try:
         tensors = arrange(str(directory), config, stored)
-        is_quantized = any(tensor.dtype.ggml_type.is_quantized for tensor in tensors.values())
+        is_copied = any(tensor.dtype.ggml_type.is_quantized for tensor in tensors.values())
+        is_quantized = is_copied or scales_among(stored, config.raw)
         if (method := quantization_method(config.raw)) is not None and not is_quantized:
             _LOG.warning(
                 "%s has a quantization_config (%s), but its weights are not quantized; it is ignored",

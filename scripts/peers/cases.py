@@ -44,6 +44,8 @@ class Case:
     """The same weights in the layout that llama.cpp's converter reads; None: made of ``directory``."""
     text_step: int = 1
     """Token ids are compared for each so-many-th text; for gpt-4o llama.cpp takes 15 times as long as for others."""
+    judged: Path | None = None
+    """The same weights in a form that transformers runs; None: ``directory``."""
 
     def checkpoint(self, parent: Path) -> Path:
         """The checkpoint's directory, made below ``parent`` unless it is there already."""
@@ -71,6 +73,8 @@ class FamilyCase:
     """As in ``Case``."""
     other_form: str | None = None
     """The form beside ``saved`` in which the model is stored (``form`` of reference.py), where it is a mixture."""
+    fp8_scales: str | None = None
+    """torch's name of the dtype of scales, where projections are 8-bit floats with a scale for each block."""
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -118,6 +122,10 @@ def _long_rope(n_original: int, n_pairs: int, fraction: float = 1.0) -> dict[str
     factors = {"short_factor": [1 + i / 50 for i in range(n_pairs)], "long_factor": [1.5 + i for i in range(n_pairs)]}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": fraction, **factors}
     return {"rope_parameters": rope, "original_max_position_embeddings": n_original}
+
+
+def _fp8(scales: str, name: str, architecture: str, model_type: str, **config: Any) -> FamilyCase:
+    return replace(_family(f"{name}-fp8", architecture, model_type, **config), fp8_scales=scales)
 
 
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6}
@@ -196,8 +204,12 @@ _LITE: dict[str, Any] = {
 
 def _gpt_oss(name: str, **config: Any) -> FamilyCase:
     begin, end = tiny_tokenizers.special_ids("harmony")
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 16}
-    tokens = {"bos_token_id": begin, "eos_token_id": end, "vocab_size": tiny_tokenizers.vocabulary_size("harmony")}
+    sizes: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 16}
+    tokens: dict[str, Any] = {
+        "bos_token_id": begin,
+        "eos_token_id": end,
+        "vocab_size": tiny_tokenizers.vocabulary_size("harmony"),
+    }
     plain = _family(name, "GptOssForCausalLM", "gpt_oss", **sizes, **tokens, **config)
     return replace(plain, tokenizer="harmony", pre="gpt-4o", other_form="mxfp4", text_step=20)
 
@@ -313,6 +325,8 @@ FAMILIES = (
         not_equal=("deepseek2.expert_gating_func",),
         **{**_DEEPSEEK_V3, "norm_topk_prob": False, "first_k_dense_replace": 0},
     ),
+    _fp8("float32", "deepseek-v3", "DeepseekV3ForCausalLM", "deepseek_v3", **_DEEPSEEK_V3, scoring_func="sigmoid"),
+    _fp8("bfloat16", "qwen3", "Qwen3ForCausalLM", "qwen3", head_dim=64, intermediate_size=416),
     _gpt_oss("gpt-oss", rope_parameters=YARN),
     _lfm2("lfm2moe", ()),
     _ernie("ernie4_5-moe"),

@@ -95,7 +95,7 @@ def saved_by_transformers(bench: Bench, only: str) -> list[Case]:
         if only not in name:
             continue
         directory = bench.work / name
-        bench.ask("reference.py", [{"do": "save", "out": str(directory), "form": form, "config": config}])
+        bench.ask("reference.py", [{"do": "save", "out": str(directory), "form": form, "fp8": None, "config": config}])
         for file, content in tiny_tokenizers.tokenizer_files("spm").items():
             (directory / file).write_bytes(content)
         written = json.dumps(tiny_tokenizers.tokenizer_config("spm"))
@@ -118,13 +118,16 @@ def families_by_transformers(bench: Bench, only: str) -> list[Case]:
         for form in made:
             directory = bench.work / names[form]
             if not (directory / "config.json").exists():
-                jobs.append({"do": "save", "out": str(directory), "form": form, "config": {**family.config}})
+                job = {"do": "save", "out": str(directory), "form": form, "config": {**family.config}}
+                jobs.append(job | {"fp8": family.fp8_scales})
                 directory.mkdir(exist_ok=True)
                 write_tokenizer(directory, family.tokenizer, None)
         for form in wanted:
             directory, classic = (bench.work / names[one] for one in (form, "saved" if form == "state" else form))
             case = Case(names[form], types=family.types, pre=family.pre, flags=family.flags, not_equal=family.not_equal)
-            found.append(replace(case, directory=directory, classic=classic, text_step=family.text_step))
+            judged = directory.with_name(f"{directory.name}-computed") if family.fp8_scales else None
+            case = replace(case, directory=directory, classic=classic, judged=judged, text_step=family.text_step)
+            found.append(case)
     bench.ask("reference.py", jobs)
     return found
 
@@ -222,7 +225,8 @@ def _logit_job(bench: Bench, subject: Subject) -> dict[str, Any]:
     ids = np.random.default_rng(seed).integers(3, _vocabulary_size(subject), N_TOKENS, dtype=np.int32)
     path = bench.work / f"{subject.case.name}-ids.npy"
     np.save(path, ids)
-    return {"do": "logits", "model": str(subject.directory), "ids": str(path), "out": f"{path}-logits.npy"}
+    model = subject.case.judged or subject.directory
+    return {"do": "logits", "model": str(model), "ids": str(path), "out": f"{path}-logits.npy"}
 
 
 def _last_line(path: Path) -> str:

@@ -3,12 +3,13 @@
 usage: reference.py JOBS.json
 
 ``{"do": "logits", "model": DIR, "ids": FILE.npy, "out": FILE.npy}`` runs a checkpoint on token ids; ``{"do": "save",
-"out": DIR, "form": FORM, "config": {...}}`` makes a seeded random model and stores it: ``saved`` by ``save_pretrained``
-(mostly the classic layout), ``state`` as it lies in memory (the fused one, which mergekit writes), ``mxfp4`` with
-experts that are random MXFP4, as OpenAI stores gpt-oss; ``{"do": "classic", "model": DIR, "out": DIR}`` copies a fused
-checkpoint in the classic layout, the only one that llama.cpp's converter reads;
-``{"do": "answer", "model": DIR, "ids": FILE.json, "out": FILE.json}`` continues each list of ids greedily. An
-error goes into ``OUT.error``.
+"out": DIR, "form": FORM, "fp8": DTYPE, "config": {...}}`` makes a seeded random model and stores it, ``saved`` by
+``save_pretrained`` (mostly the classic layout), ``state`` as it lies in memory (the fused one, which mergekit writes),
+``mxfp4`` with experts of random MXFP4, as OpenAI stores gpt-oss. With ``fp8`` projections become 8-bit floats with
+scales of that dtype for their blocks, and OUT-computed holds what torch computes of them, in float32. ``{"do":
+"classic", "model": DIR, "out": DIR}`` copies a fused checkpoint in the classic layout, the only one that llama.cpp's
+converter reads; ``{"do": "answer", "model": DIR, "ids": FILE.json, "out": FILE.json}`` continues each list of ids
+greedily. An error goes into ``OUT.error``.
 """
 
 from __future__ import annotations
@@ -62,10 +63,16 @@ def save(job: dict[str, Any]) -> None:
                 tensor.add_(torch.randn(tensor.shape).to(tensor.dtype) * 0.05)
     if job["form"] == "saved":
         model.save_pretrained(out)
-        return
+    else:
+        _save_state(model, out, job["form"])
+    if job["fp8"]:
+        _quantize_blocks(out, getattr(torch, job["fp8"]))
+
+
+def _save_state(model: Any, out: Path, form: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if job["form"] == "mxfp4":
+    if form == "mxfp4":
         model.config.quantization_config = {"quant_method": "mxfp4"}
         for name in [name for name in state if name.endswith((".gate_up_proj", ".down_proj"))]:
             n_expert, n_cols, n_rows = state.pop(name).shape
@@ -75,6 +82,44 @@ def save(job: dict[str, Any]) -> None:
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+
+
+FP8_BLOCK = 128
+
+
+def _quantize_blocks(out: Path, dtype: torch.dtype) -> None:
+    """Quantize a checkpoint as DeepSeek-V3 is published, and write beside it what torch computes of it."""
+    stored: dict[str, torch.Tensor] = {}
+    computed: dict[str, torch.Tensor] = {}
+    for shard in sorted(out.glob("*.safetensors")):
+        for name, tensor in load_file(shard).items():
+            stored[name] = computed[name] = tensor
+            if "_proj" in name and tensor.ndim > 1:
+                stored[name], scales = _blockwise(tensor.float(), dtype)
+                stored[f"{name}_scale_inv"] = scales
+                computed[name] = stored[name].float() * _spread(scales.float(), tensor.shape)
+        shard.unlink()
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    own = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}}
+    for place, tensors, keys in ((out, stored, own), (out.with_name(f"{out.name}-computed"), computed, {})):
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        (place / "config.json").write_text(json.dumps(config | keys), encoding="utf-8")
+
+
+def _blockwise(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of a matrix, or of a stack of matrices, and the scale of each block."""
+    rows, columns = (-(-size // FP8_BLOCK) for size in tensor.shape[-2:])
+    padded = torch.zeros(*tensor.shape[:-2], rows * FP8_BLOCK, columns * FP8_BLOCK)
+    padded[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
+    blocks = padded.reshape(*tensor.shape[:-2], rows, FP8_BLOCK, columns, FP8_BLOCK)
+    scales = (blocks.abs().amax((-3, -1)) / 448).to(dtype)
+    return (tensor / _spread(scales.float(), tensor.shape)).to(torch.float8_e4m3fn), scales
+
+
+def _spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    spread = scales.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
+    return spread[..., : shape[-2], : shape[-1]]
 
 
 def classic(job: dict[str, Any]) -> None:

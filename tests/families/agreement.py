@@ -65,12 +65,12 @@ def check_computes(checkpoint: Path, scratch: Path) -> None:
     assert_close(llama_cpp_logits(scratch / "f32.gguf"), forward_logits(checkpoint))
 
 
-def check_quantized(checkpoint: Path, scratch: Path, file_type: str) -> None:
-    """Every tensor and key of a quantized file is what llama.cpp makes of the lossless file."""
-    ours, theirs, lossless = (scratch / f"{name}.gguf" for name in ("ours", "theirs", "lossless"))
-    ggufmoe.convert(checkpoint, lossless, "BF16", force=True)
+def check_quantized(checkpoint: Path, scratch: Path, file_type: str, *, lossless: str = "BF16") -> None:
+    """Every tensor and key of a quantized file is what llama.cpp makes of the lossless file, which has this type."""
+    ours, theirs, source = (scratch / f"{name}.gguf" for name in ("ours", "theirs", "lossless"))
+    ggufmoe.convert(checkpoint, source, lossless, force=True)
     ggufmoe.convert(checkpoint, ours, file_type, force=True)
-    outcome = quantize(lossless, TypePolicy(FileType.from_name(file_type)), output=theirs)
+    outcome = quantize(source, TypePolicy(FileType.from_name(file_type)), output=theirs)
     assert outcome.ok, outcome.log[-300:]
     a, b = read_tensors(ours), read_tensors(theirs)
     assert list(a) == list(b)
