@@ -60,12 +60,16 @@ if TYPE_CHECKING:
         QuantizeOptions,
         RoutingOptions,
         SamplingOptions,
+        TemplateOptions,
         WorkerOptions,
     )
     from ggufmoe.quantize import quantize as quantize
     from ggufmoe.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
     from ggufmoe.runtime.chat import Chat
+    from ggufmoe.runtime.chatformat import ChatFormat
+    from ggufmoe.runtime.events import Reasoning
     from ggufmoe.runtime.llamacpp import LlamaCpp as LlamaCpp
+    from ggufmoe.runtime.messages import Message, Tool, ToolCall
     from ggufmoe.work import CancelFlag, Progress
 
 __all__ = [
@@ -73,6 +77,7 @@ __all__ = [
     "CancelFlag",
     "Cancelled",
     "Chat",
+    "ChatFormat",
     "CheckpointError",
     "ContextFullError",
     "ContextOptions",
@@ -96,6 +101,7 @@ __all__ = [
     "LayerCoverage",
     "LlamaCpp",
     "MergeOptions",
+    "Message",
     "ModelLoadError",
     "NoSpaceError",
     "NonFiniteError",
@@ -106,6 +112,7 @@ __all__ = [
     "Perplexity",
     "Progress",
     "QuantizeOptions",
+    "Reasoning",
     "RecipeError",
     "ResumeError",
     "RoutedToken",
@@ -115,8 +122,11 @@ __all__ = [
     "SafetensorsError",
     "SamplingOptions",
     "TemplateError",
+    "TemplateOptions",
     "TensorMismatchError",
     "TokenizerError",
+    "Tool",
+    "ToolCall",
     "WorkerError",
     "WorkerLostError",
     "WorkerOptions",
@@ -136,6 +146,7 @@ logging.getLogger("ggufmoe").addHandler(logging.NullHandler())
 _HOMES = {
     "CancelFlag": "ggufmoe.work",
     "Chat": "ggufmoe.runtime.chat",
+    "ChatFormat": "ggufmoe.runtime.chatformat",
     "ContextOptions": "ggufmoe.options",
     "ConvertOptions": "ggufmoe.options",
     "Distribution": "ggufmoe.evaluation.divergence",
@@ -148,15 +159,20 @@ _HOMES = {
     "LayerCoverage": "ggufmoe.evaluation.imatrix",
     "LlamaCpp": "ggufmoe.runtime.llamacpp",
     "MergeOptions": "ggufmoe.options",
+    "Message": "ggufmoe.runtime.messages",
     "OffloadOptions": "ggufmoe.options",
     "Perplexity": "ggufmoe.evaluation.perplexity",
     "Progress": "ggufmoe.work",
     "QuantizeOptions": "ggufmoe.options",
+    "Reasoning": "ggufmoe.runtime.events",
     "RoutedToken": "ggufmoe.routing",
     "RoutingOptions": "ggufmoe.options",
     "RoutingTrace": "ggufmoe.routing",
     "RoutingTracer": "ggufmoe.routing",
     "SamplingOptions": "ggufmoe.options",
+    "TemplateOptions": "ggufmoe.options",
+    "Tool": "ggufmoe.runtime.messages",
+    "ToolCall": "ggufmoe.runtime.messages",
     "WorkerOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
     "imatrix": "ggufmoe.evaluation.imatrix",

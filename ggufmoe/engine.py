@@ -6,7 +6,7 @@ Owns the contract: what each call gives, what it raises, and where the model is 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -178,6 +178,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
+        shown: Collection[int] = (),
     ) -> Iterator[Event]:
         """Continue ``prompt``: an iterator of a ``Token`` for each new token, then one ``Finished``.
 
@@ -189,12 +190,13 @@ class Engine:
         Computing begins when the iterator is first asked, after the calls that came earlier. It runs a few dozen tokens
         ahead of its reader at most. If the reader falls behind, the answer is suspended and other callers are served;
         so one answer may be read to its end between two tokens of another, in any thread. ``n_keep`` replaces the
-        context's own number of tokens that always stay, for overflow.
+        context's own number of tokens that always stay, for overflow. Control tokens have no text, except those in
+        ``shown``, which are written as the vocabulary spells them.
 
         Raises ContextFullError if the prompt leaves no room for a single token and may not be cut, InputError if it is
         empty or the grammar cannot be used, EngineError once the engine is closed.
         """
-        return self._runner.generate(prompt, sampling, stop=stop, cancel=cancel, n_keep=n_keep)
+        return self._runner.generate(prompt, sampling, stop=stop, cancel=cancel, n_keep=n_keep, shown=shown)
 
     def generate_async(
         self,
@@ -204,9 +206,14 @@ class Engine:
         stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
+        shown: Collection[int] = (),
     ) -> AsyncIterator[Event]:
         """``generate`` for ``async for``. Cancelling the task, or ``aclose``, ends the computing."""
-        return read_async(lambda flag: self.generate(prompt, sampling, stop=stop, cancel=flag, n_keep=n_keep), cancel)
+
+        def start(flag: CancelFlag) -> Iterator[Event]:
+            return self.generate(prompt, sampling, stop=stop, cancel=flag, n_keep=n_keep, shown=shown)
+
+        return read_async(start, cancel)
 
     def cancel(self) -> None:
         """Cancel every answer, computation and tokenizing that has begun. Answers end with the reason ``cancelled``.

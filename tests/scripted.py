@@ -30,6 +30,8 @@ class Scripted:
     Bytes are written ``<0xE2>``."""
     pieces: Sequence[str] = ()
     """Further pieces of the vocabulary."""
+    controls: Sequence[str] = ()
+    """Pieces that are control tokens, without a text of their own."""
     chat_template: str | None = None
     add_bos: bool = True
     n_ctx_train: int = 512
@@ -42,7 +44,7 @@ class Scripted:
 
     @property
     def vocab(self) -> list[str]:
-        named = [*self.follows, *self.pieces]
+        named = [*self.follows, *self.pieces, *self.controls]
         for value in self.follows.values():
             named += [value] if isinstance(value, str) else list(value)
         fixed = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -91,6 +93,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, spec: Scripted, vocab: list[str]) -
     types = [USER_DEFINED] * len(vocab)
     types[UNK], types[BOS], types[EOS] = UNKNOWN, CONTROL, CONTROL
     types[3 : 3 + 256] = [BYTE] * 256
+    for piece in spec.controls:
+        types[spec.id(piece)] = CONTROL
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocab)

@@ -17,8 +17,8 @@ import pytest
 
 import ggufmoe
 from ggufmoe.demo import DIRECTORY, NAME, RECIPE, questions
-from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.events import Token
+from ggufmoe.runtime.messages import Message
 from tests.remote.workers import start_worker
 from tests.stories import ONE_THREAD
 

@@ -14,14 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ggufmoe.cli.console import note, piped_lines, printable
-from ggufmoe.cli.params import option_named, with_options, with_typed
+from ggufmoe.cli.params import ShowReasoning, option_named, with_options, with_typed
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, ContextFullError, GgufmoeError, InputError, OptionError
 from ggufmoe.folders import state_directory
-from ggufmoe.options import ChatContextOptions, OffloadOptions, PromptOptions, SamplingOptions, StopOptions
-from ggufmoe.runtime.chat import Chat, Message
-from ggufmoe.runtime.events import Event, Timing
+from ggufmoe.options import (
+    ChatContextOptions,
+    OffloadOptions,
+    PromptOptions,
+    SamplingOptions,
+    StopOptions,
+    TemplateOptions,
+)
+from ggufmoe.runtime.chat import Chat
+from ggufmoe.runtime.events import ChatEvent, Timing
+from ggufmoe.runtime.messages import Message
 from ggufmoe.sizes import counted
 from ggufmoe.work import CancelFlag
 
@@ -32,40 +40,53 @@ _QUOTES = '"""'
 _DEFAULT = re.compile(r"\[default: (.*)\]")
 
 
-@with_options(PromptOptions, StopOptions, SamplingOptions, ChatContextOptions, OffloadOptions)
+@with_options(PromptOptions, TemplateOptions, StopOptions, SamplingOptions, ChatContextOptions, OffloadOptions)
 def chat_command(
     model: Annotated[Path, typer.Argument(help="GGUF file.")],
     asking: PromptOptions,
+    variables: TemplateOptions,
     stop: StopOptions,
     sampling: SamplingOptions,
     context: ChatContextOptions,
     offload: OffloadOptions,
+    show_reasoning: ShowReasoning = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
 ) -> None:
     """Talk with a model in the terminal."""
     with load_engine(model, context, offload) as engine:
-        chat = make_chat(engine, asking, sampling)
+        chat = make_chat(engine, asking, variables, sampling)
         if not quiet:
             note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
         try:
-            converse(chat, lambda: load_engine(model, context, offload), quiet=quiet, stop=stop.texts)
+            converse(
+                chat,
+                lambda: load_engine(model, context, offload),
+                quiet=quiet,
+                stop=stop.texts,
+                show_reasoning=show_reasoning,
+            )
         finally:
             chat.engine.close()  # it may be another one by now
 
 
 def converse(
-    chat: Chat, make_engine: Callable[[], Engine] | None = None, *, quiet: bool, stop: tuple[str, ...] = ()
+    chat: Chat,
+    make_engine: Callable[[], Engine] | None = None,
+    *,
+    quiet: bool,
+    stop: tuple[str, ...] = (),
+    show_reasoning: bool | None = None,
 ) -> None:
     """Hold a conversation until the user leaves; without a terminal each line of stdin is a message.
 
     A message that begins with three quotation marks goes on over several lines, until the next three. ``stop`` are
-    texts that end an answer.
+    texts that end an answer; ``show_reasoning`` is that of ``write_answer``.
 
     ``make_engine`` loads the model again where the engine was lost with its worker or its process; ``chat`` then has
     the new engine.
     """
     lines = _typed_lines() if _is_terminal() else _piped_lines()
-    _Conversation(chat, make_engine, quiet, stop).hold(lines)
+    _Conversation(chat, make_engine, quiet, stop, show_reasoning).hold(lines)
 
 
 class _Left(Exception):
@@ -78,6 +99,7 @@ class _Conversation:
     make_engine: Callable[[], Engine] | None
     quiet: bool
     stop: tuple[str, ...] = ()
+    show_reasoning: bool | None = None
     last: Timing | None = None
     has_told_overflow: bool = False
     is_lost: bool = False
@@ -130,13 +152,13 @@ class _Conversation:
         if command is None:
             near = difflib.get_close_matches(word, _COMMANDS, n=1)
             hint = f"did you mean /{near[0]}?" if near else "/help lists them"
-            if _is_option(word):
+            if _is_option(SamplingOptions, word) or _is_option(TemplateOptions, word):
                 hint = f"did you mean /set {word}?"
             raise InputError(f"there is no /{word}; {hint}")
         command.act(self, argument.strip())
 
     def _say(self, text: str) -> None:
-        def ask(cancel: CancelFlag) -> Iterator[Event]:
+        def ask(cancel: CancelFlag) -> Iterator[ChatEvent]:
             self._check_length(text, cancel)
             return self.chat.send(text, cancel=cancel, stop=self.stop)
 
@@ -158,13 +180,13 @@ class _Conversation:
                     "a larger --ctx-size"
                 )
 
-    def _show(self, start: Callable[[CancelFlag], Iterator[Event]]) -> None:
+    def _show(self, start: Callable[[CancelFlag], Iterator[ChatEvent]]) -> None:
         if self.is_lost and self.make_engine is not None:
             self.chat.engine.close()
             self.chat.engine = self.make_engine()
             self.is_lost = False
             note("the model is loaded again")
-        finished = stream_answer(start)
+        finished = stream_answer(start, show_reasoning=self.show_reasoning)
         self.last = finished.timing
         full = "/reset begins anew, --ctx-size gives more room"
         if why := why_ended(finished, full, "--n-predict, or /set n-predict N here"):
@@ -193,24 +215,44 @@ class _Conversation:
         note(f"{_QUOTES}TEXT{_QUOTES:<12} a message of several lines", indent=20)
 
     def set(self, text: str) -> None:
-        """Change a sampling option, or show one, or all."""
+        """Change an option of sampling or of the template, or show one, or all."""
         name, typed = (*re.split(r"[\s=]+", text, maxsplit=1), "")[:2]
         if not name:
             self._list_options()
             return
-        field = option_named(SamplingOptions, name)
-        if typed:
-            self.chat.sampling = with_typed(self.chat.sampling, field, typed)
-        note(_setting(self.chat.sampling, field))
+        if _is_option(TemplateOptions, name):
+            field = option_named(TemplateOptions, name)
+            if typed:
+                self.chat.variables = with_typed(self.chat.variables, field, typed)
+            note(_setting(self.chat.variables, field))
+        else:
+            field = option_named(SamplingOptions, name)
+            if typed:
+                self.chat.sampling = with_typed(self.chat.sampling, field, typed)
+            note(_setting(self.chat.sampling, field))
 
     def _list_options(self) -> None:
         rare = []
-        for field in _sampling_fields():
-            if field.metadata["panel"] is None or getattr(self.chat.sampling, field.name) != field.default:
-                note(_setting(self.chat.sampling, field))
-            else:
-                rare.append(_name(field))
+        for options in (self.chat.sampling, self.chat.variables):
+            for field in fields(options):
+                if not field.metadata["flags"]:
+                    continue
+                if field.metadata["panel"] is None or getattr(options, field.name) != field.default:
+                    note(_setting(options, field))
+                else:
+                    rare.append(_name(field))
         note("also: " + ", ".join(rare))
+
+    def think(self, typed: str) -> None:
+        self.set(f"think {typed}")
+
+    def reasoning(self, typed: str) -> None:
+        """Show reasoning or hide it; without a word, the other of the two."""
+        if typed not in ("", "show", "hide"):
+            raise InputError(f"/reasoning takes show or hide, not {printable(typed)}")
+        is_shown = sys.stdout.isatty() if self.show_reasoning is None else self.show_reasoning
+        self.show_reasoning = typed == "show" if typed else not is_shown
+        note(f"reasoning is {'shown' if self.show_reasoning else 'hidden'}")
 
     def undo(self, _: str) -> None:
         message = self.chat.undo()
@@ -269,6 +311,8 @@ _COMMANDS = {
     "set": _Command(
         _Conversation.set, "[NAME VALUE]", "show or change how answers are made, for example: /set temp 0.5"
     ),
+    "think": _Command(_Conversation.think, "[on|off|auto]", "have the model reason before it answers, or not"),
+    "reasoning": _Command(_Conversation.reasoning, "[show|hide]", "show or hide what it thinks"),
     "save": _Command(_Conversation.save, "FILE", "write the conversation as JSON"),
     "load": _Command(_Conversation.load, "FILE", "go on with a saved conversation"),
     "stats": _Command(_Conversation.stats, "", "speeds, and how full the context is"),
@@ -279,13 +323,9 @@ _COMMANDS = {
 _ALIASES = {"quit": "exit", "bye": "exit", "q": "exit", "?": "help", "h": "help", "clear": "reset"}
 
 
-def _sampling_fields() -> list[Field[Any]]:
-    return [field for field in fields(SamplingOptions) if field.metadata["flags"]]
-
-
-def _is_option(word: str) -> bool:
+def _is_option(group: type, word: str) -> bool:
     try:
-        option_named(SamplingOptions, word)
+        option_named(group, word)
     except OptionError:
         return False
     return True
@@ -297,7 +337,7 @@ def _name(field: Field[Any]) -> str:
     return max(flags, key=len).lstrip("-")
 
 
-def _setting(options: SamplingOptions, field: Field[Any]) -> str:
+def _setting(options: SamplingOptions | TemplateOptions, field: Field[Any]) -> str:
     """``temperature = 0.5``; for a default that the model decides, what it is."""
     value = getattr(options, field.name)
     if value is None:

@@ -42,6 +42,14 @@ GGUFOutput = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")]
 EndWithJSON = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+ShowReasoning = Annotated[
+    bool | None,
+    typer.Option(
+        "--show-reasoning/--hide-reasoning",
+        help="Print what the model thinks before it answers: dimmed on a terminal (default), on stderr where stdout is "
+        "a file or a pipe (default there: not at all).",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
 
 

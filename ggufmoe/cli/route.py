@@ -27,7 +27,8 @@ from ggufmoe.routing.page import routing_page
 from ggufmoe.routing.plot import write_picture
 from ggufmoe.routing.report import shares_report, trace_report
 from ggufmoe.routing.statistics import LabelledShares, share_by_label, summarize
-from ggufmoe.runtime.chat import Chat, Message
+from ggufmoe.runtime.chat import Chat
+from ggufmoe.runtime.messages import Message
 from ggufmoe.work import Progress
 
 _MAX_PROMPTS_BYTES = 64 << 20

@@ -13,11 +13,19 @@ import typer
 
 from ggufmoe.cli.console import note, piped_text
 from ggufmoe.cli.jobs import interruptible
-from ggufmoe.cli.params import USAGE_ERROR, with_options
+from ggufmoe.cli.params import USAGE_ERROR, ShowReasoning, with_options
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.errors import Cancelled, InputError
-from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, StopOptions, option
-from ggufmoe.runtime.events import Event, Finished
+from ggufmoe.options import (
+    ContextOptions,
+    OffloadOptions,
+    PromptOptions,
+    SamplingOptions,
+    StopOptions,
+    TemplateOptions,
+    option,
+)
+from ggufmoe.runtime.events import ChatEvent, Finished, Reasoning
 from ggufmoe.work import CancelFlag
 
 
@@ -30,7 +38,7 @@ class RunOptions:
     quiet: bool = option(False, "--quiet", help="Leave out why the answer ended, and the speeds.")
 
 
-@with_options(RunOptions, PromptOptions, StopOptions, SamplingOptions, ContextOptions, OffloadOptions)
+@with_options(RunOptions, PromptOptions, TemplateOptions, StopOptions, SamplingOptions, ContextOptions, OffloadOptions)
 def run_command(
     model: Annotated[Path, typer.Argument(help="GGUF file.")],
     prompt: Annotated[
@@ -38,15 +46,17 @@ def run_command(
     ] = None,
     *,
     run: RunOptions,
+    show_reasoning: ShowReasoning = None,
     asking: PromptOptions,
+    variables: TemplateOptions,
     stop: StopOptions,
     sampling: SamplingOptions,
     context: ContextOptions,
     offload: OffloadOptions,
 ) -> None:
     """Print one answer of a model."""
-    if run.raw and asking != PromptOptions():
-        raise USAGE_ERROR("--raw takes the text as it is: leave out --system-prompt and --chat-template")
+    if run.raw and (asking, variables) != (PromptOptions(), TemplateOptions()):
+        raise USAGE_ERROR("--raw takes the text as it is: leave out --system-prompt, --chat-template and its variables")
     if prompt is None and sys.stdin.isatty():
         raise USAGE_ERROR("there is no prompt: say something, as in 'ggufmoe run MODEL \"Hello\"', or use chat")
     text = piped_text() if prompt in (None, "-") else prompt
@@ -54,17 +64,17 @@ def run_command(
         raise InputError("the prompt is empty: there is nothing to answer")
     with load_engine(model, context, offload) as engine:
 
-        def answer(cancel: CancelFlag) -> Iterator[Event]:
+        def answer(cancel: CancelFlag) -> Iterator[ChatEvent]:
             if run.raw:
                 must_fit = engine.overflow == "error"
                 tokens = engine.tokenize(text, parse_special=True, must_fit=must_fit, cancel=cancel)
                 return engine.generate(tokens, sampling, stop=stop.texts, cancel=cancel)
-            return make_chat(engine, asking, sampling).send(text, cancel=cancel, stop=stop.texts)
+            return make_chat(engine, asking, variables, sampling).send(text, cancel=cancel, stop=stop.texts)
 
         if run.json:
             shown = _write_json(interruptible(answer), model, text)
         else:
-            shown = stream_answer(answer, before=text if run.raw else "")
+            shown = stream_answer(answer, before=text if run.raw else "", show_reasoning=show_reasoning)
     if not run.quiet:
         if shown.reason != "cancelled" and (why := why_ended(shown, full="--ctx-size gives more room")):
             note(why)
@@ -73,13 +83,14 @@ def run_command(
         raise Cancelled("stopped")
 
 
-def _write_json(events: Iterator[Event], model: Path, prompt: str) -> Finished:
+def _write_json(events: Iterator[ChatEvent], model: Path, prompt: str) -> Finished:
     *tokens, last = events
     assert isinstance(last, Finished), "events end with Finished"
     result = {
         "model": str(model),
         "prompt": prompt,
         "text": "".join(event.text for event in (*tokens, last)),
+        "reasoning": "".join(event.reasoning for event in tokens if isinstance(event, Reasoning)),
         "finish_reason": last.reason,
         "seed": last.seed,
         **asdict(last.timing),

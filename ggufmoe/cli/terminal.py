@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from ggufmoe.cli.console import StatusLine, without_controls
+from ggufmoe.cli.answer import write_answer
+from ggufmoe.cli.console import StatusLine
 from ggufmoe.cli.jobs import interruptible
 from ggufmoe.cli.progress import ProgressLine
-from ggufmoe.cli.wordwrap import WordWrap
 from ggufmoe.engine import Engine
 from ggufmoe.errors import OptionError
 from ggufmoe.folders import user_cache_directory
-from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
+from ggufmoe.options import ContextOptions, OffloadOptions, PromptOptions, SamplingOptions, TemplateOptions
 from ggufmoe.runtime.chat import Chat
-from ggufmoe.runtime.events import Event, Finished, Timing
+from ggufmoe.runtime.events import ChatEvent, Finished, Timing
 from ggufmoe.sizes import counted
 from ggufmoe.work import CancelFlag
 
@@ -34,7 +33,7 @@ def load_engine(model: Path, context: ContextOptions, offload: OffloadOptions) -
         return Engine(model, context, offload, on_progress=line.update)
 
 
-def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:
+def waiting_shown(events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
     """Yield ``events`` and close them at the end; a terminal shows the seconds until the first one comes."""
     line, began, has_come = StatusLine(sys.stderr), time.monotonic(), threading.Event()
 
@@ -61,48 +60,23 @@ def waiting_shown(events: Iterator[Event]) -> Iterator[Event]:
             events.close()
 
 
-def make_chat(engine: Engine, asking: PromptOptions, sampling: SamplingOptions) -> Chat:
-    """A conversation with the system message, template and sampling of the flags."""
-    return Chat(engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling)
+def make_chat(engine: Engine, asking: PromptOptions, variables: TemplateOptions, sampling: SamplingOptions) -> Chat:
+    """A conversation with the system message, template, variables and sampling of the flags."""
+    return Chat(
+        engine, system=asking.system_prompt, template=asking.chat_template, sampling=sampling, variables=variables
+    )
 
 
-def stream_answer(start: Callable[[CancelFlag], Iterator[Event]], before: str = "") -> Finished:
-    """Write the text of ``start(cancel)`` to stdout as it comes, ``before`` in front of it; return the last event.
+def stream_answer(
+    start: Callable[[CancelFlag], Iterator[ChatEvent]], before: str = "", *, show_reasoning: bool | None = None
+) -> Finished:
+    """Write the answer that ``start(cancel)`` gives as it comes (``write_answer``); return the last event.
 
     Ctrl-C ends the answer. An error in the prompt is raised before anything is written.
     """
     events = waiting_shown(interruptible(start))
     first = next(events)
-    return write_answer(itertools.chain((first,), events), before)
-
-
-def write_answer(events: Iterator[Event], before: str = "") -> Finished:
-    """Write ``before`` and the text of ``events`` to stdout as it comes, and end the line; return the last event.
-
-    A terminal gets the text wrapped at words and without control characters; a file or a pipe as the model wrote it.
-    """
-    wrap = WordWrap(lambda: shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
-    last, has_ended_line = None, False
-
-    def write(text: str) -> None:
-        sys.stdout.write(text if wrap is None else wrap.push(without_controls(text)))
-        sys.stdout.flush()
-
-    try:
-        if before:
-            write(before)
-        for event in events:
-            if event.text:
-                write(event.text)
-                has_ended_line = event.text.endswith("\n")
-            last = event
-    finally:  # an error is printed on a line of its own
-        held = wrap.flush() if wrap else ""
-        if last or held:
-            sys.stdout.write(held if has_ended_line else held + "\n")
-            sys.stdout.flush()
-    assert isinstance(last, Finished), "events end with Finished"
-    return last
+    return write_answer(itertools.chain((first,), events), before, show_reasoning=show_reasoning)
 
 
 def why_ended(last: Finished, full: str, length: str = "--n-predict") -> str | None:

@@ -3,9 +3,11 @@
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from ggufmoe.options.fields import check, check_values, option
 from ggufmoe.options.limits import MAX_INT32, MAX_PENALTY_TOKENS, MAX_SEED
@@ -249,6 +251,53 @@ class PromptOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+_VARIABLE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """Variables of the chat template: how much a model reasons, and others that its template reads.
+
+    Raises OptionError for a value out of range; a variable that the template of a model never reads is refused by
+    ``Chat`` and ``ChatFormat``.
+    """
+
+    think: Literal["auto", "on", "off"] = option(
+        "auto",
+        "--think",
+        help="Have the model reason before it answers, or not (enable_thinking); auto: as its template does by itself.",
+        panel="Prompt options",
+    )
+    reasoning_effort: Literal["auto", "low", "medium", "high"] = option(
+        "auto", "--reasoning-effort", help="How much to reason, for models such as gpt-oss.", panel="Prompt options"
+    )
+    template_var: tuple[str, ...] = option(
+        (),
+        "--template-var",
+        help="Give the chat template a variable: JSON, or else text; may be repeated.",
+        metavar="NAME=VALUE",
+        panel="Prompt options",
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        for given in self.template_var:
+            check(_VARIABLE.fullmatch(given) is not None, f"--template-var: expected NAME=VALUE, not {given!r}")
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of ``template_var`` by name."""
+        pairs = (given.partition("=") for given in self.template_var)
+        return {name: _json_or_text(typed) for name, _, typed in pairs}
+
+
+def _json_or_text(typed: str) -> Any:
+    try:
+        return json.loads(typed)
+    except (ValueError, RecursionError):
+        return typed
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Paths are sent as absolute ones: the working directory of the child is the one i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +151,7 @@ class ChildEngine:
         stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
+        shown: Collection[int] = (),
     ) -> Iterator[Event]:
         if sampling is not None:
             sampling = replace(
@@ -158,7 +159,7 @@ class ChildEngine:
                 grammar_file=sampling.grammar_file and sampling.grammar_file.absolute(),
                 json_schema_file=sampling.json_schema_file and sampling.json_schema_file.absolute(),
             )
-        return self._link.stream(Generate(prompt, sampling, stop, n_keep), cancel)
+        return self._link.stream(Generate(prompt, sampling, stop, n_keep, shown), cancel)
 
     def cancel(self) -> None:
         self._link.send(Cancel(None))

@@ -7,7 +7,7 @@ child reads that iterator ahead of the parent. ``Engine`` describes the fields.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -108,9 +108,12 @@ class Generate(StreamRequest[Event], method="generate"):
     sampling: SamplingOptions | None
     stop: str | Sequence[str]
     n_keep: int | None
+    shown: Collection[int] = ()
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> Iterator[Event]:
-        return engine.generate(self.prompt, self.sampling, stop=self.stop, cancel=cancel, n_keep=self.n_keep)
+        return engine.generate(
+            self.prompt, self.sampling, stop=self.stop, cancel=cancel, n_keep=self.n_keep, shown=self.shown
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,14 @@ from ggufmoe.native import graph_tensors
 from ggufmoe.native.wording import routing_node
 from ggufmoe.options import RoutingKeywords, RoutingOptions, SamplingOptions, options_of
 from ggufmoe.routing.trace import Floats, RoutingTrace
-from ggufmoe.runtime.events import Event, Token
+from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.observer import Observer
 from ggufmoe.work import CancelFlag, OnProgress, Progress, checked_flag
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+EventT = TypeVar("EventT")
 
 _LAST_STEP_FIRST = ("weights_scaled", "weights_norm", "weights_softmax", "weights")
 
@@ -157,7 +159,7 @@ class RoutingTracer:
         self._attached = ExitStack()
         self._attached.enter_context(engine.observed(self._recorder, on_token=self._routed))
 
-    def follow(self, events: Iterator[Event]) -> Iterator[Event]:
+    def follow(self, events: Iterator[EventT]) -> Iterator[EventT]:
         """The same events, each Token as a RoutedToken.
 
         The weights are looked at when the token is drawn, however far the answer runs ahead of its reader. Raises what

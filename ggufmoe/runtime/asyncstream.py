@@ -10,16 +10,18 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Generic, TypeVar
 
-from ggufmoe.runtime.events import Event
 from ggufmoe.work import CancelFlag
+
+EventT = TypeVar("EventT")
 
 _MAX_WAITING_EVENTS = 32
 
 
 async def read_async(
-    start: Callable[[CancelFlag], Iterator[Event]], cancel: CancelFlag | None = None
-) -> AsyncIterator[Event]:
+    start: Callable[[CancelFlag], Iterator[EventT]], cancel: CancelFlag | None = None
+) -> AsyncIterator[EventT]:
     """The events of the iterator ``start(flag)``. The flag is set when ``cancel`` is, and when this one is closed.
 
     Exceptions of ``start`` and of the iterator are raised here. When this ends, also by ``aclose`` or because the task
@@ -34,12 +36,12 @@ async def read_async(
         await pump.stop()
 
 
-class _Pump:
+class _Pump(Generic[EventT]):
     """A thread that reads events, and a queue of a few events from it to the event loop."""
 
     def __init__(
         self,
-        start: Callable[[CancelFlag], Iterator[Event]],
+        start: Callable[[CancelFlag], Iterator[EventT]],
         cancel: CancelFlag | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -47,7 +49,7 @@ class _Pump:
         self._cancel = cancel
         self._loop = loop
         self._lock = threading.Condition()
-        self._events: deque[Event] = deque()
+        self._events: deque[EventT] = deque()
         self._arrived = asyncio.Event()
         self._stopped = False
         self._ended = False
@@ -61,7 +63,7 @@ class _Pump:
         """
         return self._stopped or (self._cancel is not None and self._cancel.is_set())
 
-    async def take(self) -> list[Event] | None:
+    async def take(self) -> list[EventT] | None:
         """All events that have arrived, at least one; None after the last. Raises the exception of the iterator."""
         while True:
             with self._lock:
@@ -102,7 +104,7 @@ class _Pump:
             self._ended = True
         self._wake()
 
-    def _hand_over(self, event: Event) -> bool:
+    def _hand_over(self, event: EventT) -> bool:
         with self._lock:
             while len(self._events) >= _MAX_WAITING_EVENTS and not self._stopped:
                 self._lock.wait()

@@ -7,37 +7,26 @@ computed again.
 from __future__ import annotations
 
 import json
-import logging
 import stat
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ggufmoe.errors import Cancelled, InputError, OutputError, OutputExistsError, TemplateError
+from ggufmoe.errors import Cancelled, InputError, OutputError, OutputExistsError
 from ggufmoe.files import StrPath, decode_text, replacing, user_path
-from ggufmoe.gguf.special_texts import ENDS_BY_TEXT, special_literals
-from ggufmoe.gguf.upstream import Keys
-from ggufmoe.options import MAX_SEED, SamplingOptions
+from ggufmoe.options import MAX_SEED, SamplingOptions, TemplateOptions
 from ggufmoe.runtime.asyncstream import read_async
+from ggufmoe.runtime.chatformat import ChatFormat, ChatPrompt, message_of
 from ggufmoe.runtime.enginelike import EngineLike
-from ggufmoe.runtime.events import NO_TIMING, Event, Finished
+from ggufmoe.runtime.events import NO_TIMING, ChatEvent, Finished
 from ggufmoe.runtime.kvcache import common_prefix
-from ggufmoe.runtime.template import ChatTemplate, find_template, stored_templates
-from ggufmoe.runtime.textstream import stop_strings
+from ggufmoe.runtime.messages import Message
+from ggufmoe.runtime.template import ChatTemplate
 from ggufmoe.work import CancelFlag
 
-_logger = logging.getLogger("ggufmoe")
 _FORMAT = "ggufmoe-chat"
 _MAX_FILE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a conversation."""
-
-    role: Literal["user", "assistant"]
-    content: str
 
 
 class Chat:
@@ -49,7 +38,9 @@ class Chat:
     A single message that is too long, and an answer that fills the context, are cut by the engine token by token.
 
     ``template`` is a ChatTemplate, or a name or file as for ``find_template``; None is the model's own template.
-    Raises TemplateError when there is no template, or it cannot be used.
+    ``variables`` go to the template. What a model thinks before it answers is kept in ``Message.reasoning``; the
+    template decides whether the model sees it again. Raises TemplateError when there is no template, or it cannot be
+    used, and OptionError for a variable that it never reads.
     """
 
     def __init__(
@@ -59,13 +50,15 @@ class Chat:
         system: str | None = None,
         template: ChatTemplate | str | None = None,
         sampling: SamplingOptions | None = None,
+        variables: TemplateOptions | None = None,
     ) -> None:
         if not callable(getattr(engine, "generate", None)):
             raise TypeError(f"expected an Engine, not {engine!r}")
-        self.engine: EngineLike = engine
+        self.format = ChatFormat(engine, template)
+        """How messages become a prompt, and how answers are read."""
         self.system = system or None
-        self.template = template if isinstance(template, ChatTemplate) else _template(engine, template)
         self.sampling = sampling or SamplingOptions()
+        self.variables = variables or TemplateOptions()
         self.messages: tuple[Message, ...] = ()
         """All messages so far, without the system message."""
         self._n_regenerated = 0
@@ -75,9 +68,36 @@ class Chat:
         self._n_replaced = 0
         """How often the whole history was replaced, by ``reset`` or ``load``."""
 
-    def send(self, text: str, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[Event]:
+    @property
+    def engine(self) -> EngineLike:
+        """The engine that answers; another one of the same model may take its place."""
+        return self.format.engine
+
+    @engine.setter
+    def engine(self, engine: EngineLike) -> None:
+        self.format.engine = engine
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return self.format.template
+
+    @property
+    def variables(self) -> TemplateOptions:
+        """The variables that the template gets. Setting one that it never reads raises OptionError."""
+        return self._variables
+
+    @variables.setter
+    def variables(self, options: TemplateOptions) -> None:
+        self._given = self.format.variables_of(options)
+        self._variables = options
+
+    def send(
+        self, text: str, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()
+    ) -> Iterator[ChatEvent]:
         """Send ``text`` and stream the answer: Token events, then one Finished, as ``Engine.generate`` gives them.
 
+        What a reasoning model thinks comes as Reasoning events between them, and is no part of their text.
         Message and answer are added to ``messages`` when the iterator ends or is closed, also if the answer was cut
         short. They are not added after an exception, if there is no answer at all, or if ``messages`` was changed
         meanwhile. Raises ContextFullError when the conversation no longer fits.
@@ -89,11 +109,11 @@ class Chat:
 
     def send_async(
         self, text: str, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncIterator[ChatEvent]:
         """``send`` for ``async for``."""
         return read_async(lambda flag: self.send(text, cancel=flag, stop=stop), cancel)
 
-    def regenerate(self, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[Event]:
+    def regenerate(self, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()) -> Iterator[ChatEvent]:
         """Answer the last message again. A given seed is increased each time, so that the answer can differ.
 
         Raises InputError before the first message.
@@ -112,7 +132,7 @@ class Chat:
 
     def regenerate_async(
         self, *, cancel: CancelFlag | None = None, stop: str | Sequence[str] = ()
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncIterator[ChatEvent]:
         """``regenerate`` for ``async for``."""
         return read_async(lambda flag: self.regenerate(cancel=flag, stop=stop), cancel)
 
@@ -145,12 +165,13 @@ class Chat:
 
         ``must_fit`` and ``cancel`` are those of ``Engine.tokenize``.
         """
-        turns = [asdict(message) for message in messages]
-        if self.system is not None:
-            turns.insert(0, {"role": "system", "content": self.system})
-        text = self.template.render(turns)
-        begins = bool(bos := self.engine.token_text(self.engine.bos_token)) and text.startswith(bos)
-        return self.engine.tokenize(text, add_bos=not begins, parse_special=True, must_fit=must_fit, cancel=cancel)
+        return list(self._prompt(messages, must_fit=must_fit, cancel=cancel).tokens)
+
+    def _prompt(
+        self, messages: Sequence[Message], *, must_fit: bool = False, cancel: CancelFlag | None = None
+    ) -> ChatPrompt:
+        system = () if self.system is None else (Message("system", self.system),)
+        return self.format.render((*system, *messages), (), self._given, must_fit=must_fit, cancel=cancel)
 
     def _answer(
         self,
@@ -160,36 +181,35 @@ class Chat:
         *,
         cancel: CancelFlag | None,
         stop: str | Sequence[str],
-    ) -> Iterator[Event]:
+    ) -> Iterator[ChatEvent]:
         asked, n_keep = (*history, question), None
         try:
-            prompt = self.prompt(asked, must_fit=self.engine.overflow == "error", cancel=cancel)
+            prompt = self._prompt(asked, must_fit=self.engine.overflow == "error", cancel=cancel)
             if self.engine.overflow != "error":
                 # BOS and the system message always stay
                 prompt = self._shortened(asked, prompt, sampling, cancel)
                 n_keep = len(self._prompt_before_next(()))
         except Cancelled:
             return iter((Finished("", "cancelled", NO_TIMING, sampling.seed or 0),))
-        stops = (*self.template.stop, *stop_strings(stop))
-        events = self.engine.generate(prompt, sampling, stop=stops, cancel=cancel, n_keep=n_keep)
+        events = self.format.generate(prompt, sampling, stop=stop, cancel=cancel, n_keep=n_keep)
         return self._record(asked, events, (self.messages, self._n_replaced))
 
     def _shortened(
-        self, asked: tuple[Message, ...], prompt: list[int], sampling: SamplingOptions, cancel: CancelFlag | None
-    ) -> list[int]:
+        self, asked: tuple[Message, ...], prompt: ChatPrompt, sampling: SamplingOptions, cancel: CancelFlag | None
+    ) -> ChatPrompt:
         """``prompt`` without as many old turns as necessary. Turns stay left out, so that the KV cache is reused."""
         n_ctx = self.engine.n_ctx
         room = n_ctx // 4 if sampling.n_predict < 0 else min(sampling.n_predict, n_ctx // 4)
         first = 2 if self.engine.overflow == "truncate-middle" else 0
         n_turns = max(0, (len(asked) - 1 - first) // 2)
 
-        def without(n: int) -> list[int]:
-            return self.prompt((*asked[:first], *asked[first + 2 * n :]), cancel=cancel)
+        def without(n: int) -> ChatPrompt:
+            return self._prompt((*asked[:first], *asked[first + 2 * n :]), cancel=cancel)
 
         n = min(self._n_left_out, n_turns)
         prompt = without(n) if n else prompt
-        if len(prompt) + room > n_ctx:
-            while n < n_turns and len(prompt) > n_ctx // 2:
+        if len(prompt.tokens) + room > n_ctx:
+            while n < n_turns and len(prompt.tokens) > n_ctx // 2:
                 n += 1
                 prompt = without(n)
         self._n_left_out = n
@@ -201,26 +221,27 @@ class Chat:
         return one[: common_prefix(one, other)]
 
     def _record(
-        self, asked: tuple[Message, ...], events: Iterator[Event], before: tuple[tuple[Message, ...], int]
-    ) -> Iterator[Event]:
-        parts: list[str] = []
+        self, asked: tuple[Message, ...], events: Iterator[ChatEvent], before: tuple[tuple[Message, ...], int]
+    ) -> Iterator[ChatEvent]:
+        read: list[ChatEvent] = []
         try:
             for event in events:
-                # models often begin with the space that templates put before an answer
-                shown = event if any(parts) else replace(event, text=event.text.lstrip())
-                parts.append(shown.text)
-                yield shown
+                read.append(event)
+                yield event
         except Exception:
             raise
         except BaseException:  # the reader closed the iterator
-            self._keep(asked, parts, before)
+            self._keep(asked, read, before)
             raise
-        self._keep(asked, parts, before)
+        self._keep(asked, read, before)
 
-    def _keep(self, asked: tuple[Message, ...], parts: Sequence[str], before: tuple[tuple[Message, ...], int]) -> None:
-        answer, (messages, n_replaced) = "".join(parts).rstrip(), before
-        if answer and self.messages is messages and self._n_replaced == n_replaced:
-            self.messages = (*asked, Message("assistant", answer))
+    def _keep(
+        self, asked: tuple[Message, ...], read: Sequence[ChatEvent], before: tuple[tuple[Message, ...], int]
+    ) -> None:
+        messages, n_replaced = before
+        answer = message_of(read)
+        if (answer.content or answer.reasoning) and self.messages is messages and self._n_replaced == n_replaced:
+            self.messages = (*asked, answer)
 
     def save(self, path: StrPath) -> None:
         """Write the conversation as JSON, over an earlier one but over nothing else. Raises OutputError."""
@@ -237,7 +258,7 @@ class Chat:
             "version": 1,
             "model": self.engine.path.name,
             "system": self.system,
-            "messages": [asdict(message) for message in self.messages],
+            "messages": [_stored(message) for message in self.messages],
         }
 
     def load(self, path: StrPath) -> None:
@@ -263,45 +284,6 @@ class Chat:
         """Replace the conversation and the KV cache by those of a file of ``save_session``. Raises InputError."""
         _, note = self.engine.load_session(path)
         self._replace(*_conversation(user_path(path), note))
-
-
-def _template(engine: EngineLike, choice: str | None) -> ChatTemplate:
-    bos, eos = engine.token_text(engine.bos_token), engine.token_text(engine.eos_token)
-    pad = _stated_token(engine, Keys.Tokenizer.PAD_ID, None)
-    # llama.cpp takes token 0 of a sentencepiece vocabulary as the unknown one
-    default_unk = 0 if engine.header.get(Keys.Tokenizer.MODEL) == "llama" else None
-    unk = _stated_token(engine, Keys.Tokenizer.UNK_ID, default_unk)
-    template = find_template(choice, engine.header, bos=bos, eos=eos, unk=unk, pad=pad)
-    if template is None:
-        named = sorted(stored_templates(engine.header))
-        which = f"has chat templates for some uses only ({', '.join(named)})" if named else "has no chat template"
-        raise TemplateError(
-            f"{engine.path}: the file {which}: name one with --chat-template NAME|FILE, "
-            "or continue plain text with 'run --raw'"
-        )
-    template.stop += _foreign_ends(engine, template, warn=choice is not None)
-    return template
-
-
-def _foreign_ends(engine: EngineLike, template: ChatTemplate, *, warn: bool) -> tuple[str, ...]:
-    """Ends of a turn that the template writes and the vocabulary has no token for: to be watched for as text."""
-    foreign = [
-        literal
-        for literal in special_literals(template.source)
-        if len(engine.tokenize(literal, add_bos=False, parse_special=True)) != 1
-    ]
-    if foreign and warn:
-        _logger.warning(
-            "%s: %s writes %s, which the model does not have as tokens: it reads them in pieces, as text",
-            *(engine.path, template.name, ", ".join(foreign)),
-        )
-    return tuple(literal for literal in foreign if literal in ENDS_BY_TEXT and literal not in template.stop)
-
-
-def _stated_token(engine: EngineLike, key: str, default: int | None) -> str:
-    """The text of the token whose id stands under a key of the header; empty where there is no such token."""
-    token = engine.header.get(key, default)
-    return engine.token_text(token) if type(token) is int and 0 <= token < engine.n_vocab else ""
 
 
 def _check_replaceable(path: Path) -> None:
@@ -346,7 +328,14 @@ def _conversation(path: Path, text: str) -> tuple[str | None, tuple[Message, ...
     return system, tuple(_message(path, entry) for entry in messages)
 
 
+def _stored(message: Message) -> dict[str, str]:
+    stored = {"role": message.role, "content": message.content}
+    return stored | {"reasoning": message.reasoning} if message.reasoning else stored
+
+
 def _message(path: Path, entry: Any) -> Message:
     if isinstance(entry, dict) and entry.get("role") in ("user", "assistant") and isinstance(entry.get("content"), str):
-        return Message(entry["role"], entry["content"])
+        reasoning = entry.get("reasoning", "")
+        if isinstance(reasoning, str):
+            return Message(entry["role"], entry["content"], reasoning)
     raise InputError(f"{path}: not a saved conversation: a message needs a role and a content")

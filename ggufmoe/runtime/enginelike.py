@@ -6,7 +6,7 @@ have their docstrings from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -131,6 +131,7 @@ class EngineLike(Protocol):
         stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
+        shown: Collection[int] = (),
     ) -> Iterator[Event]:
         """Continue ``prompt``: an iterator of a ``Token`` for each new token, then one ``Finished``."""
         ...

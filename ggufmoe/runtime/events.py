@@ -1,13 +1,14 @@
 """The events of an answer: a ``Token`` for each new token, then one ``Finished``.
 
-Joining the ``text`` of all events gives the answer. Events are plain data that can be pickled; terminal, server and
+In a conversation, events for reasoning and tool calls come between them. Joining the ``text`` of all events gives the
+answer. Events are plain data that can be pickled; terminal, server and
 library all use them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 """stop: the model ended its answer, or a stop string came; length: ``n_predict`` tokens; context: no room is left;
@@ -79,3 +80,34 @@ class Finished:
 
 
 Event = Token | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A part of what a model thinks before it answers. It comes beside the Token events, whose ``text`` lacks it."""
+
+    reasoning: str
+    text: ClassVar[str] = ""
+    """The part of the answer in this event: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallBegun:
+    """The model begins to call a tool; ``index`` counts the calls of one answer from 0."""
+
+    index: int
+    name: str
+    text: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """A part of the arguments of call ``index``; together they are a JSON object, unless the answer was cut off."""
+
+    index: int
+    arguments: str
+    text: ClassVar[str] = ""
+
+
+ChatEvent = Token | Reasoning | ToolCallBegun | ToolCallArguments | Finished
+"""What an answer to a conversation consists of."""

@@ -44,6 +44,8 @@ class GenerationRequest:
     stop: tuple[str, ...]
     cancel: CancelFlag | None
     overflow: Overflow
+    shown: frozenset[int] = frozenset()
+    """Control tokens that are part of the text."""
 
 
 class Generation:
@@ -236,6 +238,8 @@ class Generation:
         watch.generation_s += now - start
         if ends:
             return "stop"
+        if token in self._request.shown:
+            piece = loaded.vocabulary.piece(token, special=True)
         watch.generated_tokens += 1
         self._tokens.append(token)
         logprob, alternatives = self._logprobs(token)

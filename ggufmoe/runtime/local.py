@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -181,6 +181,7 @@ class LocalEngine:
         stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
+        shown: Collection[int] = (),
     ) -> Iterator[Event]:
         tokens = self._checked_prompt(prompt)
         n_keep = self._context_options.n_keep if n_keep is None else n_keep
@@ -193,7 +194,7 @@ class LocalEngine:
         # made now, so that an error in a grammar is raised here and not when the first token is asked for
         make = partial(Sampler, self._api, self._vocabulary, settings, tokens)
         sampler = self._texts.call_until_cancelled(make, self._remember(Cancellation(cancel)))
-        request = GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow)
+        request = GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow, frozenset(shown))
         if sampler is None:
             self._texts.check_usable()
             return iter([Finished("", "cancelled", NO_TIMING, settings.seed)])

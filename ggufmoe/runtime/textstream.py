@@ -47,11 +47,11 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)]
-        n_held = max((_overlap(text, word) for word in self._stop), default=0)
+        n_held = max((overlap(text, word) for word in self._stop), default=0)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
 
 
-def _overlap(text: str, word: str) -> int:
+def overlap(text: str, word: str) -> int:
     """Length of the longest suffix of ``text`` that is a prefix of ``word``, but not all of it."""
     return next(n for n in range(min(len(text), len(word) - 1), -1, -1) if text.endswith(word[:n]))

@@ -18,8 +18,8 @@ from merges import Peer
 
 import ggufmoe
 from ggufmoe.demo import RECIPE, questions
-from ggufmoe.runtime.chat import Message
 from ggufmoe.runtime.events import Token
+from ggufmoe.runtime.messages import Message
 
 
 def rows(peer: Peer) -> Iterator[Row]:

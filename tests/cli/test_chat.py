@@ -22,7 +22,7 @@ from ggufmoe.cli import chat as chat_module
 from ggufmoe.cli.app import exit_code
 from ggufmoe.remote.worker import Worker
 from ggufmoe.runtime.chat import Chat
-from ggufmoe.runtime.events import Event
+from ggufmoe.runtime.events import ChatEvent
 from tests.remote.workers import start_worker
 from tests.scripted import Scripted
 
@@ -82,7 +82,7 @@ def test_exit_leaves_at_once(talk: Talk) -> None:
 def test_an_impatient_ctrl_c_does_not_cost_the_conversation(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     send, calls = Chat.send, []
 
-    def press(chat: Chat, text: str, **keywords: Any) -> Iterator[Event]:
+    def press(chat: Chat, text: str, **keywords: Any) -> Iterator[ChatEvent]:
         calls.append(text)
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -19,9 +19,10 @@ import pytest
 
 from ggufmoe import ContextOptions, OffloadOptions
 from ggufmoe.cli import terminal
+from ggufmoe.cli.answer import write_answer
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.jobs import interruptible
-from ggufmoe.cli.terminal import load_engine, waiting_shown, write_answer
+from ggufmoe.cli.terminal import load_engine, waiting_shown
 from ggufmoe.errors import EngineError
 from ggufmoe.folders import state_directory
 from ggufmoe.runtime.events import Event, Finished, Timing, Token

@@ -24,8 +24,8 @@ from ggufmoe import (
     SamplingOptions,
     TemplateError,
 )
-from ggufmoe.runtime.chat import Message
-from ggufmoe.runtime.events import Event, Finished
+from ggufmoe.runtime.events import ChatEvent, Event, Finished
+from ggufmoe.runtime.messages import Message
 from ggufmoe.runtime.template import ChatTemplate
 from tests.scripted import BOS, Scripted
 from tests.stories import GREEDY, ONE_THREAD, STORY
@@ -59,11 +59,11 @@ def chat(engine: Engine) -> Chat:
     return Chat(engine, sampling=GREEDY)
 
 
-def said(events: Iterator[Event]) -> str:
+def said(events: Iterator[ChatEvent]) -> str:
     return "".join(event.text for event in events)
 
 
-def last_of(events: Iterator[Event]) -> Finished:
+def last_of(events: Iterator[ChatEvent]) -> Finished:
     *_, last = events
     assert isinstance(last, Finished)
     return last

@@ -38,17 +38,17 @@ from ggufmoe.native import backends
 from ggufmoe.native import library as native
 from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
 from ggufmoe.runtime import loading
-from ggufmoe.runtime.events import Event, Finished, Token
+from ggufmoe.runtime.events import ChatEvent, Finished, Token
 from ggufmoe.work import Progress
 from tests.scripted import BOS, EOS, Scripted
 from tests.stories import GREEDY, ONE_THREAD, STORY
 
 
-def text_of(events: Iterator[Event]) -> str:
+def text_of(events: Iterator[ChatEvent]) -> str:
     return "".join(event.text for event in events)
 
 
-def last_of(events: Iterator[Event]) -> Finished:
+def last_of(events: Iterator[ChatEvent]) -> Finished:
     *_, last = events
     assert isinstance(last, Finished)
     return last

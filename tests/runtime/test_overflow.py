@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ggufmoe import Chat, ContextFullError, ContextOptions, Engine, OptionError
-from ggufmoe.runtime.chat import Message
+from ggufmoe.runtime.messages import Message
 from ggufmoe.runtime.overflow import Overflow
 from tests.runtime.test_chat import GREETER
 from tests.runtime.test_engine import last_of, text_of
