@@ -1,8 +1,9 @@
 """Small tokenizers for the tiny models, trained on a few sentences, once in a process.
 
-``spm`` is sentencepiece's own file; ``json`` the same vocabulary as a ``tokenizer.json`` of the sentencepiece kind;
-``bpe`` a byte-level ``tokenizer.json`` with Llama 3's pre-tokenizer, ``smollm`` one with SmolLM2's, ``qwen`` one with
-Qwen2's, ``qwen35`` one with Qwen3.5's and ``harmony`` one with gpt-oss's.
+``spm`` is sentencepiece's own file, ``gemma`` one that puts no space before a text; ``json`` the same vocabulary as
+``spm`` in a ``tokenizer.json`` of the sentencepiece kind; ``bpe`` a byte-level ``tokenizer.json`` with Llama 3's
+pre-tokenizer, ``smollm`` one with SmolLM2's, ``qwen`` one with Qwen2's, ``qwen35`` one with Qwen3.5's and ``harmony``
+one with gpt-oss's.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ LLAMA3_PATTERN = (
 
 
 @cache
-def sentencepiece_model() -> bytes:
-    """A BPE ``tokenizer.model`` of N_PIECES pieces with byte fallback, as Llama 2 and Mistral have it."""
+def sentencepiece_model(*, begins_with_space: bool = True) -> bytes:
+    """A BPE ``tokenizer.model`` of N_PIECES pieces with byte fallback, as Llama 2 and Mistral have it; without a space
+    before each text as Gemma has it."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -53,6 +55,7 @@ def sentencepiece_model() -> bytes:
         split_digits=True,
         allow_whitespace_only_pieces=True,
         remove_extra_whitespaces=False,
+        add_dummy_prefix=begins_with_space,
         normalization_rule_name="identity",
         num_threads=1,
         minloglevel=3,
@@ -188,6 +191,7 @@ def byte_level_json(kind: str) -> str:
 
 SPECIAL_TOKENS = {
     "spm": ("<s>", "</s>"),
+    "gemma": ("<s>", "</s>"),
     "json": ("<s>", "</s>"),
     "bpe": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
     "smollm": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -203,7 +207,7 @@ SPECIAL_TOKENS = {
 
 def special_ids(kind: str) -> tuple[int, int]:
     """Ids of the tokens that begin and end a text."""
-    if kind in ("spm", "json"):
+    if kind in ("spm", "gemma", "json"):
         return 1, 2
     if kind == "bpe":
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 2
@@ -217,13 +221,13 @@ def special_ids(kind: str) -> tuple[int, int]:
 
 def vocabulary_size(kind: str | None) -> int:
     """Number of tokens; models without a tokenizer get as many as ``spm`` ones."""
-    return N_PIECES if kind in (None, "spm", "json") else N_BYTE_LEVEL
+    return N_PIECES if kind in (None, "spm", "gemma", "json") else N_BYTE_LEVEL
 
 
 def tokenizer_files(kind: str) -> dict[str, bytes]:
     """The files of a checkpoint's tokenizer by name, ``tokenizer_config.json`` left to the caller."""
-    if kind == "spm":
-        return {"tokenizer.model": sentencepiece_model()}
+    if kind in ("spm", "gemma"):
+        return {"tokenizer.model": sentencepiece_model(begins_with_space=kind == "spm")}
     text = sentencepiece_json() if kind == "json" else byte_level_json(kind)
     return {"tokenizer.json": text.encode()}
 
@@ -240,12 +244,12 @@ def tokenizer_config(kind: str) -> dict[str, Any]:
         "model_max_length": 2048,
         "clean_up_tokenization_spaces": False,
     }
-    if kind in ("spm", "json"):
+    if kind in ("spm", "gemma", "json"):
         llama = {
             "add_bos_token": True,
             "add_eos_token": False,
             "unk_token": "<unk>",
             "tokenizer_class": "LlamaTokenizer",
         }
-        return config | llama | ({"legacy": True} if kind == "spm" else {})
+        return config | llama | ({} if kind == "json" else {"legacy": True})
     return config | {"tokenizer_class": "GPT2Tokenizer" if kind == "smollm" else "PreTrainedTokenizerFast"}

@@ -34,6 +34,7 @@ from ggufmoe.families.standard import (
     experts,
     fused_experts,
     head_dim,
+    kinds_of_layers,
     matrix,
     n_embd,
     no_bias,
@@ -57,14 +58,14 @@ from ggufmoe.weights.views import Changed, PickedRows, Reshaped
 EXPERT_WIDTH, SHARED_WIDTH = "moe_intermediate_size", "shared_expert_intermediate_size"
 KERNEL, KEY_DIM, VALUE_DIM = "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"
 KEY_HEADS, VALUE_HEADS = "linear_num_key_heads", "linear_num_value_heads"
-INTERVAL, _LAYER_TYPES = "full_attention_interval", "layer_types"
-_LINEAR, _FULL = "linear_attention", "full_attention"
+INTERVAL = "full_attention_interval"
+_LINEAR = "linear_attention"
 LINEAR_MODULE = "model.layers.{layer}.linear_attn."
 
 
 def is_linear(config: ModelConfig, layer: int) -> bool:
     """A ``TensorRule.where``: the layers with linear attention."""
-    kinds: Sequence[str] | None = config.raw.get(_LAYER_TYPES)
+    kinds: Sequence[str] | None = config.raw.get("layer_types")
     return (layer + 1) % config.size(INTERVAL) != 0 if kinds is None else kinds[layer] == _LINEAR
 
 
@@ -161,11 +162,7 @@ def _projections() -> tuple[TensorRule, ...]:
 
 def check(reader: ConfigReader, config: ModelConfig) -> None:
     """A ``Family.check``: refuse heads and kinds of layers that llama.cpp's graph does not compute."""
-    kinds = reader.value(_LAYER_TYPES)
-    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != config.n_layer):
-        raise reader.error(_LAYER_TYPES, f"a list with a kind for each of {config.n_layer} layers")
-    if kinds is not None and any(kind not in (_LINEAR, _FULL) for kind in kinds):
-        raise reader.error(_LAYER_TYPES, f"no other kinds than {_LINEAR} and {_FULL}")
+    kinds_of_layers(reader, config, _LINEAR, "full_attention")
     if config.size(VALUE_DIM) != config.size(KEY_DIM):
         raise reader.error(VALUE_DIM, f"{KEY_DIM} ({config.size(KEY_DIM)}), because llama.cpp's graph has one width")
     if config.size(VALUE_HEADS) % config.size(KEY_HEADS):

@@ -373,6 +373,15 @@ def one_kind_of_layers(reader: ConfigReader, config: ModelConfig) -> None:
         raise reader.error("layer_types", "one kind of attention in all layers")
 
 
+def kinds_of_layers(reader: ConfigReader, config: ModelConfig, *allowed: str) -> None:
+    """Refuse a ``layer_types`` that does not give each layer one of the ``allowed`` kinds; it may be absent."""
+    kinds = reader.value("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != config.n_layer):
+        raise reader.error("layer_types", f"a list with a kind for each of {config.n_layer} layers")
+    if kinds is not None and any(kind not in allowed for kind in kinds):
+        raise reader.error("layer_types", f"no other kinds than {' and '.join(allowed)}")
+
+
 def rotated_pairs(reader: ConfigReader, config: ModelConfig) -> None:
     """A ``Family.check``: refuse a part of each head that is not a number of pairs."""
     if rotated_width(config) % 2 or not rotated_width(config):

@@ -163,6 +163,25 @@ _OTHER_LAYERS: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
 }
 _QWEN3_NEXT: dict[str, Any] = {**_QWEN2_EXPERTS, "norm_topk_prob": True, **_LINEAR_ATTENTION}
+_GEMMA: dict[str, Any] = {
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 16,
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 1,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": True,
+}
+_TWO_ROPES: dict[str, Any] = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+}
+_SIGLIP: dict[str, Any] = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32} | {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _SECTIONS: dict[str, Any] = {
     "rope_type": "default",
     "rope_theta": 1e6,
@@ -300,6 +319,33 @@ FAMILIES = (
         _family("phi-part-tied", "Phi3ForCausalLM", "phi3", tie_word_embeddings=True, **_long_rope(256, 12, 0.75)),
         "smollm",
         "smollm",
+    ),
+    _with_tokenizer(_family("gemma2", "Gemma2ForCausalLM", "gemma2", **_GEMMA), "gemma"),
+    _with_tokenizer(
+        _family("gemma3", "Gemma3ForCausalLM", "gemma3_text", **_GEMMA, rope_parameters=_TWO_ROPES), "gemma"
+    ),
+    _with_tokenizer(
+        _family(
+            "gemma3-own",
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            **_GEMMA | {"num_hidden_layers": 3, "tie_word_embeddings": False, "final_logit_softcapping": 20.0},
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            not_equal=("gemma3.attention.sliding_window_pattern",),
+        ),
+        "gemma",
+    ),
+    FamilyCase(
+        "gemma3-vision",
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "text_config": {**SIZES, **_GEMMA, "vocab_size": tiny_tokenizers.vocabulary_size("gemma")}
+            | dict(zip(("bos_token_id", "eos_token_id"), tiny_tokenizers.special_ids("gemma"), strict=True)),
+            "vision_config": _SIGLIP,
+        },
+        tokenizer="gemma",
+        pre="default",
     ),
     _family("deepseek-v2", "DeepseekV2ForCausalLM", "deepseek_v2", **_DEEPSEEK, rope_parameters=_LATENT_YARN),
     _family("deepseek-v2-lite", "DeepseekV2ForCausalLM", "deepseek_v2", **_LITE),

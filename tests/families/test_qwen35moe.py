@@ -13,6 +13,7 @@ import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.gguf.header import read_header
 from tests.families.agreement import check_layouts, check_quantized, llama_cpp_logits, stored_and_written
+from tests.families.test_qwen3next import OWN
 from tests.families.tiny_family import add_tensors, config_json, make_checkpoint
 
 LINEAR = "model.layers.0.linear_attn."
@@ -23,20 +24,7 @@ ORDER = [0, 2, 1, 3]
 
 
 def config(**keys: Any) -> dict[str, Any]:
-    own = {
-        "intermediate_size": ...,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 256,
-        "shared_expert_intermediate_size": 256,
-        "head_dim": 64,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_key_head_dim": N_HEAD,
-        "linear_value_head_dim": N_HEAD,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    }
-    return config_json("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", **{**own, **keys})
+    return config_json("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", **{**OWN, "intermediate_size": ..., **keys})
 
 
 @pytest.fixture(scope="module")

@@ -20,20 +20,22 @@ LINEAR = "model.layers.0.linear_attn."
 N_KEY, N_KEY_HEADS, N_VALUE_HEADS = 64, 2, 4
 
 
+OWN = {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": N_KEY,
+    "linear_value_head_dim": N_KEY,
+    "linear_num_key_heads": N_KEY_HEADS,
+    "linear_num_value_heads": N_VALUE_HEADS,
+}
+
+
 def config(**keys: Any) -> dict[str, Any]:
-    own = {
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 256,
-        "shared_expert_intermediate_size": 256,
-        "head_dim": 64,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_key_head_dim": N_KEY,
-        "linear_value_head_dim": N_KEY,
-        "linear_num_key_heads": N_KEY_HEADS,
-        "linear_num_value_heads": N_VALUE_HEADS,
-    }
-    return config_json("Qwen3NextForCausalLM", "qwen3_next", **{**own, **keys})
+    return config_json("Qwen3NextForCausalLM", "qwen3_next", **{**OWN, **keys})
 
 
 @pytest.fixture(scope="module")
