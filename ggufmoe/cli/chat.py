@@ -211,8 +211,8 @@ class _Conversation:
 
     def help(self, _: str) -> None:
         for word, command in _COMMANDS.items():
-            note(f"/{word + ' ' + command.argument:<18} {command.help}", indent=20)
-        note(f"{_QUOTES}TEXT{_QUOTES:<12} a message of several lines", indent=20)
+            note(f"/{word + ' ' + command.argument:<22} {command.help}", indent=24)
+        note(f"{_QUOTES}TEXT{_QUOTES:<16} a message of several lines", indent=24)
 
     def set(self, text: str) -> None:
         """Change an option of sampling or of the template, or show one, or all."""

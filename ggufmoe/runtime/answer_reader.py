@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,13 +61,16 @@ class AnswerReader:
     # ---- marks around reasoning, then text and calls
 
     def _tagged(self, in_reasoning: bool) -> Pull[None]:
-        text, tags = self._text, self._syntax.reasoning
+        text, think = self._text, self._syntax.reasoning
         yield from text.skip_space()
-        mark = yield from text.take(tags.opens, tags.closes)
-        if mark != tags.closes and (mark or in_reasoning):
+        mark = yield from text.take(think.opens, think.closes)
+        if mark != think.closes and (mark or in_reasoning):
             thought = _Stripped(lambda part: self._parts.append(Reasoning(part)))
-            yield from text.until((tags.closes,), thought.put)
+            yield from text.until((think.closes,), thought.put)
         yield from text.skip_space()
+        if (tags := self._syntax.text) and (yield from text.take(tags.opens)):
+            yield from text.until((tags.closes,), _Stripped(self._parts.append).put)
+            yield from text.skip_space()
         tools = self._syntax.tools if self._tools else None
         if tools is not None and not tools.opening:
             yield from self._bare_call(tools)
@@ -142,12 +146,14 @@ class AnswerReader:
             yield from self._text.take("]")
         return n_read > 0
 
-    def _object(self, tools: ToolSyntax, known: Mapping[str, Tool] | None = None) -> Pull[bool]:
+    def _object(
+        self, tools: ToolSyntax, known: Mapping[str, Tool] | None = None, *, is_inner: bool = False
+    ) -> Pull[bool]:
         """Read the object of a call after its brace; False, with nothing reported, for one that is none.
 
-        ``known`` are the only names that are accepted.
+        ``known`` are the only names that are accepted; ``is_inner`` is an object under the key ``function`` of another.
         """
-        call, mark = _Call(), ""
+        call, mark = _Call(is_inner), ""
         while mark != "}":
             yield from self._text.skip_space()
             mark = yield from self._text.take("}", ",")
@@ -169,8 +175,8 @@ class AnswerReader:
             self._begin(key)
             call.is_begun = call.has_arguments = True
             yield from text.json_value(self._argue)
-        elif key == "function" and (yield from text.take("{")):
-            call.is_begun = call.has_arguments = yield from self._object(tools, known)
+        elif key == "function" and not call.is_inner and (yield from text.take("{")):
+            call.is_begun = call.has_arguments = yield from self._object(tools, known, is_inner=True)
         elif key in _NAME_KEYS:
             name = yield from self._json_text()
             if name is None or (known is not None and name not in known):
@@ -313,6 +319,7 @@ class AnswerReader:
 class _Call:
     """How far the object of a call has been read."""
 
+    is_inner: bool = False
     is_begun: bool = False
     has_arguments: bool = False
     held: str = ""
@@ -335,7 +342,9 @@ def _decoded(written: str) -> str:
 def _python_calls(source: str) -> list[tuple[str, dict[str, Any]]]:
     """Names and arguments of ``[name(key='value'), ...]``; none where it is anything else."""
     try:
-        tree = ast.parse(source, mode="eval").body
+        with warnings.catch_warnings():  # of escape sequences that Python does not know
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source, mode="eval").body
         nodes = tree.elts if isinstance(tree, ast.List) else [tree]
         return [
             (ast.unparse(node.func), {str(word.arg): ast.literal_eval(word.value) for word in node.keywords})

@@ -24,8 +24,8 @@ name, then each argument between marks; python: a list of calls as Python writes
 
 
 @dataclass(frozen=True)
-class ReasoningTags:
-    """The marks around reasoning."""
+class Tags:
+    """The marks around a part of an answer."""
 
     opens: str
     closes: str
@@ -63,8 +63,10 @@ class ToolSyntax:
 class AnswerSyntax:
     """How a model writes its answers."""
 
-    reasoning: ReasoningTags
+    reasoning: Tags
     tools: ToolSyntax | None
+    text: Tags | None = None
+    """What may stand around the text."""
     is_harmony: bool = False
     """Whether they are written in the channels of gpt-oss (``openai/harmony``)."""
     arguments_as_text: bool = False
@@ -75,7 +77,8 @@ class AnswerSyntax:
         """All words that a model may have as control tokens, which must be part of the text to be seen."""
         if self.is_harmony:
             return HARMONY_MARKS
-        marks = {self.reasoning.opens: None, self.reasoning.closes: None}
+        tags = (self.reasoning, self.text) if self.text else (self.reasoning,)
+        marks = dict.fromkeys(mark for pair in tags for mark in (pair.opens, pair.closes))
         if self.tools is not None:
             tools = self.tools
             marks |= dict.fromkeys(word for word in (*tools.section, *tools.opening) if word)
@@ -85,14 +88,16 @@ class AnswerSyntax:
 
 
 HARMONY_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
-_THINK = ReasoningTags("<think>", "</think>")
+_THINK = Tags("<think>", "</think>")
+_RESPONSE = Tags("<response>", "</response>")
+"""Of Granite 3.3, which is asked for it by the system message of its template."""
 _KNOWN_TAGS = (
     _THINK,
-    ReasoningTags("[THINK]", "[/THINK]"),
-    ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
-    ReasoningTags("<|inner_prefix|>", "<|inner_suffix|>"),
-    ReasoningTags("<|channel>thought", "<channel|>"),
-    ReasoningTags("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
+    Tags("[THINK]", "[/THINK]"),
+    Tags("<|START_THINKING|>", "<|END_THINKING|>"),
+    Tags("<|inner_prefix|>", "<|inner_suffix|>"),
+    Tags("<|channel>thought", "<channel|>"),
+    Tags("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 _LFM2 = ToolSyntax("python", ("<|tool_call_start|>",), ends=("<|tool_call_end|>",))
 _KIMI = ToolSyntax(
@@ -141,7 +146,8 @@ def syntax_of(template: ChatTemplate) -> AnswerSyntax:
         return AnswerSyntax(_THINK, None, is_harmony=True)
     tags = _reasoning_tags(template)
     tools, as_text = _tool_syntax(template, tags)
-    return AnswerSyntax(tags, tools, arguments_as_text=as_text)
+    text = _RESPONSE if _RESPONSE.opens in template.source and _RESPONSE.closes in template.source else None
+    return AnswerSyntax(tags, tools, text, arguments_as_text=as_text)
 
 
 def _written(template: ChatTemplate, answer: Message, *, tools: Sequence[Tool] = (), as_text: bool = False) -> str:
@@ -157,7 +163,7 @@ def _written(template: ChatTemplate, answer: Message, *, tools: Sequence[Tool] =
 # ---- reasoning
 
 
-def _reasoning_tags(template: ChatTemplate) -> ReasoningTags:
+def _reasoning_tags(template: ChatTemplate) -> Tags:
     source = template.source
     for tags in _KNOWN_TAGS:
         if tags.opens in source and tags.closes in source:
@@ -165,7 +171,7 @@ def _reasoning_tags(template: ChatTemplate) -> ReasoningTags:
     before, thought, behind = _written(template, Message("assistant", _TEXT, _THOUGHT)).partition(_THOUGHT)
     opens, closes = _MARK.findall(before), _MARK.findall(behind.partition(_TEXT)[0])
     if thought and opens and closes and before.rstrip().endswith(opens[-1]) and opens[-1] not in _around(template):
-        return ReasoningTags(opens[-1], closes[0])
+        return Tags(opens[-1], closes[0])
     return _THINK
 
 
@@ -181,7 +187,7 @@ def _around(template: ChatTemplate) -> str:
 # ---- tool calls
 
 
-def _tool_syntax(template: ChatTemplate, tags: ReasoningTags) -> tuple[ToolSyntax | None, bool]:
+def _tool_syntax(template: ChatTemplate, tags: Tags) -> tuple[ToolSyntax | None, bool]:
     """How calls are written, None where that is not known; and whether the template wants their arguments as text."""
     said = _written(template, Message("assistant", _TEXT), tools=[_TOOL])
     around = _around(template)

@@ -300,6 +300,13 @@ def test_text_and_tokens(model: Path, workers: tuple[Worker, Worker]) -> None:
         assert engine.cached_tokens == ()
 
 
+def test_control_tokens_are_shown_where_that_is_asked(remote_story: Engine) -> None:
+    only_bos = replace(GREEDY, n_predict=2, logit_bias=("1+1000",))
+    for shown, text in (((), ""), ({1}, "<s><s>")):
+        events = remote_story.generate(remote_story.tokenize("on"), only_bos, shown=shown)
+        assert "".join(event.text for event in events) == text
+
+
 def test_a_stream_has_all_its_events_and_its_timing(remote_story: Engine, story: Engine) -> None:
     prompt = story.tokenize(" once", parse_special=True)
     ours, theirs = (list(engine.generate(prompt, GREEDY)) for engine in (story, remote_story))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ggufmoe.runtime.answer_reader import AnswerReader, Part
-from ggufmoe.runtime.answer_syntax import AnswerSyntax, ReasoningTags, ToolSyntax
+from ggufmoe.runtime.answer_syntax import AnswerSyntax, Tags, ToolSyntax
 from ggufmoe.runtime.events import Reasoning, ToolCallArguments
 from ggufmoe.runtime.messages import Tool
 
-THINK = ReasoningTags("<think>", "</think>")
+THINK = Tags("<think>", "</think>")
 WEATHER = Tool("weather", parameters={"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}})
 HERMES = ToolSyntax("json", ("<tool_call>",), ends=("</tool_call>",))
 BARE = ToolSyntax("json", section=("<|python_tag|>",))
@@ -72,7 +72,8 @@ def put_together(parts: list[Part]) -> Read:
 
 def read(answer: str, tools: ToolSyntax | None = None, *, cuts: tuple[int, ...] = (), **given: Any) -> Read:
     """Read ``answer``, which comes in pieces that end at ``cuts``."""
-    syntax = AnswerSyntax(given.pop("tags", THINK), tools, is_harmony=given.pop("is_harmony", False))
+    is_harmony = given.pop("is_harmony", False)
+    syntax = AnswerSyntax(given.pop("tags", THINK), tools, given.pop("wrap", None), is_harmony=is_harmony)
     reader = AnswerReader(syntax, tools=given.pop("called", [WEATHER] if tools else []), **given)
     ends = (*cuts, len(answer))
     parts = [part for begin, end in zip((0, *cuts), ends, strict=True) for part in reader.push(answer[begin:end])]
@@ -119,8 +120,16 @@ def test_marks_that_the_text_mentions_stay_text() -> None:
 
 
 def test_other_marks() -> None:
-    tags = ReasoningTags("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]")
+    tags = Tags("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]")
     check(Read("Yes.", "Hm. [BEGIN]"), "Hm. [BEGIN]\n[BEGIN FINAL RESPONSE]\nYes.", tags=tags, in_reasoning=True)
+
+
+def test_marks_around_the_text() -> None:
+    response = Tags("<response>", "</response>")
+    check(Read("Yes.", "Hm."), "<think>Hm.</think>\n<response>\nYes.\n</response>", wrap=response)
+    check(Read("Yes. <response>", "Hm."), "<think>Hm.</think>Yes. <response>", wrap=response)
+    call = f"<tool_call>{ROME_JSON}</tool_call>"
+    check(Read("Yes.", "", (ROME,)), f"<response>Yes.</response>\n{call}", HERMES, wrap=response)
 
 
 # ---- the channels of gpt-oss
@@ -247,6 +256,12 @@ def test_ways_to_write_an_object(written: str, arguments: str) -> None:
     check(Read("", "", (("weather", arguments),)), f"<tool_call>{written}</tool_call>", HERMES)
 
 
+def test_objects_without_end_inside_each_other_are_no_call() -> None:
+    answer = "<tool_call>" + '{"function": ' * 5000
+    assert read(answer, HERMES) == Read(answer)
+    assert read('<tool_call>{"a": ' + "[" * 50_000, HERMES).calls == ()
+
+
 def test_arguments_come_as_they_are_written() -> None:
     reader = AnswerReader(AnswerSyntax(THINK, HERMES), tools=[WEATHER])
     assert put_together(reader.push('<tool_call>{"name": "weather", "arguments": {"ci')).calls == (("weather", '{"ci'),)
@@ -260,7 +275,7 @@ def test_values_between_marks_have_the_types_of_the_schema() -> None:
     check(Read("", "", (("weather", "{}"),)), "<tool_call><function=weather></function></tool_call>", CODER)
 
 
-@pytest.mark.parametrize("source", ["[weather(", "weather", "[1]", "[weather(city=open('x'))]", "[" * 9999])
+@pytest.mark.parametrize("source", ["[weather(", "weather", "[1]", "[weather(city=open('x'))]", "['\\d']", "[" * 9999])
 def test_python_that_is_no_call_stays_text(source: str) -> None:
     answer = f"<|tool_call_start|>{source}<|tool_call_end|>"
     assert read(answer, LFM) == Read(answer)

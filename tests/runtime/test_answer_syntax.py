@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ggufmoe.runtime.answer_syntax import AnswerSyntax, ReasoningTags, ToolSyntax, syntax_of
+from ggufmoe.runtime.answer_syntax import AnswerSyntax, Tags, ToolSyntax, syntax_of
 from ggufmoe.runtime.template import ChatTemplate
 
 BEGIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -24,7 +24,7 @@ def test_a_template_that_tells_nothing() -> None:
         "{{ raise_exception('no') }}",
         "{% for x in y %}{{ x }}{% endfor %}",
     ):
-        assert told(source=source or BEGIN + END) == AnswerSyntax(ReasoningTags("<think>", "</think>"), None)
+        assert told(source=source or BEGIN + END) == AnswerSyntax(Tags("<think>", "</think>"), None)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,12 @@ def test_a_template_that_tells_nothing() -> None:
     ],
 )  # fmt: skip
 def test_marks_of_reasoning(middle: str, opens: str, closes: str) -> None:
-    assert told(middle).reasoning == ReasoningTags(opens, closes)
+    assert told(middle).reasoning == Tags(opens, closes)
+
+
+def test_marks_around_the_text() -> None:
+    assert told("{# <response> </response> #}").text == Tags("<response>", "</response>")
+    assert "<response>" in told("{# <response> </response> #}").marks
 
 
 def test_channels() -> None:
