@@ -23,7 +23,7 @@ from statistics import median, quantiles
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe import ContextOptions, Engine, SamplingOptions
-from ggufmoe.native.openmp import SpinLimit
+from ggufmoe.native.spinning import SpinLimit
 from ggufmoe.runtime.events import Token
 
 N_PROMPT = 256

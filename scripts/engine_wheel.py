@@ -20,7 +20,6 @@ import tempfile
 import time
 import venv
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ EXPECTED_BACKEND = {
 """The processors that qemu pretends to be, without SSE4, with SSE4.2 and with AVX2, and what has to be loaded there."""
 MAX_MIB = 40
 
-# The code for AMX is not tested on processors that have it, and broken where GCC compiled it (vendor/llama.cpp.toml).
-OMITTED_BACKENDS = ("sapphirerapids",)
+PATCH = ROOT / "vendor" / "portable.patch"
+"""Changes of llama.cpp's sources, each with its reason in vendor/README.md."""
 CMAKE = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
@@ -65,48 +64,14 @@ CMAKE = (
     "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",  # wheels have no links: with versions each library would be there thrice
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
     "-DCMAKE_INSTALL_RPATH=$ORIGIN",
-    "-DCMAKE_SHARED_LINKER_FLAGS=-s",
-    "-DCMAKE_MODULE_LINKER_FLAGS=-s",
 )
-SPINNING = (
-    (
-        """    while (atomic_load_explicit(&tp->n_barrier_passed, memory_order_relaxed) == n_passed) {
-        ggml_thread_cpu_relax();
-    }
-""",
-        """    int n_spins = 0;
-    while (atomic_load_explicit(&tp->n_barrier_passed, memory_order_relaxed) == n_passed) {
-        if (n_spins++ < 100) {
-            ggml_thread_cpu_relax();
-        } else {
-            sched_yield();
-        }
-    }
-""",
-    ),
-    (
-        """        // No new work. Keep polling.
-        ggml_thread_cpu_relax();
-""",
-        """        // No new work. Keep polling.
-        ggml_thread_cpu_relax();
-        if (i % 1000 == 999) {
-            sched_yield();
-        }
-""",
-    ),
-)
-"""Changes of ggml-cpu.c. ggml's threads spin while they wait: beside other programs that compute, a thread burns the
-time that the one it waits for needs, and generation falls to a fortieth. Here they soon give it away instead.
-"""
-TERMINATE = """
-#include <cxxabi.h>
-#include <exception>
-#define EXPORT extern "C" __attribute__((visibility("default")))
-// the C++ library is inside libllama: its handler, and the exception in it, are reached through these
-EXPORT void * ggufmoe_set_terminate(void (*handler)()) { return reinterpret_cast<void *>(std::set_terminate(handler)); }
-EXPORT void * ggufmoe_current_exception_type() { return abi::__cxa_current_exception_type(); }
-"""
+UNWINDER = "libgcc_s.so.1"
+UNWINDING = (
+    "Backtrace", "DeleteException", "FindEnclosingFunction", "ForcedUnwind", "GetCFA", "GetDataRelBase", "GetGR",
+    "GetIP", "GetIPInfo", "GetLanguageSpecificData", "GetRegionStart", "GetTextRelBase", "RaiseException", "Resume",
+    "Resume_or_Rethrow", "SetGR", "SetIP",
+)  # fmt: skip
+"""The functions of libgcc that unwind a stack, without ``_Unwind_``."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +113,7 @@ def wheel_path(pin: setup.Pin, portable: Portable) -> Path:
 def build(pin: setup.Pin, portable: Portable, jobs: int) -> None:
     """Compile the engine and put the wheel into WHEELS."""
     started = time.monotonic()
-    for program in ("cmake", "ninja"):
+    for program in ("cmake", "git", "ninja"):
         if shutil.which(program) is None:
             raise setup.SetupError(f"{program} is not on PATH; install it (pip install {program})")
     zig = zig_program(portable)
@@ -158,7 +123,7 @@ def build(pin: setup.Pin, portable: Portable, jobs: int) -> None:
         compilers = wrappers(zig, portable, Path(scratch) / "bin")
         setup.say("compiling ggml's CPU backend for every set of instructions: about 13 minutes of one core")
         libraries = compile_all(pin, source, compilers, Path(scratch) / "build", jobs)
-        check_glibc(libraries, portable)
+        check_libraries(libraries, portable)
         target = wheel_path(pin, portable)
         WHEELS.mkdir(exist_ok=True)
         write_wheel(source, libraries, portable, target)
@@ -203,32 +168,27 @@ def wrappers(zig: Path, portable: Portable, folder: Path) -> dict[str, Path]:
 def compile_all(pin: setup.Pin, source: Path, compilers: dict[str, Path], build_dir: Path, jobs: int) -> list[Path]:
     """Run CMake and ninja; gives the libraries."""
     llama = source / "vendor" / "llama.cpp"
-    backends = llama / "ggml" / "src" / "CMakeLists.txt"
-    lines = backends.read_text(encoding="utf-8").splitlines(keepends=True)
-    omitted = tuple(f"ggml_add_cpu_backend_variant({name} " for name in OMITTED_BACKENDS)
-    kept = [line for line in lines if not line.strip().startswith(omitted)]
-    if len(kept) != len(lines) - len(omitted):
-        raise setup.SetupError(f"{backends} does not name the backends {', '.join(OMITTED_BACKENDS)} once each")
-    backends.write_text("".join(kept), encoding="utf-8")
-    change(llama / "ggml" / "src" / "ggml-cpu" / "ggml-cpu.c", SPINNING)
-    (llama / "src" / "ggufmoe-terminate.cpp").write_text(TERMINATE, encoding="utf-8")
-    with (llama / "src" / "CMakeLists.txt").open("a", encoding="utf-8") as file:
-        file.write("\ntarget_sources(llama PRIVATE ggufmoe-terminate.cpp)\n")
+    run(["git", "-C", str(llama), "apply", "--whitespace=nowarn", str(PATCH)])
+    linked = f"-s {unwinder(compilers, build_dir.parent)}"
+    flags = [f"-DCMAKE_{kind}_LINKER_FLAGS={linked}" for kind in ("SHARED", "MODULE")]
     tools = [f"-DCMAKE_{name}={path}" for name, path in compilers.items()]
     commit = f"-DLLAMA_BUILD_COMMIT={pin.commit[:9]}"
-    run(["cmake", "-S", str(llama), "-B", str(build_dir), "-G", "Ninja", *tools, *CMAKE, commit])
+    run(["cmake", "-S", str(llama), "-B", str(build_dir), "-G", "Ninja", *tools, *CMAKE, *flags, commit])
     run(["cmake", "--build", str(build_dir), "-j", str(jobs), "--target", "llama", "ggml-rpc"])
     return sorted((build_dir / "bin").glob("lib*.so"))
 
 
-def change(path: Path, replacements: Sequence[tuple[str, str]]) -> None:
-    """Replace texts of a file, each of which is there once. Raises SetupError if one is not."""
-    text = path.read_text(encoding="utf-8")
-    for old, new in replacements:
-        if text.count(old) != 1:
-            raise setup.SetupError(f"{path} does not have once: {old}")
-        text = text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
+def unwinder(compilers: dict[str, Path], folder: Path) -> Path:
+    """Make a library that has the names of libgcc_s, so that the system's is used to unwind stacks.
+
+    zig puts an unwinder into each library. But glibc ends a thread by unwinding its stack with libgcc_s, whose notes
+    another unwinder cannot read: a thread that Python ends at exit while llama.cpp waits for it would end the process.
+    """
+    source, made = folder / "unwinder.c", folder / UNWINDER
+    source.write_text("".join(f"void _Unwind_{name}(void) {{}}\n" for name in UNWINDING), encoding="utf-8")
+    name = f"-Wl,-soname,{UNWINDER}"
+    run([str(compilers["C_COMPILER"]), "-shared", "-nostdlib", name, "-o", str(made), str(source)])
+    return made
 
 
 def run(command: list[str]) -> None:
@@ -237,8 +197,8 @@ def run(command: list[str]) -> None:
         raise setup.SetupError(f"{' '.join(command[:3])} ... failed")
 
 
-def check_glibc(libraries: list[Path], portable: Portable) -> None:
-    """Raise SetupError if a library needs a newer glibc than the wheel's name promises, or a C++ library."""
+def check_libraries(libraries: list[Path], portable: Portable) -> None:
+    """Raise SetupError if a library needs a newer glibc than the wheel's name promises, or has the wrong companions."""
     newest = tuple(map(int, portable.glibc.split(".")))
     for library in libraries:
         content = library.read_bytes()
@@ -248,6 +208,8 @@ def check_glibc(libraries: list[Path], portable: Portable) -> None:
             raise setup.SetupError(f"{library.name} needs glibc {'.'.join(map(str, needed))}")
         if foreign := re.findall(rb"lib(?:stdc\+\+|c\+\+|gomp|omp)\.so[.\d]*\0", content):
             raise setup.SetupError(f"{library.name} needs {foreign}")
+        if b"_Unwind_" in content and UNWINDER.encode() not in content:
+            raise setup.SetupError(f"{library.name} does not take its unwinder from {UNWINDER}")
 
 
 def write_wheel(source: Path, libraries: list[Path], portable: Portable, target: Path) -> None:

@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any
 
 from ggufmoe.native import library as native
-from ggufmoe.native.openmp import loaded_libgomp
+from ggufmoe.native.spinning import loaded_libgomp
 from ggufmoe.native.wording import abort_message
 
 OnAbort = Callable[[str], None]
@@ -31,7 +31,7 @@ _ABORT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 """typedef void (*ggml_abort_callback_t)(const char * error_message)"""
 _TERMINATE_HANDLER = ctypes.CFUNCTYPE(None)
 _SET_TERMINATE = ("ggufmoe_set_terminate", "_ZSt13set_terminatePFvvE")
-"""``std::set_terminate`` of a libllama with the C++ library inside (``scripts/engine_wheel``), or of a shared one."""
+"""``std::set_terminate`` of the portable engine, whose libraries have a C++ library each, or of a shared one."""
 _EXCEPTION_TYPE = ("ggufmoe_current_exception_type", "__cxa_current_exception_type")
 """Likewise for the type of the exception that has no handler."""
 _STATIC_SCHEDULE = 1
@@ -115,8 +115,9 @@ class AbortWatch:
     def _owners_here(self) -> list[_Owner]:
         """The owners to notify of an abort in this thread.
 
-        That is its own owner; none for another Python thread; otherwise those of its OpenMP team. If the team is
-        unknown, all that compute; if none does, those that have been told before, whose threads fail one by one.
+        That is its own owner; none for another Python thread; otherwise the one for which this thread of ggml computes.
+        If that is unknown, all that compute; if none does, those that have been told before, whose threads fail one by
+        one.
         """
         with self._lock:
             owners = dict(self._owners)
@@ -179,19 +180,25 @@ _SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _SIGNAL_SETTER = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, _SIGNAL_HANDLER)
 
 
-# ---- OpenMP: a team inherits the settings of the thread that leads it, so a setting that ggml does not use marks it
+# ---- which engine the threads of ggml compute for
+# The portable engine's have a number for it (vendor/portable.patch). An OpenMP team inherits the settings of the thread
+# that leads it, so a setting that ggml does not use is the number: the chunk size of ``schedule(runtime)`` loops.
 
 
 def _mark_team(mark: int) -> None:
-    """Mark the OpenMP threads that this thread will start: as the chunk size of ``schedule(runtime)`` loops."""
-    libgomp = loaded_libgomp()
-    if libgomp is not None:
+    """Mark this thread, and the threads that ggml lets compute for it."""
+    library, libgomp = native.library(), loaded_libgomp()
+    if hasattr(library, "ggufmoe_set_mark"):
+        library.ggufmoe_set_mark(ctypes.c_int(mark))
+    elif libgomp is not None:
         libgomp.omp_set_schedule(ctypes.c_int(_STATIC_SCHEDULE), ctypes.c_int(mark))
 
 
 def _team_mark() -> int:
+    library, libgomp = native.library(), loaded_libgomp()
     kind, mark = ctypes.c_int(), ctypes.c_int()
-    libgomp = loaded_libgomp()
+    if hasattr(library, "ggufmoe_mark"):
+        return int(library.ggufmoe_mark())
     if libgomp is not None:
         libgomp.omp_get_schedule(ctypes.byref(kind), ctypes.byref(mark))
     return mark.value

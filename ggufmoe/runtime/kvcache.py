@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError
 from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
-from ggufmoe.native.openmp import SpinLimit
+from ggufmoe.native.spinning import SpinLimit
 from ggufmoe.runtime.chunkbatch import SideBySide
 from ggufmoe.runtime.nonfinite import not_finite_error
 

@@ -25,7 +25,7 @@ from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.log import NativeLog, no_wait_callback
-from ggufmoe.native.openmp import SpinLimit
+from ggufmoe.native.spinning import SpinLimit
 from ggufmoe.native.threadpool import ThreadPool, thread_pool
 from ggufmoe.native.wording import PLACEMENT_LINES, lacks_pinned_memory
 from ggufmoe.options import ContextOptions, OffloadOptions

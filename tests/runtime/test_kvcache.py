@@ -16,7 +16,7 @@ import pytest
 from ggufmoe import Cancelled, ContextOptions, DecodeError, Engine, EngineError
 from ggufmoe.native.graph_tensors import tensor_name, tensor_shape
 from ggufmoe.native.log import NativeLog
-from ggufmoe.native.openmp import SpinLimit
+from ggufmoe.native.spinning import SpinLimit
 from ggufmoe.runtime.kvcache import KVCache, SavedState, SavedStates, _CacheCheckpoint
 from tests.engines import local_engine
 from tests.remote.workers import PATIENT_S, wait_until

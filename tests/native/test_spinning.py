@@ -1,4 +1,4 @@
-"""libgomp's spinning: shortened while the machine is busy, given back when it is not."""
+"""The spinning of llama.cpp's threads: shortened while the machine is busy, given back when it is not."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import time
 import pytest
 
 from ggufmoe.native import library as native
-from ggufmoe.native.openmp import SpinLimit, loaded_libgomp
+from ggufmoe.native.spinning import SpinLimit, loaded_libgomp
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp's spinning is Linux's")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere spinning is not shortened")
 
 
 class Machine:
@@ -28,7 +28,6 @@ class Machine:
 
 
 def limit_of(machine: Machine) -> SpinLimit:
-    native.library()  # loads libgomp, where the engine was compiled with OpenMP
     return SpinLimit(lambda: machine.waited_s, lambda: machine.now_s)
 
 
@@ -55,22 +54,41 @@ def wait_for_threads(expected: int) -> None:
     assert n_threads() == expected
 
 
+def is_portable() -> bool:
+    """Whether the engine is that of scripts/engine_wheel, which has a function for this; else libgomp computes."""
+    return hasattr(native.library(), "ggufmoe_spins")
+
+
+def check_short(before: int) -> None:
+    """The threads spin shortly. With libgomp that is so while there are a leader and a thread for each further core."""
+    if is_portable():
+        assert native.library().ggufmoe_spins() == 100
+    else:
+        assert loaded_libgomp() is not None
+        wait_for_threads(before + len(os.sched_getaffinity(0)))
+
+
+def check_long(before: int) -> None:
+    """The threads spin as long as they did, and no thread is left of what shortened it."""
+    if is_portable():
+        assert native.library().ggufmoe_spins() == 300000
+    wait_for_threads(before)
+
+
 def test_a_busy_machine_shortens_spinning_until_it_is_calm(before: int) -> None:
     machine = Machine()
     limit = limit_of(machine)
-    assert loaded_libgomp() is not None
     machine.passes(1.0, waiting=0.5)
     limit.look()
     assert limit.is_short
-    # the leader, and one OpenMP thread for each further processor
-    wait_for_threads(before + len(os.sched_getaffinity(0)))
+    check_short(before)
     machine.passes(4.0, waiting=4.0)
     limit.look()
     assert limit.is_short
     machine.passes(2.0, waiting=2.0)
     limit.look()
     assert not limit.is_short
-    wait_for_threads(before)
+    check_long(before)
     machine.passes(1.0)
     limit.look()
     assert not limit.is_short
@@ -131,7 +149,20 @@ def test_closing_gives_spinning_back(before: int) -> None:
     limit.look()
     limit.close()
     assert not limit.is_short
-    wait_for_threads(before)
+    check_long(before)
+
+
+def test_spinning_stays_short_until_the_last_limit_gives_it_back(before: int) -> None:
+    machine = Machine()
+    first, second = limit_of(machine), limit_of(machine)
+    machine.passes(1.0, waiting=1.0)
+    first.look()
+    second.look()
+    first.close()
+    assert second.is_short
+    check_short(before)
+    second.close()
+    check_long(before)
 
 
 def test_a_process_that_may_have_no_more_threads_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +176,8 @@ def test_a_process_that_may_have_no_more_threads_goes_on_as_it_is(monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         limit.look()
-    assert not limit.is_short
+    assert limit.is_short == is_portable()  # which needs no thread for it
     machine.passes(1.0, waiting=0.5)
     limit.look()
-    assert not limit.is_short
+    assert limit.is_short == is_portable()
+    limit.close()

@@ -1,15 +1,16 @@
-"""How the threads that compute a graph wait for each other: libgomp's spinning, shortened while the machine is busy.
+"""How the threads that compute a graph wait for each other: their spinning, shortened while the machine is busy.
 
-The pinned engine computes with libgomp. Its threads spin for some 3 ms at every barrier before they sleep, and a graph
-has hundreds of barriers: beside another program that computes, a thread that waits burns the time that the thread it
-waits for needs, and generation falls to a tenth or less. libgomp spins 3000 times shorter whenever it manages more
-threads than there are processors (``gomp_throttled_spin_count_var``, libgomp/config/linux/wait.h of GCC). ``SpinLimit``
-brings that about by a second, sleeping team of threads, and only after the kernel has reported that threads of this
-process wait for a processor: on an idle machine nothing changes, and no environment variable is read or set. Short
-spinning makes threads sleep and wake, and so wait, by itself: to see whether the machine is still busy, spinning is
-given back for one look from time to time.
+llama.cpp's threads spin for some 3 ms at every barrier before they sleep, and a graph has hundreds of barriers: beside
+another program that computes, a thread that waits burns the time that the thread it waits for needs, and generation
+falls to a tenth or less. ``SpinLimit`` shortens spinning once the kernel has reported that threads of this process wait
+for a processor: on an idle machine nothing changes, and no environment variable is read or set. Short spinning makes
+threads sleep and wake, and so wait, by itself: to see whether the machine is still busy, spinning is given back for one
+look from time to time.
 
-Only for libgomp on Linux; elsewhere ``SpinLimit`` does nothing.
+The portable engine (``scripts/engine_wheel``) has a function for it. Other engines compute with libgomp on Linux, which
+spins 3000 times shorter whenever it manages more threads than there are processors (``gomp_throttled_spin_count_var``,
+libgomp/config/linux/wait.h of GCC): a second, sleeping team of threads brings that about. Elsewhere ``SpinLimit`` does
+nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from ggufmoe.native import library as native
 
 _LOOK_S = 0.2
 """Seconds between two looks at how long threads waited for a processor."""
@@ -40,7 +43,7 @@ _logger = logging.getLogger("ggufmoe")
 
 
 class SpinLimit:
-    """Shortens libgomp's spinning while ``look``, called between computations, finds the machine busy.
+    """Shortens the spinning of llama.cpp's threads while ``look``, called between computations, finds the machine busy.
 
     ``run_delay_s`` and ``clock_s`` are the kernel's account of waiting and the time, both in seconds. ``close`` it.
     """
@@ -52,24 +55,24 @@ class SpinLimit:
     ) -> None:
         self._run_delay_s = run_delay_s or _run_delay_s
         self._clock_s = clock_s
-        self._libgomp = loaded_libgomp()
+        self._shorten = _way_to_shorten()
         self._looked_s = clock_s()
         self._waited_s = self._run_delay_s()
         self._short_s = _SHORT_S
         self._short_until_s = self._looked_s
-        self._team: _SleepingTeam | None = None
+        self._shortened: _SleepingTeam | _PoolLimit | None = None
 
     @property
     def is_short(self) -> bool:
         """Whether spinning is shortened now."""
-        return self._team is not None
+        return self._shortened is not None
 
     def look(self) -> None:
         """Called by the thread that runs llama.cpp, between two computations: shorten spinning, or give it back."""
-        if self._libgomp is None or self._waited_s is None:
+        if self._shorten is None or self._waited_s is None:
             return
         now = self._clock_s()
-        if self._team is not None:
+        if self._shortened is not None:
             if now < self._short_until_s:
                 return
             self.close()
@@ -83,18 +86,37 @@ class SpinLimit:
             self._short_s = _SHORT_S
             return
         try:
-            self._team = _SleepingTeam(self._libgomp)
+            self._shortened = self._shorten()
         except RuntimeError as error:
             _logger.debug("waiting threads spin as long as libgomp wants: %s", error)
-            self._libgomp = None
+            self._shorten = None
         self._short_until_s = now + self._short_s
         self._short_s = min(2 * self._short_s, _MAX_SHORT_S)
 
     def close(self) -> None:
-        """Let libgomp spin as long as it wants."""
-        if self._team is not None:
-            self._team.end()
-            self._team = None
+        """Give spinning back."""
+        if self._shortened is not None:
+            self._shortened.end()
+            self._shortened = None
+
+
+def _way_to_shorten() -> Callable[[], _SleepingTeam | _PoolLimit] | None:
+    if hasattr(native.library(), "ggufmoe_shorten_spins"):
+        return _PoolLimit
+    libgomp = loaded_libgomp()
+    return None if libgomp is None else lambda: _SleepingTeam(libgomp)
+
+
+class _PoolLimit:
+    """A wish that the threads of the portable engine's pools spin shortly; they do while there is one."""
+
+    def __init__(self) -> None:
+        # void ggufmoe_shorten_spins(int change) (vendor/portable.patch)
+        native.library().ggufmoe_shorten_spins(1)
+
+    def end(self) -> None:
+        """Take the wish back."""
+        native.library().ggufmoe_shorten_spins(-1)
 
 
 class _SleepingTeam:
