@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from ggufmoe.quant.importances import Imatrix
 
 _LOG = logging.getLogger("ggufmoe")
 
+_PHI3 = re.compile(r"(phi)-?(?=3)", re.IGNORECASE)
+_PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+
 _MAX_OVERRIDE_BYTES = 127
 """llama-quantize cuts a string that it adds to a file's metadata to so many bytes."""
 
@@ -47,12 +51,30 @@ def model_metadata(
         Keys.General.TYPE: text("model"),
         **sampling_metadata(source.tokenizer_dir),
         **_provenance_metadata(source.provenance, size_label(tensors)),
+        Keys.General.NAME: text(_loadable_name(source.provenance.name, tokenizer)),
         **family.metadata(source.config),
         Keys.General.FILE_TYPE: u32(file_type.id),
         Keys.General.QUANTIZATION_VERSION: u32(QUANTIZATION_VERSION),
         **{key: text(value) for key, value in source.provenance.extra.items()},
         **tokenizer,
     }
+
+
+def _loadable_name(name: str, tokenizer: Mapping[str, GGUFValue]) -> str:
+    """The name of the model, without ``phi-3`` and ``phi3`` where the vocabulary is not Phi-3's.
+
+    In a file of such a name llama.cpp looks for Phi-3's tokens, and without them does not load it. Source:
+    ``load`` of ``src/llama-vocab.cpp`` at the pinned llama.cpp.
+    """
+    listed = tokenizer.get(Keys.Tokenizer.LIST)
+    if not _PHI3.search(name) or listed is None or set(listed.value) >= _PHI3_TOKENS:
+        return name
+    changed = _PHI3.sub(r"\1 ", name)
+    _LOG.warning(
+        "%s is called %r in the file: llama.cpp takes a name with phi3 for Phi-3's, and loads none without its tokens",
+        *(name, changed),
+    )
+    return changed
 
 
 def _provenance_metadata(provenance: Provenance, size: str) -> dict[str, GGUFValue]:

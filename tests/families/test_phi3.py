@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ def test_llama_cpp_computes_what_a_llama_of_its_parts_computes(checkpoint: Path,
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "IQ4_XS"])
 def test_quantized_as_by_llama_cpp(checkpoint: Path, tmp_path: Path, file_type: str) -> None:
     check_quantized(checkpoint, tmp_path, file_type)
+
+
+def test_llama_cpp_loads_a_file_that_is_called_phi3_without_its_tokens(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = tmp_path / "My-Phi-3-and-phi3"
+    shutil.copytree(checkpoint, named)
+    ggufmoe.convert(named, tmp_path / "model.gguf", "F32")
+    assert read_header(tmp_path / "model.gguf").get("general.name") == "My-Phi 3-and-phi 3"
+    assert llama_cpp_logits(tmp_path / "model.gguf").std() > 0
+    assert "llama.cpp takes a name with phi3 for Phi-3's, and loads none without its tokens" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
