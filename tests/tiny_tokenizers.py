@@ -2,8 +2,8 @@
 
 ``spm`` is sentencepiece's own file, ``gemma`` one that puts no space before a text; ``json`` the same vocabulary as
 ``spm`` in a ``tokenizer.json`` of the sentencepiece kind; ``bpe`` a byte-level ``tokenizer.json`` with Llama 3's
-pre-tokenizer, ``smollm`` one with SmolLM2's, ``qwen`` one with Qwen2's, ``qwen35`` one with Qwen3.5's and ``harmony``
-one with gpt-oss's.
+pre-tokenizer, ``smollm`` one with SmolLM2's, ``qwen`` one with Qwen2's, ``qwen35`` one with Qwen3.5's, ``harmony``
+one with gpt-oss's and ``glm`` one with GLM-4's.
 """
 
 from __future__ import annotations
@@ -142,7 +142,13 @@ GPT4O_PATTERN = (
     rf"{_BEGIN}*{_END}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|{_BEGIN}+{_END}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PATTERNS = {"bpe": LLAMA3_PATTERN, "qwen": QWEN2_PATTERN, "qwen35": QWEN35_PATTERN, "harmony": GPT4O_PATTERN}
+PATTERNS = {
+    "bpe": LLAMA3_PATTERN,
+    "qwen": QWEN2_PATTERN,
+    "qwen35": QWEN35_PATTERN,
+    "harmony": GPT4O_PATTERN,
+    "glm": LLAMA3_PATTERN,
+}
 """Kinds of which the pre-tokenizer is one pattern."""
 
 
@@ -172,7 +178,7 @@ def byte_level_json(kind: str) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = list(SPECIAL_TOKENS[kind])
-    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "bpe"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("bpe", "glm")))
     tokenizer.pre_tokenizer = _splitting_pre_tokenizer(PATTERNS[kind]) if kind in PATTERNS else _smollm_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -186,6 +192,12 @@ def byte_level_json(kind: str) -> str:
     written: dict[str, Any] = json.loads(tokenizer.to_str())
     if kind == "bpe":
         written["post_processor"] = _begin_with(specials[0], N_BYTE_LEVEL - len(specials))
+    if kind == "glm":
+        written["post_processor"] = _begin_with(specials[0], N_BYTE_LEVEL - len(specials))
+        for template in ("single", "pair"):
+            written["post_processor"][template].insert(1, {"SpecialToken": {"id": "<sop>", "type_id": 0}})
+        place = N_BYTE_LEVEL - len(specials) + specials.index("<sop>")
+        written["post_processor"]["special_tokens"]["<sop>"] = {"id": "<sop>", "ids": [place], "tokens": ["<sop>"]}
     return json.dumps(written, ensure_ascii=False)
 
 
@@ -196,6 +208,7 @@ SPECIAL_TOKENS = {
     "bpe": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
     "smollm": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "qwen": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "glm": ("[gMASK]", "<|endoftext|>", "<sop>", "<|user|>", "<|observation|>"),
     "qwen35": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "harmony": (
         *("<|startoftext|>", "<|return|>", "<|endoftext|>"),
@@ -213,7 +226,7 @@ def special_ids(kind: str) -> tuple[int, int]:
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 2
     if kind.startswith("qwen"):
         return N_BYTE_LEVEL - 3, N_BYTE_LEVEL - 1
-    if kind == "harmony":
+    if kind in ("harmony", "glm"):
         first = N_BYTE_LEVEL - len(SPECIAL_TOKENS[kind])
         return first, first + 1
     return 1, 2
@@ -237,6 +250,12 @@ def tokenizer_config(kind: str) -> dict[str, Any]:
     if kind.startswith("qwen"):
         return {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_prefix_space": False,
                 "tokenizer_class": "Qwen2Tokenizer"}  # fmt: skip
+    if kind == "glm":
+        return {
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
     begin, end = SPECIAL_TOKENS[kind][:2] if kind != "smollm" else SPECIAL_TOKENS[kind][1:]
     config: dict[str, Any] = {
         "bos_token": begin,

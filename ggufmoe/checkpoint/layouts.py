@@ -88,11 +88,15 @@ class StoredRows:
 def pieces(config: ModelConfig, layout: StoredLayout, stored: Container[str] = ()) -> Iterator[TensorPiece]:
     """Yield every tensor of a model of this configuration, in the order of its family.
 
-    Of tensors that may be missing, and of other spellings of names, those are taken that ``stored`` has.
+    Of tensors that may be missing, and of other spellings of names, those are taken that ``stored`` has. A layer
+    that may be missing as a whole is left out where ``stored`` lacks its first tensor.
     """
     family = family_of(config)
+    first = next(rule for rule in family.tensors if rule.is_per_layer)
     held = {part: fused for fused in layout.fused for part in fused.parts}
     for rule, layer, expert in family.instances(config):
+        if family.may_lack(config, layer) and first.name(layer) not in stored:
+            continue
         fused = held.get(rule.hf)
         patterns = (layout.renamed.get(rule.hf, rule.hf), *rule.spellings) if fused is None else (fused.stored,)
         names = [numbered(pattern, layer, expert) for pattern in patterns]
@@ -304,7 +308,8 @@ def _count(family: Family, config: ModelConfig, layout: StoredLayout) -> int:
         if not rule.optional(config):
             layers = range(family.n_blocks(config) if rule.is_per_layer else 1)
             n_each = config.n_expert if rule.is_per_expert and rule.hf not in held else 1
-            counts[held.get(rule.hf, rule.hf)] = n_each * sum(rule.where(config, layer) for layer in layers)
+            n_layers = sum(rule.where(config, layer) and not family.may_lack(config, layer) for layer in layers)
+            counts[held.get(rule.hf, rule.hf)] = n_each * n_layers
     return sum(counts.values())
 
 

@@ -76,13 +76,15 @@ def plan_export(
 
 
 def _model_shape(config: ModelConfig) -> ModelShape:
-    """What the mixes depend on, as the file's own keys state it: with latent attention there is one key-value head, and
-    where layers differ in their number the first layer's counts."""
+    """What the mixes depend on, as the file's own keys state it: with latent attention there is one key-value head,
+    where layers differ in their number the first layer's counts, and layers of multi-token prediction are layers."""
     family = family_of(config)
-    key = Keys.Attention.HEAD_COUNT_KV.format(arch=family.gguf_arch)
-    stated = family.metadata(config)[key].value
+    written = family.metadata(config)
+    n_layer, stated = (
+        written[key.format(arch=family.gguf_arch)].value for key in (Keys.LLM.BLOCK_COUNT, Keys.Attention.HEAD_COUNT_KV)
+    )
     n_head_kv = stated[0] if isinstance(stated, list) else stated
-    return ModelShape(config.n_layer, config.n_head, n_head_kv, config.n_expert, family.gguf_arch)
+    return ModelShape(n_layer, config.n_head, n_head_kv, config.n_expert, family.gguf_arch)
 
 
 def _kept_types(

@@ -42,7 +42,8 @@ def model_tensors(source: ModelSource) -> Iterator[ModelTensor]:
     family, config = family_of(source.config), source.config
     for rule in family.tensors:
         for layer in range(family.n_blocks(config) if rule.is_per_layer else 1):
-            if rule.where(config, layer) and (rule.name(layer) in source.tensors or not rule.optional(config)):
+            may_lack = rule.optional(config) or family.may_lack(config, layer)
+            if rule.where(config, layer) and (rule.name(layer) in source.tensors or not may_lack):
                 yield _tensor(rule, layer, source)
     for tensor, values in family.computed(config):
         name = f"{TENSOR_NAMES[tensor]}{WEIGHT}"

@@ -42,7 +42,7 @@ from ggufmoe.weights.views import PickedRows, Transposed
 DENSE_LAYERS, N_SHARED, EXPERT_WIDTH = "first_k_dense_replace", "n_shared_experts", "moe_intermediate_size"
 _KEY, _ROTATED, _VALUE = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
 _QUERY_RANK, _RANK = "q_lora_rank", "kv_lora_rank"
-_SCORING, _WEIGHT_SCALE, _RESCALED = "scoring_func", "routed_scaling_factor", "norm_topk_prob"
+WEIGHT_SCALE, RESCALED, _SCORING = "routed_scaling_factor", "norm_topk_prob", "scoring_func"
 _GATINGS = {"softmax": 1, "sigmoid": 2}
 """Router scoring functions to llama.cpp's numbers (``ExpertGatingFuncType`` of gguf-py)."""
 _ATTENTION = "model.layers.{layer}.self_attn."
@@ -122,6 +122,7 @@ LATENT_ATTENTION = (
 )
 HAS_EXPERTS = layers_from(DENSE_LAYERS)
 _EXPERTS = experts(size_of(EXPERT_WIDTH), where=HAS_EXPERTS)
+STORED_LAYOUTS = (StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS))
 
 
 def shared_width(config: ModelConfig) -> int:
@@ -163,7 +164,7 @@ ROUTING = (
     HyperParameter(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, u32, size_of(EXPERT_WIDTH)),
     HyperParameter(Keys.LLM.EXPERT_SHARED_COUNT, u32, size_of(N_SHARED)),
     HyperParameter(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, u32, size_of(DENSE_LAYERS)),
-    HyperParameter(Keys.LLM.EXPERT_WEIGHTS_SCALE, f32, number_of(_WEIGHT_SCALE)),
+    HyperParameter(Keys.LLM.EXPERT_WEIGHTS_SCALE, f32, number_of(WEIGHT_SCALE)),
 )
 
 ROUTING_KEYS = (
@@ -172,8 +173,8 @@ ROUTING_KEYS = (
     ConfigKey(DENSE_LAYERS, Kind.COUNT, 0),
     ConfigKey("n_group", default=None),
     ConfigKey("topk_group", default=None),
-    ConfigKey(_WEIGHT_SCALE, Kind.NUMBER),
-    ConfigKey(_RESCALED, Kind.FLAG, False),
+    ConfigKey(WEIGHT_SCALE, Kind.NUMBER),
+    ConfigKey(RESCALED, Kind.FLAG, False),
 )
 
 
@@ -181,8 +182,8 @@ def check_routing(reader: ConfigReader, config: ModelConfig, graph: str) -> None
     """Refuse numbers of shared experts and of groups that llama.cpp's ``graph`` does not compute, or not load."""
     if config.size(N_SHARED) == 0:
         raise reader.error(N_SHARED, f"1 or more: llama.cpp's {graph} graph has shared experts beside the others")
-    if config.number(_WEIGHT_SCALE) == 0:
-        raise reader.error(_WEIGHT_SCALE, "another number than 0, which llama.cpp takes for no factor")
+    if config.number(WEIGHT_SCALE) == 0:
+        raise reader.error(WEIGHT_SCALE, "another number than 0, which llama.cpp takes for no factor")
     n_group, n_used = config.values["n_group"] or 1, config.values["topk_group"] or 1
     if config.n_expert % n_group or config.n_expert < 2 * n_group:
         raise reader.error("n_group", f"a divisor of the {config.n_expert} experts, with 2 or more in a group")
@@ -213,7 +214,7 @@ def _check(reader: ConfigReader, config: ModelConfig) -> None:
 
 
 EXPERTS_EVERYWHERE = Refusal(
-    "moe_layer_freq", (1, None), "1: llama.cpp's deepseek2 graph has experts in every layer after the dense ones"
+    "moe_layer_freq", (1, None), "1: llama.cpp has experts in every layer after the dense ones"
 )
 
 FAMILY = Family(
@@ -236,7 +237,7 @@ FAMILY = Family(
         HyperParameter(Keys.Attention.VALUE_LENGTH, u32, size_of(_RANK)),
         HyperParameter(Keys.Attention.KEY_LENGTH_MLA, u32, lambda config: config.size(_KEY) + config.size(_ROTATED)),
         HyperParameter(Keys.Attention.VALUE_LENGTH_MLA, u32, size_of(_VALUE)),
-        HyperParameter(Keys.LLM.EXPERT_WEIGHTS_NORM, boolean, lambda config: config.flag(_RESCALED) or None),
+        HyperParameter(Keys.LLM.EXPERT_WEIGHTS_NORM, boolean, lambda config: config.flag(RESCALED) or None),
         HyperParameter(Keys.Rope.DIMENSION_COUNT, u32, size_of(_ROTATED)),
         HyperParameter(Keys.Rope.SCALING_YARN_LOG_MUL, f32, _yarn_log_multiplier),
     ),
@@ -252,7 +253,7 @@ FAMILY = Family(
         _VALUE: 128,
         EXPERT_WIDTH: 1407,
         N_SHARED: 2,
-        _WEIGHT_SCALE: 1.0,
+        WEIGHT_SCALE: 1.0,
     },
     aliases={"num_local_experts": ("n_routed_experts", "num_experts"), "head_dim": (_ROTATED,)},
     keys=(
@@ -277,13 +278,13 @@ FAMILY = Family(
             "DeepSeek-V3 does, and DeepSeek-V2 by their best one; it would answer as another model",
         ),
         Refusal(
-            _RESCALED,
+            RESCALED,
             (False, None),
             "false: transformers rescales no weights of DeepSeek-V2's experts, and llama.cpp would",
         ),
     ),
     check=_check,
-    layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
+    layouts=STORED_LAYOUTS,
     unexpressed=unexpressed,
     arithmetic=None,
 )

@@ -391,6 +391,8 @@ class Family:
     """The first is meant where no tensor tells which it is."""
     n_blocks: Callable[[ModelConfig], int] = as_many_as_layers
     """How many numbers of layers tensors have: more than ``n_layer`` where layers of multi-token prediction follow."""
+    may_lack_blocks: bool = False
+    """Whether a checkpoint may lack each of the layers that follow."""
     skipped: tuple[SkippedTensors, ...] = ()
     computed: Callable[[ModelConfig], Iterator[tuple[Any, Sequence[float]]]] = no_tensors
     """``MODEL_TENSOR`` and values, float32, of tensors that no checkpoint holds."""
@@ -426,6 +428,10 @@ class Family:
     def has_experts(self) -> bool:
         """Whether models of the family are mixtures of experts."""
         return any(rule.is_per_expert for rule in self.tensors)
+
+    def may_lack(self, config: ModelConfig, layer: int) -> bool:
+        """Whether a checkpoint may lack the layer with this number as a whole."""
+        return self.may_lack_blocks and layer >= config.n_layer
 
     def rule(self, tensor: Any, suffix: str = WEIGHT) -> TensorRule | None:
         """The rule of the tensor that becomes this ``MODEL_TENSOR``; None if the family has none."""

@@ -121,7 +121,10 @@ class ForwardPass:
         """The residual stream after attention, and the same normalized for the MLP or the experts."""
         normed = self._norm(self._name(MODEL_TENSOR.ATTN_NORM, layer), hidden)
         hidden = self._added(hidden, self._attention(layer, normed, prompts))
-        return hidden, self._norm(self._name(MODEL_TENSOR.FFN_NORM, layer), hidden)
+        # some graphs of llama.cpp call the norm before the feed-forward part one after attention
+        named = self._family.rule(MODEL_TENSOR.FFN_NORM)
+        norm = MODEL_TENSOR.ATTN_POST_NORM if named is None else MODEL_TENSOR.FFN_NORM
+        return hidden, self._norm(self._name(norm, layer), hidden)
 
     def _feed_forward(self, layer: int, normed: Floats) -> Floats:
         router = self._family.rule(MODEL_TENSOR.FFN_GATE_INP)

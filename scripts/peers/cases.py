@@ -124,6 +124,11 @@ def _long_rope(n_original: int, n_pairs: int, fraction: float = 1.0) -> dict[str
     return {"rope_parameters": rope, "original_max_position_embeddings": n_original}
 
 
+def _glm(name: str, **config: Any) -> FamilyCase:
+    made = _family(name, "Glm4MoeForCausalLM", "glm4_moe", **{**_GLM, **config})
+    return replace(made, tokenizer="glm", pre="glm4")
+
+
 def _fp8(scales: str, name: str, architecture: str, model_type: str, **config: Any) -> FamilyCase:
     return replace(_family(f"{name}-fp8", architecture, model_type, **config), fp8_scales=scales)
 
@@ -207,6 +212,14 @@ _DEEPSEEK: dict[str, Any] = {
     "routed_scaling_factor": 1.5,
 }
 _DEEPSEEK_V3: dict[str, Any] = {**_DEEPSEEK, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+_GLM: dict[str, Any] = {
+    "vocab_size": tiny_tokenizers.vocabulary_size("glm"),
+    "eos_token_id": [tiny_tokenizers.special_ids("glm")[0] + place for place in (1, 3, 4)],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 256,
+    "routed_scaling_factor": 1.5,
+}
 _LITE: dict[str, Any] = {
     **_DEEPSEEK,
     "q_lora_rank": None,
@@ -373,6 +386,8 @@ FAMILIES = (
     ),
     _fp8("float32", "deepseek-v3", "DeepseekV3ForCausalLM", "deepseek_v3", **_DEEPSEEK_V3, scoring_func="sigmoid"),
     _fp8("bfloat16", "qwen3", "Qwen3ForCausalLM", "qwen3", head_dim=64, intermediate_size=416),
+    _glm("glm4moe"),
+    _glm("glm4moe-norms-tied", attention_bias=True, use_qk_norm=True, head_dim=64, tie_word_embeddings=True),
     _gpt_oss("gpt-oss", rope_parameters=YARN),
     _lfm2("lfm2moe", ()),
     _ernie("ernie4_5-moe"),

@@ -79,6 +79,7 @@ class PreTokenizer:
 KNOWN = (
     PreTokenizer("llama-bpe", (_LLAMA3,), ignore_merges=True, adds_bos=True),
     PreTokenizer("smaug-bpe", (_LLAMA3,)),
+    PreTokenizer("glm4", (_LLAMA3,), ignore_merges=True),
     PreTokenizer("smollm", (_DIGIT, _GPT2)),
     PreTokenizer("refact", (_DIGIT, _GPT2)),
     PreTokenizer("gpt-2", (_GPT2,)),

@@ -56,7 +56,7 @@ def special_tokens(
     bos is to be added and there is none.
     """
     found = _Roles({role: text for role in _ROLES if (text := _content(files.config.get(f"{role}_token"))) is not None})
-    _template_roles(found, files)
+    _template_roles(found, files, rules)
     if rules.as_llama and len(vocabulary.tokens) == _STARCODER_ROWS:
         found.added.setdefault("bos", False)
     if files.config:
@@ -87,7 +87,7 @@ def _content(entry: Any) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _template_roles(found: _Roles, files: TokenizerFiles) -> None:
+def _template_roles(found: _Roles, files: TokenizerFiles, rules: TokenizerRules) -> None:
     """Add what the post-processor of ``tokenizer.json`` says of bos, eos and sep to ``found``."""
     if files.json and "cls" in found.contents:
         found.contents.setdefault("bos", found.contents["cls"])
@@ -103,15 +103,21 @@ def _template_roles(found: _Roles, files: TokenizerFiles) -> None:
             found.added.setdefault("bos", False)
             found.added.setdefault("eos", False)
         elif kind == "TemplateProcessing":
-            _single(found, step, files)
+            _single(found, step, files, rules)
         else:
             raise TokenizerError(f"{files.json_path}: llama.cpp does not support the post-processor {kind}")
 
 
-def _single(found: _Roles, step: Mapping[str, Any], files: TokenizerFiles) -> None:
+def _single(found: _Roles, step: Mapping[str, Any], files: TokenizerFiles, rules: TokenizerRules) -> None:
     """Add what a template says of a single text: llama.cpp can add at most one token before and one after it."""
     single, pair = _names(step.get("single")), _names(step.get("pair"))
     before, after = single[: single.index(None)], single[single.index(None) + 1 :] if None in single else []
+    if len(before) > 1 and before[0] == rules.special_tokens.get("bos"):
+        _LOG.warning(
+            "%s: the post-processor adds %s before a text, and llama.cpp the first alone; chat templates write all",
+            *(files.json_path, " and ".join(map(str, before))),
+        )
+        before = before[:1]
     if len(before) > 1 or len(after) > 1 or None in after:
         raise TokenizerError(
             f"{files.json_path}: the post-processor adds {single}; llama.cpp adds one token at each end"
