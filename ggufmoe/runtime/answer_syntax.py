@@ -137,6 +137,7 @@ _CALL = ToolCall(_NAME, json.dumps({_KEY: _VALUE, _OTHER_KEY: _OTHER_VALUE}), _I
 _ARGUMENTS = re.compile(rf'\{{\s*"{_KEY}"\s*:\s*"{_VALUE}"\s*,\s*"{_OTHER_KEY}"\s*:\s*"{_OTHER_VALUE}"\s*\}}')
 _WORD = re.compile(r"<[^<>\s]*>?|\[[^\[\]\s]*\]|[^\s<\[]+|\[")
 _MARK = re.compile(r"<[^<>\s]+>?|\[[^\[\]\s]+\]")
+_MAX_CALL_CHARS = 4096
 _CUT_MARK = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -210,11 +211,11 @@ def _tool_syntax(template: ChatTemplate, tags: Tags) -> tuple[ToolSyntax | None,
 
 
 def _beyond(said: str, called: str) -> str:
-    """The part of ``called`` that stands in the place of the text of ``said``."""
+    """The part of ``called`` that stands in the place of the text of ``said``; nothing where it is long for a call."""
     begin = next((n for n, (a, b) in enumerate(zip(said, called, strict=False)) if a != b), min(len(said), len(called)))
     cut = _CUT_MARK.search(called, 0, begin)
     begin = cut.start() if cut else begin
-    return called[begin:].removesuffix(said.partition(_TEXT)[2])
+    return called[begin:].removesuffix(said.partition(_TEXT)[2]) if len(called) - begin <= _MAX_CALL_CHARS else ""
 
 
 def _words(text: str) -> list[str | None]:
@@ -268,11 +269,13 @@ def _python_style(one: str) -> ToolSyntax | None:
 
 def _tagged_style(one: str, two: str) -> ToolSyntax | None:
     """The style of ``OPENING name NAME_ENDS ARGUMENT_OPENING key KEY_END value VALUE_END ...``."""
-    order = (_NAME, _KEY, _VALUE, _OTHER_KEY, _OTHER_VALUE)
-    parts = re.fullmatch("(.*?)" + "(.*)".join(map(re.escape, order)) + "(.*)", one, re.DOTALL)
-    if parts is None:
-        return None
-    _, behind_name, behind_key, behind_value, _, behind = parts.groups()
+    parts, behind = [], one
+    for word in (_NAME, _KEY, _VALUE, _OTHER_KEY, _OTHER_VALUE):
+        before, found, behind = behind.partition(word)
+        if not found:
+            return None
+        parts.append(before)
+    _, behind_name, behind_key, behind_value, _ = parts
     name_words, value_words = _words(behind_name), _words(behind_value)
     n = _common_end(name_words, value_words)
     mark = re.search(r"<[^<>\s]*>$", behind_key.rstrip())

@@ -102,6 +102,14 @@ def test_styles_of_calls(calls: str, syntax: ToolSyntax | None) -> None:
     assert told(CALLS + calls).tools == syntax
 
 
+@pytest.mark.parametrize("times", [40, 4000])
+@pytest.mark.parametrize(
+    "calls", ["<t>{{ f.name * N }}{{ 'probe_key' * N }}{{ 'one v' * N }}", "<t>{{ '[{' * N }}{{ f.name }}"]
+)
+def test_a_template_that_writes_much_more_than_a_call(calls: str, times: int) -> None:
+    assert told(CALLS + calls.replace("N", str(times)) + "{% endfor %}").tools is None
+
+
 def test_a_template_that_wants_arguments_as_text() -> None:
     said = told(CALLS + "<t>{{ '{\"name\": \"' + f.name + '\", \"arguments\": ' + f.arguments + '}' }}</t>{% endfor %}")
     assert said.arguments_as_text
