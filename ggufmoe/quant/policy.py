@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ggufmoe.errors import ArchitectureError, ImatrixError, OptionError, TensorMismatchError
 from ggufmoe.gguf.names import OUTPUT, PER_LAYER_TOKEN_EMBEDDING, layer_of, llama_quantize_order, without_layer
@@ -24,6 +25,7 @@ from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, FileType, parse_tens
 from ggufmoe.quant.mixes import Role, Rule
 
 _LOG = logging.getLogger("ggufmoe")
+_MANY_TENSORS = 1 << 14  # names whose roles are remembered
 
 
 @dataclass(frozen=True)
@@ -238,14 +240,19 @@ def _no_match_message(override: _Override, tensors: Sequence[TensorShape]) -> st
 
 def may_quantize(tensor: TensorShape) -> bool:
     """Whether llama.cpp quantizes this tensor at all: a weight matrix that is neither small nor sensitive."""
+    return tensor.is_matrix and _is_quantized_by_name(tensor.name)
+
+
+@lru_cache(_MANY_TENSORS)
+def _is_quantized_by_name(name: str) -> bool:
     return (
-        tensor.is_matrix
-        and tensor.name.endswith("weight")
-        and tensor.name not in mixes.NEVER_QUANTIZED_NAMES
-        and not any(part in tensor.name for part in mixes.NEVER_QUANTIZED)
+        name.endswith("weight")
+        and name not in mixes.NEVER_QUANTIZED_NAMES
+        and not any(part in name for part in mixes.NEVER_QUANTIZED)
     )
 
 
+@lru_cache(_MANY_TENSORS)
 def role_of(name: str) -> Role:
     """The role of the tensor with this GGUF name."""
     if name == OUTPUT:

@@ -225,6 +225,7 @@ class Lanes:
                 argument.add_attribute("noalias")
         self.b = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.scratch_bytes = 0
+        self._constants: dict[tuple[str, str], ir.Constant] = {}
         self.odd = self.variable(self.false())
         self._tables = 0
 
@@ -236,19 +237,26 @@ class Lanes:
             return other
         if pattern.is_float:
             return self.f32(other)
-        return Value(self, ir.Constant(pattern.ir.type, [int(other)] * self.width))
+        return self._constant(pattern.ir.type, int(other))
 
     def f32(self, number: Number) -> Value:
         """A float constant, rounded to float32, in every lane."""
-        return Value(self, ir.Constant(self.floats, [float(np.float32(number))] * self.width))
+        return self._constant(self.floats, float(np.float32(number)))
 
     def i32(self, number: int) -> Value:
         """An integer constant in every lane."""
-        return Value(self, ir.Constant(self.ints, [number] * self.width))
+        return self._constant(self.ints, number)
 
     def false(self) -> Value:
         """A truth value that is false in every lane."""
-        return Value(self, ir.Constant(self.truths, [0] * self.width))
+        return self._constant(self.truths, 0)
+
+    def _constant(self, type: ir.VectorType, number: float) -> Value:
+        """``number`` in every lane; of the constants of a kernel, which are few and used often, each is made once."""
+        key = (str(type), repr(number))  # as texts, 0.0 and -0.0 are two
+        if key not in self._constants:
+            self._constants[key] = ir.Constant(type, number)
+        return Value(self, self._constants[key])
 
     def where(self, condition: Value, then: Value | Number, otherwise: Value | Number) -> Value:
         """C's ``condition ? then : otherwise``, lane by lane; at least one of the two is a Value."""

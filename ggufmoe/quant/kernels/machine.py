@@ -161,7 +161,7 @@ def _target_machine(target: Host) -> Any:
 def _optimized(text: str, machine: Any) -> Any:
     module = binding.parse_assembly(text)
     module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=2)
+    options = binding.create_pipeline_tuning_options(speed_level=1)
     # the code is vectorized as written; these passes would only take time
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = binding.create_pass_builder(machine, options)
