@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.families import family_of
 from ggufmoe.families.family import WEIGHT, TensorRule
+from ggufmoe.families.standard import EMBEDDING
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.gguf.upstream import TENSOR_NAMES
+from ggufmoe.gguf.upstream import MODEL_TENSOR, TENSOR_NAMES
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.weights.views import Computed, ReorderedRows
 from ggufmoe.writing.plan import Part
@@ -45,6 +46,8 @@ def model_tensors(source: ModelSource) -> Iterator[ModelTensor]:
             may_lack = rule.optional(config) or family.may_lack(config, layer)
             if rule.where(config, layer) and (rule.name(layer) in source.tensors or not may_lack):
                 yield _tensor(rule, layer, source)
+            elif rule.tensor is MODEL_TENSOR.OUTPUT and family.own_output:
+                yield _tensor(replace(rule, hf=EMBEDDING.hf), layer, source)
     for tensor, values in family.computed(config):
         name = f"{TENSOR_NAMES[tensor]}{WEIGHT}"
         yield ModelTensor(name, (len(values),), (Computed(name, values),))

@@ -394,6 +394,9 @@ class Family:
     may_lack_blocks: bool = False
     """Whether a checkpoint may lack each of the layers that follow."""
     skipped: tuple[SkippedTensors, ...] = ()
+    own_output: bool = False
+    """Whether llama.cpp's graph needs an output of its own: where the checkpoint's is its embedding, that is written as
+    both."""
     computed: Callable[[ModelConfig], Iterator[tuple[Any, Sequence[float]]]] = no_tensors
     """``MODEL_TENSOR`` and values, float32, of tensors that no checkpoint holds."""
     own_keys: Callable[[ModelConfig], Mapping[str, GGUFValue]] = no_hyper_parameters

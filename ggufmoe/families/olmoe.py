@@ -22,7 +22,6 @@ from ggufmoe.families.standard import (
     no_bias,
     not_rescaled,
     only_silu,
-    own_output,
     rescaled_weights,
     unexpressed,
 )
@@ -56,11 +55,11 @@ FAMILY = Family(
         no_bias("attention_bias"),
         Refusal("clip_qkv", (None,), "null: llama.cpp's olmoe graph does not clip queries, keys and values"),
         rescaled_weights("olmoe"),
-        own_output("olmoe"),
     ),
     check=_check,
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
     unexpressed=unexpressed,
     arithmetic=not_rescaled,
+    own_output=True,
     tokenizer=TokenizerRules(pre_tokenizer="olmo"),
 )

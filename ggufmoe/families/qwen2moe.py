@@ -32,7 +32,6 @@ from ggufmoe.families.standard import (
     fused_experts,
     narrow_heads,
     not_rescaled,
-    own_output,
     rescaled_weights,
     shared_experts,
     size_of,
@@ -105,11 +104,11 @@ FAMILY = replace(
     refusals=(
         *QWEN2.refusals,
         rescaled_weights("qwen2moe"),
-        own_output("qwen2moe"),
         *dense_layers("qwen2moe"),
     ),
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
     arithmetic=not_rescaled,
+    own_output=True,
     merge=MergeTarget(
         "Qwen MoE",
         (QWEN2.architecture, LLAMA.architecture, MISTRAL.architecture),

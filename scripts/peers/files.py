@@ -59,6 +59,12 @@ def _in_words(ours: tuple[tuple[str, ...], Any], theirs: tuple[tuple[str, ...], 
     return f"value {first} is {a[first]!r:.80}, theirs {b[first]!r:.80}"
 
 
+def tensor_differences(ours: Path, theirs: Path) -> tuple[int, list[str]]:
+    """The number of tensors of ours, and every difference of tensors in words, whatever the metadata say."""
+    a, b = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
+    return len(a.tensors), _tensor_differences(a, b)
+
+
 def _tensor_differences(ours: gguf.GGUFReader, theirs: gguf.GGUFReader) -> list[str]:
     a, b = ({tensor.name: tensor for tensor in reader.tensors} for reader in (ours, theirs))
     found = [f"{name}: only in {'ours' if name in a else 'theirs'}" for name in sorted(a.keys() ^ b.keys())]

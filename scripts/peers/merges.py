@@ -1,8 +1,8 @@
 """Compare what ggufmoe makes of merge recipes with transformers in float32 and with mergekit-moe; prints a table.
 
 Token ids of the prompts, router rows of each gate mode, every merged tensor bit for bit, and logits: of the merged
-checkpoint in both layouts, and of a mixture whose experts are all the base, which must answer like the base. Exit code
-1 when anything differs.
+checkpoint in both layouts, of the one that mergekit wrote, and of a mixture whose experts are all the base, which must
+answer like the base. Exit code 1 when anything differs.
 
 With ``--write-fixtures`` it compares nothing and writes what the ordinary tests compare with,
 ``tests/merge/fixtures``.
@@ -11,6 +11,7 @@ With ``--write-fixtures`` it compares nothing and writes what the ordinary tests
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -21,21 +22,24 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
 import yaml
 from compare import Row, compare_logits, show
 from engine_logits import logits_of
+from files import tensor_differences
 from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.families import family_of
+from ggufmoe.merge.merged import open_recipe
 from ggufmoe.merge.prompts import prompt_tokenizer
 from ggufmoe.merge.recipe import Recipe, load_recipe
 from ggufmoe.merge.router import make_router
-from tests.merge.bases import MERGE_CASES, make_models, make_recipe
+from tests.merge.bases import MERGE_CASES, PROMPTS, MergeCase, make_models, make_recipe, qwen
 from tests.merge.test_recipe import SEED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -47,6 +51,23 @@ LEAST_COSINES: dict[str, dict[str, float | None]] = {
 }
 """mergekit runs the base in bfloat16; its hidden_avg counts padding in, and is shown without being judged."""
 N_TOKENS = 48
+_PROMPTED = dict(zip(("positive_prompts", "negative_prompts"), PROMPTS[1], strict=True))
+_ALL_OF_TWO = {"experts_per_token": 2}
+MORE_CASES = (
+    MergeCase("deepseek", {"tokenizer": "spm"}, ({}, {}, {}), {"architecture": "deepseek"}),
+    MergeCase(
+        "deepseek-shared",
+        {"tokenizer": "bpe", "arch": "mistral", "tie": True},
+        ({}, {"residual_scale": 0.7}, {}),
+        shared={"residual_scale": 0.3},
+    ),
+    MergeCase("deepseek-shared-all", {"tokenizer": "spm"}, recipe={"architecture": "deepseek"}, shared={}),
+    MergeCase("llama-gated", {"tokenizer": "bpe"}, recipe={**_ALL_OF_TWO, "architecture": "qwen"}, shared=_PROMPTED),
+    MergeCase("qwen2-gated", {}, recipe=_ALL_OF_TWO, shared=_PROMPTED, config=qwen(2, tie_word_embeddings=True)),
+    MergeCase("qwen2-shared", {}, ({}, {}, {}), shared={"residual_scale": 0.3}, config=qwen(2)),
+)
+"""Beside those of the tests: mergekit's DeepSeek mixtures without a shared expert and with one, its Qwen mixtures, and
+what it does not make, a Qwen2 with a shared expert as it is."""
 
 Numbers = NDArray[Any]
 
@@ -80,6 +101,14 @@ class Subject:
         return Path(recipe.base_model)
 
     @property
+    def merged(self) -> tuple[Literal["classic", "fused"], ...]:
+        """The layouts in which `merge` writes the recipe: none where it becomes a GGUF file alone."""
+        with contextlib.closing(open_recipe(self.recipes["hidden"], allow_identical_experts=True)) as model:
+            target = family_of(model.config).merge
+        assert target is not None, "a recipe becomes a family of mixtures"
+        return () if target.only_gguf else ("classic", "fused")
+
+    @property
     def by_mergekit(self) -> Path:
         return self.folder / "by-mergekit"
 
@@ -88,9 +117,9 @@ class Subject:
 
 
 def own_subjects(work: Path) -> list[Subject]:
-    """Small random bases, one for each kind of tokenizer."""
+    """Small random bases: of each kind of tokenizer and family, and with shared experts."""
     subjects = []
-    for case in MERGE_CASES:
+    for case in (*MERGE_CASES, *MORE_CASES):
         folder = work / case.name
         folder.mkdir(parents=True, exist_ok=True)
         make_models(folder, case)
@@ -123,7 +152,7 @@ def ask(peer: Peer, subjects: list[Subject]) -> None:
     jobs: list[dict[str, Any]] = []
     for subject in subjects:
         for mode, recipe in subject.recipes.items():
-            merge = {"merge": str(subject.by_mergekit)} if mode == "hidden" else {}
+            merge = {"merge": str(subject.by_mergekit)} if mode == "hidden" and subject.merged else {}
             jobs.append({"recipe": str(recipe), "out": str(subject.answer(mode)), **merge})
     peer.ask("router_reference.py", jobs)
 
@@ -140,14 +169,15 @@ def router_rows(subject: Subject) -> Iterator[Row]:
         if mode == "hidden":
             yield _token_row(subject, recipe, json.loads(str(answer["ids"])))
         with open_checkpoint(subject.base) as model:
-            ours = make_router(recipe, model).rows
+            router = make_router(recipe, model)
+        ours = np.concatenate([router.rows, router.shared_rows], axis=1)
         for against, least in LEAST_COSINES.items():
             yield _cosine_row(case, against, ours, answer[against], least[mode])
 
 
 def _token_row(subject: Subject, recipe: Recipe, theirs: list[list[int]]) -> Row:
     tokenize = prompt_tokenizer(subject.base)
-    prompts = [prompt for expert in recipe.experts for side in expert.prompts for prompt in side]
+    prompts = [prompt for expert in recipe.gated for side in expert.prompts for prompt in side]
     faults = [f"differs: {p[:60]!r}" for p, ids in zip(prompts, theirs, strict=True) if tokenize(p) != ids]
     return Row(subject.name, "prompt ids", "transformers", f"{len(prompts)} prompts", tuple(faults))
 
@@ -172,19 +202,47 @@ def cosines(ours: Numbers, theirs: Numbers) -> Numbers:
 
 
 def tensor_row(subject: Subject) -> Row:
-    """The merged checkpoint in mergekit's layout beside mergekit's own, all but the router bit for bit."""
-    ours = subject.folder / "fused"
+    """The merged checkpoint in mergekit's layout beside mergekit's own, all but the router bit for bit.
+
+    Of a DeepSeek mixture, which we write as another class, the tensors of both GGUF files.
+    """
     if not subject.by_mergekit.exists():
         failed = f"failed: {_last_line(subject.answer('hidden'))}"
         return Row(subject.name, "tensors", "mergekit", "", (failed,))
-    a, b = (_weights(directory) for directory in (ours, subject.by_mergekit))
-    faults = [f"{name}: only in {'ours' if name in a else 'theirs'}" for name in sorted(a.keys() ^ b.keys())]
-    judged = [name for name in sorted(a.keys() & b.keys()) if not name.endswith(".mlp.gate.weight")]
-    faults += [f"{name}: {_difference(a[name], b[name])}" for name in judged if _difference(a[name], b[name])]
-    return Row(subject.name, "tensors", "mergekit, to the bit", f"{len(judged)} tensors", tuple(faults))
+    theirs = json.loads((subject.by_mergekit / "config.json").read_text(encoding="utf-8"))
+    if theirs["model_type"] == "deepseek":
+        ggufmoe.convert(subject.by_mergekit, subject.folder / "by-mergekit.gguf", "F32", force=True)
+        n_tensors, faults = tensor_differences(subject.folder / "merged.gguf", subject.folder / "by-mergekit.gguf")
+        judged = [fault for fault in faults if ".ffn_gate_inp." not in fault]
+        return Row(subject.name, "tensors", "mergekit, as GGUF", f"{n_tensors} tensors", tuple(judged))
+    b = _weights(subject.by_mergekit)
+    ours = (_weights(subject.folder / layout) for layout in subject.merged)
+    a = min(ours, key=lambda one: len(one.keys() ^ b.keys()))
+    known = _alike_by_other_means(a, b, tied=bool(theirs.get("tie_word_embeddings")))
+    faults = [f"{name}: only in {'ours' if name in a else 'theirs'}" for name in sorted((a.keys() ^ b.keys()) - known)]
+    names = [name for name in sorted(a.keys() & b.keys()) if not name.endswith(("gate.weight", "expert_gate.weight"))]
+    faults += [f"{name}: {_difference(a[name], b[name])}" for name in names if _difference(a[name], b[name])]
+    detail = f"{len(names)} tensors" + (f"; {len(known)} expressed in another way" if known else "")
+    return Row(subject.name, "tensors", "mergekit, to the bit", detail, tuple(faults))
 
 
-def _weights(directory: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+_Weights = dict[str, tuple[str, tuple[int, ...], str]]
+
+
+def _alike_by_other_means(ours: _Weights, theirs: _Weights, *, tied: bool) -> set[str]:
+    """Tensors that only one side has without a difference: biases of zeros, and an output that is the embedding."""
+    known = set()
+    for name in theirs.keys() - ours.keys():
+        dtype, shape, found = theirs[name]
+        zeros = bytes(int(np.prod(shape)) * {"F32": 4}.get(dtype, 2))
+        if name.endswith(".bias") and found == hashlib.sha256(zeros).hexdigest():
+            known.add(name)
+    if tied and "lm_head.weight" not in theirs and ours["lm_head.weight"] == ours["model.embed_tokens.weight"]:
+        known.add("lm_head.weight")
+    return known
+
+
+def _weights(directory: Path) -> _Weights:
     """Name to dtype, shape and hash, by safetensors' own reader: numpy has no bfloat16 to load them as."""
     return {
         name: (tensor["dtype"], tuple(tensor["shape"]), hashlib.sha256(tensor["data"]).hexdigest())
@@ -202,46 +260,69 @@ def _difference(ours: tuple[str, tuple[int, ...], str], theirs: tuple[str, tuple
 def merge_all(subject: Subject) -> None:
     """Our merged checkpoints in both layouts, and the recipe straight to GGUF in F32."""
     recipe = subject.recipes["hidden"]
-    for layout in ("classic", "fused"):
+    for layout in subject.merged:
         ggufmoe.merge(recipe, subject.folder / layout, layout=layout, allow_identical_experts=True, force=True)
     ggufmoe.convert(recipe, subject.folder / "merged.gguf", "F32", allow_identical_experts=True, force=True)
 
 
 def logit_rows(peer: Peer, subject: Subject) -> Iterator[Row]:
-    """What transformers makes of our checkpoints, beside our GGUF in llama.cpp."""
+    """What transformers makes of merged checkpoints, beside our GGUF files in llama.cpp: of the recipe, and of what
+    mergekit wrote. mergekit's DeepSeek mixtures, which transformers has no class for, are computed by its Llama with
+    the experts that DeepSeek's own code has.
+    """
     ids = _save_ids(subject)
-    outs = {layout: subject.folder / f"{layout}-logits.npy" for layout in ("classic", "fused")}
-    peer.ask(
-        "reference.py",
-        [
-            {"do": "logits", "model": str(subject.folder / layout), "ids": str(ids), "out": str(out)}
-            for layout, out in outs.items()
-        ],
-    )
-    ours = logits_of(subject.folder / "merged.gguf", np.load(ids))
-    for layout, out in outs.items():
+    cases: list[tuple[str, Path, Path]] = [
+        (layout, subject.folder / layout, subject.folder / "merged.gguf") for layout in subject.merged
+    ]
+    if subject.by_mergekit.exists():
+        theirs = subject.folder / "by-mergekit.gguf"
+        ggufmoe.convert(subject.by_mergekit, theirs, "F32", force=True)
+        cases.append(("by mergekit", subject.by_mergekit, theirs))
+    outs = [subject.folder / f"{directory.name}-logits.npy" for _, directory, _ in cases]
+    jobs = [
+        {"do": "logits", "model": str(directory), "ids": str(ids), "out": str(out)}
+        for (_, directory, _), out in zip(cases, outs, strict=True)
+    ]
+    if jobs:
+        peer.ask("reference.py", jobs)
+    for (what, _, gguf), out in zip(cases, outs, strict=True):
         detail, faults = "", [f"transformers failed: {_last_line(out)}"]
         if out.exists():
-            detail, faults = compare_logits(ours, np.load(out))
-        yield Row(f"{subject.name}, {layout}", "logits", "transformers, float32", detail, tuple(faults))
+            detail, faults = compare_logits(logits_of(gguf, np.load(ids)), np.load(out))
+        yield Row(f"{subject.name}, {what}", "logits", "transformers, float32", detail, tuple(faults))
 
 
-def base_row(subject: Subject) -> Row:
-    """A mixture whose experts are all the base, beside the base, both by llama.cpp."""
+def base_rows(peer: Peer, subject: Subject) -> Iterator[Row]:
+    """A mixture whose experts are all the base, beside the base by llama.cpp and by transformers.
+
+    Where there is a shared expert, it and the others are each half of the base; one with a gate is left out.
+    """
     dense, mixture = subject.folder / "dense.gguf", subject.folder / "all-base.gguf"
     content = yaml.safe_load(subject.recipes["hidden"].read_text(encoding="utf-8"))
-    for expert in content["experts"]:
+    shared = content.get("shared_experts", [])
+    if any(expert.get("positive_prompts") for expert in shared):
+        return
+    for expert in (*content["experts"], *shared):
         expert.pop("residual_scale", None)
         expert["source_model"] = content["base_model"]
+        if shared:
+            expert["residual_scale"] = 0.5
     # the base's own dtype, lest rounding be taken for a difference
     content.pop("dtype", None)
     recipe = subject.folder / "all-base.yaml"
     recipe.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
     ggufmoe.convert(subject.base, dense, "F32", force=True)
     ggufmoe.convert(recipe, mixture, "F32", allow_identical_experts=True, force=True)
-    ids = np.load(_save_ids(subject))
-    detail, faults = compare_logits(logits_of(mixture, ids), logits_of(dense, ids))
-    return Row(f"{subject.name}, all base", "logits", "the base, llama.cpp", detail, tuple(faults))
+    path, out = _save_ids(subject), subject.folder / "base-logits.npy"
+    peer.ask("reference.py", [{"do": "logits", "model": str(subject.base), "ids": str(path), "out": str(out)}])
+    ids = np.load(path)
+    ours = logits_of(mixture, ids)
+    detail, faults = compare_logits(ours, logits_of(dense, ids))
+    yield Row(f"{subject.name}, all base", "logits", "the base, llama.cpp", detail, tuple(faults))
+    detail, faults = "", [f"transformers failed: {_last_line(out)}"]
+    if out.exists():
+        detail, faults = compare_logits(ours, np.load(out))
+    yield Row(f"{subject.name}, all base", "logits", "the base, transformers", detail, tuple(faults))
 
 
 def _save_ids(subject: Subject) -> Path:
@@ -265,9 +346,9 @@ def compare(peer: Peer, subjects: list[Subject]) -> int:
         merge_all(subject)
         for row in (
             *router_rows(subject),
-            tensor_row(subject),
+            *([tensor_row(subject)] if subject.merged else ()),
             *logit_rows(peer, subject),
-            base_row(subject),
+            *base_rows(peer, subject),
         ):
             show(row)
             rows.append(row)
@@ -313,13 +394,15 @@ def main() -> int:
     peer = Peer(arguments.peers_python, work)
     data = arguments.data or os.environ.get("GGUFMOE_PEER_DATA")
     try:
-        subjects = own_subjects(work)
+        subjects = [subject for subject in own_subjects(work) if arguments.only in subject.name]
         if arguments.write_fixtures:
+            kept = {case.name for case in MERGE_CASES}
+            subjects = [subject for subject in subjects if subject.name in kept]
             ask(peer, subjects)
             write_fixtures(subjects)
             return 0
-        subjects += found_subjects(Path(data), work) if data else []
-        return int(compare(peer, [subject for subject in subjects if arguments.only in subject.name]) > 0)
+        found = found_subjects(Path(data), work) if data else []
+        return int(compare(peer, [*subjects, *(one for one in found if arguments.only in one.name)]) > 0)
     except subprocess.CalledProcessError as error:
         print(f"the other side failed: {error}\n{error.stdout}", file=sys.stderr)
         return 1

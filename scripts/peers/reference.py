@@ -29,14 +29,73 @@ from safetensors.torch import load_file, save_file
 
 def logits(job: dict[str, Any]) -> None:
     """Write the logits of every position, shape (n_tokens, n_vocab) float32."""
-    is_mxfp4 = '"mxfp4"' in (Path(job["model"]) / "config.json").read_text(encoding="utf-8")
-    method = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if is_mxfp4 else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.float32, attn_implementation="eager", **method
-    ).float()
+    model = loaded(Path(job["model"]))
     ids = torch.from_numpy(np.load(job["ids"]).astype(np.int64))[None]
     with torch.inference_mode():
         np.save(job["out"], model.eval()(ids).logits[0].float().numpy())
+
+
+def loaded(directory: Path) -> torch.nn.Module:
+    """The model of a checkpoint in float32; of a DeepSeek v1, which transformers has not, one of our own."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "deepseek":
+        return deepseek_v1(directory, config)
+    is_mxfp4 = '"mxfp4"' in json.dumps(config)
+    method = {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if is_mxfp4 else {}
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", **method
+    )
+    return model.float()
+
+
+class DeepseekExperts(torch.nn.Module):
+    """A feed-forward part with experts, as in modeling_deepseek.py of deepseek-ai/deepseek-moe-16b-base."""
+
+    def __init__(self, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.config, self.weights = config, weights
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """The weighted outputs of the chosen experts, and that of the shared ones, of (1, n_tokens, n_embd)."""
+        tokens = states.reshape(-1, states.shape[-1])
+        scores = (tokens @ self.weights["gate.weight"].T).softmax(dim=-1)
+        chosen = torch.topk(scores, self.config["num_experts_per_tok"], dim=-1)
+        shares = chosen.values
+        if self.config["norm_topk_prob"]:
+            shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
+        rows = [
+            sum(share * self.swiglu(token, f"experts.{int(expert)}") for share, expert in zip(*pair, strict=True))
+            for token, *pair in zip(tokens, shares, chosen.indices, strict=True)
+        ]
+        out = torch.stack(rows)
+        if self.config["n_shared_experts"]:
+            out = out + self.swiglu(tokens, "shared_experts")
+        return out.reshape(states.shape)
+
+    def swiglu(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        """Gate, up and down of one expert."""
+        gate, up, down = (self.weights[f"{module}.{word}_proj.weight"] for word in ("gate", "up", "down"))
+        out: torch.Tensor = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        return out
+
+
+def deepseek_v1(directory: Path, config: dict[str, Any]) -> torch.nn.Module:
+    """transformers' Llama with the weights of a DeepSeek v1, and ``DeepseekExperts`` where a layer has experts."""
+    weights = {
+        name: tensor.float() for shard in directory.glob("*.safetensors") for name, tensor in load_file(shard).items()
+    }
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "model_type")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**plain, attn_implementation="eager")).float()
+    for number, layer in enumerate(model.model.layers):
+        stem = f"model.layers.{number}.mlp."
+        if f"{stem}gate.weight" in weights:
+            own = {name.removeprefix(stem): weights.pop(name) for name in list(weights) if name.startswith(stem)}
+            layer.mlp = DeepseekExperts(config, own)
+    lacking = model.load_state_dict(weights, strict=False)
+    assert not lacking.unexpected_keys, lacking
+    assert set(lacking.missing_keys) <= {"lm_head.weight"}, lacking
+    model.tie_weights()
+    return model
 
 
 def answer(job: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ usage: router_reference.py JOBS.json
 Each job is ``{"recipe": FILE, "out": FILE.npz}`` with directories for models, and optionally ``"merge": DIR``. The npz
 gets ``transformers`` (n_layer, n_expert, n_embd) computed in float32, each prompt by itself (nothing is padded),
 ``mergekit``, computed by mergekit's own function, which runs the base in bfloat16, and ``ids``, the token ids of all
-prompts as JSON. ``merge`` gets what mergekit-moe writes. mergekit is LGPL; it is run here and nothing of it is copied.
-An error goes into ``OUT.error``.
+prompts as JSON. Rows are those of the experts, and last that of a shared expert with prompts. ``merge`` gets what
+mergekit-moe writes. mergekit is LGPL; it is run here and nothing of it is copied. An error goes into ``OUT.error``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from mergekit.moe.config import MoEMergeConfig
+from mergekit.moe.config import Expert, MoEMergeConfig
 from mergekit.moe.router import get_gate_params
 from mergekit.options import MergeOptions
 from mergekit.scripts.moe import build
@@ -77,7 +77,14 @@ def mergekit_rows(recipe: dict[str, Any]) -> Rows:
     tokenizer = transformers.AutoTokenizer.from_pretrained(recipe["base_model"])
     tokenizer.padding_side = "left"
     tokenizer.pad_token_id = tokenizer.bos_token_id
-    return get_gate_params(config.base_model, tokenizer, config.experts, mode=config.gate_mode, device="cpu").float()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return get_gate_params(config.base_model, tokenizer, gated(config), mode=config.gate_mode, device="cpu").float()
+
+
+def gated(config: MoEMergeConfig) -> list[Expert]:
+    """The experts that get a router row: the routed ones, and a shared one that has prompts."""
+    return [*config.experts, *(one for one in config.shared_experts or () if one.positive_prompts)]
 
 
 def run(job: dict[str, Any]) -> None:
@@ -86,9 +93,10 @@ def run(job: dict[str, Any]) -> None:
     ours = {"seed", "name", "chat_template", "tokenizer_source"}
     recipe = {key: value for key, value in recipe.items() if key not in ours}
     reference = Reference(recipe["base_model"], recipe.get("gate_mode", "hidden"))
-    prompts = [p for e in recipe["experts"] for side in ("positive", "negative") for p in e.get(f"{side}_prompts", [])]
+    experts = [*recipe["experts"], *(e for e in recipe.get("shared_experts", ()) if e.get("positive_prompts"))]
+    prompts = [p for e in experts for side in ("positive", "negative") for p in e.get(f"{side}_prompts", [])]
     ids = json.dumps([reference.ids(prompt) for prompt in prompts])
-    rows = reference.rows(recipe["experts"])
+    rows = reference.rows(experts)
     np.savez(job["out"], transformers=rows.numpy(), mergekit=mergekit_rows(recipe).numpy(), ids=np.array(ids))
     if "merge" in job:
         config = MoEMergeConfig.model_validate(recipe)

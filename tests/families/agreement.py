@@ -90,8 +90,8 @@ def check_other_routing_is_wrong(
     routing = replace(arithmetic.routing, normalized=not arithmetic.routing.normalized)
     other = replace(family, arithmetic=lambda _: replace(arithmetic, routing=routing))
     monkeypatch.setattr(forward, "family_of", lambda _: other)
-    with pytest.raises(AssertionError):
-        assert_close(llama_cpp_logits(scratch / "f32.gguf"), forward_logits(checkpoint))
+    ours, theirs = llama_cpp_logits(scratch / "f32.gguf"), forward_logits(checkpoint)
+    assert np.abs(ours - theirs).max() > 1e-2 * (theirs.max() - theirs.min())
 
 
 def check_layouts(config: Mapping[str, Any], layouts: tuple[str, ...], scratch: Path) -> None:

@@ -17,7 +17,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from tests.tiny import Tiny, make_checkpoint, stored_tensors, write_shards
+from tests import tiny_tokenizers
+from tests.families import tiny_family
+from tests.tiny import Tiny, make_checkpoint, stored_tensors, write_shards, write_tokenizer
 
 _LOUDER = {"q_proj": 8, "k_proj": 4, "up_proj": 8}
 _SHAPE = {"arch": "llama", "n_embd": 128, "n_ff": 256, "n_layer": 3}
@@ -40,6 +42,18 @@ class MergeCase:
     experts: tuple[Mapping[str, Any], ...] = ({}, {})
     """Keys of each expert beside its model and prompts."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] | None = None
+    """Keys of a shared expert beside its model, which is the base; None: there is none."""
+    config: Mapping[str, Any] | None = None
+    """config.json of a base that ``tests.tiny`` cannot make; ``spec`` is empty then, the tokenizer like Qwen's."""
+
+
+def qwen(number: int, **keys: Any) -> dict[str, Any]:
+    """config.json of a Qwen2 or Qwen3 of the shape of the other bases."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "rope_theta": 1e6}
+    tokens = {"vocab_size": tiny_tokenizers.vocabulary_size("qwen"), "bos_token_id": None}
+    tokens["eos_token_id"] = tiny_tokenizers.special_ids("qwen")[1]
+    return tiny_family.config_json(f"Qwen{number}ForCausalLM", f"qwen{number}", **sizes, **tokens, **keys)
 
 
 MERGE_CASES = (
@@ -63,12 +77,17 @@ MERGE_CASES = (
         recipe={"dtype": "bfloat16", "experts_per_token": 2},
     ),
     MergeCase("sentencepiece-json", {"tokenizer": "json", "tie": True}, recipe={"dtype": "float16"}),
+    MergeCase("qwen2", {}, experts=({}, {}, {}), recipe={"dtype": "bfloat16"}, config=qwen(2)),
+    MergeCase("qwen3", {}, experts=({}, {"residual_scale": 0.7}, {}), config=qwen(3, head_dim=48)),
 )
-"""Both kinds of tokenizer files, a byte-level vocabulary, rope scaling, tied embeddings, all changes of dtype."""
+"""Both kinds of tokenizer files, a byte-level vocabulary, rope scaling, tied embeddings, all changes of dtype; biases,
+and norms of queries and keys."""
 
 
 def make_model(directory: Path, case: MergeCase, seed: int) -> Path:
     """Write one dense model of a case; seed 1 is the base."""
+    if case.config is not None:
+        return _make_family_model(directory, case.config, seed)
     spec = {**_SHAPE, **case.spec, "seed": seed}
     make_checkpoint(directory, **spec)
     tiny = Tiny(**spec)
@@ -90,6 +109,8 @@ def make_recipe(parent: Path, case: MergeCase, mode: str) -> Path:
         for i, name in enumerate(names)
     ]
     content = {"base_model": str(parent / "base"), "gate_mode": mode, "experts": experts, **dict(case.recipe)}
+    if case.shared is not None:
+        content["shared_experts"] = [{"source_model": str(parent / "base"), **case.shared}]
     path = parent / f"{mode}.yaml"
     path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
     return path
@@ -100,6 +121,15 @@ def make_models(parent: Path, case: MergeCase) -> None:
     make_model(parent / "base", case, 1)
     for i in range(1, len(case.experts)):
         make_model(parent / f"expert-{i}", case, 1 + i)
+
+
+def _make_family_model(directory: Path, config: Mapping[str, Any], seed: int) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = tiny_family.weights(config, seed=seed)
+    write_shards(directory, {name: ("BF16", _louder(name, "BF16", bits)) for name, bits in weights.items()}, None)
+    (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_tokenizer(directory, "qwen", None)
+    return directory
 
 
 def _louder(name: str, kind: str, data: NDArray[Any]) -> NDArray[Any]:
