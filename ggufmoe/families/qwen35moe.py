@@ -23,6 +23,8 @@ from ggufmoe.families.family import (
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.families.qwen3next import (
     DEFAULTS,
+    EXPERT_LAYER,
+    EXPERT_PARAMETERS,
     EXPERT_WIDTH,
     KEY_HEADS,
     LINEAR_MODULE,
@@ -107,7 +109,7 @@ _REORDERED = {
 }
 
 
-def _linear() -> tuple[TensorRule, ...]:
+def _linear_attention() -> tuple[TensorRule, ...]:
     mixed, gates = matrix(mixed_width, n_embd), matrix(linear_width, n_embd)
     steps = matrix(size_of(VALUE_HEADS), n_embd)
     rules = linear_attention(
@@ -117,6 +119,9 @@ def _linear() -> tuple[TensorRule, ...]:
         TensorRule(MODEL_TENSOR.SSM_ALPHA, f"{LINEAR_MODULE}in_proj_a.weight", steps, transform=_row_of_each_head),
     )
     return tuple(replace(rule, transform=_REORDERED.get(rule.tensor, rule.transform)) for rule in rules)
+
+
+LINEAR = _linear_attention()
 
 
 def _stated_sections(config: ModelConfig) -> Any:
@@ -129,6 +134,9 @@ def _sections(config: ModelConfig) -> list[int]:
     return [*_stated_sections(config), 0][:4]
 
 
+SECTIONS = HyperParameter(Keys.Rope.DIMENSION_SECTIONS, i32s, _sections)
+
+
 def _check(reader: ConfigReader, config: ModelConfig) -> None:
     check(reader, config)
     stated = _stated_sections(config)
@@ -138,8 +146,8 @@ def _check(reader: ConfigReader, config: ModelConfig) -> None:
     if min(stated) < 0 or any(pair >= 3 * stated[pair % 3] for pair in pairs):
         raise reader.error(
             reader.rope_key,
-            f"{_SECTIONS} in which every rotated pair has its turn, such as {_DEFAULT_SECTIONS}: llama.cpp's qwen35moe "
-            "graph does not rotate the others",
+            f"{_SECTIONS} in which every rotated pair has its turn, such as {_DEFAULT_SECTIONS}: llama.cpp does not "
+            "rotate the others",
         )
 
 
@@ -148,7 +156,7 @@ FAMILY = replace(
     architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
     model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
     arch=MODEL_ARCH.QWEN35MOE,
-    tensors=hybrid_decoder(_linear()),
+    tensors=hybrid_decoder(LINEAR, EXPERT_LAYER),
     hyper_parameters=hybrid_parameters(
         # no layer is dense, and transformers' configuration has no width for one
         *(
@@ -157,7 +165,8 @@ FAMILY = replace(
             else one
             for one in common_parameters(head_size=head_dim)
         ),
-        HyperParameter(Keys.Rope.DIMENSION_SECTIONS, i32s, _sections),
+        SECTIONS,
+        *EXPERT_PARAMETERS,
     ),
     defaults={**DEFAULTS, "intermediate_size": 512, "num_local_experts": 256, "num_experts_per_tok": 8},
     aliases={"num_local_experts": ("num_experts",), "intermediate_size": (EXPERT_WIDTH,)},

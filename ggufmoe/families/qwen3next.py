@@ -138,16 +138,20 @@ def linear_attention(*projections: TensorRule) -> tuple[TensorRule, ...]:
 
 
 EXPERTS = experts(size_of(EXPERT_WIDTH))
+EXPERT_LAYER = (
+    *EXPERTS,
+    *shared_experts(size_of(SHARED_WIDTH), module="mlp.shared_expert", gate="mlp.shared_expert_gate"),
+)
+"""The feed-forward part of a layer."""
 
 
-def hybrid_decoder(linear: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
+def hybrid_decoder(linear: tuple[TensorRule, ...], feed_forward: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
     """All tensors of a model with this linear attention; all norms but that of linear attention are around 0."""
     norms = (
         TensorRule(MODEL_TENSOR.ATTN_NORM, "model.layers.{layer}.input_layernorm.weight", vector(n_embd)),
         TensorRule(MODEL_TENSOR.ATTN_POST_NORM, "model.layers.{layer}.post_attention_layernorm.weight", vector(n_embd)),
     )
-    shared = shared_experts(size_of(SHARED_WIDTH), module="mlp.shared_expert", gate="mlp.shared_expert_gate")
-    return norms_around_zero(decoder(*norms, *gated_attention(), *linear, *EXPERTS, *shared), but=MODEL_TENSOR.SSM_NORM)
+    return norms_around_zero(decoder(*norms, *gated_attention(), *linear, *feed_forward), but=MODEL_TENSOR.SSM_NORM)
 
 
 def _projections() -> tuple[TensorRule, ...]:
@@ -170,12 +174,16 @@ def check(reader: ConfigReader, config: ModelConfig) -> None:
     rotated_pairs(reader, config)
 
 
+EXPERT_PARAMETERS = (
+    HyperParameter(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, u32, size_of(EXPERT_WIDTH)),
+    HyperParameter(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, u32, size_of(SHARED_WIDTH)),
+)
+
+
 def hybrid_parameters(*common: HyperParameter) -> tuple[HyperParameter, ...]:
-    """The keys of a model with linear attention, after those that are ``common`` to all families."""
+    """The keys of a model with linear attention, after those that it has in ``common`` with others."""
     return (
         *common,
-        HyperParameter(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, u32, size_of(EXPERT_WIDTH)),
-        HyperParameter(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, u32, size_of(SHARED_WIDTH)),
         HyperParameter(Keys.SSM.CONV_KERNEL, u32, size_of(KERNEL)),
         HyperParameter(Keys.SSM.STATE_SIZE, u32, size_of(KEY_DIM)),
         HyperParameter(Keys.SSM.GROUP_COUNT, u32, size_of(KEY_HEADS)),
@@ -191,7 +199,8 @@ WITHOUT_MTP = SkippedTensors(
     lambda config, name: name.startswith(("mtp.", "model.mtp.")),
     "they predict further tokens (MTP), which answers do not need",
 )
-KEYS = (EXPERT_WIDTH, SHARED_WIDTH, KERNEL, KEY_DIM, VALUE_DIM, KEY_HEADS, VALUE_HEADS, INTERVAL)
+KEYS = tuple(map(ConfigKey, (KERNEL, KEY_DIM, VALUE_DIM, KEY_HEADS, VALUE_HEADS, INTERVAL)))
+EXPERT_KEYS = (ConfigKey(EXPERT_WIDTH), ConfigKey(SHARED_WIDTH))
 DEFAULTS = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32768,
@@ -212,8 +221,8 @@ FAMILY = Family(
     architectures=("Qwen3NextForCausalLM",),
     model_types=("qwen3_next",),
     arch=MODEL_ARCH.QWEN3NEXT,
-    tensors=hybrid_decoder(linear_attention(*_projections())),
-    hyper_parameters=hybrid_parameters(*common_parameters(head_size=head_dim)),
+    tensors=hybrid_decoder(linear_attention(*_projections()), EXPERT_LAYER),
+    hyper_parameters=hybrid_parameters(*common_parameters(head_size=head_dim), *EXPERT_PARAMETERS),
     defaults={
         **DEFAULTS,
         "intermediate_size": 5632,
@@ -222,7 +231,7 @@ FAMILY = Family(
         "norm_topk_prob": True,
     },
     aliases={"num_local_experts": ("num_experts",)},
-    keys=tuple(map(ConfigKey, KEYS)),
+    keys=(*KEYS, *EXPERT_KEYS),
     refusals=(
         only_silu(),
         no_bias("attention_bias"),

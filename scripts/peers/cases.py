@@ -117,6 +117,12 @@ def _with_tokenizer(case: FamilyCase, kind: str, pre: str = "default") -> Family
     return replace(case, config={**case.config, **ids}, tokenizer=kind, pre=pre)
 
 
+def _qwen35(name: str, architecture: str, config: Mapping[str, Any]) -> FamilyCase:
+    return FamilyCase(
+        name, {"architectures": [architecture], **config}, tokenizer="qwen35", pre="qwen35", flags=_NO_MTP
+    )
+
+
 def _long_rope(n_original: int, n_pairs: int, fraction: float = 1.0) -> dict[str, Any]:
     """The configuration of LongRoPE for texts that were of ``n_original`` tokens before."""
     factors = {"short_factor": [1 + i / 50 for i in range(n_pairs)], "long_factor": [1.5 + i for i in range(n_pairs)]}
@@ -193,8 +199,14 @@ _SECTIONS: dict[str, Any] = {
     "mrope_section": [3, 3, 2],
     "mrope_interleaved": True,
 }
-_QWEN35: dict[str, Any] = {**_LINEAR_ATTENTION, "rope_parameters": _SECTIONS, "head_dim": 64} | {
-    key: value for key, value in _QWEN2_EXPERTS.items() if key != "norm_topk_prob"
+_QWEN35: dict[str, Any] = {**_LINEAR_ATTENTION, "rope_parameters": _SECTIONS, "head_dim": 64}
+_QWEN35_EXPERTS: dict[str, Any] = {
+    **_QWEN35,
+    **{key: value for key, value in _QWEN2_EXPERTS.items() if key != "norm_topk_prob"},
+}
+_QWEN35_VISION: dict[str, Any] = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2} | {
+    "out_hidden_size": 256,
+    "num_position_embeddings": 16,
 }
 _NO_MTP = ("--no-mtp",)
 """Without it the converter fails on checkpoints that hold no layers of multi-token prediction, as these do."""
@@ -304,27 +316,29 @@ FAMILIES = (
         **_QWEN3_NEXT | _OTHER_LAYERS,
         tie_word_embeddings=True,
     ),
-    replace(
-        _family("qwen35moe", "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", _NO_MTP, **_QWEN35),
-        tokenizer="qwen35",
-        pre="qwen35",
-    ),
-    FamilyCase(
+    _qwen35("qwen35moe", "Qwen3_5MoeForCausalLM", {"model_type": "qwen3_5_moe_text", **SIZES, **_QWEN35_EXPERTS}),
+    _qwen35(
         "qwen35moe-vision-tied",
+        "Qwen3_5MoeForConditionalGeneration",
         {
-            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
             "model_type": "qwen3_5_moe",
             "text_config": {key: value for key, value in SIZES.items() if key != "intermediate_size"}
-            | _QWEN35
+            | _QWEN35_EXPERTS
             | _OTHER_LAYERS
             | {"tie_word_embeddings": True},
-            "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
-            | {"out_hidden_size": 256, "num_position_embeddings": 16},
+            "vision_config": _QWEN35_VISION,
             "tie_word_embeddings": True,
         },
-        tokenizer="qwen35",
-        pre="qwen35",
-        flags=_NO_MTP,
+    ),
+    _qwen35(
+        "qwen35-tied",
+        "Qwen3_5ForCausalLM",
+        {"model_type": "qwen3_5_text", **SIZES, **_QWEN35, **_OTHER_LAYERS, "tie_word_embeddings": True},
+    ),
+    _qwen35(
+        "qwen35-vision",
+        "Qwen3_5ForConditionalGeneration",
+        {"model_type": "qwen3_5", "text_config": {**SIZES, **_QWEN35}, "vision_config": _QWEN35_VISION},
     ),
     _with_tokenizer(_family("phi-window", "Phi3ForCausalLM", "phi3", sliding_window=300), "spm"),
     _with_tokenizer(_family("phi-long", "Phi3ForCausalLM", "phi3", **_long_rope(32, 16)), "spm"),

@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE: heads of values in llama.cpp's order, sections of rope, and the language model of a larger one."""
+"""Qwen3.5-MoE and Qwen3.5: heads of values in llama.cpp's order, sections of rope, a language model in a larger one."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ ORDER = [0, 2, 1, 3]
 
 def config(**keys: Any) -> dict[str, Any]:
     return config_json("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", **{**OWN, "intermediate_size": ..., **keys})
+
+
+def dense(**keys: Any) -> dict[str, Any]:
+    own = {key: value for key, value in OWN.items() if "expert" not in key and "moe" not in key}
+    return config_json("Qwen3_5ForCausalLM", "qwen3_5_text", **{**own, **keys})
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +74,19 @@ def test_keys(checkpoint: Path, tmp_path: Path) -> None:
     assert logits.std() > 0
 
 
-@pytest.mark.parametrize("file_type", ["Q4_K_M", "IQ4_XS"])
-def test_quantized_as_by_llama_cpp(checkpoint: Path, tmp_path: Path, file_type: str) -> None:
-    check_quantized(checkpoint, tmp_path, file_type)
+def test_a_model_without_experts(tmp_path: Path) -> None:
+    ggufmoe.convert(make_checkpoint(tmp_path, dense()), tmp_path / "model.gguf", "F32")
+    header = read_header(tmp_path / "model.gguf")
+    assert header.get("qwen35.feed_forward_length") == 512
+    assert header.get("qwen35.rope.dimension_sections") == [11, 11, 10, 0]
+    assert not [key for key in header.metadata if "expert" in key]
+    assert {"blk.0.ffn_gate.weight", "blk.1.ffn_down.weight"} <= {tensor.name for tensor in header.tensors}
+    assert llama_cpp_logits(tmp_path / "model.gguf").std() > 0
+
+
+@pytest.mark.parametrize(("keys", "file_type"), [(config(), "Q4_K_M"), (config(), "IQ4_XS"), (dense(), "Q4_K_M")])
+def test_quantized_as_by_llama_cpp(tmp_path: Path, keys: dict[str, Any], file_type: str) -> None:
+    check_quantized(make_checkpoint(tmp_path / "model", keys), tmp_path, file_type)
 
 
 def test_both_layouts_give_one_file(tmp_path: Path) -> None:
