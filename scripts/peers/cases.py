@@ -76,6 +76,9 @@ class FamilyCase:
     fp8_scales: str | None = None
     """torch's name of the dtype of scales, where projections are 8-bit floats with a scale for each block."""
 
+    further: bool = False
+    """Whether the checkpoint has a layer of multi-token prediction."""
+
     @property
     def forms(self) -> tuple[str, ...]:
         """Every form in which the model is stored: by transformers, and another one that mixtures have."""
@@ -104,10 +107,11 @@ def _family(
     model_type: str,
     flags: tuple[str, ...] = (),
     not_equal: tuple[str, ...] = (),
+    types: tuple[str, ...] = ("F32", "BF16"),
     **config: Any,
 ) -> FamilyCase:
     own = {"architectures": [architecture], "model_type": model_type, **config}
-    return FamilyCase(name, {**SIZES, **own}, flags=flags, not_equal=not_equal)
+    return FamilyCase(name, {**SIZES, **own}, types, flags=flags, not_equal=not_equal)
 
 
 def _with_tokenizer(case: FamilyCase, kind: str, pre: str = "default") -> FamilyCase:
@@ -132,7 +136,7 @@ def _long_rope(n_original: int, n_pairs: int, fraction: float = 1.0) -> dict[str
 
 def _glm(name: str, **config: Any) -> FamilyCase:
     made = _family(name, "Glm4MoeForCausalLM", "glm4_moe", **{**_GLM, **config})
-    return replace(made, tokenizer="glm", pre="glm4")
+    return replace(made, tokenizer="glm", pre="glm4", further=not config)
 
 
 def _fp8(scales: str, name: str, architecture: str, model_type: str, **config: Any) -> FamilyCase:
@@ -375,27 +379,32 @@ FAMILIES = (
         pre="default",
     ),
     _family("deepseek-v2", "DeepseekV2ForCausalLM", "deepseek_v2", **_DEEPSEEK, rope_parameters=_LATENT_YARN),
-    _family("deepseek-v2-lite", "DeepseekV2ForCausalLM", "deepseek_v2", **_LITE),
+    _family("deepseek-v2-lite", "DeepseekV2ForCausalLM", "deepseek_v2", types=("F32",), **_LITE),
     _family(
         "deepseek-v2-short-lite",
         "DeepseekV2ForCausalLM",
         "deepseek_v2",
         not_equal=("deepseek2.attention.q_lora_rank",),
+        types=("F32",),
         **{**_DEEPSEEK, "q_lora_rank": None, "tie_word_embeddings": True},
     ),
-    _family(
-        "deepseek-v3",
-        "DeepseekV3ForCausalLM",
-        "deepseek_v3",
-        **_DEEPSEEK_V3,
-        scoring_func="sigmoid",
-        rope_parameters={**_LATENT_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    replace(
+        _family(
+            "deepseek-v3",
+            "DeepseekV3ForCausalLM",
+            "deepseek_v3",
+            **_DEEPSEEK_V3,
+            scoring_func="sigmoid",
+            rope_parameters={**_LATENT_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+        further=True,
     ),
     _family(
         "deepseek-v3-unsaid-gating",
         "DeepseekV3ForCausalLM",
         "deepseek_v3",
         not_equal=("deepseek2.expert_gating_func",),
+        types=("F32",),
         **{**_DEEPSEEK_V3, "norm_topk_prob": False, "first_k_dense_replace": 0},
     ),
     _fp8("float32", "deepseek-v3", "DeepseekV3ForCausalLM", "deepseek_v3", **_DEEPSEEK_V3, scoring_func="sigmoid"),

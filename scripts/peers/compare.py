@@ -95,7 +95,7 @@ def saved_by_transformers(bench: Bench, only: str) -> list[Case]:
         if only not in name:
             continue
         directory = bench.work / name
-        bench.ask("reference.py", [{"do": "save", "out": str(directory), "form": form, "fp8": None, "config": config}])
+        bench.ask("reference.py", [{"do": "save", "out": str(directory), "form": form, "config": config}])
         for file, content in tiny_tokenizers.tokenizer_files("spm").items():
             (directory / file).write_bytes(content)
         written = json.dumps(tiny_tokenizers.tokenizer_config("spm"))
@@ -119,7 +119,7 @@ def families_by_transformers(bench: Bench, only: str) -> list[Case]:
             directory = bench.work / names[form]
             if not (directory / "config.json").exists():
                 job = {"do": "save", "out": str(directory), "form": form, "config": {**family.config}}
-                jobs.append(job | {"fp8": family.fp8_scales})
+                jobs.append(job | {"fp8": family.fp8_scales, "further": family.further})
                 directory.mkdir(exist_ok=True)
                 write_tokenizer(directory, family.tokenizer, None)
         for form in wanted:

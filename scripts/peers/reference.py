@@ -3,13 +3,13 @@
 usage: reference.py JOBS.json
 
 ``{"do": "logits", "model": DIR, "ids": FILE.npy, "out": FILE.npy}`` runs a checkpoint on token ids; ``{"do": "save",
-"out": DIR, "form": FORM, "fp8": DTYPE, "config": {...}}`` makes a seeded random model and stores it, ``saved`` by
-``save_pretrained`` (mostly the classic layout), ``state`` as it lies in memory (the fused one, which mergekit writes),
-``mxfp4`` with experts of random MXFP4, as OpenAI stores gpt-oss. With ``fp8`` projections become 8-bit floats with
-scales of that dtype for their blocks, and OUT-computed holds what torch computes of them, in float32. ``{"do":
-"classic", "model": DIR, "out": DIR}`` copies a fused checkpoint in the classic layout, the only one that llama.cpp's
-converter reads; ``{"do": "answer", "model": DIR, "ids": FILE.json, "out": FILE.json}`` continues each list of ids
-greedily. An error goes into ``OUT.error``.
+"out": DIR, "form": FORM, "config": {...}}`` makes a seeded random model and stores it, ``saved`` by ``save_pretrained``
+(mostly the classic layout), ``state`` as it lies in memory (the fused one, which mergekit writes), ``mxfp4`` with
+experts of random MXFP4, as OpenAI stores gpt-oss. With ``"fp8": DTYPE`` projections become 8-bit floats with scales of
+that dtype for their blocks, and OUT-computed holds what torch computes of them, in float32; with ``"further": true`` a
+layer of multi-token prediction is added. ``{"do": "classic", "model": DIR, "out": DIR}`` copies a fused checkpoint in
+the classic layout, the only one that llama.cpp's converter reads; ``{"do": "answer", "model": DIR, "ids": FILE.json,
+"out": FILE.json}`` continues each list of ids greedily. An error goes into ``OUT.error``.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def save(job: dict[str, Any]) -> None:
         model.save_pretrained(out)
     else:
         _save_state(model, out, job["form"])
-    if job["fp8"]:
+    if job.get("further"):
+        _add_prediction(out, model.config)
+    if job.get("fp8"):
         _quantize_blocks(out, getattr(torch, job["fp8"]))
 
 
@@ -141,6 +143,19 @@ def _save_state(model: Any, out: Path, form: str) -> None:
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _add_prediction(out: Path, config: Any) -> None:
+    """Add a layer of multi-token prediction, which transformers does not save: the last layer, and what joins it."""
+    (shard,) = out.glob("*.safetensors")
+    tensors = load_file(shard)
+    last, further = (f"model.layers.{config.num_hidden_layers - before}." for before in (1, 0))
+    tensors |= {name.replace(last, further): tensor.clone() for name, tensor in tensors.items() if last in name}
+    width, n_vocab = config.hidden_size, config.vocab_size
+    shapes = {"eh_proj": (width, 2 * width), "embed_tokens": (n_vocab, width), "shared_head.head": (n_vocab, width)}
+    for name, shape in {**shapes, **dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (width,))}.items():
+        tensors[f"{further}{name}.weight"] = torch.randn(shape).to(torch.bfloat16)
+    save_file(tensors, shard, metadata={"format": "pt"})
 
 
 FP8_BLOCK = 128
