@@ -68,6 +68,10 @@ MORE_CASES = (
 )
 """Beside those of the tests: mergekit's DeepSeek mixtures without a shared expert and with one, its Qwen mixtures, and
 what it does not make, a Qwen2 with a shared expert as it is."""
+_GRANITE = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+_SCALES = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "logits_scaling": 6.0}
+ROUTER_CASES = (MergeCase("granite", {}, config={**qwen(2), **_SCALES, **_GRANITE}),)
+"""Bases of which no mixture is made, for the scales in the forward pass: router rows alone."""
 
 Numbers = NDArray[Any]
 
@@ -94,6 +98,8 @@ class Subject:
     name: str
     folder: Path
     recipes: dict[str, Path]
+    is_made: bool = True
+    """Whether the recipe becomes a mixture; else its router is compared alone."""
 
     @property
     def base(self) -> Path:
@@ -102,7 +108,9 @@ class Subject:
 
     @property
     def merged(self) -> tuple[Literal["classic", "fused"], ...]:
-        """The layouts in which `merge` writes the recipe: none where it becomes a GGUF file alone."""
+        """The layouts in which `merge` writes the recipe: none where it becomes a GGUF file alone, or nothing."""
+        if not self.is_made:
+            return ()
         with contextlib.closing(open_recipe(self.recipes["hidden"], allow_identical_experts=True)) as model:
             target = family_of(model.config).merge
         assert target is not None, "a recipe becomes a family of mixtures"
@@ -119,11 +127,12 @@ class Subject:
 def own_subjects(work: Path) -> list[Subject]:
     """Small random bases: of each kind of tokenizer and family, and with shared experts."""
     subjects = []
-    for case in (*MERGE_CASES, *MORE_CASES):
+    for case in (*MERGE_CASES, *MORE_CASES, *ROUTER_CASES):
         folder = work / case.name
         folder.mkdir(parents=True, exist_ok=True)
         make_models(folder, case)
-        subjects.append(Subject(case.name, folder, {mode: make_recipe(folder, case, mode) for mode in MODES}))
+        recipes = {mode: make_recipe(folder, case, mode) for mode in MODES}
+        subjects.append(Subject(case.name, folder, recipes, case not in ROUTER_CASES))
     return subjects
 
 
@@ -343,18 +352,23 @@ def compare(peer: Peer, subjects: list[Subject]) -> int:
     ask(peer, subjects)
     rows: list[Row] = []
     for subject in subjects:
-        merge_all(subject)
-        for row in (
-            *router_rows(subject),
-            *([tensor_row(subject)] if subject.merged else ()),
-            *logit_rows(peer, subject),
-            *base_rows(peer, subject),
-        ):
+        for row in _rows(peer, subject):
             show(row)
             rows.append(row)
     n_wrong = sum(bool(row.faults) for row in rows)
     print(f"{len(rows)} comparisons of merges, {n_wrong} differ")
     return n_wrong
+
+
+def _rows(peer: Peer, subject: Subject) -> Iterator[Row]:
+    yield from router_rows(subject)
+    if not subject.is_made:
+        return
+    merge_all(subject)
+    if subject.merged:
+        yield tensor_row(subject)
+    yield from logit_rows(peer, subject)
+    yield from base_rows(peer, subject)
 
 
 def write_fixtures(subjects: list[Subject]) -> None:
