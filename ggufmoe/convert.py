@@ -276,12 +276,12 @@ def merge(
     cancel: CancelFlag | None = None,
     **keywords: Unpack[MergeKeywords],
 ) -> MergeResult:
-    """Merge the models of a recipe into a checkpoint of a mixture (Mixtral, Qwen3-MoE), as mergekit-moe does.
+    """Merge the models of a recipe into a checkpoint of a mixture (Mixtral, Qwen3-MoE, ...), as mergekit-moe does.
 
     The options are given as one object (``options=MergeOptions(threads=4)``) or by name (``threads=4``). The directory
     appears under its name when it is complete: safetensors, config, tokenizer and model card, readable by transformers
     4 and 5; until then its files are in ``OUT_DIR.partial``. Converting it writes the same bytes as converting the
-    recipe. A merge of Qwen2 models is refused, as transformers' Mixtral has no biases; ``convert`` writes it as GGUF.
+    recipe. Mixtures of Qwen2 models that transformers has no class for are refused; ``convert`` writes them as GGUF.
     ``on_progress``, ``cancel`` and what is raised are those of ``convert``.
     """
     options = options_of(MergeOptions, options, keywords)

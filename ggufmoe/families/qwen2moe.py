@@ -47,6 +47,13 @@ _ATTENTION = tuple(
 )
 
 
+_REFUSAL = rescaled_weights("qwen2moe")
+_RESCALED = replace(
+    _REFUSAL,
+    expected=f"{_REFUSAL.expected}; a merge can be made anew from its recipe, without prompts for the shared expert",
+)
+
+
 def _merged_config(base: ModelConfig, n_expert: int, n_expert_used: int) -> dict[str, Any]:
     return {
         "num_experts": n_expert,
@@ -103,7 +110,7 @@ FAMILY = replace(
     keys=(ConfigKey(_EXPERT_WIDTH), ConfigKey(_SHARED_WIDTH), ConfigKey(_BIAS, Kind.FLAG, True)),
     refusals=(
         *QWEN2.refusals,
-        rescaled_weights("qwen2moe"),
+        _RESCALED,
         *dense_layers("qwen2moe"),
     ),
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),

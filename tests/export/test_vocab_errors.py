@@ -222,7 +222,7 @@ def forget_a_byte(tokenizer: dict[str, Any]) -> None:
     [
         (
             cuts(SPLIT | {"pattern": {"Regex": r"\d"}}),
-            r"known to equal '\\\\d'; supported are llama-bpe, smaug-bpe, smollm",
+            r"known to equal '\\\\d'; supported are llama-bpe, smaug-bpe, glm4, smollm",
         ),
         (cuts(SPLIT | {"pattern": {"String": "."}}), "no pre-tokenizer known to equal"),
         (cuts(SPLIT | {"pattern": {}}), "does not support the pre-tokenizer .*Split"),
