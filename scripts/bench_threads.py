@@ -1,10 +1,10 @@
-"""Measure generation and prompts beside other programs: with and without the limit on libgomp's spinning, in turn.
+"""Measure generation and prompts beside other programs: with and without the limit on spinning, or with two engines.
 
 For each load (none, one busy loop, a busy loop for each core, the same with nice 19) and number of threads, both sides
 run in turn in processes of their own. Prints tokens per second (median of the rounds) and the ratio of the sides, with
 the middle half of the pairs.
 
-    python scripts/bench_threads.py MODEL.gguf [--rounds 5] [--tokens 1000] [--threads 1,2]
+    python scripts/bench_threads.py MODEL.gguf [--rounds 5] [--tokens 1000] [--threads 1,2] [--other LIBLLAMA]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from statistics import median, quantiles
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ggufmoe import ContextOptions, Engine, SamplingOptions
+from ggufmoe.native.lookup import SETTING
 from ggufmoe.native.spinning import SpinLimit
 from ggufmoe.runtime.events import Token
 
@@ -70,10 +71,13 @@ def measure(model: str, n_threads: int, n_tokens: int, *, is_limited: bool) -> t
     return N_PROMPT / prompt_s, (len(times) - 1) / (times[-1] - times[0])
 
 
-def measured(model: str, n_threads: int, n_tokens: int, *, is_limited: bool) -> tuple[float, float]:
+def measured(
+    model: str, n_threads: int, n_tokens: int, *, is_limited: bool, engine: str | None = None
+) -> tuple[float, float]:
     side = ["--limited"] if is_limited else []
     command = [sys.executable, __file__, model, "--measure", str(n_threads), "--tokens", str(n_tokens), *side]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    env = os.environ if engine is None else os.environ | {SETTING: engine}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     prompt, answer = json.loads(done.stdout.splitlines()[-1])
     return prompt, answer
 
@@ -90,6 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--threads", default=f"1,{len(os.sched_getaffinity(0))}")
+    parser.add_argument("--other", metavar="LIBLLAMA", help="compare with this engine, both with the limit")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--limited", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -97,14 +102,18 @@ def main() -> None:
         print(json.dumps(measure(given.model, given.measure, given.tokens, is_limited=given.limited)))
         return
     n_cores = len(os.sched_getaffinity(0))
-    print(f"{'load':24} {'threads':>7}  {'':6} {'without':>8} {'with':>8}   ratio (middle half)")
+    names = ("without", "with") if given.other is None else ("engine", "other")
+    print(f"{'load':24} {'threads':>7}  {'':6} {names[0]:>8} {names[1]:>8}   ratio (middle half)")
     for load, (n_loops, nice) in LOADS.items():
         for n_threads in map(int, given.threads.split(",")):
             sides: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
             with busy(n_cores if load.startswith("all") else n_loops, nice):
                 for _ in range(given.rounds):
-                    for is_limited, found in sides.items():
-                        found.append(measured(given.model, n_threads, given.tokens, is_limited=is_limited))
+                    for is_second, found in sides.items():
+                        is_limited, engine = is_second or given.other is not None, given.other if is_second else None
+                        found.append(
+                            measured(given.model, n_threads, given.tokens, is_limited=is_limited, engine=engine)
+                        )
             for index, what in enumerate(("prompt", "answer")):
                 before, after = ([pair[index] for pair in sides[side]] for side in (False, True))
                 print(f"{load:24} {n_threads:7}  {what:6} {shown(before, after)}", flush=True)
