@@ -1,6 +1,6 @@
 """Weights that are stored as 8-bit floats with a scale for each block of their matrix, and read as float32.
 
-Such are the checkpoints of DeepSeek-V3, and those of other families whose names end in FP8. Beside the tensor NAME, in
+Such are the checkpoints of DeepSeek-V3, and those of Qwen3 in FP8. Beside the tensor NAME, in
 F8_E4M3, stands NAME_scale_inv, with a number for every block of rows and columns; config.json states the size of a
 block. Source: ``dequant_simple`` in ``dequant_model`` of ``conversion/base.py`` at the pinned llama.cpp, which
 multiplies in float32 as well.

@@ -407,7 +407,10 @@ FAMILIES = (
         types=("F32",),
         **{**_DEEPSEEK_V3, "norm_topk_prob": False, "first_k_dense_replace": 0},
     ),
-    _fp8("float32", "deepseek-v3", "DeepseekV3ForCausalLM", "deepseek_v3", **_DEEPSEEK_V3, scoring_func="sigmoid"),
+    replace(
+        _fp8("float32", "deepseek-v3", "DeepseekV3ForCausalLM", "deepseek_v3", **_DEEPSEEK_V3, scoring_func="sigmoid"),
+        further=True,
+    ),
     _fp8("bfloat16", "qwen3", "Qwen3ForCausalLM", "qwen3", head_dim=64, intermediate_size=416),
     _glm("glm4moe"),
     _glm("glm4moe-norms-tied", attention_bias=True, use_qk_norm=True, head_dim=64, tie_word_embeddings=True),

@@ -19,6 +19,7 @@ import pytest
 from ggufmoe.checkpoint import hub
 from ggufmoe.errors import HubError
 from tests.checkpoint import fake_hub
+from tests.checkpoint.test_fp8_blocks import quantized
 
 CHILD = """
 import json, sys
@@ -136,6 +137,13 @@ def test_the_names_of_an_index_say_more_than_a_left_over_configuration(
         (quantized,) = opener(running.url, tmp_path / "other-cache")("org/tiny")
     assert quantized["message"].startswith("org/tiny is quantized to FP8 or 8 bits, with scales beside the weights")
     assert not any(name.endswith(".safetensors") for name in running.fetched)
+
+
+def test_eight_bit_floats_with_scales_of_blocks_are_fetched(tmp_path: Path) -> None:
+    """From one file, of which nothing is known before it is here but what config.json states."""
+    with fake_hub.serving(quantized(tmp_path / "model")) as running:
+        (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
+    assert answer["n"] == 21
 
 
 def test_numbered_shards_without_an_index_are_fetched(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
