@@ -1,13 +1,15 @@
 """Weights that are stored as 8-bit floats with a scale for each block of their matrix, and read as float32.
 
-Such are the checkpoints of DeepSeek-V3, and those of Qwen3 in FP8. Beside the tensor NAME, in
-F8_E4M3, stands NAME_scale_inv, with a number for every block of rows and columns; config.json states the size of a
-block. Source: ``dequant_simple`` in ``dequant_model`` of ``conversion/base.py`` at the pinned llama.cpp, which
-multiplies in float32 as well.
+config.json states the size of a block. ``quant_method: fp8`` of transformers (DeepSeek-V3, Qwen3 in FP8) has blocks of
+so many rows and columns, and beside the tensor NAME, in F8_E4M3, its scales as NAME_scale_inv; ``compressed-tensors``
+with the format float-quantized mostly has one scale for each row, as NAME_scale. Source: ``dequant_simple`` in
+``dequant_model`` of ``conversion/base.py`` at the pinned llama.cpp, which multiplies in float32 as well.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,6 @@ from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
 STORED_DTYPE = "F8_E4M3"
-_SUFFIX = "_scale_inv"
 
 
 def _e4m3_values() -> NDArray[np.float32]:
@@ -36,22 +37,53 @@ def _e4m3_values() -> NDArray[np.float32]:
 E4M3_VALUES = _e4m3_values()
 
 
-def block_size(raw: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a block by the content of config.json; None where it states no such quantization."""
+@dataclass(frozen=True)
+class Blocks:
+    """What config.json states: the size of a block, and how scales are named."""
+
+    n_rows: int
+    n_cols: int | None
+    """None: a block is as wide as its matrix."""
+    names: re.Pattern[str]
+    """Of scales; its group is the name of the weights."""
+
+    def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of a block of a matrix of this shape."""
+        return self.n_rows, self.n_cols or shape[-1]
+
+
+def stated_blocks(raw: Mapping[str, Any]) -> Blocks | None:
+    """The blocks by the content of config.json; None where it states no quantization that is read here."""
     stated = raw.get("quantization_config")
-    if not isinstance(stated, dict) or stated.get("quant_method") != "fp8" or stated.get("fmt", "e4m3") != "e4m3":
+    if not isinstance(stated, dict):
         return None
-    size = stated.get("weight_block_size")
+    if stated.get("quant_method") == "fp8" and stated.get("fmt", "e4m3") == "e4m3":
+        return _sized(stated.get("weight_block_size"), re.compile(r"(.+)_scale_inv"))
+    if stated.get("quant_method") != "compressed-tensors" or stated.get("format") != "float-quantized":
+        return None
+    groups = stated.get("config_groups")
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict) or (weights.get("type"), weights.get("num_bits")) != ("float", 8):
+        return None
+    names = re.compile(r"(.+\.weight)_scale")
+    if weights.get("strategy") == "channel":
+        return Blocks(1, None, names)
+    return _sized(weights.get("block_structure"), names) if weights.get("strategy") == "block" else None
+
+
+def _sized(size: object, names: re.Pattern[str]) -> Blocks | None:
     if not isinstance(size, list) or len(size) != 2 or not all(type(one) is int and one > 0 for one in size):
         return None
-    return size[0], size[1]
+    return Blocks(size[0], size[1], names)
 
 
 def scales_among(names: Iterable[str], raw: Mapping[str, Any]) -> dict[str, str]:
     """Tensors that have scales of blocks, to the names of these; none unless config.json states such a quantization."""
-    if block_size(raw) is None:
+    blocks = stated_blocks(raw)
+    if blocks is None:
         return {}
-    return {name.removesuffix(_SUFFIX): name for name in names if name.endswith(_SUFFIX)}
+    return {found[1]: name for name in names if (found := blocks.names.fullmatch(name)) is not None}
 
 
 def scales_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -82,18 +114,21 @@ class BlockScaledRows:
 
         Raises SafetensorsError if the file has become shorter or cannot be read any more.
         """
-        n_rows, n_cols = self.shape[-2:]
-        block_rows, block_cols = self.block
+        n_cols = self.shape[-1]
         stored: NDArray[np.uint8] = np.empty(out.shape, np.uint8)
         if stored.size:
             self.file.read_into(self.begin + start * n_cols, stored.data.cast("B"))
         np.take(E4M3_VALUES, stored, out=out, mode="clip")
-        blocks_of_matrix = self.scales.shape[-2]
-        row = start
-        while row < stop:
-            matrix, place = divmod(row, n_rows)
-            end = min(stop, matrix * n_rows + min(n_rows, (place // block_rows + 1) * block_rows))
-            number = matrix * blocks_of_matrix + place // block_rows
-            scales = read_f32(self.scales, number, number + 1)[0]
-            out[row - start : end - start] *= np.repeat(scales, block_cols)[:n_cols]
-            row = end
+        if not stored.size:
+            return
+        n_rows, (block_rows, block_cols) = self.shape[-2], self.block
+        matrix, place = np.divmod(np.arange(start, stop), n_rows)
+        numbers = matrix * self.scales.shape[-2] + place // block_rows
+        scales = read_f32(self.scales, int(numbers[0]), int(numbers[-1]) + 1)
+        numbers -= numbers[0]
+        if scales.shape[1] == 1:
+            out *= scales[numbers]
+            return
+        ends = np.searchsorted(numbers, np.arange(len(scales)), side="right")
+        for number, (first, end) in enumerate(itertools.pairwise((0, *ends))):
+            out[first:end] *= np.repeat(scales[number], block_cols)[:n_cols]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.config import quantization_method
 from ggufmoe.checkpoint.foreign_weights import packed_among, way_out_of, what_made
-from ggufmoe.checkpoint.fp8_blocks import STORED_DTYPE, BlockScaledRows, block_size, scales_among, scales_shape
+from ggufmoe.checkpoint.fp8_blocks import STORED_DTYPE, BlockScaledRows, scales_among, scales_shape, stated_blocks
 from ggufmoe.checkpoint.mxfp4 import BLOCK_WEIGHTS, CODE_BYTES, MXFP4Rows
 from ggufmoe.checkpoint.safetensors import TensorEntry, TensorFile
 from ggufmoe.errors import CheckpointError, TensorMismatchError
@@ -187,7 +187,7 @@ def unread(config: ModelConfig, names: Collection[str]) -> list[str]:
 
 def is_read_quantization(config: ModelConfig) -> bool:
     """Whether config.json states a quantization that is read here."""
-    return quantization_method(config.raw) in family_of(config).quant_methods or block_size(config.raw) is not None
+    return quantization_method(config.raw) in family_of(config).quant_methods or stated_blocks(config.raw) is not None
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -274,9 +274,9 @@ def _block_scaled(
     where: str, config: ModelConfig, stored: Mapping[str, tuple[TensorFile, TensorEntry]]
 ) -> dict[str, BlockScaledRows]:
     """The stored tensors that have scales of blocks, which must have the right shapes and dtypes."""
-    block = block_size(config.raw)
+    blocks = stated_blocks(config.raw)
     scales = scales_among(stored, config.raw)
-    if block is None or not scales:
+    if blocks is None or not scales:
         return {}
     dtypes = _dtypes(where, set(scales.values()), stored)
     found: dict[str, BlockScaledRows] = {}
@@ -289,10 +289,11 @@ def _block_scaled(
                 f"{where}: {_shown(name)} has scales and is {entry.dtype} of shape {list(entry.shape)}, expected a "
                 f"matrix of {STORED_DTYPE}"
             )
+        block = blocks.size(entry.shape)
         if its.shape != (shape := scales_shape(entry.shape, block)):
             raise TensorMismatchError(
-                f"{where}: {_shown(beside)} is {list(its.shape)}, by weight_block_size {list(block)} of config.json it "
-                f"should be {list(shape)}"
+                f"{where}: {_shown(beside)} is {list(its.shape)}, by the blocks of {block[0]} x {block[1]} of "
+                f"config.json it should be {list(shape)}"
             )
         rows = StoredRows(beside, dtypes[beside], its.shape, file_of_scales, its.begin)
         found[name] = BlockScaledRows(name, entry.shape, file, entry.begin, rows, block)

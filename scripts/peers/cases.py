@@ -75,6 +75,8 @@ class FamilyCase:
     """The form beside ``saved`` in which the model is stored (``form`` of reference.py), where it is a mixture."""
     fp8_scales: str | None = None
     """torch's name of the dtype of scales, where projections are 8-bit floats with a scale for each block."""
+    fp8_rows: bool = False
+    """Whether a block is a row, as compressed-tensors has it."""
 
     further: bool = False
     """Whether the checkpoint has a layer of multi-token prediction."""
@@ -412,6 +414,7 @@ FAMILIES = (
         further=True,
     ),
     _fp8("bfloat16", "qwen3", "Qwen3ForCausalLM", "qwen3", head_dim=64, intermediate_size=416),
+    replace(_fp8("bfloat16", "qwen3-rows", "Qwen3ForCausalLM", "qwen3", head_dim=64), fp8_rows=True),
     _glm("glm4moe"),
     _glm("glm4moe-norms-tied", attention_bias=True, use_qk_norm=True, head_dim=64, tie_word_embeddings=True),
     _gpt_oss("gpt-oss", rope_parameters=YARN),

@@ -119,7 +119,7 @@ def families_by_transformers(bench: Bench, only: str) -> list[Case]:
             directory = bench.work / names[form]
             if not (directory / "config.json").exists():
                 job = {"do": "save", "out": str(directory), "form": form, "config": {**family.config}}
-                jobs.append(job | {"fp8": family.fp8_scales, "further": family.further})
+                jobs.append(job | {"fp8": family.fp8_scales, "fp8_rows": family.fp8_rows, "further": family.further})
                 directory.mkdir(exist_ok=True)
                 write_tokenizer(directory, family.tokenizer, None)
         for form in wanted:

@@ -127,7 +127,7 @@ def save(job: dict[str, Any]) -> None:
     if job.get("further"):
         _add_prediction(out, model.config)
     if job.get("fp8"):
-        _quantize_blocks(out, getattr(torch, job["fp8"]))
+        _quantize(out, getattr(torch, job["fp8"]), by_rows=job["fp8_rows"])
 
 
 def _save_state(model: Any, out: Path, form: str) -> None:
@@ -161,38 +161,45 @@ def _add_prediction(out: Path, config: Any) -> None:
 FP8_BLOCK = 128
 
 
-def _quantize_blocks(out: Path, dtype: torch.dtype) -> None:
-    """Quantize a checkpoint as DeepSeek-V3 is published, and write beside it what torch computes of it."""
+def _quantize(out: Path, dtype: torch.dtype, *, by_rows: bool) -> None:
+    """Quantize a checkpoint as DeepSeek-V3 is published, or ``by_rows`` as by llm-compressor, and write beside it what
+    torch computes of it."""
     stored: dict[str, torch.Tensor] = {}
     computed: dict[str, torch.Tensor] = {}
     for shard in sorted(out.glob("*.safetensors")):
         for name, tensor in load_file(shard).items():
             stored[name] = computed[name] = tensor
             if "_proj" in name and tensor.ndim > 1:
-                stored[name], scales = _blockwise(tensor.float(), dtype)
-                stored[f"{name}_scale_inv"] = scales
-                computed[name] = stored[name].float() * _spread(scales.float(), tensor.shape)
+                block = (1, tensor.shape[-1]) if by_rows else (FP8_BLOCK, FP8_BLOCK)
+                stored[name], scales = _blockwise(tensor.float(), dtype, block)
+                stored[f"{name}_scale" if by_rows else f"{name}_scale_inv"] = scales
+                computed[name] = stored[name].float() * _spread(scales.float(), tensor.shape, block)
         shard.unlink()
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    own = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}}
+    method: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+    if by_rows:
+        weights = {"type": "float", "num_bits": 8, "strategy": "channel"}
+        method = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+        method["format"] = "float-quantized"
+    own = {"quantization_config": method}
     for place, tensors, keys in ((out, stored, own), (out.with_name(f"{out.name}-computed"), computed, {})):
         place.mkdir(parents=True, exist_ok=True)
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         (place / "config.json").write_text(json.dumps(config | keys), encoding="utf-8")
 
 
-def _blockwise(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _blockwise(tensor: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The bytes of a matrix, or of a stack of matrices, and the scale of each block."""
-    rows, columns = (-(-size // FP8_BLOCK) for size in tensor.shape[-2:])
-    padded = torch.zeros(*tensor.shape[:-2], rows * FP8_BLOCK, columns * FP8_BLOCK)
+    rows, columns = (-(-size // step) for size, step in zip(tensor.shape[-2:], block, strict=True))
+    padded = torch.zeros(*tensor.shape[:-2], rows * block[0], columns * block[1])
     padded[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
-    blocks = padded.reshape(*tensor.shape[:-2], rows, FP8_BLOCK, columns, FP8_BLOCK)
+    blocks = padded.reshape(*tensor.shape[:-2], rows, block[0], columns, block[1])
     scales = (blocks.abs().amax((-3, -1)) / 448).to(dtype)
-    return (tensor / _spread(scales.float(), tensor.shape)).to(torch.float8_e4m3fn), scales
+    return (tensor / _spread(scales.float(), tensor.shape, block)).to(torch.float8_e4m3fn), scales
 
 
-def _spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    spread = scales.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
+def _spread(scales: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> torch.Tensor:
+    spread = scales.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
     return spread[..., : shape[-2], : shape[-1]]
 
 

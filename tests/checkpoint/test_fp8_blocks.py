@@ -22,6 +22,13 @@ from tests import tiny
 from tests.families.agreement import check_quantized
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+ROWS: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel", "block_structure": None}}
+    },
+}
 Stored = dict[str, tuple[str, NDArray[Any]]]
 
 
@@ -90,6 +97,29 @@ def test_values_of_a_checkpoint(tmp_path: Path, scale_dtype: str) -> None:
                 np.testing.assert_array_equal(read_f32(tensor, start, stop), whole[start:stop])
         embedding = model.tensors["model.embed_tokens.weight"]
         assert embedding.dtype.value == "BF16"
+
+
+def test_a_scale_for_each_row(tmp_path: Path) -> None:
+    """As compressed-tensors stores them; ``weight_scale`` is the name of the scales then."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def by_rows(tensors: Stored) -> None:
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            del tensors[name]
+            weights = name.removesuffix("_scale_inv")
+            shapes[weights] = tensors[weights][1].shape
+            scales = np.random.default_rng(len(shapes)).uniform(1e-4, 1e-3, (shapes[weights][0], 1))
+            tensors[f"{weights}_scale"] = "BF16", tiny.stored_bits(scales.astype(np.float32), "BF16")
+        stored.update(tensors)
+
+    stored: Stored = {}
+    with open_checkpoint(quantized(tmp_path / "model", stated=ROWS, change=by_rows)) as model:
+        for name in shapes:
+            scales = (stored[f"{name}_scale"][1].astype(np.uint32) << 16).view(np.float32)
+            np.testing.assert_array_equal(read_f32(model.tensors[name]), E4M3_VALUES[stored[name][1]] * scales)
+            np.testing.assert_array_equal(
+                read_f32(model.tensors[name], 3, 5)[1], read_f32(model.tensors[name], 4, 5)[0]
+            )
 
 
 def test_blocks_begin_again_with_every_matrix_of_a_stack(tmp_path: Path) -> None:
@@ -171,8 +201,8 @@ def _with(name: str, dtype: str, shape: tuple[int, ...]) -> Callable[[Stored], N
         (lambda tensors: tensors.pop(NAME), f"holds {SCALES}, but no {NAME}"),
         (_with(NAME, "BF16", (512, 256)), f"{NAME} has scales and is BF16 of shape .* expected a matrix of F8_E4M3"),
         (_with(NAME, "F8_E5M2", (512, 256)), f"{NAME} has scales and is F8_E5M2"),
-        (_with(NAME, "F8_E4M3", (512, 128)), rf"{SCALES} is \[4, 2\], by weight_block_size \[128, 128\] .* \[4, 1\]"),
-        (_with(SCALES, "F32", (4, 4)), rf"{SCALES} is \[4, 4\], by weight_block_size .* should be \[4, 2\]"),
+        (_with(NAME, "F8_E4M3", (512, 128)), rf"{SCALES} is \[4, 2\], by the blocks of 128 x 128 .* \[4, 1\]"),
+        (_with(SCALES, "F32", (4, 4)), rf"{SCALES} is \[4, 4\], by the blocks of 128 x 128 .* should be \[4, 2\]"),
         (_with(SCALES, "F8_E4M3", (4, 2)), rf"not BF16, F16 or F32: {SCALES} \(F8_E4M3\)"),
     ],
 )
@@ -200,6 +230,8 @@ def test_a_wrong_shape_is_told_of_the_weights(tmp_path: Path) -> None:
         {**FP8, "weight_block_size": [128, 0]},
         {**FP8, "fmt": "e5m2"},
         {"quant_method": "compressed-tensors"},
+        {**ROWS, "format": "int-quantized"},
+        {**ROWS, "config_groups": {**ROWS["config_groups"], "group_1": {}}},
     ],
 )
 def test_scales_without_the_size_of_blocks_are_refused(tmp_path: Path, stated: Any) -> None:
