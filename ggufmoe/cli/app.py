@@ -88,6 +88,16 @@ VERBS = (
         ),
     ),
     Verb(
+        "serve",
+        "ggufmoe.cli.serve:serve_command",
+        "Answer programs that speak OpenAI's HTTP interface.",
+        (
+            "ggufmoe serve model.gguf",
+            "ggufmoe serve model.gguf --port 9000 --alias mixtral",
+            "ggufmoe serve model.gguf -c 16384 --api-key-file keys",
+        ),
+    ),
+    Verb(
         "route",
         "ggufmoe.cli.route:route_command",
         "Show which experts every token went to.",
@@ -171,7 +181,7 @@ _FIRST_STEPS = (
 _DRAWING_AT_ONCE = ("convert", "quantize", "merge")
 """Verbs that import little before they show their progress."""
 _WITHOUT_STATUS = frozenset({"-h", "--help", "--quiet"})
-_READING_AS_THEY_RUN = ("run", "chat", "route", "perplexity", "imatrix", "bench")
+_READING_AS_THEY_RUN = ("run", "chat", "serve", "route", "perplexity", "imatrix", "bench")
 """Verbs that map a model's file, and end without a word from the system when it becomes shorter."""
 
 

@@ -31,6 +31,7 @@ from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
 from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
 from ggufmoe.options.routing_options import RoutingKeywords, RoutingOptions
 from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions, StopOptions, TemplateOptions
+from ggufmoe.options.server_options import ServerOptions
 from ggufmoe.options.worker_options import WorkerOptions
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "RoutingKeywords",
     "RoutingOptions",
     "SamplingOptions",
+    "ServerOptions",
     "StopOptions",
     "TemplateOptions",
     "WorkerOptions",

@@ -1,0 +1,150 @@
+"""Answers under way: several read side by side, the spelling of their tokens, and their numbers for clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ggufmoe.runtime.asyncstream import read_async
+from ggufmoe.runtime.events import ChatEvent, Finished, Timing, Token
+from ggufmoe.work import CancelFlag
+
+_MAX_UNREAD = 32
+
+
+@dataclass(frozen=True)
+class Echo:
+    """The prompt as a part of an answer: its text, and its tokens where their probabilities are wanted."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+AnswerEvent = ChatEvent | Echo
+Start = Callable[[CancelFlag], Iterator[AnswerEvent]]
+"""Begins an answer, in a thread of its own; blocks until its first event has come."""
+
+
+class Completion(Protocol):
+    """What a request asks for: answers, and the objects in which they are sent."""
+
+    starts: Sequence[Start]
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What a stream begins with."""
+        ...
+
+    def chunks(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
+        """What a stream holds for an event of answer ``index``; must be called with every event."""
+        ...
+
+    def closing(self) -> list[dict[str, Any]]:
+        """What a stream ends with."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """The response that is no stream, once all events were passed to ``chunks``."""
+        ...
+
+    def timings(self) -> list[Timing]:
+        """Numbers of the answers that have ended."""
+        ...
+
+
+async def side_by_side(starts: Sequence[Start]) -> AsyncGenerator[tuple[int, AnswerEvent], None]:
+    """The events of all answers as they come, each with the number of its answer; closing it ends them all."""
+    arrived: asyncio.Queue[tuple[int, AnswerEvent] | Exception | None] = asyncio.Queue(_MAX_UNREAD)
+
+    async def read(index: int, start: Start) -> None:
+        try:
+            async with aclosing(read_async(start)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    await arrived.put((index, event))
+        except Exception as error:
+            await arrived.put(error)
+        else:
+            await arrived.put(None)
+
+    readers = [asyncio.create_task(read(index, start)) for index, start in enumerate(starts)]
+    n_open = len(readers)
+    try:
+        while n_open:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                n_open -= 1
+            else:
+                yield item
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+class Spelling:
+    """The bytes of tokens. They are asked for where answers are read, so that nothing waits in the event loop."""
+
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        self._piece = piece
+        self._known: dict[int, bytes] = {}
+
+    def learn(self, tokens: Iterable[Token]) -> None:
+        """Ask for the bytes of tokens and of their alternatives."""
+        for token in tokens:
+            for token_id in (token.token_id, *(other for other, _ in token.alternatives)):
+                if token_id not in self._known:
+                    self._known[token_id] = self._piece(token_id)
+
+    def learning(self, events: Iterator[AnswerEvent]) -> Iterator[AnswerEvent]:
+        """Yield ``events`` once their tokens are known."""
+        for event in events:
+            if isinstance(event, Token):
+                self.learn([event])
+            elif isinstance(event, Echo):
+                self.learn(event.tokens)
+            yield event
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token that was learnt."""
+        return self._known[token_id]
+
+    def text_of(self, token_id: int) -> str:
+        """The same as text; bytes that are no UTF-8 by themselves are replaced."""
+        return self._known[token_id].decode("utf-8", "replace")
+
+
+def finish_reason(last: Finished, *, has_calls: bool = False) -> str:
+    """Why an answer ended, as OpenAI names it."""
+    if last.reason in ("length", "context"):
+        return "length"
+    return "tool_calls" if has_calls else "stop"
+
+
+def usage_of(timings: Sequence[Timing], n_same: int = 1) -> dict[str, Any]:
+    """The numbers of tokens; each prompt counts once for its ``n_same`` answers."""
+    prompts = [timings[begin : begin + n_same] for begin in range(0, len(timings), n_same)]
+    n_prompt = sum(same[0].prompt_tokens for same in prompts)
+    n_answer = sum(timing.generated_tokens for timing in timings)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_answer,
+        "total_tokens": n_prompt + n_answer,
+        "prompt_tokens_details": {"cached_tokens": sum(same[0].cached_tokens for same in prompts)},
+    }
+
+
+def timings_of(timing: Timing) -> dict[str, Any]:
+    """Times of one answer, under the names of llama-server."""
+    return {
+        "cache_n": timing.cached_tokens,
+        "prompt_n": timing.prompt_tokens - timing.cached_tokens,
+        "prompt_ms": round(1000 * timing.prompt_s, 3),
+        "prompt_per_second": round(timing.prompt_tokens_per_s, 3),
+        "predicted_n": timing.generated_tokens,
+        "predicted_ms": round(1000 * timing.generation_s, 3),
+        "predicted_per_second": round(timing.generated_tokens_per_s, 3),
+    }

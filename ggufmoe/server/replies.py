@@ -1,0 +1,175 @@
+"""Computing a completion and sending it: as one JSON object or as a stream of events (SSE).
+
+Owns how many answers may be under way, and the ends of a request: its client leaves, its time is over, it fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from ggufmoe.server.answers import Completion, side_by_side
+from ggufmoe.server.apierror import ApiError, api_error_of
+
+_HEADERS_S = 2.0
+"""A stream begins when its first token has come, or after so many seconds; until then an error has a status."""
+_COMMENT_S = 10.0
+"""While nothing comes, a stream gets a comment at this interval, so that nobody takes it for dead."""
+_RETRY_S = 5
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Admission:
+    """How many answers may wait or be under way."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.n_under_way = 0
+
+    @contextmanager
+    def places(self, n: int) -> Iterator[None]:
+        """Hold ``n`` places within the block. Raises ApiError: 429 where none are free, 400 where they never are."""
+        if n > self._limit:
+            raise ApiError(400, f"{n} answers are asked for, and the server takes on {self._limit} at most", param="n")
+        if self.n_under_way + n > self._limit:
+            message = f"{self.n_under_way} answers are waiting or under way, and the limit is {self._limit}: try later"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(_RETRY_S)})
+        self.n_under_way += n
+        try:
+            yield
+        finally:
+            self.n_under_way -= n
+
+
+class CompletionReply:
+    """An ASGI response: makes a completion, computes it and sends it.
+
+    ``make`` is called in a thread. ``on_end`` gets the completion when it has been computed, ``on_error`` each error.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Completion],
+        *,
+        n_answers: int,
+        stream: bool,
+        timeout_s: float,
+        admission: Admission,
+        on_end: Callable[[Completion], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._make = make
+        self._n_answers = n_answers
+        self._stream = stream
+        self._timeout_s = timeout_s
+        self._admission = admission
+        self._on_end = on_end
+        self._on_error = on_error
+        self._has_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request whose body has been read."""
+        try:
+            with self._admission.places(self._n_answers):
+                await unless_left(receive, asyncio.wait_for(self._answer(scope, receive, send), self._timeout_s))
+        except Exception as error:
+            self._on_error(error)
+            if isinstance(error, asyncio.TimeoutError):
+                error = ApiError(504, f"the request was not answered within {self._timeout_s:g} s (--timeout)")
+            told = api_error_of(error)
+            if not self._has_begun:
+                await told.response()(scope, receive, send)
+            elif self._stream:
+                await send({"type": "http.response.body", "body": _event(told.to_dict()), "more_body": False})
+            else:
+                raise
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        completion = await asyncio.to_thread(self._make)
+        if self._stream:
+            await self._send_stream(completion, send)
+            return
+        async with aclosing(side_by_side(completion.starts)) as events:
+            async for index, event in events:
+                completion.chunks(index, event)
+        self._on_end(completion)
+        self._has_begun = True
+        await JSONResponse(completion.whole())(scope, receive, send)
+
+    async def _send_stream(self, completion: Completion, send: Send) -> None:
+        async with aclosing(_with_pauses(self._parts(completion))) as parts:
+            async for part in parts:
+                if not self._has_begun:
+                    self._has_begun = True
+                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                await send({"type": "http.response.body", "body": part or b": waiting\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _parts(self, completion: Completion) -> AsyncGenerator[bytes, None]:
+        is_first = True
+        async with aclosing(side_by_side(completion.starts)) as events:
+            async for index, event in events:
+                objects = (completion.opening() if is_first else []) + completion.chunks(index, event)
+                is_first = False
+                if objects:
+                    yield b"".join(map(_event, objects))
+        self._on_end(completion)
+        if closing := completion.closing():
+            yield b"".join(map(_event, closing))
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _with_pauses(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """``parts``, with an empty one wherever nothing has come for a while."""
+    wait_s, pending = _HEADERS_S, None
+    try:
+        while True:
+            pending = pending or asyncio.ensure_future(anext(parts))
+            done, _ = await asyncio.wait({pending}, timeout=wait_s)
+            wait_s = _COMMENT_S
+            if not done:
+                yield b""
+                continue
+            finished, pending = pending, None
+            try:
+                part = finished.result()
+            except StopAsyncIteration:
+                return
+            yield part
+    finally:
+        if pending is not None:
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+        await parts.aclose()
+
+
+async def unless_left(receive: Receive, work: Awaitable[None]) -> None:
+    """Do ``work`` to its end, or until the client leaves; raises what it raises."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,102 @@
+"""Running the server: its socket, the loading of the model beside it, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from ggufmoe.errors import OptionError
+from ggufmoe.options import ServerOptions
+from ggufmoe.server.guard import MAX_HEADER_BYTES, check_exposure, read_keys
+from ggufmoe.server.modelhost import ModelHost
+from ggufmoe.server.webapp import web_app
+from ggufmoe.work import CancelFlag
+
+GRACE_S = 10
+"""Requests that are under way when the server is asked to end may go on for so long."""
+_KEEP_ALIVE_S = 30
+_WATCH_S = 0.1
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves signals to its caller."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """The server for the model that ``host`` loads; clients know it as ``model``. Listens when this returns.
+
+    Raises OptionError for an address that cannot be listened at, or that others reach without a key.
+    """
+
+    def __init__(self, host: ModelHost, model: str, options: ServerOptions, *, grace_s: int = GRACE_S) -> None:
+        self._host = host
+        keys = read_keys(options)
+        self._socket = _listening(options, keys)
+        address, self.port = self._socket.getsockname()[:2]
+        self.url = f"http://[{address}]:{self.port}" if ":" in address else f"http://{address}:{self.port}"
+        self._server = _Server(
+            uvicorn.Config(
+                web_app(host, model, options, keys),
+                http="h11",
+                ws="none",
+                lifespan="off",
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=grace_s,
+            )
+        )
+
+    def run(self, stop: CancelFlag, on_loaded: Callable[[], None] = lambda: None) -> None:
+        """Serve until ``stop`` is set; then running requests may go on for ``grace_s``, and new ones are refused.
+
+        The model is loaded meanwhile; ``on_loaded`` is called in a thread when that is done. Closes ``host``. Raises
+        what loading raises.
+        """
+        try:
+            asyncio.run(self._run(stop, on_loaded))
+        finally:
+            self._socket.close()
+            self._host.close()
+
+    async def _run(self, stop: CancelFlag, on_loaded: Callable[[], None]) -> None:
+        def load() -> None:
+            self._host.load()
+            on_loaded()
+
+        serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        loading = asyncio.create_task(asyncio.to_thread(load))
+        while not serving.done():
+            if stop.is_set():
+                self._host.stop_loading()
+                self._server.should_exit = True
+            if loading.done() and loading.exception() is not None:
+                self._server.should_exit = True
+            await asyncio.sleep(_WATCH_S)
+        await serving
+        await loading
+
+
+def _listening(options: ServerOptions, keys: tuple[str, ...]) -> socket.socket:
+    where = f"--host {options.host} --port {options.port}"
+    try:
+        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise OptionError(f"--host {options.host}: not an address of this machine, nor a name of one") from error
+    family, _, _, _, address = found[0]
+    check_exposure(options, [str(address[0])], keys)
+    try:
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except OSError as error:
+        raise OptionError(f"{where}: cannot listen there: {error.strerror or error}") from error
