@@ -48,6 +48,8 @@ class ModelMemory:
     """Whether a window begins at a multiple of its length and grows from there, instead of moving with each token."""
     pads_values: bool = True
     is_exact: bool = True
+    n_not_loaded: int = 0
+    """Number of layers at the end whose weights llama.cpp does not load: they predict tokens ahead."""
 
     @classmethod
     def of(cls, metadata: Mapping[str, GGUFValue]) -> ModelMemory:
@@ -121,6 +123,11 @@ _HYBRID_BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
 _NEMOTRON = {"nemotron_h", "nemotron_h_moe"}
 _SHARES_KV = {"gemma3n": 20}
 """Only so many of the first layers have keys and values of their own."""
+_LOADS_NO_PREDICTION = {
+    *("bailingmoe3", "cohere2moe", "deepseek2", "deepseek32", "deepseek4", "glm-dsa", "glm4moe", "glm5-next", "hy_v3"),
+    *("mimo2", "nemotron_h", "nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next", "step35"),
+}
+"""Architectures whose layers that predict tokens ahead are skipped unless ``load_mtp`` is set, which it is not here."""
 _OTHER_CACHES = {
     "minimax-m3",
     "glm-dsa",
@@ -162,6 +169,7 @@ class _Reader:
             is_chunked=window is not None and window.is_chunked,
             pads_values=has_values,
             is_exact=self._architecture not in _OTHER_CACHES,
+            n_not_loaded=self._n_layer - self._n_trunk if self._architecture in _LOADS_NO_PREDICTION else 0,
         )
 
     def _count(self, template: str, default: int = 0) -> int:

@@ -84,8 +84,11 @@ class Footprint:
 
     def _tensors(self) -> Iterator[WeightTensor]:
         is_tied = not any(info.name == OUTPUT for info in self.model.tensors)
+        not_loaded = range(self.n_layer - self.model.memory.n_not_loaded, self.n_layer)
         for number, shard in enumerate(self.model.shards):
             for info in shard.header.tensors:
+                if layer_of(info.name) in not_loaded:
+                    continue
                 offset = shard.header.data_offset + info.offset
                 yield _weight_tensor(info, number, offset, self._layer_of(info.name))
                 if info.name == TOKEN_EMBEDDING and is_tied:

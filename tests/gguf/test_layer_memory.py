@@ -67,6 +67,8 @@ def test_deepseek_keeps_compressed_keys_and_no_values() -> None:
 def test_layers_that_predict_ahead_keep_nothing() -> None:
     found = memory("glm4moe", **PLAIN | {"block_count": 3}, nextn_predict_layers=1)
     assert [layer.n_keys for layer in found.layers] == [128, 128, 0]
+    assert found.n_not_loaded == 1
+    assert memory("llama", **PLAIN | {"block_count": 3}, nextn_predict_layers=1).n_not_loaded == 0
 
 
 @pytest.mark.parametrize(
