@@ -246,8 +246,9 @@ def _alike_by_other_means(ours: _Weights, theirs: _Weights, *, tied: bool) -> se
         zeros = bytes(int(np.prod(shape)) * {"F32": 4}.get(dtype, 2))
         if name.endswith(".bias") and found == hashlib.sha256(zeros).hexdigest():
             known.add(name)
-    if tied and "lm_head.weight" not in theirs and ours["lm_head.weight"] == ours["model.embed_tokens.weight"]:
-        known.add("lm_head.weight")
+    output = "lm_head.weight"
+    if tied and output in ours.keys() - theirs.keys() and ours[output] == ours["model.embed_tokens.weight"]:
+        known.add(output)
     return known
 
 
