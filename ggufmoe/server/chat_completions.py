@@ -26,8 +26,13 @@ EXACT_CHARS = 1 << 18
 """Longer texts are not tokenized to their end when they certainly do not fit the context."""
 
 
-def chat_completion(served: ServedModel, asked: ChatCompletionRequest, model: str) -> Completion:
-    """The completion that ``asked`` asks for; renders the prompt. Raises ApiError and errors of ggufmoe."""
+def chat_completion(
+    served: ServedModel, asked: ChatCompletionRequest, model: str, cancel: CancelFlag | None = None
+) -> Completion:
+    """The completion that ``asked`` asks for; renders the prompt. Raises ApiError and errors of ggufmoe.
+
+    Clients know the model as ``model``. Raises Cancelled when ``cancel`` is set meanwhile.
+    """
     chat_format, messages = served.chat(), conversation_of(asked.messages)
     tools = [] if asked.tool_choice == "none" else [tool.to_tool() for tool in asked.tools]
     must_call = asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool)
@@ -35,8 +40,8 @@ def chat_completion(served: ServedModel, asked: ChatCompletionRequest, model: st
     if must_call and schema is not None:
         raise invalid("a call that must come contradicts response_format", "response_format")
     shown, is_known = tools, knows_tools(chat_format)
-    if (tools and not is_known) or (not is_known and any(message.tool_calls for message in messages)):
-        messages, shown = in_words(messages, tools) if tools else messages, []
+    if not is_known and (tools or any(message.tool_calls or message.role == "tool" for message in messages)):
+        messages, shown = in_words(messages, tools), []
     reader = with_bare_calls(chat_format) if tools and (must_call or not is_known) else chat_format
     if isinstance(asked.tool_choice, NamedTool):
         tools = [tool for tool in tools if tool.name == asked.tool_choice.function.name]
@@ -45,7 +50,7 @@ def chat_completion(served: ServedModel, asked: ChatCompletionRequest, model: st
     sampling = asked.sampling((asked.top_logprobs or 0) if asked.logprobs else None, asked.n_predict, schema)
     engine = chat_format.engine
     must_fit = engine.overflow == "error" and sum(len(message.content) for message in messages) > EXACT_CHARS
-    prompt = chat_format.render(messages, shown, _variables(chat_format, asked), must_fit=must_fit)
+    prompt = chat_format.render(messages, shown, _variables(chat_format, asked), must_fit=must_fit, cancel=cancel)
     if schema is not None or sampling.grammar is not None or sampling.json_schema is not None:
         prompt = answering_at_once(chat_format, prompt)
     check_room(engine, len(prompt.tokens), "messages")

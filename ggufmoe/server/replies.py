@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ggufmoe.server.answers import Completion, side_by_side
 from ggufmoe.server.apierror import ApiError, api_error_of
+from ggufmoe.work import CancelFlag
 
 _HEADERS_S = 2.0
 """A stream begins when its first token has come, or after so many seconds; until then an error has a status."""
@@ -54,12 +56,13 @@ class Admission:
 class CompletionReply:
     """An ASGI response: makes a completion, computes it and sends it.
 
-    ``make`` is called in a thread. ``on_end`` gets the completion when it has been computed, ``on_error`` each error.
+    ``make`` is called in a thread, with a flag that is set when nobody wants its result any more. ``on_end`` gets the
+    completion when it has been computed, ``on_error`` each error.
     """
 
     def __init__(
         self,
-        make: Callable[[], Completion],
+        make: Callable[[CancelFlag], Completion],
         *,
         n_answers: int,
         stream: bool,
@@ -95,7 +98,11 @@ class CompletionReply:
                 raise
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        completion = await asyncio.to_thread(self._make)
+        is_over = threading.Event()
+        try:
+            completion = await asyncio.to_thread(self._make, is_over)
+        finally:
+            is_over.set()
         if self._stream:
             await self._send_stream(completion, send)
             return

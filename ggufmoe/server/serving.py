@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ggufmoe.errors import OptionError
 from ggufmoe.options import ServerOptions
@@ -18,8 +19,34 @@ from ggufmoe.work import CancelFlag
 
 GRACE_S = 10
 """Requests that are under way when the server is asked to end may go on for so long."""
-_KEEP_ALIVE_S = 30
+_IDLE_S = 30
+"""A connection without a request is closed after so long."""
 _WATCH_S = 0.1
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed when it has been without a complete request for one to two times uvicorn's
+    ``timeout_keep_alive``.
+
+    uvicorn itself closes a connection only after a response, and would keep one with half a request for ever.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._seen: object = self
+        self._look = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_idle(self) -> None:
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self._seen is self.cycle:
+            self.transport.close()
+        else:
+            self._seen = self.cycle
+            self._look = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
 
 
 class _Server(uvicorn.Server):
@@ -36,7 +63,9 @@ class HttpServer:
     Raises OptionError for an address that cannot be listened at, or that others reach without a key.
     """
 
-    def __init__(self, host: ModelHost, model: str, options: ServerOptions, *, grace_s: int = GRACE_S) -> None:
+    def __init__(
+        self, host: ModelHost, model: str, options: ServerOptions, *, grace_s: float = GRACE_S, idle_s: float = _IDLE_S
+    ) -> None:
         self._host = host
         keys = read_keys(options)
         self._socket = _listening(options, keys)
@@ -45,16 +74,17 @@ class HttpServer:
         self._server = _Server(
             uvicorn.Config(
                 web_app(host, model, options, keys),
-                http="h11",
+                http=_Connection,
                 ws="none",
                 lifespan="off",
                 loop="asyncio",
                 log_config=None,
+                log_level="critical",  # it would print a line for each client that sends rubbish
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=grace_s,
+                timeout_keep_alive=idle_s,  # type: ignore[arg-type]  # it takes fractions too
+                timeout_graceful_shutdown=grace_s,  # type: ignore[arg-type]
             )
         )
 

@@ -33,19 +33,24 @@ _DEFAULT_TOKENS = 16
 """Of OpenAI's completions, where ``max_tokens`` is not given."""
 
 
-def text_completion(served: ServedModel, asked: CompletionRequest, model: str) -> Completion:
-    """The completion that ``asked`` asks for; tokenizes its prompts. Raises ApiError and errors of ggufmoe."""
+def text_completion(
+    served: ServedModel, asked: CompletionRequest, model: str, cancel: CancelFlag | None = None
+) -> Completion:
+    """The completion that ``asked`` asks for; tokenizes its prompts. Raises ApiError and errors of ggufmoe.
+
+    Clients know the model as ``model``. Raises Cancelled when ``cancel`` is set meanwhile.
+    """
     engine = served.engine
     n_predict = _DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
     sampling = asked.sampling(asked.logprobs, n_predict)
-    prompts = [_tokens(engine, prompt) for prompt in asked.prompt]
+    prompts = [_tokens(engine, prompt, cancel) for prompt in asked.prompt]
     return _TextCompletion(engine, asked, model, prompts, sampling)
 
 
-def _tokens(engine: EngineLike, prompt: str | list[int]) -> list[int]:
+def _tokens(engine: EngineLike, prompt: str | list[int], cancel: CancelFlag | None) -> list[int]:
     if isinstance(prompt, str):
         must_fit = engine.overflow == "error" and len(prompt) > EXACT_CHARS
-        tokens = engine.tokenize(prompt, parse_special=True, must_fit=must_fit)
+        tokens = engine.tokenize(prompt, parse_special=True, must_fit=must_fit, cancel=cancel)
     else:
         tokens = prompt
         if wrong := [token for token in tokens if token >= engine.n_vocab]:

@@ -38,6 +38,8 @@ def in_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message
     listed = "\n".join(json.dumps(tool.to_template()["function"], ensure_ascii=False) for tool in tools)
     told = f"{_HOW}\n\n{listed}"
     plain = [_plain(message) for message in messages]
+    if not tools:
+        return plain
     if plain and plain[0].role == "system":
         return [replace(plain[0], content=f"{plain[0].content}\n\n{told}"), *plain[1:]]
     return [Message("system", told), *plain]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -32,7 +33,7 @@ from ggufmoe.server.bodies import read_object, validated
 from ggufmoe.server.chat_completions import chat_completion
 from ggufmoe.server.guard import Guard
 from ggufmoe.server.metrics import Metrics
-from ggufmoe.server.modelhost import ModelHost, ServedModel
+from ggufmoe.server.modelhost import ModelHost
 from ggufmoe.server.replies import Admission, CompletionReply
 from ggufmoe.server.text_completions import text_completion
 
@@ -146,21 +147,19 @@ class _Endpoints:
 
     async def chat_completions(self, request: Request) -> CompletionReply:
         asked = validated(ChatCompletionRequest, await read_object(request))
-        return self._reply(asked, asked.n, lambda served: chat_completion(served, asked, self._model))
+        return self._reply(asked, asked.n, partial(chat_completion, asked=asked, model=self._model))
 
     async def completions(self, request: Request) -> CompletionReply:
         asked = validated(CompletionRequest, await read_object(request))
         n_answers = asked.n * len(asked.prompt)
-        return self._reply(asked, n_answers, lambda served: text_completion(served, asked, self._model))
+        return self._reply(asked, n_answers, partial(text_completion, asked=asked, model=self._model))
 
-    def _reply(
-        self, asked: GenerationFields, n_answers: int, make: Callable[[ServedModel], Completion]
-    ) -> CompletionReply:
+    def _reply(self, asked: GenerationFields, n_answers: int, make: Callable[..., Completion]) -> CompletionReply:
         asked.check()
         self._check_model(asked.model)
         served = self._host.served()
         return CompletionReply(
-            lambda: make(served),
+            lambda cancel: make(served, cancel=cancel),
             n_answers=n_answers,
             stream=asked.stream,
             timeout_s=self._options.timeout,

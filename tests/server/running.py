@@ -50,7 +50,8 @@ TALKER = Scripted(
 PLAIN = Scripted(
     {"[assistant]": " Hi", '{"name": "clock", "arguments": {}}': "</s>", " go": '{"name": "clock", "arguments": {}}'},
     pieces=["[user]", "[system]", " hello"],
-    chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]{{ ending or '' }}",
+    chat_template="{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]{{ ending or '' }}",
 )
 """A model whose template knows no tools."""
 WEATHER = {
@@ -81,11 +82,11 @@ def loading(path: Path, context: ContextOptions = ONE_THREAD) -> Load:
 
 @contextmanager
 def serving(
-    load: Load, options: ServerOptions | None = None, *, wait: bool = True, grace_s: int = 1
+    load: Load, options: ServerOptions | None = None, *, wait: bool = True, idle_s: float = 30
 ) -> Iterator[tuple[httpx.Client, ModelHost]]:
     """A client of a server in a thread, and what the server holds; the model is loaded with ``wait``."""
     host, stop, loaded = ModelHost(load), threading.Event(), threading.Event()
-    server = HttpServer(host, "talker", options or ServerOptions(port=0), grace_s=grace_s)
+    server = HttpServer(host, "talker", options or ServerOptions(port=0), grace_s=0.3, idle_s=idle_s)
     thread = threading.Thread(target=server.run, args=(stop, loaded.set))
     thread.start()
     try:

@@ -181,6 +181,7 @@ def test_a_template_without_tools_gets_them_in_words(write_model: Callable[[Scri
         spoken = {"role": "assistant", "tool_calls": [call]}
         history = [*HELLO, spoken, {"role": "tool", "tool_call_id": call["id"], "content": "noon"}]
         assert chat(client, tools=[CLOCK], messages=history)["choices"][0]["message"]["content"] == "Hi"
+        assert chat(client, messages=history)["choices"][0]["message"]["content"] == "Hi"
 
 
 def test_text_completions(library: Any, talker: httpx.Client) -> None:
