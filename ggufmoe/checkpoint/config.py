@@ -142,6 +142,10 @@ def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"{path}: head_dim {config.head_dim} is odd, but rope rotates pairs of values")
     if family.check is not None:
         family.check(keys, config)
+    if (n_blocks := family.n_blocks(config)) > MAX_LAYERS:
+        raise CheckpointError(
+            f"{path} has {n_blocks} layers with those of multi-token prediction, and llama.cpp takes up to {MAX_LAYERS}"
+        )
     return config
 
 

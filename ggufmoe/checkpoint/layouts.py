@@ -255,8 +255,8 @@ def _arrange(
     wanted = list(pieces(config, layout, stored))
     shapes = {piece.stored: piece.stored_shape for piece in wanted}
     scales = {piece.scales: piece.stored_shape[:-1] for piece in wanted if piece.scales is not None}
-    _check_shapes(where, shapes | scales, stored)
     quantized = {piece.stored for piece in wanted if piece.scales is not None}
+    _check_shapes(where, shapes | scales, stored, read=quantized | scales.keys() | scaled.keys())
     _check_bytes(where, quantized | scales.keys(), stored)
     dtypes = _dtypes(where, shapes.keys() - quantized - scaled.keys(), stored)
 
@@ -293,10 +293,13 @@ def _block_scaled(
         if its.shape != (shape := scales_shape(entry.shape, block)):
             raise TensorMismatchError(
                 f"{where}: {_shown(beside)} is {list(its.shape)}, by the blocks of {block[0]} x {block[1]} of "
-                f"config.json it should be {list(shape)}"
+                f"config.json it should be {list(shape)}; fetch both again"
             )
         rows = StoredRows(beside, dtypes[beside], its.shape, file_of_scales, its.begin)
         found[name] = BlockScaledRows(name, entry.shape, file, entry.begin, rows, block)
+    lacking = sorted(name for name, (_, entry) in stored.items() if entry.dtype == STORED_DTYPE and name not in found)
+    if lacking:
+        raise TensorMismatchError(f"{where} has 8-bit floats without their scales: {_listed(lacking)}; fetch it again")
     _LOG.info("%s: %d tensors of 8-bit floats are read with the scales of their blocks", where, len(found))
     return found
 
@@ -373,8 +376,14 @@ def _scaled_rows(piece: TensorPiece, whole: BlockScaledRows) -> SourceTensor:
 
 
 def _check_shapes(
-    where: str, wanted: Mapping[str, Shape], stored: Mapping[str, tuple[TensorFile, TensorEntry]]
+    where: str,
+    wanted: Mapping[str, Shape],
+    stored: Mapping[str, tuple[TensorFile, TensorEntry]],
+    *,
+    read: Collection[str],
 ) -> None:
+    """Raise TensorMismatchError unless ``stored`` has the tensors ``wanted``; ``read`` are quantized ones among them
+    that are no sign of a tool whose weights are not read."""
     missing = [name for name in wanted if name not in stored]
     extra = [name for name in stored if name not in wanted and not is_harmless(name)]
     misshaped = [
@@ -385,7 +394,11 @@ def _check_shapes(
     found = {"missing": missing, "left over": extra, "wrongly shaped": misshaped}
     faults = [f"{kind}: {_listed(names)}" for kind, names in found.items() if names]
     modules = {name.rpartition(".")[0] for name in wanted}
-    of_modules = {name: entry.dtype for name, (_, entry) in stored.items() if name.rpartition(".")[0] in modules}
+    of_modules = {
+        name: entry.dtype
+        for name, (_, entry) in stored.items()
+        if name.rpartition(".")[0] in modules and name not in read
+    }
     if faults and (packed := packed_among(of_modules)) is not None:  # says more than what is missing
         raise TensorMismatchError(f"{where} {packed} ({'; '.join(faults)})")
     if faults:
@@ -396,7 +409,7 @@ def _check_bytes(where: str, names: set[str], stored: Mapping[str, tuple[TensorF
     """Raise CheckpointError if tensors that hold bytes of quantized weights have another dtype."""
     odd = [f"{name} ({stored[name][1].dtype})" for name in sorted(names) if stored[name][1].dtype != "U8"]
     if odd:
-        raise CheckpointError(f"{where} has quantized weights that are not bytes (U8): {_listed(odd)}")
+        raise CheckpointError(f"{where} has quantized weights that are not bytes (U8): {_listed(odd)}; fetch it again")
 
 
 def _dtypes(where: str, names: set[str], stored: Mapping[str, tuple[TensorFile, TensorEntry]]) -> dict[str, Dtype]:

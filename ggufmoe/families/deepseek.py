@@ -13,6 +13,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ggufmoe.families.config_reader import ConfigReader
+from ggufmoe.families.deepseek_v2 import (
+    DENSE_LAYERS,
+    EXPERT_WIDTH,
+    EXPERTS_EVERYWHERE,
+    HAS_EXPERTS,
+    N_SHARED,
+    shared_width,
+)
 from ggufmoe.families.family import (
     ConfigKey,
     Family,
@@ -35,7 +43,6 @@ from ggufmoe.families.standard import (
     feed_forward,
     heads_of_whole_width,
     layers_before,
-    layers_from,
     not_rescaled,
     shared_experts,
     size_of,
@@ -43,32 +50,23 @@ from ggufmoe.families.standard import (
 from ggufmoe.gguf.upstream import MODEL_ARCH, Keys
 from ggufmoe.gguf.values import f32, text, u32
 
-_DENSE_LAYERS, _N_SHARED, _WIDTH = "first_k_dense_replace", "n_shared_experts", "moe_intermediate_size"
-_HAS_EXPERTS = layers_from(_DENSE_LAYERS)
-
-
-def _shared_width(config: ModelConfig) -> int:
-    """The width of all shared experts of a layer, which are stored as one."""
-    return config.size(_N_SHARED) * config.size(_WIDTH)
-
-
-_EXPERTS = experts(size_of(_WIDTH), where=_HAS_EXPERTS)
-_SHARED = shared_experts(_shared_width, where=_HAS_EXPERTS)
+_EXPERTS = experts(size_of(EXPERT_WIDTH), where=HAS_EXPERTS)
+_SHARED = shared_experts(shared_width, where=HAS_EXPERTS)
 
 
 def _check(reader: ConfigReader, config: ModelConfig) -> None:
     heads_of_whole_width(reader, config)
-    if config.size(_N_SHARED) == 0:
-        raise reader.error(_N_SHARED, "1 or more: llama.cpp's deepseek graph has a shared expert in every layer")
+    if config.size(N_SHARED) == 0:
+        raise reader.error(N_SHARED, "1 or more: llama.cpp's deepseek graph has a shared expert in every layer")
     if config.rope_scaling.kind != "none":
         raise reader.error("rope_scaling", "null, which the converter takes for this family")
 
 
 def _check_rescaled(reader: ConfigReader, config: ModelConfig) -> None:
     heads_of_whole_width(reader, config)
-    if config.size(_DENSE_LAYERS):
+    if config.size(DENSE_LAYERS):
         raise reader.error(
-            _DENSE_LAYERS,
+            DENSE_LAYERS,
             "0: of llama.cpp's graphs for this family the one that has dense layers never rescales the weights of the "
             "chosen experts (norm_topk_prob)",
         )
@@ -77,21 +75,22 @@ def _check_rescaled(reader: ConfigReader, config: ModelConfig) -> None:
 def _of_experts(parameters: Iterable[HyperParameter]) -> tuple[HyperParameter, ...]:
     """The same with the width of an expert for that of a dense layer, as graphs without dense layers have it."""
     return tuple(
-        replace(one, value=size_of(_WIDTH)) if one.key == Keys.LLM.FEED_FORWARD_LENGTH else one for one in parameters
+        replace(one, value=size_of(EXPERT_WIDTH)) if one.key == Keys.LLM.FEED_FORWARD_LENGTH else one
+        for one in parameters
     )
 
 
 def _shares(reader: ConfigReader) -> bool:
-    return reader.value(_N_SHARED) not in (None, 0)
+    return reader.value(N_SHARED) not in (None, 0)
 
 
 def _rescales(reader: ConfigReader) -> bool:
-    return reader.value("norm_topk_prob") is True
+    return reader.flag("norm_topk_prob")
 
 
 def _is_mergekits(reader: ConfigReader) -> bool:
     """Whether the weights are rescaled; with dense layers only where that matters, which is refused."""
-    return _rescales(reader) and not (reader.value(_DENSE_LAYERS) and every_expert_is_used(reader))
+    return _rescales(reader) and not (reader.value(DENSE_LAYERS) and every_expert_is_used(reader))
 
 
 _RESCALED = Family(
@@ -104,20 +103,20 @@ _RESCALED = Family(
         *LLAMA_KEYS,
         # the only one of Granite's factors that llama.cpp does not take for one where it is missing
         HyperParameter(Keys.LLM.LOGIT_SCALE, f32, lambda config: 1.0),
-        HyperParameter(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, u32, _shared_width),
+        HyperParameter(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, u32, shared_width),
     ),
     defaults={
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e4,
-        _WIDTH: 1407,
+        EXPERT_WIDTH: 1407,
     },
     aliases={"num_local_experts": ("n_routed_experts",)},
-    keys=(ConfigKey(_WIDTH), ConfigKey(_N_SHARED, Kind.COUNT, 0), ConfigKey(_DENSE_LAYERS, Kind.COUNT, 0)),
+    keys=(ConfigKey(EXPERT_WIDTH), ConfigKey(N_SHARED, Kind.COUNT, 0), ConfigKey(DENSE_LAYERS, Kind.COUNT, 0)),
     refusals=(
         *REFUSALS,
         Refusal("scoring_func", ("softmax", None), "'softmax', by which llama.cpp scores experts of this family"),
-        Refusal("moe_layer_freq", (1, None), "1: llama.cpp has experts in every layer after the dense ones"),
+        EXPERTS_EVERYWHERE,
     ),
     check=_check_rescaled,
     computed=LLAMA.computed,
@@ -136,15 +135,15 @@ FAMILY = replace(
     architectures=("DeepseekForCausalLM",),
     model_types=("deepseek",),
     arch=MODEL_ARCH.DEEPSEEK,
-    tensors=decoder(*ATTENTION, *feed_forward(where=layers_before(_DENSE_LAYERS)), *_EXPERTS, *_SHARED),
+    tensors=decoder(*ATTENTION, *feed_forward(where=layers_before(DENSE_LAYERS)), *_EXPERTS, *_SHARED),
     hyper_parameters=(
         *common_parameters(),
         *LLAMA_KEYS,
         HyperParameter(Keys.Rope.SCALING_TYPE, text, lambda config: "none"),
-        HyperParameter(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, u32, size_of(_DENSE_LAYERS)),
-        HyperParameter(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, u32, size_of(_WIDTH)),
+        HyperParameter(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, u32, size_of(DENSE_LAYERS)),
+        HyperParameter(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, u32, size_of(EXPERT_WIDTH)),
         HyperParameter(Keys.LLM.EXPERT_WEIGHTS_SCALE, f32, lambda config: 1.0),
-        HyperParameter(Keys.LLM.EXPERT_SHARED_COUNT, u32, size_of(_N_SHARED)),
+        HyperParameter(Keys.LLM.EXPERT_SHARED_COUNT, u32, size_of(N_SHARED)),
     ),
     check=_check,
     computed=no_tensors,

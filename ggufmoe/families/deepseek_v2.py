@@ -202,7 +202,7 @@ def _check(reader: ConfigReader, config: ModelConfig) -> None:
             "not load it otherwise",
         )
     scaling = config.rope_scaling
-    key = "rope_parameters" if "rope_parameters" in reader.raw else "rope_scaling"
+    key = reader.rope_key
     if scaling.kind not in ("none", "yarn"):
         raise reader.error(key, "no scaling or yarn: llama.cpp's deepseek2 graph scales attention by no other")
     if scaling.kind == "yarn":
@@ -266,9 +266,7 @@ FAMILY = Family(
         only_silu(),
         no_bias("attention_bias"),
         no_bias("mlp_bias"),
-        Refusal(
-            "moe_layer_freq", (1, None), "1: llama.cpp's deepseek2 graph has experts in every layer after the first"
-        ),
+        EXPERTS_EVERYWHERE,
         Refusal(_SCORING, ("softmax", None), "'softmax', which DeepSeek-V2 scores experts by"),
         Refusal("topk_method", ("greedy", "group_limited_greedy", None), "'greedy' or 'group_limited_greedy'"),
         Refusal(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from ggufmoe.families.deepseek_v2 import (
     DENSE_LAYERS,
     EXPERT_WIDTH,
+    EXPERTS_EVERYWHERE,
     FEED_FORWARD,
     HAS_EXPERTS,
     LATENT_ATTENTION,
@@ -44,9 +45,7 @@ FAMILY = replace(
     refusals=(
         only_silu(),
         no_bias("attention_bias"),
-        Refusal(
-            "moe_layer_freq", (1, None), "1: llama.cpp's deepseek2 graph has experts in every layer after the first"
-        ),
+        EXPERTS_EVERYWHERE,
         Refusal("scoring_func", ("sigmoid", None), "'sigmoid', which DeepSeek-V3 scores experts by"),
         Refusal("topk_method", ("noaux_tc", None), "'noaux_tc', the way in which DeepSeek-V3 chooses experts"),
         Refusal("rope_interleave", (True, None), "true: llama.cpp's deepseek2 graph rotates neighbouring values"),

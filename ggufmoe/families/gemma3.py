@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ggufmoe.families.config_reader import ConfigReader
+from ggufmoe.families.config_reader import POSITIVE, ConfigReader, is_float32
 from ggufmoe.families.family import ConfigKey, Family, HyperParameter, Kind, Refusal, SkippedTensors, TensorRule
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.families.rope_keys import unexpressed_rope
@@ -109,8 +109,9 @@ def _common_rope(stated: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _local_base(config: ModelConfig) -> float:
-    local = config.stated_rope.get(_SLIDING) or {}
-    return float(local.get("rope_theta", config.number(_LOCAL_BASE)))
+    stated = (config.stated_rope.get(_SLIDING) or {}).get("rope_theta")
+    base: float = config.number(_LOCAL_BASE) if stated is None else stated
+    return base
 
 
 def _check(reader: ConfigReader, config: ModelConfig) -> None:
@@ -122,8 +123,13 @@ def _check(reader: ConfigReader, config: ModelConfig) -> None:
     if any(not isinstance(rope, dict) for rope in nested.values() if rope is not None):
         raise reader.error(reader.rope_key, "an object for each kind of layers")
     local = nested[_SLIDING] or {}
-    if local.keys() - {"rope_type", "type", "rope_theta"} or local.get("rope_type", "default") != "default":
+    kinds = [local.get(key) for key in ("rope_type", "type")]
+    if local.keys() - {"rope_type", "type", "rope_theta"} or any(kind not in (None, "default") for kind in kinds):
         raise reader.error(reader.rope_key, f"no scaling in {_SLIDING}, which llama.cpp's gemma3 graph does not have")
+    base = _local_base(config)
+    if not is_float32(base) or base <= 0:
+        key = _LOCAL_BASE if local.get("rope_theta") is None else reader.rope_key
+        raise reader.error(key, f"a rotary base of {_SLIDING} that is {POSITIVE}")
     if config.rope_scaling.kind not in ("none", "linear"):
         raise reader.error(reader.rope_key, f"linear scaling or none in {_FULL}, as in llama.cpp's gemma3 graph")
 

@@ -52,6 +52,8 @@ from ggufmoe.families.standard import (
     n_embd,
     n_vocab,
     only_silu,
+    rotated_pairs,
+    rotated_width,
     size_of,
     unexpressed,
     vector,
@@ -96,14 +98,9 @@ _PREDICTION = (
 )
 
 
-def _n_rotated(config: ModelConfig) -> int:
-    return int(config.head_dim * config.rotary_fraction)
-
-
 def _check(reader: ConfigReader, config: ModelConfig) -> None:
     check_routing(reader, config, "glm4moe")
-    if _n_rotated(config) % 2 or not _n_rotated(config):
-        raise reader.error("partial_rotary_factor", f"an even part of head_dim {config.head_dim}: rope rotates pairs")
+    rotated_pairs(reader, config)
 
 
 def _arithmetic(config: ModelConfig) -> Arithmetic:
@@ -131,7 +128,7 @@ FAMILY = Family(
         *common_parameters(),
         *GROUPS,
         HyperParameter(Keys.LLM.BLOCK_COUNT, u32, _n_blocks),
-        HyperParameter(Keys.Rope.DIMENSION_COUNT, u32, _n_rotated),
+        HyperParameter(Keys.Rope.DIMENSION_COUNT, u32, rotated_width),
         *ROUTING,
         HyperParameter(Keys.LLM.EXPERT_GATING_FUNC, u32, lambda config: _SIGMOID),
         HyperParameter(Keys.LLM.EXPERT_WEIGHTS_NORM, boolean, lambda config: config.flag(RESCALED)),

@@ -83,6 +83,8 @@ def _check(reader: ConfigReader, config: ModelConfig) -> None:
         factors = stated.get(name)
         if not isinstance(factors, list) or len(factors) != n_pairs or not all(map(_is_positive, factors)):
             raise reader.error(reader.rope_key, f"a {name} of {n_pairs} numbers above 0")
+    if config.size(_ORIGINAL) < 2:
+        raise reader.error(_ORIGINAL, "2 or more: LongRoPE divides by its logarithm")
     for name in ("attention_factor", "factor"):
         if stated.get(name) is not None and not _is_positive(stated[name]):
             raise reader.error(reader.rope_key, f"{name} above 0")

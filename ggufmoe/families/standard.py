@@ -257,7 +257,7 @@ def layers_before(key: str) -> Where:
 
 def past_last_layer(config: ModelConfig, name: str) -> bool:
     """Whether a tensor of a checkpoint is one of a layer beyond ``num_hidden_layers``."""
-    number = re.match(r"model\.layers\.(\d+)\.", name)
+    number = re.match(r"model\.layers\.(\d{1,9})\.", name)
     return number is not None and int(number[1]) >= config.n_layer
 
 

@@ -197,7 +197,8 @@ def _with(name: str, dtype: str, shape: tuple[int, ...]) -> Callable[[Stored], N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(SCALES), rf"not BF16, F16 or F32: {NAME} \(F8_E4M3\)"),
+        (lambda tensors: tensors.pop(SCALES), f"has 8-bit floats without their scales: {NAME}; fetch it again"),
+        (lambda tensors: tensors.pop("lm_head.weight"), "the tensors of its config.json; missing: lm_head"),
         (lambda tensors: tensors.pop(NAME), f"holds {SCALES}, but no {NAME}"),
         (_with(NAME, "BF16", (512, 256)), f"{NAME} has scales and is BF16 of shape .* expected a matrix of F8_E4M3"),
         (_with(NAME, "F8_E5M2", (512, 256)), f"{NAME} has scales and is F8_E5M2"),

@@ -20,7 +20,7 @@ from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.weights.dtypes import read_f32
 from tests import tiny
 from tests.families.agreement import IDS, Logits, assert_close, check_layouts, check_quantized, llama_cpp_logits
-from tests.families.tiny_family import config_json, make_checkpoint, weights
+from tests.families.tiny_family import add_tensors, config_json, make_checkpoint, weights
 
 Floats = NDArray[np.float32]
 SIZES = {
@@ -224,6 +224,13 @@ def test_layers_of_further_tokens_are_left_out_and_said(
     ggufmoe.convert(directory, tmp_path / "model.gguf", "F32")
     assert "2 tensors are left out: they predict further tokens" in caplog.text
     assert (tmp_path / "model.gguf").read_bytes() == grouped.with_suffix(".gguf").read_bytes()
+
+
+def test_a_number_of_no_layer_is_left_over(tmp_path: Path) -> None:
+    """Python converts no number of so many digits."""
+    add_tensors(make_checkpoint(tmp_path, v3()), f"model.layers.{'9' * 5000}.enorm.weight")
+    with pytest.raises(ggufmoe.CheckpointError, match=r"left over: model\.layers\.9999"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

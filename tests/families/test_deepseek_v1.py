@@ -67,6 +67,7 @@ def test_keys(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .* expected null"),
         ({"head_dim": 32}, "head_dim is 32, expected hidden_size / num_attention_heads"),
         ({"attention_bias": True}, "biases are not supported"),
+        ({"norm_topk_prob": "true"}, "norm_topk_prob is 'true', expected true or false"),
     ],
 )
 def test_what_no_graph_computes_is_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:

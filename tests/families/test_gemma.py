@@ -172,6 +172,9 @@ def test_what_neither_graph_computes_is_refused(
             gemma3(rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 2.0}}),
             "expected no scaling in",
         ),
+        (gemma3(rope_parameters={"sliding_attention": {"type": "linear"}}), "expected no scaling in"),
+        (gemma3(rope_parameters={"sliding_attention": {"rope_theta": "x"}}), "rope_parameters is .* a rotary base of"),
+        (gemma3(rope_local_base_freq=-1), "rope_local_base_freq is -1, expected a rotary base of sliding_attention"),
         (gemma3(rope_parameters={"full_attention": "none"}), "expected an object for each kind of layers"),
     ],
 )

@@ -138,7 +138,8 @@ def test_keys(tmp_path: Path) -> None:
         ({"topk_method": "greedy"}, "topk_method is 'greedy', expected 'noaux_tc'"),
         ({"n_group": 2, "topk_group": 2}, "topk_group is 2, expected less than n_group 2"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0, expected another number than 0"),
-        ({"partial_rotary_factor": 0.02}, "partial_rotary_factor is 0.02, expected an even part of head_dim 64"),
+        ({"partial_rotary_factor": 0.02}, "partial_rotary_factor is 0.02, expected an even number of rotated values"),
+        ({"num_nextn_predict_layers": 10**9}, "1000000002 layers with those of multi-token prediction, .* up to 512"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
     ],
 )

@@ -151,6 +151,14 @@ def test_blocks_are_not_quantized_twice(mxfp4: Path, tmp_path: Path) -> None:
     assert (types["blk.0.ffn_down_exps.weight"], types["blk.0.attn_q.weight"]) == ("MXFP4", "Q4_K")
 
 
+def test_what_is_missing_beside_blocks_is_named(tmp_path: Path) -> None:
+    """Blocks that are read are not taken for those of a tool whose weights are not."""
+    missing = EXPERTS.format(1, "down_proj_scales")
+    rest = {name: tensor for name, tensor in mxfp4_tensors().items() if name != missing}
+    with pytest.raises(ggufmoe.CheckpointError, match=f"tensors of its config.json; missing: {missing}$"):
+        open_checkpoint(write(tmp_path, rest))
+
+
 @pytest.mark.parametrize(
     ("dtype", "shape", "message"),
     [

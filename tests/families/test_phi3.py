@@ -117,6 +117,7 @@ def test_keys_without_long_rope(tmp_path: Path, caplog: pytest.LogCaptureFixture
         (long_rope(long_factor=LONG[:16]), "rope_scaling is .*, expected a long_factor of 32 numbers above 0"),
         (long_rope(short_factor=[0, *SHORT[1:]]), "rope_scaling is .*, expected a short_factor of 32 numbers above 0"),
         (long_rope(attention_factor="big"), "rope_scaling is .*, expected attention_factor above 0"),
+        (long_rope() | {"original_max_position_embeddings": 1}, "original_max_.* is 1, expected 2 or more: LongRoPE"),
         (config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is .*, expected rope without scaling"),
         (config(head_dim=32), "head_dim is 32, expected hidden_size / num_attention_heads"),
         (config(hidden_act="gelu"), "hidden_act is 'gelu', expected 'silu'"),
