@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ggufmoe.runtime.answer_syntax import AnswerSyntax, ToolSyntax
 from ggufmoe.runtime.events import Reasoning, ToolCallArguments, ToolCallBegun
@@ -198,7 +197,9 @@ class AnswerReader:
         is_text = yield from self._text.starts('"')
         parts: list[str] = []
         yield from self._text.json_value(self._argue if call.is_begun and not is_text else parts.append)
-        held = _decoded("".join(parts)) if is_text else "".join(parts)
+        held = "".join(parts)
+        if is_text and (decoded := _decoded(held)) is not None:
+            held = decoded
         if call.is_begun:
             self._argue(held)
         else:
@@ -210,11 +211,7 @@ class AnswerReader:
             return None
         parts: list[str] = []
         yield from self._text.json_value(parts.append)
-        try:
-            value = json.loads("".join(parts))
-        except ValueError:
-            return None
-        return value if isinstance(value, str) else None
+        return _decoded("".join(parts))
 
     def _named(self, tools: ToolSyntax) -> Pull[bool]:
         head: list[str] = []
@@ -264,10 +261,10 @@ class AnswerReader:
         schema = properties.get(key) if isinstance(properties, Mapping) else None
         if not (isinstance(schema, Mapping) and schema.get("type") == "string"):
             try:
-                return json.dumps(json.loads(written), ensure_ascii=False)
+                return _as_json(json.loads(written))
             except (ValueError, RecursionError):
                 pass
-        return json.dumps(written, ensure_ascii=False)
+        return _as_json(written)
 
     def _python(self, tools: ToolSyntax) -> Pull[bool]:
         parts: list[str] = []
@@ -275,7 +272,7 @@ class AnswerReader:
         calls = _python_calls("".join(parts).strip())
         for name, arguments in calls:
             self._begin(name)
-            self._argue(json.dumps(arguments, ensure_ascii=False))
+            self._argue(arguments)
         return bool(calls)
 
     def _begin(self, name: str) -> None:
@@ -330,28 +327,39 @@ def _ignore(_: str) -> None:
     """Let a part go."""
 
 
-def _decoded(written: str) -> str:
-    """The content of a JSON text; what is none stays as it is."""
+def _decoded(written: str) -> str | None:
+    """The content of a JSON text; None for what is none, or has half of a surrogate pair, which no UTF-8 can hold."""
     try:
         value = json.loads(written)
+        str(value).encode()
     except ValueError:
-        return written
-    return value if isinstance(value, str) else written
+        return None
+    return value if isinstance(value, str) else None
 
 
-def _python_calls(source: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and arguments of ``[name(key='value'), ...]``; none where it is anything else."""
+def _as_json(value: object) -> str:
+    """``value`` as JSON that UTF-8 can hold; raises ValueError or TypeError for what JSON does not have."""
+    written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        written.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return written
+
+
+def _python_calls(source: str) -> list[tuple[str, str]]:
+    """Names and arguments, as JSON, of ``[name(key='value'), ...]``; none where it is anything else."""
     try:
         with warnings.catch_warnings():  # of escape sequences that Python does not know
             warnings.simplefilter("ignore")
             tree = ast.parse(source, mode="eval").body
         nodes = tree.elts if isinstance(tree, ast.List) else [tree]
         return [
-            (ast.unparse(node.func), {str(word.arg): ast.literal_eval(word.value) for word in node.keywords})
+            (ast.unparse(node.func), _as_json({str(word.arg): ast.literal_eval(word.value) for word in node.keywords}))
             for node in nodes
             if isinstance(node, ast.Call)
         ]
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return []
 
 

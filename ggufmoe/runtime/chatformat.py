@@ -27,6 +27,9 @@ _logger = logging.getLogger("ggufmoe")
 _THINKING_NAMES = ("enable_thinking", "thinking")
 """The variables that switch reasoning on and off: Qwen's and most, DeepSeek's and Granite's."""
 
+OF_CONVERSATION = frozenset({"messages", "tools", "add_generation_prompt"})
+"""Variables of a template that ``ChatFormat.render`` gives, so that none of them can be set."""
+
 
 @dataclass(frozen=True)
 class ChatPrompt:
@@ -56,7 +59,8 @@ class ChatFormat:
         """The tokens that mark reasoning and calls, for ``Engine.generate``: control tokens have no text without it."""
 
     def variables_of(self, options: TemplateOptions) -> dict[str, Any]:
-        """The template's variables that ``options`` set. Raises OptionError for one that the template never reads."""
+        """The template's variables that ``options`` set. Raises OptionError for one that the template never reads, or
+        that the conversation gives (``OF_CONVERSATION``)."""
         known, found = self.template.variables, dict(options.variables)
         if options.think != "auto":
             names = [name for name in _THINKING_NAMES if name in known]
@@ -66,6 +70,8 @@ class ChatFormat:
             self._check("reasoning_effort" in known, "--reasoning-effort", "no variable reasoning_effort")
             found["reasoning_effort"] = options.reasoning_effort
         for name in options.variables:
+            if name in OF_CONVERSATION:
+                raise OptionError(f"--template-var {name} cannot be set: each conversation gives it")
             self._check(name in known, f"--template-var {name}", f"no variable {name}")
         return found
 

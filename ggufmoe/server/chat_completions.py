@@ -11,7 +11,7 @@ from typing import Any
 
 from ggufmoe.errors import OptionError
 from ggufmoe.options import MAX_SEED, SamplingOptions, TemplateOptions
-from ggufmoe.runtime.chatformat import ChatFormat, ChatPrompt
+from ggufmoe.runtime.chatformat import OF_CONVERSATION, ChatFormat, ChatPrompt
 from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import Finished, Reasoning, Timing, Token, ToolCallArguments, ToolCallBegun
 from ggufmoe.server.answers import AnswerEvent, Completion, Spelling, Start, finish_reason, timings_of, usage_of
@@ -63,6 +63,8 @@ def _variables(chat_format: ChatFormat, asked: ChatCompletionRequest) -> dict[st
     for name in asked.chat_template_kwargs:
         if name not in known:
             raise invalid(f"the model's chat template reads no variable {name!r}", "chat_template_kwargs")
+        if name in OF_CONVERSATION:
+            raise invalid(f"{name!r} cannot be set: each conversation gives it", "chat_template_kwargs")
     effort = asked.reasoning_effort or "auto"
     options = TemplateOptions(think="off") if effort == "none" else TemplateOptions(reasoning_effort=effort)
     try:

@@ -279,3 +279,28 @@ def test_values_between_marks_have_the_types_of_the_schema() -> None:
 def test_python_that_is_no_call_stays_text(source: str) -> None:
     answer = f"<|tool_call_start|>{source}<|tool_call_end|>"
     assert read(answer, LFM) == Read(answer)
+
+
+@pytest.mark.parametrize("value", ["{1, 2}", "b'x'", "{(1, 2): 3}", "1e999", "...", "1j"])
+def test_values_of_python_that_json_does_not_have_are_no_call(value: str) -> None:
+    answer = f"<|tool_call_start|>[weather(city={value})]<|tool_call_end|>"
+    assert read(answer, LFM) == Read(answer)
+
+
+@pytest.mark.parametrize(
+    ("tools", "answer", "expected"),
+    [
+        (LFM, r"<|tool_call_start|>[weather(city='\ud800')]<|tool_call_end|>", {"city": "\ud800"}),
+        (CODER, "<tool_call><function=weather><parameter=days>NaN</parameter></function></tool_call>", {"days": "NaN"}),
+        (CODER, r'<tool_call><function=weather><parameter=days>"\ud800"</parameter></function>', {"days": "\ud800"}),
+    ],
+)
+def test_arguments_are_json_that_utf8_can_hold(tools: ToolSyntax, answer: str, expected: dict[str, str]) -> None:
+    ((_, arguments),) = read(answer, tools).calls
+    arguments.encode()
+    assert json.loads(arguments, parse_constant=pytest.fail) == expected
+
+
+def test_a_name_that_utf8_cannot_hold_is_none() -> None:
+    answer = r'<tool_call>{"name": "\ud800"}</tool_call>'
+    assert read(answer, HERMES) == Read(answer)

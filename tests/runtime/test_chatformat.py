@@ -207,6 +207,7 @@ def test_values_of_variables_are_json_or_text() -> None:
         (TemplateOptions(think="on"), "--think has no effect on this model: its chat template reads none of enable_th"),
         (TemplateOptions(reasoning_effort="low"), "--reasoning-effort has no effect on this model"),
         (TemplateOptions(template_var=("mood=glad",)), "--template-var mood has no effect .* reads no variable mood"),
+        (TemplateOptions(template_var=("messages=[]",)), "--template-var messages cannot be set: each conversation"),
     ],
 )
 def test_a_variable_that_the_template_never_reads(thinker: Engine, options: TemplateOptions, message: str) -> None:

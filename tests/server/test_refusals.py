@@ -86,6 +86,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, 400, "tool_choice.function", "missing"),
         ({"tools": [WEATHER], "tool_choice": NAMED}, 400, "tool_choice", "no tool 'x'"),
         ({"chat_template_kwargs": {"nothing": 1}}, 400, "chat_template_kwargs", "no variable 'nothing'"),
+        ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs", "'messages' cannot be set"),
         ({"reasoning_effort": "high"}, 400, "reasoning_effort", "no effect on this model"),
         ({"store": True}, 400, "store", "False"),
         ({"functions": []}, 400, "functions", "does not know"),
