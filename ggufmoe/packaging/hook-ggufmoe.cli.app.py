@@ -2,4 +2,4 @@
 
 from PyInstaller.utils.hooks import collect_submodules
 
-hiddenimports = collect_submodules("ggufmoe.cli")
+hiddenimports = [*collect_submodules("ggufmoe.cli"), *collect_submodules("ggufmoe.server")]

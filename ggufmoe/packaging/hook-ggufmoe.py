@@ -1,6 +1,7 @@
 """PyInstaller's hook for ggufmoe: what is loaded lazily or natively, and so is not seen by reading imports.
 
-The command line is left out: an app that runs it imports ``ggufmoe.cli.app``, which has a hook of its own.
+The command line and the server are left out: an app that runs them imports ``ggufmoe.cli.app``, which has a hook of its
+own.
 """
 
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs, co
 
 
 def _is_for_apps(module: str) -> bool:
-    return module.split(".")[1:2] not in (["cli"], ["packaging"], ["__main__"])
+    return module.split(".")[1:2] not in (["cli"], ["server"], ["packaging"], ["__main__"])
 
 
 hiddenimports = [*collect_submodules("ggufmoe", filter=_is_for_apps), "gguf.constants", "llama_cpp"]
