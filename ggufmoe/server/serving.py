@@ -22,6 +22,7 @@ GRACE_S = 10
 _IDLE_S = 30
 """A connection without a request is closed after so long."""
 _WATCH_S = 0.1
+_SEND_BUFFER_BYTES = 64 * 1024
 
 
 class _Connection(H11Protocol):
@@ -127,6 +128,9 @@ def _listening(options: ServerOptions, keys: tuple[str, ...]) -> socket.socket:
     family, _, _, _, address = found[0]
     check_exposure(options, [str(address[0])], keys)
     try:
-        return socket.create_server(address[:2], family=family, backlog=128)
+        listener = socket.create_server(address[:2], family=family, backlog=128)
+        # connections inherit it; by default the system takes megabytes from an answer before a slow reader is noticed
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        return listener
     except OSError as error:
         raise OptionError(f"{where}: cannot listen there: {error.strerror or error}") from error
