@@ -34,7 +34,7 @@ from ggufmoe.families.standard import (
     unexpressed,
     vector,
 )
-from ggufmoe.gguf.upstream import MODEL_ARCH, MODEL_TENSOR, Keys
+from ggufmoe.gguf.upstream import MODEL_ARCH, MODEL_TENSOR, ExpertGatingFuncType, Keys
 from ggufmoe.gguf.values import boolean, f32, u32
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.weights.views import PickedRows, Transposed
@@ -43,8 +43,11 @@ DENSE_LAYERS, N_SHARED, EXPERT_WIDTH = "first_k_dense_replace", "n_shared_expert
 _KEY, _ROTATED, _VALUE = "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
 _QUERY_RANK, _RANK = "q_lora_rank", "kv_lora_rank"
 WEIGHT_SCALE, RESCALED, _SCORING = "routed_scaling_factor", "norm_topk_prob", "scoring_func"
-_GATINGS = {"softmax": 1, "sigmoid": 2}
-"""Router scoring functions to llama.cpp's numbers (``ExpertGatingFuncType`` of gguf-py)."""
+_GATINGS = {
+    "softmax": ExpertGatingFuncType.SOFTMAX.value,
+    "sigmoid": ExpertGatingFuncType.SIGMOID.value,
+}
+"""Router scoring functions to llama.cpp's numbers."""
 _ATTENTION = "model.layers.{layer}.self_attn."
 
 

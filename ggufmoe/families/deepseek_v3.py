@@ -20,7 +20,15 @@ from ggufmoe.families.deepseek_v2 import (
 )
 from ggufmoe.families.deepseek_v2 import FAMILY as DEEPSEEK_V2
 from ggufmoe.families.family import Refusal, SkippedTensors
-from ggufmoe.families.standard import NORMS, choice_bias, decoder, no_bias, only_silu, past_last_layer
+from ggufmoe.families.standard import (
+    NORMS,
+    WHY_FURTHER_TOKENS_ARE_SKIPPED,
+    choice_bias,
+    decoder,
+    no_bias,
+    only_silu,
+    past_last_layer,
+)
 
 FAMILY = replace(
     DEEPSEEK_V2,
@@ -53,7 +61,7 @@ FAMILY = replace(
     skipped=(
         SkippedTensors(
             past_last_layer,
-            "they predict further tokens (multi-token prediction), and llama.cpp's converter leaves them out as well",
+            WHY_FURTHER_TOKENS_ARE_SKIPPED,
         ),
     ),
 )

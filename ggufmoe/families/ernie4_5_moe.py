@@ -27,6 +27,7 @@ from ggufmoe.families.family import (
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.families.standard import (
     NORMS,
+    WHY_FURTHER_TOKENS_ARE_SKIPPED,
     attention,
     common_parameters,
     decoder,
@@ -144,7 +145,7 @@ FAMILY = Family(
     skipped=(
         SkippedTensors(
             lambda config, name: _MTP.match(name) is not None,
-            "they predict further tokens (multi-token prediction), and llama.cpp's converter leaves them out as well",
+            WHY_FURTHER_TOKENS_ARE_SKIPPED,
         ),
     ),
     unexpressed=unexpressed,

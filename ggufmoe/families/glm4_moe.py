@@ -58,12 +58,10 @@ from ggufmoe.families.standard import (
     unexpressed,
     vector,
 )
-from ggufmoe.gguf.upstream import MODEL_ARCH, MODEL_TENSOR, Keys
+from ggufmoe.gguf.upstream import MODEL_ARCH, MODEL_TENSOR, ExpertGatingFuncType, Keys
 from ggufmoe.gguf.values import boolean, u32
 
 _FURTHER, _BIAS, _HEAD_NORMS = "num_nextn_predict_layers", "attention_bias", "use_qk_norm"
-_SIGMOID = 2
-"""``ExpertGatingFuncType`` of gguf-py."""
 
 
 def _n_blocks(config: ModelConfig) -> int:
@@ -130,7 +128,7 @@ FAMILY = Family(
         HyperParameter(Keys.LLM.BLOCK_COUNT, u32, _n_blocks),
         HyperParameter(Keys.Rope.DIMENSION_COUNT, u32, rotated_width),
         *ROUTING,
-        HyperParameter(Keys.LLM.EXPERT_GATING_FUNC, u32, lambda config: _SIGMOID),
+        HyperParameter(Keys.LLM.EXPERT_GATING_FUNC, u32, lambda config: ExpertGatingFuncType.SIGMOID.value),
         HyperParameter(Keys.LLM.EXPERT_WEIGHTS_NORM, boolean, lambda config: config.flag(RESCALED)),
         HyperParameter(Keys.LLM.NEXTN_PREDICT_LAYERS, u32, size_of(_FURTHER)),
     ),

@@ -43,14 +43,12 @@ from ggufmoe.families.standard import (
     unexpressed,
     vector,
 )
-from ggufmoe.gguf.upstream import MODEL_ARCH, MODEL_TENSOR, Keys
+from ggufmoe.gguf.upstream import MODEL_ARCH, MODEL_TENSOR, ExpertGatingFuncType, Keys
 from ggufmoe.gguf.values import i32s, u32
 
 _EXPERT_WIDTH, _DENSE_LAYERS = "moe_intermediate_size", "num_dense_layers"
 _KERNEL, _LAYER_TYPES = "conv_L_cache", "layer_types"
 _ATTENTION, _CONVOLUTION = "full_attention", "conv"
-_SIGMOID = 2
-"""llama.cpp's number of the gating function (``ExpertGatingFuncType`` of gguf-py)."""
 _LAYER = "model.layers.{layer}."
 _MODULE, _WORDS = "feed_forward", ("w1", "w3", "w2")
 _EXPERTS = experts(size_of(_EXPERT_WIDTH), where=layers_from(_DENSE_LAYERS), module=_MODULE, words=_WORDS)
@@ -135,7 +133,7 @@ FAMILY = Family(
         *_common(),
         HyperParameter(Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, u32, size_of(_EXPERT_WIDTH)),
         HyperParameter(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, u32, size_of(_DENSE_LAYERS)),
-        HyperParameter(Keys.LLM.EXPERT_GATING_FUNC, u32, lambda _: _SIGMOID),
+        HyperParameter(Keys.LLM.EXPERT_GATING_FUNC, u32, lambda _: ExpertGatingFuncType.SIGMOID.value),
         HyperParameter(Keys.LLM.VOCAB_SIZE, u32, n_vocab),
         HyperParameter(Keys.ShortConv.L_CACHE, u32, size_of(_KERNEL)),
     ),

@@ -261,6 +261,12 @@ def past_last_layer(config: ModelConfig, name: str) -> bool:
     return number is not None and int(number[1]) >= config.n_layer
 
 
+WHY_FURTHER_TOKENS_ARE_SKIPPED = (
+    "they predict further tokens (multi-token prediction), and llama.cpp's converter leaves them out as well"
+)
+"""``SkippedTensors.why`` of layers of multi-token prediction that the converter never writes."""
+
+
 def fused_experts(name: str, module: str, rules: tuple[TensorRule, ...], *, stored: str = "mlp") -> StoredLayout:
     """The layout of transformers 5 in memory and of mergekit, for the rules that ``experts`` gives for ``module``.
 

@@ -36,6 +36,7 @@ Keys = _module.Keys
 GGML_QUANT_SIZES = _module.GGML_QUANT_SIZES
 GGMLQuantizationType = _module.GGMLQuantizationType
 GGUFValueType = _module.GGUFValueType
+ExpertGatingFuncType = _module.ExpertGatingFuncType
 LlamaFileType = _module.LlamaFileType
 TokenType = _module.TokenType
 LLAMA: str = _module.MODEL_ARCH_NAMES[_module.MODEL_ARCH.LLAMA]
