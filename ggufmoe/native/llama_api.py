@@ -155,6 +155,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_memory_can_shift": (c_bool, (c_ptr,)),
     "llama_memory_clear": (None, (c_ptr, c_bool)),
     "llama_memory_seq_add": (None, (*_SEQUENCE, c_int32, c_int32, c_int32)),
+    "llama_memory_seq_cp": (None, (c_ptr, c_int32, c_int32, c_int32, c_int32)),
     "llama_memory_seq_pos_max": (c_int32, _SEQUENCE),
     "llama_memory_seq_pos_min": (c_int32, _SEQUENCE),
     "llama_memory_seq_rm": (c_bool, (*_SEQUENCE, c_int32, c_int32)),

@@ -104,10 +104,23 @@ class ContextOptions(ComputeOptions):
         1, help="Number of texts that share the context, each with an equal part of it.", between=(1, MAX_SEQUENCES)
     )
 
+    n_parallel: int = option(
+        1,
+        "-np",
+        "--parallel",
+        help="Number of answers that are computed in one batch. They share the context: together they may have as many "
+        "tokens as --ctx-size says, and if they need more, the one that was asked for last waits.",
+        metavar="N",
+        between=(1, MAX_SEQUENCES),
+    )
+
     def __post_init__(self) -> None:
         if self.context_shift and self.overflow == "truncate-middle":
             raise OptionError("--context-shift and --overflow truncate-middle contradict each other")
         super().__post_init__()
+        check(self.n_parallel == 1 or self.n_seq_max == 1, "n_parallel and n_seq_max cannot both be above 1")
+        few = f"--parallel {self.n_parallel} needs a --batch-size of as many tokens, not {self.n_batch}"
+        check(self.n_parallel <= self.n_batch, few)
 
     @property
     def overflow_policy(self) -> OverflowPolicy:

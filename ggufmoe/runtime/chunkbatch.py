@@ -1,7 +1,7 @@
-"""Several chunks of text in one batch: which tokens are computed together, the native batch, and the logits.
+"""Several texts in one batch: the native batch, and for chunks which are computed together, and their logits.
 
-Source: the arrangement of ``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit, so that the same
-products are computed in the same order.
+Source of the chunks: the arrangement of ``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit,
+so that the same products are computed in the same order.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ def batches(n_chunks: int, n_tokens: int, n_seq: int, n_batch: int) -> Iterator[
             yield group, position, min(position + n_batch, n_tokens)
 
 
-class SideBySide:
-    """A ``llama_batch``: each of ``pieces`` continues a sequence of its own at position ``begin``.
+class TokenBatch:
+    """A ``llama_batch`` of tokens with their positions in the sequences that they belong to.
 
-    Logits are wanted from position ``first`` on.
+    Logits are computed where ``wanted`` is not 0. All arrays have one element for each token.
     """
 
-    def __init__(self, api: Any, pieces: Sequence[Sequence[int]], begin: int, first: int) -> None:
-        n_tokens = sum(map(len, pieces))
-        tokens = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
-        positions = np.concatenate([np.arange(begin, begin + len(piece), dtype=np.int32) for piece in pieces])
-        sequences = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
-        wanted = (positions >= first).astype(np.int8)
+    def __init__(
+        self,
+        api: Any,
+        *,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        wanted: NDArray[np.int8],
+    ) -> None:
+        n_tokens = len(tokens)
         n_ids = np.ones(n_tokens, np.int32)
         pointers = np.arange(n_tokens, dtype=np.uintp) * np.uintp(sequences.itemsize) + np.uintp(sequences.ctypes.data)
         self._api = api
-        self.begin = begin
         self.n_tokens = n_tokens
         self._alive = (tokens, positions, sequences, wanted, n_ids, pointers)
         self._batch = api.llama_batch(
@@ -56,6 +59,24 @@ class SideBySide:
     def decode(self, context: Any) -> int:
         """Run ``llama_decode`` on the batch and return its status code; 0 is success."""
         return int(self._api.llama_decode(context, self._batch))
+
+
+class SideBySide(TokenBatch):
+    """A batch in which each of ``pieces`` continues a sequence of its own at position ``begin``.
+
+    Logits are wanted from position ``first`` on.
+    """
+
+    def __init__(self, api: Any, pieces: Sequence[Sequence[int]], begin: int, first: int) -> None:
+        positions = np.concatenate([np.arange(begin, begin + len(piece), dtype=np.int32) for piece in pieces])
+        self.begin = begin
+        super().__init__(
+            api,
+            tokens=np.concatenate([np.asarray(piece, np.int32) for piece in pieces]),
+            positions=positions,
+            sequences=np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces]),
+            wanted=(positions >= first).astype(np.int8),
+        )
 
 
 def _pointer(array: NDArray[Any], type: Any) -> Any:

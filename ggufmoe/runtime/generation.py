@@ -1,4 +1,4 @@
-"""One answer: computed in the native thread, ahead of its reader.
+"""One answer: computed in the native thread, alone or by a ``BatchScheduler``, ahead of its reader.
 
 The answer runs ahead of its reader by a few tokens, so that neither waits for the other. A reader that falls behind
 does not hold the engine: the answer is suspended, others are computed, and it continues when its reader returns.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -49,10 +49,25 @@ class GenerationRequest:
 
 
 class Generation:
-    """The answer to ``request``. It takes over ``sampler``; ``close`` it, or read it to its end."""
+    """The answer to ``request``. It takes over ``sampler``; ``close`` it, or read it to its end.
 
-    def __init__(self, native: NativeThread, loaded: LoadedModel, request: GenerationRequest, sampler: Sampler) -> None:
+    ``submit`` queues it, so that the native thread continues it: by ``run`` alone, or with other answers, in order of
+    their ``ticket``.
+    """
+
+    def __init__(
+        self,
+        native: NativeThread,
+        loaded: LoadedModel,
+        request: GenerationRequest,
+        sampler: Sampler,
+        *,
+        submit: Callable[[Generation], None] | None = None,
+        ticket: int = 0,
+    ) -> None:
         self.cancellation = Cancellation(request.cancel)
+        self.ticket = ticket
+        self._submit: Callable[[Generation], None] = submit or native.submit
         self._native = native
         self._loaded = loaded
         self._request = request
@@ -109,7 +124,7 @@ class Generation:
             events = self._inbox.take()
             with self._lock:
                 if self._state == "idle" and not is_cancelled:
-                    self._native.submit(self)
+                    self._submit(self)
                     self._state = "queued"
             if events:
                 return events
@@ -135,26 +150,46 @@ class Generation:
 
     def run(self) -> None:
         """Continue the answer until it ends or is ``MAX_AHEAD_TOKENS`` ahead of its reader."""
-        with self._lock:
-            if self._state == "ended":
-                return
-            self._state = "running"
+        if not self.enter():
+            return
         try:
             reason = self._advance()
         except BaseException as error:  # it belongs to the reader
-            self._stop(error)
+            self.fail(error)
             return
         if reason is None:
-            self._suspend()
+            self.suspend()
         else:
-            self._inbox.put(self._finished(reason))
-            self._stop(None)
+            self.finish(reason)
 
-    def fail(self, error: EngineError) -> None:
-        """End with ``error``: the engine is closed and ``run`` will not be called again."""
+    def enter(self) -> bool:
+        """Call before computing; false if the answer has ended meanwhile."""
+        with self._lock:
+            if self._state == "ended":
+                return False
+            self._state = "running"
+            return True
+
+    def finish(self, reason: FinishReason) -> None:
+        """End: the reader gets a ``Finished``."""
+        self._inbox.put(self._finished(reason))
+        self._stop(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End with ``error``, which the reader gets: no more is computed."""
         self._stop(error)
 
-    def _suspend(self) -> None:
+    def wait_for_turn(self) -> None:
+        """Back to the queue: what the answer needs is used by others."""
+        with self._lock:
+            if self.cancellation.aborted:
+                self._end()
+            else:
+                self._state = "queued"
+        self._inbox.wake()
+
+    def suspend(self) -> None:
+        """Stop computing until the reader asks for more."""
         with self._lock:
             if self.cancellation.aborted:
                 self._end()
@@ -164,7 +199,7 @@ class Generation:
         self._inbox.wake()
         if continues:
             try:
-                self._native.submit(self)
+                self._submit(self)
             except EngineError as error:
                 self._stop(error)
 
@@ -182,8 +217,9 @@ class Generation:
         """Compute tokens; the reason when the answer has ended, None when it is far enough ahead."""
         if not self._prepare(self._loaded.cache):
             return "cancelled"
-        while len(self._inbox) < MAX_AHEAD_TOKENS:
-            reason = self._limit() or self._next_token()
+        cache = self._loaded.cache
+        while not self.is_ahead:
+            reason = self._limit(cache) or self._next_token(cache)
             if reason is not None:
                 return reason
         return None
@@ -201,38 +237,47 @@ class Generation:
             self._watch.prompt_tokens = max(n, len(cache.tokens))
         return done
 
-    def _limit(self) -> FinishReason | None:
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the reader has to catch up before more is computed."""
+        return len(self._inbox) >= MAX_AHEAD_TOKENS
+
+    def _limit(self, cache: KVCache) -> FinishReason | None:
         """Why no further token may be computed, if that is so."""
         if self._watch.generated_tokens == self._request.settings.n_predict:
             return "length"
         if self.cancellation.is_requested():
             return "cancelled"
-        cache = self._loaded.cache
         # the newest token is not in the cache yet
-        if self._watch.generated_tokens and len(cache.tokens) >= cache.n_ctx:
-            return self._make_room(cache)
-        return None
-
-    def _make_room(self, cache: KVCache) -> FinishReason | None:
-        """Drop tokens from a full context as ``overflow`` says."""
-        if self._request.overflow.policy == "error":
+        if not self._watch.generated_tokens or len(cache.tokens) < cache.n_ctx:
+            return None
+        if not self._makes_room(cache):
             return "context"
+        return None if cache.compute(self._tokens[len(cache.tokens) : -1]) else "cancelled"
+
+    def _makes_room(self, cache: KVCache) -> bool:
+        """Drop tokens from a full context as ``overflow`` says; false if it says not to."""
+        if self._request.overflow.policy == "error":
+            return False
         begin, n = self._request.overflow.cut(len(self._tokens), cache.n_ctx)
         del self._tokens[begin : begin + n]
-        if cache.drop(begin, n):
-            return None
-        n = cache.reuse(self._tokens)
-        return None if cache.compute(self._tokens[n:-1]) else "cancelled"
+        if not cache.drop(begin, n):
+            cache.reuse(self._tokens)
+        return True
 
-    def _next_token(self) -> FinishReason | None:
+    def _next_token(self, cache: KVCache) -> FinishReason | None:
         """Compute the newest token and draw the one after it."""
-        watch, loaded = self._watch, self._loaded
         start = time.perf_counter()
-        if watch.generated_tokens:
-            if not loaded.cache.compute(self._tokens[-1:]):
+        if self._watch.generated_tokens:
+            if not cache.compute(self._tokens[-1:]):
                 return "cancelled"
-            watch.evaluated_tokens += 1
-        token = self._sampler.sample(loaded.cache)
+            self._watch.evaluated_tokens += 1
+        return self._draw(cache, start)
+
+    def _draw(self, cache: KVCache, start: float) -> FinishReason | None:
+        """Draw a token from the newest logits of ``cache``, whose computing began at ``start``."""
+        watch, loaded = self._watch, self._loaded
+        token = self._sampler.sample(cache)
         piece, ends = loaded.vocabulary.drawn(token)
         now = time.perf_counter()
         watch.generation_s += now - start
@@ -242,21 +287,63 @@ class Generation:
             piece = loaded.vocabulary.piece(token, special=True)
         watch.generated_tokens += 1
         self._tokens.append(token)
-        logprob, alternatives = self._logprobs(token)
+        logprob, alternatives = self._logprobs(cache, token)
         event = Token(self._text.push(piece), token, logprob, alternatives, now - watch.began_at)
         self._inbox.put(event if loaded.on_token is None else loaded.on_token(event))
         return "stop" if self._text.stopped else None
 
-    def _logprobs(self, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    def _logprobs(self, cache: KVCache, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
         """The token's logprob and the ``settings.logprobs`` likeliest tokens with theirs; None and () if not wanted."""
         n = self._request.settings.logprobs
         if n is None:
             return None, ()
-        logits = self._loaded.cache.last_logits().astype(np.float64)
+        logits = cache.last_logits().astype(np.float64)
         logits -= logits.max()
         logits -= np.log(np.exp(logits).sum())
         best = np.argsort(-logits, kind="stable")[:n] if n else ()
         return float(logits[token]), tuple((int(i), float(logits[i])) for i in best)
+
+    # ---- called in the native thread by a scheduler, between ``enter`` and one of the ways out
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The text: prompt and answer, without what was dropped from a full context."""
+        return self._tokens
+
+    def begin(self, n_cached: int) -> None:
+        """Say that ``n_cached`` tokens of the text need not be computed. Counts for the first time only."""
+        if not self._watch.began_at:
+            self._watch.began_at = time.perf_counter()
+            self._watch.cached_tokens = n_cached
+
+    def end_of(self, cache: KVCache) -> FinishReason | None:
+        """Why no further token may be computed, if that is so; drops tokens from a full context."""
+        if self.cancellation.is_requested():
+            if not self._watch.generated_tokens:
+                self._watch.prompt_tokens = len(cache.tokens)
+            return "cancelled"
+        if not self._watch.generated_tokens:
+            return None
+        if self._watch.generated_tokens == self._request.settings.n_predict:
+            return "length"
+        is_full = len(cache.tokens) >= cache.n_ctx
+        return "context" if is_full and not self._makes_room(cache) else None
+
+    def count(self, n_tokens: int, seconds: float) -> None:
+        """Count a step in which ``n_tokens`` of the text were computed."""
+        if not self._watch.generated_tokens:
+            self._watch.prompt_s += seconds
+        elif n_tokens == 1:
+            self._watch.generation_s += seconds
+            self._watch.evaluated_tokens += 1
+
+    def draw(self, cache: KVCache) -> FinishReason | None:
+        """Draw the next token from the logits of ``cache``; why the answer ends there, if it does."""
+        if self._watch.generated_tokens == self._request.settings.n_predict:
+            return "length"
+        return self._draw(cache, time.perf_counter())
+
+    # ---- the last event
 
     def _cancelled(self) -> Finished:
         """The last event of an answer that was cancelled and closed."""

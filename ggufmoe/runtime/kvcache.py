@@ -30,13 +30,12 @@ from ggufmoe.runtime.nonfinite import not_finite_error
 ComputedBy = Literal["cpu", "gpu", "worker"]
 """Where a model's layers are: all with the CPU, some on GPUs of this machine, or some on a worker."""
 
-_SEQUENCE = 0
-_ABORTED = 2
-_NO_ROOM = 1
+ABORTED = 2
+NO_ROOM = 1
 _PARTIAL_ONLY = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY of llama.h: the state of sliding windows and recurrent layers alone."""
 _MAX_CHECKPOINTS = 8
-_WORTH_KEEPING_TOKENS = 16
+WORTH_KEEPING_TOKENS = 16
 """If fewer tokens than this would be lost, they are computed again rather than copied."""
 _WORTH_KEEPING_PART = 8
 """Likewise if less than one part in so many would be lost: answering the last message again must not copy the cache."""
@@ -103,8 +102,29 @@ class SavedStates:
         self._states = []
 
 
+class ContextState:
+    """What the sequences of one context have in common: the batches that llama.cpp computes, and its cells."""
+
+    def __init__(self) -> None:
+        self.caches: list[KVCache] = []
+        """One for each sequence."""
+        self.given_tokens = 0
+        """Most tokens that a text has in the last batch, which llama.cpp may still be computing; 0 when it does
+        something else."""
+        self.n_returned = 0
+        """Batches from which llama.cpp has returned."""
+        self.shift_pending = False
+        """Whether tokens have moved to new positions, and llama.cpp will rotate their keys with the next batch."""
+        self.chunks_of: object = None
+        """The owner of the chunks that the context holds instead of the texts of ``caches``, or None."""
+        self.give_way: Callable[[KVCache], bool] = lambda cache: False
+        """Called when ``cache`` finds no free cell: frees cells of another sequence; False if there is none."""
+
+
 class KVCache:
-    """The cache of ``context`` (a ``llama_context *``, which must live longer), and computing with it.
+    """The cache of one sequence of ``context`` (a ``llama_context *``, which must live longer), and computing with it.
+
+    ``shared`` is the state of a context that has several sequences; their cells are in one cache (``kv_unified``).
 
     ``window``: tokens that the layers with a sliding window attend to, 0 without such layers. ``is_chunked``: whether
     the window begins at a multiple of its length instead of moving with each token. ``swa_full``: whether the cache
@@ -130,8 +150,13 @@ class KVCache:
         is_chunked: bool = False,
         swa_full: bool = False,
         is_recurrent: bool = False,
+        sequence: int = 0,
+        shared: ContextState | None = None,
     ) -> None:
         self._api = api
+        self._sequence = sequence
+        self._shared = shared or ContextState()
+        self._shared.caches.append(self)
         self._spin_limit = spin_limit
         self._window = window
         self._is_chunked = is_chunked
@@ -151,16 +176,14 @@ class KVCache:
         self.n_ctx: int = api.llama_n_ctx_seq(context)
         """Tokens that one text may have, also when several are computed side by side."""
         self.n_batch: int = api.llama_n_batch(context)
-        self._step: int = self.n_batch if computed_by == "cpu" else min(self.n_batch, api.llama_n_ubatch(context))
+        self.n_ubatch: int = min(self.n_batch, api.llama_n_ubatch(context))
+        """Tokens that llama.cpp computes at once, of one text or of several."""
+        self._step: int = self.n_batch if computed_by == "cpu" else self.n_ubatch
         """Tokens of a prompt that are given to llama.cpp in one call."""
-        self.given_tokens = 0
-        """Tokens of the last batch, which llama.cpp may still be computing; 0 when it does something else."""
-        self.n_returned = 0
-        """Batches from which llama.cpp has returned."""
-        self._shift_pending = False
-        """Whether tokens have moved to new positions, and llama.cpp will rotate their keys with the next batch."""
-        self._chunks_of: object = None
-        """The owner of the chunks that the cache holds instead of ``tokens``, or None."""
+        self.row = -1
+        """The place in the last batch of the token whose logits ``last_logits`` gives; -1: the last that has logits."""
+        self._n_shared = 0
+        """Tokens at the beginning whose cells other sequences may have as well."""
         # returns the address as a number: for a pointer ctypes would make new objects for each token
         prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
         self._row_at = prototype(("llama_get_logits_ith", native.library()))
@@ -169,17 +192,41 @@ class KVCache:
         self._one = (ctypes.c_int32 * 1)()
         self._one_batch = api.llama_batch_get_one(self._one, 1)
 
+    @property
+    def given_tokens(self) -> int:
+        """Most tokens that a text has in the last batch of the context; 0 when llama.cpp does something else."""
+        return self._shared.given_tokens
+
+    @property
+    def n_returned(self) -> int:
+        """Batches of the context from which llama.cpp has returned."""
+        return self._shared.n_returned
+
     def clear(self) -> None:
         """Empty the cache and drop the copies of other texts."""
-        self._empty()
+        self.empty()
         self.saved.clear()
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Drop the text of this sequence. Chunks are dropped as a whole."""
+        if len(self._shared.caches) == 1 or self._shared.chunks_of is not None:
+            self.empty_all()
+        else:
+            self._api.llama_memory_seq_rm(self._memory, self._sequence, -1, -1)
+            self._forget_text()
+
+    def empty_all(self) -> None:
+        """Drop the texts of all sequences of the context."""
         self._api.llama_memory_clear(self._memory, False)
+        for cache in self._shared.caches:
+            cache._forget_text()
+        self._shared.chunks_of = None
+        self._shared.shift_pending = False
+
+    def _forget_text(self) -> None:
         self.tokens = []
         self._checkpoints = []
-        self._chunks_of = None
-        self._shift_pending = False
+        self._n_shared = 0
 
     # ---- reuse
 
@@ -193,13 +240,18 @@ class KVCache:
         wanted = prompt[:-1]
         n = common_prefix(self.tokens, wanted)
         best = self.saved.best(lambda state: self._n_usable(state, wanted))
-        better = best if best and self._n_usable(best, wanted) >= self._n_reachable(n) + _WORTH_KEEPING_TOKENS else None
+        better = best if best and self._n_usable(best, wanted) >= self._n_reachable(n) + WORTH_KEEPING_TOKENS else None
         lost = len(self.tokens) - n
-        if lost >= _WORTH_KEEPING_TOKENS and (better or lost * _WORTH_KEEPING_PART >= len(self.tokens)):
+        if lost >= WORTH_KEEPING_TOKENS and (better or lost * _WORTH_KEEPING_PART >= len(self.tokens)):
             self.set_aside()
         if better is not None:
             self.saved.remove(better)
-            self.restore(better)
+            try:
+                self.restore(better)
+            except EngineError:
+                if len(self._shared.caches) > 1:  # other texts may hold the cells that it needs, and end
+                    self.saved.add(better)
+                raise
             n = common_prefix(self.tokens, wanted)
         return self._cut(n)
 
@@ -210,12 +262,20 @@ class KVCache:
         """
         if (
             self.tokens
-            and not self._shift_pending
-            and self._api.llama_state_seq_get_size(self.context, _SEQUENCE) <= self.saved.max_bytes
+            and not self._shared.shift_pending
+            and self._api.llama_state_seq_get_size(self.context, self._sequence) <= self.saved.max_bytes
         ):
             state = self.state()
             room = self.saved.max_bytes - state.data.nbytes
             self.saved.add(replace(state, checkpoints=_newest_within(state.checkpoints, room)))
+
+    def copy_beginning(self, source: KVCache, n: int) -> None:
+        """Replace the text by the first ``n`` tokens of ``source``; both sequences then use the same cells."""
+        self.empty()
+        self._api.llama_memory_seq_cp(self._memory, source._sequence, self._sequence, 0, n)
+        self.tokens = source.tokens[:n]
+        self._n_shared = n
+        source._n_shared = max(source._n_shared, n)
 
     # ---- going back
 
@@ -249,18 +309,19 @@ class KVCache:
     def _first_held(self) -> int:
         if not (self._window or self._is_recurrent):
             return 0
-        return max(int(self._api.llama_memory_seq_pos_min(self._memory, _SEQUENCE)), 0)
+        return max(int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence)), 0)
 
     def _cut(self, n: int) -> int:
         """Keep the first ``n`` tokens, or fewer if the model cannot go back there; return how many."""
         n_kept = n
         if not self._can_go_back(n, len(self.tokens), self._first_held()):
             n_kept = self._go_to_checkpoint(self._n_reachable(n))
-        elif n < len(self.tokens) and not self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1):
+        elif n < len(self.tokens) and not self._api.llama_memory_seq_rm(self._memory, self._sequence, n, -1):
             n_kept = 0
         if not n_kept:
-            self._empty()
+            self.empty()
         self.tokens = self.tokens[:n_kept]
+        self._n_shared = min(self._n_shared, n_kept)
         self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
         return n_kept
 
@@ -269,22 +330,22 @@ class KVCache:
         point = next((point for point in self._checkpoints if point.n_tokens == n), None)
         if point is None:
             return 0
-        data, flags = point.data, _PARTIAL_ONLY
-        n_read = self._api.llama_state_seq_set_data_ext(self.context, _bytes_at(data), data.nbytes, _SEQUENCE, flags)
+        data, where = point.data, (self._sequence, _PARTIAL_ONLY)
+        n_read = self._api.llama_state_seq_set_data_ext(self.context, _bytes_at(data), data.nbytes, *where)
         # what forgets is now at n, and the other layers follow
-        taken = n_read == data.nbytes and self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1)
-        return n if taken and self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) == n - 1 else 0
+        taken = n_read == data.nbytes and self._api.llama_memory_seq_rm(self._memory, self._sequence, n, -1)
+        return n if taken and self._api.llama_memory_seq_pos_max(self._memory, self._sequence) == n - 1 else 0
 
     def _take_checkpoint(self) -> None:
         """Keep what layers that forget hold now, and drop the oldest checkpoints until all fit ``saved.max_bytes``.
 
         The copies of other texts do not count: they fill that room sooner or later, and would leave no checkpoint.
         """
-        size = self._api.llama_state_seq_get_size_ext(self.context, _SEQUENCE, _PARTIAL_ONLY)
+        size = self._api.llama_state_seq_get_size_ext(self.context, self._sequence, _PARTIAL_ONLY)
         if size > self.saved.max_bytes or any(point.n_tokens == len(self.tokens) for point in self._checkpoints):
             return
         data = np.empty(size, np.uint8)
-        n = self._api.llama_state_seq_get_data_ext(self.context, _bytes_at(data), size, _SEQUENCE, _PARTIAL_ONLY)
+        n = self._api.llama_state_seq_get_data_ext(self.context, _bytes_at(data), size, self._sequence, _PARTIAL_ONLY)
         if n == size:
             points = [*self._checkpoints, _CacheCheckpoint(len(self.tokens), data)][-_MAX_CHECKPOINTS:]
             self._checkpoints = list(_newest_within(points, self.saved.max_bytes))
@@ -292,13 +353,13 @@ class KVCache:
     def state(self) -> SavedState:
         """A copy of the cache. Raises EngineError right after ``drop``, before the next token is computed."""
         self._end_token()
-        if self._shift_pending:
+        if self._shared.shift_pending:
             raise EngineError(
                 f"{self._path}: the context has just been shifted and cannot be kept before the next token"
             )
-        size = self._api.llama_state_seq_get_size(self.context, _SEQUENCE)
+        size = self._api.llama_state_seq_get_size(self.context, self._sequence)
         data = np.empty(size, np.uint8)
-        n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, _SEQUENCE)
+        n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, self._sequence)
         if n != size:
             raise EngineError(f"{self._path}: llama.cpp gave {n} of {size} bytes of its cache")
         first = self._first_held()
@@ -309,15 +370,20 @@ class KVCache:
     def restore(self, state: SavedState) -> None:
         """Replace the cache by a copy. If llama.cpp does not take it, raises EngineError with the cache empty."""
         self._end_token()
-        self._empty()
+        self.empty()
         mark = self._log.mark()
-        n = self._api.llama_state_seq_set_data(self.context, _bytes_at(state.data), state.data.nbytes, _SEQUENCE)
-        there = self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
-        if n != state.data.nbytes or there != len(state.tokens):
-            self._api.llama_memory_clear(self._memory, False)
+        while not self._takes(state):
+            self.empty()
+            if self._shared.give_way(self):
+                continue
             raise EngineError(f"{self._path}: llama.cpp does not take the state: {self._log.cause_since(mark)}")
         self.tokens = list(state.tokens)
         self._checkpoints = list(state.checkpoints)
+
+    def _takes(self, state: SavedState) -> bool:
+        n = self._api.llama_state_seq_set_data(self.context, _bytes_at(state.data), state.data.nbytes, self._sequence)
+        there = self._api.llama_memory_seq_pos_max(self._memory, self._sequence) + 1
+        return bool(n == state.data.nbytes and there == len(state.tokens))
 
     # ---- computing
 
@@ -391,25 +457,25 @@ class KVCache:
         The first part empties the cache. Raises EngineError if something else was computed since the part before.
         """
         if batch.begin == 0:
-            self._empty()
-            self._chunks_of = owner
+            self.empty_all()
+            self._shared.chunks_of = owner
         self.check_chunks(owner)
         mark = self._log.mark()
-        self._begin_batch(batch.n_tokens)
+        self.begin_batch(batch.n_tokens)
         status = batch.decode(self.context)
-        self.n_returned += 1
-        if status not in (0, _ABORTED):
-            raise self._failed(status, mark)
+        self._shared.n_returned += 1
+        if status not in (0, ABORTED):
+            raise self.failed(status, mark)
         return status == 0
 
     def check_chunks(self, owner: object) -> None:
         """Raise EngineError unless the cache holds chunks of ``owner``."""
-        if self._chunks_of is not owner:
+        if self._shared.chunks_of is not owner:
             raise EngineError(f"{self._path}: another caller has had a turn between two parts of these chunks")
 
     def _drop_chunks(self) -> None:
-        if self._chunks_of is not None:
-            self._empty()
+        if self._shared.chunks_of is not None:
+            self.empty_all()
 
     # ---- logits
 
@@ -438,36 +504,47 @@ class KVCache:
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
         mark = self._log.mark()
-        self._begin_batch(len(tokens))
+        self.begin_batch(len(tokens))
         status = self._api.llama_decode(self.context, batch)
-        self.n_returned += 1
+        self._shared.n_returned += 1
         if status == 0:
             self.tokens += tokens
-            self._shift_pending = False
+            self._shared.shift_pending = False
+            self.row = -1
             return True
-        # some keys may be rotated already, and would be rotated twice; a recurrent state may be ahead of its tokens
-        if self._shift_pending or (self._is_recurrent and status != _NO_ROOM):
-            self._empty()
-        n_kept = self._api.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
-        self.tokens = [*self.tokens, *tokens][:n_kept]
-        if status == _ABORTED:
+        if status == NO_ROOM and self._shared.give_way(self):
+            return self._decode(batch, tokens)
+        self.take_rest(tokens, status)
+        if status == ABORTED:
             return False
-        if status == _NO_ROOM:
+        if status == NO_ROOM:
             raise ContextFullError(f"the context of {self.n_ctx} tokens is full; ask for more with --ctx-size")
-        raise self._failed(status, mark)
+        raise self.failed(status, mark)
 
-    def _begin_batch(self, n_tokens: int) -> None:
+    def take_rest(self, tokens: Sequence[int], status: int) -> None:
+        """Find out how many of ``tokens`` are in the cache after a batch that ended with another ``status`` than 0."""
+        # some keys may be rotated already, and would be rotated twice; a recurrent state may be ahead of its tokens
+        if self._shared.shift_pending:
+            self.empty_all()
+        elif self._is_recurrent and status != NO_ROOM:
+            self.empty()
+        n_kept = self._api.llama_memory_seq_pos_max(self._memory, self._sequence) + 1
+        self.tokens = [*self.tokens, *tokens][:n_kept]
+
+    def begin_batch(self, n_tokens: int) -> None:
+        """Call before a batch that has up to ``n_tokens`` of one text."""
         self._spin_limit.look()
         if self.given_tokens > n_tokens:  # so that a watch does not count the wait for those as one for these
             self.synchronize()
-        self.given_tokens = 0 if self._shift_pending else n_tokens
+        self._shared.given_tokens = 0 if self._shared.shift_pending else n_tokens
 
     def _end_token(self) -> None:
         """Call when something other than computing a single token begins. A prompt may still be computed meanwhile."""
         if self.given_tokens == 1:
-            self.given_tokens = 0
+            self._shared.given_tokens = 0
 
-    def _failed(self, status: int, mark: int) -> DecodeError:
+    def failed(self, status: int, mark: int) -> DecodeError:
+        """The error of a batch that ended with ``status``; its cause was logged since ``mark``."""
         return DecodeError(f"{self._path}: llama.cpp failed to compute ({status}): {self._log.cause_since(mark)}")
 
     def drop(self, begin: int, n: int) -> bool:
@@ -477,16 +554,19 @@ class KVCache:
         if self._is_recurrent or not self._api.llama_memory_can_shift(self._memory):
             return False
         end, n_left = begin + n, len(self.tokens) - n
+        if self._n_shared > end:  # other sequences would find their tokens at other positions
+            return False
         # a window that reaches behind the gap needs the tokens before it
         reaches_back = len(self.tokens) - end < self._window - 1
         if reaches_back and self._first_held() > max(0, n_left - self._window + 1):
             return False
-        if not self._api.llama_memory_seq_rm(self._memory, _SEQUENCE, begin, end):
+        if not self._api.llama_memory_seq_rm(self._memory, self._sequence, begin, end):
             return False
-        self._api.llama_memory_seq_add(self._memory, _SEQUENCE, end, -1, -n)
+        self._api.llama_memory_seq_add(self._memory, self._sequence, end, -1, -n)
         self.tokens = self.tokens[:begin] + self.tokens[end:]
+        self._n_shared = min(self._n_shared, begin)
         self._checkpoints = []
-        self._shift_pending = True
+        self._shared.shift_pending = True
         return True
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import Cancelled, EngineError, GGUFError, ModelLoadError
+from ggufmoe.errors import Cancelled, EngineError, GGUFError, ModelLoadError, OptionError
 from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import ModelHeader, check_kind, read_model_header
@@ -38,7 +38,8 @@ from ggufmoe.placement.model_params import set_parameters
 from ggufmoe.placement.offload import plan_offload
 from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.runtime.events import Token
-from ggufmoe.runtime.kvcache import KVCache, SavedStates
+from ggufmoe.runtime.kvcache import ContextState, KVCache, SavedStates
+from ggufmoe.runtime.slots import Slots
 from ggufmoe.runtime.vocabulary import LoadedVocabulary
 from ggufmoe.sizes import memory_size
 from ggufmoe.work import OnProgress, Progress, memory_bytes
@@ -104,11 +105,16 @@ class LoadedModel:
         self._lost = ""
         """Why the last attempt to make a context failed."""
         self._warned: set[str] = set()
-        self._cache: KVCache
+        self._slots: Slots
 
     @property
     def cache(self) -> KVCache:
-        """The KV cache of the context. Raises EngineError once freed, and after a new context could not be made."""
+        """The KV cache of the context; of several, the one that was used last. Raises what ``slots`` raises."""
+        return self.slots.latest
+
+    @property
+    def slots(self) -> Slots:
+        """The KV caches of the context. Raises EngineError once freed, and after a new context could not be made."""
         if not self._model:
             raise EngineError(f"the engine of {self.path} has been closed")
         if not self._context:
@@ -116,7 +122,7 @@ class LoadedModel:
                 f"{self.path}: there is no context since another one could not be made ({self._lost}); "
                 "make one with set_context, or load again"
             )
-        return self._cache
+        return self._slots
 
     @property
     def handle(self) -> Any:
@@ -129,6 +135,7 @@ class LoadedModel:
         Raises ModelLoadError, Cancelled, and what ``on_progress`` raised.
         """
         request = self._request
+        self._check_parallel(request.context)
         machine = find_devices(request.offload.device, remote=bool(request.offload.workers))
         plan = plan_offload(request.model, request.context, request.offload, machine.places, machine.host)
         self._warn(plan.warnings)
@@ -148,7 +155,7 @@ class LoadedModel:
                 f"{self.path}: not a model that continues text: it has an encoder, or keeps no context"
             )
         self.vocabulary = LoadedVocabulary(self.api, self._model, self.path, self._header.get(EOS_TOKEN_IDS, ()))
-        self._cache = self._new_cache()
+        self._slots = self._new_slots()
 
     def _warn(self, warnings: Iterable[str]) -> None:
         """Log each warning once for this model."""
@@ -177,7 +184,12 @@ class LoadedModel:
         if callback.cancelled():
             raise Cancelled(f"{self.path}: loading was stopped")
 
-    def _new_cache(self) -> KVCache:
+    def _new_slots(self) -> Slots:
+        shared = ContextState()
+        caches = [self._new_cache(sequence, shared) for sequence in range(self._request.context.n_parallel)]
+        return Slots(self.api, caches, shared)
+
+    def _new_cache(self, sequence: int, shared: ContextState) -> KVCache:
         elsewhere = any(share.layers or share.buffers for share in self.placement.plan.shares[:-1])
         return KVCache(
             self.api,
@@ -193,6 +205,8 @@ class LoadedModel:
             is_chunked=self._request.model.memory.is_chunked,
             swa_full=self._request.context.swa_full,
             is_recurrent=self.api.llama_model_is_recurrent(self._model) or self.api.llama_model_is_hybrid(self._model),
+            sequence=sequence,
+            shared=shared,
         )
 
     # ---- the model
@@ -239,6 +253,16 @@ class LoadedModel:
         if threads is not None:
             threads.free()
 
+    def _check_parallel(self, options: ContextOptions) -> None:
+        """Raise OptionError for several answers at once of a model that cannot share a beginning among them."""
+        memory = self._request.model.memory
+        if options.n_parallel > 1 and (memory.n_windowed or memory.n_recurrent):
+            kind = "a recurrent state" if memory.n_recurrent else "a sliding window"
+            raise OptionError(
+                f"{self.path}: --parallel {options.n_parallel}: some layers of this model keep {kind} instead of all "
+                "tokens, and its answers are computed one after another only; leave out --parallel"
+            )
+
     def _check_memory(self, options: ContextOptions, plan: OffloadPlan) -> None:
         """Raise ModelLoadError for a context whose KV cache and buffers exceed this machine's memory.
 
@@ -267,7 +291,8 @@ class LoadedModel:
         values = {
             "n_ctx": context_tokens(options, self.n_ctx_train),
             "n_batch": options.n_batch,
-            "n_seq_max": options.n_seq_max,
+            "n_seq_max": max(options.n_seq_max, options.n_parallel),
+            "kv_unified": options.n_parallel > 1,
             "n_ubatch": min(options.n_ubatch, options.n_batch),
             "n_threads": n_threads,
             "n_threads_batch": n_threads,
@@ -301,6 +326,7 @@ class LoadedModel:
         self._free_context()
         self.observer = observer
         try:
+            self._check_parallel(options)
             self._check_memory(options, self.placement.plan)
             self._warn(context_warnings(Footprint(self._request.model, options, self._request.offload)))
             self._context = self._make_context(options)
@@ -310,7 +336,7 @@ class LoadedModel:
             raise
         self._request = replace(self._request, context=options)
         self._saved = SavedStates(options.cache_ram * 2**20)
-        self._cache = self._new_cache()
+        self._slots = self._new_slots()
 
     # ---- the end
 

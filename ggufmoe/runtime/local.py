@@ -8,6 +8,7 @@ order of computations ``nativethread``'s, an answer ``generation``'s. What llama
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 import weakref
@@ -27,6 +28,7 @@ from ggufmoe.files import StrPath, possible_path, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, options_of
 from ggufmoe.placement.load_report import Placement
+from ggufmoe.runtime.batching import BatchScheduler
 from ggufmoe.runtime.bindings import native_api, native_log
 from ggufmoe.runtime.chunkbatch import ComputedPart, SideBySide, batches
 from ggufmoe.runtime.enginelike import P, ResultT, TensorObserver, TokenFilter, described
@@ -96,6 +98,8 @@ class LocalEngine:
             str(self.path), loaded.abort_flag, loaded.free, lambda message: loaded.release_locks()
         )
         self._texts = self._native.companion()
+        self._scheduler = BatchScheduler(self._native, loaded)
+        self._tickets = itertools.count()
         try:
             self._native.call(before_load)
             self._native.call(partial(self._loaded.load, callback))
@@ -201,7 +205,9 @@ class LocalEngine:
         return self._read(request, sampler)
 
     def _read(self, request: GenerationRequest, sampler: Sampler) -> Iterator[Event]:
-        generation = Generation(self._native, self._loaded, request, sampler)
+        submit = self._scheduler.submit if self._context_options.n_parallel > 1 else None
+        ticket = next(self._tickets)
+        generation = Generation(self._native, self._loaded, request, sampler, submit=submit, ticket=ticket)
         self._remember(generation.cancellation)
         yield from generation.read()
 
@@ -237,7 +243,11 @@ class LocalEngine:
     # ---- the cache
 
     def forget(self) -> None:
-        self._native.call(lambda: self._loaded.cache.clear())
+        def forget() -> None:
+            self._loaded.cache.empty_all()
+            self._loaded.cache.saved.clear()
+
+        self._native.call(forget)
 
     def prefill(self, prompt: Sequence[int], *, cancel: CancelFlag | None = None, every_row: bool = False) -> int:
         tokens = self._checked_prompt(prompt)
@@ -249,7 +259,7 @@ class LocalEngine:
         return n
 
     def _compute_prompt(self, tokens: list[int]) -> int | None:
-        kv = self._loaded.cache
+        kv = self._loaded.slots.idle()
         n_reused = kv.reuse(tokens)
         if not kv.compute_prompt(tokens[n_reused:]):
             return None
@@ -259,7 +269,7 @@ class LocalEngine:
 
     def _compute_prompt_rows(self, tokens: list[int]) -> int | None:
         """Compute all of ``tokens`` anew, with logits after each."""
-        kv = self._loaded.cache
+        kv = self._loaded.slots.idle()
         kv.clear()
         size = min(_LOGITS_BATCH, kv.n_batch)
         for begin in range(0, len(tokens), size):
@@ -278,7 +288,7 @@ class LocalEngine:
         cancellation = self._remember(Cancellation(cancel))
 
         def timed() -> float | None:
-            kv = self._loaded.cache
+            kv = self._loaded.slots.idle()
             start = time.perf_counter()
             done = all(not cancellation.aborted and kv.compute(part) for part in parts)
             kv.synchronize()
@@ -323,7 +333,7 @@ class LocalEngine:
             yield rows
 
     def _logits_of(self, ids: list[int], begin: int, size: int) -> NDArray[np.float32] | None:
-        kv = self._loaded.cache
+        kv = self._loaded.slots.idle()
         chunk = ids[begin : begin + size]
         if begin == 0:
             kv.clear()
@@ -410,7 +420,7 @@ class LocalEngine:
         return len(state.tokens)
 
     def _session_state(self, ids: list[int] | None) -> SavedState:
-        kv = self._loaded.cache
+        kv = self._loaded.slots.idle()
         if ids is not None and not kv.compute_prompt(ids[kv.reuse(ids) :]):
             raise EngineError("saving the session was cancelled from another thread")
         if not kv.tokens:
@@ -422,8 +432,9 @@ class LocalEngine:
         self._vocabulary.check_tokens(state.tokens)
 
         def restore() -> None:
-            self._loaded.cache.set_aside()
-            self._loaded.cache.restore(state)
+            kv = self._loaded.slots.idle()
+            kv.set_aside()
+            kv.restore(state)
 
         self._native.call(restore)
         return state.tokens, note

@@ -53,11 +53,33 @@ class Cancellation:
         """Whether the caller's flag is set or ``abort`` was called."""
         return self.aborted or (self._flag is not None and self._flag.is_set())
 
+    def stops_with(self, other: Cancellation) -> bool:
+        """Whether the computation of this one is to stop, now that ``other`` is aborted."""
+        return other is self
+
+
+class SharedCancellation(Cancellation):
+    """Of one computation for several answers: it is to be cancelled when all of ``members`` are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members: tuple[Cancellation, ...] = ()
+
+    def is_requested(self) -> bool:
+        """Whether ``abort`` was called, or all members are requested."""
+        return self.aborted or (bool(self.members) and all(member.is_requested() for member in self.members))
+
+    def stops_with(self, other: Cancellation) -> bool:
+        """Whether ``other`` is this one, or a member of which all are aborted."""
+        members = self.members
+        return other is self or (other in members and all(member.aborted for member in members))
+
 
 class Job(Protocol):
     """Work for the native thread. ``run`` raises nothing; when the thread ends first, ``fail`` is called instead."""
 
-    cancellation: Cancellation
+    @property
+    def cancellation(self) -> Cancellation: ...
 
     def run(self) -> None: ...
 
@@ -187,7 +209,7 @@ class NativeThread:
             return
         with self._lock:
             cancellation.aborted = True
-            if self._running is cancellation:
+            if self._running is not None and self._running.stops_with(cancellation):
                 self._abort_flag[0] = b"\x01"
 
     @property

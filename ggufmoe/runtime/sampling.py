@@ -139,7 +139,7 @@ class Sampler:
             api.llama_sampler_accept(self._chain, token)
 
     def sample(self, cache: KVCache) -> int:
-        """Draw a token from the logits after the last computed token.
+        """Draw a token from the logits after the last computed token of ``cache``.
 
         Raises EngineError where the grammar allows none of the model's tokens, DecodeError for logits that are NaN.
         """
@@ -150,7 +150,7 @@ class Sampler:
             return int(best)
         cache.check_finite(logits)
         if self._grammar is None:
-            return int(self._api.llama_sampler_sample(self._chain, cache.context, -1))
+            return int(self._api.llama_sampler_sample(self._chain, cache.context, cache.row))
         token = self._drawn(cache, constrained=False)
         if not self._allows(token):
             token = self._drawn(cache, constrained=True)

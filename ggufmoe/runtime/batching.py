@@ -1,0 +1,261 @@
+"""Several answers computed in one batch: each step has one token of every answer, and a part of a prompt.
+
+Owns which answers take part in a step and in which order. ``slots`` says where their tokens are, ``generation`` what
+each of them draws and when it ends. One step is one job of the native thread, so other calls have their turns between
+two steps.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Sequence
+
+from ggufmoe.errors import ContextFullError, EngineError
+from ggufmoe.runtime.generation import Generation
+from ggufmoe.runtime.kvcache import ABORTED, NO_ROOM
+from ggufmoe.runtime.loading import LoadedModel
+from ggufmoe.runtime.nativethread import NativeThread, SharedCancellation
+from ggufmoe.runtime.slots import Part, Slot, Slots
+
+_PROMPT_SHARE_S = 0.2
+"""Longest time that a part of a prompt may take while other answers go on: their readers wait as long."""
+_FIRST_SHARE_TOKENS = 128
+"""The part of a prompt before it is known how fast prompts are computed."""
+_SHARE_STEP_TOKENS = 16
+
+
+class BatchScheduler:
+    """Computes all answers that are submitted, as many at once as the context has slots.
+
+    The answer that was asked for first comes first: it gets the next slot, its prompt is computed before other
+    prompts, and it keeps its cells when they do not suffice for all. An answer that is far ahead of its reader leaves
+    its slot to others.
+    """
+
+    def __init__(self, native: NativeThread, loaded: LoadedModel) -> None:
+        self._native = native
+        self._loaded = loaded
+        self._lock = threading.Lock()
+        self._waiting: list[Generation] = []
+        self._active: dict[Generation, Slot] = {}
+        self._is_queued = False
+        """Whether the native thread has a step in its queue or computes one."""
+        self._lacks_cells = False
+        """Whether an answer waits for cells that older answers hold."""
+        self._suspects: list[Generation] = []
+        """Answers of a batch that llama.cpp failed to compute: each is computed alone to find out which one fails."""
+        self._share = _FIRST_SHARE_TOKENS
+
+    def submit(self, answer: Generation) -> None:
+        """Continue ``answer`` until it ends or is far ahead of its reader. Raises what ``NativeThread.submit`` raises.
+
+        May be called from any thread.
+        """
+        with self._lock:
+            self._waiting.append(answer)
+            is_queued, self._is_queued = self._is_queued, True
+        if is_queued:
+            return
+        try:
+            self._native.submit(_Step(self))
+        except BaseException:
+            with self._lock:
+                self._is_queued = False
+                self._waiting = [other for other in self._waiting if other is not answer]
+            raise
+
+    # ---- called in the native thread
+
+    def run(self, cancellation: SharedCancellation) -> None:
+        """Compute one step, and queue the next if an answer is left. ``cancellation`` gets the answers in the step."""
+        try:
+            slots = self._loaded.slots
+            slots.drop_chunks()
+            self._admit(slots)
+            self._end_finished()
+            self._step(slots, cancellation)
+        except BaseException as error:  # without a context, for example; it belongs to the readers
+            self.fail(error)
+        with self._lock:
+            self._is_queued = bool(self._active or self._waiting)
+            goes_on = self._is_queued
+        if goes_on:
+            try:
+                self._native.submit(_Step(self))
+            except EngineError as error:
+                self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End all answers with ``error``."""
+        with self._lock:
+            answers = [*self._active, *self._waiting]
+            for slot in self._active.values():
+                slot.owner = None
+            self._active, self._waiting, self._suspects, self._is_queued = {}, [], [], False
+        for answer in answers:
+            answer.fail(error)
+
+    def _admit(self, slots: Slots) -> None:
+        for answer, slot in list(self._active.items()):
+            if not slots.has(slot, answer):  # another call has taken the slot, or made a new context
+                del self._active[answer]
+                self._wait(answer)
+        self._lacks_cells = self._lacks_cells and bool(self._active)
+        # an observer is told of one token after another
+        n_slots = 1 if self._loaded.observer is not None else len(slots)
+        while len(self._active) < n_slots and not self._lacks_cells:
+            answer = self._next_waiting()
+            if answer is None:
+                return
+            try:
+                self._place(answer, slots)
+            except EngineError as error:
+                if not self._active:
+                    answer.fail(error)
+                    continue
+                self._lacks_cells = True
+                self._wait(answer)
+            except BaseException as error:  # it belongs to the reader
+                answer.fail(error)
+
+    def _next_waiting(self) -> Generation | None:
+        """The answer that was asked for first of those that wait and have not ended."""
+        while True:
+            with self._lock:
+                answer = min(self._waiting, key=lambda answer: answer.ticket, default=None)
+                if answer is None:
+                    return None
+                self._waiting.remove(answer)
+            if answer.enter():
+                return answer
+
+    def _place(self, answer: Generation, slots: Slots) -> None:
+        slot, n_held = slots.place(answer, answer.ticket, answer.tokens)
+        answer.begin(n_held)
+        self._active[answer] = slot
+
+    def _wait(self, answer: Generation) -> None:
+        answer.wait_for_turn()
+        with self._lock:
+            self._waiting.append(answer)
+
+    def _leave(self, answer: Generation) -> None:
+        """Take ``answer`` out of its slot, for a text that waits for one."""
+        slot = self._active.pop(answer)
+        self._loaded.slots.release(slot)
+        self._lacks_cells = False
+
+    def _end_finished(self) -> None:
+        for answer, slot in list(self._active.items()):
+            try:
+                reason = answer.end_of(slot.cache)
+            except BaseException as error:  # it belongs to the reader
+                self._leave(answer)
+                answer.fail(error)
+                continue
+            if reason is not None:
+                self._leave(answer)
+                answer.finish(reason)
+
+    # ---- one step
+
+    def _step(self, slots: Slots, cancellation: SharedCancellation) -> None:
+        self._suspects = [answer for answer in self._suspects if answer in self._active]
+        answers = self._suspects[:1] or sorted(self._active, key=lambda answer: answer.ticket)
+        # after this, aborting the last of them stops the batch; before it, they are seen to be aborted
+        cancellation.members = tuple(answer.cancellation for answer in answers)
+        parts = self._parts([answer for answer in answers if not answer.cancellation.is_requested()])
+        if not parts:
+            return
+        cancellation.members = tuple(answer.cancellation for answer in parts)
+        mark = self._loaded.log.mark()
+        began = time.perf_counter()
+        status = slots.decode(list(parts.values()))
+        if status == 0:
+            slots.latest.synchronize()
+            seconds = time.perf_counter() - began
+            self._learn_share(parts.values(), seconds)
+            self._suspects = self._suspects[1:]
+            for answer, part in parts.items():
+                self._draw(answer, part, seconds)
+        elif status == NO_ROOM:
+            self._make_room(slots)
+        elif status != ABORTED:
+            self._find_failing(list(parts), slots.latest.failed(status, mark))
+
+    def _parts(self, answers: Sequence[Generation]) -> dict[Generation, Part]:
+        """What the next batch computes of each of ``answers``: its newest token, or the next part of a prompt."""
+        slots = self._active
+        left = {answer: answer.tokens[len(slots[answer].cache.tokens) :] for answer in answers}
+        n_single = sum(len(tokens) == 1 for tokens in left.values())
+        cache = self._loaded.cache
+        share = min(self._share, cache.n_ubatch - n_single) if n_single else cache.n_ubatch
+        room = max(1, share)
+        parts = {}
+        for answer, tokens in left.items():
+            taken = tokens if len(tokens) == 1 else tokens[:room]
+            room -= len(taken) if len(tokens) > 1 else 0
+            if taken:
+                parts[answer] = Part(slots[answer], taken, wants_logits=len(taken) == len(tokens))
+        return parts
+
+    def _learn_share(self, parts: Collection[Part], seconds: float) -> None:
+        n_tokens = sum(len(part.tokens) for part in parts)
+        if n_tokens >= _SHARE_STEP_TOKENS + len(parts):
+            steps = int(n_tokens * _PROMPT_SHARE_S / max(seconds, 1e-6)) // _SHARE_STEP_TOKENS
+            self._share = max(1, steps) * _SHARE_STEP_TOKENS
+
+    def _draw(self, answer: Generation, part: Part, seconds: float) -> None:
+        answer.count(len(part.tokens), seconds)
+        if not part.wants_logits:
+            return
+        try:
+            reason = answer.draw(part.slot.cache)
+        except BaseException as error:  # it belongs to the reader
+            self._leave(answer)
+            answer.fail(error)
+            return
+        if reason is not None:
+            self._leave(answer)
+            answer.finish(reason)
+        elif answer.is_ahead:
+            self._leave(answer)
+            answer.suspend()
+
+    def _make_room(self, slots: Slots) -> None:
+        """Free cells of a text that is not computed now; without one, the answer that was asked for last waits."""
+        if slots.free_idle():
+            return
+        newest = max(self._active, key=lambda answer: answer.ticket)
+        cache = self._active[newest].cache
+        if len(self._active) == 1:
+            self._leave(newest)
+            newest.fail(ContextFullError(f"the context of {cache.n_ctx} tokens is full; ask for more with --ctx-size"))
+            return
+        cache.set_aside()
+        cache.empty()
+        self._leave(newest)
+        self._lacks_cells = True
+        self._wait(newest)
+
+    def _find_failing(self, answers: list[Generation], error: EngineError) -> None:
+        if len(answers) > 1:
+            self._suspects = answers
+            return
+        self._leave(answers[0])
+        answers[0].fail(error)
+
+
+class _Step:
+    """One step of all answers, as a job of the native thread."""
+
+    def __init__(self, scheduler: BatchScheduler) -> None:
+        self.cancellation = SharedCancellation()
+        self._scheduler = scheduler
+
+    def run(self) -> None:
+        self._scheduler.run(self.cancellation)
+
+    def fail(self, error: EngineError) -> None:
+        self._scheduler.fail(error)

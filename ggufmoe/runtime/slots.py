@@ -1,0 +1,179 @@
+"""The sequences of one context: which answer has which, where a prompt is placed, what gives way when cells are full.
+
+All sequences share the cells of one KV cache. A beginning that two texts have in common is computed once and its cells
+are used by both. Everything here runs in the engine's native thread, except ``latest``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ggufmoe.runtime.chunkbatch import TokenBatch
+from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache, common_prefix
+
+
+@dataclass(eq=False)
+class Slot:
+    """A sequence, and the answer that is computed in it."""
+
+    cache: KVCache
+    sequence: int
+    owner: object | None = None
+    ticket: int = 0
+    """When the answer was asked for, among all answers."""
+    used: int = 0
+    """When the slot was taken or left the last time, among all slots."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens that continue the text of ``slot``; logits are computed after the last one if ``wants_logits``."""
+
+    slot: Slot
+    tokens: Sequence[int]
+    wants_logits: bool
+
+
+class Slots:
+    """The slots of one context; ``caches`` has the KV cache of each sequence, which have ``shared`` in common."""
+
+    def __init__(self, api: Any, caches: Sequence[KVCache], shared: ContextState) -> None:
+        self._api = api
+        self._shared = shared
+        self._slots = [Slot(cache, sequence) for sequence, cache in enumerate(caches)]
+        self._n_uses = 0
+        self.latest: KVCache = caches[0]
+        """The cache that was used last."""
+        shared.give_way = self._give_way
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def has(self, slot: Slot, owner: object) -> bool:
+        """Whether ``slot`` is one of these and still belongs to ``owner``."""
+        return slot.owner is owner and slot in self._slots
+
+    # ---- placing
+
+    def idle(self) -> KVCache:
+        """A cache that no answer uses: the one used last, if it is idle. Without one, the newest answer loses its slot.
+
+        That answer finds its tokens changed by whoever uses the cache, and is placed again.
+        """
+        slots = [slot for slot in self._slots if slot.owner is None]
+        if not slots:
+            newest = max(self._slots, key=lambda slot: slot.ticket)
+            newest.cache.set_aside()
+            newest.owner = None
+            slots = [newest]
+        return self._used(next((slot for slot in slots if slot.cache is self.latest), _longest_unused(slots))).cache
+
+    def place(self, owner: object, ticket: int, text: Sequence[int]) -> tuple[Slot, int]:
+        """A slot for ``owner``, and the tokens of ``text`` that it holds already. One of the slots must be idle.
+
+        Takes the slot whose text is the longest beginning of ``text``. Where that text goes on otherwise or is being
+        continued, its beginning is copied to the slot that was unused for longest. What the slot held is set aside.
+
+        Raises EngineError if the text was set aside and other texts have the cells that it needs.
+        """
+        wanted = text[:-1]
+        n_common = {slot: common_prefix(slot.cache.tokens, wanted) for slot in self._slots}
+        idle = [slot for slot in self._slots if slot.owner is None]
+        source = max(self._slots, key=lambda slot: n_common[slot])
+        whole = [slot for slot in idle if len(slot.cache.tokens) - n_common[slot] < WORTH_KEEPING_TOKENS]
+        slot = max(whole, key=lambda slot: (n_common[slot], -slot.used), default=_longest_unused(idle))
+        if n_common[source] >= n_common[slot] + WORTH_KEEPING_TOKENS:
+            slot = _longest_unused([one for one in idle if one is not source] or idle)
+            if slot is not source:
+                if len(slot.cache.tokens) - n_common[slot] >= WORTH_KEEPING_TOKENS:
+                    slot.cache.set_aside()
+                slot.cache.copy_beginning(source.cache, n_common[source])
+        n_held = slot.cache.reuse(text)
+        slot.owner, slot.ticket = owner, ticket
+        self._used(slot)
+        return slot, n_held
+
+    def release(self, slot: Slot) -> None:
+        """The answer of ``slot`` has ended or waits; its text stays until the slot or its cells are needed."""
+        slot.owner = None
+        self._used(slot)
+
+    def _used(self, slot: Slot) -> Slot:
+        self._n_uses += 1
+        slot.used = self._n_uses
+        self.latest = slot.cache
+        return slot
+
+    # ---- room
+
+    def free_idle(self, asking: KVCache | None = None) -> bool:
+        """Set the text of the idle slot that was unused for longest aside; False if no idle slot has a text."""
+        held = [slot for slot in self._slots if not slot.owner and slot.cache.tokens and slot.cache is not asking]
+        if not held:
+            return False
+        cache = _longest_unused(held).cache
+        cache.set_aside()
+        cache.empty()
+        return True
+
+    def _give_way(self, asking: KVCache) -> bool:
+        """Free cells for ``asking``. An answer takes none of another answer; other calls do, of the newest first."""
+        if self.free_idle(asking):
+            return True
+        if any(slot.owner for slot in self._slots if slot.cache is asking):
+            return False
+        held = [slot for slot in self._slots if slot.cache.tokens and slot.cache is not asking]
+        if not held:
+            return False
+        newest = max(held, key=lambda slot: slot.ticket)
+        newest.owner = None
+        newest.cache.set_aside()
+        newest.cache.empty()
+        return True
+
+    def drop_chunks(self) -> None:
+        """Empty the context if it holds chunks."""
+        if self._shared.chunks_of is not None:
+            self.latest.empty_all()
+
+    # ---- computing
+
+    def decode(self, parts: Sequence[Part]) -> int:
+        """Compute ``parts`` in one batch; llama.cpp's status, 0 for success.
+
+        Then the ``row`` of each cache is that of its last token. After a failure each cache says what it holds.
+        """
+        sizes = [len(part.tokens) for part in parts]
+        ends = np.cumsum(sizes)
+        wanted = np.zeros(int(ends[-1]), np.int8)
+        wanted[ends - 1] = [part.wants_logits for part in parts]
+        held = [len(part.slot.cache.tokens) for part in parts]
+        positions = [np.arange(n_held, n_held + n, dtype=np.int32) for n_held, n in zip(held, sizes, strict=True)]
+        batch = TokenBatch(
+            self._api,
+            tokens=np.concatenate([np.asarray(part.tokens, np.int32) for part in parts]),
+            positions=np.concatenate(positions),
+            sequences=np.repeat(np.array([part.slot.sequence for part in parts], np.int32), sizes),
+            wanted=wanted,
+        )
+        self.latest.begin_batch(max(sizes))
+        status = batch.decode(self.latest.context)
+        self._shared.n_returned += 1
+        for part, end in zip(parts, ends.tolist(), strict=True):
+            if status:
+                part.slot.cache.take_rest(part.tokens, status)
+            else:
+                part.slot.cache.tokens += part.tokens
+                part.slot.cache.row = end - 1
+        if not status:
+            self._shared.shift_pending = False
+        return status
+
+
+def _longest_unused(slots: Sequence[Slot]) -> Slot:
+    """The empty slot, or the one that was used the longest time ago."""
+    return min(slots, key=lambda slot: (bool(slot.cache.tokens), slot.used))
