@@ -105,19 +105,17 @@ class BatchScheduler:
         # an observer is told of one token after another
         n_slots = 1 if self._loaded.observer is not None else len(slots)
         while len(self._active) < n_slots and not self._lacks_cells:
-            answer = self._next_waiting()
-            if answer is None:
+            first = self._next_waiting()
+            if first is None:
                 return
             try:
-                self._place(answer, slots)
-            except EngineError as error:
-                if not self._active:
-                    answer.fail(error)
-                    continue
-                self._lacks_cells = True
-                self._wait(answer)
-            except BaseException as error:  # it belongs to the reader
-                answer.fail(error)
+                self._place(first, slots)
+            except BaseException as error:
+                if isinstance(error, EngineError) and self._active:  # others have the cells that it needs
+                    self._lacks_cells = True
+                    self._wait(first)
+                else:  # it belongs to the reader
+                    first.fail(error)
 
     def _next_waiting(self) -> Generation | None:
         """The answer that was asked for first of those that wait and have not ended."""
@@ -167,6 +165,9 @@ class BatchScheduler:
         cancellation.members = tuple(answer.cancellation for answer in answers)
         parts = self._parts([answer for answer in answers if not answer.cancellation.is_requested()])
         if not parts:
+            return
+        if not slots.has_room(sum(len(part.tokens) for part in parts.values())):
+            self._make_room(slots)
             return
         cancellation.members = tuple(answer.cancellation for answer in parts)
         mark = self._loaded.log.mark()

@@ -47,7 +47,7 @@ class TokenBatch:
         self._api = api
         self.n_tokens = n_tokens
         self._alive = (tokens, positions, sequences, wanted, n_ids, pointers)
-        self._batch = api.llama_batch(
+        self.native = api.llama_batch(
             n_tokens=n_tokens,
             token=_pointer(tokens, ctypes.c_int32),
             pos=_pointer(positions, ctypes.c_int32),
@@ -58,7 +58,7 @@ class TokenBatch:
 
     def decode(self, context: Any) -> int:
         """Run ``llama_decode`` on the batch and return its status code; 0 is success."""
-        return int(self._api.llama_decode(context, self._batch))
+        return int(self._api.llama_decode(context, self.native))
 
 
 class SideBySide(TokenBatch):

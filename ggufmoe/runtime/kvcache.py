@@ -24,7 +24,7 @@ from ggufmoe.errors import ContextFullError, DecodeError, EngineError
 from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
 from ggufmoe.native.spinning import SpinLimit
-from ggufmoe.runtime.chunkbatch import SideBySide
+from ggufmoe.runtime.chunkbatch import SideBySide, TokenBatch
 from ggufmoe.runtime.nonfinite import not_finite_error
 
 ComputedBy = Literal["cpu", "gpu", "worker"]
@@ -120,6 +120,12 @@ class ContextState:
         self.give_way: Callable[[KVCache], bool] = lambda cache: False
         """Called when ``cache`` finds no free cell: frees cells of another sequence; False if there is none."""
 
+    def has_room(self, n_tokens: int) -> bool:
+        """Whether there may be cells for ``n_tokens`` more. False is certain; true is not, where texts share cells."""
+        n_shared = [cache.n_shared for cache in self.caches]
+        n_used = sum(len(cache.tokens) for cache in self.caches) - sum(n_shared) + max(n_shared)
+        return n_used + n_tokens <= self.caches[0].n_ctx
+
 
 class KVCache:
     """The cache of one sequence of ``context`` (a ``llama_context *``, which must live longer), and computing with it.
@@ -176,13 +182,11 @@ class KVCache:
         self.n_ctx: int = api.llama_n_ctx_seq(context)
         """Tokens that one text may have, also when several are computed side by side."""
         self.n_batch: int = api.llama_n_batch(context)
-        self.n_ubatch: int = min(self.n_batch, api.llama_n_ubatch(context))
-        """Tokens that llama.cpp computes at once, of one text or of several."""
-        self._step: int = self.n_batch if computed_by == "cpu" else self.n_ubatch
+        self._step: int = self.n_batch if computed_by == "cpu" else min(self.n_batch, api.llama_n_ubatch(context))
         """Tokens of a prompt that are given to llama.cpp in one call."""
         self.row = -1
         """The place in the last batch of the token whose logits ``last_logits`` gives; -1: the last that has logits."""
-        self._n_shared = 0
+        self.n_shared = 0
         """Tokens at the beginning whose cells other sequences may have as well."""
         # returns the address as a number: for a pointer ctypes would make new objects for each token
         prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
@@ -191,6 +195,11 @@ class KVCache:
         self._row_address = 0
         self._one = (ctypes.c_int32 * 1)()
         self._one_batch = api.llama_batch_get_one(self._one, 1)
+
+    @property
+    def n_ubatch(self) -> int:
+        """Tokens that llama.cpp computes at once, of one text or of several."""
+        return min(self.n_batch, int(self._api.llama_n_ubatch(self.context)))
 
     @property
     def given_tokens(self) -> int:
@@ -226,7 +235,7 @@ class KVCache:
     def _forget_text(self) -> None:
         self.tokens = []
         self._checkpoints = []
-        self._n_shared = 0
+        self.n_shared = 0
 
     # ---- reuse
 
@@ -274,8 +283,16 @@ class KVCache:
         self.empty()
         self._api.llama_memory_seq_cp(self._memory, source._sequence, self._sequence, 0, n)
         self.tokens = source.tokens[:n]
-        self._n_shared = n
-        source._n_shared = max(source._n_shared, n)
+        self.n_shared = n
+        source.n_shared = max(source.n_shared, n)
+
+    def _end_sharing(self) -> None:
+        """Set the texts of other sequences aside that may have cells of this one."""
+        for cache in self._shared.caches:
+            if cache is not self and cache.n_shared:
+                cache.set_aside()
+                cache.empty()
+        self.n_shared = 0
 
     # ---- going back
 
@@ -321,7 +338,7 @@ class KVCache:
         if not n_kept:
             self.empty()
         self.tokens = self.tokens[:n_kept]
-        self._n_shared = min(self._n_shared, n_kept)
+        self.n_shared = min(self.n_shared, n_kept)
         self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
         return n_kept
 
@@ -372,7 +389,7 @@ class KVCache:
         self._end_token()
         self.empty()
         mark = self._log.mark()
-        while not self._takes(state):
+        while not (self._shared.has_room(len(state.tokens)) and self._takes(state)):
             self.empty()
             if self._shared.give_way(self):
                 continue
@@ -394,13 +411,15 @@ class KVCache:
         first. Raises ContextFullError and DecodeError.
         """
         self._drop_chunks()
-        if len(tokens) == 1:
+        if len(tokens) == 1 and not self._sequence:
             self._one[0] = tokens[0]
             return self._decode(self._one_batch, tokens)
         for begin in range(0, len(tokens), self._step):
             part = tokens[begin : begin + self._step]
-            ids = (ctypes.c_int32 * len(part))(*part)
-            if self._is_stopped or not self._decode(self._api.llama_batch_get_one(ids, len(part)), part):
+            if self._is_stopped:
+                return False
+            batch = self._batch_of(part)
+            if not self._decode(batch.native, part):
                 return False
             if self._computed_by == "worker":
                 self.synchronize()
@@ -443,11 +462,21 @@ class KVCache:
         self._drop_chunks()
         if self._is_stopped:
             return False
-        ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
-        batch = self._api.llama_batch_get_one(ids, len(tokens))
-        batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
-        return self._decode(batch, tokens)
+        batch = self._batch_of(tokens, all_logits=True)
+        return self._decode(batch.native, tokens)
+
+    def _batch_of(self, tokens: Sequence[int], *, all_logits: bool = False) -> TokenBatch:
+        """``tokens`` after those in the cache, with logits after each of them or after the last one."""
+        n, n_held = len(tokens), len(self.tokens)
+        wanted = np.full(n, all_logits, np.int8)
+        wanted[-1:] = 1
+        return TokenBatch(
+            self._api,
+            tokens=np.array(tokens, np.int32),
+            positions=np.arange(n_held, n_held + n, dtype=np.int32),
+            sequences=np.full(n, self._sequence, np.int32),
+            wanted=wanted,
+        )
 
     # ---- independent texts side by side
 
@@ -486,8 +515,8 @@ class KVCache:
         return view
 
     def last_logits(self) -> NDArray[np.float32]:
-        """Logits after the newest token, (n_vocab,): a view, valid until the next call."""
-        address = self._row_at(self.context, -1)
+        """Logits after the newest token of this text, (n_vocab,): a view, valid until the next call."""
+        address = self._row_at(self.context, self.row)
         if address != self._row_address:  # the view is made again only when llama.cpp's buffer has moved
             array: Any = (ctypes.c_float * self._n_vocab).from_address(address)
             self._row = np.frombuffer(array, np.float32)
@@ -554,17 +583,17 @@ class KVCache:
         if self._is_recurrent or not self._api.llama_memory_can_shift(self._memory):
             return False
         end, n_left = begin + n, len(self.tokens) - n
-        if self._n_shared > end:  # other sequences would find their tokens at other positions
-            return False
         # a window that reaches behind the gap needs the tokens before it
         reaches_back = len(self.tokens) - end < self._window - 1
         if reaches_back and self._first_held() > max(0, n_left - self._window + 1):
             return False
         if not self._api.llama_memory_seq_rm(self._memory, self._sequence, begin, end):
             return False
+        if self.n_shared > end:  # these cells would move for the other sequences as well
+            self._end_sharing()
         self._api.llama_memory_seq_add(self._memory, self._sequence, end, -1, -n)
         self.tokens = self.tokens[:begin] + self.tokens[end:]
-        self._n_shared = min(self._n_shared, begin)
+        self.n_shared = min(self.n_shared, begin)
         self._checkpoints = []
         self._shared.shift_pending = True
         return True

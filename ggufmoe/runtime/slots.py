@@ -135,6 +135,10 @@ class Slots:
         newest.cache.empty()
         return True
 
+    def has_room(self, n_tokens: int) -> bool:
+        """Whether there may be cells for ``n_tokens`` more; false is certain."""
+        return self._shared.has_room(n_tokens)
+
     def drop_chunks(self) -> None:
         """Empty the context if it holds chunks."""
         if self._shared.chunks_of is not None:

@@ -1,0 +1,364 @@
+"""Several answers in one batch: the same texts as alone, and what each answer was promised holds beside others."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ggufmoe import ContextFullError, ContextOptions, DecodeError, Engine, EngineError, OptionError, SamplingOptions
+from ggufmoe.runtime.events import Event, Finished, Token
+from ggufmoe.runtime.kvcache import common_prefix
+from ggufmoe.runtime.nativethread import Cancellation, SharedCancellation
+from ggufmoe.runtime.slots import Part, Slots
+from tests.architecture_files import write_architecture
+from tests.engines import local_engine
+from tests.runtime.test_engine import CountingFlag, last_of, text_of
+
+GREEDY = SamplingOptions(temperature=0.0, logit_bias=("2-inf",))
+"""The likeliest tokens; </s> ends no answer."""
+FORTY = replace(GREEDY, n_predict=40)
+FOR_EVER = replace(GREEDY, n_predict=-1)
+FOUR = ContextOptions(n_ctx=1024, n_threads=1, n_parallel=4)
+ALONE = replace(FOUR, n_parallel=1)
+EXACT: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
+"""Flash attention sums in the order of the cells, which is another one after cells were freed and used again."""
+
+
+def words(n: int, step: int = 1) -> list[int]:
+    """A prompt of BOS and ``n`` words of the mixing model, whose ids begin at 259."""
+    return [1, *(259 + (i * step + i // 7) % 30 for i in range(n))]
+
+
+PROMPTS = [words(n, step) for step, n in enumerate((3, 40, 17, 90, 5, 60, 2, 33), 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(mixing_path: Path) -> Iterator[Engine]:
+    with Engine(mixing_path, ALONE) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(mixing_path: Path) -> Iterator[Engine]:
+    with Engine(mixing_path, FOUR) as engine:
+        yield engine
+
+
+def answers(engine: Engine, prompts: Sequence[Sequence[int]], settings: SamplingOptions = FORTY) -> list[list[Event]]:
+    """The events of all answers, asked for at the same time and in this order."""
+    with stopped(engine), ThreadPoolExecutor(len(prompts)) as pool:
+        asked = []
+        for number, prompt in enumerate(prompts, 1):
+            asked.append(pool.submit(lambda events: list(events), engine.generate(prompt, settings)))
+            while len(scheduler_of(engine)._waiting) < number:
+                threading.Event().wait(0.001)
+        release(engine)
+        return [one.result() for one in asked]
+
+
+def scheduler_of(engine: Engine) -> Any:
+    return local_engine(engine)._scheduler
+
+
+@contextmanager
+def stopped(engine: Engine) -> Iterator[None]:
+    """Keep the native thread busy until ``release``."""
+    gate = engine.__dict__["gate"] = threading.Event()
+    holding = threading.Thread(target=local_engine(engine)._native.call, args=(gate.wait,))
+    holding.start()
+    try:
+        yield
+    finally:
+        gate.set()
+        holding.join()
+
+
+def release(engine: Engine) -> None:
+    engine.__dict__["gate"].set()
+
+
+def texts(found: Sequence[Sequence[Event]]) -> list[list[int]]:
+    return [[event.token_id for event in events if isinstance(event, Token)] for events in found]
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
+    """The number of tokens that each text has in each batch."""
+    batches: list[list[int]] = []
+    decode = Slots.decode
+
+    def record(slots: Slots, parts: Sequence[Part]) -> int:
+        batches.append([len(part.tokens) for part in parts])
+        return decode(slots, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "decode", record)
+        yield batches
+
+
+# ---- the same texts
+
+
+@pytest.mark.parametrize("n_parallel", [2, 8])
+def test_answers_are_the_same_alone_and_beside_seven_others(
+    mixing_path: Path, alone: Engine, n_parallel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [list(alone.generate(prompt, FORTY)) for prompt in PROMPTS]
+    with Engine(mixing_path, replace(FOUR, n_parallel=n_parallel)) as engine, recorded(monkeypatch) as batches:
+        found = answers(engine, PROMPTS)
+    assert texts(found) == texts(expected)
+    assert max(map(len, batches)) == n_parallel
+    ends = [events[-1] for events in found]
+    assert [end.reason for end in ends if isinstance(end, Finished)] == ["length"] * 8
+    counts = [(end.timing.prompt_tokens, end.timing.generated_tokens) for end in ends if isinstance(end, Finished)]
+    assert counts == [(len(prompt), 40) for prompt in PROMPTS]
+
+
+def test_a_seed_logprobs_and_a_grammar_are_those_of_each_answer(engine: Engine, alone: Engine) -> None:
+    settings = [
+        replace(FORTY, temperature=1.0, seed=5, logprobs=2, logit_bias=()),
+        replace(FORTY, grammar='root ::= " w1" " w2" root', logprobs=0),
+        SamplingOptions(temperature=0.0, n_predict=9, logprobs=1),
+        replace(FORTY, repeat_penalty=1.5),
+    ]
+    prompts = PROMPTS[: len(settings)]
+    expected = [list(alone.generate(*pair)) for pair in zip(prompts, settings, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pair: list(engine.generate(*pair)), zip(prompts, settings, strict=True)))
+    assert texts(found) == texts(expected)
+    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        if isinstance(ours, Token) and isinstance(theirs, Token):
+            # ggml sums other numbers of rows in another order, and attention sums in 16 bits
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=0.1)
+            assert [token for token, _ in ours.alternatives[:1]] == [token for token, _ in theirs.alternatives[:1]]
+
+
+def test_a_stop_string_ends_one_answer_only(engine: Engine, alone: Engine) -> None:
+    whole = text_of(alone.generate(PROMPTS[0], FORTY))
+    stop = whole[20:30]
+    beside = engine.generate(PROMPTS[1], FORTY)
+    next(beside)
+    assert text_of(engine.generate(PROMPTS[0], FORTY, stop=stop)) == whole[: whole.index(stop)]
+    assert len(list(beside)) == 40
+
+
+# ---- who is computed when
+
+
+def test_a_long_prompt_stops_no_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with recorded(monkeypatch) as batches, ThreadPoolExecutor(1) as pool:
+        stream = engine.generate(PROMPTS[0], replace(GREEDY, n_predict=300))
+        next(stream)
+        reading = pool.submit(lambda: len(list(stream)))
+        assert len(list(engine.generate(words(700, 5), replace(GREEDY, n_predict=1)))) == 2
+        assert reading.result() == 300
+    with_prompt = [batch for batch in batches if max(batch) > 1 and batch[0] == 1]
+    assert len(with_prompt) > 1, "the prompt came in parts, each beside a token of the stream"
+    assert all(sum(batch) <= 512 for batch in batches)
+
+
+def test_who_asked_first_is_served_first(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[int] = []
+    place = Slots.place
+
+    def record(slots: Slots, owner: object, ticket: int, text: Sequence[int]) -> Any:
+        placed.append(len(text))
+        return place(slots, owner, ticket, text)
+
+    monkeypatch.setattr(Slots, "place", record)
+    with Engine(mixing_path, replace(FOUR, n_parallel=2)) as engine:
+        answers(engine, PROMPTS, replace(GREEDY, n_predict=5))
+    assert placed == [len(prompt) for prompt in PROMPTS]
+
+
+def test_streams_that_nobody_reads_hold_up_nobody(engine: Engine, alone: Engine) -> None:
+    forgotten = [engine.generate(prompt, FOR_EVER) for prompt in PROMPTS[:5]]
+    for stream in forgotten:
+        next(stream)
+    expected = text_of(alone.generate(PROMPTS[5], FORTY))
+    assert [text_of(engine.generate(PROMPTS[5], FORTY)) for _ in range(2)] == [expected] * 2
+    longer = texts([list(itertools.islice(forgotten[0], 99))])
+    assert longer == texts([list(itertools.islice(alone.generate(PROMPTS[0], FOR_EVER), 1, 100))])
+
+
+def test_streams_read_in_turn_in_one_thread(mixing_path: Path, alone: Engine) -> None:
+    with Engine(mixing_path, replace(FOUR, n_parallel=2)) as engine:
+        streams = [engine.generate(prompt, replace(GREEDY, n_predict=70)) for prompt in PROMPTS[:3]]
+        found = list(zip(*streams, strict=True))
+    expected = [list(alone.generate(prompt, replace(GREEDY, n_predict=70))) for prompt in PROMPTS[:3]]
+    assert texts(list(zip(*found, strict=True))) == texts(expected)
+
+
+# ---- the cells
+
+
+def test_a_common_beginning_is_computed_once(engine: Engine, alone: Engine) -> None:
+    common = words(100)
+    prompts = [[*common, *end] for end in (words(5, 2)[1:], words(9, 3)[1:], words(3, 4)[1:])]
+    first = engine.generate(prompts[0], FOR_EVER)
+    next(first)
+    others = [list(engine.generate(prompt, FORTY)) for prompt in prompts[1:]]
+    assert texts(others) == texts([list(alone.generate(prompt, FORTY)) for prompt in prompts[1:]])
+    n_common = [common_prefix(prompts[0], prompt) for prompt in prompts[1:]]
+    assert [end.timing.cached_tokens for *_, end in others if isinstance(end, Finished)] == n_common
+    assert min(n_common) > 100
+    again = last_of(engine.generate([*prompts[1], 260], FORTY))
+    assert again.timing.cached_tokens == len(prompts[1]), "the text of another answer is where it was"
+
+
+@pytest.mark.parametrize("cache_ram", [0, 64])
+def test_answers_that_need_more_cells_than_there_are_wait(mixing_path: Path, alone: Engine, cache_ram: int) -> None:
+    prompts = [words(120, step) for step in (1, 2, 3)]
+    long = replace(GREEDY, n_predict=60)
+    with Engine(mixing_path, replace(FOUR, n_ctx=256, cache_ram=cache_ram)) as engine:
+        found = answers(engine, prompts, long)
+        assert texts(found) == texts([list(alone.generate(prompt, long)) for prompt in prompts])
+        with pytest.raises(ContextFullError):
+            engine.generate(words(256), long)
+
+
+def test_a_text_may_fill_the_context_beside_others(mixing_path: Path) -> None:
+    common = words(60)
+    prompts = [common, [*common, 270], words(50, 3)]
+    options = replace(FOUR, n_ctx=256, overflow="shift")
+    long = replace(GREEDY, n_predict=330)
+    with Engine(mixing_path, replace(options, n_parallel=1)) as engine:
+        expected = []
+        for prompt in prompts:
+            engine.forget()
+            expected.append(list(engine.generate(prompt, long)))
+    with Engine(mixing_path, options) as engine:
+        assert texts(answers(engine, prompts, long)) == texts(expected)
+    with Engine(mixing_path, replace(options, overflow="error")) as engine:
+        ends = [events[-1] for events in answers(engine, prompts, long)]
+    assert [end.reason for end in ends if isinstance(end, Finished)] == ["context"] * 3
+
+
+# ---- other calls between the steps
+
+
+def test_other_calls_come_between_and_change_no_answer(mixing_path: Path, tmp_path: Path) -> None:
+    with Engine(mixing_path, replace(ALONE, **EXACT)) as alone, Engine(mixing_path, replace(FOUR, **EXACT)) as engine:
+        _check_calls_between(alone, engine, tmp_path)
+
+
+def _check_calls_between(alone: Engine, engine: Engine, tmp_path: Path) -> None:
+    long = replace(GREEDY, n_predict=200)
+    streams = [engine.generate(prompt, long) for prompt in PROMPTS[:4]]
+    found: list[list[Event]] = [[next(stream)] for stream in streams]
+    calls: list[Callable[[], object]] = [
+        lambda: engine.prefill(words(30, 9)),
+        lambda: engine.logits(words(900, 4)),
+        engine.forget,
+        lambda: list(engine.compute_chunks([words(20)], 10)),
+        lambda: engine.set_context(replace(FOUR, n_ctx=2048, **EXACT)),
+    ]
+    for call in calls:
+        call()
+        for events, stream in zip(found, streams, strict=True):
+            events += itertools.islice(stream, 39)
+    found = [events + list(stream) for events, stream in zip(found, streams, strict=True)]
+    assert texts(found) == texts([list(alone.generate(prompt, long)) for prompt in PROMPTS[:4]])
+    last_of(engine.generate(PROMPTS[3], FORTY))
+    n_kept = engine.save_session(tmp_path / "a.session")
+    assert alone.load_session(tmp_path / "a.session")[0] == engine.cached_tokens
+    assert n_kept == len(PROMPTS[3]) + 39
+    assert engine.load_session(tmp_path / "a.session")[0] == alone.cached_tokens
+
+
+def test_observers_see_one_answer_after_another(engine: Engine, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine.observed(lambda tensor, ask: False), recorded(monkeypatch) as batches:
+        found = answers(engine, PROMPTS[:3])
+    assert texts(found) == texts([list(alone.generate(prompt, FORTY)) for prompt in PROMPTS[:3]])
+    assert {len(batch) for batch in batches} == {1}
+
+
+# ---- the end of one, and of all
+
+
+def test_one_that_is_cancelled_leaves_the_others(engine: Engine, alone: Engine) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        beside = pool.submit(lambda: list(engine.generate(PROMPTS[0], replace(GREEDY, n_predict=150))))
+        ends = [last_of(engine.generate(PROMPTS[1], FOR_EVER, cancel=CountingFlag(n))) for n in (1, 5, 60)]
+        streams = [engine.generate(prompt, FOR_EVER) for prompt in PROMPTS[2:4]]
+        for stream in streams:
+            next(stream)
+            stream.close()  # type: ignore[attr-defined]
+        found = beside.result()
+    assert {end.reason for end in ends} == {"cancelled"}
+    assert texts([found]) == texts([list(alone.generate(PROMPTS[0], replace(GREEDY, n_predict=150)))])
+    assert text_of(engine.generate(PROMPTS[1], FORTY)) == text_of(alone.generate(PROMPTS[1], FORTY))
+
+
+def test_cancel_ends_all(engine: Engine) -> None:
+    streams = [engine.generate(prompt, FOR_EVER) for prompt in PROMPTS]
+    for stream in streams:
+        next(stream)
+    engine.cancel()
+    assert {last_of(stream).reason for stream in streams} == {"cancelled"}
+    assert len(list(engine.generate(PROMPTS[0], FORTY))) == 41
+
+
+def test_a_batch_is_aborted_with_the_last_of_its_answers() -> None:
+    one, other, stranger = Cancellation(), Cancellation(), Cancellation()
+    batch = SharedCancellation()
+    assert not batch.is_requested()
+    batch.members = (one, other)
+    one.aborted = stranger.aborted = True
+    assert not batch.stops_with(one)
+    assert not batch.is_requested()
+    other.aborted = True
+    assert batch.stops_with(other)
+    assert batch.is_requested()
+    assert not batch.stops_with(stranger)
+
+
+def test_an_answer_that_fails_fails_alone(engine: Engine, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Slots.decode
+
+    def fail(slots: Slots, parts: Sequence[Part]) -> int:
+        return -3 if any(len(part.tokens) == 55 for part in parts) else decode(slots, parts)
+
+    expected = [list(alone.generate(prompt, FORTY)) for prompt in PROMPTS]
+    monkeypatch.setattr(Slots, "decode", fail)
+    with ThreadPoolExecutor(5) as pool:
+        failing = pool.submit(lambda: list(engine.generate(words(54, 11), FORTY)))
+        found = answers(engine, PROMPTS[:4])
+        with pytest.raises(DecodeError, match="failed to compute"):
+            failing.result()
+    assert texts(found) == texts(expected[:4])
+
+
+def test_closing_ends_all_streams_with_an_error(mixing_path: Path) -> None:
+    with Engine(mixing_path, FOUR) as engine:
+        streams = [engine.generate(prompt, FOR_EVER) for prompt in PROMPTS]
+        for stream in streams:
+            next(stream)
+    for stream in streams:
+        with pytest.raises(EngineError, match="has been closed"):
+            list(stream)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(("name", "why"), [("gemma3", "a sliding window"), ("lfm2moe", "a recurrent state")])
+def test_models_that_forget_answer_one_after_another(tmp_path: Path, name: str, why: str) -> None:
+    path = write_architecture(tmp_path / "m.gguf", name)
+    with pytest.raises(OptionError, match=f"--parallel 4: some layers of this model keep {why}"):
+        Engine(path, FOUR)
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(OptionError, match="n_parallel and n_seq_max"):
+        ContextOptions(n_parallel=2, n_seq_max=2)
+    with pytest.raises(OptionError, match="--parallel 8 needs a --batch-size"):
+        ContextOptions(n_parallel=8, n_batch=4)
