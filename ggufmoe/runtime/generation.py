@@ -251,18 +251,22 @@ class Generation:
         # the newest token is not in the cache yet
         if not self._watch.generated_tokens or len(cache.tokens) < cache.n_ctx:
             return None
-        if not self._makes_room(cache):
+        if not self._makes_room(cache, lambda n: cache.reuse(self._tokens)):
             return "context"
         return None if cache.compute(self._tokens[len(cache.tokens) : -1]) else "cancelled"
 
-    def _makes_room(self, cache: KVCache) -> bool:
-        """Drop tokens from a full context as ``overflow`` says; false if it says not to."""
+    def _makes_room(self, cache: KVCache, keep: Callable[[int], int]) -> bool:
+        """Drop tokens from a full context as ``overflow`` says; false if it says not to.
+
+        Where ``cache`` cannot drop them, ``keep`` is called with the number of tokens before them.
+        """
         if self._request.overflow.policy == "error":
             return False
-        begin, n = self._request.overflow.cut(len(self._tokens), cache.n_ctx)
+        n_tokens = len(self._tokens)
+        begin, n = self._request.overflow.cut(n_tokens, cache.n_ctx)
         del self._tokens[begin : begin + n]
-        if not cache.drop(begin, n):
-            cache.reuse(self._tokens)
+        if len(cache.tokens) < n_tokens - 1 or not cache.drop(begin, n):
+            keep(begin)
         return True
 
     def _next_token(self, cache: KVCache) -> FinishReason | None:
@@ -326,8 +330,10 @@ class Generation:
             return None
         if self._watch.generated_tokens == self._request.settings.n_predict:
             return "length"
-        is_full = len(cache.tokens) >= cache.n_ctx
-        return "context" if is_full and not self._makes_room(cache) else None
+        # the newest token is not in the cache yet
+        if len(self._tokens) <= cache.n_ctx:
+            return None
+        return None if self._makes_room(cache, cache.keep) else "context"
 
     def count(self, n_tokens: int, seconds: float) -> None:
         """Count a step in which ``n_tokens`` of the text were computed."""

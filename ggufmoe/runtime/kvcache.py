@@ -286,6 +286,11 @@ class KVCache:
         self.n_shared = n
         source.n_shared = max(source.n_shared, n)
 
+    def keep(self, n: int) -> int:
+        """Drop all but the first ``n`` tokens; the number that is left, fewer if the model cannot go back there."""
+        self._end_token()
+        return self._cut(min(n, len(self.tokens)))
+
     def _end_sharing(self) -> None:
         """Set the texts of other sequences aside that may have cells of this one."""
         for cache in self._shared.caches:

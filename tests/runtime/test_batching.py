@@ -71,9 +71,16 @@ def scheduler_of(engine: Engine) -> Any:
 @contextmanager
 def stopped(engine: Engine) -> Iterator[None]:
     """Keep the native thread busy until ``release``."""
-    gate = engine.__dict__["gate"] = threading.Event()
-    holding = threading.Thread(target=local_engine(engine)._native.call, args=(gate.wait,))
+    gate, begun = threading.Event(), threading.Event()
+    engine.__dict__["gate"] = gate
+
+    def hold() -> None:
+        begun.set()
+        gate.wait()
+
+    holding = threading.Thread(target=local_engine(engine)._native.call, args=(hold,))
     holding.start()
+    begun.wait()
     try:
         yield
     finally:
