@@ -542,6 +542,26 @@ def test_an_unfinished_stream_makes_way_for_the_next(remote_story: Engine) -> No
     assert len(tokens(remote_story.generate(prompt, TWELVE))) == 12
 
 
+def test_answers_are_computed_in_one_batch(mixing_path: Path, worker: Worker) -> None:
+    prompts = [[1, *range(259, 259 + n)] for n in (3, 8, 20)]
+    offload = OffloadOptions(rpc=worker.endpoint)
+    settings = replace(GREEDY, n_predict=40, logit_bias=("2-inf",))
+    with Engine(mixing_path, replace(SMALL, n_parallel=3), offload) as engine:
+        streams = [engine.generate(prompt, settings) for prompt in prompts]
+        found = list(zip(*streams, strict=True))
+        n_batches = engine.apply(n_computed_batches)
+    with Engine(mixing_path, SMALL) as engine:
+        alone = [list(engine.generate(prompt, settings)) for prompt in prompts]
+    assert [[event.text for event in events] for events in zip(*found, strict=True)] == [
+        [event.text for event in events] for events in alone
+    ]
+    assert n_batches < 3 * 40
+
+
+def n_computed_batches(engine: Engine) -> int:
+    return local_engine(engine).activity.n_batches
+
+
 def test_many_threads_ask_one_engine(remote_story: Engine) -> None:
     found: list[list[int]] = []
     threads = [threading.Thread(target=lambda: found.append(remote_story.tokenize(" once upon"))) for _ in range(8)]

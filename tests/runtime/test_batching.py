@@ -236,7 +236,7 @@ def test_a_text_may_fill_the_context_beside_others(mixing_path: Path) -> None:
     common = words(60)
     prompts = [common, [*common, 270], words(50, 3)]
     options = replace(FOUR, n_ctx=256, overflow="shift")
-    long = replace(GREEDY, n_predict=330)
+    long = replace(GREEDY, n_predict=230)
     with Engine(mixing_path, replace(options, n_parallel=1)) as engine:
         expected = []
         for prompt in prompts:
@@ -258,7 +258,7 @@ def test_other_calls_come_between_and_change_no_answer(mixing_path: Path, tmp_pa
 
 
 def _check_calls_between(alone: Engine, engine: Engine, tmp_path: Path) -> None:
-    long = replace(GREEDY, n_predict=200)
+    long = replace(GREEDY, n_predict=120)
     streams = [engine.generate(prompt, long) for prompt in PROMPTS[:4]]
     found: list[list[Event]] = [[next(stream)] for stream in streams]
     calls: list[Callable[[], object]] = [
@@ -271,7 +271,7 @@ def _check_calls_between(alone: Engine, engine: Engine, tmp_path: Path) -> None:
     for call in calls:
         call()
         for events, stream in zip(found, streams, strict=True):
-            events += itertools.islice(stream, 39)
+            events += itertools.islice(stream, 20)
     found = [events + list(stream) for events, stream in zip(found, streams, strict=True)]
     assert texts(found) == texts([list(alone.generate(prompt, long)) for prompt in PROMPTS[:4]])
     last_of(engine.generate(PROMPTS[3], FORTY))
