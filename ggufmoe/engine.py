@@ -35,8 +35,8 @@ class Engine:
     then llama.cpp runs in a child process, and a worker that is lost is an exception.
 
     Every method may be called from any thread. An engine computes in one thread: callers take turns, first come, first
-    served; up to ``ContextOptions.n_parallel`` answers are computed in one batch. A second thread tokenizes meanwhile. Arguments and results of all methods can be pickled, but for
-    ``observed`` and ``on_progress``, which take functions.
+    served; up to ``ContextOptions.n_parallel`` answers are computed in one batch. A second thread tokenizes meanwhile.
+    Arguments and results of all methods can be pickled, but for ``observed`` and ``on_progress``, which take functions.
 
     ``on_progress`` gets a ``Progress`` of the phase ``load``, whose ``done`` runs from 0 to 1, in a thread of the
     engine; what it raises ends the loading and is raised here. Loading also ends when ``cancel`` is set.
@@ -88,7 +88,8 @@ class Engine:
         """Tokens that prompt and answer may have together; llama.cpp rounds the requested number up to 256.
 
         Answers that are computed at the same time (``ContextOptions.n_parallel``) have so many together; each alone may
-        have all of them. With ``ContextOptions.n_seq_max`` above 1 it is the share of each of the texts that are computed side by side.
+        have all of them. With ``ContextOptions.n_seq_max`` above 1 it is the share of each of the texts that are
+        computed side by side.
         """
         return self._runner.n_ctx
 

@@ -16,7 +16,7 @@ from ggufmoe.runtime.generation import Generation
 from ggufmoe.runtime.kvcache import ABORTED, NO_ROOM
 from ggufmoe.runtime.loading import LoadedModel
 from ggufmoe.runtime.nativethread import NativeThread, SharedCancellation
-from ggufmoe.runtime.slots import Part, Slot, Slots
+from ggufmoe.runtime.slots import Slot, Slots, TextPart
 
 _PROMPT_SHARE_S = 0.2
 """Longest time that a part of a prompt may take while other answers go on: their readers wait as long."""
@@ -185,7 +185,7 @@ class BatchScheduler:
         elif status != ABORTED:
             self._find_failing(list(parts), slots.latest.failed(status, mark))
 
-    def _parts(self, answers: Sequence[Generation]) -> dict[Generation, Part]:
+    def _parts(self, answers: Sequence[Generation]) -> dict[Generation, TextPart]:
         """What the next batch computes of each of ``answers``: its newest token, or the next part of a prompt."""
         slots = self._active
         left = {answer: answer.tokens[len(slots[answer].cache.tokens) :] for answer in answers}
@@ -198,16 +198,16 @@ class BatchScheduler:
             taken = tokens if len(tokens) == 1 else tokens[:room]
             room -= len(taken) if len(tokens) > 1 else 0
             if taken:
-                parts[answer] = Part(slots[answer], taken, wants_logits=len(taken) == len(tokens))
+                parts[answer] = TextPart(slots[answer], taken, wants_logits=len(taken) == len(tokens))
         return parts
 
-    def _learn_share(self, parts: Collection[Part], seconds: float) -> None:
+    def _learn_share(self, parts: Collection[TextPart], seconds: float) -> None:
         n_tokens = sum(len(part.tokens) for part in parts)
         if n_tokens >= _SHARE_STEP_TOKENS + len(parts):
             steps = int(n_tokens * _PROMPT_SHARE_S / max(seconds, 1e-6)) // _SHARE_STEP_TOKENS
             self._share = max(1, steps) * _SHARE_STEP_TOKENS
 
-    def _draw(self, answer: Generation, part: Part, seconds: float) -> None:
+    def _draw(self, answer: Generation, part: TextPart, seconds: float) -> None:
         answer.count(len(part.tokens), seconds)
         if not part.wants_logits:
             return

@@ -384,6 +384,7 @@ class KVCache:
         n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, self._sequence)
         if n != size:
             raise EngineError(f"{self._path}: llama.cpp gave {n} of {size} bytes of its cache")
+        data[4:8] = 0  # the number of the sequence, which llama.cpp does not use: the text may go to another one
         first = self._first_held()
         if self._window and self.tokens:  # llama.cpp writes of windowed layers only what the newest token attends to
             first = max(first, self._attends_from(len(self.tokens) - 1))

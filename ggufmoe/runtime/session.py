@@ -24,7 +24,6 @@ from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.gguf.upstream import LLAMA, Keys
 from ggufmoe.native import library as native
 from ggufmoe.options import ContextOptions, OffloadOptions
-from ggufmoe.options.limits import MAX_SEQUENCES
 from ggufmoe.runtime.kvcache import SavedState
 from ggufmoe.sizes import memory_size
 from ggufmoe.work import memory_bytes
@@ -188,9 +187,9 @@ def _check_plain(path: Path, state: SavedState) -> None:
     """Check number and positions of the tokens in the state of a plain transformer. Anybody can make a checksum."""
     n = len(state.tokens)
     words = state.data[: (len(state.data) // 4) * 4].view("<u4")
-    # a mark of llama.cpp and the sequence's number; then the caches, and the cells of the first
+    # a mark of llama.cpp and the sequence's number; then the caches, and the cells of the first, in any order
     cells = words[4 : 4 + 3 * n]
-    if len(cells) != 3 * n or words[1] >= MAX_SEQUENCES or tuple(words[2:4]) != (1, n):
+    if len(cells) != 3 * n or tuple(words[1:4]) != (0, 1, n):
         raise _damaged(path, "its state has another number of tokens")
     places, n_sequences, _ = cells.reshape(n, 3).T
     if (np.sort(places) != np.arange(n)).any() or (n_sequences != 1).any():

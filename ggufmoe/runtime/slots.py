@@ -30,7 +30,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Tokens that continue the text of ``slot``; logits are computed after the last one if ``wants_logits``."""
 
     slot: Slot
@@ -146,7 +146,7 @@ class Slots:
 
     # ---- computing
 
-    def decode(self, parts: Sequence[Part]) -> int:
+    def decode(self, parts: Sequence[TextPart]) -> int:
         """Compute ``parts`` in one batch; llama.cpp's status, 0 for success.
 
         Then the ``row`` of each cache is that of its last token. After a failure each cache says what it holds.

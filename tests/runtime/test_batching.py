@@ -17,7 +17,7 @@ from ggufmoe import ContextFullError, ContextOptions, DecodeError, Engine, Engin
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.kvcache import common_prefix
 from ggufmoe.runtime.nativethread import Cancellation, SharedCancellation
-from ggufmoe.runtime.slots import Part, Slots
+from ggufmoe.runtime.slots import Slots, TextPart
 from tests.architecture_files import write_architecture
 from tests.engines import local_engine
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
@@ -102,7 +102,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
     batches: list[list[int]] = []
     decode = Slots.decode
 
-    def record(slots: Slots, parts: Sequence[Part]) -> int:
+    def record(slots: Slots, parts: Sequence[TextPart]) -> int:
         batches.append([len(part.tokens) for part in parts])
         return decode(slots, parts)
 
@@ -331,7 +331,7 @@ def test_a_batch_is_aborted_with_the_last_of_its_answers() -> None:
 def test_an_answer_that_fails_fails_alone(engine: Engine, alone: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = Slots.decode
 
-    def fail(slots: Slots, parts: Sequence[Part]) -> int:
+    def fail(slots: Slots, parts: Sequence[TextPart]) -> int:
         return -3 if any(len(part.tokens) == 55 for part in parts) else decode(slots, parts)
 
     expected = [list(alone.generate(prompt, FORTY)) for prompt in PROMPTS]
