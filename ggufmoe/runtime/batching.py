@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from ggufmoe.errors import ContextFullError, EngineError
+from ggufmoe.runtime.events import FinishReason
 from ggufmoe.runtime.generation import Generation
-from ggufmoe.runtime.kvcache import ABORTED, NO_ROOM
+from ggufmoe.runtime.kvcache import ABORTED, NO_ROOM, KVCache
 from ggufmoe.runtime.loading import LoadedModel
 from ggufmoe.runtime.nativethread import NativeThread, SharedCancellation
 from ggufmoe.runtime.slots import Slot, Slots, TextPart
@@ -73,7 +74,8 @@ class BatchScheduler:
             slots = self._loaded.slots
             slots.drop_chunks()
             self._admit(slots)
-            self._end_finished()
+            for answer in list(self._active):
+                self._goes_on(answer, answer.end_of)
             self._step(slots, cancellation)
         except BaseException as error:  # without a context, for example; it belongs to the readers
             self.fail(error)
@@ -144,17 +146,18 @@ class BatchScheduler:
         self._loaded.slots.release(slot)
         self._lacks_cells = False
 
-    def _end_finished(self) -> None:
-        for answer, slot in list(self._active.items()):
-            try:
-                reason = answer.end_of(slot.cache)
-            except BaseException as error:  # it belongs to the reader
-                self._leave(answer)
-                answer.fail(error)
-                continue
-            if reason is not None:
-                self._leave(answer)
-                answer.finish(reason)
+    def _goes_on(self, answer: Generation, end: Callable[[KVCache], FinishReason | None]) -> bool:
+        """Call ``end`` with the cache of ``answer``; false if the answer ends with its reason, or with its error."""
+        try:
+            reason = end(self._active[answer].cache)
+        except BaseException as error:  # it belongs to the reader
+            self._leave(answer)
+            answer.fail(error)
+            return False
+        if reason is not None:
+            self._leave(answer)
+            answer.finish(reason)
+        return reason is None
 
     # ---- one step
 
@@ -211,16 +214,7 @@ class BatchScheduler:
         answer.count(len(part.tokens), seconds)
         if not part.wants_logits:
             return
-        try:
-            reason = answer.draw(part.slot.cache)
-        except BaseException as error:  # it belongs to the reader
-            self._leave(answer)
-            answer.fail(error)
-            return
-        if reason is not None:
-            self._leave(answer)
-            answer.finish(reason)
-        elif answer.is_ahead:
+        if self._goes_on(answer, answer.draw) and answer.is_ahead:
             self._leave(answer)
             answer.suspend()
 

@@ -424,8 +424,8 @@ class KVCache:
             part = tokens[begin : begin + self._step]
             if self._is_stopped:
                 return False
-            batch = self._batch_of(part)
-            if not self._decode(batch.native, part):
+            batch, _alive = self._batch_of(part)
+            if not self._decode(batch, part):
                 return False
             if self._computed_by == "worker":
                 self.synchronize()
@@ -468,21 +468,23 @@ class KVCache:
         self._drop_chunks()
         if self._is_stopped:
             return False
-        batch = self._batch_of(tokens, all_logits=True)
-        return self._decode(batch.native, tokens)
+        batch, _alive = self._batch_of(tokens, all_logits=True)
+        return self._decode(batch, tokens)
 
-    def _batch_of(self, tokens: Sequence[int], *, all_logits: bool = False) -> TokenBatch:
-        """``tokens`` after those in the cache, with logits after each of them or after the last one."""
+    def _batch_of(self, tokens: Sequence[int], *, all_logits: bool = False) -> tuple[Any, object]:
+        """A batch of ``tokens``, with logits after each or after the last, and what must live as long as the batch."""
         n, n_held = len(tokens), len(self.tokens)
         wanted = np.full(n, all_logits, np.int8)
         wanted[-1:] = 1
-        return TokenBatch(
-            self._api,
-            tokens=np.array(tokens, np.int32),
-            positions=np.arange(n_held, n_held + n, dtype=np.int32),
-            sequences=np.full(n, self._sequence, np.int32),
-            wanted=wanted,
-        )
+        if self._sequence == 0:  # llama.cpp counts the positions itself
+            ids = (ctypes.c_int32 * n)(*tokens)
+            batch = self._api.llama_batch_get_one(ids, n)
+            batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+            return batch, (ids, wanted)
+        positions, sequences = np.arange(n_held, n_held + n, dtype=np.int32), np.full(n, self._sequence, np.int32)
+        ids = np.array(tokens, np.int32)
+        made = TokenBatch(self._api, tokens=ids, positions=positions, sequences=sequences, wanted=wanted)
+        return made.native, made
 
     # ---- independent texts side by side
 
