@@ -121,7 +121,9 @@ class ContextState:
         """Called when ``cache`` finds no free cell: frees cells of another sequence; False if there is none."""
 
     def has_room(self, n_tokens: int) -> bool:
-        """Whether there may be cells for ``n_tokens`` more. False is certain; true is not, where texts share cells."""
+        """Whether there may be cells for ``n_tokens`` more, beside other texts. False is certain, true is not."""
+        if len(self.caches) == 1:
+            return True
         n_shared = [cache.n_shared for cache in self.caches]
         n_used = sum(len(cache.tokens) for cache in self.caches) - sum(n_shared) + max(n_shared)
         return n_used + n_tokens <= self.caches[0].n_ctx
@@ -384,7 +386,8 @@ class KVCache:
         n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, self._sequence)
         if n != size:
             raise EngineError(f"{self._path}: llama.cpp gave {n} of {size} bytes of its cache")
-        data[4:8] = 0  # the number of the sequence, which llama.cpp does not use: the text may go to another one
+        if self._sequence:  # llama.cpp writes its number and does not use it: the text may go to another sequence
+            data[4:8] = 0
         first = self._first_held()
         if self._window and self.tokens:  # llama.cpp writes of windowed layers only what the newest token attends to
             first = max(first, self._attends_from(len(self.tokens) - 1))
@@ -482,8 +485,8 @@ class KVCache:
             batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
             return batch, (ids, wanted)
         positions, sequences = np.arange(n_held, n_held + n, dtype=np.int32), np.full(n, self._sequence, np.int32)
-        ids = np.array(tokens, np.int32)
-        made = TokenBatch(self._api, tokens=ids, positions=positions, sequences=sequences, wanted=wanted)
+        ints = np.array(tokens, np.int32)
+        made = TokenBatch(self._api, tokens=ints, positions=positions, sequences=sequences, wanted=wanted)
         return made.native, made
 
     # ---- independent texts side by side
