@@ -106,34 +106,52 @@ class BatchScheduler:
         self._lacks_cells = self._lacks_cells and bool(self._active)
         # an observer is told of one token after another
         n_slots = 1 if self._loaded.observer is not None else len(slots)
-        while len(self._active) < n_slots and not self._lacks_cells:
-            first = self._next_waiting()
-            if first is None:
+        while (first := self._first_waiting()) is not None:
+            newer = [answer for answer in self._active if answer.ticket > first.ticket]
+            is_full = len(self._active) >= n_slots
+            if not newer and self._active and (is_full or self._lacks_cells):
                 return
-            try:
-                self._place(first, slots)
-            except BaseException as error:
-                if isinstance(error, EngineError) and self._active:  # others have the cells that it needs
-                    self._lacks_cells = True
-                    self._wait(first)
-                else:  # it belongs to the reader
-                    first.fail(error)
+            if is_full:
+                newest = max(newer, key=_ticket)
+                self._leave(newest)
+                self._wait(newest)
+            else:
+                self._place(first, newer, slots)
 
-    def _next_waiting(self) -> Generation | None:
+    def _first_waiting(self) -> Generation | None:
         """The answer that was asked for first of those that wait and have not ended."""
-        while True:
-            with self._lock:
-                answer = min(self._waiting, key=lambda answer: answer.ticket, default=None)
-                if answer is None:
-                    return None
-                self._waiting.remove(answer)
-            if answer.enter():
-                return answer
+        with self._lock:
+            self._waiting = [answer for answer in self._waiting if not answer.has_ended]
+            return min(self._waiting, key=_ticket, default=None)
 
-    def _place(self, answer: Generation, slots: Slots) -> None:
-        slot, n_held = slots.place(answer, answer.ticket, answer.tokens)
+    def _place(self, answer: Generation, newer: Sequence[Generation], slots: Slots) -> None:
+        """Give ``answer`` a slot. Where others have the cells that it needs, the newest of ``newer`` gives way."""
+        with self._lock:
+            self._waiting.remove(answer)
+        if not answer.enter():
+            return
+        try:
+            slot, n_held = slots.place(answer, answer.ticket, answer.tokens)
+        except BaseException as error:
+            if not (isinstance(error, EngineError) and self._active):
+                answer.fail(error)  # it belongs to the reader
+                return
+            self._wait(answer)
+            if newer:
+                self._set_aside(max(newer, key=_ticket))
+            else:
+                self._lacks_cells = True
+            return
         answer.begin(n_held)
         self._active[answer] = slot
+
+    def _set_aside(self, answer: Generation) -> None:
+        """Let ``answer`` wait, and free its cells."""
+        cache = self._active[answer].cache
+        cache.set_aside()
+        cache.empty()
+        self._leave(answer)
+        self._wait(answer)
 
     def _wait(self, answer: Generation) -> None:
         answer.wait_for_turn()
@@ -163,7 +181,7 @@ class BatchScheduler:
 
     def _step(self, slots: Slots, cancellation: SharedCancellation) -> None:
         self._suspects = [answer for answer in self._suspects if answer in self._active]
-        answers = self._suspects[:1] or sorted(self._active, key=lambda answer: answer.ticket)
+        answers = self._suspects[:1] or sorted(self._active, key=_ticket)
         # after this, aborting the last of them stops the batch; before it, they are seen to be aborted
         cancellation.members = tuple(answer.cancellation for answer in answers)
         parts = self._parts([answer for answer in answers if not answer.cancellation.is_requested()])
@@ -222,17 +240,14 @@ class BatchScheduler:
         """Free cells of a text that is not computed now; without one, the answer that was asked for last waits."""
         if slots.free_idle():
             return
-        newest = max(self._active, key=lambda answer: answer.ticket)
-        cache = self._active[newest].cache
-        if len(self._active) == 1:
-            self._leave(newest)
-            newest.fail(ContextFullError(f"the context of {cache.n_ctx} tokens is full; ask for more with --ctx-size"))
+        newest = max(self._active, key=_ticket)
+        if len(self._active) > 1:
+            self._set_aside(newest)
+            self._lacks_cells = True
             return
-        cache.set_aside()
-        cache.empty()
+        n_ctx = self._active[newest].cache.n_ctx
         self._leave(newest)
-        self._lacks_cells = True
-        self._wait(newest)
+        newest.fail(ContextFullError(f"the context of {n_ctx} tokens is full; ask for more with --ctx-size"))
 
     def _find_failing(self, answers: list[Generation], error: EngineError) -> None:
         if len(answers) > 1:
@@ -240,6 +255,10 @@ class BatchScheduler:
             return
         self._leave(answers[0])
         answers[0].fail(error)
+
+
+def _ticket(answer: Generation) -> int:
+    return answer.ticket
 
 
 class _Step:

@@ -314,6 +314,11 @@ class Generation:
         """The text: prompt and answer, without what was dropped from a full context."""
         return self._tokens
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no more will be computed."""
+        return self._state == "ended"
+
     def begin(self, n_cached: int) -> None:
         """Say that ``n_cached`` tokens of the text need not be computed. Counts for the first time only."""
         if not self._watch.began_at:

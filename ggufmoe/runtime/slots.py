@@ -92,8 +92,12 @@ class Slots:
                 if len(slot.cache.tokens) - n_common[slot] >= WORTH_KEEPING_TOKENS:
                     slot.cache.set_aside()
                 slot.cache.copy_beginning(source.cache, n_common[source])
-        n_held = slot.cache.reuse(text)
-        slot.owner, slot.ticket = owner, ticket
+        slot.owner, slot.ticket = owner, ticket  # before its cache asks for cells: it takes none of another answer
+        try:
+            n_held = slot.cache.reuse(text)
+        except BaseException:
+            slot.owner = None
+            raise
         self._used(slot)
         return slot, n_held
 

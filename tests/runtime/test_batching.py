@@ -232,6 +232,17 @@ def test_answers_that_need_more_cells_than_there_are_wait(mixing_path: Path, alo
             engine.generate(words(256), long)
 
 
+def test_texts_that_are_set_aside_again_and_again_go_on(mixing_path: Path) -> None:
+    prompts = [words(120, step) for step in (1, 2, 3)]
+    long = replace(GREEDY, n_predict=100)
+    with Engine(mixing_path, replace(ALONE, **EXACT)) as engine:
+        expected = [list(engine.generate(prompt, long)) for prompt in prompts]
+    with Engine(mixing_path, replace(FOUR, n_ctx=256, n_parallel=2, **EXACT)) as engine:
+        streams = [engine.generate(prompt, long) for prompt in prompts]
+        found = list(zip(*reversed(streams), strict=True))
+    assert texts(list(zip(*found, strict=True))) == texts(expected[::-1])
+
+
 def test_a_text_may_fill_the_context_beside_others(mixing_path: Path) -> None:
     common = words(60)
     prompts = [common, [*common, 270], words(50, 3)]
