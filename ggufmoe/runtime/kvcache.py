@@ -477,13 +477,14 @@ class KVCache:
     def _batch_of(self, tokens: Sequence[int], *, all_logits: bool = False) -> tuple[Any, object]:
         """A batch of ``tokens``, with logits after each or after the last, and what must live as long as the batch."""
         n, n_held = len(tokens), len(self.tokens)
-        wanted = np.full(n, all_logits, np.int8)
-        wanted[-1:] = 1
-        if self._sequence == 0:  # llama.cpp counts the positions itself
+        wanted = np.ones(n, np.int8)
+        if self._sequence == 0:  # llama.cpp counts the positions itself, and wants the last logits
             ids = (ctypes.c_int32 * n)(*tokens)
             batch = self._api.llama_batch_get_one(ids, n)
-            batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+            if all_logits:
+                batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
             return batch, (ids, wanted)
+        wanted[:-1] = all_logits
         positions, sequences = np.arange(n_held, n_held + n, dtype=np.int32), np.full(n, self._sequence, np.int32)
         ints = np.array(tokens, np.int32)
         made = TokenBatch(self._api, tokens=ints, positions=positions, sequences=sequences, wanted=wanted)
