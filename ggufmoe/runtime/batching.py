@@ -53,6 +53,7 @@ class BatchScheduler:
 
         May be called from any thread.
         """
+        self._native.check_not_forked()
         with self._lock:
             self._waiting.append(answer)
             is_queued, self._is_queued = self._is_queued, True
@@ -60,10 +61,12 @@ class BatchScheduler:
             return
         try:
             self._native.submit(_Step(self))
-        except BaseException:
-            with self._lock:
-                self._is_queued = False
-                self._waiting = [other for other in self._waiting if other is not answer]
+        except BaseException as error:
+            with self._lock:  # others may have come meanwhile, and rely on this step
+                stranded = [other for other in self._waiting if other is not answer]
+                self._waiting, self._is_queued = [], False
+            for other in stranded:
+                other.fail(error)
             raise
 
     # ---- called in the native thread
@@ -79,6 +82,7 @@ class BatchScheduler:
             self._step(slots, cancellation)
         except BaseException as error:  # without a context, for example; it belongs to the readers
             self.fail(error)
+            return
         with self._lock:
             self._is_queued = bool(self._active or self._waiting)
             goes_on = self._is_queued

@@ -215,9 +215,9 @@ class Generation:
 
     def _advance(self) -> FinishReason | None:
         """Compute tokens; the reason when the answer has ended, None when it is far enough ahead."""
-        if not self._prepare(self._loaded.cache):
+        cache = self._loaded.slots.idle()  # in a context that was made since, another answer may use the latest one
+        if not self._prepare(cache):
             return "cancelled"
-        cache = self._loaded.cache
         while not self.is_ahead:
             reason = self._limit(cache) or self._next_token(cache)
             if reason is not None:

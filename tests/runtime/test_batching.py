@@ -380,3 +380,47 @@ def test_options_that_contradict_each_other() -> None:
         ContextOptions(n_parallel=2, n_seq_max=2)
     with pytest.raises(OptionError, match="--parallel 8 needs a --batch-size"):
         ContextOptions(n_parallel=8, n_batch=4)
+
+
+def test_an_answer_begun_alone_leaves_the_cells_of_those_in_a_batch(engine: Engine, alone: Engine) -> None:
+    long = replace(GREEDY, n_predict=100)
+    engine.set_context(ALONE)
+    first = engine.generate(PROMPTS[3], long)
+    next(first)
+    engine.set_context(FOUR)
+    second = engine.generate(PROMPTS[0], long)
+    events = [next(second)]
+    assert text_of(list(first))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: events.extend(second))
+        try:
+            reading.result(60)
+        finally:
+            engine.cancel()
+    assert text_of(events) == text_of(list(alone.generate(PROMPTS[0], long)))
+
+
+def test_an_engine_that_closes_while_a_step_is_queued_fails_all_who_wait(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = local_engine(engine)._native
+    streams = [engine.generate(prompt, FOR_EVER) for prompt in PROMPTS[:2]]
+    submit, is_submitted, goes_on = native.submit, threading.Event(), threading.Event()
+
+    def submit_late(job: Any) -> None:
+        is_submitted.set()
+        goes_on.wait(60)
+        submit(job)
+
+    monkeypatch.setattr(native, "submit", submit_late)
+    with ThreadPoolExecutor(2) as pool:
+        reading = [pool.submit(next, streams[0])]
+        is_submitted.wait(60)
+        reading.append(pool.submit(next, streams[1]))
+        while len(scheduler_of(engine)._waiting) < 2:
+            threading.Event().wait(0.001)
+        native.close()
+        goes_on.set()
+        for one in reading:
+            with pytest.raises(EngineError, match="closed"):
+                one.result(60)
