@@ -53,7 +53,6 @@ class BatchScheduler:
 
         May be called from any thread.
         """
-        self._native.check_not_forked()
         with self._lock:
             self._waiting.append(answer)
             is_queued, self._is_queued = self._is_queued, True

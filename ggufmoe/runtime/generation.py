@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineError
 from ggufmoe.runtime.events import Event, Finished, FinishReason, Timing, Token
@@ -107,7 +108,9 @@ class Generation:
             self.close()
 
     def close(self) -> None:
-        """Stop computing, if that has not ended, and free the sampler."""
+        """Stop computing, if that has not ended, and free the sampler. Does nothing in a forked process."""
+        if self._native.is_forked:
+            return
         self._native.abort(self.cancellation)
         with self._lock:
             if self._state != "running":
@@ -116,6 +119,7 @@ class Generation:
     def _wait_for_events(self) -> list[Event]:
         """All unread events, at least one; submits the answer to the native thread when it is idle."""
         self._native.check_not_native_thread()
+        self._native.check_not_forked()  # nobody computes the answer there, and its locks may be held for ever
         leave_at = math.inf
         while True:
             # read before the events: the native thread puts the last event in before it sets these
@@ -301,11 +305,7 @@ class Generation:
         n = self._request.settings.logprobs
         if n is None:
             return None, ()
-        logits = cache.last_logits().astype(np.float64)
-        logits -= logits.max()
-        logits -= np.log(np.exp(logits).sum())
-        best = np.argsort(-logits, kind="stable")[:n] if n else ()
-        return float(logits[token]), tuple((int(i), float(logits[i])) for i in best)
+        return logprob_of(token, cache.last_logits(), n)
 
     # ---- called in the native thread by a scheduler, between ``enter`` and one of the ways out
 
@@ -401,3 +401,15 @@ class _Stopwatch:
             evaluated_tokens=self.evaluated_tokens,
             generation_s=self.generation_s,
         )
+
+
+def logprob_of(token: int, logits: NDArray[np.float32], n_best: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The natural logarithm of the probability of ``token``, and the ``n_best`` likeliest tokens with theirs.
+
+    ``logits`` has shape (n_vocab,).
+    """
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
+    best = np.argsort(-scores, kind="stable")[:n_best] if n_best else ()
+    return float(scores[token]), tuple((int(i), float(scores[i])) for i in best)

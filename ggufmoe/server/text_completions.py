@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from ggufmoe.options import SamplingOptions
 from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import Finished, Timing, Token
+from ggufmoe.runtime.generation import logprob_of
 from ggufmoe.server.answers import (
     AnswerEvent,
     Completion,
@@ -182,9 +181,5 @@ def _scored(engine: EngineLike, prompt: list[int], n_best: int, cancel: CancelFl
     at = 1
     for rows in engine.logits_by_batch(prompt, cancel=cancel):
         for row in rows[: len(prompt) - at]:
-            scores = row.astype(np.float64) - row.max()
-            scores -= np.log(np.exp(scores).sum())
-            best = np.argsort(-scores, kind="stable")[:n_best] if n_best else ()
-            likeliest = tuple((int(i), float(scores[i])) for i in best)
-            yield Token("", prompt[at], float(scores[prompt[at]]), likeliest)
+            yield Token("", prompt[at], *logprob_of(prompt[at], row, n_best))
             at += 1

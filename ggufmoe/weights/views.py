@@ -6,6 +6,7 @@ their tensors (``families.family.TensorRule.transform``), and checkpoints for la
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -23,7 +24,7 @@ _MOST_READ = 4
 """How many rows may be read for each one that is wanted, rather than reading each by itself."""
 
 
-class ReorderedRows:
+class ReorderedRows(ABC):
     """A view whose rows are whole rows of its source, each from another place."""
 
     def __init__(self, source: SourceTensor, shape: tuple[int, ...]) -> None:
@@ -32,13 +33,13 @@ class ReorderedRows:
         self.shape = shape
         self._source = source
 
+    @abstractmethod
     def source_row(self, row: int) -> int:
         """The row of the source that is read as ``row``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
-        raise NotImplementedError
 
 
 class RopeOrdered(ReorderedRows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from ggufmoe.runtime.slots import Slots, TextPart
 from tests.architecture_files import write_architecture
 from tests.engines import local_engine
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
+from tests.runtime.test_threads import is_refused, status_of_fork
 
 GREEDY = SamplingOptions(temperature=0.0, logit_bias=("2-inf",))
 """The likeliest tokens; </s> ends no answer."""
@@ -424,3 +426,17 @@ def test_an_engine_that_closes_while_a_step_is_queued_fails_all_who_wait(
         for one in reading:
             with pytest.raises(EngineError, match="closed"):
                 one.result(60)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("context", [ALONE, FOUR], ids=["alone", "batched"])
+def test_a_forked_process_is_told_and_does_not_wait(context: ContextOptions, mixing_path: Path) -> None:
+    with Engine(mixing_path, context) as engine:
+        stream = engine.generate(PROMPTS[0], FOR_EVER)
+        next(stream)
+        with stopped(engine):
+            for _ in range(20):  # what is computed already; behind it, the answer waits for its turn
+                next(stream)
+            status = status_of_fork([], lambda: is_refused(lambda: list(itertools.islice(stream, 100))))
+            release(engine)
+    assert status == 0
