@@ -435,8 +435,7 @@ def test_a_forked_process_is_told_and_does_not_wait(context: ContextOptions, mix
         stream = engine.generate(PROMPTS[0], FOR_EVER)
         next(stream)
         with stopped(engine):
-            for _ in range(20):  # what is computed already; behind it, the answer waits for its turn
-                next(stream)
-            status = status_of_fork([], lambda: is_refused(lambda: list(itertools.islice(stream, 100))))
+            # the child reads what is computed already, however much that is; behind it, nobody computes
+            status = status_of_fork([], lambda: is_refused(lambda: list(stream)))
             release(engine)
     assert status == 0
