@@ -17,7 +17,7 @@ from ggufmoe.cli.jobs import Interrupt
 from ggufmoe.cli.params import with_options
 from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, InputError
-from ggufmoe.options import ContextOptions, OffloadOptions, ServerOptions
+from ggufmoe.options import OffloadOptions, ServeContextOptions, ServerOptions
 from ggufmoe.work import OnProgress
 
 ChatTemplateFile = Annotated[
@@ -30,13 +30,13 @@ ChatTemplateFile = Annotated[
 ]
 
 
-@with_options(ServerOptions, ContextOptions, OffloadOptions)
+@with_options(ServerOptions, ServeContextOptions, OffloadOptions)
 def serve_command(
     model: Annotated[Path, typer.Argument(help="GGUF file.")],
     *,
     server: ServerOptions,
     chat_template: ChatTemplateFile = None,
-    context: ContextOptions,
+    context: ServeContextOptions,
     offload: OffloadOptions,
 ) -> None:
     """Answer programs that speak OpenAI's HTTP interface, until Ctrl-C. Needs the extra 'server'."""

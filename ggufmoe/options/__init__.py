@@ -4,6 +4,7 @@ One module a subject; all public names can be imported from here. Nothing is rea
 """
 
 from ggufmoe.options.context_options import (
+    AUTO_PARALLEL,
     MIN_CHUNK_TOKENS,
     CacheType,
     ChatContextOptions,
@@ -14,6 +15,7 @@ from ggufmoe.options.context_options import (
     ImatrixKeywords,
     ImatrixOptions,
     OverflowPolicy,
+    ServeContextOptions,
 )
 from ggufmoe.options.convert_options import (
     ConvertKeywords,
@@ -37,6 +39,7 @@ from ggufmoe.options.worker_options import WorkerOptions
 __all__ = [
     "ALL_LAYERS",
     "AUTO_LAYERS",
+    "AUTO_PARALLEL",
     "MAX_SEED",
     "MAX_SEQUENCES",
     "MIN_CHUNK_TOKENS",
@@ -64,6 +67,7 @@ __all__ = [
     "RoutingKeywords",
     "RoutingOptions",
     "SamplingOptions",
+    "ServeContextOptions",
     "ServerOptions",
     "StopOptions",
     "TemplateOptions",

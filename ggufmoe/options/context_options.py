@@ -14,6 +14,14 @@ MIN_CHUNK_TOKENS = 8
 """A shorter chunk has no token to score in its second half."""
 
 
+AUTO_PARALLEL = 4
+"""Answers that are computed in one batch where ``n_parallel`` is 0."""
+_PARALLEL_HELP = (
+    "Number of answers that are computed in one batch. They share the context: together they may have as many tokens "
+    "as --ctx-size says, and if they need more, the one that was asked for last waits. "
+    f"0: {AUTO_PARALLEL}, or as many as the model and --batch-size allow."
+)
+
 OverflowPolicy = Literal["error", "shift", "truncate-middle"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
@@ -108,17 +116,16 @@ class ContextOptions(ComputeOptions):
         1,
         "-np",
         "--parallel",
-        help="Number of answers that are computed in one batch. They share the context: together they may have as many "
-        "tokens as --ctx-size says, and if they need more, the one that was asked for last waits.",
+        help=_PARALLEL_HELP,
         metavar="N",
-        between=(1, MAX_SEQUENCES),
+        between=(0, MAX_SEQUENCES),
     )
 
     def __post_init__(self) -> None:
         if self.context_shift and self.overflow == "truncate-middle":
             raise OptionError("--context-shift and --overflow truncate-middle contradict each other")
         super().__post_init__()
-        check(self.n_parallel == 1 or self.n_seq_max == 1, "n_parallel and n_seq_max cannot both be above 1")
+        check(self.n_parallel == 1 or self.n_seq_max == 1, "n_parallel must be 1 where n_seq_max is above 1")
         few = f"--parallel {self.n_parallel} needs a --batch-size of as many tokens, not {self.n_batch}"
         check(self.n_parallel <= self.n_batch, few)
 
@@ -143,6 +150,13 @@ class ChatContextOptions(ContextOptions):
     def overflow_policy(self) -> OverflowPolicy:
         """What happens to a conversation that is longer than the context."""
         return "error" if self.context_shift is False else super().overflow_policy
+
+
+@dataclass(frozen=True)
+class ServeContextOptions(ContextOptions):
+    """The context of a server, which computes several answers at once."""
+
+    n_parallel: int = option(0, "-np", "--parallel", help=_PARALLEL_HELP, metavar="N", between=(0, MAX_SEQUENCES))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from ggufmoe.errors import OptionError
 from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.gguf.header import TensorInfo, padded
 from ggufmoe.gguf.hyper import largest
-from ggufmoe.gguf.layer_memory import LayerMemory
+from ggufmoe.gguf.layer_memory import LayerMemory, ModelMemory
 from ggufmoe.gguf.model import ModelHeader, check_kind
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, is_input, is_offloadable_expert, is_rope_table, layer_of
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.options import AUTO_PARALLEL, ContextOptions, OffloadOptions
 from ggufmoe.options.limits import CONTEXT_STEP_TOKENS, rounded_context
 
 DEFAULT_MAX_CTX = 4096
@@ -66,6 +66,7 @@ class Footprint:
         self.n_ctx_train = largest(self.hyper.n_ctx_train)
         n_ctx = context_tokens(context, self.n_ctx_train)
         self.n_ctx = rounded_context(n_ctx, context.n_seq_max)
+        self._n_sequences = max(context.n_seq_max, answers_at_once(context, model.memory))
         self._n_ubatch = min(context.n_ubatch, context.n_batch, n_ctx)
         self.tensors = tuple(self._tensors())
         self.names = tuple(tensor.name for tensor in self.tensors)
@@ -110,7 +111,7 @@ class Footprint:
     @property
     def state_bytes(self) -> int:
         """Bytes of the recurrent states in ``kv_layers``."""
-        return sum(_FLOAT_BYTES * layer.n_state * self.context.n_seq_max for layer in self.model.memory.layers)
+        return sum(_FLOAT_BYTES * layer.n_state * self._n_sequences for layer in self.model.memory.layers)
 
     @property
     def saved_by_windows(self) -> int:
@@ -121,10 +122,12 @@ class Footprint:
     def _kept_bytes(self, layer: LayerMemory, context: ContextOptions) -> int:
         memory, n_ctx = self.model.memory, self.n_ctx
         if layer.is_windowed and not context.swa_full:
-            n_ctx = context.n_seq_max * window_tokens(memory.window, n_ctx // context.n_seq_max, self._n_ubatch)
+            # each of several texts has a cache of its own, while answers have one for all of their windows
+            n_texts, n_answers = context.n_seq_max, self._n_sequences // context.n_seq_max
+            n_ctx = n_texts * window_tokens(memory.window * n_answers, n_ctx // n_texts, self._n_ubatch)
         if layer.n_values and memory.pads_values and context.flash_attn == "off":
             layer = replace(layer, n_values=memory.widest_values)
-        return kv_cache_bytes(layer, n_ctx, context) + _FLOAT_BYTES * layer.n_state * context.n_seq_max
+        return kv_cache_bytes(layer, n_ctx, context) + _FLOAT_BYTES * layer.n_state * self._n_sequences
 
     @property
     def compute_bytes(self) -> int:
@@ -158,8 +161,23 @@ def context_tokens(context: ContextOptions, n_ctx_train: int) -> int:
     return context.n_ctx or n_ctx_train
 
 
+def one_by_one_reason(memory: ModelMemory) -> str:
+    """Why the answers of a model are computed one after another; empty if they can be computed in one batch."""
+    if memory.n_recurrent or memory.n_windowed:
+        kind = "a recurrent state" if memory.n_recurrent else "a sliding window"
+        return f"some layers of this model keep {kind} instead of all tokens"
+    return "" if memory.is_exact else "llama.cpp has a cache of its own for this architecture"
+
+
+def answers_at_once(context: ContextOptions, memory: ModelMemory) -> int:
+    """Answers that are computed in one batch: as many as asked for, or as the model and the batch allow."""
+    if context.n_parallel:
+        return context.n_parallel
+    return 1 if one_by_one_reason(memory) else min(AUTO_PARALLEL, context.n_batch)
+
+
 def window_tokens(window: int, n_ctx: int, n_ubatch: int) -> int:
-    """Tokens of one text that a layer with a sliding window has room for (llama-kv-cache-iswa.cpp)."""
+    """Tokens that a layer has room for whose sliding windows have ``window`` in all (llama-kv-cache-iswa.cpp)."""
     return padded(min(n_ctx, window + n_ubatch), CONTEXT_STEP_TOKENS)
 
 

@@ -32,7 +32,7 @@ from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.advice import context_warnings
 from ggufmoe.placement.cpu import default_threads
 from ggufmoe.placement.devices import DeviceTable, find_devices
-from ggufmoe.placement.footprint import Footprint, context_tokens
+from ggufmoe.placement.footprint import Footprint, context_tokens, one_by_one_reason
 from ggufmoe.placement.load_report import Placement, placement_of
 from ggufmoe.placement.model_params import set_parameters
 from ggufmoe.placement.offload import plan_offload
@@ -254,13 +254,11 @@ class LoadedModel:
             threads.free()
 
     def _check_parallel(self, options: ContextOptions) -> None:
-        """Raise OptionError for several answers at once of a model that cannot share a beginning among them."""
-        memory = self._request.model.memory
-        if options.n_parallel > 1 and (memory.n_windowed or memory.n_recurrent):
-            kind = "a recurrent state" if memory.n_recurrent else "a sliding window"
+        """Raise OptionError for several answers at once of a model whose answers are computed one after another."""
+        if options.n_parallel > 1 and (reason := one_by_one_reason(self._request.model.memory)):
             raise OptionError(
-                f"{self.path}: --parallel {options.n_parallel}: some layers of this model keep {kind} instead of all "
-                "tokens, and its answers are computed one after another only; leave out --parallel"
+                f"{self.path}: --parallel {options.n_parallel}: {reason}, so that its answers are computed one after "
+                "another; leave out --parallel"
             )
 
     def _check_memory(self, options: ContextOptions, plan: OffloadPlan) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -27,6 +28,7 @@ from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError
 from ggufmoe.files import StrPath, possible_path, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, options_of
+from ggufmoe.placement.footprint import answers_at_once, one_by_one_reason
 from ggufmoe.placement.load_report import Placement
 from ggufmoe.runtime.batching import BatchScheduler
 from ggufmoe.runtime.bindings import native_api, native_log
@@ -43,6 +45,7 @@ from ggufmoe.runtime.session import SessionFacts, read_session, write_session
 from ggufmoe.runtime.textstream import stop_strings
 from ggufmoe.work import CancelFlag, OnProgress, is_set
 
+_logger = logging.getLogger("ggufmoe")
 _LOGITS_BATCH = 512
 """Rows of logits that are computed and copied at once."""
 
@@ -79,10 +82,10 @@ class LocalEngine:
         cancel: CancelFlag | None = None,
         before_load: Callable[[], None] = lambda: None,
     ) -> None:
-        self._context_options = context
         self._offload_options = offload
         self._model = model = checked_model(possible_path(path))
         self.path: Path = model.paths[0]
+        self._context_options = context = self._settled(context)
         self.header: Header = model.shards[0].header
         self._cancellations: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._cancellations_lock = threading.Lock()
@@ -112,6 +115,14 @@ class LocalEngine:
         self.n_ctx: int = self._loaded.cache.n_ctx
         self.n_vocab: int = self._vocabulary.n_tokens
         self.n_ctx_train: int = self._loaded.n_ctx_train
+
+    def _settled(self, options: ContextOptions) -> ContextOptions:
+        """``options`` with the number of answers that are computed at once, where it was left open."""
+        n_parallel = answers_at_once(options, self._model.memory)
+        if not options.n_parallel and n_parallel == 1:
+            reason = one_by_one_reason(self._model.memory) or f"--batch-size is {options.n_batch}"
+            _logger.warning("%s: answers are computed one after another: %s", self.path, reason)
+        return replace(options, n_parallel=n_parallel)
 
     # ---- the model
 
@@ -389,6 +400,7 @@ class LocalEngine:
     # ---- the context
 
     def set_context(self, options: ContextOptions) -> None:
+        options = self._settled(options)
         self._native.call(lambda: self._loaded.set_context(options))
         self._context_options = options
         self.n_ctx = self._loaded.cache.n_ctx

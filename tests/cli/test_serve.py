@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from ggufmoe import ContextOptions, Engine, ModelLoadError
 from ggufmoe.cli.app import exit_code
 
 
@@ -64,3 +65,18 @@ def test_command_lines_that_are_refused(
     given: list[Any] = ["serve", str(story_path), *arguments]
     assert exit_code(given) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "n_parallel"), [([], 0), (["--parallel", "1"], 1), (["-np", "9"], 9)])
+def test_several_answers_at_once_unless_asked_otherwise(
+    story_path: Path, arguments: list[str], n_parallel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ContextOptions] = []
+
+    def load(model: Path, context: ContextOptions, *given: object, **named: object) -> Engine:
+        asked.append(context)
+        raise ModelLoadError("no model here")
+
+    monkeypatch.setattr("ggufmoe.cli.serve.Engine", load)
+    assert exit_code(["serve", str(story_path), "--port", "0", *arguments]) == 1
+    assert [context.n_parallel for context in asked] == [n_parallel]

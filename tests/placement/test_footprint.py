@@ -80,6 +80,8 @@ WINDOWED = {"general.architecture": GGUFValue(ValueType.STRING, "gpt-oss")} | {
         ({"n_ctx": 512}, 512),
         ({"n_ctx": 4096, "swa_full": True}, 4096),
         ({"n_ctx": 8192, "n_seq_max": 4}, 4 * 768),
+        ({"n_ctx": 8192, "n_parallel": 4}, 1024),  # four windows and one batch
+        ({"n_ctx": 512, "n_parallel": 4}, 512),
     ],
 )
 def test_windowed_layers_keep_the_window_and_a_batch(

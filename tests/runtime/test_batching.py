@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ggufmoe import ContextFullError, ContextOptions, DecodeError, Engine, EngineError, OptionError, SamplingOptions
+from ggufmoe.options import AUTO_PARALLEL, ChatContextOptions, ServeContextOptions
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.kvcache import common_prefix
 from ggufmoe.runtime.nativethread import Cancellation, SharedCancellation
@@ -377,8 +378,25 @@ def test_models_that_forget_answer_one_after_another(tmp_path: Path, name: str, 
         Engine(path, FOUR)
 
 
+def test_a_server_computes_as_many_answers_at_once_as_the_model_allows(
+    mixing_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = ServeContextOptions(n_ctx=256, n_threads=1)
+    with Engine(mixing_path, served) as engine:
+        assert len(local_engine(engine)._loaded.slots) == AUTO_PARALLEL == 4
+        engine.set_context(replace(served, n_batch=3))
+        assert len(local_engine(engine)._loaded.slots) == 3
+    assert not caplog.records
+    with Engine(write_architecture(tmp_path / "m.gguf", "gemma3"), served) as engine:
+        assert len(local_engine(engine)._loaded.slots) == 1
+        assert len(list(engine.generate([1, 5], replace(GREEDY, n_predict=3)))) == 4
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "answers are computed one after another: some layers of this model keep a sliding window" in caplog.text
+    assert ContextOptions().n_parallel == ChatContextOptions().n_parallel == 1
+
+
 def test_options_that_contradict_each_other() -> None:
-    with pytest.raises(OptionError, match="n_parallel and n_seq_max"):
+    with pytest.raises(OptionError, match="n_parallel must be 1 where n_seq_max"):
         ContextOptions(n_parallel=2, n_seq_max=2)
     with pytest.raises(OptionError, match="--parallel 8 needs a --batch-size"):
         ContextOptions(n_parallel=8, n_batch=4)
