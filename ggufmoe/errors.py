@@ -31,6 +31,8 @@ Each message is one line: what was expected, what was found, in which file or te
     └── Cancelled                    exit code 130: the caller asked to stop
 """
 
+import copy
+
 
 class GgufmoeError(Exception):
     """Base of all errors that ggufmoe raises on purpose."""
@@ -144,6 +146,20 @@ class Cancelled(GgufmoeError):
     """The caller asked to stop."""
 
     exit_code = 130
+
+
+def own_copy(error: BaseException) -> BaseException:
+    """A copy of ``error`` for one of several threads that raise it: raising an exception adds to its traceback.
+
+    ``error`` itself if its class cannot be copied.
+    """
+    try:
+        copied = copy.copy(error)
+    except Exception:  # a class may take other arguments than it keeps
+        return error
+    copied.__cause__ = error.__cause__
+    copied.__suppress_context__ = error.__suppress_context__
+    return copied.with_traceback(error.__traceback__)
 
 
 def one_line(what: object, max_chars: int | None = 200) -> str:

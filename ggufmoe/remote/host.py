@@ -92,6 +92,7 @@ class EngineHost:
         self._send = send
         timeout_s = start.offload.rpc_timeout
         self._token_patience = Patience(timeout_s, f"--rpc-timeout {timeout_s:g}")
+        self._timeout_s = timeout_s
         self._step_patience = Patience(_SLOW * timeout_s, f"ten times --rpc-timeout {timeout_s:g}")
         self._load_patience = _CONNECTING
         tick_s = min(TICK_S, timeout_s / _TICKS)
@@ -165,7 +166,13 @@ class EngineHost:
         activity = self._engine.activity
         if not activity.is_busy:
             return None
-        return self._token_patience if activity.given_tokens == 1 else self._step_patience
+        n_tokens = activity.given_tokens
+        if n_tokens == 1:
+            return self._token_patience
+        # a batch of one token of each of several answers may need as many experts
+        if 1 < n_tokens < _SLOW:
+            return Patience(n_tokens * self._timeout_s, f"{n_tokens} times --rpc-timeout {self._timeout_s:g}")
+        return self._step_patience
 
     def _signs_of_life(self) -> tuple[int, ...]:
         """Bytes on the connections to workers (Linux), reports while loading, batches that were computed."""

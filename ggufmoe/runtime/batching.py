@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from ggufmoe.errors import ContextFullError, EngineError
+from ggufmoe.errors import ContextFullError, EngineError, own_copy
 from ggufmoe.runtime.events import FinishReason
 from ggufmoe.runtime.generation import Generation
 from ggufmoe.runtime.kvcache import ABORTED, NO_ROOM, KVCache
@@ -31,7 +31,8 @@ class BatchScheduler:
 
     The answer that was asked for first comes first: it gets the next slot, its prompt is computed before other
     prompts, and it keeps its cells when they do not suffice for all. An answer that is far ahead of its reader leaves
-    its slot to others.
+    its slot to others. When it comes back it takes the place of a newer one, once that has drawn some tokens since it
+    got its slot: so every answer comes on, also where prompts that gave way are computed again.
     """
 
     def __init__(self, native: NativeThread, loaded: LoadedModel) -> None:
@@ -65,7 +66,7 @@ class BatchScheduler:
                 stranded = [other for other in self._waiting if other is not answer]
                 self._waiting, self._is_queued = [], False
             for other in stranded:
-                other.fail(error)
+                other.fail(own_copy(error))
             raise
 
     # ---- called in the native thread
@@ -99,7 +100,7 @@ class BatchScheduler:
                 slot.owner = None
             self._active, self._waiting, self._suspects, self._is_queued = {}, [], [], False
         for answer in answers:
-            answer.fail(error)
+            answer.fail(own_copy(error))
 
     def _admit(self, slots: Slots) -> None:
         for answer, slot in list(self._active.items()):
@@ -110,7 +111,7 @@ class BatchScheduler:
         # an observer is told of one token after another
         n_slots = 1 if self._loaded.observer is not None else len(slots)
         while (first := self._first_waiting()) is not None:
-            newer = [answer for answer in self._active if answer.ticket > first.ticket]
+            newer = [answer for answer, slot in self._active.items() if answer.ticket > first.ticket and slot.may_yield]
             is_full = len(self._active) >= n_slots
             if not newer and self._active and (is_full or self._lacks_cells):
                 return
@@ -232,18 +233,24 @@ class BatchScheduler:
             self._share = max(1, steps) * _SHARE_STEP_TOKENS
 
     def _draw(self, answer: Generation, part: TextPart, seconds: float) -> None:
-        answer.count(len(part.tokens), seconds)
+        answer.count(part.slot.cache, len(part.tokens), seconds)
         if not part.wants_logits:
             return
+        part.slot.drawn_tokens += 1
         if self._goes_on(answer, answer.draw) and answer.is_ahead:
             self._leave(answer)
             answer.suspend()
 
     def _make_room(self, slots: Slots) -> None:
-        """Free cells of a text that is not computed now; without one, the answer that was asked for last waits."""
+        """Free cells of a text that is not computed now; without one, the answer that was asked for last waits.
+
+        An answer that may not yield yet keeps its cells, unless it is the one that got its slot last.
+        """
         if slots.free_idle():
             return
-        newest = max(self._active, key=_ticket)
+        last_placed = max(self._active, key=lambda answer: self._active[answer].used)
+        yielding = [answer for answer, slot in self._active.items() if slot.may_yield or answer is last_placed]
+        newest = max(yielding, key=_ticket)
         if len(self._active) > 1:
             self._set_aside(newest)
             self._lacks_cells = True

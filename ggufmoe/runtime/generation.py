@@ -75,7 +75,7 @@ class Generation:
         self._sampler = sampler
         self._text = TextStream(request.stop)
         self._tokens = list(request.prompt)
-        self._watch = _Stopwatch(prompt_tokens=len(self._tokens))
+        self._watch = _Stopwatch()
         self._inbox = Inbox()
         # reentrant: a collection of garbage while the native thread holds it may close this generation's reader
         self._lock = threading.RLock()
@@ -234,11 +234,10 @@ class Generation:
             n = cache.reuse(self._tokens)
             return cache.compute(self._tokens[n:-1])
         with self._watch.prompt():
-            self._watch.cached_tokens = n = cache.reuse(self._tokens)
+            self._watch.cached_tokens = self._watch.prompt_tokens = n = cache.reuse(self._tokens)
             done = cache.compute_prompt(self._tokens[n:])
             cache.synchronize()
-        if not done:
-            self._watch.prompt_tokens = max(n, len(cache.tokens))
+        self._watch.prompt_tokens = max(n, len(cache.tokens))
         return done
 
     @property
@@ -323,13 +322,13 @@ class Generation:
         """Say that ``n_cached`` tokens of the text need not be computed. Counts for the first time only."""
         if not self._watch.began_at:
             self._watch.began_at = time.perf_counter()
-            self._watch.cached_tokens = n_cached
+            self._watch.cached_tokens = self._watch.prompt_tokens = n_cached
 
     def end_of(self, cache: KVCache) -> FinishReason | None:
         """Why no further token may be computed, if that is so; drops tokens from a full context."""
         if self.cancellation.is_requested():
-            if not self._watch.generated_tokens:
-                self._watch.prompt_tokens = len(cache.tokens)
+            if not self._watch.generated_tokens:  # a batch that was aborted may have come further than was counted
+                self._watch.prompt_tokens = max(self._watch.prompt_tokens, len(cache.tokens))
             return "cancelled"
         if not self._watch.generated_tokens:
             return None
@@ -340,13 +339,18 @@ class Generation:
             return None
         return None if self._makes_room(cache, cache.keep) else "context"
 
-    def count(self, n_tokens: int, seconds: float) -> None:
-        """Count a step in which ``n_tokens`` of the text were computed."""
-        if not self._watch.generated_tokens:
-            self._watch.prompt_s += seconds
-        elif n_tokens == 1:
-            self._watch.generation_s += seconds
-            self._watch.evaluated_tokens += 1
+    def count(self, cache: KVCache, n_tokens: int, seconds: float) -> None:
+        """Count a step in which the newest ``n_tokens`` of ``cache`` were computed.
+
+        Computing tokens again after another answer had their cells counts for nothing.
+        """
+        watch, n_held = self._watch, len(cache.tokens)
+        if not watch.generated_tokens:
+            watch.prompt_s += seconds
+            watch.prompt_tokens = max(watch.prompt_tokens, n_held)
+        elif n_held == len(self._tokens):
+            watch.generation_s += seconds / n_tokens
+            watch.evaluated_tokens += 1
 
     def draw(self, cache: KVCache) -> FinishReason | None:
         """Draw the next token from the logits of ``cache``; why the answer ends there, if it does."""
@@ -360,11 +364,7 @@ class Generation:
         """The last event of an answer that was cancelled and closed."""
         if self._state != "running" and self._watch.began_at:
             return self._finished("cancelled")
-        timing = self._watch.timing()
-        if not timing.generated_tokens:
-            # the prompt was not begun, or llama.cpp has not returned and how far it has come is not known
-            timing = replace(timing, prompt_tokens=timing.cached_tokens)
-        return Finished("", "cancelled", timing, self._request.settings.seed)
+        return Finished("", "cancelled", self._watch.timing(), self._request.settings.seed)
 
     def _finished(self, reason: FinishReason) -> Finished:
         return Finished(self._text.flush(), reason, self._watch.timing(), self._request.settings.seed)
@@ -378,7 +378,8 @@ def _is_cancelled(event: Event) -> bool:
 class _Stopwatch:
     """Counts and times one generation, without the time that its reader takes."""
 
-    prompt_tokens: int
+    prompt_tokens: int = 0
+    """Tokens of the prompt that are known to be computed, or were in the cache."""
     cached_tokens: int = 0
     prompt_s: float = 0.0
     generated_tokens: int = 0

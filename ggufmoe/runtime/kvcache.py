@@ -11,6 +11,7 @@ prompts; where no checkpoint helps, the text is computed again.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.errors import ContextFullError, DecodeError, EngineError
+from ggufmoe.errors import ContextFullError, DecodeError, EngineError, one_line
 from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
 from ggufmoe.native.spinning import SpinLimit
@@ -30,6 +31,7 @@ from ggufmoe.runtime.nonfinite import not_finite_error
 ComputedBy = Literal["cpu", "gpu", "worker"]
 """Where a model's layers are: all with the CPU, some on GPUs of this machine, or some on a worker."""
 
+_logger = logging.getLogger("ggufmoe")
 ABORTED = 2
 NO_ROOM = 1
 _PARTIAL_ONLY = 1
@@ -109,8 +111,7 @@ class ContextState:
         self.caches: list[KVCache] = []
         """One for each sequence."""
         self.given_tokens = 0
-        """Most tokens that a text has in the last batch, which llama.cpp may still be computing; 0 when it does
-        something else."""
+        """Tokens of the last batch, which llama.cpp may still be computing; 0 when it does something else."""
         self.n_returned = 0
         """Batches from which llama.cpp has returned."""
         self.shift_pending = False
@@ -124,8 +125,9 @@ class ContextState:
         """Whether there may be cells for ``n_tokens`` more, beside other texts. False is certain, true is not."""
         if len(self.caches) == 1:
             return True
-        n_shared = [cache.n_shared for cache in self.caches]
-        n_used = sum(len(cache.tokens) for cache in self.caches) - sum(n_shared) + max(n_shared)
+        # each cache counts without the cells that one before it has as well
+        n_shared = (cache.n_shared(self.caches[:number]) for number, cache in enumerate(self.caches))
+        n_used = sum(len(cache.tokens) for cache in self.caches) - sum(n_shared)
         return n_used + n_tokens <= self.caches[0].n_ctx
 
 
@@ -188,8 +190,8 @@ class KVCache:
         """Tokens of a prompt that are given to llama.cpp in one call."""
         self.row = -1
         """The place in the last batch of the token whose logits ``last_logits`` gives; -1: the last that has logits."""
-        self.n_shared = 0
-        """Tokens at the beginning whose cells other sequences may have as well."""
+        self._shares: dict[KVCache, int] = {}
+        """Tokens at the beginning whose cells another cache has as well."""
         # returns the address as a number: for a pointer ctypes would make new objects for each token
         prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
         self._row_at = prototype(("llama_get_logits_ith", native.library()))
@@ -205,7 +207,7 @@ class KVCache:
 
     @property
     def given_tokens(self) -> int:
-        """Most tokens that a text has in the last batch of the context; 0 when llama.cpp does something else."""
+        """Tokens of the last batch of the context; 0 when llama.cpp does something else."""
         return self._shared.given_tokens
 
     @property
@@ -237,7 +239,7 @@ class KVCache:
     def _forget_text(self) -> None:
         self.tokens = []
         self._checkpoints = []
-        self.n_shared = 0
+        self._share_at_most(0)
 
     # ---- reuse
 
@@ -267,39 +269,48 @@ class KVCache:
         return self._cut(n)
 
     def set_aside(self) -> None:
-        """Copy the cache to ``saved``, unless the copy would be larger than all copies may be.
+        """Copy the cache to ``saved``, unless the copy would be larger than all copies may be, or memory is short.
 
         The copy has as many of the newest checkpoints as fit beside its data.
         """
         if (
-            self.tokens
-            and not self._shared.shift_pending
-            and self._api.llama_state_seq_get_size(self.context, self._sequence) <= self.saved.max_bytes
+            not self.tokens
+            or self._shared.shift_pending
+            or self._api.llama_state_seq_get_size(self.context, self._sequence) > self.saved.max_bytes
         ):
+            return
+        try:
             state = self.state()
-            room = self.saved.max_bytes - state.data.nbytes
-            self.saved.add(replace(state, checkpoints=_newest_within(state.checkpoints, room)))
+        except (MemoryError, EngineError) as error:  # the text can be computed again
+            _logger.warning("%s: no copy of a text of %d tokens: %s", self._path, len(self.tokens), one_line(error))
+            return
+        room = self.saved.max_bytes - state.data.nbytes
+        self.saved.add(replace(state, checkpoints=_newest_within(state.checkpoints, room)))
 
     def copy_beginning(self, source: KVCache, n: int) -> None:
         """Replace the text by the first ``n`` tokens of ``source``; both sequences then use the same cells."""
         self.empty()
         self._api.llama_memory_seq_cp(self._memory, source._sequence, self._sequence, 0, n)
         self.tokens = source.tokens[:n]
-        self.n_shared = n
-        source.n_shared = max(source.n_shared, n)
+        for other, n_common in {**source._shares, source: n}.items():
+            self._shares[other] = other._shares[self] = min(n, n_common)
+
+    def n_shared(self, others: Sequence[KVCache]) -> int:
+        """Number of tokens whose cells one of ``others`` has as well."""
+        return max((self._shares.get(other, 0) for other in others), default=0) if self._shares else 0
+
+    def _share_at_most(self, n: int) -> None:
+        """Note that this sequence has only the first ``n`` tokens of those whose cells others have as well."""
+        for other, n_common in list(self._shares.items()):
+            if n:
+                self._shares[other] = other._shares[self] = min(n, n_common)
+            else:
+                del self._shares[other], other._shares[self]
 
     def keep(self, n: int) -> int:
         """Drop all but the first ``n`` tokens; the number that is left, fewer if the model cannot go back there."""
         self._end_token()
         return self._cut(min(n, len(self.tokens)))
-
-    def _end_sharing(self) -> None:
-        """Set the texts of other sequences aside that may have cells of this one."""
-        for cache in self._shared.caches:
-            if cache is not self and cache.n_shared:
-                cache.set_aside()
-                cache.empty()
-        self.n_shared = 0
 
     # ---- going back
 
@@ -345,7 +356,7 @@ class KVCache:
         if not n_kept:
             self.empty()
         self.tokens = self.tokens[:n_kept]
-        self.n_shared = min(self.n_shared, n_kept)
+        self._share_at_most(n_kept)
         self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
         return n_kept
 
@@ -573,7 +584,7 @@ class KVCache:
         self.tokens = [*self.tokens, *tokens][:n_kept]
 
     def begin_batch(self, n_tokens: int) -> None:
-        """Call before a batch that has up to ``n_tokens`` of one text."""
+        """Call before a batch of ``n_tokens``."""
         self._spin_limit.look()
         if self.given_tokens > n_tokens:  # so that a watch does not count the wait for those as one for these
             self.synchronize()
@@ -601,11 +612,13 @@ class KVCache:
             return False
         if not self._api.llama_memory_seq_rm(self._memory, self._sequence, begin, end):
             return False
-        if self.n_shared > end:  # these cells would move for the other sequences as well
-            self._end_sharing()
+        for other, n_common in list(self._shares.items()):
+            if n_common > end:  # these cells move for the other sequence as well
+                other.set_aside()
+                other._cut(end)
         self._api.llama_memory_seq_add(self._memory, self._sequence, end, -1, -n)
         self.tokens = self.tokens[:begin] + self.tokens[end:]
-        self.n_shared = min(self.n_shared, begin)
+        self._share_at_most(begin)
         self._checkpoints = []
         self._shared.shift_pending = True
         return True

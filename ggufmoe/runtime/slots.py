@@ -15,6 +15,9 @@ import numpy as np
 from ggufmoe.runtime.chunkbatch import TokenBatch
 from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache, common_prefix
 
+_TURN_TOKENS = 16
+"""Tokens that an answer draws before others may take its place."""
+
 
 @dataclass(eq=False)
 class Slot:
@@ -27,6 +30,16 @@ class Slot:
     """When the answer was asked for, among all answers."""
     used: int = 0
     """When the slot was taken or left the last time, among all slots."""
+    drawn_tokens: int = 0
+    """Tokens that the answer has drawn since it got the slot."""
+
+    @property
+    def may_yield(self) -> bool:
+        """Whether the answer has come so far that it may lose the slot, and its cells, to one that was asked for first.
+
+        Otherwise answers that take turns could compute their prompts again and again and never come to an end.
+        """
+        return self.drawn_tokens >= _TURN_TOKENS
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ class Slots:
         """
         slots = [slot for slot in self._slots if slot.owner is None]
         if not slots:
-            newest = max(self._slots, key=lambda slot: slot.ticket)
+            newest = max(self._slots, key=_first_to_yield)
             newest.cache.set_aside()
             newest.owner = None
             slots = [newest]
@@ -92,7 +105,11 @@ class Slots:
                 if len(slot.cache.tokens) - n_common[slot] >= WORTH_KEEPING_TOKENS:
                     slot.cache.set_aside()
                 slot.cache.copy_beginning(source.cache, n_common[source])
-        slot.owner, slot.ticket = owner, ticket  # before its cache asks for cells: it takes none of another answer
+        slot.owner, slot.ticket, slot.drawn_tokens = (
+            owner,
+            ticket,
+            0,
+        )  # before its cache asks for cells: it takes none of another answer
         try:
             n_held = slot.cache.reuse(text)
         except BaseException:
@@ -133,7 +150,7 @@ class Slots:
         held = [slot for slot in self._slots if slot.cache.tokens and slot.cache is not asking]
         if not held:
             return False
-        newest = max(held, key=lambda slot: slot.ticket)
+        newest = max(held, key=_first_to_yield)
         newest.owner = None
         newest.cache.set_aside()
         newest.cache.empty()
@@ -168,7 +185,7 @@ class Slots:
             sequences=np.repeat(np.array([part.slot.sequence for part in parts], np.int32), sizes),
             wanted=wanted,
         )
-        self.latest.begin_batch(max(sizes))
+        self.latest.begin_batch(len(wanted))
         status = batch.decode(self.latest.context)
         self._shared.n_returned += 1
         for part, end in zip(parts, ends.tolist(), strict=True):
@@ -180,6 +197,10 @@ class Slots:
         if not status:
             self._shared.shift_pending = False
         return status
+
+
+def _first_to_yield(slot: Slot) -> tuple[bool, int]:
+    return slot.may_yield, slot.ticket
 
 
 def _longest_unused(slots: Sequence[Slot]) -> Slot:

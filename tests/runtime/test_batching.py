@@ -16,8 +16,10 @@ import pytest
 
 from ggufmoe import ContextFullError, ContextOptions, DecodeError, Engine, EngineError, OptionError, SamplingOptions
 from ggufmoe.options import AUTO_PARALLEL, ChatContextOptions, ServeContextOptions
+from ggufmoe.runtime import batching
 from ggufmoe.runtime.events import Event, Finished, Token
-from ggufmoe.runtime.kvcache import common_prefix
+from ggufmoe.runtime.generation import Generation
+from ggufmoe.runtime.kvcache import KVCache, SavedState, common_prefix
 from ggufmoe.runtime.nativethread import Cancellation, SharedCancellation
 from ggufmoe.runtime.slots import Slots, TextPart
 from tests.architecture_files import write_architecture
@@ -207,6 +209,142 @@ def test_streams_read_in_turn_in_one_thread(mixing_path: Path, alone: Engine) ->
     assert texts(list(zip(*found, strict=True))) == texts(expected)
 
 
+# ---- turns: what is computed step by step, whatever the threads do
+
+
+class Steps:
+    """Computes the steps of an engine one by one, when the test asks for them, and reads answers in between."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.local = local_engine(engine)
+        self.scheduler = scheduler_of(engine)
+        self.jobs: list[Any] = []
+        self.submit = self.local._native.submit
+        monkeypatch.setattr(self.local._native, "submit", self._submit)
+
+    def _submit(self, job: Any) -> None:
+        if isinstance(job, batching._Step):
+            self.jobs.append(job)
+        else:
+            self.submit(job)
+
+    def ask(self, prompt: Sequence[int], settings: SamplingOptions) -> Asked:
+        asked: list[Generation] = []
+        init = Generation.__init__
+
+        def remember(generation: Generation, *given: Any, **named: Any) -> None:
+            init(generation, *given, **named)
+            asked.append(generation)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Generation, "__init__", remember)
+            events = self.local.generate(prompt, settings)
+            patch.setattr(Generation, "read", lambda generation: iter(()))
+            assert list(events) == []
+        return Asked(asked[0])
+
+    def run(self) -> bool:
+        """Compute a step; false if there is nothing to compute."""
+        if not self.jobs:
+            return False
+        job = self.jobs.pop()
+        self.local._native.call(job.run)
+        return True
+
+
+class Asked:
+    """An answer, and its reader, which reads when the test says so."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.events: list[Event] = []
+        self.n_suspended = 0
+        """How many steps ago the answer was suspended."""
+        self.read()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.generation._state == "ended"
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [event.token_id for event in self.events if isinstance(event, Token)]
+
+    def read(self) -> None:
+        """Read all that is there, and ask for more."""
+        self.events += self.generation._inbox.take()
+        if self.generation._state == "idle":
+            self.generation._state = "queued"
+            self.generation._submit(self.generation)
+
+    def read_late(self, n_steps: int) -> None:
+        """Read only after the answer has been suspended for ``n_steps``."""
+        self.n_suspended += 1 if self.generation._state == "idle" else -self.n_suspended
+        if self.n_suspended >= n_steps or self.has_ended:
+            self.read()
+
+
+SMALL_STEPS = replace(FOUR, n_batch=32, n_ubatch=32, cache_ram=0)
+
+
+@pytest.mark.parametrize(("n_parallel", "n_ctx"), [(2, 2048), (3, 512)], ids=["slots", "cells"])
+def test_answers_that_come_back_do_not_starve_a_newer_one(
+    mixing_path: Path, monkeypatch: pytest.MonkeyPatch, n_parallel: int, n_ctx: int
+) -> None:
+    options = replace(SMALL_STEPS, n_parallel=n_parallel, n_ctx=n_ctx, overflow="shift")
+    with Engine(mixing_path, options) as engine:
+        steps = Steps(engine, monkeypatch)
+        older = [steps.ask(words(100, step), FOR_EVER) for step in (1, 2)]
+        newer = steps.ask(words(300, 3), FORTY)
+        for _ in range(1000):
+            if newer.has_ended:
+                break
+            for asked in older:
+                asked.read_late(2)
+            newer.read()
+            steps.run()
+        newer.read()
+        assert len(newer.token_ids) == 40
+        assert all(len(asked.token_ids) > 40 for asked in older)
+
+
+@pytest.mark.parametrize("overflow", ["error", "shift"])
+def test_slow_readers_of_more_answers_than_there_are_slots_get_them_all(
+    mixing_path: Path, alone: Engine, monkeypatch: pytest.MonkeyPatch, overflow: Any
+) -> None:
+    long = replace(GREEDY, n_predict=70)
+    prompts = [words(n, step) for step, n in enumerate((60, 130, 90, 20, 150, 40), 1)]
+    options = replace(SMALL_STEPS, n_parallel=3, n_ctx=256, overflow=overflow)
+    with Engine(mixing_path, options) as engine:
+        steps = Steps(engine, monkeypatch)
+        asked = [steps.ask(prompt, long) for prompt in prompts]
+        for _ in range(3000):
+            for number, one in enumerate(asked):
+                one.read_late(number % 4)
+            if not steps.run() and all(one.has_ended for one in asked):
+                break
+        for one in asked:
+            one.read()
+    assert [one.token_ids for one in asked] == texts([list(alone.generate(prompt, long)) for prompt in prompts])
+
+
+def test_a_prompt_that_gave_way_counts_as_far_as_it_was_computed(
+    mixing_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(mixing_path, replace(SMALL_STEPS, n_parallel=2, n_ctx=256)) as engine:
+        steps = Steps(engine, monkeypatch)
+        first, second = steps.ask(words(120), FOR_EVER), steps.ask(words(200, 3), FORTY)
+        while not steps.scheduler._lacks_cells:
+            first.read()
+            assert steps.run()
+        assert second.generation._state == "queued"
+        steps.local._native.abort(second.generation.cancellation)
+        end = second.generation._cancelled()
+    assert end.reason == "cancelled"
+    assert end.timing.cached_tokens == 0
+    assert 0 < end.timing.prompt_tokens < 200
+
+
 # ---- the cells
 
 
@@ -231,8 +369,53 @@ def test_answers_that_need_more_cells_than_there_are_wait(mixing_path: Path, alo
     with Engine(mixing_path, replace(FOUR, n_ctx=256, cache_ram=cache_ram)) as engine:
         found = answers(engine, prompts, long)
         assert texts(found) == texts([list(alone.generate(prompt, long)) for prompt in prompts])
+        ends = [events[-1] for events in found]
+        timings = [end.timing for end in ends if isinstance(end, Finished)]
+        assert [timing.prompt_tokens for timing in timings] == [121] * 3
+        assert [timing.evaluated_tokens for timing in timings] == [59] * 3, "what was computed again counts once"
         with pytest.raises(ContextFullError):
             engine.generate(words(256), long)
+
+
+def test_without_memory_for_copies_texts_are_computed_again(
+    mixing_path: Path, alone: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(cache: KVCache) -> SavedState:
+        raise MemoryError("no memory today")
+
+    monkeypatch.setattr(KVCache, "state", no_memory)
+    prompts = [words(120, step) for step in (1, 2, 3)]
+    long = replace(GREEDY, n_predict=60)
+    with Engine(mixing_path, replace(FOUR, n_ctx=256)) as engine:
+        found = answers(engine, prompts, long)
+    assert texts(found) == texts([list(alone.generate(prompt, long)) for prompt in prompts])
+    assert "no memory today" in caplog.text
+
+
+def test_a_shift_takes_cells_of_no_text_that_does_not_share_them(engine: Engine) -> None:
+    slots = local_engine(engine)._loaded.slots
+
+    def shift() -> list[list[int]]:
+        a, b, c, d = (slot.cache for slot in slots._slots)
+        a.compute(words(60))
+        b.copy_beginning(a, 40)
+        c.compute(words(50, 3))
+        d.copy_beginning(c, 30)
+        d.compute(words(9, 5))
+        assert slots._shared.has_room(1024 - 61 - 51 - 10)
+        assert not slots._shared.has_room(1024 - 61 - 51 - 9)
+        assert a.drop(10, 15)
+        found = [list(cache.tokens) for cache in (a, b, c, d)]
+        # from token 10 on, the beginning of b is no longer that of a
+        assert slots._shared.has_room(1024 - 46 - 15 - 51 - 10)
+        assert not slots._shared.has_room(1024 - 46 - 15 - 51 - 9)
+        assert b.compute([7])
+        return found
+
+    shifted, cut, *others = local_engine(engine)._native.call(shift)
+    assert shifted == [*words(60)[:10], *words(60)[25:]]
+    assert cut == words(60)[:25]
+    assert others == [words(50, 3), [*words(50, 3)[:30], *words(9, 5)]]
 
 
 def test_texts_that_are_set_aside_again_and_again_go_on(mixing_path: Path) -> None:
@@ -246,10 +429,11 @@ def test_texts_that_are_set_aside_again_and_again_go_on(mixing_path: Path) -> No
     assert texts(list(zip(*found, strict=True))) == texts(expected[::-1])
 
 
-def test_a_text_may_fill_the_context_beside_others(mixing_path: Path) -> None:
+@pytest.mark.parametrize(("overflow", "n_keep"), [("shift", 0), ("shift", 30), ("truncate-middle", 0)])
+def test_a_text_may_fill_the_context_beside_others(mixing_path: Path, overflow: Any, n_keep: int) -> None:
     common = words(60)
-    prompts = [common, [*common, 270], words(50, 3)]
-    options = replace(FOUR, n_ctx=256, overflow="shift")
+    prompts = [common, [*common, 270], words(50, 3), words(400, 7)]
+    options = replace(FOUR, n_ctx=256, overflow=overflow, n_keep=n_keep, **EXACT)
     long = replace(GREEDY, n_predict=230)
     with Engine(mixing_path, replace(options, n_parallel=1)) as engine:
         expected = []
@@ -258,9 +442,18 @@ def test_a_text_may_fill_the_context_beside_others(mixing_path: Path) -> None:
             expected.append(list(engine.generate(prompt, long)))
     with Engine(mixing_path, options) as engine:
         assert texts(answers(engine, prompts, long)) == texts(expected)
-    with Engine(mixing_path, replace(options, overflow="error")) as engine:
-        ends = [events[-1] for events in answers(engine, prompts, long)]
-    assert [end.reason for end in ends if isinstance(end, Finished)] == ["context"] * 3
+
+
+def test_a_full_context_ends_each_answer_by_itself(mixing_path: Path, alone: Engine) -> None:
+    prompts = [words(n, step) for step, n in enumerate((200, 20, 240, 100), 1)]
+    with Engine(mixing_path, replace(FOUR, n_ctx=256)) as engine:
+        found = answers(engine, prompts, replace(GREEDY, n_predict=100))
+    expected = [list(alone.generate(prompt, replace(GREEDY, n_predict=100)))[:-1] for prompt in prompts]
+    for prompt, events, whole in zip(prompts, found, texts(expected), strict=True):
+        end = events[-1]
+        assert isinstance(end, Finished)
+        n = min(100, 257 - len(prompt))
+        assert (end.reason, texts([events])) == ("length" if n == 100 else "context", [whole[:n]])
 
 
 # ---- other calls between the steps
@@ -366,6 +559,25 @@ def test_closing_ends_all_streams_with_an_error(mixing_path: Path) -> None:
     for stream in streams:
         with pytest.raises(EngineError, match="has been closed"):
             list(stream)
+
+
+def test_each_answer_has_its_own_exception(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = OSError("the cause")
+
+    def fail(slots: Slots) -> None:
+        raise DecodeError("nothing goes on") from cause
+
+    streams = [engine.generate(prompt, FOR_EVER) for prompt in PROMPTS[:3]]
+    for stream in streams:
+        next(stream)
+    monkeypatch.setattr(Slots, "drop_chunks", fail)
+    errors: list[DecodeError] = []
+    for stream in streams:
+        with pytest.raises(DecodeError, match="nothing goes on") as raised:
+            list(stream)
+        errors.append(raised.value)
+    assert len({id(error) for error in errors}) == 3
+    assert {error.__cause__ for error in errors} == {cause}
 
 
 # ---- what is refused
