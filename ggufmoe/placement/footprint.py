@@ -163,9 +163,6 @@ def context_tokens(context: ContextOptions, n_ctx_train: int) -> int:
 
 def one_by_one_reason(memory: ModelMemory) -> str:
     """Why the answers of a model are computed one after another; empty if they can be computed in one batch."""
-    if memory.n_recurrent or memory.n_windowed:
-        kind = "a recurrent state" if memory.n_recurrent else "a sliding window"
-        return f"some layers of this model keep {kind} instead of all tokens"
     return "" if memory.is_exact else "llama.cpp has a cache of its own for this architecture"
 
 

@@ -213,7 +213,7 @@ class BatchScheduler:
     def _parts(self, answers: Sequence[Generation]) -> dict[Generation, TextPart]:
         """What the next batch computes of each of ``answers``: its newest token, or the next part of a prompt."""
         slots = self._active
-        left = {answer: answer.tokens[len(slots[answer].cache.tokens) :] for answer in answers}
+        left = {answer: self._next_tokens(answer) for answer in answers}
         n_single = sum(len(tokens) == 1 for tokens in left.values())
         cache = self._loaded.cache
         share = min(self._share, cache.n_ubatch - n_single) if n_single else cache.n_ubatch
@@ -223,8 +223,19 @@ class BatchScheduler:
             taken = tokens if len(tokens) == 1 else tokens[:room]
             room -= len(taken) if len(tokens) > 1 else 0
             if taken:
-                parts[answer] = TextPart(slots[answer], taken, wants_logits=len(taken) == len(tokens))
+                is_end = len(slots[answer].cache.tokens) + len(taken) == len(answer.tokens)
+                parts[answer] = TextPart(slots[answer], taken, wants_logits=is_end)
         return parts
+
+    def _next_tokens(self, answer: Generation) -> Sequence[int]:
+        """The tokens that are to be computed; for models that forget, the last one of a prompt comes by itself."""
+        cache = self._active[answer].cache
+        tokens = answer.tokens[len(cache.tokens) :]
+        if not answer.is_in_prompt or not cache.needs_checkpoint():
+            return tokens
+        if len(tokens) == 1:
+            cache.take_checkpoint()
+        return tokens[:-1] or tokens
 
     def _learn_share(self, parts: Collection[TextPart], seconds: float) -> None:
         n_tokens = sum(len(part.tokens) for part in parts)

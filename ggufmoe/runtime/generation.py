@@ -314,6 +314,11 @@ class Generation:
         return self._tokens
 
     @property
+    def is_in_prompt(self) -> bool:
+        """Whether no token has been drawn yet."""
+        return not self._watch.generated_tokens
+
+    @property
     def has_ended(self) -> bool:
         """Whether no more will be computed."""
         return self._state == "ended"

@@ -287,13 +287,29 @@ class KVCache:
         room = self.saved.max_bytes - state.data.nbytes
         self.saved.add(replace(state, checkpoints=_newest_within(state.checkpoints, room)))
 
+    def n_held(self, text: Sequence[int]) -> int:
+        """Tokens at the beginning of ``text`` that the cache holds and can keep without the rest of what it holds."""
+        return self._n_reachable(common_prefix(self.tokens, text))
+
     def copy_beginning(self, source: KVCache, n: int) -> None:
-        """Replace the text by the first ``n`` tokens of ``source``; both sequences then use the same cells."""
+        """Replace the text by the first ``n`` tokens of ``source``, which must be able to go back there.
+
+        Both sequences then use the same cells. What layers that forget hold is copied instead: of ``source`` as it is,
+        or its checkpoint there. The text is empty afterwards if llama.cpp does not take it.
+        """
+        point = source._checkpoint_needed_at(n)
+        # the cells of a window are few, and those that several sequences have are not used again
+        is_copied = point is not None or self._is_recurrent or bool(self._window and not self._swa_full)
         self.empty()
+        if is_copied and self._shared.shift_pending:
+            return
         self._api.llama_memory_seq_cp(self._memory, source._sequence, self._sequence, 0, n)
         self.tokens = source.tokens[:n]
         for other, n_common in {**source._shares, source: n}.items():
             self._shares[other] = other._shares[self] = min(n, n_common)
+        self._checkpoints = [point for point in source._checkpoints if point.n_tokens <= n]
+        if is_copied and not self._takes_partial(self._partial_state() if point is None else point.data, n):
+            self.empty()
 
     def n_shared(self, others: Sequence[KVCache]) -> int:
         """Number of tokens whose cells one of ``others`` has as well."""
@@ -350,7 +366,10 @@ class KVCache:
         """Keep the first ``n`` tokens, or fewer if the model cannot go back there; return how many."""
         n_kept = n
         if not self._can_go_back(n, len(self.tokens), self._first_held()):
-            n_kept = self._go_to_checkpoint(self._n_reachable(n))
+            n_kept = self._n_reachable(n)
+            point = self._checkpoint_needed_at(n_kept)
+            if point is None or not self._takes_partial(point.data, n_kept):
+                n_kept = 0
         elif n < len(self.tokens) and not self._api.llama_memory_seq_rm(self._memory, self._sequence, n, -1):
             n_kept = 0
         if not n_kept:
@@ -360,28 +379,42 @@ class KVCache:
         self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
         return n_kept
 
-    def _go_to_checkpoint(self, n: int) -> int:
-        """Go back to the checkpoint after ``n`` tokens; returns ``n``, or 0 if llama.cpp does not take it."""
-        point = next((point for point in self._checkpoints if point.n_tokens == n), None)
-        if point is None:
-            return 0
-        data, where = point.data, (self._sequence, _PARTIAL_ONLY)
+    def _checkpoint_needed_at(self, n: int) -> _CacheCheckpoint | None:
+        """The checkpoint after ``n`` tokens; None where there is none, or the text can be cut there without it."""
+        if self._can_go_back(n, len(self.tokens), self._first_held()):
+            return None
+        return next((point for point in self._checkpoints if point.n_tokens == n), None)
+
+    def _takes_partial(self, data: NDArray[np.uint8], n: int) -> bool:
+        """Go back to ``n`` tokens, where layers that forget held ``data``; false if llama.cpp does not take it."""
+        where = self._sequence, _PARTIAL_ONLY
         n_read = self._api.llama_state_seq_set_data_ext(self.context, _bytes_at(data), data.nbytes, *where)
         # what forgets is now at n, and the other layers follow
         taken = n_read == data.nbytes and self._api.llama_memory_seq_rm(self._memory, self._sequence, n, -1)
-        return n if taken and self._api.llama_memory_seq_pos_max(self._memory, self._sequence) == n - 1 else 0
+        return bool(taken and self._api.llama_memory_seq_pos_max(self._memory, self._sequence) == n - 1)
 
-    def _take_checkpoint(self) -> None:
+    def _partial_state(self) -> NDArray[np.uint8]:
+        """What layers that forget hold now; empty if llama.cpp does not give it."""
+        size = self._api.llama_state_seq_get_size_ext(self.context, self._sequence, _PARTIAL_ONLY)
+        data = np.empty(size, np.uint8)
+        n = self._api.llama_state_seq_get_data_ext(self.context, _bytes_at(data), size, self._sequence, _PARTIAL_ONLY)
+        return data[: size if n == size else 0]
+
+    def take_checkpoint(self) -> None:
         """Keep what layers that forget hold now, and drop the oldest checkpoints until all fit ``saved.max_bytes``.
 
         The copies of other texts do not count: they fill that room sooner or later, and would leave no checkpoint.
         """
+        if self._shared.shift_pending:  # the copy would have new positions and old keys
+            return
         size = self._api.llama_state_seq_get_size_ext(self.context, self._sequence, _PARTIAL_ONLY)
         if size > self.saved.max_bytes or any(point.n_tokens == len(self.tokens) for point in self._checkpoints):
             return
-        data = np.empty(size, np.uint8)
-        n = self._api.llama_state_seq_get_data_ext(self.context, _bytes_at(data), size, self._sequence, _PARTIAL_ONLY)
-        if n == size:
+        try:
+            data = self._partial_state()
+        except MemoryError:  # the text can be computed again
+            return
+        if data.nbytes:
             points = [*self._checkpoints, _CacheCheckpoint(len(self.tokens), data)][-_MAX_CHECKPOINTS:]
             self._checkpoints = list(_newest_within(points, self.saved.max_bytes))
 
@@ -455,14 +488,14 @@ class KVCache:
 
         For models that forget, a checkpoint is taken before the last token: the next text may differ from there on.
         """
-        if not self._needs_checkpoint():
+        if not self.needs_checkpoint():
             return self.compute(tokens)
         if not self.compute(tokens[:-1]):
             return False
-        self._take_checkpoint()
+        self.take_checkpoint()
         return self.compute(tokens[-1:])
 
-    def _needs_checkpoint(self) -> bool:
+    def needs_checkpoint(self) -> bool:
         """Whether a checkpoint may be needed to go back to the end of the prompt that is to be computed.
 
         A cache that keeps what is behind the window goes back by itself, but not after it was copied: llama.cpp writes

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ggufmoe.runtime.chunkbatch import TokenBatch
-from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache, common_prefix
+from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache
 
 _TURN_TOKENS = 16
 """Tokens that an answer draws before others may take its place."""
@@ -94,7 +94,7 @@ class Slots:
         Raises EngineError if the text was set aside and other texts have the cells that it needs.
         """
         wanted = text[:-1]
-        n_common = {slot: common_prefix(slot.cache.tokens, wanted) for slot in self._slots}
+        n_common = {slot: slot.cache.n_held(wanted) for slot in self._slots}
         idle = [slot for slot in self._slots if slot.owner is None]
         source = max(self._slots, key=lambda slot: n_common[slot])
         whole = [slot for slot in idle if len(slot.cache.tokens) - n_common[slot] < WORTH_KEEPING_TOKENS]

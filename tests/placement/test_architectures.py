@@ -22,6 +22,7 @@ CONTEXTS = {
     "swa-full": replace(PLAIN, swa_full=True),
     "no-flash-attention": replace(PLAIN, flash_attn="off"),
     "several-texts": replace(PLAIN, n_seq_max=3, n_ctx=1000),
+    "several-answers": replace(PLAIN, n_parallel=3),
     "quantized": replace(PLAIN, cache_type_k="q8_0", cache_type_v="q8_0", flash_attn="on"),
 }
 

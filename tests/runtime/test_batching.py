@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ggufmoe import ContextFullError, ContextOptions, DecodeError, Engine, EngineError, OptionError, SamplingOptions
+from ggufmoe.gguf import layer_memory
 from ggufmoe.options import AUTO_PARALLEL, ChatContextOptions, ServeContextOptions
 from ggufmoe.runtime import batching
 from ggufmoe.runtime.events import Event, Finished, Token
@@ -22,7 +23,6 @@ from ggufmoe.runtime.generation import Generation
 from ggufmoe.runtime.kvcache import KVCache, SavedState, common_prefix
 from ggufmoe.runtime.nativethread import Cancellation, SharedCancellation
 from ggufmoe.runtime.slots import Slots, TextPart
-from tests.architecture_files import write_architecture
 from tests.engines import local_engine
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
 from tests.runtime.test_threads import is_refused, status_of_fork
@@ -310,11 +310,13 @@ def test_answers_that_come_back_do_not_starve_a_newer_one(
 
 @pytest.mark.parametrize("overflow", ["error", "shift"])
 def test_slow_readers_of_more_answers_than_there_are_slots_get_them_all(
-    mixing_path: Path, alone: Engine, monkeypatch: pytest.MonkeyPatch, overflow: Any
+    mixing_path: Path, monkeypatch: pytest.MonkeyPatch, overflow: Any
 ) -> None:
     long = replace(GREEDY, n_predict=70)
     prompts = [words(n, step) for step, n in enumerate((60, 130, 90, 20, 150, 40), 1)]
-    options = replace(SMALL_STEPS, n_parallel=3, n_ctx=256, overflow=overflow)
+    options = replace(SMALL_STEPS, n_parallel=3, n_ctx=256, overflow=overflow, **EXACT)
+    with Engine(mixing_path, replace(options, n_parallel=1)) as alone:
+        expected = [list(alone.generate(prompt, long)) for prompt in prompts]
     with Engine(mixing_path, options) as engine:
         steps = Steps(engine, monkeypatch)
         asked = [steps.ask(prompt, long) for prompt in prompts]
@@ -325,7 +327,7 @@ def test_slow_readers_of_more_answers_than_there_are_slots_get_them_all(
                 break
         for one in asked:
             one.read()
-    assert [one.token_ids for one in asked] == texts([list(alone.generate(prompt, long)) for prompt in prompts])
+    assert [one.token_ids for one in asked] == texts(expected)
 
 
 def test_a_prompt_that_gave_way_counts_as_far_as_it_was_computed(
@@ -583,15 +585,8 @@ def test_each_answer_has_its_own_exception(engine: Engine, monkeypatch: pytest.M
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("name", "why"), [("gemma3", "a sliding window"), ("lfm2moe", "a recurrent state")])
-def test_models_that_forget_answer_one_after_another(tmp_path: Path, name: str, why: str) -> None:
-    path = write_architecture(tmp_path / "m.gguf", name)
-    with pytest.raises(OptionError, match=f"--parallel 4: some layers of this model keep {why}"):
-        Engine(path, FOUR)
-
-
 def test_a_server_computes_as_many_answers_at_once_as_the_model_allows(
-    mixing_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mixing_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     served = ServeContextOptions(n_ctx=256, n_threads=1)
     with Engine(mixing_path, served) as engine:
@@ -599,12 +594,15 @@ def test_a_server_computes_as_many_answers_at_once_as_the_model_allows(
         engine.set_context(replace(served, n_batch=3))
         assert len(local_engine(engine)._loaded.slots) == 3
     assert not caplog.records
-    with Engine(write_architecture(tmp_path / "m.gguf", "gemma3"), served) as engine:
-        assert len(local_engine(engine)._loaded.slots) == 1
-        assert len(list(engine.generate([1, 5], replace(GREEDY, n_predict=3)))) == 4
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "answers are computed one after another: some layers of this model keep a sliding window" in caplog.text
     assert ContextOptions().n_parallel == ChatContextOptions().n_parallel == 1
+    monkeypatch.setattr(layer_memory, "_OTHER_CACHES", {"llama"})
+    with Engine(mixing_path, served) as engine:
+        assert len(local_engine(engine)._loaded.slots) == 1
+        assert len(list(engine.generate(PROMPTS[0], replace(GREEDY, n_predict=3)))) == 4
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "answers are computed one after another: llama.cpp has a cache of its own" in caplog.text
+    with pytest.raises(OptionError, match=r"--parallel 4: llama\.cpp has a cache of its own for this architecture"):
+        Engine(mixing_path, FOUR)
 
 
 def test_options_that_contradict_each_other() -> None:

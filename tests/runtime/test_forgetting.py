@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,3 +219,76 @@ def test_a_session_is_not_taken_by_another_size_of_cache(windowed: Path, tmp_pat
         pytest.raises(InputError, match="another --swa-full"),
     ):
         engine.load_session(tmp_path / "s")
+
+
+# ---- several answers in one batch
+
+
+BATCHED = replace(SMALL, n_parallel=3, cache_type_k="f32", cache_type_v="f32", flash_attn="off")
+
+
+def together(engine: Engine, prompts: Sequence[Sequence[int]], n: int = N_NEW) -> list[list[int]]:
+    """The answers to ``prompts``, asked for at the same time."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return [tokens for tokens, _ in pool.map(lambda prompt: answer(engine, prompt, n), prompts)]
+
+
+@pytest.fixture(params=WINDOWED + RECURRENT)
+def pair(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Iterator[tuple[Engine, Engine]]:
+    """An engine that computes three answers at once, and one that computes one after another."""
+    path = paths[request.param]
+    with Engine(path, BATCHED, CPU) as engine, Engine(path, replace(BATCHED, n_parallel=1), CPU) as alone:
+        yield engine, alone
+
+
+def test_answers_are_the_same_alone_and_in_a_batch(pair: tuple[Engine, Engine]) -> None:
+    engine, alone = pair
+    prompts = [TEXT, TEXT[::-1], TEXT[5:90], [*TEXT[:200], *TEXT[210:]], TEXT, [*TEXT, 5, 6], TEXT[:90]]
+    expected = [fresh(alone, prompt) for prompt in prompts]
+    assert together(engine, prompts) == expected
+    assert together(engine, prompts[::-1]) == expected[::-1]
+    assert [answer(engine, prompt)[0] for prompt in prompts] == expected
+
+
+def test_a_text_that_is_being_continued_is_copied_for_others(pair: tuple[Engine, Engine]) -> None:
+    engine, alone = pair
+    answer(engine, TEXT, n=1)
+    stream = engine.generate([*TEXT, 5, 6, 7], SamplingOptions(temperature=0.0, n_predict=99, logit_bias=("2-inf",)))
+    next(stream)
+    for end in ([9, 8, 7, 6], [11], [50, 60, 70]):
+        found, cached = answer(engine, [*TEXT, *end])
+        assert cached >= len(TEXT) - 1
+        assert found == fresh(alone, [*TEXT, *end])
+    assert len(list(stream)) == 99
+
+
+def test_the_same_prompt_is_computed_once_for_several_answers(pair: tuple[Engine, Engine]) -> None:
+    engine, alone = pair
+    settings = SamplingOptions(temperature=0.0, n_predict=40, logit_bias=("2-inf",))
+    first = engine.generate(TEXT, settings)
+    next(first)
+    others = [answer(engine, TEXT, n=40) for _ in range(2)]
+    expected = answer(alone, TEXT, n=40)[0]
+    assert others == [(expected, len(TEXT) - 1)] * 2
+    assert [event.token_id for event in first if isinstance(event, Token)] == expected[1:]
+
+
+@pytest.mark.parametrize("cache_ram", [0, 64])
+def test_texts_that_give_way_to_others_go_on(paths: dict[str, Path], cache_ram: int) -> None:
+    prompts = [TEXT[:120], TEXT[100:220], TEXT[200:320]]
+    for name, path in paths.items():
+        options = replace(BATCHED, cache_ram=cache_ram)
+        with Engine(path, replace(options, n_parallel=1), CPU) as alone:
+            expected = [answer(alone, prompt, n=60)[0] for prompt in prompts]
+        with Engine(path, replace(options, n_ctx=256, n_parallel=2), CPU) as engine:
+            assert together(engine, prompts, n=60) == expected, name
+
+
+@pytest.mark.parametrize("swa_full", [False, True])
+def test_a_full_context_goes_on_beside_others(paths: dict[str, Path], swa_full: bool) -> None:
+    options = replace(BATCHED, n_ctx=256, n_ubatch=32, overflow="shift", swa_full=swa_full)
+    prompts = [TEXT[:100], [*TEXT[:90], 5, 6, 7], TEXT[200:280]]
+    for name, path in paths.items():
+        with Engine(path, options, CPU) as engine:
+            assert [len(tokens) for tokens in together(engine, prompts, n=200)] == [200] * 3, name
+            assert together(engine, prompts) == [fresh(engine, prompt) for prompt in prompts], name
