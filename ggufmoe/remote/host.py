@@ -85,15 +85,23 @@ def host_engine(incoming: IO[bytes], outgoing: IO[bytes]) -> None:
     host.leave()
 
 
+def step_patience(n_tokens: int, timeout_s: float) -> Patience:
+    """The longest silence while a batch of ``n_tokens`` is computed, or something else, for 0.
+
+    A batch that has one token of each of several answers may need as many times the experts that one of them needs.
+    """
+    times = n_tokens if 0 < n_tokens < _SLOW else _SLOW
+    words = {1: "", _SLOW: "ten times "}.get(times, f"{times} times ")
+    return Patience(times * timeout_s, f"{words}--rpc-timeout {timeout_s:g}")
+
+
 class EngineHost:
     """Loads the model that ``start`` names and answers messages about it by ``send``."""
 
     def __init__(self, start: Start, send: Send) -> None:
         self._send = send
         timeout_s = start.offload.rpc_timeout
-        self._token_patience = Patience(timeout_s, f"--rpc-timeout {timeout_s:g}")
         self._timeout_s = timeout_s
-        self._step_patience = Patience(_SLOW * timeout_s, f"ten times --rpc-timeout {timeout_s:g}")
         self._load_patience = _CONNECTING
         tick_s = min(TICK_S, timeout_s / _TICKS)
         self._endpoints = start.endpoints
@@ -137,7 +145,7 @@ class EngineHost:
             native.library()  # takes as long as the disk does; the next step waits for workers alone
             with self._watch.waiting():
                 register_workers(start.endpoints)
-            self._load_patience = self._step_patience
+            self._load_patience = step_patience(0, self._timeout_s)
             with contextlib.ExitStack() as waiting:
 
                 def follow() -> None:
@@ -166,13 +174,7 @@ class EngineHost:
         activity = self._engine.activity
         if not activity.is_busy:
             return None
-        n_tokens = activity.given_tokens
-        if n_tokens == 1:
-            return self._token_patience
-        # a batch of one token of each of several answers may need as many experts
-        if 1 < n_tokens < _SLOW:
-            return Patience(n_tokens * self._timeout_s, f"{n_tokens} times --rpc-timeout {self._timeout_s:g}")
-        return self._step_patience
+        return step_patience(activity.given_tokens, self._timeout_s)
 
     def _signs_of_life(self) -> tuple[int, ...]:
         """Bytes on the connections to workers (Linux), reports while loading, batches that were computed."""

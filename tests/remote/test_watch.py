@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from ggufmoe.remote.host import step_patience
 from ggufmoe.remote.watch import Patience, ThreadClock, WorkerWatch
 from tests.remote.workers import PATIENT_S
 
@@ -194,3 +195,17 @@ def compute_for_a_twentieth_of_a_tick() -> None:
 def test_a_silence_where_the_system_tells_only_of_the_process(watched: Watched) -> None:
     watched.watch.follow_this_thread()
     assert watched.is_given_up()
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "limit"),
+    [
+        (1, Patience(2.0, "--rpc-timeout 2")),
+        (4, Patience(8.0, "4 times --rpc-timeout 2")),
+        (10, Patience(20.0, "ten times --rpc-timeout 2")),
+        (512, Patience(20.0, "ten times --rpc-timeout 2")),
+        (0, Patience(20.0, "ten times --rpc-timeout 2")),
+    ],
+)
+def test_a_batch_may_take_as_long_as_its_tokens_one_by_one(n_tokens: int, limit: Patience) -> None:
+    assert step_patience(n_tokens, 2.0) == limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import threading
@@ -22,6 +23,7 @@ from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.generation import Generation
 from ggufmoe.runtime.kvcache import KVCache, SavedState, common_prefix
 from ggufmoe.runtime.nativethread import Cancellation, SharedCancellation
+from ggufmoe.runtime.sampling import Sampler
 from ggufmoe.runtime.slots import Slots, TextPart
 from tests.engines import local_engine
 from tests.runtime.test_engine import CountingFlag, last_of, text_of
@@ -132,6 +134,26 @@ def test_answers_are_the_same_alone_and_beside_seven_others(
     assert [end.reason for end in ends if isinstance(end, Finished)] == ["length"] * 8
     counts = [(end.timing.prompt_tokens, end.timing.generated_tokens) for end in ends if isinstance(end, Finished)]
     assert counts == [(len(prompt), 40) for prompt in PROMPTS]
+
+
+def test_tasks_get_the_same_answers_as_threads(
+    mixing_path: Path, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read(engine: Engine, prompt: Sequence[int]) -> list[Event]:
+        return [event async for event in engine.generate_async(prompt, FORTY)]
+
+    async def read_all(engine: Engine) -> list[list[Event]]:
+        with stopped(engine):
+            tasks = [asyncio.create_task(read(engine, prompt)) for prompt in PROMPTS]
+            while len(scheduler_of(engine)._waiting) < len(PROMPTS):
+                await asyncio.sleep(0.001)
+            release(engine)
+        return [await task for task in tasks]
+
+    with Engine(mixing_path, replace(FOUR, n_parallel=8)) as engine, recorded(monkeypatch) as batches:
+        found = asyncio.run(read_all(engine))
+    assert texts(found) == texts([list(alone.generate(prompt, FORTY)) for prompt in PROMPTS])
+    assert max(map(len, batches)) == 8
 
 
 def test_a_seed_logprobs_and_a_grammar_are_those_of_each_answer(engine: Engine, alone: Engine) -> None:
@@ -553,6 +575,51 @@ def test_an_answer_that_fails_fails_alone(engine: Engine, alone: Engine, monkeyp
     assert texts(found) == texts(expected[:4])
 
 
+def test_an_error_while_a_token_is_drawn_belongs_to_its_answer(
+    engine: Engine, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Sampler.sample
+
+    def fail(sampler: Sampler, cache: KVCache) -> int:
+        if 10 in cache.tokens:
+            raise MemoryError("no room for this one")
+        return sample(sampler, cache)
+
+    expected = [list(alone.generate(prompt, FORTY)) for prompt in PROMPTS[:3]]
+    monkeypatch.setattr(Sampler, "sample", fail)
+    with ThreadPoolExecutor(5) as pool:
+        failing = pool.submit(lambda: list(engine.generate([*words(54, 11), 10, 11], FORTY)))
+        assert texts(answers(engine, PROMPTS[:3])) == texts(expected)
+        with pytest.raises(MemoryError, match="no room"):
+            failing.result()
+
+
+def test_who_leaves_does_not_wait_for_the_prompt_of_another(
+    engine: Engine, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, flag, begun, goes_on = Slots.decode, threading.Event(), threading.Event(), threading.Event()
+
+    def wait(slots: Slots, parts: Sequence[TextPart]) -> int:
+        if len(parts) == 2:
+            begun.set()
+            goes_on.wait(60)
+        return decode(slots, parts)
+
+    monkeypatch.setattr(Slots, "decode", wait)
+    with stopped(engine), ThreadPoolExecutor(2) as pool:
+        leaving = pool.submit(lambda: last_of(engine.generate(PROMPTS[0], FOR_EVER, cancel=flag)))
+        staying = pool.submit(lambda: list(engine.generate(words(300, 3), FORTY)))
+        while len(scheduler_of(engine)._waiting) < 2:
+            threading.Event().wait(0.001)
+        release(engine)
+        assert begun.wait(60)
+        flag.set()
+        assert leaving.result(60).reason == "cancelled"
+        assert not staying.done()
+        goes_on.set()
+        assert texts([staying.result(60)]) == texts([list(alone.generate(words(300, 3), FORTY))])
+
+
 def test_closing_ends_all_streams_with_an_error(mixing_path: Path) -> None:
     with Engine(mixing_path, FOUR) as engine:
         streams = [engine.generate(prompt, FOR_EVER) for prompt in PROMPTS]
@@ -561,6 +628,22 @@ def test_closing_ends_all_streams_with_an_error(mixing_path: Path) -> None:
     for stream in streams:
         with pytest.raises(EngineError, match="has been closed"):
             list(stream)
+
+
+def test_all_tokens_of_a_batch_are_given_to_llama_cpp(engine: Engine) -> None:
+    """A watch over workers allows a batch as much time as its tokens take."""
+    given: list[int] = []
+    decode = Slots.decode
+
+    def look(slots: Slots, parts: Sequence[TextPart]) -> int:
+        status = decode(slots, parts)
+        given.append(local_engine(engine).activity.given_tokens - sum(len(part.tokens) for part in parts))
+        return status
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Slots, "decode", look)
+        answers(engine, PROMPTS[:4], replace(GREEDY, n_predict=5))
+    assert set(given) == {0}
 
 
 def test_each_answer_has_its_own_exception(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
