@@ -21,8 +21,8 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
 from ggufmoe.errors import TemplateError, one_line
-from ggufmoe.runtime.budget import WIDE_FORMAT, Limits, Meter, OverBudget
-from ggufmoe.runtime.template_filters import budgeted_filters, budgeted_tests
+from ggufmoe.templates.budget import WIDE_FORMAT, Limits, Meter, OverBudget
+from ggufmoe.templates.template_filters import budgeted_filters, budgeted_tests
 
 MAX_TEMPLATE_CHARS = 100_000
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ggufmoe import TemplateError
-from ggufmoe.runtime.budget import Limits
-from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Program
+from ggufmoe.templates.budget import Limits
+from ggufmoe.templates.sandbox import MAX_TEMPLATE_CHARS, Program
 
 MESSAGES = [{"role": "user", "content": 'say "hé" <now>'}, {"role": "assistant", "content": "hé"}]
 QUICK = Limits(steps=20_000, seconds=2.0)

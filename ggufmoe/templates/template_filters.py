@@ -16,7 +16,7 @@ import jinja2.exceptions
 from jinja2 import filters as jinja
 from jinja2 import nodes
 
-from ggufmoe.runtime.budget import Meter, OverBudget
+from ggufmoe.templates.budget import Meter, OverBudget
 
 Filter = Callable[..., Any]
 

@@ -18,8 +18,8 @@ from ggufmoe.files import decode_text, user_path, what_instead
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.key_tables import template_name
 from ggufmoe.gguf.upstream import Keys
-from ggufmoe.runtime.budget import Limits
-from ggufmoe.runtime.sandbox import MAX_TEMPLATE_CHARS, Program
+from ggufmoe.templates.budget import Limits
+from ggufmoe.templates.sandbox import MAX_TEMPLATE_CHARS, Program
 
 TemplateMessage = Mapping[str, Any]
 """A message as a template sees it: ``role``, ``content`` and others."""
