@@ -104,6 +104,11 @@ class Engine:
         return self._runner.n_ctx_train
 
     @property
+    def n_expert_used(self) -> int:
+        """Experts that are chosen for each token: what ``OffloadOptions`` or the file says; 0 for a dense model."""
+        return self._runner.n_expert_used
+
+    @property
     def bos_token(self) -> int | None:
         """Id of the token that begins a text, if the model has one."""
         return self._runner.bos_token
@@ -181,6 +186,7 @@ class Engine:
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
         shown: Collection[int] = (),
+        routing: bool = False,
     ) -> Iterator[Event]:
         """Continue ``prompt``: an iterator of a ``Token`` for each new token, then one ``Finished``.
 
@@ -195,10 +201,17 @@ class Engine:
         context's own number of tokens that always stay, for overflow. Control tokens have no text, except those in
         ``shown``, which are written as the vocabulary spells them.
 
+        With ``routing`` each token is a ``RoutedToken``, which tells the experts that were at work in the step whose
+        logits it was drawn from. Answers with and without it may be computed at the same time. The first call with it
+        replaces the context by one that can tell; texts in the KV cache are kept as far as ``cache_ram`` has room.
+
         Raises ContextFullError if the prompt leaves no room for a single token and may not be cut, InputError if it is
-        empty or the grammar cannot be used, EngineError once the engine is closed.
+        empty, the grammar cannot be used or ``routing`` is asked of a model without experts, EngineError once the
+        engine is closed.
         """
-        return self._runner.generate(prompt, sampling, stop=stop, cancel=cancel, n_keep=n_keep, shown=shown)
+        return self._runner.generate(
+            prompt, sampling, stop=stop, cancel=cancel, n_keep=n_keep, shown=shown, routing=routing
+        )
 
     def generate_async(
         self,
@@ -209,11 +222,12 @@ class Engine:
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
         shown: Collection[int] = (),
+        routing: bool = False,
     ) -> AsyncIterator[Event]:
         """``generate`` for ``async for``. Cancelling the task, or ``aclose``, ends the computing."""
 
         def start(flag: CancelFlag) -> Iterator[Event]:
-            return self.generate(prompt, sampling, stop=stop, cancel=flag, n_keep=n_keep, shown=shown)
+            return self.generate(prompt, sampling, stop=stop, cancel=flag, n_keep=n_keep, shown=shown, routing=routing)
 
         return read_async(start, cancel)
 

@@ -41,6 +41,8 @@ class Scripted:
     tensors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     random_layers: bool = False
     """Attention and feed-forward with random weights: the next token then depends on all before it."""
+    n_expert: int = 0
+    """Experts in place of the feed-forward; a random router sends each token to two of them."""
 
     @property
     def vocab(self) -> list[str]:
@@ -87,6 +89,9 @@ def _add_shape(writer: gguf.GGUFWriter, spec: Scripted, n_embd: int, n_vocab: in
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(n_embd // _N_HEAD)
     writer.add_vocab_size(n_vocab)
+    if spec.n_expert:
+        writer.add_expert_count(spec.n_expert)
+        writer.add_expert_used_count(2)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, spec: Scripted, vocab: list[str]) -> None:
@@ -133,15 +138,21 @@ def _layer(spec: Scripted, n_embd: int) -> dict[str, NDArray[np.float32]]:
         weights = random.normal(0, 0.2, (rows, cols)) if spec.random_layers else np.zeros((rows, cols))
         return weights.astype(np.float32)
 
-    square = ("attn_q", "attn_k", "attn_v", "attn_output")
+    attention = {name: matrix(n_embd, n_embd) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    feed_forward = {"ffn_gate": matrix(32, n_embd), "ffn_up": matrix(32, n_embd), "ffn_down": matrix(n_embd, 32)}
     return {
         "attn_norm": _ones(n_embd),
         "ffn_norm": _ones(n_embd),
-        **{name: matrix(n_embd, n_embd) for name in square},
-        "ffn_gate": matrix(32, n_embd),
-        "ffn_up": matrix(32, n_embd),
-        "ffn_down": matrix(n_embd, 32),
+        **attention,
+        **(_experts(spec.n_expert, n_embd) if spec.n_expert else feed_forward),
     }
+
+
+def _experts(n_expert: int, n_embd: int) -> dict[str, NDArray[np.float32]]:
+    router = np.random.default_rng(8).normal(0, 0.2, (n_expert, n_embd)).astype(np.float32)
+    shapes = {"gate": (32, n_embd), "up": (32, n_embd), "down": (n_embd, 32)}
+    stacks = {f"ffn_{name}_exps": np.zeros((n_expert, *shape), np.float32) for name, shape in shapes.items()}
+    return {"ffn_gate_inp": router, **stacks}
 
 
 def _ones(n: int) -> NDArray[np.float32]:

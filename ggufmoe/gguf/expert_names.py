@@ -16,13 +16,17 @@ _MAX_RECIPE_CHARS = 1 << 20
 
 def expert_names(metadata: Mapping[str, GGUFValue]) -> tuple[str, ...]:
     """A short name for each expert, all different; ``expert N`` where the file carries no recipe that names them."""
-    n_expert = Hyper.of(metadata).n_expert
-    numbered = tuple(f"expert {expert}" for expert in range(min(n_expert, 1 << 16)))
+    numbered = (f"expert {expert}" for expert in range(min(Hyper.of(metadata).n_expert, 1 << 16)))
+    return recipe_names(metadata) or tuple(numbered)
+
+
+def recipe_names(metadata: Mapping[str, GGUFValue]) -> tuple[str, ...]:
+    """A short name for each expert by the recipe in the file, all different; empty if there is none."""
     recipe = TypedMetadata(metadata).text(RECIPE)
     sources = _sources(recipe) if recipe is not None and len(recipe) <= _MAX_RECIPE_CHARS else []
     names = [_short(source) for source in sources]
-    if len(names) != n_expert or not all(names):
-        return numbered
+    if len(names) != Hyper.of(metadata).n_expert or not all(names):
+        return ()
     return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names))
 
 

@@ -18,7 +18,7 @@ _I64 = ctypes.c_int64
 _SIZE = ctypes.c_size_t
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """``struct ggml_tensor`` (ggml.h) at the pinned commit: sizes and strides in bytes, the fastest dimension first."""
 
     _fields_ = (
@@ -63,22 +63,22 @@ def tensor_name(tensor: int) -> bytes:
 
 def tensor_shape(tensor: int) -> tuple[int, ...]:
     """Shape of the ``ggml_tensor`` at an address: four dimensions, in numpy order."""
-    return tuple(reversed(_Tensor.from_address(tensor).ne))
+    return tuple(reversed(Tensor.from_address(tensor).ne))
 
 
 def tensor_type_is(tensor: int, type: GGMLType) -> bool:
     """Whether the ``ggml_tensor`` at an address is of this type."""
-    return bool(_Tensor.from_address(tensor).type == type.id)
+    return bool(Tensor.from_address(tensor).type == type.id)
 
 
 def tensor_operation(tensor: int) -> int:
     """Number of the operation that computes the ``ggml_tensor`` at an address; compare it with ``Operation``."""
-    return int(_Tensor.from_address(tensor).op)
+    return int(Tensor.from_address(tensor).op)
 
 
 def tensor_sources(tensor: int) -> tuple[int, ...]:
     """Addresses of the tensors that the ``ggml_tensor`` at an address is computed from."""
-    sources = _Tensor.from_address(tensor).src
+    sources = Tensor.from_address(tensor).src
     return tuple(source for source in sources if source)
 
 
@@ -88,7 +88,7 @@ def tensor_values(tensor: int, *, copy: bool = True) -> NDArray[Any]:
     Gaps between the rows of a view are left out. Without ``copy`` the array of a tensor in main memory is that memory
     itself, which llama.cpp overwrites when it continues. Raises ValueError for other types.
     """
-    head = _Tensor.from_address(tensor)
+    head = Tensor.from_address(tensor)
     dtype = {GGMLType.F32.id: np.float32, GGMLType.I32.id: np.int32}.get(head.type)
     if dtype is None:
         raise ValueError(f"{tensor_name(tensor)!r} is of type {head.type}, neither F32 nor I32")

@@ -64,6 +64,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_reg_get_proc_address": (_VOID, (_VOID, ctypes.c_char_p)),
     # void ggml_backend_tensor_get(const struct ggml_tensor *, void * data, size_t offset, size_t size)
     "ggml_backend_tensor_get": (None, (_VOID, _VOID, _SIZE, _SIZE)),
+    # void ggml_backend_tensor_get_2d(const struct ggml_tensor *, void * data, size_t offset, size_t size,
+    #                                 size_t n_copies, size_t stride_tensor, size_t stride_data)
+    "ggml_backend_tensor_get_2d": (None, (_VOID, _VOID, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE)),
     # size_t ggml_nbytes(const struct ggml_tensor *); void * ggml_get_data(const struct ggml_tensor *)
     "ggml_nbytes": (_SIZE, (_VOID,)),
     "ggml_get_data": (_VOID, (_VOID,)),

@@ -90,14 +90,15 @@ def rpc_buffer(index: int, endpoint: str) -> str:
 ROUTING_NODES = ("probs", "topk", "weights", "weights_softmax", "weights_norm", "weights_scaled")
 """Steps of a router. Experts' outputs are multiplied by the last of the weights that a model's graph computes."""
 
-_ROUTING_PREFIX = b"ffn_moe_"
-_ROUTING_NODE = re.compile(_ROUTING_PREFIX + rb"(%s)-(\d+)" % "|".join(ROUTING_NODES).encode())
+ROUTING_PREFIX = b"ffn_moe_"
+"""What the names of all nodes of a router and its experts begin with."""
+_ROUTING_NODE = re.compile(ROUTING_PREFIX + rb"(%s)-(\d+)" % "|".join(ROUTING_NODES).encode())
 _COPY = re.compile(r"[^#]*#([^#]*)(?:#.*)?")
 
 
 def routing_node(name: bytes) -> tuple[str, int] | None:
     """Step and layer of a router's node in a graph (``ffn_moe_topk-3``); None for other nodes. Cheap for those."""
-    if not name.startswith(_ROUTING_PREFIX):
+    if not name.startswith(ROUTING_PREFIX):
         return None
     found = _ROUTING_NODE.fullmatch(name)
     return (found[1].decode(), int(found[2])) if found else None

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import EngineError
 from ggufmoe.files import StrPath, possible_path, user_path
 from ggufmoe.gguf.header import Header
+from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions
 from ggufmoe.placement.load_report import Placement
@@ -76,6 +77,7 @@ class ChildEngine:
         self.path: Path = model.paths[0]
         self.header: Header = model.shards[0].header
         self._context_options = context
+        self._offload_options = offload
         devices = find_workers(offload.workers, answer_seconds(offload))
         endpoints = dict.fromkeys(device.endpoint for device in devices)
         level = logging.getLogger("ggufmoe").getEffectiveLevel()
@@ -92,6 +94,10 @@ class ChildEngine:
         self.n_ctx_train: int = facts.n_ctx_train
 
     # ---- the model
+
+    @property
+    def n_expert_used(self) -> int:
+        return self._offload_options.n_expert_used or Hyper.of(self.header.metadata).n_expert_used
 
     @property
     def bos_token(self) -> int | None:
@@ -152,6 +158,7 @@ class ChildEngine:
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
         shown: Collection[int] = (),
+        routing: bool = False,
     ) -> Iterator[Event]:
         if sampling is not None:
             sampling = replace(
@@ -159,7 +166,7 @@ class ChildEngine:
                 grammar_file=sampling.grammar_file and sampling.grammar_file.absolute(),
                 json_schema_file=sampling.json_schema_file and sampling.json_schema_file.absolute(),
             )
-        return self._link.stream(Generate(prompt, sampling, stop, n_keep, shown), cancel)
+        return self._link.stream(Generate(prompt, sampling, stop, n_keep, shown, routing), cancel)
 
     def cancel(self) -> None:
         self._link.send(Cancel(None))

@@ -109,10 +109,17 @@ class Generate(StreamRequest[Event], method="generate"):
     stop: str | Sequence[str]
     n_keep: int | None
     shown: Collection[int] = ()
+    routing: bool = False
 
     def run(self, engine: LocalEngine, cancel: CancelFlag) -> Iterator[Event]:
         return engine.generate(
-            self.prompt, self.sampling, stop=self.stop, cancel=cancel, n_keep=self.n_keep, shown=self.shown
+            self.prompt,
+            self.sampling,
+            stop=self.stop,
+            cancel=cancel,
+            n_keep=self.n_keep,
+            shown=self.shown,
+            routing=self.routing,
         )
 
 

@@ -4,7 +4,8 @@
 of it, ``page`` and ``plot`` draw it. Nothing here changes what is computed.
 """
 
-from ggufmoe.routing.record import RoutedToken, RoutingTracer, trace_routing
+from ggufmoe.routing.record import RoutingTracer, trace_routing
 from ggufmoe.routing.trace import RoutingTrace
+from ggufmoe.runtime.events import RoutedToken
 
 __all__ = ["RoutedToken", "RoutingTrace", "RoutingTracer", "trace_routing"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,10 +21,11 @@ from ggufmoe.errors import Cancelled, EngineError, InputError
 from ggufmoe.gguf.expert_names import expert_names
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.native import graph_tensors
+from ggufmoe.native.router_tap import TokenRouting
 from ggufmoe.native.wording import routing_node
 from ggufmoe.options import RoutingKeywords, RoutingOptions, SamplingOptions, options_of
 from ggufmoe.routing.trace import Floats, RoutingTrace
-from ggufmoe.runtime.events import Token
+from ggufmoe.runtime.events import RoutedToken, Token
 from ggufmoe.runtime.observer import Observer
 from ggufmoe.work import CancelFlag, OnProgress, Progress, checked_flag
 
@@ -129,14 +130,6 @@ def _text(engine: Engine, token: int) -> str:
         return "".join(f"<0x{byte:02X}>" for byte in piece)
 
 
-@dataclass(frozen=True)
-class RoutedToken(Token):
-    """A new token, and which experts were at work when it was drawn."""
-
-    expert_weights: tuple[float, ...] = ()
-    """Weight of each expert in the step whose logits the token was drawn from, mean over the layers; sums to one."""
-
-
 class RoutingTracer:
     """Watches the routers of an engine while it generates, for a display that grows with the answer.
 
@@ -155,6 +148,7 @@ class RoutingTracer:
 
     def __init__(self, engine: Engine) -> None:
         _check_has_experts(engine)
+        self._n_expert = Hyper.of(engine.header.metadata).n_expert
         self._recorder = _Recorder(keep_all=False, stop=engine.cancel)
         self._attached = ExitStack()
         self._attached.enter_context(engine.observed(self._recorder, on_token=self._routed))
@@ -170,25 +164,24 @@ class RoutingTracer:
             yield event
 
     def _routed(self, token: Token) -> Token:
-        weights = self.latest().mean(axis=0)
-        shares = tuple((weights / weights.sum()).tolist())
-        return RoutedToken(token.text, token.token_id, token.logprob, token.alternatives, token.elapsed_s, shares)
+        return RoutedToken.of(token, self._latest(), self._n_expert)
 
     def latest(self) -> Floats:
         """Weight of each expert in each layer for the row computed last: (n_layer, n_expert), zero if it did not run.
 
         Raises EngineError before anything has been computed.
         """
+        routing = self._latest()
+        dense = np.zeros((len(routing.layers), self._n_expert), np.float32)
+        np.put_along_axis(dense, routing.chosen, routing.weights, axis=1)
+        return dense
+
+    def _latest(self) -> TokenRouting:
         layers = self._recorder.layers()
         if not layers:
             raise EngineError("no token has been computed yet, so there is no routing to show")
-        dense = []
-        for layer in layers:
-            probabilities, chosen, weights = self._recorder.routing(layer)
-            row = np.zeros(probabilities.shape[1], np.float32)
-            row[chosen[-1]] = weights[-1]
-            dense.append(row)
-        return np.stack(dense)
+        rows = [self._recorder.routing(layer) for layer in layers]
+        return TokenRouting(layers, np.stack([row[1][-1] for row in rows]), np.stack([row[2][-1] for row in rows]))
 
     def close(self) -> None:
         """Let go of the engine, which runs at full speed again."""

@@ -197,7 +197,9 @@ class BatchScheduler:
         cancellation.members = tuple(answer.cancellation for answer in parts)
         mark = self._loaded.log.mark()
         began = time.perf_counter()
-        status = slots.decode(list(parts.values()))
+        tells = any(answer.wants_routing and part.wants_logits for answer, part in parts.items())
+        with slots.latest.tapped(tells):
+            status = slots.decode(list(parts.values()))
         if status == 0:
             slots.latest.synchronize()
             seconds = time.perf_counter() - began

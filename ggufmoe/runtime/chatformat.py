@@ -114,11 +114,12 @@ class ChatFormat:
         stop: str | Sequence[str] = (),
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
+        routing: bool = False,
     ) -> Iterator[ChatEvent]:
         """Answer ``prompt``: what ``parse`` makes of ``Engine.generate``, whose arguments these are."""
         stops = (*self.template.stop, *stop_strings(stop))
         events = self.engine.generate(
-            prompt.tokens, sampling, stop=stops, cancel=cancel, n_keep=n_keep, shown=self.shown
+            prompt.tokens, sampling, stop=stops, cancel=cancel, n_keep=n_keep, shown=self.shown, routing=routing
         )
         return self.parse(events, prompt)
 

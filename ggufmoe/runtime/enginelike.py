@@ -66,6 +66,11 @@ class EngineLike(Protocol):
         ...
 
     @property
+    def n_expert_used(self) -> int:
+        """Experts that are chosen for each token; 0 for a dense model."""
+        ...
+
+    @property
     def bos_token(self) -> int | None:
         """Id of the token that begins a text; None if the model has none."""
         ...
@@ -132,6 +137,7 @@ class EngineLike(Protocol):
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
         shown: Collection[int] = (),
+        routing: bool = False,
     ) -> Iterator[Event]:
         """Continue ``prompt``: an iterator of a ``Token`` for each new token, then one ``Finished``."""
         ...

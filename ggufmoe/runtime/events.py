@@ -8,7 +8,10 @@ library all use them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from ggufmoe.native.router_tap import TokenRouting
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 """stop: the model ended its answer, or a stop string came; length: ``n_predict`` tokens; context: no room is left;
@@ -67,6 +70,35 @@ class Token:
     """(token id, logprob) of the ``SamplingOptions.logprobs`` likeliest tokens at this place, the likeliest first."""
     elapsed_s: float = field(default=0.0, compare=False)
     """Seconds since the computing of this answer began."""
+
+
+@dataclass(frozen=True)
+class RoutedToken(Token):
+    """A new token, and which experts were at work in the step whose logits it was drawn from.
+
+    That is the step whose input was the token before it: for the first token of an answer, the last one of the prompt.
+    """
+
+    expert_weights: tuple[float, ...] = ()
+    """Share of each expert in the weight of all that ran, mean over the layers; sums to one."""
+    layers: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """For each layer with experts, those that ran, the likeliest first, with what their outputs were multiplied by."""
+
+    @classmethod
+    def of(cls, token: Token, routing: TokenRouting, n_expert: int) -> RoutedToken:
+        """``token`` with the routing of its step in a model with ``n_expert`` experts."""
+        layers = tuple(
+            tuple(zip(chosen, weights, strict=True))
+            for chosen, weights in zip(routing.chosen.tolist(), routing.weights.tolist(), strict=True)
+        )
+        shares = [0.0] * n_expert
+        for layer in layers:
+            total = sum(weight for _, weight in layer) or 1.0
+            for expert, weight in layer:
+                shares[expert] += weight / total / len(layers)
+        return cls(
+            token.text, token.token_id, token.logprob, token.alternatives, token.elapsed_s, tuple(shares), layers
+        )
 
 
 @dataclass(frozen=True)

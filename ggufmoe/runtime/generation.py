@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import EngineError
-from ggufmoe.runtime.events import Event, Finished, FinishReason, Timing, Token
+from ggufmoe.runtime.events import Event, Finished, FinishReason, RoutedToken, Timing, Token
 from ggufmoe.runtime.inbox import Inbox
 from ggufmoe.runtime.kvcache import KVCache
 from ggufmoe.runtime.loading import LoadedModel
@@ -47,6 +47,8 @@ class GenerationRequest:
     overflow: Overflow
     shown: frozenset[int] = frozenset()
     """Control tokens that are part of the text."""
+    routing: bool = False
+    """Whether each token is to be a ``RoutedToken``."""
 
 
 class Generation:
@@ -220,12 +222,13 @@ class Generation:
     def _advance(self) -> FinishReason | None:
         """Compute tokens; the reason when the answer has ended, None when it is far enough ahead."""
         cache = self._loaded.slots.idle()  # in a context that was made since, another answer may use the latest one
-        if not self._prepare(cache):
-            return "cancelled"
-        while not self.is_ahead:
-            reason = self._limit(cache) or self._next_token(cache)
-            if reason is not None:
-                return reason
+        with cache.tapped(self.wants_routing):
+            if not self._prepare(cache):
+                return "cancelled"
+            while not self.is_ahead:
+                reason = self._limit(cache) or self._next_token(cache)
+                if reason is not None:
+                    return reason
         return None
 
     def _prepare(self, cache: KVCache) -> bool:
@@ -296,6 +299,8 @@ class Generation:
         self._tokens.append(token)
         logprob, alternatives = self._logprobs(cache, token)
         event = Token(self._text.push(piece), token, logprob, alternatives, now - watch.began_at)
+        if self.wants_routing:
+            event = RoutedToken.of(event, cache.routing(), loaded.n_expert)
         self._inbox.put(event if loaded.on_token is None else loaded.on_token(event))
         return "stop" if self._text.stopped else None
 
@@ -317,6 +322,11 @@ class Generation:
     def is_in_prompt(self) -> bool:
         """Whether no token has been drawn yet."""
         return not self._watch.generated_tokens
+
+    @property
+    def wants_routing(self) -> bool:
+        """Whether the steps in which tokens are drawn must be ``tapped``."""
+        return self._request.routing
 
     @property
     def has_ended(self) -> bool:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import ContextFullError, DecodeError, EngineError, one_line
 from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
+from ggufmoe.native.router_tap import RouterTap, TokenRouting
 from ggufmoe.native.spinning import SpinLimit
 from ggufmoe.runtime.chunkbatch import SideBySide, TokenBatch
 from ggufmoe.runtime.nonfinite import not_finite_error
@@ -118,6 +120,8 @@ class ContextState:
         """Whether tokens have moved to new positions, and llama.cpp will rotate their keys with the next batch."""
         self.chunks_of: object = None
         """The owner of the chunks that the context holds instead of the texts of ``caches``, or None."""
+        self.tap: RouterTap | None = None
+        """Copies what routers choose, where the context was made for that."""
         self.give_way: Callable[[KVCache], bool] = lambda cache: False
         """Called when ``cache`` finds no free cell: frees cells of another sequence; False if there is none."""
 
@@ -579,6 +583,24 @@ class KVCache:
             self._row_address = address
         return self._row
 
+    @contextmanager
+    def tapped(self, is_wanted: bool) -> Iterator[None]:
+        """Within the block, have batches keep for ``routing`` what routers choose; not if the graph is observed."""
+        tap = self._shared.tap
+        if tap is not None:
+            tap.is_wanted = is_wanted
+        try:
+            yield
+        finally:
+            if tap is not None:
+                tap.is_wanted = False
+
+    def routing(self) -> TokenRouting:
+        """Which experts the newest token of this text went to, if its batch was ``tapped``. Raises EngineError."""
+        if self._shared.tap is None:
+            raise EngineError(f"the graph of {self._path} is being observed, and routing cannot be told meanwhile")
+        return self._shared.tap.routing(self.row)
+
     def check_finite(self, logits: NDArray[np.float32] | np.float32) -> None:
         """Raise DecodeError if logits are NaN or infinite: a row of any number of rows, or one of its values.
 
@@ -616,12 +638,14 @@ class KVCache:
         n_kept = self._api.llama_memory_seq_pos_max(self._memory, self._sequence) + 1
         self.tokens = [*self.tokens, *tokens][:n_kept]
 
-    def begin_batch(self, n_tokens: int) -> None:
-        """Call before a batch of ``n_tokens``."""
+    def begin_batch(self, n_tokens: int, sizes: Sequence[int] = (), wanted: NDArray[np.int8] | None = None) -> None:
+        """Call before a batch of ``n_tokens``; of several texts, with their ``sizes`` and which tokens get logits."""
         self._spin_limit.look()
         if self.given_tokens > n_tokens:  # so that a watch does not count the wait for those as one for these
             self.synchronize()
         self._shared.given_tokens = 0 if self._shared.shift_pending else n_tokens
+        if self._shared.tap is not None:
+            self._shared.tap.begin(sizes or (n_tokens,), self.n_ubatch, wanted)
 
     def _end_token(self) -> None:
         """Call when something other than computing a single token begins. A prompt may still be computed meanwhile."""

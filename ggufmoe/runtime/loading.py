@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ggufmoe.errors import Cancelled, EngineError, GGUFError, ModelLoadError, OptionError
+from ggufmoe.errors import Cancelled, EngineError, GGUFError, InputError, ModelLoadError, OptionError
 from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import ModelHeader, check_kind, read_model_header
@@ -25,6 +25,7 @@ from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.native.log import NativeLog, no_wait_callback
+from ggufmoe.native.router_tap import RouterTap
 from ggufmoe.native.spinning import SpinLimit
 from ggufmoe.native.threadpool import ThreadPool, thread_pool
 from ggufmoe.native.wording import PLACEMENT_LINES, lacks_pinned_memory
@@ -94,6 +95,7 @@ class LoadedModel:
         self.n_ctx_train: int
         self.abort_callback, self.abort_flag = no_wait_callback(api)
         self.observer: Any = None
+        self._tap: RouterTap | None = None
         self._header: Header = request.model.shards[0].header
         self._request = request
         self._spin_limit = SpinLimit()
@@ -123,6 +125,11 @@ class LoadedModel:
                 "make one with set_context, or load again"
             )
         return self._slots
+
+    @property
+    def n_expert(self) -> int:
+        """Experts in each layer; 0 for a dense model."""
+        return self._request.model.hyper.n_expert
 
     @property
     def handle(self) -> Any:
@@ -186,6 +193,7 @@ class LoadedModel:
 
     def _new_slots(self) -> Slots:
         shared = ContextState()
+        shared.tap = None if self.observer is not None else self._tap
         caches = [self._new_cache(sequence, shared) for sequence in range(self._request.context.n_parallel)]
         return Slots(self.api, caches, shared)
 
@@ -305,6 +313,8 @@ class LoadedModel:
         }
         if self.observer is not None:
             values["cb_eval"] = self.observer
+        elif self._tap is not None:
+            values |= {"cb_eval": self._tap.callback, "cb_eval_user_data": self._tap.user_data}
         for name, value in values.items():
             setattr(parameters, name, value)
         return parameters
@@ -319,7 +329,33 @@ class LoadedModel:
         """Make a new context with other options; the cache is emptied."""
         self._renew_context(options, self.observer)
 
-    def _renew_context(self, options: ContextOptions, observer: Any) -> None:
+    @property
+    def tells_routing(self) -> bool:
+        """Whether the context tells which experts tokens go to. May be asked from any thread."""
+        return self._tap is not None and self.observer is None
+
+    def tell_routing(self) -> None:
+        """Have the context tell which experts tokens go to: make it anew, and keep its texts.
+
+        Raises InputError for a model without experts and without llvmlite, EngineError while the graph is observed.
+        """
+        hyper, n_used = self._request.model.hyper, self._request.offload.n_expert_used
+        if not hyper.n_expert:
+            raise InputError(f"{self.path}: a dense model: it has no experts to route between")
+        if self.observer is not None:
+            raise EngineError(f"the graph of {self.path} is being observed, and routing cannot be told meanwhile")
+        if self._tap is not None:
+            return
+        callback_type = self.api.ggml_backend_sched_eval_callback
+        try:
+            tap = RouterTap(callback_type, n_layer=hyper.n_layer or 0, n_used=n_used or hyper.n_expert_used)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: LLVM does not know the processor
+            raise InputError(f"telling the routing needs llvmlite: {error}") from error
+        self.slots.set_aside()
+        self._tap = tap
+        self._renew_context(self._request.context, None, keeps_saved=True)
+
+    def _renew_context(self, options: ContextOptions, observer: Any, *, keeps_saved: bool = False) -> None:
         # the old one may call its observer until it is gone
         self._free_context()
         self.observer = observer
@@ -333,7 +369,8 @@ class LoadedModel:
             self._lost = str(error)
             raise
         self._request = replace(self._request, context=options)
-        self._saved = SavedStates(options.cache_ram * 2**20)
+        if not keeps_saved:
+            self._saved = SavedStates(options.cache_ram * 2**20)
         self._slots = self._new_slots()
 
     # ---- the end

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from ggufmoe.errors import Cancelled, ContextFullError, DecodeError, EngineError, InputError
 from ggufmoe.files import StrPath, possible_path, user_path
 from ggufmoe.gguf.header import Header
+from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, options_of
 from ggufmoe.placement.footprint import answers_at_once, one_by_one_reason
 from ggufmoe.placement.load_report import Placement
@@ -127,6 +128,10 @@ class LocalEngine:
     # ---- the model
 
     @property
+    def n_expert_used(self) -> int:
+        return self._offload_options.n_expert_used or Hyper.of(self.header.metadata).n_expert_used
+
+    @property
     def bos_token(self) -> int | None:
         return self._vocabulary.bos_token
 
@@ -197,8 +202,11 @@ class LocalEngine:
         cancel: CancelFlag | None = None,
         n_keep: int | None = None,
         shown: Collection[int] = (),
+        routing: bool = False,
     ) -> Iterator[Event]:
         tokens = self._checked_prompt(prompt)
+        if routing and not self._loaded.tells_routing:
+            self._native.call(self._loaded.tell_routing)
         n_keep = self._context_options.n_keep if n_keep is None else n_keep
         begins_with_bos = tokens[0] == self.bos_token
         overflow = Overflow(
@@ -209,7 +217,9 @@ class LocalEngine:
         # made now, so that an error in a grammar is raised here and not when the first token is asked for
         make = partial(Sampler, self._api, self._vocabulary, settings, tokens)
         sampler = self._texts.call_until_cancelled(make, self._remember(Cancellation(cancel)))
-        request = GenerationRequest(tuple(tokens), settings, stop_strings(stop), cancel, overflow, frozenset(shown))
+        request = GenerationRequest(
+            tuple(tokens), settings, stop_strings(stop), cancel, overflow, frozenset(shown), routing
+        )
         if sampler is None:
             self._texts.check_usable()
             return iter([Finished("", "cancelled", NO_TIMING, settings.seed)])

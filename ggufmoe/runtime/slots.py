@@ -160,6 +160,11 @@ class Slots:
         """Whether there may be cells for ``n_tokens`` more; false is certain."""
         return self._shared.has_room(n_tokens)
 
+    def set_aside(self) -> None:
+        """Copy all texts to the host's memory, as far as there is room."""
+        for slot in self._slots:
+            slot.cache.set_aside()
+
     def drop_chunks(self) -> None:
         """Empty the context if it holds chunks."""
         if self._shared.chunks_of is not None:
@@ -185,7 +190,7 @@ class Slots:
             sequences=np.repeat(np.array([part.slot.sequence for part in parts], np.int32), sizes),
             wanted=wanted,
         )
-        self.latest.begin_batch(len(wanted))
+        self.latest.begin_batch(len(wanted), sizes, wanted)
         status = batch.decode(self.latest.context)
         self._shared.n_returned += 1
         for part, end in zip(parts, ends.tolist(), strict=True):

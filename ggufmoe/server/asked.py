@@ -16,6 +16,7 @@ from ggufmoe.options import SamplingOptions
 from ggufmoe.server.apierror import invalid
 from ggufmoe.server.asked_messages import AskedMessage, AskedObject, AskedTool, NamedTool, ResponseFormat
 from ggufmoe.server.bodies import unknown_field
+from ggufmoe.server.told_routing import RoutingKind
 
 _MAX_CHOICES = 64
 _MAX_STOPS = 16
@@ -56,6 +57,7 @@ class GenerationFields(BaseModel):
     frequency_penalty: float = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     max_tokens: int | None = Field(default=None, ge=-1)
+    routing: bool | Literal["mean", "layers"] = False
     # these change nothing in an answer
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -71,6 +73,13 @@ class GenerationFields(BaseModel):
                 raise unknown_field(name, [*type(self).model_fields, *_sampling_names()])
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is for requests with stream: true", "stream_options")
+
+    @property
+    def routing_kind(self) -> RoutingKind | None:
+        """What the answer tells of the experts of each token; None: nothing."""
+        if isinstance(self.routing, bool):
+            return "mean" if self.routing else None
+        return self.routing
 
     @property
     def includes_usage(self) -> bool:

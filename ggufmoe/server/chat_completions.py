@@ -19,6 +19,7 @@ from ggufmoe.server.apierror import invalid
 from ggufmoe.server.asked import ChatCompletionRequest
 from ggufmoe.server.asked_messages import NamedTool, conversation_of
 from ggufmoe.server.modelhost import ServedModel
+from ggufmoe.server.told_routing import ToldRouting, check_routing, told_routing
 from ggufmoe.server.toolcalls import answering_at_once, in_words, knows_tools, schema_of_call, with_bare_calls
 from ggufmoe.work import CancelFlag
 
@@ -34,6 +35,7 @@ def chat_completion(
     Clients know the model as ``model``. Raises Cancelled when ``cancel`` is set meanwhile.
     """
     chat_format, messages = served.chat(), conversation_of(asked.messages)
+    check_routing(served.engine, asked.routing_kind)
     tools = [] if asked.tool_choice == "none" else [tool.to_tool() for tool in asked.tools]
     must_call = asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool)
     schema = asked.schema_text
@@ -92,8 +94,9 @@ def _starts(
     reader: ChatFormat, prompt: ChatPrompt, sampling: SamplingOptions, asked: ChatCompletionRequest
 ) -> list[Callable[[Spelling, CancelFlag], Any]]:
     def begin(chosen: SamplingOptions, spelling: Spelling, cancel: CancelFlag) -> Any:
-        events = reader.generate(prompt, chosen, stop=asked.stop, cancel=cancel)
-        return spelling.learning(events) if asked.logprobs else events
+        tells = asked.routing_kind is not None
+        events = reader.generate(prompt, chosen, stop=asked.stop, cancel=cancel, routing=tells)
+        return spelling.learning(events) if asked.logprobs or tells else events
 
     return [partial(begin, chosen) for chosen in with_seeds(sampling, asked.n)]
 
@@ -103,6 +106,7 @@ class _ChatChoice:
     """One answer, as far as it has come."""
 
     one_call: bool
+    routing: ToldRouting | None
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -164,7 +168,9 @@ class _ChatCompletion:
         self._asked = asked
         self._spelling = spelling
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._choices = [_ChatChoice(one_call=not asked.parallel_tool_calls) for _ in starts]
+        self._choices = [
+            _ChatChoice(not asked.parallel_tool_calls, told_routing(asked.routing_kind, spelling)) for _ in starts
+        ]
         self.starts: Sequence[Start] = [partial(start, spelling) for start in starts]
 
     def opening(self) -> list[dict[str, Any]]:
@@ -182,6 +188,10 @@ class _ChatCompletion:
         if isinstance(event, Finished):
             chunk = self._chunk(index, {}, reason=choice.finish_reason())
             made.append(chunk | {"timings": timings_of(event.timing)})
+        if choice.routing is not None:
+            choice.routing.push(event)
+            if made:
+                made[0]["choices"][0]["routing"] = choice.routing.unsent()
         return made
 
     def closing(self) -> list[dict[str, Any]]:
@@ -196,6 +206,7 @@ class _ChatCompletion:
                 "message": choice.message(),
                 "logprobs": {"content": choice.logprobs, "refusal": None} if self._asked.logprobs else None,
                 "finish_reason": choice.finish_reason(),
+                **({} if choice.routing is None else {"routing": choice.routing.entries}),
             }
             for n, choice in enumerate(self._choices)
         ]

@@ -21,6 +21,7 @@ from ggufmoe.errors import (
 )
 from ggufmoe.runtime.chatformat import ChatFormat
 from ggufmoe.server.apierror import ApiError, unavailable
+from ggufmoe.server.told_routing import routing_facts
 from ggufmoe.work import OnProgress, Progress
 
 _logger = logging.getLogger("ggufmoe")
@@ -39,6 +40,8 @@ class ServedModel:
     engine: Engine
     chat_format: ChatFormat | TemplateError
     """An error where the model has no chat template that can be used."""
+    routing: dict[str, Any] | None
+    """What clients are told of the model's experts; None for a dense model."""
 
     def chat(self) -> ChatFormat:
         """How the model is spoken to. Raises TemplateError."""
@@ -127,12 +130,12 @@ class ModelHost:
     def _loaded(self) -> ServedModel:
         engine = self._load(self._show, self._stop)
         try:
-            return ServedModel(engine, ChatFormat(engine, self._template))
+            return ServedModel(engine, ChatFormat(engine, self._template), routing_facts(engine))
         except TemplateError as error:
             if self._template is not None:
                 engine.close()
                 raise
-            return ServedModel(engine, error)
+            return ServedModel(engine, error, routing_facts(engine))
         except BaseException:
             engine.close()
             raise

@@ -26,6 +26,7 @@ from ggufmoe.server.apierror import invalid
 from ggufmoe.server.asked import CompletionRequest
 from ggufmoe.server.chat_completions import EXACT_CHARS, check_room, with_seeds
 from ggufmoe.server.modelhost import ServedModel
+from ggufmoe.server.told_routing import check_routing, told_routing
 from ggufmoe.work import CancelFlag
 
 _DEFAULT_TOKENS = 16
@@ -40,6 +41,7 @@ def text_completion(
     Clients know the model as ``model``. Raises Cancelled when ``cancel`` is set meanwhile.
     """
     engine = served.engine
+    check_routing(engine, asked.routing_kind)
     n_predict = _DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
     sampling = asked.sampling(asked.logprobs, n_predict)
     prompts = [_tokens(engine, prompt, cancel) for prompt in asked.prompt]
@@ -90,13 +92,15 @@ class _TextCompletion:
         self._tokens: list[list[tuple[Token, int]]] = [[] for _ in self.starts]
         """Tokens whose probabilities are wanted, and where each begins in the text."""
         self._n_chars = [0] * len(self.starts)
+        self._routing = [told_routing(asked.routing_kind, self._spelling) for _ in self.starts]
         self._last: list[Finished | None] = [None] * len(self.starts)
 
     def _begin(
         self, asked: str | list[int], prompt: list[int], sampling: SamplingOptions, cancel: CancelFlag
     ) -> Iterator[AnswerEvent]:
         events = self._events(asked, prompt, sampling, cancel)
-        return self._spelling.learning(events) if self._asked.logprobs is not None else events
+        is_spelt = self._asked.logprobs is not None or self._asked.routing_kind is not None
+        return self._spelling.learning(events) if is_spelt else events
 
     def _events(
         self, asked: str | list[int], prompt: list[int], sampling: SamplingOptions, cancel: CancelFlag
@@ -112,7 +116,8 @@ class _TextCompletion:
         if sampling.n_predict == 0:
             yield Finished("", "length", Timing(len(prompt), 0, 0.0, 0, 0, 0.0), 0)
         else:
-            yield from self._engine.generate(prompt, sampling, stop=self._asked.stop, cancel=cancel)
+            tells = self._asked.routing_kind is not None
+            yield from self._engine.generate(prompt, sampling, stop=self._asked.stop, cancel=cancel, routing=tells)
 
     def opening(self) -> list[dict[str, Any]]:
         return []
@@ -126,11 +131,15 @@ class _TextCompletion:
         self._tokens[index] += new
         text = event.text
         self._texts[index].append(text)
+        if (routing := self._routing[index]) is not None:
+            routing.push(event)
+        made = [self._chunk(index, text, new)] if text or new else []
         if isinstance(event, Finished):
             self._last[index] = event
-            chunk = self._chunk(index, text, new, finish_reason(event))
-            return [chunk | {"timings": timings_of(event.timing)}]
-        return [self._chunk(index, text, new)] if text or new else []
+            made = [self._chunk(index, text, new, finish_reason(event)) | {"timings": timings_of(event.timing)}]
+        if routing is not None and made:
+            made[0]["choices"][0]["routing"] = routing.unsent()
+        return made
 
     def closing(self) -> list[dict[str, Any]]:
         return [{**self._head, "choices": [], "usage": self._usage()}] if self._asked.includes_usage else []
@@ -138,7 +147,8 @@ class _TextCompletion:
     def whole(self) -> dict[str, Any]:
         choices = [
             self._choice(n, "".join(texts), self._tokens[n], finish_reason(last))
-            for n, (texts, last) in enumerate(zip(self._texts, self._last, strict=True))
+            | ({} if routing is None else {"routing": routing.entries})
+            for n, (texts, last, routing) in enumerate(zip(self._texts, self._last, self._routing, strict=True))
             if last is not None
         ]
         whole = {**self._head, "choices": choices, "usage": self._usage()}

@@ -135,10 +135,12 @@ class _Endpoints:
     def _described(self) -> dict[str, Any]:
         model = {"id": self._model, "object": "model", "created": self._created, "owned_by": "ggufmoe"}
         try:
-            engine = self._host.served().engine
+            served = self._host.served()
         except ApiError:  # the name is known while the model is being loaded
             return model
-        return model | {"meta": {"n_ctx": engine.n_ctx, "n_ctx_train": engine.n_ctx_train, "n_vocab": engine.n_vocab}}
+        engine = served.engine
+        meta = {"n_ctx": engine.n_ctx, "n_ctx_train": engine.n_ctx_train, "n_vocab": engine.n_vocab}
+        return model | {"meta": meta | ({} if served.routing is None else {"routing": served.routing})}
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, "", self._model):

@@ -15,7 +15,7 @@ from ggufmoe.native.graph_tensors import Operation
 def test_the_tensor_of_ggml_is_declared_as_it_is() -> None:
     lib = native.library()
     object_header = 32  # GGML_OBJECT_SIZE, which ggml counts as overhead of a tensor
-    assert lib.ggml_tensor_overhead() == object_header + ctypes.sizeof(graph_tensors._Tensor)
+    assert lib.ggml_tensor_overhead() == object_header + ctypes.sizeof(graph_tensors.Tensor)
     assert {operation: lib.ggml_op_name(operation).decode() for operation in Operation} == {
         Operation.MUL_MAT: "MUL_MAT",
         Operation.MUL_MAT_ID: "MUL_MAT_ID",
@@ -24,9 +24,9 @@ def test_the_tensor_of_ggml_is_declared_as_it_is() -> None:
 
 def test_a_tensor_is_read_as_ggml_reads_it() -> None:
     values = np.arange(6, dtype=np.float32)
-    tensor = graph_tensors._Tensor(type=GGMLType.F32.id, data=values.ctypes.data, op=Operation.MUL_MAT, name=b"blk.0.x")
+    tensor = graph_tensors.Tensor(type=GGMLType.F32.id, data=values.ctypes.data, op=Operation.MUL_MAT, name=b"blk.0.x")
     tensor.ne[:], tensor.nb[:] = (3, 2, 1, 1), (4, 12, 24, 24)
-    source = graph_tensors._Tensor()
+    source = graph_tensors.Tensor()
     tensor.src[0] = ctypes.addressof(source)
     address = ctypes.addressof(tensor)
     assert native.library().ggml_get_data(address) == values.ctypes.data

@@ -38,6 +38,7 @@ from ggufmoe import (
     InputError,
     OffloadOptions,
     OptionError,
+    RoutedToken,
     RoutingTracer,
     WorkerError,
     WorkerLostError,
@@ -581,6 +582,9 @@ def test_routing_is_traced_where_it_is_computed(model: Path, workers: tuple[Work
         assert [step.phase for step in steps] == [*["generate"] * 3, "route", "route"]
         with pytest.raises(EngineError, match="RoutingTracer needs an engine without --rpc"):
             RoutingTracer(engine)
+        told = next(iter(engine.generate(found.token_ids[: found.n_prompt], GREEDY, routing=True)))
+    assert isinstance(told, RoutedToken)
+    assert told.expert_weights == pytest.approx(found.mean_weights()[found.n_prompt - 1], abs=1e-3)
     assert (found.token_ids, found.texts) == (expected.token_ids, expected.texts)
     assert found.probabilities == pytest.approx(expected.probabilities, abs=0.02)
     assert (found.chosen == expected.chosen).all()
