@@ -648,8 +648,11 @@ class KVCache:
             self._shared.tap.begin(sizes or (n_tokens,), self.n_ubatch, wanted)
 
     def _end_token(self) -> None:
-        """Call when something other than computing a single token begins. A prompt may still be computed meanwhile."""
-        if self.given_tokens == 1:
+        """Call when something other than computing a batch begins. A prompt may still be computed meanwhile.
+
+        With several sequences each batch is waited for.
+        """
+        if self.given_tokens == 1 or len(self._shared.caches) > 1:
             self._shared.given_tokens = 0
 
     def failed(self, status: int, mark: int) -> DecodeError:
