@@ -39,7 +39,7 @@ from PySide6.QtWidgets import (
 )
 
 from ggufmoe import Cancelled, Chat, ContextOptions, Engine, GgufmoeError, SamplingOptions
-from ggufmoe.runtime.events import Finished
+from ggufmoe.runtime.events import Finished, Reasoning
 from ggufmoe.work import Progress
 
 DRAW_S = 0.03
@@ -57,6 +57,7 @@ QScrollArea { border: none; }
 #welcome { color: #6b7280; font-size: 17px; }
 #error { background: #fdecec; color: #9b1c1c; border-bottom: 1px solid #f5c2c2; padding: 10px 24px; font-size: 14px; }
 #question { background: #2f5bd7; color: #ffffff; border-radius: 16px; padding: 11px 16px; }
+#thought { color: #6b7280; font-style: italic; padding: 0 16px; }
 #answer { background: #ffffff; border: 1px solid #e3e6eb; border-radius: 16px; padding: 11px 16px; }
 QPlainTextEdit { background: #ffffff; border: 1px solid #d3d7de; border-radius: 12px; padding: 6px 8px; }
 QPlainTextEdit:focus { border-color: #2f5bd7; }
@@ -105,6 +106,7 @@ class Talker(QObject):
 
     progressed = Signal(float)
     loaded = Signal(str, int)
+    thought = Signal(str)
     said = Signal(str)
     failed = Signal(str)
     ended = Signal(object, str)
@@ -142,15 +144,18 @@ class Talker(QObject):
 
     def _answer(self, task: Task, chat: Chat) -> str:
         chat.system = task.settings.system or None
-        held, shown_at, summary = "", 0.0, ""
+        thoughts, held, shown_at, summary = "", "", 0.0, ""
         for event in chat.send(task.text, cancel=task.stop):
             held += event.text
+            if isinstance(event, Reasoning):
+                thoughts += event.reasoning
             if isinstance(event, Finished):
                 summary = _summary(event)
             # a fast model has tokens more often than a window can be drawn
             if summary or time.monotonic() > shown_at + DRAW_S:
+                self.thought.emit(thoughts)
                 self.said.emit(held)
-                held, shown_at = "", time.monotonic()
+                thoughts, held, shown_at = "", "", time.monotonic()
         return summary
 
     @Slot()
@@ -198,6 +203,7 @@ class Transcript(QScrollArea):
         self._welcome = named("welcome", QLabel(alignment=Qt.AlignmentFlag.AlignCenter))
         self._rows.addWidget(self._welcome, 1)
         self._rows.addStretch()
+        self._thought: QLabel | None = None
         self._answer: QLabel | None = None
         self._follows = True
         self.setWidget(self._page)
@@ -208,10 +214,18 @@ class Transcript(QScrollArea):
         bar.rangeChanged.connect(lambda _, end: bar.setValue(end) if self._follows else None)
 
     def ask(self, text: str) -> None:
-        """A question, and an empty answer that ``say`` fills."""
+        """A question, and an empty answer that ``think`` and ``say`` fill."""
         self._follows = True
         self._add_bubble("question", text)
+        self._thought = self._add_bubble("thought", "")
+        self._thought.hide()
         self._answer = self._add_bubble("answer", "…")
+
+    def think(self, text: str) -> None:
+        """Show what a reasoning model thinks before it answers."""
+        if self._thought is not None and text:
+            self._thought.setText((self._thought.text() + text).lstrip())
+            self._thought.show()
 
     def say(self, text: str) -> None:
         if self._answer is not None and text:
@@ -248,7 +262,7 @@ class Transcript(QScrollArea):
         line.addWidget(bubble)
         bubble.ensurePolished()
         # a short question is as wide as its text
-        is_wide = kind == "answer" or bubble.sizeHint().width() > 0.7 * self.width()
+        is_wide = kind != "question" or bubble.sizeHint().width() > 0.7 * self.width()
         bubble.setWordWrap(is_wide)
         line.setStretch(0, 4 if is_wide else 0)
         line.insertStretch(0 if kind == "question" else 1, 1)
@@ -486,6 +500,7 @@ class ChatWindow(QMainWindow):
         # bound methods: Qt calls those in the thread of their object, and a lambda in the talker's
         talker.progressed.connect(self._on_progressed)
         talker.loaded.connect(self._on_loaded)
+        talker.thought.connect(self.transcript.think)
         talker.said.connect(self.transcript.say)
         talker.failed.connect(self._on_failed)
         talker.ended.connect(self._on_ended)

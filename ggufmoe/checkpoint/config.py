@@ -134,6 +134,13 @@ def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
         values=MappingProxyType(_values(keys, family.keys)),
         raw=raw,
     )
+    _check(keys, config, family)
+    return config
+
+
+def _check(keys: ConfigReader, config: ModelConfig, family: Family) -> None:
+    """Raise CheckpointError for values that contradict each other, or that llama.cpp does not take."""
+    path = keys.path
     if config.n_head % config.n_head_kv:
         raise CheckpointError(
             f"{path}: num_attention_heads {config.n_head} is not a multiple of num_key_value_heads {config.n_head_kv}"
@@ -146,7 +153,6 @@ def parse_config(path: Path, raw: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"{path} has {n_blocks} layers with those of multi-token prediction, and llama.cpp takes up to {MAX_LAYERS}"
         )
-    return config
 
 
 def _family(path: Path, raw: Mapping[str, Any]) -> Family:

@@ -26,6 +26,7 @@ from ggufmoe.errors import CheckpointError, TensorMismatchError
 from ggufmoe.families import family_of
 from ggufmoe.families.family import EXPERT, LAYER, Family, FusedTensor, Shape, StoredLayout, TensorRule, numbered
 from ggufmoe.families.model_config import ModelConfig
+from ggufmoe.sizes import counted
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 from ggufmoe.weights.views import SpacedRows, Transposed
@@ -324,7 +325,7 @@ def _without_skipped(
     for skipped in family.skipped:
         kept = {name: found for name, found in stored.items() if not skipped.matches(config, name)}
         if len(kept) < len(stored):
-            _LOG.warning("%s: %d tensors are left out: %s", where, len(stored) - len(kept), skipped.why)
+            _LOG.warning("%s: leaves out %s: %s", where, counted(len(stored) - len(kept), "tensor"), skipped.why)
         stored = kept
     return stored
 

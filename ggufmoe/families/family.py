@@ -161,7 +161,7 @@ class SkippedTensors:
 
     matches: Callable[[ModelConfig, str], bool]
     why: str
-    """For a warning: ``NAME: n tensors are left out: WHY``."""
+    """For a warning: ``NAME: leaves out n tensors: WHY``."""
 
 
 class Kind(Enum):

@@ -103,6 +103,22 @@ def test_a_model_is_opened_and_answers(window: ChatWindow, brief: Path) -> None:
     assert texts(window, "question") == []
 
 
+def test_what_a_model_thinks_is_shown_above_its_answer(window: ChatWindow, tmp_path: Path) -> None:
+    follows = {"[assistant]": "<think>", "<think>": " Hm", " Hm": "</think>", "</think>": " hello"}
+    template = TEMPLATE.replace("[assistant]", "{% if 0 %}<think></think>{% endif %}[assistant]")
+    thinker = Scripted(
+        follows,
+        pieces=("[user]", "[system]", " hello"),
+        controls=["<think>", "</think>"],
+        chat_template=template,
+        n_ctx_train=8192,
+    )
+    load(window, thinker.write(tmp_path / "thinker.gguf"))
+    ask(window, "hi")
+    wait(lambda: window.busy is None)
+    assert (texts(window, "thought"), texts(window, "answer")) == (["Hm"], ["hello"])
+
+
 def test_an_answer_is_streamed_and_stopped(window: ChatWindow, endless: Path) -> None:
     load(window, endless)
     ask(window, "hi")

@@ -69,7 +69,7 @@ def test_layers_of_multi_token_prediction_are_left_out(
     (tmp_path / "model-mtp.safetensors").rename(tmp_path / "model-00002-of-00002.safetensors")
     with caplog.at_level(logging.WARNING), open_checkpoint(tmp_path) as model, open_checkpoint(checkpoint) as whole:
         assert model.tensors.keys() == whole.tensors.keys()
-    assert "1 tensors are left out: they predict further tokens" in caplog.text
+    assert "leaves out 1 tensor: they predict further tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

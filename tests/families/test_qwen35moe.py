@@ -106,8 +106,8 @@ def test_the_language_model_of_a_larger_one(checkpoint: Path, tmp_path: Path, ca
     for source, name in ((directory, "larger"), (checkpoint, "plain")):
         ggufmoe.convert(source, tmp_path / f"{name}.gguf", "BF16")
     assert (tmp_path / "larger.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
-    assert "1 tensors are left out: they predict further tokens" in caplog.text
-    assert "2 tensors are left out: they read images, and only the language model is converted" in caplog.text
+    assert "leaves out 1 tensor: they predict further tokens" in caplog.text
+    assert "leaves out 2 tensors: they read images, and only the language model is converted" in caplog.text
 
 
 @pytest.mark.parametrize("sections", [[3, 3, 2], [1, 1, 1], [11, 11, 10, 0]])

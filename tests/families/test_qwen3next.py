@@ -123,7 +123,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, caplog:
     add_tensors(directory, "mtp.fc.weight")
     with open_checkpoint(directory) as model:
         assert not any(name.startswith("mtp") for name in model.tensors)
-    assert "1 tensors are left out: they predict further tokens (MTP), which answers do not need" in caplog.text
+    assert "leaves out 1 tensor: they predict further tokens (MTP), which answers do not need" in caplog.text
 
 
 @pytest.mark.parametrize(
