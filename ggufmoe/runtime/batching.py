@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from ggufmoe.errors import ContextFullError, EngineError, own_copy
 from ggufmoe.runtime.events import FinishReason
 from ggufmoe.runtime.generation import Generation
-from ggufmoe.runtime.kvcache import ABORTED, NO_ROOM, KVCache
+from ggufmoe.runtime.kvcache import ABORTED, NO_ROOM, WORTH_KEEPING_TOKENS, KVCache, common_prefix
 from ggufmoe.runtime.loading import LoadedModel
 from ggufmoe.runtime.nativethread import NativeThread, SharedCancellation
 from ggufmoe.runtime.slots import Slot, Slots, TextPart
@@ -213,9 +213,18 @@ class BatchScheduler:
             self._find_failing(list(parts), slots.latest.failed(status, mark))
 
     def _parts(self, answers: Sequence[Generation]) -> dict[Generation, TextPart]:
-        """What the next batch computes of each of ``answers``: its newest token, or the next part of a prompt."""
+        """What the next batch computes of each of ``answers``: its newest token, or the next part of a prompt.
+
+        A prompt waits while an earlier one is computed that begins as it does.
+        """
         slots = self._active
-        left = {answer: self._next_tokens(answer) for answer in answers}
+        left: dict[Generation, Sequence[int]] = {}
+        for answer in answers:
+            if len(self._next_tokens(answer)) > 1:
+                prompts = [other.tokens for other, tokens in left.items() if len(tokens) > 1]
+                if self._waits_for_beginning(answer, prompts):
+                    continue
+            left[answer] = self._next_tokens(answer)
         n_single = sum(len(tokens) == 1 for tokens in left.values())
         cache = self._loaded.cache
         share = min(self._share, cache.n_ubatch - n_single) if n_single else cache.n_ubatch
@@ -228,6 +237,21 @@ class BatchScheduler:
                 is_end = len(slots[answer].cache.tokens) + len(taken) == len(answer.tokens)
                 parts[answer] = TextPart(slots[answer], taken, wants_logits=is_end)
         return parts
+
+    def _waits_for_beginning(self, answer: Generation, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether one of ``prompts`` will have much more of the text of ``answer`` than there is now.
+
+        Otherwise takes the longest beginning from another answer that has one.
+        """
+        wanted, slot = answer.tokens[:-1], self._active[answer]
+        source, n_held = self._loaded.slots.source(slot, wanted)
+        if any(common_prefix(prompt, wanted) >= n_held + WORTH_KEEPING_TOKENS for prompt in prompts):
+            return True
+        if source is not slot.cache:
+            n_before = len(slot.cache.tokens)
+            slot.cache.copy_beginning(source, n_held)
+            answer.skip(slot.cache, n_before)
+        return False
 
     def _next_tokens(self, answer: Generation) -> Sequence[int]:
         """The tokens that are to be computed; for models that forget, the last one of a prompt comes by itself."""

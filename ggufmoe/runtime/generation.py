@@ -339,6 +339,15 @@ class Generation:
             self._watch.began_at = time.perf_counter()
             self._watch.cached_tokens = self._watch.prompt_tokens = n_cached
 
+    def skip(self, cache: KVCache, n_computed: int) -> None:
+        """Say that only ``n_computed`` of the tokens in ``cache`` were computed for this answer, or held when it began.
+
+        The others come from another answer.
+        """
+        if not self._watch.generated_tokens:
+            self._watch.cached_tokens += max(0, len(cache.tokens) - n_computed)
+            self._watch.prompt_tokens = max(self._watch.prompt_tokens, len(cache.tokens))
+
     def end_of(self, cache: KVCache) -> FinishReason | None:
         """Why no further token may be computed, if that is so; drops tokens from a full context."""
         if self.cancellation.is_requested():

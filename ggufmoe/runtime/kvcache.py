@@ -39,6 +39,8 @@ NO_ROOM = 1
 _PARTIAL_ONLY = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY of llama.h: the state of sliding windows and recurrent layers alone."""
 _MAX_CHECKPOINTS = 8
+_COMPARED = 256
+"""Tokens of two texts that are compared at once."""
 WORTH_KEEPING_TOKENS = 16
 """If fewer tokens than this would be lost, they are computed again rather than copied."""
 _WORTH_KEEPING_PART = 8
@@ -686,7 +688,11 @@ class KVCache:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix of two texts."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    end, begin = min(len(a), len(b)), 0
+    # lists are compared many times faster than one token after another
+    while begin < end and list(a[begin : begin + _COMPARED]) == list(b[begin : begin + _COMPARED]):
+        begin += _COMPARED
+    return next((i for i in range(begin, min(end, begin + _COMPARED)) if a[i] != b[i]), min(end, begin + _COMPARED))
 
 
 def _newest_within(points: Sequence[_CacheCheckpoint], max_bytes: int) -> tuple[_CacheCheckpoint, ...]:

@@ -118,6 +118,18 @@ class Slots:
         self._used(slot)
         return slot, n_held
 
+    def source(self, slot: Slot, wanted: Sequence[int]) -> tuple[KVCache, int]:
+        """The cache that has the longest beginning of ``wanted`` by now, and its length.
+
+        That of ``slot``, which has nothing else, unless another one has much more.
+        """
+        held = {other.cache: other.cache.n_held(wanted) for other in self._slots if other is not slot}
+        n_own = len(slot.cache.tokens)
+        best = max(held, key=lambda cache: held[cache], default=None)
+        if best is None or held[best] < n_own + WORTH_KEEPING_TOKENS:
+            return slot.cache, n_own
+        return best, held[best]
+
     def release(self, slot: Slot) -> None:
         """The answer of ``slot`` has ended or waits; its text stays until the slot or its cells are needed."""
         slot.owner = None

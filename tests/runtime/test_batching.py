@@ -386,6 +386,23 @@ def test_a_common_beginning_is_computed_once(engine: Engine, alone: Engine) -> N
     assert again.timing.cached_tokens == len(prompts[1]), "the text of another answer is where it was"
 
 
+def test_a_beginning_of_prompts_that_come_together_is_computed_once(
+    engine: Engine, alone: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = words(600)
+    prompts = [common, [*common, 260, 261], common, [*common[:400], *words(90, 3)]]
+    with recorded(monkeypatch) as batches:
+        found = answers(engine, prompts)
+    assert texts(found) == texts([list(alone.generate(prompt, FORTY)) for prompt in prompts])
+    ends = [events[-1] for events in found]
+    n_shared = common_prefix(prompts[3], common)
+    timings = [end.timing for end in ends if isinstance(end, Finished)]
+    assert [timing.cached_tokens for timing in timings] == [0, 601, 600, n_shared]
+    assert [timing.prompt_tokens for timing in timings] == [len(prompt) for prompt in prompts]
+    # each prompt has its own end, and each answer 39 tokens that are computed
+    assert sum(map(sum, batches)) == 601 + 2 + 1 + len(prompts[3]) - n_shared + 4 * 39
+
+
 @pytest.mark.parametrize("cache_ram", [0, 64])
 def test_answers_that_need_more_cells_than_there_are_wait(mixing_path: Path, alone: Engine, cache_ram: int) -> None:
     prompts = [words(120, step) for step in (1, 2, 3)]
@@ -711,6 +728,14 @@ def test_an_answer_begun_alone_leaves_the_cells_of_those_in_a_batch(engine: Engi
         finally:
             engine.cancel()
     assert text_of(iter(events)) == text_of(alone.generate(PROMPTS[0], long))
+
+
+def test_answers_of_a_batch_go_on_one_after_another(engine: Engine, alone: Engine) -> None:
+    streams = [engine.generate(prompt, FORTY) for prompt in PROMPTS[:3]]
+    found = [[next(stream)] for stream in streams]
+    engine.set_context(ALONE)
+    found = [events + list(stream) for events, stream in zip(found, streams, strict=True)]
+    assert texts(found) == texts([list(alone.generate(prompt, FORTY)) for prompt in PROMPTS[:3]])
 
 
 def test_an_engine_that_closes_while_a_step_is_queued_fails_all_who_wait(
