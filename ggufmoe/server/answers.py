@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.events import ChatEvent, Finished, Timing, Token
+from ggufmoe.server.apierror import ApiError
 from ggufmoe.work import CancelFlag
 
 _MAX_UNREAD = 32
@@ -32,6 +33,8 @@ class Completion(Protocol):
     """What a request asks for: answers, and the objects in which they are sent."""
 
     starts: Sequence[Start]
+    has_named_events: bool
+    """Whether each object of a stream has a type that names its event; such a stream ends with its last object."""
 
     def opening(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
@@ -47,6 +50,10 @@ class Completion(Protocol):
 
     def whole(self) -> dict[str, Any]:
         """The response that is no stream, once all events were passed to ``chunks``."""
+        ...
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """What a stream ends with after ``error``."""
         ...
 
     def timings(self) -> list[Timing]:
@@ -115,6 +122,15 @@ class Spelling:
     def text_of(self, token_id: int) -> str:
         """The same as text; bytes that are no UTF-8 by themselves are replaced."""
         return self._known[token_id].decode("utf-8", "replace")
+
+    def probabilities(self, token: Token) -> dict[str, Any]:
+        """The probabilities of a token that was learnt, and of its alternatives, in OpenAI's shape."""
+
+        def spelt(token_id: int, logprob: float | None) -> dict[str, Any]:
+            return {"token": self.text_of(token_id), "logprob": logprob, "bytes": list(self.bytes_of(token_id))}
+
+        others = [spelt(token_id, logprob) for token_id, logprob in token.alternatives]
+        return spelt(token.token_id, token.logprob) | {"top_logprobs": others}
 
 
 def finish_reason(last: Finished, *, has_calls: bool = False) -> str:

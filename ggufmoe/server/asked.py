@@ -40,15 +40,13 @@ class StreamOptions(AskedObject):
     include_obfuscation: Literal[False] = False
 
 
-class GenerationFields(BaseModel):
-    """What both kinds of completions take."""
+class SamplingFields(BaseModel):
+    """What all kinds of answers take: the model, how tokens are drawn, and fields that change nothing."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=_MAX_CHOICES)
     stop: StopTexts = []
     seed: int | None = None
     temperature: float | None = None
@@ -56,12 +54,9 @@ class GenerationFields(BaseModel):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
-    max_tokens: int | None = Field(default=None, ge=-1)
-    routing: bool | Literal["mean", "layers"] = False
     # these change nothing in an answer
     user: str | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] = False
     service_tier: Literal["auto", "default"] = "auto"
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -71,20 +66,6 @@ class GenerationFields(BaseModel):
         for name in self.model_extra or {}:
             if name not in _sampling_names():
                 raise unknown_field(name, [*type(self).model_fields, *_sampling_names()])
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options is for requests with stream: true", "stream_options")
-
-    @property
-    def routing_kind(self) -> RoutingKind | None:
-        """What the answer tells of the experts of each token; None: nothing."""
-        if isinstance(self.routing, bool):
-            return "mean" if self.routing else None
-        return self.routing
-
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, logprobs: int | None, n_predict: int | None, schema: str | None = None) -> SamplingOptions:
         """How tokens are drawn. Raises ApiError that names the field."""
@@ -108,9 +89,37 @@ class GenerationFields(BaseModel):
         return f"{token}-inf" if bias == -100 else f"{token}{bias:+.6f}"
 
 
+class GenerationFields(SamplingFields):
+    """What both kinds of completions take."""
+
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=_MAX_CHOICES)
+    max_tokens: int | None = Field(default=None, ge=-1)
+    routing: bool | Literal["mean", "layers"] = False
+    store: Literal[False] = False
+
+    def check(self) -> None:
+        """Raise ApiError for fields that are unknown or contradict each other."""
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is for requests with stream: true", "stream_options")
+
+    @property
+    def routing_kind(self) -> RoutingKind | None:
+        """What the answer tells of the experts of each token; None: nothing."""
+        if isinstance(self.routing, bool):
+            return "mean" if self.routing else None
+        return self.routing
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
 def _sampling_names() -> list[str]:
     """The fields of ``SamplingOptions`` that a request may set by name."""
-    known = GenerationFields.model_fields
+    known = SamplingFields.model_fields
     return [spec.name for spec in fields(SamplingOptions) if spec.name not in _NOT_BY_NAME and spec.name not in known]
 
 

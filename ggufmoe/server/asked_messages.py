@@ -10,19 +10,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ggufmoe.runtime.messages import Message, Role, Tool, ToolCall
 
+_TEXT_PARTS = {"text": "text", "refusal": "refusal"}
 
-def _joined_text(content: Any) -> Any:
-    """The text of a content, which is a text or a list of parts. Raises ValueError for parts other than text."""
+
+def joined_text(content: Any, keys: Mapping[str, str]) -> Any:
+    """The text of a content, which is a text or a list of parts; ``keys`` tell where a part of each type has its text.
+
+    Raises ValueError for parts other than text.
+    """
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "refusal"):
-            raise ValueError(f"a part must be of type text (images, audio and files are not read); found {kind!r}")
-        text = part.get(kind)
+        if kind not in keys:
+            known = next(iter(keys))
+            raise ValueError(f"a part must be of type {known} (images, audio and files are not read); found {kind!r}")
+        text = part.get(keys[kind])
         if not isinstance(text, str):
-            raise ValueError(f"a part of type {kind} needs a text under {kind!r}")
+            raise ValueError(f"a part of type {kind} needs a text under {keys[kind]!r}")
         texts.append(text)
     return "\n".join(texts)
 
@@ -53,7 +59,7 @@ class AskedMessage(AskedObject):
     """One message; ``developer`` is another word for ``system``."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_joined_text)] = None
+    content: Annotated[str | None, BeforeValidator(lambda content: joined_text(content, _TEXT_PARTS))] = None
     name: str | None = None
     tool_calls: list[AskedCall] | None = None
     tool_call_id: str | None = None

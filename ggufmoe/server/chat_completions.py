@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from ggufmoe.errors import OptionError
 from ggufmoe.options import MAX_SEED, SamplingOptions, TemplateOptions
-from ggufmoe.runtime.chatformat import OF_CONVERSATION, ChatFormat, ChatPrompt
+from ggufmoe.runtime.chatformat import OF_CONVERSATION, ChatFormat
 from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import Finished, Reasoning, Timing, Token, ToolCallArguments, ToolCallBegun
 from ggufmoe.server.answers import AnswerEvent, Completion, Spelling, Start, finish_reason, timings_of, usage_of
-from ggufmoe.server.apierror import invalid
+from ggufmoe.server.apierror import ApiError, invalid
 from ggufmoe.server.asked import ChatCompletionRequest
 from ggufmoe.server.asked_messages import NamedTool, conversation_of
 from ggufmoe.server.modelhost import ServedModel
@@ -27,12 +27,29 @@ EXACT_CHARS = 1 << 18
 """Longer texts are not tokenized to their end when they certainly do not fit the context."""
 
 
+@dataclass(frozen=True)
+class ChatAnswers:
+    """The answers to a conversation, ready to be computed."""
+
+    spelling: Spelling
+    """Of the tokens of answers that tell probabilities or routing."""
+    starts: Sequence[Start]
+
+
 def chat_completion(
     served: ServedModel, asked: ChatCompletionRequest, model: str, cancel: CancelFlag | None = None
 ) -> Completion:
-    """The completion that ``asked`` asks for; renders the prompt. Raises ApiError and errors of ggufmoe.
+    """The completion that ``asked`` asks for; renders the prompt. Raises what ``chat_answers`` raises.
 
-    Clients know the model as ``model``. Raises Cancelled when ``cancel`` is set meanwhile.
+    Clients know the model as ``model``.
+    """
+    return _ChatCompletion(asked, model, chat_answers(served, asked, cancel))
+
+
+def chat_answers(served: ServedModel, asked: ChatCompletionRequest, cancel: CancelFlag | None = None) -> ChatAnswers:
+    """The answers that ``asked`` asks for; renders the prompt. Raises ApiError and errors of ggufmoe.
+
+    Raises Cancelled when ``cancel`` is set meanwhile.
     """
     chat_format, messages = served.chat(), conversation_of(asked.messages)
     check_routing(served.engine, asked.routing_kind)
@@ -57,7 +74,14 @@ def chat_completion(
         prompt = answering_at_once(chat_format, prompt)
     check_room(engine, len(prompt.tokens), "messages")
     prompt = replace(prompt, tools=tuple(tools))
-    return _ChatCompletion(asked, model, Spelling(engine.piece), _starts(reader, prompt, sampling, asked))
+    spelling = Spelling(engine.piece)
+
+    def begin(chosen: SamplingOptions, cancel: CancelFlag) -> Iterator[AnswerEvent]:
+        tells = asked.routing_kind is not None
+        events = reader.generate(prompt, chosen, stop=asked.stop, cancel=cancel, routing=tells)
+        return spelling.learning(events) if asked.logprobs or tells else events
+
+    return ChatAnswers(spelling, [partial(begin, chosen) for chosen in with_seeds(sampling, asked.n)])
 
 
 def _variables(chat_format: ChatFormat, asked: ChatCompletionRequest) -> dict[str, Any]:
@@ -88,17 +112,6 @@ def with_seeds(sampling: SamplingOptions, n: int) -> list[SamplingOptions]:
     if seed is None or seed < 0:
         return [sampling] * n
     return [replace(sampling, seed=(seed + i) % (MAX_SEED + 1)) for i in range(n)]
-
-
-def _starts(
-    reader: ChatFormat, prompt: ChatPrompt, sampling: SamplingOptions, asked: ChatCompletionRequest
-) -> list[Callable[[Spelling, CancelFlag], Any]]:
-    def begin(chosen: SamplingOptions, spelling: Spelling, cancel: CancelFlag) -> Any:
-        tells = asked.routing_kind is not None
-        events = reader.generate(prompt, chosen, stop=asked.stop, cancel=cancel, routing=tells)
-        return spelling.learning(events) if asked.logprobs or tells else events
-
-    return [partial(begin, chosen) for chosen in with_seeds(sampling, asked.n)]
 
 
 @dataclass
@@ -158,20 +171,17 @@ class _ChatChoice:
 class _ChatCompletion:
     """The answers to one chat request, as chunks and as a whole."""
 
-    def __init__(
-        self,
-        asked: ChatCompletionRequest,
-        model: str,
-        spelling: Spelling,
-        starts: Sequence[Callable[[Spelling, CancelFlag], Any]],
-    ) -> None:
+    has_named_events = False
+
+    def __init__(self, asked: ChatCompletionRequest, model: str, answers: ChatAnswers) -> None:
         self._asked = asked
-        self._spelling = spelling
+        self._spelling = answers.spelling
+        self.starts = answers.starts
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._choices = [
-            _ChatChoice(not asked.parallel_tool_calls, told_routing(asked.routing_kind, spelling)) for _ in starts
+            _ChatChoice(not asked.parallel_tool_calls, told_routing(asked.routing_kind, self._spelling))
+            for _ in self.starts
         ]
-        self.starts: Sequence[Start] = [partial(start, spelling) for start in starts]
 
     def opening(self) -> list[dict[str, Any]]:
         return [self._chunk(n, {"role": "assistant", "content": ""}) for n in range(len(self._choices))]
@@ -181,7 +191,7 @@ class _ChatCompletion:
         deltas = choice.deltas(event)
         logprobs = None
         if self._asked.logprobs and isinstance(event, Token):
-            entry = self._entry(event)
+            entry = self._spelling.probabilities(event)
             choice.logprobs.append(entry)
             logprobs, deltas = {"content": [entry], "refusal": None}, deltas or [{"content": ""}]
         made = [self._chunk(index, delta, logprobs=logprobs) for delta in deltas]
@@ -214,6 +224,9 @@ class _ChatCompletion:
         timings = self.timings()
         return whole | ({"timings": timings_of(timings[0])} if len(timings) == 1 else {})
 
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        return error.to_dict()
+
     def timings(self) -> list[Timing]:
         return [choice.last.timing for choice in self._choices if choice.last is not None]
 
@@ -226,13 +239,3 @@ class _ChatCompletion:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         return chunk | ({"usage": None} if self._asked.includes_usage else {})
-
-    def _entry(self, token: Token) -> dict[str, Any]:
-        """A token's entry in ``logprobs.content``."""
-
-        def spelt(token_id: int, logprob: float | None) -> dict[str, Any]:
-            data = self._spelling.bytes_of(token_id)
-            return {"token": self._spelling.text_of(token_id), "logprob": logprob, "bytes": list(data)}
-
-        others = [spelt(token_id, logprob) for token_id, logprob in token.alternatives]
-        return spelt(token.token_id, token.logprob) | {"top_logprobs": others}

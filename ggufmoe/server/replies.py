@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -78,6 +79,7 @@ class CompletionReply:
         self._admission = admission
         self._on_end = on_end
         self._on_error = on_error
+        self._completion: Completion | None = None
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,15 +94,16 @@ class CompletionReply:
             told = api_error_of(error)
             if not self._has_begun:
                 await told.response()(scope, receive, send)
-            elif self._stream:
-                await send({"type": "http.response.body", "body": _event(told.to_dict()), "more_body": False})
+            elif self._stream and self._completion is not None:
+                body = _event(self._completion.failed(told), is_named=self._completion.has_named_events)
+                await send({"type": "http.response.body", "body": body, "more_body": False})
             else:
                 raise
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_over = threading.Event()
         try:
-            completion = await asyncio.to_thread(self._make, is_over)
+            self._completion = completion = await asyncio.to_thread(self._make, is_over)
         finally:
             is_over.set()
         if self._stream:
@@ -120,23 +123,25 @@ class CompletionReply:
                     self._has_begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                 await send({"type": "http.response.body", "body": part or b": waiting\n\n", "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        end = b"" if completion.has_named_events else b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _parts(self, completion: Completion) -> AsyncGenerator[bytes, None]:
-        is_first = True
+        is_first, event_of = True, partial(_event, is_named=completion.has_named_events)
         async with aclosing(side_by_side(completion.starts)) as events:
             async for index, event in events:
                 objects = (completion.opening() if is_first else []) + completion.chunks(index, event)
                 is_first = False
                 if objects:
-                    yield b"".join(map(_event, objects))
+                    yield b"".join(map(event_of, objects))
         self._on_end(completion)
         if closing := completion.closing():
-            yield b"".join(map(_event, closing))
+            yield b"".join(map(event_of, closing))
 
 
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def _event(content: dict[str, Any], *, is_named: bool) -> bytes:
+    head = f"event: {content['type']}\n" if is_named else ""
+    return f"{head}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 async def _with_pauses(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -22,7 +22,7 @@ from ggufmoe.server.answers import (
     timings_of,
     usage_of,
 )
-from ggufmoe.server.apierror import invalid
+from ggufmoe.server.apierror import ApiError, invalid
 from ggufmoe.server.asked import CompletionRequest
 from ggufmoe.server.chat_completions import EXACT_CHARS, check_room, with_seeds
 from ggufmoe.server.modelhost import ServedModel
@@ -64,6 +64,8 @@ def _tokens(engine: EngineLike, prompt: str | list[int], cancel: CancelFlag | No
 
 class _TextCompletion:
     """The continuations that one request asks for, as chunks and as a whole."""
+
+    has_named_events = False
 
     def __init__(
         self,
@@ -154,6 +156,9 @@ class _TextCompletion:
         whole = {**self._head, "choices": choices, "usage": self._usage()}
         timings = self.timings()
         return whole | ({"timings": timings_of(timings[0])} if len(timings) == 1 else {})
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        return error.to_dict()
 
     def timings(self) -> list[Timing]:
         return [last.timing for last in self._last if last is not None]

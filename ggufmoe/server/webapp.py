@@ -26,15 +26,17 @@ from ggufmoe.server.asked import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    GenerationFields,
+    SamplingFields,
     TokenizeRequest,
 )
+from ggufmoe.server.asked_responses import ResponsesRequest
 from ggufmoe.server.bodies import read_object, validated
 from ggufmoe.server.chat_completions import chat_completion
 from ggufmoe.server.guard import Guard
 from ggufmoe.server.metrics import Metrics
 from ggufmoe.server.modelhost import ModelHost
 from ggufmoe.server.replies import Admission, CompletionReply
+from ggufmoe.server.responses import response
 from ggufmoe.server.text_completions import text_completion
 
 _logger = logging.getLogger("ggufmoe")
@@ -55,6 +57,7 @@ def web_app(host: ModelHost, model: str, options: ServerOptions, keys: tuple[str
             Route("/v1/models/{name:path}", endpoints.one_model),
             Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
+            Route("/v1/responses", endpoints.responses, methods=["POST"]),
             Route("/tokenize", endpoints.tokenize, methods=["POST"]),
             Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         ],
@@ -156,7 +159,11 @@ class _Endpoints:
         n_answers = asked.n * len(asked.prompt)
         return self._reply(asked, n_answers, partial(text_completion, asked=asked, model=self._model))
 
-    def _reply(self, asked: GenerationFields, n_answers: int, make: Callable[..., Completion]) -> CompletionReply:
+    async def responses(self, request: Request) -> CompletionReply:
+        asked = validated(ResponsesRequest, await read_object(request))
+        return self._reply(asked, 1, partial(response, asked=asked, model=self._model))
+
+    def _reply(self, asked: SamplingFields, n_answers: int, make: Callable[..., Completion]) -> CompletionReply:
         asked.check()
         self._check_model(asked.model)
         served = self._host.served()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 
 import ggufmoe
-from ggufmoe import ContextOptions, Engine, EngineError, InputError, RoutedToken, SamplingOptions, trace_routing
+from ggufmoe import (
+    ContextOptions,
+    Engine,
+    EngineError,
+    InputError,
+    OffloadOptions,
+    RoutedToken,
+    SamplingOptions,
+    trace_routing,
+)
 from ggufmoe.runtime.events import Event, Finished, Token
-from tests.runtime.test_batching import recorded, release, scheduler_of, stopped
+from tests.architecture_files import write_architecture
+from tests.runtime.test_batching import recorded, release, scheduler_of, stopped, words
 
 EXACT = ContextOptions(
     n_ctx=512, n_batch=48, n_ubatch=20, n_threads=1, flash_attn="off", cache_type_k="f32", cache_type_v="f32"
@@ -41,7 +51,7 @@ def check(path: Path, prompt: Sequence[int], events: Sequence[Event]) -> None:
     *tokens, last = events
     assert isinstance(last, Finished)
     assert len(tokens) == 8
-    with Engine(path, EXACT) as alone:
+    with Engine(path, EXACT, OffloadOptions(load_mode="none", device="none")) as alone:
         trace = trace_routing(alone, prompt, generate=8, sampling=GREEDY)
     assert [token.token_id for token in tokens if isinstance(token, RoutedToken)] == list(trace.token_ids[-8:])
     layers = [token.layers for token in tokens if isinstance(token, RoutedToken)]
@@ -73,25 +83,42 @@ def test_the_first_one_keeps_the_texts_that_are_computed(engine: Engine) -> None
     assert [first, *begun][:-1] == alone[:-1]
 
 
+def side_by_side(
+    engine: Engine, prompts: Sequence[Sequence[int]], *, silent: Collection[int] = ()
+) -> list[list[Event]]:
+    """The answers to all prompts, asked for at the same time; those with the numbers ``silent`` tell no routing."""
+    list(engine.generate([1], replace(GREEDY, n_predict=1), routing=True))
+    with stopped(engine), ThreadPoolExecutor(len(prompts)) as pool:
+        asked = []
+        for number, prompt in enumerate(prompts):
+            asked.append(pool.submit(list, engine.generate(prompt, GREEDY, routing=number not in silent)))
+            while len(scheduler_of(engine)._waiting) <= number:
+                pass
+        release(engine)
+        return [one.result() for one in asked]
+
+
 def test_some_tell_beside_others_that_do_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(path, replace(EXACT, n_parallel=4)) as engine, recorded(monkeypatch) as batches:
         prompts = [engine.tokenize(TEXT * n)[: 60 - 9 * n] for n in range(1, 6)]
-        list(engine.generate([1], replace(GREEDY, n_predict=1), routing=True))
-        with stopped(engine), ThreadPoolExecutor(len(prompts)) as pool:
-            asked = []
-            for number, prompt in enumerate(prompts):
-                asked.append(pool.submit(list, engine.generate(prompt, GREEDY, routing=number != 2)))
-                while len(scheduler_of(engine)._waiting) <= number:
-                    pass
-            release(engine)
-            found = [one.result() for one in asked]
+        found = side_by_side(engine, prompts, silent=[2])
     assert max(map(len, batches)) == 4
     assert any(len(batch) > 1 and max(batch) > 1 for batch in batches)
-    for number, (prompt, events) in enumerate(zip(prompts, found, strict=True)):
-        if number == 2:
-            assert all(type(event) is Token for event in events[:-1])
-        else:
-            check(path, prompt, events)
+    assert all(type(event) in (Token, Finished) for event in found.pop(2))
+    del prompts[2]
+    for prompt, events in zip(prompts, found, strict=True):
+        check(path, prompt, events)
+
+
+def test_models_with_a_state_are_computed_in_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_architecture(tmp_path / "m.gguf", "lfm2moe")
+    options, offload = replace(EXACT, n_parallel=2), OffloadOptions(load_mode="none", device="none")
+    with Engine(path, options, offload) as engine, recorded(monkeypatch) as batches:
+        prompts = [words(7), words(18, 3)]
+        found = side_by_side(engine, prompts)
+    assert any(len(batch) > 1 and min(batch) != max(batch) for batch in batches)
+    for prompt, events in zip(prompts, found, strict=True):
+        check(path, prompt, events)
 
 
 def test_what_cannot_be_told_is_an_error(engine: Engine, story: Engine) -> None:
