@@ -20,7 +20,7 @@ from ggufmoe.gguf.header import Header
 from ggufmoe.options import ContextOptions, OffloadOptions, OverflowPolicy, SamplingOptions, options_of
 from ggufmoe.placement.load_report import Placement
 from ggufmoe.remote.child import ChildEngine
-from ggufmoe.runtime.asyncstream import read_async
+from ggufmoe.runtime.asyncstream import call_async, read_async
 from ggufmoe.runtime.chunkbatch import ComputedPart
 from ggufmoe.runtime.enginelike import EngineLike, P, ResultT, TensorObserver, TokenFilter
 from ggufmoe.runtime.events import Event
@@ -286,6 +286,25 @@ class Engine:
     ) -> Iterator[NDArray[np.float32]]:
         """The rows of ``logits``, at most 512 at a time, for texts whose logits would fill the memory."""
         return self._runner.logits_by_batch(tokens, cancel=cancel)
+
+    def embed(self, texts: Sequence[str | Sequence[int]], *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
+        """An embedding of each of ``texts``, which may be token ids: float32, (n_texts, n_embd), rows of length 1.
+
+        It is the mean of the hidden states behind the last norm over all tokens of the text, BOS included where the
+        model wants one; special tokens that are written out are text. A model that was trained to continue texts tells
+        topics apart, and is no match for a model made for retrieval. Each text is computed by itself, between steps of
+        answers; texts in the KV cache are kept as far as ``cache_ram`` has room.
+
+        Raises ContextFullError if a text does not fit the context, InputError if one is empty, Cancelled when
+        ``cancel`` is set or ``cancel()`` called, and what ``generate`` raises.
+        """
+        return self._runner.embed(texts, cancel=cancel)
+
+    async def embed_async(
+        self, texts: Sequence[str | Sequence[int]], *, cancel: CancelFlag | None = None
+    ) -> NDArray[np.float32]:
+        """``embed`` for ``await``. Cancelling the task ends the computing."""
+        return await call_async(lambda flag: self.embed(texts, cancel=flag), cancel)
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None

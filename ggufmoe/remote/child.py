@@ -29,6 +29,7 @@ from ggufmoe.remote.requests import (
     Apply,
     CachedTokens,
     Detokenize,
+    Embed,
     EndsText,
     Evaluate,
     Forget,
@@ -189,6 +190,9 @@ class ChildEngine:
         self, tokens: Sequence[int], *, cancel: CancelFlag | None = None
     ) -> Iterator[NDArray[np.float32]]:
         return self._link.stream(LogitsByBatch(tokens), cancel)
+
+    def embed(self, texts: Sequence[str | Sequence[int]], *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
+        return self._link.ask(Embed(texts), cancel)
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None

@@ -157,6 +157,14 @@ class LogitsByBatch(StreamRequest[NDArray[np.float32]], method="logits_by_batch"
         return engine.logits_by_batch(self.tokens, cancel=cancel)
 
 
+@dataclass(frozen=True)
+class Embed(Request[NDArray[np.float32]], method="embed"):
+    texts: Sequence[str | Sequence[int]]
+
+    def run(self, engine: LocalEngine, cancel: CancelFlag) -> NDArray[np.float32]:
+        return engine.embed(self.texts, cancel=cancel)
+
+
 # ---- the cache, the context and sessions
 
 

@@ -36,6 +36,12 @@ async def read_async(
         await pump.stop()
 
 
+async def call_async(function: Callable[[CancelFlag], EventT], cancel: CancelFlag | None = None) -> EventT:
+    """What ``function(flag)`` gives, called in a thread of its own. The flag is set as for ``read_async``."""
+    async with contextlib.aclosing(read_async(lambda flag: iter([function(flag)]), cancel)) as found:  # type: ignore[type-var]
+        return await anext(found)
+
+
 class _Pump(Generic[EventT]):
     """A thread that reads events, and a queue of a few events from it to the event loop."""
 

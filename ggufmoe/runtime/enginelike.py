@@ -170,6 +170,10 @@ class EngineLike(Protocol):
         """The rows of ``logits``, at most 512 at a time."""
         ...
 
+    def embed(self, texts: Sequence[str | Sequence[int]], *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
+        """The mean hidden state of each text, of length 1: float32, (n_texts, n_embd). Raises Cancelled."""
+        ...
+
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
     ) -> Generator[ComputedPart, None, None]:

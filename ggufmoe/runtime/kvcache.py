@@ -603,6 +603,28 @@ class KVCache:
             raise EngineError(f"the graph of {self._path} is being observed, and routing cannot be told meanwhile")
         return self._shared.tap.routing(self.row)
 
+    def mean_embedding(self, tokens: Sequence[int], n_embd: int, n_at_once: int) -> NDArray[np.float32] | None:
+        """The mean over ``tokens`` of what the last norm gives, (n_embd,); None if that was aborted.
+
+        Replaces the text of this sequence, which is empty afterwards. Raises ContextFullError and DecodeError.
+        """
+        self.empty()
+        total = np.zeros(n_embd)
+        self._api.llama_set_embeddings(self.context, True)
+        try:
+            for begin in range(0, len(tokens), n_at_once):
+                part = tokens[begin : begin + n_at_once]
+                if not self.compute_all_logits(part):
+                    return None
+                rows = np.ctypeslib.as_array(self._api.llama_get_embeddings(self.context), (len(part), n_embd))
+                total += rows.sum(axis=0, dtype=np.float64)
+        finally:
+            self._api.llama_set_embeddings(self.context, False)
+            self.empty()
+        if not np.isfinite(total).all():
+            raise not_finite_error(self._path)
+        return (total / len(tokens)).astype(np.float32)
+
     def check_finite(self, logits: NDArray[np.float32] | np.float32) -> None:
         """Raise DecodeError if logits are NaN or infinite: a row of any number of rows, or one of its values.
 

@@ -132,6 +132,11 @@ class LoadedModel:
         return self._request.model.hyper.n_expert
 
     @property
+    def n_embd(self) -> int:
+        """Numbers that the last norm gives for each token."""
+        return int(self.api.llama_model_n_embd_out(self._model))
+
+    @property
     def handle(self) -> Any:
         """The ``llama_model *``, until ``free``."""
         return self._model

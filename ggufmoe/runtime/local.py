@@ -367,6 +367,33 @@ class LocalEngine:
         kv.check_finite(rows)
         return np.array(rows)
 
+    def embed(self, texts: Sequence[str | Sequence[int]], *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
+        if isinstance(texts, str):
+            raise InputError("embed takes a list of texts, not a single one")
+        tokens = [
+            self._checked_prompt(self.tokenize(text, must_fit=True, cancel=cancel) if isinstance(text, str) else text)
+            for text in texts
+        ]
+        for ids in tokens:
+            self._check_fits(ids)
+        cancellation = self._remember(Cancellation(cancel))
+        rows = np.empty((len(tokens), self._loaded.n_embd), np.float32)
+        for n, ids in enumerate(tokens):
+            row = self._native.call_until_cancelled(partial(self._embedding_of, ids), cancellation)
+            if row is None:
+                raise Cancelled("computing embeddings was stopped")
+            rows[n] = row
+        return rows
+
+    def _embedding_of(self, ids: list[int]) -> NDArray[np.float32] | None:
+        kv = self._loaded.slots.idle(keeps_latest=True)
+        kv.set_aside()
+        mean = kv.mean_embedding(ids, self._loaded.n_embd, min(_LOGITS_BATCH, kv.n_batch))
+        if mean is None:
+            return None
+        length = np.linalg.norm(mean)
+        return mean / length if length else mean
+
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None
     ) -> Generator[ComputedPart, None, None]:

@@ -72,8 +72,10 @@ class Slots:
 
     # ---- placing
 
-    def idle(self) -> KVCache:
+    def idle(self, *, keeps_latest: bool = False) -> KVCache:
         """A cache that no answer uses: the one used last, if it is idle. Without one, the newest answer loses its slot.
+
+        With ``keeps_latest`` it is the one that was unused for longest, for a text that nothing will continue.
 
         That answer finds its tokens changed by whoever uses the cache, and is placed again.
         """
@@ -83,7 +85,8 @@ class Slots:
             newest.cache.set_aside()
             newest.owner = None
             slots = [newest]
-        return self._used(next((slot for slot in slots if slot.cache is self.latest), _longest_unused(slots))).cache
+        preferred = [slot for slot in slots if slot.cache is self.latest and not keeps_latest]
+        return self._used((preferred or [_longest_unused(slots)])[0]).cache
 
     def place(self, owner: object, ticket: int, text: Sequence[int]) -> tuple[Slot, int]:
         """A slot for ``owner``, and the tokens of ``text`` that it holds already. One of the slots must be idle.

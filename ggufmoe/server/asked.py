@@ -20,6 +20,8 @@ from ggufmoe.server.told_routing import RoutingKind
 
 _MAX_CHOICES = 64
 _MAX_STOPS = 16
+_MAX_TEXTS = 2048
+"""Of one request for embeddings, as OpenAI takes them."""
 _NOT_BY_NAME = frozenset({"n_predict", "grammar_file", "json_schema_file", "logit_bias", "logprobs"})
 """Fields of ``SamplingOptions`` that clients cannot set by that name: they have another one, or name a file."""
 
@@ -209,6 +211,16 @@ class CompletionRequest(GenerationFields):
         super().check()
         if self.best_of not in (None, self.n):
             raise invalid("best_of must be n: this server does not choose among answers", "best_of")
+
+
+class EmbeddingsRequest(AskedObject):
+    """The body of ``/v1/embeddings``."""
+
+    input: Annotated[list[str | TokenIds], BeforeValidator(_as_prompts), Field(min_length=1, max_length=_MAX_TEXTS)]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
 
 
 class TokenizeRequest(AskedObject):

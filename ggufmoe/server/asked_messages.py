@@ -23,7 +23,7 @@ def joined_text(content: Any, keys: Mapping[str, str]) -> Any:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in keys:
+        if not isinstance(kind, str) or kind not in keys:
             known = next(iter(keys))
             raise ValueError(f"a part must be of type {known} (images, audio and files are not read); found {kind!r}")
         text = part.get(keys[kind])

@@ -99,9 +99,9 @@ def _variables(chat_format: ChatFormat, asked: ChatCompletionRequest) -> dict[st
         raise invalid(f"reasoning_effort{str(error)[str(error).index(' ') :]}", "reasoning_effort") from error
 
 
-def check_room(engine: EngineLike, n_tokens: int, param: str) -> None:
+def check_room(engine: EngineLike, n_tokens: int, param: str, *, may_cut: bool = True) -> None:
     """Raise ApiError for a prompt of ``n_tokens`` that leaves no room for an answer and may not be cut."""
-    if engine.overflow == "error" and n_tokens >= engine.n_ctx:
+    if n_tokens >= engine.n_ctx and not (may_cut and engine.overflow != "error"):
         message = f"the prompt has {n_tokens} tokens and the context holds {engine.n_ctx}: shorten it"
         raise invalid(message, param, "context_length_exceeded")
 

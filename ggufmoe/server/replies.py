@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from ggufmoe.runtime.asyncstream import call_async
 from ggufmoe.server.answers import Completion, side_by_side
 from ggufmoe.server.apierror import ApiError, api_error_of
 from ggufmoe.work import CancelFlag
@@ -54,51 +57,99 @@ class Admission:
             self.n_under_way -= n
 
 
-class CompletionReply:
-    """An ASGI response: makes a completion, computes it and sends it.
+@dataclass(frozen=True)
+class RequestLimits:
+    """What a request may take: its time, and places among the answers that wait or are under way."""
+
+    admission: Admission
+    n_places: int
+    timeout_s: float
+
+
+class ComputedReply(ABC):
+    """An ASGI response that is computed: it ends when its client leaves or its time is over.
+
+    ``on_error`` gets each error.
+    """
+
+    def __init__(self, limits: RequestLimits, on_error: Callable[[Exception], None]) -> None:
+        self._limits = limits
+        self._on_error = on_error
+        self._has_begun = False
+        """Whether the response has a status."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request whose body has been read."""
+        timeout_s = self._limits.timeout_s
+        try:
+            with self._limits.admission.places(self._limits.n_places):
+                await unless_left(receive, asyncio.wait_for(self._answer(scope, receive, send), timeout_s))
+        except Exception as error:
+            self._on_error(error)
+            if isinstance(error, asyncio.TimeoutError):
+                error = ApiError(504, f"the request was not answered within {timeout_s:g} s (--timeout)")
+            told = api_error_of(error)
+            if not self._has_begun:
+                await told.response()(scope, receive, send)
+            elif (end := self._end_after(told)) is not None:
+                await send({"type": "http.response.body", "body": end, "more_body": False})
+            else:
+                raise
+
+    @abstractmethod
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Compute and send the response."""
+
+    def _end_after(self, error: ApiError) -> bytes | None:
+        """What a response that has begun ends with after ``error``; None if nothing can be said any more."""
+        del error
+        return None
+
+
+class ObjectReply(ComputedReply):
+    """The JSON object that ``work`` gives.
+
+    It is called in a thread of its own, with a flag that is set when nobody wants its result any more.
+    """
+
+    def __init__(
+        self, work: Callable[[CancelFlag], dict[str, Any]], limits: RequestLimits, on_error: Callable[[Exception], None]
+    ) -> None:
+        super().__init__(limits, on_error)
+        self._work = work
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = await call_async(self._work)  # long work must not keep the threads that others need to begin
+        self._has_begun = True
+        await JSONResponse(found)(scope, receive, send)
+
+
+class CompletionReply(ComputedReply):
+    """A completion that ``make`` makes, as one object or a stream.
 
     ``make`` is called in a thread, with a flag that is set when nobody wants its result any more. ``on_end`` gets the
-    completion when it has been computed, ``on_error`` each error.
+    completion when it has been computed.
     """
 
     def __init__(
         self,
         make: Callable[[CancelFlag], Completion],
+        limits: RequestLimits,
         *,
-        n_answers: int,
         stream: bool,
-        timeout_s: float,
-        admission: Admission,
         on_end: Callable[[Completion], None],
         on_error: Callable[[Exception], None],
     ) -> None:
+        super().__init__(limits, on_error)
         self._make = make
-        self._n_answers = n_answers
         self._stream = stream
-        self._timeout_s = timeout_s
-        self._admission = admission
         self._on_end = on_end
-        self._on_error = on_error
         self._completion: Completion | None = None
-        self._has_begun = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request whose body has been read."""
-        try:
-            with self._admission.places(self._n_answers):
-                await unless_left(receive, asyncio.wait_for(self._answer(scope, receive, send), self._timeout_s))
-        except Exception as error:
-            self._on_error(error)
-            if isinstance(error, asyncio.TimeoutError):
-                error = ApiError(504, f"the request was not answered within {self._timeout_s:g} s (--timeout)")
-            told = api_error_of(error)
-            if not self._has_begun:
-                await told.response()(scope, receive, send)
-            elif self._stream and self._completion is not None:
-                body = _event(self._completion.failed(told), is_named=self._completion.has_named_events)
-                await send({"type": "http.response.body", "body": body, "more_body": False})
-            else:
-                raise
+    def _end_after(self, error: ApiError) -> bytes | None:
+        if not self._stream or self._completion is None:
+            return None
+        return _event(self._completion.failed(error), is_named=self._completion.has_named_events)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_over = threading.Event()

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ggufmoe.errors import TemplateError
 from ggufmoe.runtime.events import Finished, Reasoning, Timing, Token, ToolCallArguments, ToolCallBegun
 from ggufmoe.server.answers import AnswerEvent, Completion, Start, timings_of, usage_of
-from ggufmoe.server.apierror import ApiError
+from ggufmoe.server.apierror import ApiError, invalid
 from ggufmoe.server.asked_responses import LOGPROBS, ResponsesRequest
 from ggufmoe.server.chat_completions import ChatAnswers, chat_answers
 from ggufmoe.server.modelhost import ServedModel
@@ -48,6 +49,8 @@ def response(served: ServedModel, asked: ResponsesRequest, model: str, cancel: C
     except ApiError as error:
         error.param = _PARAMS.get(error.param or "", error.param)
         raise
+    except TemplateError as error:
+        raise invalid(str(error), "input") from error
 
 
 @dataclass
@@ -83,11 +86,13 @@ class _OutputItem:
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": list(self.logprobs)}
 
     def to_dict(self) -> dict[str, Any]:
-        head = {"id": self.id, "type": self.kind, "status": self.status}
+        head: dict[str, Any] = {"id": self.id, "type": self.kind, "status": self.status}
         if self.kind == "function_call":
             return head | {"call_id": self.call_id, "name": self.name, "arguments": self.text}
         content = [self.part()] if self.parts or self.status != "in_progress" else []
-        return head | ({"summary": []} if self.kind == "reasoning" else {"role": "assistant"}) | {"content": content}
+        if self.kind == "reasoning":
+            return head | {"summary": [], "content": content}
+        return head | {"role": "assistant", "content": content}
 
 
 class _Response:

@@ -44,21 +44,33 @@ def text_completion(
     check_routing(engine, asked.routing_kind)
     n_predict = _DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
     sampling = asked.sampling(asked.logprobs, n_predict)
-    prompts = [_tokens(engine, prompt, cancel) for prompt in asked.prompt]
+    prompts = [checked_tokens(engine, prompt, "prompt", cancel) for prompt in asked.prompt]
     return _TextCompletion(engine, asked, model, prompts, sampling)
 
 
-def _tokens(engine: EngineLike, prompt: str | list[int], cancel: CancelFlag | None) -> list[int]:
-    if isinstance(prompt, str):
-        must_fit = engine.overflow == "error" and len(prompt) > EXACT_CHARS
-        tokens = engine.tokenize(prompt, parse_special=True, must_fit=must_fit, cancel=cancel)
+def checked_tokens(
+    engine: EngineLike,
+    text: str | list[int],
+    param: str,
+    cancel: CancelFlag | None,
+    *,
+    parse_special: bool = True,
+    may_cut: bool = True,
+) -> list[int]:
+    """The tokens of ``text``, which is the field ``param`` of a request. Raises ApiError if they cannot be computed.
+
+    ``may_cut``: whether a text that is too long is cut, where the server does that.
+    """
+    if isinstance(text, str):
+        must_fit = len(text) > EXACT_CHARS and not (may_cut and engine.overflow != "error")
+        tokens = engine.tokenize(text, parse_special=parse_special, must_fit=must_fit, cancel=cancel)
     else:
-        tokens = prompt
+        tokens = text
         if wrong := [token for token in tokens if token >= engine.n_vocab]:
-            raise invalid(f"the model has {engine.n_vocab} tokens and none with the id {wrong[0]}", "prompt")
+            raise invalid(f"the model has {engine.n_vocab} tokens and none with the id {wrong[0]}", param)
     if not tokens:
-        raise invalid("the prompt is empty: there is nothing to continue", "prompt")
-    check_room(engine, len(tokens), "prompt")
+        raise invalid("the prompt is empty: there is nothing to continue", param)
+    check_room(engine, len(tokens), param, may_cut=may_cut)
     return tokens
 
 

@@ -26,16 +26,18 @@ from ggufmoe.server.asked import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingsRequest,
     SamplingFields,
     TokenizeRequest,
 )
 from ggufmoe.server.asked_responses import ResponsesRequest
 from ggufmoe.server.bodies import read_object, validated
 from ggufmoe.server.chat_completions import chat_completion
+from ggufmoe.server.embeddings import embeddings
 from ggufmoe.server.guard import Guard
 from ggufmoe.server.metrics import Metrics
 from ggufmoe.server.modelhost import ModelHost
-from ggufmoe.server.replies import Admission, CompletionReply
+from ggufmoe.server.replies import Admission, CompletionReply, ObjectReply, RequestLimits
 from ggufmoe.server.responses import response
 from ggufmoe.server.text_completions import text_completion
 
@@ -58,6 +60,7 @@ def web_app(host: ModelHost, model: str, options: ServerOptions, keys: tuple[str
             Route("/v1/chat/completions", endpoints.chat_completions, methods=["POST"]),
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
             Route("/v1/responses", endpoints.responses, methods=["POST"]),
+            Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
             Route("/tokenize", endpoints.tokenize, methods=["POST"]),
             Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         ],
@@ -169,12 +172,23 @@ class _Endpoints:
         served = self._host.served()
         return CompletionReply(
             lambda cancel: make(served, cancel=cancel),
-            n_answers=n_answers,
+            self._limits(n_answers),
             stream=asked.stream,
-            timeout_s=self._options.timeout,
-            admission=self._admission,
             on_end=lambda completion: self.metrics.count_answers(completion.timings()),
             on_error=lambda error: self._host.check(served.engine, error),
+        )
+
+    def _limits(self, n_places: int) -> RequestLimits:
+        return RequestLimits(self._admission, n_places, self._options.timeout)
+
+    async def embeddings(self, request: Request) -> ObjectReply:
+        asked = validated(EmbeddingsRequest, await read_object(request))
+        self._check_model(asked.model)
+        engine = self._host.served().engine
+        return ObjectReply(
+            lambda cancel: embeddings(engine, asked, self._model, cancel),
+            self._limits(1),
+            lambda error: self._host.check(engine, error),
         )
 
     async def tokenize(self, request: Request) -> Response:

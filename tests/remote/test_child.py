@@ -242,7 +242,7 @@ def test_help_says_what_every_member_is_for(kind: type) -> None:
 
 
 def test_both_engines_take_every_call_of_the_public_one() -> None:
-    only_public = {"generate_async", "metadata"}  # made of the others
+    only_public = {"embed_async", "generate_async", "metadata"}  # made of the others
     only_local = {"activity", "wait_until_free"}  # for the child's side of a ChildEngine
     attributes = {"path", "header", "placement", "n_ctx", "n_vocab", "n_ctx_train"}  # set by their constructors
     assert public(LocalEngine) - only_local == public(Engine) - only_public - attributes
@@ -576,6 +576,7 @@ def test_many_threads_ask_one_engine(remote_story: Engine) -> None:
 def test_routing_is_traced_where_it_is_computed(model: Path, workers: tuple[Worker, Worker]) -> None:
     with Engine(model, SMALL, OffloadOptions(device="none")) as plain:
         expected = trace_routing(plain, TEXT, generate=3)
+        expected_rows = plain.embed([TEXT, [1, 2]])
     with Engine(model, SMALL, OffloadOptions(rpc=workers[0].endpoint)) as engine:
         steps: list[Progress] = []
         found = trace_routing(engine, TEXT, generate=3, on_progress=steps.append)
@@ -583,7 +584,10 @@ def test_routing_is_traced_where_it_is_computed(model: Path, workers: tuple[Work
         with pytest.raises(EngineError, match="RoutingTracer needs an engine without --rpc"):
             RoutingTracer(engine)
         told = next(iter(engine.generate(found.token_ids[: found.n_prompt], GREEDY, routing=True)))
+        rows = engine.embed([TEXT, [1, 2]])
     assert isinstance(told, RoutedToken)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(rows, expected_rows, atol=0.02)
     assert told.expert_weights == pytest.approx(found.mean_weights()[found.n_prompt - 1], abs=1e-3)
     assert (found.token_ids, found.texts) == (expected.token_ids, expected.texts)
     assert found.probabilities == pytest.approx(expected.probabilities, abs=0.02)

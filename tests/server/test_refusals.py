@@ -137,7 +137,7 @@ def test_bodies_that_are_refused(talker: httpx.Client, body: bytes, message: str
 
 def test_paths_methods_and_sizes(talker: httpx.Client) -> None:
     for answer, status in (
-        (talker.get("/v1/embeddings"), 404),
+        (talker.get("/v1/files"), 404),
         (talker.get("/v1/../../etc/passwd"), 404),
         (talker.get("/v1/chat/completions"), 405),
         (talker.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1)), 413),

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from ggufmoe import Engine
 from ggufmoe.errors import EngineLostError
 from ggufmoe.runtime.events import Event, Token
+from ggufmoe.server.asked_responses import ResponsesRequest
+from ggufmoe.server.bodies import validated
 from ggufmoe.work import OnProgress
 from tests.scripted import Scripted
 from tests.server.running import PLAIN, TALKER, loading, serving
@@ -123,7 +125,7 @@ def test_a_tool_is_called_and_its_result_goes_back(library: Any) -> None:
     assert "weather" in create(library, tools=[TOOL], tool_choice="none", extra_body=ending(" call")).output_text
 
 
-def test_what_the_conversation_becomes(write_model: Callable[[Scripted], Path]) -> None:
+def test_what_the_conversation_becomes() -> None:
     call = {"type": "function_call", "name": "clock", "arguments": "{}"}
     items = [
         {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
@@ -134,15 +136,15 @@ def test_what_the_conversation_becomes(write_model: Callable[[Scripted], Path]) 
         {"role": "assistant", "content": [{"type": "output_text", "text": "It is", "annotations": []}]},
         {"role": "assistant", "content": "noon"},
     ]
-    shown = "{{ raise_exception(messages | tojson) }}{% if reasoning_content or tools or tool_calls %}{% endif %}"
-    with serving(loading(write_model(Scripted(chat_template=shown)))) as (client, _):
-        refused = client.post("/v1/responses", json={"input": items, "instructions": "Be brief"})
-    error = refused.json()["error"]
-    assert (refused.status_code, error["param"]) == (400, "input")
-    told = json.loads(error["message"][error["message"].index("[{") : error["message"].rindex("]") + 1])
-    assert [message["role"] for message in told] == ["system", "assistant", "tool", "assistant", "assistant"]
-    assert (told[1]["content"], told[1]["reasoning_content"]) == ("Let me see", "Hm")
-    assert [message["content"] for message in told[2:]] == ["noon", "It is", "noon"]
+    told = validated(ResponsesRequest, {"input": items, "instructions": "Be brief"}).to_chat().messages
+    assert [message.role for message in told] == ["system", "assistant", "tool", "assistant", "assistant"]
+    assert (told[1].content, told[1].reasoning_content) == ("Let me see", "Hm")
+    assert [(call.id, call.function.name) for call in told[1].tool_calls or ()] == [("a", "clock"), ("b", "clock")]
+    assert [(message.content, message.tool_call_id) for message in told[2:]] == [
+        ("noon", "a"),
+        ("It is", None),
+        ("noon", None),
+    ]
 
 
 class Number(BaseModel):
