@@ -10,7 +10,8 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
 
 from ggufmoe import Engine
 from ggufmoe.errors import EngineLostError
@@ -123,6 +124,24 @@ def test_a_tool_is_called_and_its_result_goes_back(library: Any) -> None:
     one = create(library, tools=[TOOL], tool_choice=named, max_output_tokens=300)
     assert one.output[0].name == "weather"
     assert "weather" in create(library, tools=[TOOL], tool_choice="none", extra_body=ending(" call")).output_text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"include": ["message.output_text.logprobs"], "max_output_tokens": 1},
+        THINKING,
+        {"tools": [TOOL], **ending(" call")},
+    ],
+)
+def test_every_object_has_the_documented_fields(talker: httpx.Client, fields: dict[str, Any]) -> None:
+    """OpenAI's client takes what it gets; its types validate when they are asked to."""
+    kinds: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    body = {"input": " hello", "temperature": 0, **fields}
+    Response.model_validate(talker.post("/v1/responses", json=body).json())
+    for event in talker.post("/v1/responses", json={**body, "stream": True}).text.strip().split("\n\n"):
+        name, data = event.split("\n")
+        assert kinds.validate_json(data.removeprefix("data: ")).type == name.removeprefix("event: ")
 
 
 def test_what_the_conversation_becomes() -> None:
