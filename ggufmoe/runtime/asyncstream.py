@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from typing import Generic, TypeVar
 
 from ggufmoe.work import CancelFlag
@@ -27,11 +28,20 @@ async def read_async(
     Exceptions of ``start`` and of the iterator are raised here. When this ends, also by ``aclose`` or because the task
     was cancelled, that iterator has been closed.
     """
+    async with aclosing(read_batches(start, cancel)) as batches:
+        async for events in batches:
+            for event in events:
+                yield event
+
+
+async def read_batches(
+    start: Callable[[CancelFlag], Iterator[EventT]], cancel: CancelFlag | None = None
+) -> AsyncGenerator[list[EventT], None]:
+    """The same, with all events at once that came since the last ones were taken: a list of one or more."""
     pump = _Pump(start, cancel, asyncio.get_running_loop())
     try:
         while (events := await pump.take()) is not None:
-            for event in events:
-                yield event
+            yield events
     finally:
         await pump.stop()
 

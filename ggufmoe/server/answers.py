@@ -8,12 +8,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ggufmoe.runtime.asyncstream import read_async
+from ggufmoe.runtime.asyncstream import read_batches
 from ggufmoe.runtime.events import ChatEvent, Finished, Timing, Token
 from ggufmoe.server.apierror import ApiError
 from ggufmoe.work import CancelFlag
 
-_MAX_UNREAD = 32
+_MAX_UNREAD_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,32 @@ class Completion(Protocol):
         ...
 
 
-async def side_by_side(starts: Sequence[Start]) -> AsyncGenerator[tuple[int, AnswerEvent], None]:
-    """The events of all answers as they come, each with the number of its answer; closing it ends them all."""
-    arrived: asyncio.Queue[tuple[int, AnswerEvent] | Exception | None] = asyncio.Queue(_MAX_UNREAD)
+Batches = AsyncGenerator[tuple[int, Sequence[AnswerEvent]], None]
+
+
+async def side_by_side(starts: Sequence[Start]) -> Batches:
+    """The events of all answers as they come, each time those of one answer with its number; closing it ends them all.
+
+    Events that came while others were being sent come together, so that a fast model does not wait for its streams.
+    """
+    if len(starts) == 1:
+        async with aclosing(read_batches(starts[0])) as batches:
+            async for events in batches:
+                yield 0, events
+        return
+    async with aclosing(_several(starts)) as together:
+        async for batch in together:
+            yield batch
+
+
+async def _several(starts: Sequence[Start]) -> Batches:
+    arrived: asyncio.Queue[tuple[int, Sequence[AnswerEvent]] | Exception | None] = asyncio.Queue(_MAX_UNREAD_BATCHES)
 
     async def read(index: int, start: Start) -> None:
         try:
-            async with aclosing(read_async(start)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    await arrived.put((index, event))
+            async with aclosing(read_batches(start)) as batches:
+                async for events in batches:
+                    await arrived.put((index, events))
         except Exception as error:
             await arrived.put(error)
         else:

@@ -160,9 +160,10 @@ class CompletionReply(ComputedReply):
         if self._stream:
             await self._send_stream(completion, send)
             return
-        async with aclosing(side_by_side(completion.starts)) as events:
-            async for index, event in events:
-                completion.chunks(index, event)
+        async with aclosing(side_by_side(completion.starts)) as batches:
+            async for index, events in batches:
+                for event in events:
+                    completion.chunks(index, event)
         self._on_end(completion)
         self._has_begun = True
         await JSONResponse(completion.whole())(scope, receive, send)
@@ -178,21 +179,25 @@ class CompletionReply(ComputedReply):
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _parts(self, completion: Completion) -> AsyncGenerator[bytes, None]:
-        is_first, event_of = True, partial(_event, is_named=completion.has_named_events)
-        async with aclosing(side_by_side(completion.starts)) as events:
-            async for index, event in events:
-                objects = (completion.opening() if is_first else []) + completion.chunks(index, event)
-                is_first = False
+        objects, event_of = completion.opening(), partial(_event, is_named=completion.has_named_events)
+        async with aclosing(side_by_side(completion.starts)) as batches:
+            async for index, events in batches:
+                for event in events:
+                    objects += completion.chunks(index, event)
                 if objects:
                     yield b"".join(map(event_of, objects))
+                objects = []
         self._on_end(completion)
         if closing := completion.closing():
             yield b"".join(map(event_of, closing))
 
 
+_encoded = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _event(content: dict[str, Any], *, is_named: bool) -> bytes:
     head = f"event: {content['type']}\n" if is_named else ""
-    return f"{head}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {_encoded(content)}\n\n".encode()
 
 
 async def _with_pauses(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
