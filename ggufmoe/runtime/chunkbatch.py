@@ -61,6 +61,54 @@ class TokenBatch:
         return int(self._api.llama_decode(context, self.native))
 
 
+class StepBatch:
+    """A ``llama_batch`` whose memory is used for one batch after another: nothing is made between two tokens.
+
+    It holds up to ``capacity`` tokens: ``add`` them, then ``decode``, which leaves it empty.
+    """
+
+    def __init__(self, api: Any, capacity: int) -> None:
+        self._api = api
+        self._tokens, self._positions, self._sequences = (np.zeros(capacity, np.int32) for _ in range(3))
+        self._wanted: NDArray[np.int8] = np.zeros(capacity, np.int8)
+        n_ids, place = np.ones(capacity, np.int32), self._sequences.ctypes.data
+        pointers = np.arange(capacity, dtype=np.uintp) * np.uintp(self._sequences.itemsize) + np.uintp(place)
+        self._alive = (n_ids, pointers)
+        self._native = api.llama_batch(
+            n_tokens=0,
+            token=_pointer(self._tokens, ctypes.c_int32),
+            pos=_pointer(self._positions, ctypes.c_int32),
+            n_seq_id=_pointer(n_ids, ctypes.c_int32),
+            seq_id=_pointer(pointers, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(self._wanted, ctypes.c_int8),
+        )
+
+    def __len__(self) -> int:
+        return int(self._native.n_tokens)
+
+    @property
+    def wanted(self) -> NDArray[np.int8]:
+        """For each token, whether logits are computed after it: 0 or 1."""
+        return np.array(self._wanted[: len(self)])
+
+    def add(self, tokens: Sequence[int], position: int, sequence: int, *, wants_logits: bool) -> None:
+        """Add ``tokens`` of ``sequence``, the first at ``position``; logits are computed after the last if wanted."""
+        begin, n = len(self), len(tokens)
+        end = begin + n
+        self._tokens[begin:end] = tokens
+        self._positions[begin:end] = range(position, position + n)
+        self._sequences[begin:end] = sequence
+        self._wanted[begin:end] = 0
+        self._wanted[end - 1] = wants_logits
+        self._native.n_tokens = end
+
+    def decode(self, context: Any) -> int:
+        """Run ``llama_decode`` on the batch and return its status code; 0 is success."""
+        status = int(self._api.llama_decode(context, self._native))
+        self._native.n_tokens = 0
+        return status
+
+
 class SideBySide(TokenBatch):
     """A batch in which each of ``pieces`` continues a sequence of its own at position ``begin``.
 

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from ggufmoe.runtime.chunkbatch import TokenBatch
+from ggufmoe.runtime.chunkbatch import StepBatch
 from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache
 
 _TURN_TOKENS = 16
@@ -55,8 +53,8 @@ class Slots:
     """The slots of one context; ``caches`` has the KV cache of each sequence, which have ``shared`` in common."""
 
     def __init__(self, api: Any, caches: Sequence[KVCache], shared: ContextState) -> None:
-        self._api = api
         self._shared = shared
+        self._batch = StepBatch(api, caches[0].n_batch)
         self._slots = [Slot(cache, sequence) for sequence, cache in enumerate(caches)]
         self._n_uses = 0
         self.latest: KVCache = caches[0]
@@ -192,28 +190,21 @@ class Slots:
 
         Then the ``row`` of each cache is that of its last token. After a failure each cache says what it holds.
         """
+        rows = []
+        for part in parts:
+            position = len(part.slot.cache.tokens)
+            self._batch.add(part.tokens, position, part.slot.sequence, wants_logits=part.wants_logits)
+            rows.append(len(self._batch) - 1)
         sizes = [len(part.tokens) for part in parts]
-        ends = np.cumsum(sizes)
-        wanted = np.zeros(int(ends[-1]), np.int8)
-        wanted[ends - 1] = [part.wants_logits for part in parts]
-        held = [len(part.slot.cache.tokens) for part in parts]
-        positions = [np.arange(n_held, n_held + n, dtype=np.int32) for n_held, n in zip(held, sizes, strict=True)]
-        batch = TokenBatch(
-            self._api,
-            tokens=np.concatenate([np.asarray(part.tokens, np.int32) for part in parts]),
-            positions=np.concatenate(positions),
-            sequences=np.repeat(np.array([part.slot.sequence for part in parts], np.int32), sizes),
-            wanted=wanted,
-        )
-        self.latest.begin_batch(len(wanted), sizes, wanted)
-        status = batch.decode(self.latest.context)
+        self.latest.begin_batch(len(self._batch), sizes, self._batch.wanted)
+        status = self._batch.decode(self.latest.context)
         self._shared.n_returned += 1
-        for part, end in zip(parts, ends.tolist(), strict=True):
+        for part, row in zip(parts, rows, strict=True):
             if status:
                 part.slot.cache.take_rest(part.tokens, status)
             else:
                 part.slot.cache.tokens += part.tokens
-                part.slot.cache.row = end - 1
+                part.slot.cache.row = row
         if not status:
             self._shared.shift_pending = False
         return status

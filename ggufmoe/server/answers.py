@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,26 +61,48 @@ class Completion(Protocol):
         ...
 
 
-Batches = AsyncGenerator[tuple[int, Sequence[AnswerEvent]], None]
+Batch = tuple[int, Sequence[AnswerEvent]]
+"""Events of one answer that came together, after its number."""
 
 
-async def side_by_side(starts: Sequence[Start]) -> Batches:
-    """The events of all answers as they come, each time those of one answer with its number; closing it ends them all.
+@asynccontextmanager
+async def begun(
+    make: Callable[[CancelFlag], Completion],
+) -> AsyncIterator[tuple[Completion, AsyncGenerator[Batch, None]]]:
+    """The completion that ``make`` gives, and the events of its answers as they come; leaving the block ends them all.
 
-    Events that came while others were being sent come together, so that a fast model does not wait for its streams.
+    ``make`` is called in a thread, with a flag that is set when nobody wants its result any more. An answer that is
+    alone is read in the same thread: its first token does not wait for another one.
     """
-    if len(starts) == 1:
-        async with aclosing(read_batches(starts[0])) as batches:
-            async for events in batches:
-                yield 0, events
+
+    def work(cancel: CancelFlag) -> Iterator[Any]:
+        completion = make(cancel)
+        yield completion
+        if len(completion.starts) == 1:
+            yield from completion.starts[0](cancel)
+
+    async with aclosing(read_batches(work)) as items:
+        completion, *first = await anext(items)
+        async with aclosing(_batches(completion, first, items)) as batches:
+            yield completion, batches
+
+
+async def _batches(
+    completion: Any, first: list[Any], items: AsyncGenerator[list[Any], None]
+) -> AsyncGenerator[Batch, None]:
+    if len(completion.starts) > 1:
+        async with aclosing(_side_by_side(completion.starts)) as batches:
+            async for batch in batches:
+                yield batch
         return
-    async with aclosing(_several(starts)) as together:
-        async for batch in together:
-            yield batch
+    if first:
+        yield 0, first
+    async for events in items:
+        yield 0, events
 
 
-async def _several(starts: Sequence[Start]) -> Batches:
-    arrived: asyncio.Queue[tuple[int, Sequence[AnswerEvent]] | Exception | None] = asyncio.Queue(_MAX_UNREAD_BATCHES)
+async def _side_by_side(starts: Sequence[Start]) -> AsyncGenerator[Batch, None]:
+    arrived: asyncio.Queue[Batch | Exception | None] = asyncio.Queue(_MAX_UNREAD_BATCHES)
 
     async def read(index: int, start: Start) -> None:
         try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -19,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from ggufmoe.runtime.asyncstream import call_async
-from ggufmoe.server.answers import Completion, side_by_side
+from ggufmoe.server.answers import Batch, Completion, begun
 from ggufmoe.server.apierror import ApiError, api_error_of
 from ggufmoe.work import CancelFlag
 
@@ -152,15 +151,11 @@ class CompletionReply(ComputedReply):
         return _event(self._completion.failed(error), is_named=self._completion.has_named_events)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_over = threading.Event()
-        try:
-            self._completion = completion = await asyncio.to_thread(self._make, is_over)
-        finally:
-            is_over.set()
-        if self._stream:
-            await self._send_stream(completion, send)
-            return
-        async with aclosing(side_by_side(completion.starts)) as batches:
+        async with begun(self._make) as (completion, batches):
+            self._completion = completion
+            if self._stream:
+                await self._send_stream(completion, batches, send)
+                return
             async for index, events in batches:
                 for event in events:
                     completion.chunks(index, event)
@@ -168,8 +163,8 @@ class CompletionReply(ComputedReply):
         self._has_begun = True
         await JSONResponse(completion.whole())(scope, receive, send)
 
-    async def _send_stream(self, completion: Completion, send: Send) -> None:
-        async with aclosing(_with_pauses(self._parts(completion))) as parts:
+    async def _send_stream(self, completion: Completion, batches: AsyncGenerator[Batch, None], send: Send) -> None:
+        async with aclosing(_with_pauses(self._parts(completion, batches))) as parts:
             async for part in parts:
                 if not self._has_begun:
                     self._has_begun = True
@@ -178,15 +173,14 @@ class CompletionReply(ComputedReply):
         end = b"" if completion.has_named_events else b"data: [DONE]\n\n"
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
-    async def _parts(self, completion: Completion) -> AsyncGenerator[bytes, None]:
+    async def _parts(self, completion: Completion, batches: AsyncGenerator[Batch, None]) -> AsyncGenerator[bytes, None]:
         objects, event_of = completion.opening(), partial(_event, is_named=completion.has_named_events)
-        async with aclosing(side_by_side(completion.starts)) as batches:
-            async for index, events in batches:
-                for event in events:
-                    objects += completion.chunks(index, event)
-                if objects:
-                    yield b"".join(map(event_of, objects))
-                objects = []
+        async for index, events in batches:
+            for event in events:
+                objects += completion.chunks(index, event)
+            if objects:
+                yield b"".join(map(event_of, objects))
+            objects = []
         self._on_end(completion)
         if closing := completion.closing():
             yield b"".join(map(event_of, closing))

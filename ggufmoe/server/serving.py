@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -25,6 +26,38 @@ _WATCH_S = 0.1
 _SEND_BUFFER_BYTES = 64 * 1024
 
 
+class _JoinedWrites:
+    """A transport that sends together what is written in one turn of the event loop: head and first part of a stream.
+
+    Each call of the system costs more than the writes themselves.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` when the event loop's turn ends."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
+
+    def close(self) -> None:
+        """Send what was written, and close."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            data = b"".join(self._waiting)
+            self._waiting.clear()
+            self._transport.write(data)
+
+
 class _Connection(H11Protocol):
     """A connection that is closed when it has been without a complete request for one to two times uvicorn's
     ``timeout_keep_alive``.
@@ -33,7 +66,7 @@ class _Connection(H11Protocol):
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _JoinedWrites(transport, self.loop)))
         self._seen: object = self
         self._look = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
 
