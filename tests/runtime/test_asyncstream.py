@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from ggufmoe.runtime.asyncstream import read_async
+from ggufmoe.runtime.asyncstream import read_async, read_batches
 from ggufmoe.runtime.events import Event, Token
 from ggufmoe.work import CancelFlag
 
@@ -71,3 +72,23 @@ def test_an_error_at_the_end_is_raised() -> None:
 
     with pytest.raises(ValueError, match="at the end"):
         asyncio.run(read())
+
+
+def test_events_that_came_meanwhile_are_taken_at_once() -> None:
+    all_given = threading.Event()
+
+    def start(flag: CancelFlag) -> Iterator[Event]:
+        del flag
+        for number in range(5):
+            yield Token(str(number), 1)
+        all_given.set()
+
+    async def read() -> list[list[Event]]:
+        batches = read_batches(start)
+        found = [await anext(batches)]
+        await asyncio.to_thread(all_given.wait)
+        return found + [events async for events in batches]
+
+    found = asyncio.run(read())
+    assert "".join(event.text for events in found for event in events) == "01234"
+    assert len(found) <= 2
