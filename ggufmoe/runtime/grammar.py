@@ -27,6 +27,9 @@ _MAX_SCHEMA_COUNT = 400
 """llama.cpp turns a count in a schema into brackets that are nested as deep."""
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 
+_TEXT_CLASS = r'[^"\\\x7F\x00-\x1F]'
+"""Characters that stand for themselves in a string of JSON, as a class of GBNF."""
+
 _NAME = re.compile(r"[A-Za-z0-9-]+")
 _SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_AND_LINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
@@ -78,13 +81,55 @@ def gbnf_of_schema(schema: str) -> str:
     for key, value in _pairs(content):
         _check_pair(key, value)
     native.require_bindings("a JSON schema")
-    from llama_cpp import llama_grammar
-
     try:
-        return str(llama_grammar.json_schema_to_gbnf(schema))
+        return _converted(content)
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         raise InputError(f"the JSON schema cannot be followed: {kind}{error}") from error
+
+
+def _converted(schema: dict[str, Any]) -> str:
+    """The grammar of a JSON schema, by llama-cpp-python's converter with five faults mended.
+
+    Its strings let control characters through, which JSON forbids; its ``.`` and negated classes in a pattern let
+    quotation marks through, which end the string; a backslash in a constant is not escaped; of two definitions in
+    different places whose last names are equal, it uses one for both; and definitions beside a ``$ref`` are not found.
+    """
+    from llama_cpp import llama_grammar
+
+    class Converter(llama_grammar.SchemaConverter):  # type: ignore[misc]
+        def _format_literal(self, literal: str) -> str:
+            escaped = re.sub(r'[\\"]', r"\\\g<0>", literal).replace("\n", r"\n").replace("\r", r"\r")
+            return f'"{escaped}"'
+
+        def _visit_pattern(self, pattern: str, name: str) -> Any:
+            harmless = re.sub(r"\\.|\[\^", lambda found: found[0].replace("[^", _TEXT_CLASS[:-1]), pattern)
+            return super()._visit_pattern(harmless, name)
+
+        def _resolve_ref(self, ref: str) -> str:
+            if ref not in names:
+                names[ref] = f"json-ref-{len(names)}"
+                self._add_rule(names[ref], self.visit(self._refs[ref], f"{names[ref]}-is"))
+            return names[ref]
+
+    names: dict[str, str] = {}
+    converter = Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+    converter._refs = {value: _found(schema, value) for key, value in _pairs(schema) if key == "$ref"}
+    converter.visit(schema, "")
+    rules = converter._rules
+    if "char" in rules:
+        rules["char"] = rules["char"].replace(r'[^"\\]', _TEXT_CLASS)
+    if "dot" in rules:
+        rules["dot"] = _TEXT_CLASS
+    return str(converter.format_grammar())
+
+
+def _found(schema: Any, ref: str) -> Any:
+    """The part of ``schema`` that ``ref`` (#/...) names. Raises LookupError, or ValueError for a place in a list."""
+    for part in ref[2:].split("/"):
+        part = part.replace("~1", "/").replace("~0", "~")
+        schema = schema[int(part)] if isinstance(schema, list) else schema[part]
+    return schema
 
 
 def _pairs(content: Any) -> Iterator[tuple[str, Any]]:

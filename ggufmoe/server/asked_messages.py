@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ggufmoe.runtime.messages import Message, Role, Tool, ToolCall
 
@@ -68,6 +68,15 @@ class AskedMessage(AskedObject):
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> AskedMessage:
+        says_else = self.role == "assistant" and (self.tool_calls or self.refusal or self.reasoning_content)
+        if self.content is None and not says_else:
+            raise ValueError(f"a message of the role {self.role} needs content")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of the role tool needs tool_call_id, the id of the call whose result it is")
+        return self
 
     def to_message(self) -> Message:
         """The message of the conversation."""

@@ -178,6 +178,8 @@ class _ChatCompletion:
         self._spelling = answers.spelling
         self.starts = answers.starts
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        if "service_tier" in asked.model_fields_set:
+            self._head["service_tier"] = "default"
         self._choices = [
             _ChatChoice(not asked.parallel_tool_calls, told_routing(asked.routing_kind, self._spelling))
             for _ in self.starts

@@ -115,3 +115,32 @@ def test_files(tmp_path: Path) -> None:
     assert "root ::=" in (grammar_of(SamplingOptions(json_schema_file=tmp_path / "s.json")) or "")
     with pytest.raises(InputError, match="cannot be read"):
         grammar_of(SamplingOptions(grammar_file=tmp_path / "no"))
+
+
+def test_strings_of_a_schema_hold_no_control_characters(write_model: Callable[[Scripted], Path]) -> None:
+    with Engine(write_model(Scripted({'"': "<0x0A>", "<0x0A>": "\u00e9"})), ONE_THREAD) as engine:
+        for schema in ({"type": "string", "maxLength": 3}, {"type": "string", "pattern": "^.[^x]$"}):
+            options = SamplingOptions(temperature=0, json_schema=json.dumps(schema), n_predict=20)
+            assert isinstance(json.loads(text_of(engine.generate(engine.tokenize(" on"), options))), str)
+
+
+def test_constants_of_a_schema_are_written_as_json(story: Engine) -> None:
+    for value in ('a\n"b"\\', "\u00e9", "a\\n"):
+        options = SamplingOptions(seed=1, json_schema=json.dumps({"const": value}))
+        assert json.loads(text_of(story.generate(story.tokenize(" dice"), options))) == value
+
+
+def test_definitions_of_one_name_in_two_places() -> None:
+    places = {place: {"$defs": {"city": {"enum": [place]}}} for place in ("Oslo", "Bern")}
+    fields = {place: {"$ref": f"#/$defs/{place}/$defs/city"} for place in places}
+    grammar = gbnf_of_schema(json.dumps({"type": "object", "properties": fields, "$defs": places}))
+    rules = dict(line.split(" ::= ", 1) for line in grammar.splitlines())
+    assert {rules[f"json-ref-{n}-is"] for n in range(2)} == {r'"\"Oslo\""', r'"\"Bern\""'}
+
+
+def test_a_schema_that_refers_to_itself(write_model: Callable[[Scripted], Path]) -> None:
+    tree = {"type": "object", "properties": {"left": {"$ref": "#/$defs/tree"}}}
+    options = SamplingOptions(temperature=0, json_schema=json.dumps({"$ref": "#/$defs/tree", "$defs": {"tree": tree}}))
+    with Engine(write_model(Scripted({"<0x7B>": "<0x7D>"})), ONE_THREAD) as engine:
+        assert json.loads(text_of(engine.generate(engine.tokenize(" on"), options))) == {}
+    assert "json-ref-0-is-left ::= json-ref-0\n" in gbnf_of_schema(options.json_schema or "")

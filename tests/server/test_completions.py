@@ -62,6 +62,8 @@ def test_an_answer_as_one_object(talker: httpx.Client) -> None:
     usage = answer["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (4, 2, 6)
     assert chat(talker)["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert "service_tier" not in answer
+    assert chat(talker, service_tier="auto")["service_tier"] == "default"
     assert answer["timings"]["predicted_n"] == 2
 
 
