@@ -3,6 +3,7 @@
 usage: environment.py PYTHON_OF_THE_ENVIRONMENT [REQUIREMENTS]
 
 With the name of a file of requirements beside this one, installs those alone, and fetches and prints nothing.
+
 The converter comes from the source distribution of the pinned llama-cpp-python, which carries the whole of llama.cpp
 at the pinned commit, and is kept in the user's cache.
 """
