@@ -235,7 +235,7 @@ def _add_to_answer(messages: list[AskedMessage], item: AskedInputMessage | Asked
     last = messages[-1] if messages else None
     is_call = isinstance(item, AskedFunctionCall)
     if last is None or last.role != "assistant" or (not is_call and (last.content is not None or last.tool_calls)):
-        last = AskedMessage(role="assistant")
+        last = AskedMessage.model_construct(role="assistant")  # it gets what it says below
         messages.append(last)
     if isinstance(item, AskedFunctionCall):
         function = AskedCallFunction(name=item.name, arguments=item.arguments)

@@ -218,7 +218,7 @@ def judge(one: Call, asking: Asking) -> Outcome:
         what = f"{error.status_code}: {_message(error)}"
         is_refusal = one.may_refuse and error.status_code in (400, 404, 422, 501)
         return Outcome("refused" if is_refusal else "error", what)
-    except (openai.OpenAIError, httpx.HTTPError, pydantic.ValidationError) as error:
+    except (openai.OpenAIError, httpx.HTTPError, pydantic.ValidationError, RuntimeError) as error:
         return Outcome("error", f"{type(error).__name__}: {error}"[:200])
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
         return Outcome("wrong", f"{type(error).__name__}: {error}"[:200])

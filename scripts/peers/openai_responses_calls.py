@@ -115,13 +115,14 @@ def _(ask: Asking) -> None:
     same(text.strip(), _text(_respond(ask)).strip(), "text without a stream")
 
 
-@call("responses", "the client's own helper for streams")
+@call("responses", "the client's own helper for streams, which parses")
 def _(ask: Asking) -> None:
-    with ask.client.responses.stream(model=ask.model, input=ASKED, temperature=0, max_output_tokens=16) as stream:
-        for _ in stream:
-            pass
+    asked: dict[str, Any] = {"temperature": 0, "max_output_tokens": 100}
+    with ask.client.responses.stream(model=ask.model, input=ASKED, text_format=Weather, **asked) as stream:
+        kinds = {event.type for event in stream}
         final = stream.get_final_response()
-    same(final.output_text, _text(_respond(ask)), "text")
+    expect("response.output_text.delta" in kinds, str(kinds))
+    expect(isinstance(final.output_parsed, Weather), f"parsed: {final.output_parsed!r}")
 
 
 @call("responses", "an asynchronous stream")

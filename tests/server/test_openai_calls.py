@@ -53,7 +53,6 @@ def asked_with(write_model: Callable[[Scripted], Path]) -> Iterator[tuple[Any, A
 
 def test_all_calls_get_what_openai_documents(asked_with: tuple[Any, Any]) -> None:
     module, asked = asked_with
-    calls = [one for one in module.CALLS if one.group not in ("responses", "embeddings")]
-    outcomes = {f"{one.group}: {one.name}": module.judge(one, asked) for one in calls}
-    assert len(outcomes) == len(calls) > 58
+    outcomes = {f"{one.group}: {one.name}": module.judge(one, asked) for one in module.CALLS}
+    assert len(outcomes) == len(module.CALLS) > 58
     assert {name: outcome.what for name, outcome in outcomes.items() if not outcome.is_good} == {}
