@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Generic, TypeVar
 
 from ggufmoe.work import CancelFlag
@@ -28,20 +28,20 @@ async def read_async(
     Exceptions of ``start`` and of the iterator are raised here. When this ends, also by ``aclose`` or because the task
     was cancelled, that iterator has been closed.
     """
-    async with aclosing(read_batches(start, cancel)) as batches:
-        async for events in batches:
+    async with pumped(start, cancel) as pump:
+        while (events := await pump.take()) is not None:
             for event in events:
                 yield event
 
 
-async def read_batches(
+@contextlib.asynccontextmanager
+async def pumped(
     start: Callable[[CancelFlag], Iterator[EventT]], cancel: CancelFlag | None = None
-) -> AsyncGenerator[list[EventT], None]:
-    """The same, with all events at once that came since the last ones were taken: a list of one or more."""
-    pump = _Pump(start, cancel, asyncio.get_running_loop())
+) -> AsyncIterator[EventPump[EventT]]:
+    """The same as a pump, whose ``take`` gives all events at once that have come. It stops at the block's end."""
+    pump = EventPump(start, cancel, asyncio.get_running_loop())
     try:
-        while (events := await pump.take()) is not None:
-            yield events
+        yield pump
     finally:
         await pump.stop()
 
@@ -52,7 +52,7 @@ async def call_async(function: Callable[[CancelFlag], EventT], cancel: CancelFla
         return await anext(found)
 
 
-class _Pump(Generic[EventT]):
+class EventPump(Generic[EventT]):
     """A thread that reads events, and a queue of a few events from it to the event loop."""
 
     def __init__(
@@ -79,8 +79,12 @@ class _Pump(Generic[EventT]):
         """
         return self._stopped or (self._cancel is not None and self._cancel.is_set())
 
-    async def take(self) -> list[EventT] | None:
-        """All events that have arrived, at least one; None after the last. Raises the exception of the iterator."""
+    async def take(self, wait_s: float | None = None) -> list[EventT] | None:
+        """All events that have arrived; an empty list if none came in ``wait_s`` seconds, None after the last.
+
+        Raises the exception of the iterator.
+        """
+        until_s = math.inf if wait_s is None else self._loop.time() + wait_s
         while True:
             with self._lock:
                 self._arrived.clear()
@@ -91,9 +95,14 @@ class _Pump(Generic[EventT]):
                     if self._error is not None:
                         raise self._error
                     return None
-            if taken:
+            if taken or self._loop.time() >= until_s:
                 return taken
-            await self._arrived.wait()
+            alarm = None if wait_s is None else self._loop.call_at(until_s, self._arrived.set)
+            try:
+                await self._arrived.wait()
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
 
     async def stop(self) -> None:
         """Have the thread close the iterator, and wait for that; a task that is cancelled again does not wait."""

@@ -8,12 +8,14 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ggufmoe.runtime.asyncstream import read_batches
+from ggufmoe.runtime.asyncstream import EventPump, pumped
 from ggufmoe.runtime.events import ChatEvent, Finished, Timing, Token
 from ggufmoe.server.apierror import ApiError
 from ggufmoe.work import CancelFlag
 
 _MAX_UNREAD_BATCHES = 4
+_FIRST_PAUSE_S, _PAUSE_S = 2.0, 10.0
+"""After so many seconds without an event of an answer its reader is told: before the first one, and later."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Completion(Protocol):
 
 
 Batch = tuple[int, Sequence[AnswerEvent]]
-"""Events of one answer that came together, after its number."""
+"""Events of one answer that came together, after its number; none where nothing has come for a while."""
 
 
 @asynccontextmanager
@@ -81,24 +83,27 @@ async def begun(
         if len(completion.starts) == 1:
             yield from completion.starts[0](cancel)
 
-    async with aclosing(read_batches(work)) as items:
-        completion, *first = await anext(items)
-        async with aclosing(_batches(completion, first, items)) as batches:
+    async with pumped(work) as pump:
+        completion, *first = await pump.take() or []
+        alone = len(completion.starts) == 1
+        batches = _alone(first, pump) if alone else _side_by_side(completion.starts)
+        async with aclosing(batches):
             yield completion, batches
 
 
-async def _batches(
-    completion: Any, first: list[Any], items: AsyncGenerator[list[Any], None]
-) -> AsyncGenerator[Batch, None]:
-    if len(completion.starts) > 1:
-        async with aclosing(_side_by_side(completion.starts)) as batches:
-            async for batch in batches:
-                yield batch
-        return
+async def _alone(first: Sequence[AnswerEvent], pump: EventPump[AnswerEvent]) -> AsyncGenerator[Batch, None]:
     if first:
         yield 0, first
-    async for events in items:
+    async for events in _with_pauses(pump, _PAUSE_S if first else _FIRST_PAUSE_S):
         yield 0, events
+
+
+async def _with_pauses(
+    pump: EventPump[AnswerEvent], wait_s: float = _FIRST_PAUSE_S
+) -> AsyncGenerator[Sequence[AnswerEvent], None]:
+    while (events := await pump.take(wait_s)) is not None:
+        wait_s = _PAUSE_S
+        yield events
 
 
 async def _side_by_side(starts: Sequence[Start]) -> AsyncGenerator[Batch, None]:
@@ -106,8 +111,8 @@ async def _side_by_side(starts: Sequence[Start]) -> AsyncGenerator[Batch, None]:
 
     async def read(index: int, start: Start) -> None:
         try:
-            async with aclosing(read_batches(start)) as batches:
-                async for events in batches:
+            async with pumped(start) as pump:
+                async for events in _with_pauses(pump):
                     await arrived.put((index, events))
         except Exception as error:
             await arrived.put(error)

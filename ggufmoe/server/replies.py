@@ -9,7 +9,7 @@ import asyncio
 import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +22,9 @@ from ggufmoe.server.answers import Batch, Completion, begun
 from ggufmoe.server.apierror import ApiError, api_error_of
 from ggufmoe.work import CancelFlag
 
-_HEADERS_S = 2.0
-"""A stream begins when its first token has come, or after so many seconds; until then an error has a status."""
-_COMMENT_S = 10.0
-"""While nothing comes, a stream gets a comment at this interval, so that nobody takes it for dead."""
+_COMMENT = b": waiting\n\n"
+"""Sent while nothing comes, so that nobody takes the stream for dead. Before it or the first token, an error has a
+status."""
 _RETRY_S = 5
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -82,7 +81,7 @@ class ComputedReply(ABC):
         timeout_s = self._limits.timeout_s
         try:
             with self._limits.admission.places(self._limits.n_places):
-                await unless_left(receive, asyncio.wait_for(self._answer(scope, receive, send), timeout_s))
+                await unless_left(receive, self._answer(scope, receive, send), timeout_s)
         except Exception as error:
             self._on_error(error)
             if isinstance(error, asyncio.TimeoutError):
@@ -164,26 +163,25 @@ class CompletionReply(ComputedReply):
         await JSONResponse(completion.whole())(scope, receive, send)
 
     async def _send_stream(self, completion: Completion, batches: AsyncGenerator[Batch, None], send: Send) -> None:
-        async with aclosing(_with_pauses(self._parts(completion, batches))) as parts:
-            async for part in parts:
-                if not self._has_begun:
-                    self._has_begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-                await send({"type": "http.response.body", "body": part or b": waiting\n\n", "more_body": True})
-        end = b"" if completion.has_named_events else b"data: [DONE]\n\n"
-        await send({"type": "http.response.body", "body": end, "more_body": False})
-
-    async def _parts(self, completion: Completion, batches: AsyncGenerator[Batch, None]) -> AsyncGenerator[bytes, None]:
         objects, event_of = completion.opening(), partial(_event, is_named=completion.has_named_events)
         async for index, events in batches:
+            if not events:
+                await self._send_part(_COMMENT, send)
+                continue
             for event in events:
                 objects += completion.chunks(index, event)
             if objects:
-                yield b"".join(map(event_of, objects))
+                await self._send_part(b"".join(map(event_of, objects)), send)
             objects = []
         self._on_end(completion)
-        if closing := completion.closing():
-            yield b"".join(map(event_of, closing))
+        end = b"" if completion.has_named_events else b"data: [DONE]\n\n"
+        await self._send_part(b"".join(map(event_of, completion.closing())) + end, send, is_last=True)
+
+    async def _send_part(self, part: bytes, send: Send, *, is_last: bool = False) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
 
 _encoded = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -194,38 +192,16 @@ def _event(content: dict[str, Any], *, is_named: bool) -> bytes:
     return f"{head}data: {_encoded(content)}\n\n".encode()
 
 
-async def _with_pauses(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """``parts``, with an empty one wherever nothing has come for a while."""
-    wait_s, pending = _HEADERS_S, None
-    try:
-        while True:
-            pending = pending or asyncio.ensure_future(anext(parts))
-            done, _ = await asyncio.wait({pending}, timeout=wait_s)
-            wait_s = _COMMENT_S
-            if not done:
-                yield b""
-                continue
-            finished, pending = pending, None
-            try:
-                part = finished.result()
-            except StopAsyncIteration:
-                return
-            yield part
-    finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-        await parts.aclose()
-
-
-async def unless_left(receive: Receive, work: Awaitable[None]) -> None:
-    """Do ``work`` to its end, or until the client leaves; raises what it raises."""
+async def unless_left(receive: Receive, work: Awaitable[None], timeout_s: float) -> None:
+    """Do ``work`` to its end, or until the client leaves; raises what it raises, and TimeoutError after ``timeout_s``."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({working, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             working.result()
+        elif not done:
+            raise asyncio.TimeoutError
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ggufmoe.runtime.asyncstream import read_async, read_batches
+from ggufmoe.runtime.asyncstream import pumped, read_async
 from ggufmoe.runtime.events import Event, Token
 from ggufmoe.work import CancelFlag
 
@@ -84,11 +84,31 @@ def test_events_that_came_meanwhile_are_taken_at_once() -> None:
         all_given.set()
 
     async def read() -> list[list[Event]]:
-        batches = read_batches(start)
-        found = [await anext(batches)]
-        await asyncio.to_thread(all_given.wait)
-        return found + [events async for events in batches]
+        found = []
+        async with pumped(start) as pump:
+            await asyncio.to_thread(all_given.wait)
+            while (events := await pump.take()) is not None:
+                found.append(events)
+        return found
 
     found = asyncio.run(read())
     assert "".join(event.text for events in found for event in events) == "01234"
-    assert len(found) <= 2
+    assert len(found) == 1
+
+
+def test_a_reader_that_waits_long_is_told_that_nothing_came() -> None:
+    go_on = threading.Event()
+
+    def start(flag: CancelFlag) -> Iterator[Event]:
+        del flag
+        go_on.wait()
+        yield Token("a", 1)
+
+    async def read() -> None:
+        async with pumped(start) as pump:
+            assert await pump.take(0.01) == []
+            go_on.set()
+            assert await pump.take() == [Token("a", 1)]
+            assert await pump.take(100) is None
+
+    asyncio.run(read())
