@@ -193,7 +193,10 @@ def _event(content: dict[str, Any], *, is_named: bool) -> bytes:
 
 
 async def unless_left(receive: Receive, work: Awaitable[None], timeout_s: float) -> None:
-    """Do ``work`` to its end, or until the client leaves; raises what it raises, and TimeoutError after ``timeout_s``."""
+    """Do ``work`` to its end, or until the client leaves.
+
+    Raises what it raises, and TimeoutError after ``timeout_s``.
+    """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(receive))
     try:

@@ -26,25 +26,25 @@ _WATCH_S = 0.1
 _SEND_BUFFER_BYTES = 64 * 1024
 
 
-class _JoinedWrites:
-    """A transport that sends together what is written in one turn of the event loop: head and first part of a stream.
-
-    Each call of the system costs more than the writes themselves.
-    """
+class _HeadWithBody:
+    """A transport that sends the head of a response together with what follows: a system call costs more than both."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
-        self._waiting: list[bytes] = []
+        self._head = b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Send ``data`` when the event loop's turn ends."""
-        if not self._waiting:
+        """Send ``data``; a head that nothing follows in this turn of the event loop is sent then."""
+        if data.startswith(b"HTTP/") and not self._head:
+            self._head = data
             self._loop.call_soon(self._flush)
-        self._waiting.append(data)
+        else:
+            data, self._head = self._head + data, b""
+            self._transport.write(data)
 
     def close(self) -> None:
         """Send what was written, and close."""
@@ -52,9 +52,8 @@ class _JoinedWrites:
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._waiting:
-            data = b"".join(self._waiting)
-            self._waiting.clear()
+        if self._head:
+            data, self._head = self._head, b""
             self._transport.write(data)
 
 
@@ -66,7 +65,7 @@ class _Connection(H11Protocol):
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(asyncio.Transport, _JoinedWrites(transport, self.loop)))
+        super().connection_made(cast(asyncio.Transport, _HeadWithBody(transport, self.loop)))
         self._seen: object = self
         self._look = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
 
