@@ -52,7 +52,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "remote": _BASE | {"placement", "runtime"},
     "engine": _BASE | {"placement", "runtime", "remote"},
     "routing": _RUN,
-    "server": _RUN,
+    "server": _RUN | {"routing"},
     "inspection": _BASE | {"placement"},
     "evaluation": _RUN | {"inspection", "quant"},
     "demo": frozenset(),

@@ -14,7 +14,7 @@ def _is_for_apps(module: str) -> bool:
 
 
 hiddenimports = [*collect_submodules("ggufmoe", filter=_is_for_apps), "gguf.constants", "llama_cpp"]
-datas = collect_data_files("ggufmoe", excludes=["packaging/*"])
+datas = collect_data_files("ggufmoe", excludes=["packaging/*", "server/*"])
 binaries = collect_dynamic_libs("llvmlite")
 if find_spec("llama_cpp") is not None:  # an app that only converts needs no engine
     datas += copy_metadata("llama-cpp-python")

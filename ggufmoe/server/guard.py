@@ -16,9 +16,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ggufmoe.errors import InputError, OptionError
 from ggufmoe.options import ServerOptions
 from ggufmoe.server.apierror import ApiError
+from ggufmoe.server.page_files import PAGE_PATHS
 
-OPEN_PATHS = frozenset({"/health"})
-"""What is told without a key."""
+OPEN_PATHS = frozenset({"/health"}) | PAGE_PATHS
+"""What is told without a key: the page asks for one itself."""
 MAX_HEADER_BYTES = 32 * 1024
 _MAX_KEY_FILE_BYTES = 1 << 20
 

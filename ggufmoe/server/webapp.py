@@ -37,6 +37,7 @@ from ggufmoe.server.embeddings import embeddings
 from ggufmoe.server.guard import Guard
 from ggufmoe.server.metrics import Metrics
 from ggufmoe.server.modelhost import ModelHost
+from ggufmoe.server.page_files import page_routes
 from ggufmoe.server.replies import Admission, CompletionReply, ObjectReply, RequestLimits
 from ggufmoe.server.responses import response
 from ggufmoe.server.text_completions import text_completion
@@ -53,6 +54,7 @@ def web_app(host: ModelHost, model: str, options: ServerOptions, keys: tuple[str
     )
     app = Starlette(
         routes=[
+            *page_routes(),
             Route("/health", endpoints.health),
             Route("/metrics", endpoints.metrics_text),
             Route("/v1/models", endpoints.models),

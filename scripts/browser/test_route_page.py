@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from chromium import Chromium, Page
+from tabs import NewTab, Tab
 
 import ggufmoe
 from ggufmoe.cli.app import exit_code
@@ -20,12 +19,6 @@ from tests.routing.traces import random_trace, trace_of
 from tests.tiny import make_checkpoint
 
 PROMPT = 'Once upon a time <script>alert("no")</script> there were "2 + 2"'
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +39,10 @@ def numbers(files: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def page(browser: Chromium, files: tuple[Path, dict[str, Any]]) -> Page:
-    opened = browser.page()
-    opened.emulate()
-    opened.open(files[0])
+def tab(new_tab: NewTab, files: tuple[Path, dict[str, Any]]) -> Tab:
+    opened = new_tab()
+    opened.look()
+    opened.open_file(files[0])
     return opened
 
 
@@ -71,28 +64,30 @@ def best(values: list[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def test_the_page_renders_and_fetches_nothing(page: Page, files: tuple[Path, dict[str, Any]]) -> None:
-    assert page.evaluate("document.title") == "Routing in m.gguf"
-    shown = page.evaluate("[...document.querySelectorAll('.t')].map(t => t.textContent)")
+def test_the_page_renders_and_fetches_nothing(tab: Tab, files: tuple[Path, dict[str, Any]]) -> None:
+    assert tab.page.evaluate("document.title") == "Routing in m.gguf"
+    shown = tab.page.evaluate("[...document.querySelectorAll('.t')].map(t => t.textContent)")
     assert len(shown) == len(files[1]["tokens"])
     assert "".join(shown).startswith("<s>")
-    assert page.evaluate("document.querySelectorAll('script').length") == 2
-    page.hover(".t")
-    page.hover("table td")
-    assert page.requests == [files[0].resolve().as_uri()]
-    assert page.complaints == []
+    assert tab.page.evaluate("document.querySelectorAll('script').length") == 2
+    tab.page.hover(".t")
+    tab.page.hover("table td")
+    assert tab.requests == [files[0].resolve().as_uri()]
+    assert tab.complaints == []
 
 
 DETAIL = "[...document.querySelectorAll('.detail tr')].map(row => [...row.cells].map(cell => cell.textContent))"
 
 
-def test_hover_shows_the_numbers(page: Page, numbers: dict[str, Any]) -> None:
+def test_hover_shows_the_numbers(tab: Tab, numbers: dict[str, Any]) -> None:
     for token in (0, 4, len(numbers["tokens"]) - 1):
-        page.hover(f".t[data-i='{token}']")
-        rows = page.evaluate(
+        tab.page.hover(f".t[data-i='{token}']")
+        rows = tab.page.evaluate(
             "[...document.querySelectorAll('.detail tr')].map(r => [...r.cells].map(c => c.textContent))"
         )
-        assert page.evaluate("document.querySelector('.detail strong').textContent").startswith(f"Token {token + 1}: ")
+        assert tab.page.evaluate("document.querySelector('.detail strong').textContent").startswith(
+            f"Token {token + 1}: "
+        )
         assert rows[0] == ["layer", *map(str, numbers["layers"]), "mean"]
         for expert, row in enumerate(rows[1:]):
             assert row[0] == f"expert {expert}"
@@ -102,21 +97,23 @@ def test_hover_shows_the_numbers(page: Page, numbers: dict[str, Any]) -> None:
             assert float(row[-1].split()[0]) == pytest.approx(100 * mean(numbers, token)[expert], abs=0.11)
 
 
-def test_a_layer_can_be_chosen(page: Page, numbers: dict[str, Any]) -> None:
+def test_a_layer_can_be_chosen(tab: Tab, numbers: dict[str, Any]) -> None:
     marks = "[...document.querySelectorAll('.t')].map(t => t.dataset.e)"
     tokens = range(len(numbers["tokens"]))
-    assert page.evaluate(marks) == [str(best(mean(numbers, token))) for token in tokens]
-    page.evaluate("(s => { s.value = '1'; s.dispatchEvent(new Event('change')); })(document.querySelector('select'))")
-    assert page.evaluate(marks) == [str(best(weights(numbers, token, 1))) for token in tokens]
+    assert tab.page.evaluate(marks) == [str(best(mean(numbers, token))) for token in tokens]
+    tab.page.evaluate(
+        "(s => { s.value = '1'; s.dispatchEvent(new Event('change')); })(document.querySelector('select'))"
+    )
+    assert tab.page.evaluate(marks) == [str(best(weights(numbers, token, 1))) for token in tokens]
 
 
-def test_the_keyboard_reaches_every_token(page: Page) -> None:
-    page.evaluate("document.querySelector('.t').focus()")
-    page.press("ArrowRight")
-    page.press("ArrowRight")
-    assert page.evaluate("document.querySelector('.detail strong').textContent").startswith("Token 3: ")
-    page.press("ArrowLeft")
-    assert page.evaluate("[...document.querySelectorAll('.t')].indexOf(document.activeElement)") == 1
+def test_the_keyboard_reaches_every_token(tab: Tab) -> None:
+    tab.page.evaluate("document.querySelector('.t').focus()")
+    tab.page.keyboard.press("ArrowRight")
+    tab.page.keyboard.press("ArrowRight")
+    assert (tab.page.text_content(".detail strong") or "").startswith("Token 3: ")
+    tab.page.keyboard.press("ArrowLeft")
+    assert tab.page.evaluate("[...document.querySelectorAll('.t')].indexOf(document.activeElement)") == 1
 
 
 CONTRAST = """(() => {
@@ -143,104 +140,104 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_can_be_read(page: Page, scheme: str) -> None:
+def test_light_and_dark_can_be_read(tab: Tab, scheme: str) -> None:
     """Contrast as the Web Content Accessibility Guidelines want it, 4.5 to 1, of text on whatever lies below it."""
-    page.emulate(scheme=scheme)
-    contrast, paper = page.evaluate(CONTRAST)
+    tab.look(scheme=scheme)
+    contrast, paper = tab.page.evaluate(CONTRAST)
     assert contrast >= 4.5
     assert (paper > 0.5) == (scheme == "light")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_colour_at_its_strongest_can_be_read(browser: Chromium, tmp_path: Path, scheme: str) -> None:
+def test_every_colour_at_its_strongest_can_be_read(new_tab: NewTab, tmp_path: Path, scheme: str) -> None:
     """Each of twelve experts has a token, and a layer's share, for itself."""
     sure = np.eye(12, dtype=np.float32)[:, None]
     parts = [(f"{expert}", trace_of([sure[expert]], 1)) for expert in range(12)]
     (tmp_path / "page.html").write_text(routing_page("m", parts), encoding="utf-8")
-    page = browser.page()
-    page.emulate(scheme=scheme)
-    page.open(tmp_path / "page.html")
-    assert page.evaluate("document.querySelectorAll('.t').length") == 12
-    assert page.evaluate(CONTRAST)[0] >= 4.5
+    tab = new_tab()
+    tab.look(scheme=scheme)
+    tab.open_file(tmp_path / "page.html")
+    assert tab.page.evaluate("document.querySelectorAll('.t').length") == 12
+    assert tab.page.evaluate(CONTRAST)[0] >= 4.5
 
 
-def test_a_narrow_window_scrolls_tables_and_not_the_page(page: Page) -> None:
-    page.emulate(width=360)
-    page.hover(".t")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+def test_a_narrow_window_scrolls_tables_and_not_the_page(tab: Tab) -> None:
+    tab.look(width=360)
+    tab.page.hover(".t")
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_many_experts_are_folded_and_pointed_at(browser: Chromium, tmp_path: Path) -> None:
+def test_many_experts_are_folded_and_pointed_at(new_tab: NewTab, tmp_path: Path) -> None:
     trace = random_trace(40, 6, 256, 8)
     (tmp_path / "page.html").write_text(routing_page("m", [("Text", trace)]), encoding="utf-8")
-    page = browser.page()
-    page.emulate()
-    page.open(tmp_path / "page.html")
-    page.hover(".t[data-i='7']")
-    rows = page.evaluate(DETAIL)
+    tab = new_tab()
+    tab.look()
+    tab.open_file(tmp_path / "page.html")
+    tab.page.hover(".t[data-i='7']")
+    rows = tab.page.evaluate(DETAIL)
     assert len(rows) == 9
     order = np.argsort(-trace.mean_weights()[7])[:8]
     assert {row[0] for row in rows[1:]} == {f"expert {expert}" for expert in order}
     assert float(rows[1][-1].split()[0]) == pytest.approx(100 * trace.mean_weights()[7].max(), abs=0.11)
-    assert page.evaluate("document.querySelectorAll('.legend li').length") == 13
-    assert page.complaints == []
+    assert tab.page.evaluate("document.querySelectorAll('.legend li').length") == 13
+    assert tab.complaints == []
 
 
-def test_two_experts_have_a_bar_below_each_token(browser: Chromium, tmp_path: Path) -> None:
+def test_two_experts_have_a_bar_below_each_token(new_tab: NewTab, tmp_path: Path) -> None:
     name = '<img src=x onerror="document.title=1">'
     trace = replace(
         trace_of([[[0.9, 0.1], [0.3, 0.7]], [[0.2, 0.8], [0.4, 0.6]]], 2, texts=["a", name]),
         expert_names=(name, "math"),
     )
     (tmp_path / "page.html").write_text(routing_page(name, [(name, trace)]), encoding="utf-8")
-    page = browser.page()
-    page.emulate()
-    page.open(tmp_path / "page.html")
+    tab = new_tab()
+    tab.look()
+    tab.open_file(tmp_path / "page.html")
     parts = "[...document.querySelectorAll('.t')].map(t => t.style.getPropertyValue('--s'))"
-    assert page.evaluate(parts) == ["60.0%", "30.0%"]
-    page.evaluate("(s => { s.value = '0'; s.dispatchEvent(new Event('change')); })(document.querySelector('select'))")
-    assert page.evaluate(parts) == ["90.0%", "20.0%"]
-    assert "gradient" in page.evaluate("getComputedStyle(document.querySelector('.t'), '::after').backgroundImage")
-    page.hover(".t[data-i='1']")
-    assert [row[0] for row in page.evaluate(DETAIL)] == ["layer", name, "math"]
-    assert page.evaluate("document.images.length") == 0
-    assert page.evaluate("document.title") == f"Routing in {name}"
+    assert tab.page.evaluate(parts) == ["60.0%", "30.0%"]
+    tab.page.evaluate(
+        "(s => { s.value = '0'; s.dispatchEvent(new Event('change')); })(document.querySelector('select'))"
+    )
+    assert tab.page.evaluate(parts) == ["90.0%", "20.0%"]
+    assert "gradient" in tab.page.evaluate("getComputedStyle(document.querySelector('.t'), '::after').backgroundImage")
+    tab.page.hover(".t[data-i='1']")
+    assert [row[0] for row in tab.page.evaluate(DETAIL)] == ["layer", name, "math"]
+    assert tab.page.evaluate("document.images.length") == 0
+    assert tab.page.evaluate("document.title") == f"Routing in {name}"
 
 
-def test_a_pair_stands_side_by_side_where_there_is_room(browser: Chromium, tmp_path: Path) -> None:
+def test_a_pair_stands_side_by_side_where_there_is_room(new_tab: NewTab, tmp_path: Path) -> None:
     trace = random_trace(30, 2, 2, 2)
     texts = [("A", trace), ("B", trace)]
     (tmp_path / "page.html").write_text(routing_page("m", texts, shares=share_by_label(texts)), encoding="utf-8")
-    page = browser.page()
+    tab = new_tab()
     tops = "[...document.querySelectorAll('[data-number]')].map(one => one.getBoundingClientRect().top)"
     for width, beside in ((1400, True), (700, False)):
-        page.emulate(width=width)
-        page.open(tmp_path / "page.html")
-        first, second = page.evaluate(tops)
+        tab.look(width=width)
+        tab.open_file(tmp_path / "page.html")
+        first, second = tab.page.evaluate(tops)
         assert (first == second) == beside
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize(("width", "most_hidden"), [(1400, 0), (800, 0), (400, 500)])
-def test_text_and_picture_lie_within_the_window(
-    browser: Chromium, tmp_path: Path, width: int, most_hidden: int
-) -> None:
+def test_text_and_picture_lie_within_the_window(new_tab: NewTab, tmp_path: Path, width: int, most_hidden: int) -> None:
     """Only what would be too small to read is scrolled to: the picture in a narrow window."""
     trace = replace(random_trace(60, 2, 2, 2), expert_names=("everyday", "mathematics"))
     texts = [("A", trace), ("B", trace)]
     (tmp_path / "page.html").write_text(routing_page("m", texts, shares=share_by_label(texts)), encoding="utf-8")
-    page = browser.page()
-    page.emulate(width=width)
-    page.open(tmp_path / "page.html")
+    tab = new_tab()
+    tab.look(width=width)
+    tab.open_file(tmp_path / "page.html")
     boxes = "[...document.querySelectorAll('.scroll:has({})')]"
     hidden = f"Math.max(...{boxes}.map(box => box.scrollWidth - box.clientWidth))"
-    assert page.evaluate(hidden.format("table.words")) == 0
-    assert page.evaluate(hidden.format("svg.routing")) <= most_hidden
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.page.evaluate(hidden.format("table.words")) == 0
+    assert tab.page.evaluate(hidden.format("svg.routing")) <= most_hidden
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_screen_reader_meets_names(page: Page, numbers: dict[str, Any]) -> None:
-    met = page.accessible()
+def test_a_screen_reader_meets_names(tab: Tab, numbers: dict[str, Any]) -> None:
+    met = tab.accessible()
     assert ("heading", "Routing in m.gguf") in met
     assert ("combobox", "Colour by") in met
     assert ("list", "Colours of the experts") in met
@@ -250,11 +247,10 @@ def test_a_screen_reader_meets_names(page: Page, numbers: dict[str, Any]) -> Non
     assert {("columnheader", f"expert {expert}") for expert in range(numbers["n_expert"])} <= set(met)
 
 
-def test_without_scripts_all_numbers_are_there(browser: Chromium, files: tuple[Path, dict[str, Any]]) -> None:
-    page = browser.page()
-    page.call("Emulation.setScriptExecutionDisabled", value=True)
-    page.open(files[0])
-    names = [name for role, name in page.accessible() if role in ("table", "caption", "StaticText")]
+def test_without_scripts_all_numbers_are_there(new_tab: NewTab, files: tuple[Path, dict[str, Any]]) -> None:
+    tab = new_tab(java_script_enabled=False)
+    tab.open_file(files[0])
+    names = [name for role, name in tab.accessible() if role in ("table", "caption", "StaticText")]
     assert any("Share of choices by layer and expert" in name for name in names)
     assert "Colour by" not in names
-    assert any(role == "table" for role, _ in page.accessible())
+    assert any(role == "table" for role, _ in tab.accessible())
