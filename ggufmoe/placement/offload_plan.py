@@ -129,3 +129,21 @@ class OffloadPlan:
         for entry, share in zip(plan["shares"], self.shares, strict=True):
             entry |= {"weight_bytes": share.weight_bytes, "total_needed_bytes": share.n_bytes}
         return plan
+
+    def summary(self) -> dict[str, Any]:
+        """Bytes and numbers of layers of each device, for JSON; the output counts as no layer."""
+        return {
+            "devices": [
+                {
+                    "name": share.device,
+                    "weight_bytes": share.weight_bytes,
+                    "kv_bytes": share.kv_bytes,
+                    "compute_bytes": share.compute_bytes,
+                    "layers": sum(layer < self.n_layer for layer in share.layers),
+                    "expert_layers": len(share.expert_layers),
+                }
+                for share in self.shares
+            ],
+            "n_layer": self.n_layer,
+            "n_gpu_layers": self.n_gpu_layers,
+        }

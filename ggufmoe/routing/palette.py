@@ -18,13 +18,17 @@ _COLOURS: tuple[Colour, ...] = (
     (153, 153, 153),
 )
 _GOLDEN_ANGLE = 0.381966
+_SHADES = ((0.46, 0.75), (0.57, 0.6), (0.68, 0.85))
+"""Lightness and saturation of further experts in turn: hue alone does not tell so many apart, least of all to people
+who do not see all colours."""
 
 
 def expert_colour(expert: int) -> Colour:
     """Red, green and blue (0 to 255) of one expert; the first eight are known to be easy to tell apart."""
     if expert < len(_COLOURS):
         return _COLOURS[expert]
-    red, green, blue = colorsys.hls_to_rgb(expert * _GOLDEN_ANGLE % 1, 0.55, 0.65)
+    lightness, saturation = _SHADES[expert % len(_SHADES)]
+    red, green, blue = colorsys.hls_to_rgb(expert * _GOLDEN_ANGLE % 1, lightness, saturation)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 

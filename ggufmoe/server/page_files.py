@@ -17,13 +17,14 @@ from ggufmoe.options.limits import MAX_EXPERTS
 from ggufmoe.routing.palette import expert_colour
 
 _SCRIPT, _STYLE = "text/javascript; charset=utf-8", "text/css; charset=utf-8"
+_MODULES = ("app", "api", "store", "tree", "markdown", "messages", "routing", "experts", "placement")
 _SOURCES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page/style.css": ("style.css", _STYLE),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
     "/page/marked.js": ("vendor/marked.esm.js", _SCRIPT),
     "/page/marked.LICENSE": ("vendor/marked.LICENSE", "text/plain; charset=utf-8"),
-    **{f"/page/{name}.js": (f"{name}.js", _SCRIPT) for name in ("app", "api", "store", "tree", "markdown", "messages")},
+    **{f"/page/{name}.js": (f"{name}.js", _SCRIPT) for name in _MODULES},
 }
 _PALETTE = "/page/palette.js"
 PAGE_PATHS = frozenset({*_SOURCES, _PALETTE})

@@ -147,7 +147,8 @@ class _Endpoints:
         except ApiError:  # the name is known while the model is being loaded
             return model
         engine = served.engine
-        meta = {"n_ctx": engine.n_ctx, "n_ctx_train": engine.n_ctx_train, "n_vocab": engine.n_vocab}
+        meta: dict[str, Any] = {"n_ctx": engine.n_ctx, "n_ctx_train": engine.n_ctx_train, "n_vocab": engine.n_vocab}
+        meta["placement"] = engine.placement.plan.summary()
         return model | {"meta": meta | ({} if served.routing is None else {"routing": served.routing})}
 
     def _check_model(self, name: str | None) -> None:

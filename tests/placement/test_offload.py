@@ -326,6 +326,16 @@ def test_a_plan_is_plain_values(model: ModelHeader) -> None:
     assert found["shares"][0]["weight_bytes"] == plan_of(model, [gpu(4096)]).shares[0].weight_bytes
 
 
+def test_a_summary_has_the_sums_of_each_device(model: ModelHeader) -> None:
+    plan = plan_of(model, [gpu(4096)], n_gpu_layers=4, cpu_moe=True)
+    found = json.loads(json.dumps(plan.summary()))
+    assert [device["name"] for device in found["devices"]] == ["GPU0", "CPU"]
+    assert [device["weight_bytes"] for device in found["devices"]] == [share.weight_bytes for share in plan.shares]
+    assert sum(device["layers"] for device in found["devices"]) == plan.n_layer == found["n_layer"]
+    assert [device["expert_layers"] for device in found["devices"]] == [0, plan.n_layer]
+    assert found["n_gpu_layers"] == 4
+
+
 # ---- what is refused
 
 

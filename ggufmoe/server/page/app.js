@@ -1,7 +1,9 @@
 // The page's program: what is shown, what the buttons do, and answers as they come.
 
 import { ApiFailure, chat, health, keepApiKey, servedModel } from "./api.js";
+import { ExpertView } from "./experts.js";
 import { button, MessageList } from "./messages.js";
+import { showPlacement } from "./placement.js";
 import { keepSetting, setting, Store } from "./store.js";
 import { addMessage, asSent, choose, exported, imported, newConversation, shownPath } from "./tree.js";
 
@@ -31,7 +33,10 @@ class App {
       edit: (conversation, message, text) => this.ask(conversation, message.parent, text),
       regenerate: (conversation, message) => this.answer(conversation, conversation.messages.get(message.parent)),
       choose: (conversation, message) => this.#choose(conversation, message),
+      routing: (message) => this.experts.routing(message),
+      paint: (message, elements) => this.experts.paintMessage(message, elements),
     });
+    this.experts = new ExpertView(this.list);
   }
 
   async start() {
@@ -49,6 +54,8 @@ class App {
 
   /** Learn what the server serves; asks for a key where one is needed, and waits while the model is loaded. */
   async connect() {
+    if (this.isConnecting) return;
+    this.isConnecting = true;
     this.#setModel(null);
     while (!this.model?.meta) {
       try {
@@ -69,12 +76,17 @@ class App {
       }
       await new Promise((resolve) => { setTimeout(resolve, RETRY_MS); });
     }
+    this.isConnecting = false;
   }
 
   #setModel(model) {
     this.model = model;
-    if (model) this.status(model.id);
+    if (model) {
+      this.status(model.id);
+      this.experts.setModel(model.meta.routing);
+    }
     this.#showWelcome();
+    this.#showPlacement();
     this.#showButtons();
   }
 
@@ -90,6 +102,25 @@ class App {
     keepSetting("last", conversation.id);
     this.#showAll();
     $("scroller").scrollTop = $("scroller").scrollHeight;
+    this.#showExperts(conversation);
+  }
+
+  /** Show the experts of the last answer that has some; fetches those of the answers that are shown. */
+  async #showExperts(conversation) {
+    const answers = shownPath(conversation).filter((message) => message.role === "assistant");
+    const isNew = answers.filter((message) => message.routed && !this.experts.routing(message));
+    for (const message of isNew) {
+      const packed = await this.store.routing(message.id);
+      if (packed) this.experts.restore(message, packed);
+    }
+    if (conversation !== this.current) return;
+    if (isNew.length) this.list.show(conversation, this.running.get(conversation.id)?.message);
+    this.experts.show(answers.filter((message) => this.experts.routing(message)).at(-1) ?? null);
+  }
+
+  #showPlacement() {
+    const last = shownPath(this.current).findLast((message) => message.stats?.n_tokens);
+    showPlacement($("model-facts"), this.model?.meta, last?.stats);
   }
 
   #showAll() {
@@ -100,12 +131,14 @@ class App {
     this.#showWelcome();
     this.#showConversations();
     this.#showButtons();
+    this.#showPlacement();
   }
 
   #showWelcome() {
     $("welcome").hidden = this.current.messages.size > 0;
     $("welcome-name").textContent = this.model?.id ?? "";
     $("welcome-text").textContent = this.model ? "Runs on this server; nothing that you write leaves it." : "";
+    this.experts.showWelcome($("welcome-experts"));
   }
 
   #showButtons() {
@@ -144,6 +177,7 @@ class App {
   #choose(conversation, message) {
     choose(conversation, message);
     this.#showAll();
+    this.#showExperts(conversation);
     this.#keep(conversation);
     const view = this.list.views.get(message.id);
     view.element.querySelector(".versions button:not(:disabled)")?.focus();
@@ -162,6 +196,11 @@ class App {
     if (this.running.has(conversation.id)) return;
     const asked = { messages: asSent(conversation, question), ...conversation.settings.sampling };
     const message = addMessage(conversation, question.id, { role: "assistant", reasoning: "", model: this.model?.id ?? "" });
+    if (this.experts.isWanted) {
+      asked.routing = "layers";
+      message.routed = true;
+      this.experts.begin(message);
+    }
     const abort = new AbortController();
     this.running.set(conversation.id, { message, abort });
     if (conversation === this.current) this.open(conversation);
@@ -174,10 +213,13 @@ class App {
       clearInterval(keeping);
       this.running.delete(conversation.id);
     }
+    this.experts.place(message, true);
     this.#grow(conversation, message);
     if (conversation === this.current) this.#showAll();
     announce(message.error ?? `${sentenceRest(message)} End of the answer.`);
     await this.#keep(conversation);
+    const routing = this.experts.routing(message);
+    if (routing && this.conversations.includes(conversation)) await this.store.keepRouting(message.id, routing.packed());
   }
 
   async #read(conversation, message, chunks) {
@@ -191,6 +233,7 @@ class App {
       if ((content || reasoning) && message.stats.first_s === undefined) {
         message.stats.first_s = (performance.now() - began) / 1000;
       }
+      if (choice?.routing) this.experts.push(message, choice.routing);
       if (choice?.finish_reason) message.finish = choice.finish_reason;
       if (chunk.timings) {
         message.stats.n_tokens = chunk.timings.predicted_n;
@@ -208,8 +251,8 @@ class App {
     }
     message.finish = "error";
     message.error = error.message;
-    if (!(error instanceof ApiFailure)) throw error;
-    if ([0, 401, 503].includes(error.status)) this.connect();
+    if (!(error instanceof ApiFailure)) console.error(error);
+    else if ([0, 401, 503].includes(error.status)) this.connect();
   }
 
   #growSoon(conversation, message) {
@@ -224,7 +267,9 @@ class App {
     if (conversation !== this.current) return;
     const scroller = $("scroller");
     const isAtEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48;
+    this.experts.place(message, false);
     this.list.grow(message);
+    this.experts.grow();
     if (isAtEnd) scroller.scrollTop = scroller.scrollHeight;
     announceSentences(message);
   }

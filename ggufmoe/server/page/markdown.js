@@ -13,7 +13,10 @@ export class MarkdownView {
     this.shown = []; // {key, element} of each block
   }
 
-  /** Show `source`; `tokens` are `{start, end, index}` of the tokens that it is parted into, in their order. */
+  /**
+   * Show `source`; `tokens` are `{start, end, index}` of the tokens that it is parted into, in their order. Gives the
+   * elements that were made.
+   */
   show(source, tokens = []) {
     let at = 0;
     const blocks = blocksOf(source).map((block) => {
@@ -26,12 +29,15 @@ export class MarkdownView {
     let same = 0;
     while (same < this.shown.length && same < keys.length && this.shown[same].key === keys[same]) same += 1;
     for (const { element } of this.shown.splice(same)) element?.remove();
+    const made = [];
     for (let i = same; i < blocks.length; i += 1) {
       const { block, start, tokens: own } = blocks[i];
       const element = blockElement(block, new Writer(source, start, own));
-      if (element) this.root.append(element);
+      if (element) made.push(element);
       this.shown.push({ key: keys[i], element });
     }
+    this.root.append(...made);
+    return made;
   }
 }
 

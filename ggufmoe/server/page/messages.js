@@ -46,7 +46,7 @@ export async function copyText(text) {
   box.remove();
 }
 
-/** The list of messages within `root`; `actions` has `edit`, `regenerate`, `choose` and `onShown`. */
+/** The list of messages within `root`; `actions` has `edit`, `regenerate`, `choose`, `routing` and `paint`. */
 export class MessageList {
   constructor(root, actions) {
     this.root = root;
@@ -129,13 +129,15 @@ class MessageView {
 
   /** Show the text as far as it has come. */
   showText(running) {
-    const { content, reasoning } = this.message;
-    this.markdown.show(content);
+    const { content, reasoning = "" } = this.message;
+    const routing = this.actions.routing(this.message);
+    const made = this.markdown.show(content, routing?.within(reasoning.length, Infinity));
     this.reasoning.hidden = !reasoning;
     if (reasoning) {
       this.reasoningTitle.textContent = running && !content ? "Thinking …" : "Thoughts";
-      this.reasoningText.show(reasoning);
+      made.push(...this.reasoningText.show(reasoning, routing?.within(0, reasoning.length)));
     }
+    if (routing) this.actions.paint(this.message, made);
   }
 
   #switches(all, running) {

@@ -97,14 +97,14 @@ export function imported(object) {
 }
 
 function importedConversation(found) {
+  if (!Array.isArray(found?.messages)) throw new Error("A conversation in this file has no messages.");
   const conversation = newConversation({
-    system: text(found?.settings?.system ?? ""),
-    sampling: importedSampling(found?.settings?.sampling ?? {}),
+    system: text(found.settings?.system ?? ""),
+    sampling: importedSampling(found.settings?.sampling ?? {}),
   });
   conversation.title = titleOf(text(found.title ?? ""));
   conversation.created = Number(found.created) || conversation.created;
   const ids = new Map([["", ""]]);
-  if (!Array.isArray(found.messages)) throw new Error("A conversation in this file has no messages.");
   for (const one of found.messages) {
     const message = importedMessage(one, ids);
     conversation.messages.set(message.id, message);
