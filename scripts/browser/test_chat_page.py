@@ -170,7 +170,7 @@ A [ref] and <a href="javascript:window.hacked=1" onclick="window.hacked=1">ten</
 
 def test_nothing_of_a_message_runs_or_fetches(chat: ChatPage) -> None:
     dialogs: list[Dialog] = []
-    chat.tab.page.on("dialog", dialogs.append)
+    chat.tab.page.on("dialog", lambda dialog: dialogs.append(dialog))
     step = [{"reasoning_content": HOSTILE}, {"content": HOSTILE}]
     chat.ask(HOSTILE, Answer(step, error={"message": HOSTILE}))
     page = chat.tab.page

@@ -137,30 +137,29 @@ def test_what_is_exported_can_be_imported(chat: ChatPage, new_tab: NewTab, tmp_p
 MESSAGE = {"id": "a", "parent": "", "role": "user", "content": "x"}
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("no JSON", "no JSON"),
-        ("[]", "no conversations"),
-        ({"version": 2, "conversations": []}, "version 2"),
-        ({"conversations": [{}]}, "no messages"),
-        ({"conversations": [None]}, "no messages"),
-        ({"conversations": [{"messages": [MESSAGE | {"content": 5}]}]}, "A text in this file"),
-        ({"conversations": [{"messages": [MESSAGE | {"parent": "none"}]}]}, "do not belong together"),
-        ({"conversations": [{"messages": [MESSAGE, MESSAGE]}]}, "do not belong together"),
-        ({"conversations": [{"messages": [MESSAGE | {"role": "<b>"}]}]}, "do not belong together"),
-        ({"conversations": [{"title": ["x"], "messages": []}]}, "A text in this file"),
-    ],
-)
-def test_files_that_hold_something_else_are_refused(
-    chat: ChatPage, tmp_path: Path, content: str | dict[str, object], told: str
-) -> None:
-    whole = content if isinstance(content, str) else {"format": "ggufmoe-conversations", "version": 1} | content
-    path = tmp_path / "other.json"
-    path.write_text(whole if isinstance(whole, str) else json.dumps(whole), encoding="utf-8")
-    chat.tab.page.set_input_files("#import-file", path)
-    expect(chat.status).to_contain_text("Not imported")
-    expect(chat.status).to_contain_text(told)
+OTHER_FILES: list[tuple[object, str]] = [
+    ("no JSON", "no JSON"),
+    ("[]", "no conversations"),
+    ({"version": 2, "conversations": []}, "version 2"),
+    ({"conversations": [{}]}, "no messages"),
+    ({"conversations": [None]}, "no messages"),
+    ({"conversations": [{"messages": [MESSAGE | {"content": 5}]}]}, "A text in this file"),
+    ({"conversations": [{"messages": [MESSAGE | {"parent": "none"}]}]}, "do not belong together"),
+    ({"conversations": [{"messages": [MESSAGE, MESSAGE]}]}, "do not belong together"),
+    ({"conversations": [{"messages": [MESSAGE | {"role": "<b>"}]}]}, "do not belong together"),
+    ({"conversations": [{"title": ["x"], "messages": []}]}, "A text in this file"),
+]
+
+
+def test_files_that_hold_something_else_are_refused(chat: ChatPage, tmp_path: Path) -> None:
+    for number, (content, told) in enumerate(OTHER_FILES):
+        path = tmp_path / f"{number}.json"
+        whole = {"format": "ggufmoe-conversations", "version": 1} | content if isinstance(content, dict) else content
+        path.write_text(whole if isinstance(whole, str) else json.dumps(whole), encoding="utf-8")
+        chat.tab.page.evaluate("document.querySelector('#status').textContent = ''")
+        chat.tab.page.set_input_files("#import-file", path)
+        expect(chat.status).to_contain_text("Not imported")
+        expect(chat.status).to_contain_text(told)
     expect(chat.tab.page.locator(".conversation")).to_have_count(0)
     chat.ask("Hello", "Still here")
 

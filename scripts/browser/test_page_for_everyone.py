@@ -198,9 +198,17 @@ def test_every_colour_at_its_strongest_can_be_read(chat: ChatPage, scheme: str) 
     """The strongest that a token gets is 0.55, of an expert that is looked at alone."""
     chat.tab.look(width=1400, scheme=scheme)
     chat.ask("Hello", Answer(STEPS))
-    tokens = chat.tab.page.locator(".assistant .t")
-    for expert in range(32):
-        words = " ".join(map(str, expert_colour(expert)))
-        tokens.first.evaluate(f"t => {{ t.style.setProperty('--c', '{words}'); t.style.setProperty('--a', 0.55); }}")
-        worst, _, _ = chat.tab.page.evaluate(CONTRAST)
-        assert worst[0] >= 4.5, (expert, worst)
+    strongest = """colours => {
+      const token = document.querySelector('.assistant .t');
+      token.after(...colours.map((colour) => {
+        const made = token.cloneNode(true);
+        made.style.setProperty('--c', colour);
+        made.style.setProperty('--a', 0.55);
+        return made;
+      }));
+    }"""
+    colours = [" ".join(map(str, expert_colour(expert))) for expert in range(128)]
+    chat.tab.page.evaluate(strongest, colours)
+    worst, n, _ = chat.tab.page.evaluate(CONTRAST)
+    assert n > len(colours)
+    assert worst[0] >= 4.5, worst

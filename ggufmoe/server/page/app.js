@@ -47,6 +47,7 @@ class App {
     this.conversations = await this.store.conversations();
     const last = this.conversations.find((one) => one.id === setting("last", ""));
     this.open(last ?? this.current);
+    if (matchMedia("(hover: hover)").matches) $("question").focus(); // elsewhere it would bring up a keyboard
     await this.connect();
   }
 
@@ -232,6 +233,7 @@ class App {
       if (content) message.content += content;
       if ((content || reasoning) && message.stats.first_s === undefined) {
         message.stats.first_s = (performance.now() - began) / 1000;
+        this.#keep(conversation);
       }
       if (choice?.routing) this.experts.push(message, choice.routing);
       if (choice?.finish_reason) message.finish = choice.finish_reason;
