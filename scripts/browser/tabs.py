@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+TIMEOUT_MS = 30_000
+"""What has not come until then will not come; a busy machine needs a part of it."""
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A browser for the block."""
+    expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=os.environ["CHROMIUM"],
@@ -64,7 +68,7 @@ NewTab = Callable[..., Tab]
 def watched_tab(browser: Browser, **context: Any) -> Tab:
     """A new, empty tab; ``context`` goes to ``Browser.new_context``."""
     page = browser.new_context(**context).new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(TIMEOUT_MS)
     tab = Tab(page)
     page.on("request", lambda request: tab.requests.append(request.url))
     page.on("pageerror", lambda error: tab.complaints.append(str(error)))

@@ -188,6 +188,7 @@ class App {
 
   /** Add a message of the user below `parent` (an id or "") and answer it. */
   async ask(conversation, parent, text) {
+    if (this.running.has(conversation.id)) return;
     if (!this.conversations.includes(conversation)) this.conversations.unshift(conversation);
     await this.answer(conversation, addMessage(conversation, parent, { role: "user", content: text.trim() }));
   }
@@ -225,6 +226,7 @@ class App {
 
   async #read(conversation, message, chunks) {
     const began = performance.now();
+    const seconds = () => (performance.now() - began) / 1000;
     message.stats = {};
     for await (const chunk of chunks) {
       const choice = chunk.choices[0];
@@ -232,10 +234,15 @@ class App {
       if (reasoning) message.reasoning += reasoning;
       if (content) message.content += content;
       if ((content || reasoning) && message.stats.first_s === undefined) {
-        message.stats.first_s = (performance.now() - began) / 1000;
+        message.stats.first_s = seconds();
         this.#keep(conversation);
       }
       if (choice?.routing) this.experts.push(message, choice.routing);
+      if (content || reasoning) {
+        // until the server tells: a chunk has a token, or as many as it has routings
+        message.stats.n_tokens = (message.stats.n_tokens ?? 0) + (choice.routing?.length ?? 1);
+        message.stats.tokens_per_s = message.stats.n_tokens / Math.max(seconds(), 0.001);
+      }
       if (choice?.finish_reason) message.finish = choice.finish_reason;
       if (chunk.timings) {
         message.stats.n_tokens = chunk.timings.predicted_n;
@@ -272,6 +279,7 @@ class App {
     this.experts.place(message, false);
     this.list.grow(message);
     this.experts.grow();
+    this.#showPlacement();
     if (isAtEnd) scroller.scrollTop = scroller.scrollHeight;
     announceSentences(message);
   }

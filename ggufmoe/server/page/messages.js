@@ -96,6 +96,7 @@ class MessageView {
     this.element.setAttribute("aria-labelledby", who.id);
     this.content = element("div", "content");
     this.foot = element("div", "foot");
+    this.stats = element("span", "stats");
     this.element.append(who, this.content, this.foot);
     if (isUser) this.content.textContent = message.content;
     else this.#addAnswer(who);
@@ -124,7 +125,8 @@ class MessageView {
       this.problem.textContent = this.message.error ?? "";
       this.problem.hidden = !this.message.error;
     }
-    this.foot.replaceChildren(...this.#switches(all, running), ...(running ? [] : this.#buttons()), this.#stats());
+    this.foot.replaceChildren(...this.#switches(all, running), ...(running ? [] : this.#buttons()), this.stats);
+    this.#showStats();
   }
 
   /** Show the text as far as it has come. */
@@ -138,6 +140,7 @@ class MessageView {
       made.push(...this.reasoningText.show(reasoning, routing?.within(0, reasoning.length)));
     }
     if (routing) this.actions.paint(this.message, made);
+    this.#showStats();
   }
 
   #switches(all, running) {
@@ -161,7 +164,7 @@ class MessageView {
     return [copy, button("Answer again", "again", () => this.actions.regenerate(this.conversation, this.message))];
   }
 
-  #stats() {
+  #showStats() {
     const { stats, finish } = this.message;
     const parts = [];
     if (finish === "stopped") parts.push("stopped");
@@ -169,7 +172,7 @@ class MessageView {
     if (stats?.n_tokens) parts.push(`${stats.n_tokens} token${stats.n_tokens === 1 ? "" : "s"}`);
     if (stats?.tokens_per_s) parts.push(`${stats.tokens_per_s.toFixed(1)} tokens/s`);
     if (stats?.first_s !== undefined) parts.push(`first after ${stats.first_s.toFixed(2)} s`);
-    return element("span", "stats", parts.join(" · "));
+    this.stats.textContent = parts.join(" · ");
   }
 
   #edit() {
