@@ -87,8 +87,9 @@ def colour(expert: int) -> str:
     return " ".join(map(str, expert_colour(expert)))
 
 
-def strength(share: float, n_expert: int) -> float:
-    return 0.1 + 0.42 * lead(share, n_expert) ** 0.5
+def look_of(expert: int, share: float, n_expert: int) -> Any:
+    """What ``colours`` gives for a token that this expert leads."""
+    return colour(expert), pytest.approx(0.1 + 0.42 * lead(share, n_expert) ** 0.5, abs=0.002)
 
 
 def pixels(chat: ChatPage) -> Any:
@@ -116,8 +117,8 @@ def test_each_token_has_the_colour_of_its_experts_as_it_comes(chat: ChatPage) ->
     assert pieces.first.get_attribute("data-i") == "0"
     assert pieces.last.get_attribute("data-i") == "4"
     first, last = colours(chat)[0], colours(chat)[-1]
-    assert first == (colour(0), pytest.approx(strength(0.8, 2), abs=0.002))
-    assert last == (colour(1), pytest.approx(strength(0.6, 2), abs=0.002))
+    assert first == look_of(0, 0.8, 2)
+    assert last == look_of(1, 0.6, 2)
     assert chat.tab.complaints == []
 
 
@@ -128,7 +129,7 @@ def test_a_layer_can_be_picked(chat: ChatPage) -> None:
     shares = page.locator("#shares .value")
     expect(shares).to_have_text(["44 %", "56 %"])
     page.get_by_label("Layer", exact=True).select_option("layer 2")
-    assert colours(chat)[-1] == (colour(0), pytest.approx(strength(1.0, 2), abs=0.002))
+    assert colours(chat)[-1] == look_of(0, 1.0, 2)
     expect(shares).to_have_text(["52 %", "48 %"])
     expect(page.locator("#shares .name")).to_have_text(NAMES)
 
@@ -194,7 +195,7 @@ def test_many_experts_are_summed_up_and_told_apart_one_by_one(canned: Canned, ne
     expect(chat.button("and 118 more with 0.0 %")).to_be_visible()
     chat.button("and 118 more with 0.0 %").click()
     expect(page.locator("#shares .share")).to_have_count(128)
-    assert colours(chat)[0] == (colour(3), pytest.approx(strength(0.3, 128), abs=0.002))
+    assert colours(chat)[0] == look_of(3, 0.3, 128)
     columns = page.evaluate("Math.floor(document.querySelector('#picture-box').clientWidth / 7)")
     bands = -(-200 // columns)
     assert page.evaluate("document.querySelector('#picture').clientHeight") == bands * (27 + 10) - 10

@@ -36,6 +36,7 @@ def walk_to(chat: ChatPage, name: str, key: str = "Tab") -> None:
 
 def test_the_keyboard_alone_is_enough(chat: ChatPage) -> None:
     page, keyboard = chat.tab.page, chat.tab.page.keyboard
+    chat.tab.look(width=1000)
     expect(page.locator("#question")).to_be_focused()
     keyboard.type("First line")
     keyboard.press("Shift+Enter")
