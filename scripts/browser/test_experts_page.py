@@ -140,10 +140,10 @@ def test_the_picture_has_a_cell_for_each_token_and_layer(chat: ChatPage) -> None
     for token, entry in enumerate(TOKENS):
         for row, layer in enumerate(entry["layers"]):
             expected = sum(share * np.array(expert_colour(expert)) for expert, share in layer)
-            cell = seen[9 * row + 3, 7 * token + 3]
+            cell = seen[16 * row + 3, 10 * token + 3]
             assert np.abs(cell[:3].astype(float) - expected).max() <= 2
             assert cell[3] == 255
-    assert not seen[:, 7 * len(TOKENS) :].any()
+    assert not seen[:, 10 * len(TOKENS) :].any()
 
 
 def test_an_expert_can_be_looked_at_alone(chat: ChatPage) -> None:
@@ -163,7 +163,7 @@ def test_pointing_and_arrow_keys_tell_the_numbers(chat: ChatPage) -> None:
     page.hover(".assistant .t")
     expect(page.locator("#tip")).to_contain_text("“ Two”")
     expect(page.locator("#tip")).to_contain_text("words 80 %")
-    page.hover("#picture", position={"x": 7 * 4 + 3, "y": 9 * 1 + 3})
+    page.hover("#picture", position={"x": 10 * 4 + 3, "y": 16 * 1 + 3})
     expect(page.locator("#tip")).to_have_text("“ 2”words 100 %layer 2")
     page.focus("#picture")
     page.keyboard.press("Home")
@@ -196,9 +196,9 @@ def test_many_experts_are_summed_up_and_told_apart_one_by_one(canned: Canned, ne
     chat.button("and 118 more with 0.0 %").click()
     expect(page.locator("#shares .share")).to_have_count(128)
     assert colours(chat)[0] == look_of(3, 0.3, 128)
-    columns = page.evaluate("Math.floor(document.querySelector('#picture-box').clientWidth / 7)")
+    columns = page.evaluate("Math.floor(document.querySelector('#picture-box').clientWidth / 10)")
     bands = -(-200 // columns)
-    assert page.evaluate("document.querySelector('#picture').clientHeight") == bands * (27 + 10) - 10
+    assert page.evaluate("document.querySelector('#picture').clientHeight") == bands * (48 + 10) - 10
 
 
 def test_routing_stays_with_the_conversation(chat: ChatPage) -> None:

@@ -8,8 +8,9 @@ import { keepSetting, setting } from "./store.js";
 
 const MOST_NAMED = 10; // experts with a bar of their own, unless all are asked for
 const MOST_IN_TIP = 4;
-const CELL = 7; // width of a token in the picture, in CSS pixels
+const CELL = 10; // width of a token in the picture, in CSS pixels
 const BAND_HEIGHT = 84;
+const MOST_CELL_HEIGHT = 16;
 const BAND_GAP = 10;
 
 const $ = (id) => document.getElementById(id);
@@ -107,6 +108,8 @@ export class ExpertView {
       ? "Each token of an answer is coloured by the experts that made it. Ask something, or point at an answer."
       : "Answers come without their experts, and a little faster.";
     if (routing?.tokens.length) {
+      const words = (this.message.content || this.message.reasoning || "").trim().slice(0, 40);
+      $("shown-answer").textContent = `The answer “${words}${words.length < 40 ? "" : "…"}”`;
       this.#showLayers(routing);
       this.grow();
     }
@@ -250,7 +253,7 @@ export class ExpertView {
   #layout(routing) {
     const width = Math.max(CELL * 8, $("picture-box").clientWidth);
     const columns = Math.floor(width / CELL);
-    const cell = Math.min(9, Math.max(2, BAND_HEIGHT / routing.layers.length));
+    const cell = Math.min(MOST_CELL_HEIGHT, Math.max(2, BAND_HEIGHT / routing.layers.length));
     const band = Math.round(cell * routing.layers.length);
     const bands = Math.ceil(routing.tokens.length / columns);
     return { width: columns * CELL, columns, cell, band, height: bands * (band + BAND_GAP) - BAND_GAP };
