@@ -108,8 +108,6 @@ export class ExpertView {
       ? "Each token of an answer is coloured by the experts that made it. Ask something, or point at an answer."
       : "Answers come without their experts, and a little faster.";
     if (routing?.tokens.length) {
-      const words = (this.message.content || this.message.reasoning || "").trim().slice(0, 40);
-      $("shown-answer").textContent = `The answer “${words}${words.length < 40 ? "" : "…"}”`;
       this.#showLayers(routing);
       this.grow();
     }
@@ -124,6 +122,8 @@ export class ExpertView {
       this.refresh();
       return;
     }
+    const words = (this.message.content || this.message.reasoning || "").trim().slice(0, 40);
+    $("shown-answer").textContent = `The answer “${words}${words.length < 40 ? "" : "…"}”`;
     this.#showShares(routing);
     this.#draw(routing);
     this.#showToken(routing);
