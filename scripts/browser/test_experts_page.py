@@ -63,7 +63,6 @@ STEPS: list[Step] = [
     {"content": "o **an", "routing": TOKENS[1:3]},
     {"content": "d** 2", "routing": TOKENS[3:]},
 ]
-SHOWN = ["Two", " ", "and", " 2"]
 
 
 @pytest.fixture
