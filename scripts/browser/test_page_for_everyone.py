@@ -213,3 +213,19 @@ def test_every_colour_at_its_strongest_can_be_read(chat: ChatPage, scheme: str) 
     worst, n, _ = chat.tab.page.evaluate(CONTRAST)
     assert n > len(colours)
     assert worst[0] >= 4.5, worst
+
+
+def test_the_end_of_an_answer_leaves_the_focus_where_it_is(chat: ChatPage) -> None:
+    chat.tab.look(width=1400)
+    page, more = chat.tab.page, threading.Event()
+    chat.ask("First?", "One")
+    for where in (page.locator(".conversation").last, page.locator(".assistant").first.get_by_label("Copy")):
+        more.clear()
+        chat.server.will_say(Answer([*said("So"), more, *said(" it is")]))
+        chat.send("Next?")
+        expect(chat.answers.last).to_have_text("So")
+        where.focus()
+        more.set()
+        chat.wait()
+        expect(chat.answers.last).to_have_text("So it is")
+        expect(where).to_be_focused()

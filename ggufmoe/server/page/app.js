@@ -152,6 +152,9 @@ class App {
   }
 
   #showConversations() {
+    const shown = [this.current.id, ...this.conversations.map((one) => `${one.id} ${one.title}`)].join("\n");
+    if (this.shownConversations === shown) return; // what has the focus would lose it
+    this.shownConversations = shown;
     const items = this.conversations.map((one) => {
       const item = document.createElement("li");
       const open = document.createElement("button");

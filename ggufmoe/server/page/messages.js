@@ -65,7 +65,9 @@ export class MessageList {
       this.views.set(message.id, view);
       view.update({ running: message === running, versions: versions(conversation, message) });
     }
-    this.root.replaceChildren(...[...this.views.values()].map((view) => view.element));
+    const elements = [...this.views.values()].map((view) => view.element);
+    const isSame = elements.length === this.root.children.length && elements.every((one, i) => one === this.root.children[i]);
+    if (!isSame) this.root.replaceChildren(...elements); // what has the focus would lose it
   }
 
   /** Show what has come to the message that is being written. */
@@ -125,7 +127,11 @@ class MessageView {
       this.problem.textContent = this.message.error ?? "";
       this.problem.hidden = !this.message.error;
     }
-    this.foot.replaceChildren(...this.#switches(all, running), ...(running ? [] : this.#buttons()), this.stats);
+    const shown = `${running} ${all.indexOf(this.message)} ${all.length}`;
+    if (this.shownFoot !== shown) {
+      this.foot.replaceChildren(...this.#switches(all, running), ...(running ? [] : this.#buttons()), this.stats);
+      this.shownFoot = shown;
+    }
     this.#showStats();
   }
 
