@@ -54,7 +54,10 @@ def serve_command(
 
     name = server.alias or model.name.removesuffix(".gguf")
     http = HttpServer(ModelHost(load, chat_template), name, server)
-    note(f"serving {name} at {http.url}/v1; Ctrl-C ends it, and running answers within {GRACE_S} s")
+    note(
+        f"serving {name} at {http.url}/v1; a chat is at {http.url}/; "
+        f"Ctrl-C ends it, and running answers within {GRACE_S} s"
+    )
     if server.no_api_key:
         note("warning: everyone who can reach this address can use the model")
     interrupt, began = Interrupt(gentle=True), time.monotonic()

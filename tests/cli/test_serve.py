@@ -24,6 +24,7 @@ def test_a_process_serves_until_it_is_asked_to_end(story_path: Path) -> None:
             first = process.stderr.readline()
             assert first.startswith("serving tales at http://127.0.0.1:")
             url = first.removeprefix("serving tales at ").partition(";")[0]
+            assert f"; a chat is at {url.removesuffix('v1')}; " in first
             assert "the model is loaded" in process.stderr.readline()
             body = {"prompt": " once", "temperature": 0}
             answer = httpx.post(f"{url}/completions", json=body, timeout=20, trust_env=False).json()
