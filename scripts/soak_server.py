@@ -3,7 +3,7 @@
     python scripts/soak_server.py MODEL.gguf --minutes 20 [--clients 16] [--parallel 4] [--seed 1]
 
 A line a minute says what was done and what the server's process holds. Exit code 1, with the reasons, when a status is
-one that the act may not have, when resident memory moves by more than 5 % after the first minute, when threads,
+one that the act may not have, when resident memory moves by more than 5 % after 1000 acts and a minute, when threads,
 descriptors or answers are left at the end, when greedy answers at the end differ from those at the beginning, or when
 the server does not end with status 0. Let the weights be F32, so that answers do not hang on rounding.
 """
@@ -33,7 +33,8 @@ import psutil
 
 _FLAT = 0.05
 _WINDOW_S = 30.0
-_WARM_S = 15.0
+_WARM_ACTS = 1000
+"""After so many acts on top of the first minute, buffers have the size that they keep."""
 _QUIET_S = 90.0
 """Idle connections are closed within a minute."""
 _CALM_S = 5
@@ -119,6 +120,17 @@ def echo(server: Server, client: httpx.Client, chance: random.Random) -> None:
     server.check("echo", answer.status_code, _BUSY, answer.text)
 
 
+def other(server: Server, client: httpx.Client, chance: random.Random) -> None:
+    """Responses and embeddings."""
+    if chance.random() < 0.5:
+        answer = client.post("/v1/embeddings", json={"input": [_prompt(chance), "A"]})
+    else:
+        is_stream = chance.random() < 0.5
+        body = {"input": _prompt(chance), "max_output_tokens": 16, "stream": is_stream}
+        answer = client.post("/v1/responses", json=body)
+    server.check("other", answer.status_code, _BUSY, answer.text)
+
+
 def stream(server: Server, client: httpx.Client, chance: random.Random) -> None:
     """A stream that is read to its end, or left; some readers are slow."""
     body = {"prompt": _prompt(chance), "max_tokens": chance.choice([8, 64, 400]), "stream": True}
@@ -191,7 +203,7 @@ def small(server: Server, client: httpx.Client, chance: random.Random) -> None:
     server.check("small", status, {200})
 
 
-_ACTS: Sequence[Act] = (whole, whole, echo, stream, stream, stream, leave, bad, rubbish, small)
+_ACTS: Sequence[Act] = (whole, whole, echo, other, stream, stream, stream, leave, bad, rubbish, small)
 
 
 def behave(server: Server, seed: int) -> None:
@@ -240,7 +252,8 @@ def soak(server: Server, minutes: float, n_clients: int, seed: int) -> None:
     """Soak the server; what is wrong comes into its ``faults``."""
     before = server.answers()
     with crowd(server, n_clients, seed + 1000):
-        time.sleep(_WARM_S)
+        while sum(server.counts.values()) < _WARM_ACTS and server.process.is_running():
+            time.sleep(1)
     quiet = settle(server)
     print(f"at rest: {quiet[0]} threads, {quiet[1]} descriptors, {server.holds()[0]:.0f} MiB", flush=True)
     began, seen = time.monotonic(), list[tuple[float, float]]()

@@ -1,8 +1,9 @@
 """``LlamaCpp``: llama-cpp-python's ``Llama`` with our offload options, for programs that take a ``Llama``.
 
-Owns putting a plan into the parameters that ``Llama`` passes to libllama, cancelling a call, and the thread in which
-the calls run that llama.cpp may give up in. Everything else is llama-cpp-python's own code; new programs should use
-``Engine``. The class is made on first access, because importing its base loads the native library.
+Owns putting a plan into the parameters that ``Llama`` passes to libllama, cancelling a call, turns of calls from
+several threads, and the thread in which the calls run that llama.cpp may give up in. Everything else is
+llama-cpp-python's own code; new programs should use ``Engine``. The class is made on first access, because importing
+its base loads the native library.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import inspect
 import logging
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,7 +23,7 @@ from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggufmoe.errors import Cancelled, EngineLostError, ModelLoadError, OptionError
+from ggufmoe.errors import Cancelled, EngineError, EngineLostError, ModelLoadError, OptionError
 from ggufmoe.files import StrPath, user_path
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.types import GGMLType
@@ -45,16 +48,63 @@ else:
 
 _REPLACED = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "use_mlock", "offload_kqv")
 """Arguments of ``Llama`` that ``offload`` replaces."""
+_FORMER = frozenset({"f16_kv", "low_vram", "memory_f16", "mul_mat_q", "n_gqa", "n_parts", "rms_norm_eps"})
+"""Arguments that ``Llama`` had in versions 0.1 and 0.2, and swallows today. Frameworks still pass them."""
 _GUARDED = ("tokenize", "detokenize", "sample", "save_state", "load_state", "_init_sampler")
 """Methods of ``Llama`` that run in the native thread, besides those that are overridden here."""
 
 _logger = logging.getLogger("ggufmoe")
 
 
+class _Stream:
+    """The parts of a completion, which has its turn until they end, or until it is closed or deleted."""
+
+    def __init__(self, parts: Iterator[Any], end_turn: Callable[[], None]) -> None:
+        self._parts = parts
+        self._end_turn: Callable[[], None] | None = end_turn
+        self._has_given_way = False
+        self.reader = threading.get_ident()
+        """The thread that read last."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """The next part. Raises EngineError if the model was used for another call meanwhile."""
+        if self._has_given_way:
+            raise EngineError("the thread that read this stream has made another call: close a stream before")
+        self.reader = threading.get_ident()
+        try:
+            return next(self._parts)
+        except BaseException:
+            self.close()
+            raise
+
+    def give_way(self) -> None:
+        """End the turn; the stream cannot go on."""
+        self._has_given_way = self._end_turn is not None
+        self.close()
+
+    def close(self) -> None:
+        """End the turn. May be called again."""
+        end_turn, self._end_turn = self._end_turn, None
+        if end_turn is not None:
+            try:
+                self._parts.close()  # type: ignore[attr-defined]  # it is a generator
+            finally:
+                end_turn()
+
+    __del__ = close
+
+
 class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     """``llama_cpp.Llama`` whose weights are placed as ``offload`` says, and whose calls can be cancelled.
 
-    It takes the arguments of ``Llama`` with its defaults; an argument that ``Llama`` does not know is an OptionError.
+    It takes the arguments of ``Llama`` with its defaults; an argument that ``Llama`` does not know is an OptionError,
+    but those that earlier versions had are left out, and logged. Completions and embeddings that several threads ask
+    for are computed one after another. A stream has its turn until it is read to its end, closed or deleted; if the
+    thread that reads it makes another call, the stream ends with an EngineError.
+
     With ``offload``, the arguments that it replaces (n_gpu_layers, split_mode, main_gpu, tensor_split, use_mmap,
     use_mlock, offload_kqv) are OptionErrors as well; without it they work as in ``Llama``.
 
@@ -69,8 +119,13 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
     _native: NativeThread | None = None
 
     def __init__(self, model_path: StrPath, *, offload: OffloadOptions | None = None, **arguments: Any) -> None:
+        if former := sorted(_FORMER & arguments.keys()):
+            _logger.info("%s: left out %s, which llama.cpp no longer has", model_path, ", ".join(former))
+            arguments = {name: value for name, value in arguments.items() if name not in _FORMER}
         _check_arguments(arguments, offload)
         self._offload = offload
+        self._turn = threading.Lock()
+        self._stream: weakref.ref[_Stream] | None = None
         self._api = native_api()
         self._abort_callback, self._abort_flag = no_wait_callback(self._api)
         self._model_params: Any = None
@@ -176,6 +231,39 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
                 self._abort_flag[0] = b"\x00"
             raise
 
+    # ---- turns
+
+    def create_completion(self, *arguments: Any, **named: Any) -> Any:
+        """As in ``Llama``; waits for its turn."""
+        self._begin_turn()
+        try:
+            made = super().create_completion(*arguments, **named)
+        except BaseException:
+            self._turn.release()
+            raise
+        if not isinstance(made, Iterator):
+            self._turn.release()
+            return made
+        stream = _Stream(made, self._turn.release)
+        self._stream = weakref.ref(stream)
+        return stream
+
+    def embed(self, *arguments: Any, **named: Any) -> Any:
+        """As in ``Llama``; waits for its turn, and raises Cancelled after ``cancel``."""
+        self._begin_turn()
+        try:
+            self._abort_flag[0] = b"\x00"
+            return self._call(partial(self._stoppable, partial(super().embed, *arguments, **named)))
+        finally:
+            self._turn.release()
+
+    def _begin_turn(self) -> None:
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None and stream.reader == threading.get_ident():
+            stream.give_way()
+        del stream  # whoever reads it may delete it while this call waits
+        self._turn.acquire()
+
     # ---- stopping
 
     def cancel(self) -> None:
@@ -195,11 +283,6 @@ class _PlacedLlama(Llama):  # type: ignore[misc]  # llama_cpp is not looked into
         self._abort_flag[0] = b"\x00"
         tokens: Iterator[int] = super().generate(*arguments, **named)
         return tokens
-
-    def embed(self, *arguments: Any, **named: Any) -> Any:
-        """As in ``Llama``; raises Cancelled after ``cancel``."""
-        self._abort_flag[0] = b"\x00"
-        return self._call(partial(self._stoppable, partial(super().embed, *arguments, **named)))
 
     def _stoppable(self, function: Callable[[], T]) -> T:
         """The result of ``function``. Raises Cancelled if ``cancel`` is called meanwhile, or was before."""
@@ -277,8 +360,9 @@ def _outputs_restored_at_loss() -> Iterator[None]:
             os.close(copy)
 
 
+@cache
 def _base() -> Any:
-    """``llama_cpp.Llama``. Raises EngineMissingError."""
+    """``llama_cpp.Llama``, even if LlamaCpp takes its place there later. Raises EngineMissingError."""
     native.require_bindings("LlamaCpp")
     from llama_cpp import Llama as Base
 

@@ -1,12 +1,12 @@
 """Judge servers by calls of OpenAI's client; prints what came of each call, and a table by group.
 
-usage: openai_calls.py MODEL [--chat-template NAME] [--llama-server PROGRAM] [--only WORD]
+usage: openai_calls.py [MODEL] [--chat-template NAME] [--llama-server PROGRAM] [--only WORD]
        openai_calls.py --server NAME=URL [--server NAME=URL] [--only WORD]
 
-With MODEL, a GGUF file, ``ggufmoe serve`` is started with it, and llama.cpp's server where a program is given. Each
-call is compared with what OpenAI's API reference documents. Answers to one question are compared with each other: let
-the weights be F32, because kernels for other types round so much that two tokens of nearly the same probability can
-change places. Exit code 1 when a call to the first server fails.
+``ggufmoe serve`` is started with MODEL, a GGUF file, or with a tiny model that says random words in ChatML, and so is
+llama.cpp's server where a program is given. Each call is compared with what OpenAI's API reference documents. Answers
+to one question are compared with each other: let MODEL's weights be F32, because kernels for other types round so much
+that two tokens of nearly the same probability can change places. Exit code 1 when a call to the first server fails.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai_chat_calls
 import openai_responses_calls
 import openai_stream_calls
 import openai_text_calls
 import openai_tool_calls
 from openai_asking import CALLS, Asking, Call, Outcome, Verdict, judge
+
+from tests.scripted import Scripted
 
 LISTED = (
     openai_chat_calls,
@@ -44,6 +47,30 @@ _READY_S = 60.0
 _N_CTX, _N_SLOTS = 8192, 4
 _SAME = ["-np", str(_N_SLOTS), "--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32"]
 """Flags of both servers; the last three keep rounding from choosing between two tokens that are equally likely."""
+_TEMPLATE = """{%- if tools %}<|im_start|>system
+You may call these functions: <tools>{{ tools | tojson }}</tools>
+Write a call as <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}
+{%- for call in m.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def talkative() -> Scripted:
+    """A model that says words without an end; which of them depends on all of the text before."""
+    random, words = np.random.default_rng(5), [f" w{n}" for n in range(30)]
+    controls = ["<|im_start|>", "<|im_end|>"]
+    pieces = [*words, "system", "user", "assistant", "tool", "A", "is", " ", "<tool_call>", "</tool_call>"]
+    everything = Scripted(pieces=pieces, controls=controls).vocab
+    follows = {piece: dict(zip(words, random.normal(0, 9, len(words)).tolist(), strict=True)) for piece in everything}
+    return Scripted(follows, controls=controls, chat_template=_TEMPLATE, n_ctx_train=8192, random_layers=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     calls = [one for one in CALLS if asked.only in f"{one.group}: {one.name}"]
     found: dict[str, list[Outcome]] = {}
-    for name, running in _servers(asked).items():
-        with running as url:
-            print(f"\n== {name}, {len(calls)} calls", flush=True)
-            found[name] = list(_outcomes(calls, url))
+    with tempfile.TemporaryDirectory() as folder:
+        asked.model = asked.model or talkative().write(Path(folder) / "talkative.gguf")
+        for name, running in _servers(asked).items():
+            with running as url:
+                print(f"\n== {name}, {len(calls)} calls", flush=True)
+                found[name] = list(_outcomes(calls, url))
     print()
     for line in table(calls, found):
         print(line)
@@ -76,8 +105,6 @@ def _servers(asked: argparse.Namespace) -> dict[str, contextlib.AbstractContextM
     if asked.server:
         pairs = [server.partition("=") for server in asked.server]
         return {name: contextlib.nullcontext(url.rstrip("/")) for name, _, url in pairs}
-    if asked.model is None:
-        raise SystemExit("name a MODEL or a --server")
     same = [*_SAME, *(["--chat-template", asked.chat_template] if asked.chat_template else [])]
     ours = [sys.executable, "-m", "ggufmoe", "serve", str(asked.model), "-c", str(_N_CTX)]
     servers: dict[str, contextlib.AbstractContextManager[str]] = {"ggufmoe serve": started([*ours, *same])}

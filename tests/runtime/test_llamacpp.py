@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ggufmoe import (
     Cancelled,
     ContextOptions,
     Engine,
+    EngineError,
     GGUFError,
     LlamaCpp,
     ModelLoadError,
@@ -163,6 +165,64 @@ def test_its_log_goes_to_logging(model: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.DEBUG, "ggufmoe.llama"):
         LlamaCpp(model, offload=CPU, **SMALL).close()
     assert any("model buffer size" in record.message for record in caplog.records)
+
+
+def test_it_takes_the_place_of_llama(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_cpp
+
+    base, ours = llama_cpp.Llama, LlamaCpp
+    monkeypatch.setattr(llama_cpp, "Llama", ours)
+    llama: Any = llama_cpp.Llama(str(model), **SMALL)
+    try:
+        assert isinstance(llama, base)
+        assert ggufmoe.LlamaCpp is ours
+    finally:
+        llama.close()
+
+
+def test_arguments_of_former_versions_are_left_out(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ggufmoe"):
+        LlamaCpp(model, n_parts=-1, f16_kv=True, **SMALL).close()
+    assert [record.message for record in caplog.records if "left out" in record.message] == [
+        f"{model}: left out f16_kv, n_parts, which llama.cpp no longer has"
+    ]
+
+
+# ---- turns
+
+
+def test_calls_of_many_threads_are_those_of_one(story: Any) -> None:
+    def asked(n: int) -> Any:
+        return story.create_completion(" on" * (1 + n % 5) + " once", max_tokens=8, temperature=0)["choices"]
+
+    alone = [asked(n) for n in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(asked, range(24))) == alone
+
+
+def test_a_stream_has_its_turn_until_it_ends(story: Any) -> None:
+    stream = story.create_completion(" once", max_tokens=8, temperature=0, stream=True)
+    text = next(stream)["choices"][0]["text"]
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(story.create_completion, " on", max_tokens=2, temperature=0)
+        text += "".join(part["choices"][0]["text"] for part in stream)
+        assert (text, other.result()["choices"][0]["text"]) == (" upon a time", " on on")
+
+
+def test_a_stream_that_is_left_holds_up_nobody(story: Any) -> None:
+    for leave in (lambda stream: stream.close(), lambda stream: None):
+        leave(story.create_completion(" on", max_tokens=50, stream=True))
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(story.create_completion, " on", max_tokens=2, temperature=0).result()
+        assert done["choices"][0]["text"] == " on on"
+
+
+def test_a_second_call_of_the_reader_ends_the_stream(story: Any) -> None:
+    stream = story.create_completion(" on", max_tokens=50, temperature=0, stream=True)
+    next(stream)
+    assert story.create_completion(" once", max_tokens=8, temperature=0)["choices"][0]["text"] == " upon a time"
+    with pytest.raises(EngineError, match="another call"):
+        next(stream)
 
 
 # ---- what is refused
