@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, TypedDict
 
 from ggufmoe.errors import OptionError
@@ -107,6 +108,20 @@ class ContextOptions(ComputeOptions):
         "0: none.",
         metavar="MiB",
         between=(0, MAX_INT32),
+    )
+    prompt_cache: Path | None = option(
+        None,
+        "--prompt-cache",
+        help="Keep the KV cache of long texts in this directory (made if it is missing) and begin with what is there: "
+        "prompts and conversations need not be computed again after a restart.",
+        metavar="DIR",
+    )
+    prompt_cache_size: int = option(
+        2048,
+        "--prompt-cache-size",
+        help="Most MiB that --prompt-cache may take; the texts that were not used for longest are deleted.",
+        metavar="MiB",
+        between=(1, MAX_INT32),
     )
     n_seq_max: int = option(
         1, help="Number of texts that share the context, each with an equal part of it.", between=(1, MAX_SEQUENCES)

@@ -171,8 +171,9 @@ class BatchScheduler:
 
     def _goes_on(self, answer: Generation, end: Callable[[KVCache], FinishReason | None]) -> bool:
         """Call ``end`` with the cache of ``answer``; false if the answer ends with its reason, or with its error."""
+        cache = self._active[answer].cache
         try:
-            reason = end(self._active[answer].cache)
+            reason = end(cache)
         except BaseException as error:  # it belongs to the reader
             self._leave(answer)
             answer.fail(error)
@@ -180,6 +181,7 @@ class BatchScheduler:
         if reason is not None:
             self._leave(answer)
             answer.finish(reason)
+            cache.keep_text()
         return reason is None
 
     # ---- one step

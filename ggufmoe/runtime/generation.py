@@ -33,6 +33,9 @@ MAX_AHEAD_TOKENS = 32
 _RESUME_TOKENS = 16
 """A suspended answer goes on at once if fewer tokens than this are still unread."""
 
+_KEEP_EVERY_TOKENS = 64
+"""After the first token and each time this many more, what was computed is kept on disk, if that is worth it."""
+
 _State = Literal["idle", "queued", "running", "ended"]
 
 
@@ -169,6 +172,7 @@ class Generation:
             self.suspend()
         else:
             self.finish(reason)
+            self._loaded.cache.keep_text()
 
     def enter(self) -> bool:
         """Call before computing; false if the answer has ended meanwhile."""
@@ -304,6 +308,8 @@ class Generation:
         if self.wants_routing:
             event = RoutedToken.of(event, cache.routing(), loaded.n_expert)
         self._inbox.put(event if loaded.on_token is None else loaded.on_token(event))
+        if watch.generated_tokens % _KEEP_EVERY_TOKENS == 1:  # after the first: the reader need not wait for it
+            cache.keep_text()
         return "stop" if self._text.stopped else None
 
     def _logprobs(self, cache: KVCache, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:

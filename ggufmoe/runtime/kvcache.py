@@ -1,7 +1,8 @@
 """The KV cache of one context: which tokens it holds, computing more of them, cutting it, copies of other texts.
 
 Everything here runs in the engine's native thread. When another text takes the place of a conversation, a copy of the
-conversation's cache is kept in main memory, within a limit; returning to it costs a copy and no computing.
+conversation's cache is kept in main memory, within a limit; returning to it costs a copy and no computing. Which texts
+are kept on disk is decided by ``promptcache``.
 
 Not every model can go back to an earlier token: layers with a sliding window forget what is behind it, and recurrent
 layers have only the state after the newest token. For these, checkpoints of such layers are taken at the ends of
@@ -27,8 +28,11 @@ from ggufmoe.native import library as native
 from ggufmoe.native.log import NativeLog
 from ggufmoe.native.router_tap import RouterTap, TokenRouting
 from ggufmoe.native.spinning import SpinLimit
+from ggufmoe.options.limits import MAX_INT32
 from ggufmoe.runtime.chunkbatch import SideBySide, TokenBatch
 from ggufmoe.runtime.nonfinite import not_finite_error
+
+_logger = logging.getLogger("ggufmoe")
 
 ComputedBy = Literal["cpu", "gpu", "worker"]
 """Where a model's layers are: all with the CPU, some on GPUs of this machine, or some on a worker."""
@@ -60,17 +64,24 @@ class SavedState:
     """A text, and llama.cpp's state of its KV cache.
 
     ``first``: the first token that all layers hold in ``data``; 0 but for models that forget, which have
-    ``checkpoints``.
+    ``checkpoints``. ``n_exact``: tokens at the beginning that were computed after all tokens before them; the others
+    were computed when the text still had tokens that have been dropped since.
     """
 
     tokens: tuple[int, ...]
     data: NDArray[np.uint8]
     first: int = 0
     checkpoints: tuple[_CacheCheckpoint, ...] = ()
+    n_exact: int = MAX_INT32
 
     @property
     def n_bytes(self) -> int:
         return self.data.nbytes + sum(point.data.nbytes for point in self.checkpoints)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the state is that of computing ``tokens``."""
+        return self.n_exact >= len(self.tokens)
 
 
 class SavedStates:
@@ -79,6 +90,9 @@ class SavedStates:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._states: list[SavedState] = []
+
+    def __iter__(self) -> Iterator[SavedState]:
+        return iter(self._states)
 
     @property
     def n_bytes(self) -> int:
@@ -106,6 +120,30 @@ class SavedStates:
 
     def clear(self) -> None:
         self._states = []
+
+
+class KeptTexts:
+    """Texts that are kept longer than the context. This class keeps none; ``PromptCache`` keeps them on disk."""
+
+    is_open = False
+    """Whether any are kept."""
+
+    def wants(self, tokens: Sequence[int], n_bytes: Callable[[], int]) -> bool:
+        """Whether ``keep`` is to be called with a copy of the text ``tokens``, of ``n_bytes()``."""
+        return False
+
+    def keep(self, state: SavedState) -> None:
+        """Keep a copy of a text. Returns before it is written."""
+
+    def longest(self, wanted: Sequence[int], at_least: int) -> SavedState | None:
+        """A text that has the longest beginning of ``wanted``, ``at_least`` so many tokens of it; None without one."""
+        return None
+
+    def reject(self, state: SavedState) -> None:
+        """Do not give ``state`` again, because llama.cpp does not take it."""
+
+    def flush(self) -> None:
+        """Return when all texts that were given to ``keep`` are written."""
 
 
 class ContextState:
@@ -168,6 +206,7 @@ class KVCache:
         is_recurrent: bool = False,
         sequence: int = 0,
         shared: ContextState | None = None,
+        kept: KeptTexts | None = None,
     ) -> None:
         self._api = api
         self._sequence = sequence
@@ -187,6 +226,9 @@ class KVCache:
         self._path = path
         self._memory = api.llama_get_memory(context)
         self.saved = saved
+        self._kept = kept or KeptTexts()
+        self._n_exact = MAX_INT32
+        """As in ``SavedState``."""
         self.tokens: list[int] = []
         """The tokens whose keys and values the cache holds."""
         self.n_ctx: int = api.llama_n_ctx_seq(context)
@@ -244,22 +286,25 @@ class KVCache:
 
     def _forget_text(self) -> None:
         self.tokens = []
+        self._n_exact = MAX_INT32
         self._checkpoints = []
         self._share_at_most(0)
 
     # ---- reuse
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the longest prefix of ``prompt`` that is in the cache or in a copy, drop all else; return its length.
+        """Keep the longest prefix of ``prompt`` that is in the cache, in a copy or on disk; drop all else.
 
-        The last token of the prompt never counts: its logits are not kept, so it is always computed.
+        Returns its length. The last token of the prompt never counts: its logits are not kept, so it is always computed.
         """
         self._end_token()
         self._drop_chunks()
         wanted = prompt[:-1]
         n = common_prefix(self.tokens, wanted)
         best = self.saved.best(lambda state: self._n_usable(state, wanted))
-        better = best if best and self._n_usable(best, wanted) >= self._n_reachable(n) + WORTH_KEEPING_TOKENS else None
+        n_best, n_better = self._n_usable(best, wanted) if best else 0, self._n_reachable(n) + WORTH_KEEPING_TOKENS
+        kept = self._kept.longest(wanted, max(n_best + WORTH_KEEPING_TOKENS, n_better))
+        better = kept or (best if n_best >= n_better else None)
         lost = len(self.tokens) - n
         if lost >= WORTH_KEEPING_TOKENS and (better or lost * _WORTH_KEEPING_PART >= len(self.tokens)):
             self.set_aside()
@@ -268,6 +313,9 @@ class KVCache:
             try:
                 self.restore(better)
             except EngineError:
+                if kept is not None and self._shared.has_room(len(kept.tokens)):
+                    self._kept.reject(kept)
+                    return self.reuse(prompt)
                 if len(self._shared.caches) > 1:  # other texts may hold the cells that it needs, and end
                     self.saved.add(better)
                 raise
@@ -279,11 +327,10 @@ class KVCache:
 
         The copy has as many of the newest checkpoints as fit beside its data.
         """
-        if (
-            not self.tokens
-            or self._shared.shift_pending
-            or self._api.llama_state_seq_get_size(self.context, self._sequence) > self.saved.max_bytes
-        ):
+        if not self.tokens or self._shared.shift_pending:
+            return
+        if self._state_bytes() > self.saved.max_bytes:
+            self.keep_text()
             return
         try:
             state = self.state()
@@ -292,10 +339,27 @@ class KVCache:
             return
         room = self.saved.max_bytes - state.data.nbytes
         self.saved.add(replace(state, checkpoints=_newest_within(state.checkpoints, room)))
+        if self._is_wanted():
+            self._kept.keep(state)
 
     def n_held(self, text: Sequence[int]) -> int:
         """Tokens at the beginning of ``text`` that the cache holds and can keep without the rest of what it holds."""
         return self._n_reachable(common_prefix(self.tokens, text))
+
+    def keep_text(self) -> None:
+        """Have a copy of the text kept on disk, if it is to be kept at all and enough of it is new. Raises nothing."""
+        if self.tokens and not self._shared.shift_pending and self._is_wanted():
+            try:
+                self._kept.keep(self.state())
+            except (EngineError, MemoryError) as error:
+                _logger.debug("%s: a text of %d tokens is not kept: %s", self._path, len(self.tokens), error)
+
+    def _is_wanted(self) -> bool:
+        return self._n_exact >= len(self.tokens) and self._kept.wants(self.tokens, self._state_bytes)
+
+    def _state_bytes(self) -> int:
+        """Size of a copy of the text."""
+        return int(self._api.llama_state_seq_get_size(self.context, self._sequence))
 
     def copy_beginning(self, source: KVCache, n: int) -> None:
         """Replace the text by the first ``n`` tokens of ``source``, which must be able to go back there.
@@ -311,6 +375,7 @@ class KVCache:
             return
         self._api.llama_memory_seq_cp(self._memory, source._sequence, self._sequence, 0, n)
         self.tokens = source.tokens[:n]
+        self._n_exact = source._n_exact if source._n_exact < n else MAX_INT32
         for other, n_common in {**source._shares, source: n}.items():
             self._shares[other] = other._shares[self] = min(n, n_common)
         self._checkpoints = [point for point in source._checkpoints if point.n_tokens <= n]
@@ -364,7 +429,7 @@ class KVCache:
         return max(0, position - self._window + 1)
 
     def _first_held(self) -> int:
-        if not (self._window or self._is_recurrent):
+        if not self._forgets:
             return 0
         return max(int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence)), 0)
 
@@ -382,6 +447,8 @@ class KVCache:
             self.empty()
         self.tokens = self.tokens[:n_kept]
         self._share_at_most(n_kept)
+        if n_kept <= self._n_exact:
+            self._n_exact = MAX_INT32
         self._checkpoints = [point for point in self._checkpoints if point.n_tokens <= n_kept]
         return n_kept
 
@@ -410,7 +477,9 @@ class KVCache:
         """Keep what layers that forget hold now, and drop the oldest checkpoints until all fit ``saved.max_bytes``.
 
         The copies of other texts do not count: they fill that room sooner or later, and would leave no checkpoint.
+        The text is also kept on disk: what is read from there cannot be cut to it later.
         """
+        self.keep_text()
         if self._shared.shift_pending:  # the copy would have new positions and old keys
             return
         size = self._api.llama_state_seq_get_size_ext(self.context, self._sequence, _PARTIAL_ONLY)
@@ -431,7 +500,7 @@ class KVCache:
             raise EngineError(
                 f"{self._path}: the context has just been shifted and cannot be kept before the next token"
             )
-        size = self._api.llama_state_seq_get_size(self.context, self._sequence)
+        size = self._state_bytes()
         data = np.empty(size, np.uint8)
         n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, self._sequence)
         if n != size:
@@ -441,7 +510,7 @@ class KVCache:
         first = self._first_held()
         if self._window and self.tokens:  # llama.cpp writes of windowed layers only what the newest token attends to
             first = max(first, self._attends_from(len(self.tokens) - 1))
-        return SavedState(tuple(self.tokens), data, first, tuple(self._checkpoints))
+        return SavedState(tuple(self.tokens), data, first, tuple(self._checkpoints), self._n_exact)
 
     def restore(self, state: SavedState) -> None:
         """Replace the cache by a copy. If llama.cpp does not take it, raises EngineError with the cache empty."""
@@ -454,6 +523,7 @@ class KVCache:
                 continue
             raise EngineError(f"{self._path}: llama.cpp does not take the state: {self._log.cause_since(mark)}")
         self.tokens = list(state.tokens)
+        self._n_exact = state.n_exact
         self._checkpoints = list(state.checkpoints)
 
     def _takes(self, state: SavedState) -> bool:
@@ -501,13 +571,20 @@ class KVCache:
         self.take_checkpoint()
         return self.compute(tokens[-1:])
 
+    @property
+    def _forgets(self) -> bool:
+        """Whether some layers cannot go back to every earlier token."""
+        return bool(self._window or self._is_recurrent)
+
     def needs_checkpoint(self) -> bool:
-        """Whether a checkpoint may be needed to go back to the end of the prompt that is to be computed.
+        """Whether ``take_checkpoint`` is to be called before the last token of the prompt that is to be computed.
 
         A cache that keeps what is behind the window goes back by itself, but not after it was copied: llama.cpp writes
-        the window only. So it needs them as soon as there are copies, that is, texts that are exchanged.
+        the window only. So it needs them as soon as there are copies, that is, texts that are exchanged or on disk.
         """
-        if not (self._window or self._is_recurrent) or not self.saved.max_bytes:
+        if self._forgets and self._kept.is_open:
+            return True
+        if not self._forgets or not self.saved.max_bytes:
             return False
         keeps_all = self._swa_full and not self._is_recurrent and self._first_held() == 0
         return not keeps_all or self.saved.n_bytes > 0
@@ -703,6 +780,7 @@ class KVCache:
         self._api.llama_memory_seq_add(self._memory, self._sequence, end, -1, -n)
         self.tokens = self.tokens[:begin] + self.tokens[end:]
         self._share_at_most(begin)
+        self._n_exact = min(self._n_exact, begin)
         self._checkpoints = []
         self._shared.shift_pending = True
         return True

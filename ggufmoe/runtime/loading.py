@@ -39,7 +39,8 @@ from ggufmoe.placement.model_params import set_parameters
 from ggufmoe.placement.offload import plan_offload
 from ggufmoe.placement.offload_plan import OffloadPlan
 from ggufmoe.runtime.events import Token
-from ggufmoe.runtime.kvcache import ContextState, KVCache, SavedStates
+from ggufmoe.runtime.kvcache import ContextState, KeptTexts, KVCache, SavedStates
+from ggufmoe.runtime.promptcache import open_prompt_cache
 from ggufmoe.runtime.slots import Slots
 from ggufmoe.runtime.vocabulary import LoadedVocabulary
 from ggufmoe.sizes import memory_size
@@ -100,6 +101,7 @@ class LoadedModel:
         self._request = request
         self._spin_limit = SpinLimit()
         self._saved = SavedStates(request.context.cache_ram * 2**20)
+        self._kept = KeptTexts()
         self._is_loading = False
         self._model: Any = None
         self._context: Any = None
@@ -167,6 +169,7 @@ class LoadedModel:
                 f"{self.path}: not a model that continues text: it has an encoder, or keeps no context"
             )
         self.vocabulary = LoadedVocabulary(self.api, self._model, self.path, self._header.get(EOS_TOKEN_IDS, ()))
+        self._kept = self._open_kept()
         self._slots = self._new_slots()
 
     def _warn(self, warnings: Iterable[str]) -> None:
@@ -196,6 +199,24 @@ class LoadedModel:
         if callback.cancelled():
             raise Cancelled(f"{self.path}: loading was stopped")
 
+    def _open_kept(self) -> KeptTexts:
+        request, n_ctx = self._request, self.api.llama_n_ctx_seq(self._context)
+        sizes = {"n_ctx": n_ctx, "n_vocab": self.vocabulary.n_tokens}
+        return open_prompt_cache(request.model, request.context, request.offload, **sizes)
+
+    def _keep_texts(self) -> None:
+        """Have the texts of the context, and the copies of others, written to disk, if they are to be kept."""
+        if not self._context or not hasattr(self, "_slots"):
+            return
+        for state in self._saved:
+            self._kept.flush()
+            if state.is_exact and self._kept.wants(state.tokens, lambda: state.data.nbytes):  # noqa: B023
+                self._kept.keep(state)
+        for cache in self._slots.caches:
+            self._kept.flush()
+            cache.keep_text()
+        self._kept.flush()
+
     def _new_slots(self) -> Slots:
         shared = ContextState()
         shared.tap = None if self.observer is not None else self._tap
@@ -220,6 +241,7 @@ class LoadedModel:
             is_recurrent=self.api.llama_model_is_recurrent(self._model) or self.api.llama_model_is_hybrid(self._model),
             sequence=sequence,
             shared=shared,
+            kept=self._kept,
         )
 
     # ---- the model
@@ -362,6 +384,7 @@ class LoadedModel:
         return True
 
     def _renew_context(self, options: ContextOptions, observer: Any, *, keeps_saved: bool = False) -> None:
+        self._keep_texts()
         # the old one may call its observer until it is gone
         self._free_context()
         self.observer = observer
@@ -374,15 +397,18 @@ class LoadedModel:
             self.observer = self.on_token = None
             self._lost = str(error)
             raise
-        self._request = replace(self._request, context=options)
+        is_other, self._request = options != self._request.context, replace(self._request, context=options)
         if not keeps_saved:
             self._saved = SavedStates(options.cache_ram * 2**20)
+        if is_other:
+            self._kept = self._open_kept()
         self._slots = self._new_slots()
 
     # ---- the end
 
     def free(self) -> None:
-        """Give back all native memory."""
+        """Give back all native memory. Texts that are to be kept on disk are written before."""
+        self._keep_texts()
         if hasattr(self, "vocabulary"):
             self.vocabulary.close()
         self._spin_limit.close()

@@ -291,6 +291,7 @@ class LocalEngine:
             return None
         kv.synchronize()
         kv.check_finite(kv.last_logits())
+        kv.keep_text()
         return len(tokens) - n_reused
 
     def _compute_prompt_rows(self, tokens: list[int]) -> int | None:

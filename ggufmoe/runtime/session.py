@@ -12,11 +12,14 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ggufmoe.errors import ContextFullError, InputError, OutputError
 from ggufmoe.files import replacing
@@ -94,8 +97,11 @@ def _identity(model: ModelHeader) -> str:
 # ---- writing
 
 
-def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str) -> None:
-    """Write a session file; an older one at ``path`` is replaced when the new one is complete. Raises OutputError."""
+def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str, *, is_private: bool = False) -> None:
+    """Write a session file; an older one at ``path`` is replaced when the new one is complete. Raises OutputError.
+
+    ``is_private``: only the user may read it.
+    """
     tokens = np.array(state.tokens, "<i4")
     digest = hashlib.sha256(tokens.tobytes())
     digest.update(state.data.data)
@@ -104,6 +110,8 @@ def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str)
     if len(header) > _MAX_HEADER_BYTES:
         raise OutputError(f"{path}: the note is longer than {_MAX_HEADER_BYTES >> 20} MiB")
     with replacing(path, "the session") as file:
+        if is_private:
+            os.chmod(file.name, 0o600)
         file.write(_FIXED.pack(_MAGIC, _VERSION, len(header)) + header + tokens.tobytes())
         file.write(state.data.data)
 
@@ -113,19 +121,32 @@ def write_session(path: Path, state: SavedState, facts: SessionFacts, note: str)
 
 def read_session(path: Path, facts: SessionFacts, n_ctx: int) -> tuple[SavedState, str]:
     """The state in ``path`` and its note. Raises InputError, and ContextFullError if ``n_ctx`` is too small for it."""
+    with _opened(path, facts, n_ctx) as (file, header):
+        state = _read_state(path, file, header)
+    if facts.architecture == LLAMA:
+        _check_plain(path, state)
+    return state, header["note"]
+
+
+def read_session_tokens(path: Path, facts: SessionFacts, n_ctx: int) -> NDArray[np.int32]:
+    """The tokens in ``path`` without their state; the checksum is not checked. Raises what ``read_session`` raises."""
+    with _opened(path, facts, n_ctx) as (file, header):
+        return np.frombuffer(file.read(4 * header["n_tokens"]), "<i4").astype(np.int32)
+
+
+@contextmanager
+def _opened(path: Path, facts: SessionFacts, n_ctx: int) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
+    """The file, to be read from the tokens on, and its header, with which the file's length and ``facts`` agree."""
     try:
         if path.exists() and not path.is_file():
             raise _damaged(path, "it is not a regular file")
         with open(path, "rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
             header = _read_header(path, file)
             _check_facts(path, header, facts)
-            state = _read_state(path, file, header, file_bytes, n_ctx)
+            _check_sizes(path, header, os.fstat(file.fileno()).st_size - file.tell(), n_ctx)
+            yield file, header
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if facts.architecture == LLAMA:
-        _check_plain(path, state)
-    return state, header["note"]
 
 
 def _damaged(path: Path, how: str) -> InputError:
@@ -159,9 +180,9 @@ def _check_facts(path: Path, header: dict[str, Any], facts: SessionFacts) -> Non
             raise InputError(f"{path}: a session of {_WORDS[field.name]}{shown}")
 
 
-def _read_state(path: Path, file: BinaryIO, header: dict[str, Any], file_bytes: int, n_ctx: int) -> SavedState:
+def _check_sizes(path: Path, header: dict[str, Any], body_bytes: int, n_ctx: int) -> None:
     n_tokens, n_bytes = header["n_tokens"], header["state_bytes"]
-    if not (0 < n_tokens <= _MAX_TOKENS and n_bytes > 0 and file.tell() + 4 * n_tokens + n_bytes == file_bytes):
+    if not (0 < n_tokens <= _MAX_TOKENS and n_bytes > 0 and 4 * n_tokens + n_bytes == body_bytes):
         raise _damaged(path, "it is longer or shorter than its header says")
     if n_tokens >= n_ctx:
         raise ContextFullError(
@@ -169,11 +190,14 @@ def _read_state(path: Path, file: BinaryIO, header: dict[str, Any], file_bytes: 
         )
     if memory_bytes() and n_bytes > memory_bytes():
         raise _damaged(path, f"its {memory_size(n_bytes)} are more than this machine's memory")
+
+
+def _read_state(path: Path, file: BinaryIO, header: dict[str, Any]) -> SavedState:
     digest = hashlib.sha256()
-    raw = file.read(4 * n_tokens)
+    raw = file.read(4 * header["n_tokens"])
     digest.update(raw)
-    data = np.empty(n_bytes, np.uint8)
-    for begin in range(0, n_bytes, _CHUNK):
+    data = np.empty(header["state_bytes"], np.uint8)
+    for begin in range(0, len(data), _CHUNK):
         part = data.data[begin : begin + _CHUNK]
         if file.readinto(part) != len(part):  # type: ignore[attr-defined]
             raise _damaged(path, "it ends too early")

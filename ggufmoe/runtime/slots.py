@@ -64,6 +64,11 @@ class Slots:
         """The cache that was used last."""
         shared.give_way = self._give_way
 
+    @property
+    def caches(self) -> list[KVCache]:
+        """The cache of each slot, in the order in which they were used."""
+        return [slot.cache for slot in sorted(self._slots, key=lambda slot: slot.used)]
+
     def __len__(self) -> int:
         return len(self._slots)
 

@@ -6,6 +6,9 @@ import importlib.util
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ import pytest
 
 from ggufmoe import ContextOptions, Engine, ModelLoadError
 from ggufmoe.cli.app import exit_code
+from tests.remote.workers import wait_until
+from tests.scripted import Scripted
+from tests.server.running import TALKER
+
+COMMAND = [sys.executable, "-m", "ggufmoe", "serve", "--port", "0", "-t", "1", "--alias", "tales"]
 
 
 def test_a_process_serves_until_it_is_asked_to_end(story_path: Path) -> None:
-    command = [sys.executable, "-m", "ggufmoe", "serve", str(story_path), "--port", "0", "-t", "1", "--alias", "tales"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*COMMAND, str(story_path)], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
             first = process.stderr.readline()
@@ -36,6 +43,43 @@ def test_a_process_serves_until_it_is_asked_to_end(story_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert process.stderr.read() == ""
+
+
+@contextmanager
+def serving(path: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A process that serves ``path`` until it is killed, and a client of it."""
+    with subprocess.Popen([*COMMAND, str(path), *flags], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            url = process.stderr.readline().removeprefix("serving tales at ").partition(";")[0]
+            assert "the model is loaded" in process.stderr.readline()
+            with httpx.Client(base_url=url, timeout=20, trust_env=False) as client:
+                yield process, client
+        finally:
+            process.kill()
+
+
+def test_a_conversation_goes_on_after_the_process_was_killed_in_mid_stream(
+    write_model: Callable[[Scripted], Path], tmp_path: Path
+) -> None:
+    flags = ("--prompt-cache", str(tmp_path), "--parallel", "2")
+    path = write_model(replace(TALKER, n_ctx_train=512))
+    messages = [{"role": "user", "content": " hello" * 150}]
+    body = {"messages": messages, "temperature": 0, "chat_template_kwargs": {"ending": " on"}}  # says " on" for ever
+    with (
+        serving(path, *flags) as (process, client),
+        client.stream("POST", "/chat/completions", json={**body, "stream": True}) as answer,
+    ):
+        assert any('" on"' in line for line in answer.iter_lines())
+        wait_until(lambda: bool(list(tmp_path.glob("*.prompt"))))
+        process.kill()
+    messages += [{"role": "assistant", "content": " on on"}, {"role": "user", "content": " hello"}]
+    with serving(path, *flags) as (_, client):
+        found = client.post("/chat/completions", json={**body, "max_tokens": 4}).json()
+    # BOS, [user], 150 words, [assistant], " on" were the first prompt; " on" and a turn of four tokens follow
+    assert found["usage"]["prompt_tokens"] == 159
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] >= 154
+    assert found["timings"]["prompt_n"] <= 5
 
 
 def test_what_is_missing_is_named(
