@@ -295,7 +295,7 @@ class KVCache:
     def reuse(self, prompt: Sequence[int]) -> int:
         """Keep the longest prefix of ``prompt`` that is in the cache, in a copy or on disk; drop all else.
 
-        Returns its length. The last token of the prompt never counts: its logits are not kept, so it is always computed.
+        Returns its length. The last token of the prompt never counts: its logits are not kept, and it is computed.
         """
         self._end_token()
         self._drop_chunks()
@@ -348,9 +348,10 @@ class KVCache:
 
     def keep_text(self) -> None:
         """Have a copy of the text kept on disk, if it is to be kept at all and enough of it is new. Raises nothing."""
-        if self.tokens and not self._shared.shift_pending and self._is_wanted():
+        if self.tokens and not self._shared.shift_pending:
             try:
-                self._kept.keep(self.state())
+                if self._is_wanted():
+                    self._kept.keep(self.state())
             except (EngineError, MemoryError) as error:
                 _logger.debug("%s: a text of %d tokens is not kept: %s", self._path, len(self.tokens), error)
 

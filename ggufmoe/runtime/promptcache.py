@@ -245,8 +245,8 @@ class PromptCache(KeptTexts):
         return n if n * _WORTH_KEEPING_PART >= len(other) else 0
 
     def _is_replaced(self, old: TokenArray, new: TokenArray) -> bool:
-        """Whether ``new`` gives all that ``old`` does."""
-        return not self._kind.whole_only and _common(old, new) == len(old)
+        """Whether ``new`` would be read for all of ``old``."""
+        return self._n_usable(new, old) == len(old)
 
     # ---- writing
 
@@ -269,7 +269,14 @@ class PromptCache(KeptTexts):
                     self._changed.notify_all()
                     return
                 copy = self._waiting[0]
-            self._write(copy)
+            try:
+                self._write(copy)
+            except BaseException:  # whatever it is, nobody may wait for this thread
+                with self._changed:
+                    self._waiting.clear()
+                    self._thread, self._has_failed = None, True
+                    self._changed.notify_all()
+                raise
             with self._changed:
                 self._waiting.popleft()
             del copy

@@ -186,6 +186,13 @@ def offload_of(case: str, model: Path, first: str, second: str) -> OffloadOption
     return OffloadOptions(load_mode="none", fit="off", **cases[case])
 
 
+def test_a_prompt_on_disk_is_read_by_another_child(story_path: Path, busy_worker: Worker, tmp_path: Path) -> None:
+    context = replace(ONE_THREAD, prompt_cache=tmp_path / "prompts")
+    for n_computed in (150, 1):
+        with Engine(story_path, context, OffloadOptions(rpc=busy_worker.endpoint)) as engine:
+            assert engine.prefill([1] + [259] * 149) == n_computed
+
+
 @pytest.mark.parametrize("case", ["all", "cpu_moe", "n_cpu_moe", "override", "split", "second", "fit"])
 def test_workers_hold_what_was_planned_and_answer_alike(
     case: str, model: Path, workers: tuple[Worker, Worker], on_cpu: list[int]
