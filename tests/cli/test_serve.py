@@ -62,8 +62,8 @@ def serving(path: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], ht
 def test_a_conversation_goes_on_after_the_process_was_killed_in_mid_stream(
     write_model: Callable[[Scripted], Path], tmp_path: Path
 ) -> None:
-    flags = ("--prompt-cache", str(tmp_path), "--parallel", "2")
-    path = write_model(replace(TALKER, n_ctx_train=512))
+    flags = ("--prompt-cache", str(tmp_path), "--parallel", "2", "--ctx-size", "0")
+    path = write_model(replace(TALKER, n_ctx_train=16384))
     messages = [{"role": "user", "content": " hello" * 150}]
     body = {"messages": messages, "temperature": 0, "chat_template_kwargs": {"ending": " on"}}  # says " on" for ever
     with (
