@@ -8,10 +8,10 @@ Nothing of it depends on llama.cpp, so it also serves as an independent referenc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import Work
 
 Floats = NDArray[np.float32]
+ResultT = TypeVar("ResultT")
 TILE_BYTES = 8 << 20
 """Bytes of float32 weights in one tile; each thread has one."""
 
@@ -61,7 +62,7 @@ class ForwardPass:
         self._arithmetic = self._family.arithmetic(model.config)
         self._tensors = model.tensors
         self._threads = threads
-        self._work = work or Work("forward pass", 0)
+        self.work = work or Work("forward pass", 0)
         self._inverse_frequencies = _inverse_frequencies(model.config)
 
     def embed(self, tokens: Sequence[int]) -> Floats:
@@ -70,35 +71,62 @@ class ForwardPass:
 
     def layers(self, prompts: Sequence[Sequence[int]]) -> Iterator[LayerState]:
         """The ``n_layer`` states of a pass. The MLP of the last layer is not read: no state depends on it."""
-        hidden = self._first(prompts)
-        with _one_blas_thread():
+        hidden = self.first(prompts)
+        with one_blas_thread():
             for layer in range(self._config.n_layer):
-                attended, normed = self._attended(layer, hidden, prompts)
+                attended, normed = self.attended(layer, hidden, prompts)
                 yield LayerState(hidden, normed)
                 if layer < self._config.n_layer - 1:
-                    hidden = self._added(attended, self._feed_forward(layer, normed))
+                    hidden = self.added(attended, self.feed_forward(layer, normed))
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Floats:
         """Logits of every token: (n_tokens, n_vocab) float32."""
-        hidden = self._first(prompts)
-        head = self._name(MODEL_TENSOR.TOKEN_EMBD if self._config.tie_embeddings else MODEL_TENSOR.OUTPUT)
-        with _one_blas_thread():
+        hidden = self.first(prompts)
+        with one_blas_thread():
             for layer in range(self._config.n_layer):
-                attended, normed = self._attended(layer, hidden, prompts)
-                hidden = self._added(attended, self._feed_forward(layer, normed))
-            logits = self._multiply(head, self._norm(self._name(MODEL_TENSOR.OUTPUT_NORM), hidden))
+                attended, normed = self.attended(layer, hidden, prompts)
+                hidden = self.added(attended, self.feed_forward(layer, normed))
+            logits = self._multiply(self._head(), self._norm(self._name(MODEL_TENSOR.OUTPUT_NORM), hidden))
         logits /= np.float32(self._arithmetic.logit_scale)
         return logits
 
-    def _first(self, prompts: Sequence[Sequence[int]]) -> Floats:
-        """The residual stream before the first layer."""
+    def losses(self, hidden: Floats, targets: NDArray[np.intp]) -> Floats:
+        """The negative log-likelihood, in nats, of the token ``targets[i]`` after the state ``hidden[i]``.
+
+        ``hidden`` (n, n_embd) is the residual stream after the last layer. Logits are made of a tile of the vocabulary
+        at a time, so that memory does not grow with it.
+        """
+        normed = self._norm(self._name(MODEL_TENSOR.OUTPUT_NORM), hidden)
+        scale = np.float32(1.0 / self._arithmetic.logit_scale)
+
+        def part(start: int, weights: Floats) -> tuple[Floats, Floats, Floats]:
+            logits = (normed @ weights.T) * scale
+            largest = logits.max(axis=1)
+            column = targets - start
+            rows = np.nonzero((column >= 0) & (column < len(weights)))[0]
+            wanted = np.zeros(len(logits), dtype=np.float32)
+            wanted[rows] = logits[rows, column[rows]]
+            return largest, np.exp(logits - largest[:, None]).sum(axis=1), wanted
+
+        parts = self._map_tiles(self._head(), part)
+        largest, sums, wanted = (np.stack(values) for values in zip(*parts, strict=True))
+        highest = largest.max(axis=0)
+        out: Floats = highest + np.log((sums * np.exp(largest - highest)).sum(axis=0)) - wanted.sum(axis=0)
+        return out
+
+    def first(self, prompts: Sequence[Sequence[int]]) -> Floats:
+        """The residual stream before the first layer, (n_tokens, n_embd)."""
         rows = self.embed([token for prompt in prompts for token in prompt])
         rows *= np.float32(self._arithmetic.embedding_scale)
         return rows
 
-    def _added(self, hidden: Floats, output: Floats) -> Floats:
+    def added(self, hidden: Floats, output: Floats) -> Floats:
+        """The residual stream ``hidden`` after the output of attention or of a feed-forward part is added."""
         out: Floats = hidden + output * np.float32(self._arithmetic.residual_scale)
         return out
+
+    def _head(self) -> str:
+        return self._name(MODEL_TENSOR.TOKEN_EMBD if self._config.tie_embeddings else MODEL_TENSOR.OUTPUT)
 
     def _name(self, tensor: Any, layer: int = 0, expert: int = 0) -> str:
         rule = self._family.rule(tensor)
@@ -117,21 +145,27 @@ class ForwardPass:
         bias = self._vector(tensor, layer, BIAS)
         return out if bias is None else out + bias
 
-    def _attended(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
+    def attended(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
         """The residual stream after attention, and the same normalized for the MLP or the experts."""
         normed = self._norm(self._name(MODEL_TENSOR.ATTN_NORM, layer), hidden)
-        hidden = self._added(hidden, self._attention(layer, normed, prompts))
+        hidden = self.added(hidden, self._attention(layer, normed, prompts))
         # some graphs of llama.cpp call the norm before the feed-forward part one after attention
         named = self._family.rule(MODEL_TENSOR.FFN_NORM)
         norm = MODEL_TENSOR.ATTN_POST_NORM if named is None else MODEL_TENSOR.FFN_NORM
         return hidden, self._norm(self._name(norm, layer), hidden)
 
-    def _feed_forward(self, layer: int, normed: Floats) -> Floats:
+    def feed_forward(self, layer: int, normed: Floats) -> Floats:
+        """The output of a layer's MLP, or of its chosen experts and its shared ones, for ``normed`` (n, n_embd)."""
         router = self._family.rule(MODEL_TENSOR.FFN_GATE_INP)
         if router is None or not router.where(self._config, layer):
             dense = (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_DOWN)
             return self._swiglu(normed, *(self._name(tensor, layer) for tensor in dense))
-        return self._experts(layer, normed) + self._shared_experts(layer, normed)
+        return self._experts(layer, normed) + self.shared_output(layer, normed)
+
+    def expert_output(self, layer: int, expert: int, normed: Floats) -> Floats:
+        """The output of one routed expert, not weighted, for ``normed`` (n, n_embd)."""
+        matrices = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
+        return self._swiglu(normed, *(self._name(tensor, layer, expert) for tensor in matrices))
 
     def _norm(self, name: str, hidden: Floats) -> Floats:
         return self._normalized(hidden, read_f32(self._tensors[name], 0, 1)[0])
@@ -145,27 +179,35 @@ class ForwardPass:
         return out
 
     def _swiglu(self, hidden: Floats, gate: str, up: str, down: str) -> Floats:
-        activated = self._multiply(gate, hidden)
-        activated /= np.float32(1.0) + np.exp(-activated)
-        activated *= self._multiply(up, hidden)
+        activated = np.empty((len(hidden), self._tensors[gate].shape[0]), dtype=np.float32)
+
+        def activate(start: int, gate_rows: Floats) -> None:
+            stop = start + len(gate_rows)
+            part = np.matmul(hidden, gate_rows.T)
+            part /= np.float32(1.0) + np.exp(-part)
+            np.multiply(
+                part, np.matmul(hidden, read_f32(self._tensors[up], start, stop).T), out=activated[:, start:stop]
+            )
+
+        self._map_tiles(gate, activate)
         return self._multiply(down, activated)
 
     def _experts(self, layer: int, hidden: Floats) -> Floats:
         """The output of the ``n_expert_used`` best experts of each token, weighted by the router."""
-        chosen, weights = self._routes(layer, hidden)
-        matrices = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
+        chosen, weights = self.routes(layer, self._project(MODEL_TENSOR.FFN_GATE_INP, layer, hidden))
         out = np.zeros_like(hidden)
         for expert in range(self._config.n_expert):
             rows, slots = np.nonzero(chosen == expert)
             if rows.size:
-                names = (self._name(tensor, layer, expert) for tensor in matrices)
-                out[rows] += weights[rows, slots, None] * self._swiglu(hidden[rows], *names)
+                out[rows] += weights[rows, slots, None] * self.expert_output(layer, expert, hidden[rows])
         return out
 
-    def _routes(self, layer: int, hidden: Floats) -> tuple[NDArray[np.intp], Floats]:
-        """The experts chosen for each token and their weights: (n_tokens, n_expert_used) both."""
+    def routes(self, layer: int, logits: Floats) -> tuple[NDArray[np.intp], Floats]:
+        """The experts that a router's logits choose for each token, best first, and their weights.
+
+        ``logits`` is (n_tokens, n_expert); both results are (n_tokens, n_expert_used).
+        """
         routing, n_used = self._arithmetic.routing, self._config.n_expert_used
-        logits = self._project(MODEL_TENSOR.FFN_GATE_INP, layer, hidden)
         scores = logits
         if routing.scoring is Scoring.SOFTMAX:
             scores = _softmax(logits)
@@ -181,7 +223,7 @@ class ForwardPass:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         return chosen, weights * np.float32(routing.scale)
 
-    def _shared_experts(self, layer: int, hidden: Floats) -> Floats:
+    def shared_output(self, layer: int, hidden: Floats) -> Floats:
         """The output of the experts that every token goes to, weighted by their gate where there is one; else zeros."""
         shared = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
         rule = self._family.rule(shared[0])
@@ -240,18 +282,25 @@ class ForwardPass:
 
     def _multiply(self, name: str, x: Floats) -> Floats:
         """x (n, n_cols) times the transpose of a weight (n_rows, n_cols), tile by tile."""
+        out = np.empty((len(x), self._tensors[name].shape[0]), dtype=np.float32)
+
+        def multiply(start: int, rows: Floats) -> None:
+            np.matmul(x, rows.T, out=out[:, start : start + len(rows)])
+
+        self._map_tiles(name, multiply)
+        return out
+
+    def _map_tiles(self, name: str, function: Callable[[int, Floats], ResultT]) -> list[ResultT]:
+        """Call ``function`` with the first row and the float32 rows of each tile of a weight, in several threads."""
         tensor = self._tensors[name]
         n_rows, n_cols = tensor.shape
-        out = np.empty((len(x), n_rows), dtype=np.float32)
         step = max(1, TILE_BYTES // (4 * n_cols))
 
-        def multiply(start: int) -> None:
-            self._work.check()
-            stop = min(start + step, n_rows)
-            np.matmul(x, read_f32(tensor, start, stop).T, out=out[:, start:stop])
+        def call(start: int) -> ResultT:
+            self.work.check()
+            return function(start, read_f32(tensor, start, min(start + step, n_rows)))
 
-        self._work.map(multiply, range(0, n_rows, step), self._threads)
-        return out
+        return self.work.map(call, range(0, n_rows, step), self._threads)
 
 
 def embedding_rows(table: SourceTensor, tokens: Sequence[int]) -> Floats:
@@ -262,7 +311,8 @@ def embedding_rows(table: SourceTensor, tokens: Sequence[int]) -> Floats:
     return out
 
 
-def _one_blas_thread() -> AbstractContextManager[Any]:
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """A block in which numpy's BLAS has one thread, in the whole process."""
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(limits=1, user_api="blas")  # type: ignore[no-any-return]
