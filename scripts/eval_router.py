@@ -106,7 +106,8 @@ def _scored(texts: Sequence[RouterText]) -> tuple[list[int], Any]:
 def conversations(file: Path, n: int | None = None) -> list[tuple[str, str]]:
     """Questions and answers of a file, the first ``n`` of them."""
     lines = file.read_text(encoding="utf-8").splitlines()[:n]
-    return [tuple(one["content"] for one in json.loads(line)["messages"][:2]) for line in lines]  # type: ignore[misc]
+    said = [json.loads(line)["messages"] for line in lines]
+    return [(messages[0]["content"], messages[1]["content"]) for messages in said]
 
 
 def accuracy(engine: ggufmoe.Engine, file: Path, n: int) -> float:
@@ -140,8 +141,15 @@ def main() -> None:
             loss = losses(model, held)
             model.close()
             gguf = work / f"{subject.name.replace(' ', '-')}-{arguments.quant}.gguf"
-            outside = {} if subject.path.is_dir() else {"allow_identical_experts": True, "allow_outside_files": True}
-            ggufmoe.convert(subject.path, gguf, arguments.quant, force=True, **outside)
+            loose = not subject.path.is_dir()
+            ggufmoe.convert(
+                subject.path,
+                gguf,
+                arguments.quant,
+                force=True,
+                allow_identical_experts=loose,
+                allow_outside_files=loose,
+            )
             with ggufmoe.Engine(gguf) as engine:
                 right = [accuracy(engine, file, arguments.questions) for file in held]
             perplexity = ggufmoe.perplexity(gguf, text=text, n_ctx=N_PERPLEXITY).value

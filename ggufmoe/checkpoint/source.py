@@ -69,6 +69,30 @@ class PromptPreference:
 
 
 @dataclass(frozen=True)
+class TextScore:
+    """What a fitted router does to the held-out texts of one file of an expert."""
+
+    expert: int
+    file: str
+    n_fitted_tokens: int
+    """Tokens that the router was fitted on."""
+    n_scored_tokens: int
+    """Tokens of held-out texts whose loss counts."""
+    losses: Mapping[str, float]
+    """Mean loss of a token, in nats, by what computed it: "base", "expert 0" and so on each alone, "uniform" (all
+    experts, equally weighted), "hidden" (gate mode hidden, where the recipe has prompts), "fitted"."""
+    own_weight: float
+    """Weight that a token gives its own expert; mean over tokens and layers."""
+    own_first: float
+    """Share of tokens and layers that give their own expert the most weight."""
+
+    @property
+    def is_worse_than_uniform(self) -> bool:
+        """Whether equal weights do better on these texts than the fitted router."""
+        return self.losses["fitted"] > self.losses["uniform"]
+
+
+@dataclass(frozen=True)
 class RouterReport:
     """Describes a computed router: how similar the rows of its experts are, and to which experts each prompt goes."""
 
@@ -77,7 +101,12 @@ class RouterReport:
     """Per layer the n_expert x n_expert cosines between rows."""
     condition_numbers: tuple[float, ...]
     """Per layer the ratio of the largest to the smallest singular value of the rows."""
+    """Of fitted rows, which add up to zero, to the smallest but one."""
     preferences: tuple[PromptPreference, ...]
+    scores: tuple[TextScore, ...] = ()
+    """Of a fitted router, one for each file of texts."""
+    attention_distances: tuple[float, ...] = ()
+    """Of a fitted router, how far each expert's attention weights are from the base's, relative to their length."""
 
     @property
     def degenerate_layers(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A recipe's router report as text: how far apart the experts' rows are, and which experts each prompt goes to."""
+"""A recipe's router report as text: how far apart the experts' rows are, where prompts go, what fitting gained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 from ggufmoe.cli.console import make_console, printable
 
 if TYPE_CHECKING:
-    from ggufmoe.checkpoint.source import PromptPreference, RouterReport
+    from ggufmoe.checkpoint.source import PromptPreference, RouterReport, TextScore
 
 _SHOWN_LAYERS = 8
 _SHOWN_PROMPTS = 100
@@ -21,7 +21,7 @@ _FRAME = 3
 
 
 def print_router(report: RouterReport, stream: TextIO | None = None) -> None:
-    """Print the report as two tables on ``stream`` (default: stderr)."""
+    """Print the report as tables on ``stream`` (default: stderr)."""
     console = make_console(sys.stderr if stream is None else stream)
     console.print(f"Router rows ({report.gate_mode})")
     console.print(_layers(report))
@@ -30,9 +30,13 @@ def print_router(report: RouterReport, stream: TextIO | None = None) -> None:
         console.print(_prompts(report.preferences[:_SHOWN_PROMPTS], console.width))
         if (n_more := len(report.preferences) - _SHOWN_PROMPTS) > 0:
             console.print(f"and {n_more} more; --router-report FILE writes all")
+    if report.scores:
+        console.print("Loss on held-out texts")
+        console.print(_scores(report.scores))
     if report.degenerate_layers:
+        what = "texts" if report.scores else "prompts"
         where = f"{len(report.degenerate_layers)} of {len(report.condition_numbers)} layers"
-        console.print(f"In {where} the experts' rows are nearly alike; prompts that differ more would help.")
+        console.print(f"In {where} the experts' rows are nearly alike; {what} that differ more would help.")
 
 
 def _layers(report: RouterReport) -> object:
@@ -75,6 +79,26 @@ def _prompts(preferences: tuple[PromptPreference, ...], width: int) -> object:
         sign = "+" if preference.positive else "−"
         # Text, because what is in brackets belongs to the prompt
         table.add_row(f"{sign}{preference.expert}", Text(printable(preference.prompt, len(preference.prompt))), *cells)
+    return table
+
+
+def _scores(scores: tuple[TextScore, ...]) -> object:
+    """A row for each file: the loss by what computes it, and how much of the fitted weight its own expert gets."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("for", no_wrap=True)
+    table.add_column("texts", overflow="ellipsis", no_wrap=True)
+    compared = [name for name in ("base", "uniform", "hidden", "fitted") if name in scores[0].losses]
+    for title in ("its expert", *compared, "own weight", "own first"):
+        table.add_column(title, justify="right")
+    for score in scores:
+        losses = [score.losses[name] for name in (f"expert {score.expert}", *compared)]
+        mark = " !" if score.is_worse_than_uniform else ""
+        cells = [*(f"{loss:.3f}" for loss in losses), f"{score.own_weight:.0%}", f"{score.own_first:.0%}"]
+        cells[len(compared)] += mark
+        table.add_row(str(score.expert), Text(printable(score.file, len(score.file))), *cells)
     return table
 
 

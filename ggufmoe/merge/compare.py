@@ -5,15 +5,21 @@ A difference that would make the merge wrong is an error, one that may be intend
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
 from ggufmoe.checkpoint.jsonfile import read_optional
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError
+from ggufmoe.families import family_of
 from ggufmoe.families.model_config import RopeScaling
+from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.prompts import read_vocabulary
 from ggufmoe.merge.recipe import Recipe
+from ggufmoe.weights.dtypes import read_f32
 
 _MUST_AGREE = {
     "architecture": "architecture",
@@ -28,6 +34,10 @@ _MUST_AGREE = {
 
 _BASES_ALONE = {"rope_theta": "rope_theta", "rope_scaling": "rope scaling", "rms_norm_eps": "rms_norm_eps"}
 """Fields that only the base's attention and norms need: Mistral v0.1 and v0.2 differ in the first, and mix well."""
+
+_ATTENTION = (MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V, MODEL_TENSOR.ATTN_OUT)
+_SAMPLED_ROWS = 8
+"""Rows of a matrix of attention that are compared."""
 
 
 def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSource]) -> tuple[str, ...]:
@@ -56,6 +66,24 @@ def compare_sources(base: ModelSource, recipe: Recipe, experts: Sequence[ModelSo
     if errors:
         raise RecipeError(f"the models do not fit together: {'; '.join(dict.fromkeys(errors))}")
     return tuple(dict.fromkeys(warnings))
+
+
+def attention_distance(base: ModelSource, expert: ModelSource) -> float:
+    """How far an expert's attention weights are from the base's, relative to their length; 0 for the same weights.
+
+    Estimated from a few rows of each matrix. Both models have the same shapes.
+    """
+    family = family_of(base.config)
+    squares = np.zeros(2)
+    for tensor, layer in itertools.product(_ATTENTION, range(base.config.n_layer)):
+        rule = family.rule(tensor)
+        if rule is None or not rule.where(base.config, layer):
+            continue
+        ours, theirs = base.tensors[rule.name(layer)], expert.tensors[rule.name(layer)]
+        for start in range(0, ours.shape[0], max(1, ours.shape[0] // _SAMPLED_ROWS)):
+            row, other = read_f32(ours, start, start + 1), read_f32(theirs, start, start + 1)
+            squares += (np.sum((other - row) ** 2, dtype=np.float64), np.sum(row**2, dtype=np.float64))
+    return float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
 
 
 def _vocabulary_errors(base: ModelSource, expert: ModelSource) -> Iterator[str]:

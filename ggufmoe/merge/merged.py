@@ -32,11 +32,13 @@ from ggufmoe.files import decode_text, possible_path, what_instead
 from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
-from ggufmoe.merge.compare import compare_sources
+from ggufmoe.merge.compare import attention_distance, compare_sources
 from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.model_card import model_card
-from ggufmoe.merge.recipe import ExpertRecipe, Recipe, load_recipe, place_of
-from ggufmoe.merge.router import check_prompts, make_router
+from ggufmoe.merge.recipe import ExpertRecipe, GateMode, Recipe, load_recipe, place_of
+from ggufmoe.merge.router import Router, check_prompts, fit_router, make_router, taken_router
+from ggufmoe.merge.router_rows import read_router
+from ggufmoe.merge.router_texts import RouterText, fitting_warnings, read_texts
 from ggufmoe.merge.targets import (
     EXPERT_MATRICES,
     ROUTER,
@@ -134,7 +136,8 @@ class RouterTensor:
 class MergedModel:
     """An opened recipe: a ``ModelSource`` whose router is computed by ``prepare``.
 
-    ``warnings`` are the differences between the sources that may be intended.
+    ``warnings`` are the differences between the sources that may be intended; ``texts`` are what a router of gate mode
+    fitted is fitted on.
     """
 
     def __init__(self, recipe: Recipe, text: str, path: Path, *, allow_outside_files: bool = False) -> None:
@@ -170,6 +173,8 @@ class MergedModel:
                 self.warnings += (f"{window}: a {self._family.architecture} has none",)
             self.tensors: Mapping[str, SourceTensor] = MappingProxyType(dict(self._named_tensors()))
             check_prompts(recipe, self._base)
+            self._stored_rows = None if recipe.router is None else self._read_router(recipe.router)
+            self.texts = self._read_texts() if recipe.gate_mode is GateMode.FITTED else ()
         except BaseException:
             for source in opened.values():
                 source.close()
@@ -206,7 +211,12 @@ class MergedModel:
         """
         if self.router_report is not None:
             return
-        router = make_router(self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel)
+        if self._stored_rows is not None:
+            router = taken_router(self.recipe, self._stored_rows)
+        elif self.recipe.gate_mode is GateMode.FITTED:
+            router = self._fitted_router(threads, on_progress, cancel)
+        else:
+            router = make_router(self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel)
         for tensor, rows in zip(self._routers, router.rows, strict=True):
             tensor.fill(rows)
         for tensor, rows in zip(self._shared_gates, router.shared_rows if self._shared_gates else (), strict=True):
@@ -215,7 +225,8 @@ class MergedModel:
         if layers := router.report.degenerate_layers:
             numbers = ", ".join(map(str, layers))
             where = "all layers" if len(layers) == self.config.n_layer else f"layer{'s' * (len(layers) > 1)} {numbers}"
-            log.warning("the router hardly tells the experts apart in %s; use prompts that differ more", where)
+            what = "texts" if self.texts else "prompts"
+            log.warning("the router hardly tells the experts apart in %s; use %s that differ more", where, what)
 
     def close(self) -> None:
         """Close every source."""
@@ -223,6 +234,62 @@ class MergedModel:
             source.close()
         if self._tokens.scratch is not None:
             self._tokens.scratch.cleanup()
+
+    def _read_router(self, router: str) -> Floats:
+        """The rows that ``router:`` names. Errors name the recipe."""
+        path = self._path.parent / possible_path(router)
+        self._check_inside(path, "router")
+        try:
+            return read_router(path, self.config)
+        except InputError as error:
+            raise RecipeError(f"{self._path}: {error}") from error
+
+    def _read_texts(self) -> tuple[RouterText, ...]:
+        """The texts of all experts. Raises RecipeError, as for a chat template, for files that lie elsewhere."""
+        files = []
+        for expert in self.recipe.experts:
+            paths = [self._path.parent / possible_path(file) for file in expert.texts]
+            for path in paths:
+                self._check_inside(path, "texts")
+            files.append(paths)
+        return read_texts(files, self, text_tokens=self.recipe.text_tokens, seed=self.recipe.seed)
+
+    def _fitted_router(self, threads: int | None, on_progress: OnProgress | None, cancel: CancelFlag | None) -> Router:
+        """The router of gate mode fitted; what is known to go wrong is a warning."""
+        unchanged = [
+            i
+            for i, (spec, source) in enumerate(zip(self.recipe.experts, self._experts, strict=True))
+            if source is self._base and not spec.noise_scale and spec.residual_scale in (None, 1.0)
+        ]
+        distances = tuple(0.0 if one is self._base else attention_distance(self._base, one) for one in self._experts)
+        for warning in fitting_warnings(self._base in self._experts, distances):
+            log.warning("%s", warning)
+        router = fit_router(
+            self.recipe,
+            self,
+            self._base,
+            self.texts,
+            base_expert=unchanged[0] if unchanged and self.recipe.shared is None else None,
+            rounded=self._rounded,
+            threads=threads,
+            on_progress=on_progress,
+            cancel=cancel,
+        )
+        for score in router.report.scores:
+            if score.is_worse_than_uniform:
+                log.warning(
+                    "on held-out texts of %s the fitted router (loss %.3f) is worse than equal weights (%.3f)",
+                    score.file,
+                    score.losses["fitted"],
+                    score.losses["uniform"],
+                )
+        return replace(router, report=replace(router.report, attention_distances=distances))
+
+    def _rounded(self, rows: Floats) -> Floats:
+        """A copy of ``rows`` in the model's dtype, as float32."""
+        out: Floats = rows.copy()
+        _round(out, self._dtype)
+        return out
 
     def _chosen_template(self) -> str | None:
         """The recipe's choice; else the tokenizer's own (None); else that of the first expert whose template fits.
@@ -250,7 +317,19 @@ class MergedModel:
         return None
 
     def _template_in(self, path: Path) -> str:
-        """The text of a template file, which must lie below the recipe's folder or a source's.
+        """The text of a template file, which must lie below the recipe's folder or a source's."""
+        self._check_inside(path, "chat_template")
+        try:
+            if not path.is_file():
+                raise RecipeError(f"{path}: the chat template cannot be read (there is no such file)")
+            if (instead := what_instead(path)) is not None:
+                raise RecipeError(f"{path}: the chat template cannot be read (it is {instead})")
+            return decode_text(read_capped(path, _MAX_TEMPLATE_BYTES))
+        except (CheckpointError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error
+
+    def _check_inside(self, path: Path, key: str) -> None:
+        """Raise RecipeError for a file outside of the recipe's folder and its models' folders, unless that is allowed.
 
         A recipe comes from somebody else: it may not put any file of this machine into a model.
         """
@@ -263,17 +342,9 @@ class MergedModel:
         inside = any(file.is_relative_to(place) for place in (home, *folders, *cached))
         if not inside and not self._allow_outside_files:
             raise RecipeError(
-                f"{self._path}: chat_template: {path} lies outside of the recipe's folder and its models' folders; "
+                f"{self._path}: {key}: {path} lies outside of the recipe's folder and its models' folders; "
                 "pass --allow-outside-files if it is meant"
             )
-        try:
-            if not path.is_file():
-                raise RecipeError(f"{path}: the chat template cannot be read (there is no such file)")
-            if (instead := what_instead(path)) is not None:
-                raise RecipeError(f"{path}: the chat template cannot be read (it is {instead})")
-            return decode_text(read_capped(path, _MAX_TEMPLATE_BYTES))
-        except (CheckpointError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: the chat template cannot be read ({error})") from error
 
     def _template_of(self, expert: int) -> str:
         template = default_chat_template(self._experts[expert].tokenizer_dir, warn=True)
@@ -486,7 +557,7 @@ def _provenance(recipe: Recipe, text: str, path: Path, opened: Mapping[str, Mode
         extra=MappingProxyType(
             {
                 VERSION: __version__,
-                GATE_MODE: recipe.gate_mode.value,
+                GATE_MODE: recipe.router_origin,
                 RECIPE: text,
             }
         ),

@@ -23,7 +23,7 @@ def prompt_tokenizer(tokenizer_dir: Path) -> Callable[[str], list[int]]:
     Raises TokenizerError if the directory has neither tokenizer.json nor tokenizer.model.
     """
     settings = read_optional(tokenizer_dir / "tokenizer_config.json", warn=False)
-    bos = _bos_text(settings, tokenizer_dir)
+    bos = special_text(tokenizer_dir, "bos_token")
     if _has_json(tokenizer_dir):
         return _from_json(tokenizer_dir / "tokenizer.json", bos)
     if (tokenizer_dir / "tokenizer.model").is_file():
@@ -80,12 +80,14 @@ def _sentencepiece(path: Path) -> Any:
         raise TokenizerError(f"{path}: not a sentencepiece model ({error})") from error
 
 
-def _bos_text(settings: dict[str, Any], tokenizer_dir: Path) -> str:
+def special_text(tokenizer_dir: Path, key: str) -> str:
+    """The text of ``bos_token`` or another special token that a tokenizer's files name; empty if they name none."""
+    settings = read_optional(tokenizer_dir / "tokenizer_config.json", warn=False)
     special = read_optional(tokenizer_dir / "special_tokens_map.json", allow_broken=True, warn=False)
-    bos = settings.get("bos_token") or special.get("bos_token")
-    if isinstance(bos, dict):
-        bos = bos.get("content")
-    return bos if isinstance(bos, str) else ""
+    token = settings.get(key) or special.get(key)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
 
 
 def _from_json(path: Path, bos: str) -> Callable[[str], list[int]]:

@@ -30,12 +30,13 @@ _MAX_VALUES = 1_000_000
 """How many keys and values a recipe may have, those of an alias counted each time that it is used."""
 _NO_PATH = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _SHOWN_PROBLEMS = 8
+MIN_TEXT_TOKENS, MAX_TEXT_TOKENS = 64, 1 << 20
 _MAX_SCALE = 1000
 """Far above any use: weights are around 0.02, and larger ones would not fit in 16 bits."""
 
 
 class GateMode(str, Enum):
-    """How router rows are made; the names are mergekit's."""
+    """How router rows are made; the names are mergekit's, but for ``fitted``."""
 
     HIDDEN = "hidden"
     HIDDEN_AVG = "hidden_avg"
@@ -43,16 +44,22 @@ class GateMode(str, Enum):
     CHEAP_EMBED = "cheap_embed"
     RANDOM = "random"
     UNIFORM_RANDOM = "uniform_random"
+    FITTED = "fitted"
 
     @property
     def needs_prompts(self) -> bool:
         """Whether the rows depend on the experts' prompts."""
-        return self not in (GateMode.RANDOM, GateMode.UNIFORM_RANDOM)
+        return not self.is_random and self is not GateMode.FITTED
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the rows are drawn."""
+        return self in (GateMode.RANDOM, GateMode.UNIFORM_RANDOM)
 
     @property
     def needs_forward_pass(self) -> bool:
         """Whether the base model's layers have to be computed."""
-        return self in (GateMode.HIDDEN, GateMode.HIDDEN_AVG, GateMode.HIDDEN_LAST)
+        return self in (GateMode.HIDDEN, GateMode.HIDDEN_AVG, GateMode.HIDDEN_LAST, GateMode.FITTED)
 
 
 _DTYPES = {
@@ -72,6 +79,14 @@ _Prompts = Annotated[
 """A key without a value means no prompts, as for mergekit."""
 
 
+def _as_list(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+_Files = Annotated[tuple[StrictStr, ...], Field(strict=False), BeforeValidator(_as_list)]
+"""One file, or a list of them."""
+
+
 def _no_flag(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("float_type", "Input should be a valid number")
@@ -83,13 +98,15 @@ _Number = Annotated[float, BeforeValidator(_no_flag)]
 
 
 class ExpertRecipe(BaseModel):
-    """One expert: a dense model, the prompts it should and should not answer, and optional changes to its weights."""
+    """One expert: a dense model, what it should and should not answer, and optional changes to its weights."""
 
     model_config = _MODEL
 
     source_model: StrictStr
     positive_prompts: _Prompts = ()
     negative_prompts: _Prompts = ()
+    texts: _Files = ()
+    """Files of texts that it should answer, for gate mode fitted."""
     noise_scale: _Number | None = Field(default=None, ge=0, le=_MAX_SCALE)
     residual_scale: _Number | None = Field(default=None, ge=-_MAX_SCALE, le=_MAX_SCALE)
 
@@ -100,7 +117,7 @@ class ExpertRecipe(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole recipe. The last four keys are ours; mergekit does not know them."""
+    """A whole recipe. The last six keys are ours; mergekit does not know them."""
 
     model_config = _MODEL
 
@@ -116,6 +133,10 @@ class Recipe(BaseModel):
     name: StrictStr | None = None
     chat_template: StrictStr | None = None
     tokenizer_source: StrictStr | None = None
+    router: StrictStr | None = None
+    """A mixture's checkpoint or a GGUF file whose router is taken; no rows are computed then."""
+    text_tokens: StrictInt = Field(default=2048, ge=MIN_TEXT_TOKENS, le=MAX_TEXT_TOKENS)
+    """Tokens of each expert's texts that a router is fitted on and judged by, at most."""
 
     @property
     def storage_dtype(self) -> Dtype | None:
@@ -131,7 +152,22 @@ class Recipe(BaseModel):
     def gated(self) -> tuple[ExpertRecipe, ...]:
         """The experts that get a router row: the routed ones, and a shared one that has prompts or needs none."""
         shared = self.shared_experts or ()
-        return (*self.experts, *(one for one in shared if one.positive_prompts or not self.gate_mode.needs_prompts))
+        return (*self.experts, *(one for one in shared if one.positive_prompts or self.gate_mode.is_random))
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether the router is made of the experts' prompts."""
+        return self.router is None and self.gate_mode.needs_prompts
+
+    @property
+    def router_origin(self) -> str:
+        """The gate mode; ``router`` for a router that is taken from another model."""
+        return self.gate_mode.value if self.router is None else "router"
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether every routed expert has positive prompts."""
+        return all(expert.positive_prompts for expert in self.experts)
 
     @property
     def wanted(self) -> Wanted:
@@ -139,8 +175,8 @@ class Recipe(BaseModel):
         kind = SharedExperts.NONE
         if self.shared is not None:
             kind = SharedExperts.GATED if self.shared.positive_prompts else SharedExperts.PLAIN
-        gates_are_random = not self.gate_mode.needs_prompts
-        return Wanted(self.architecture, kind, len(self.experts), self.experts_per_token, gates_are_random)
+        n_expert, n_used = len(self.experts), self.experts_per_token
+        return Wanted(self.architecture, kind, n_expert, n_used, self.gate_mode.is_random)
 
 
 def load_recipe(path: Path, *, allow_identical_experts: bool = False) -> tuple[Recipe, str]:
@@ -341,7 +377,9 @@ def _problems(recipe: Recipe, allow_identical: bool) -> Iterator[_Problem]:
             ("experts_per_token",),
             f"is {recipe.experts_per_token} but there are only {len(recipe.experts)} experts; lower it or add experts",
         )
-    if recipe.gate_mode.needs_prompts:
+    yield from _text_problems(recipe)
+    yield from _router_problems(recipe)
+    if recipe.needs_prompts:
         yield from _prompt_problems(recipe)
     if not allow_identical:
         yield from _identical_prompts(recipe)
@@ -395,10 +433,56 @@ def _prompt_problems(recipe: Recipe) -> Iterator[_Problem]:
                 yield (key, i, "positive_prompts", j), "the prompt is empty"
 
 
+def _text_problems(recipe: Recipe) -> Iterator[_Problem]:
+    """What is wrong with the files of texts; whether they can be read is seen when the models are open."""
+    is_fitted = recipe.gate_mode is GateMode.FITTED
+    for (key, i), expert in _all_experts(recipe):
+        if key == "shared_experts" and is_fitted and expert.positive_prompts:
+            yield (key, i, "positive_prompts"), "the gate of a shared expert is not fitted; leave its prompts out"
+        if key == "shared_experts" and expert.texts:
+            yield (key, i, "texts"), "every token goes to a shared expert, which has no texts"
+        elif expert.texts and recipe.router is not None:
+            yield (
+                (key, i, "texts"),
+                "router: takes rows that exist; leave either it or the texts out",
+            )
+        elif expert.texts and not is_fitted:
+            yield (
+                (key, i, "texts"),
+                f"gate mode {recipe.gate_mode.value} does not use texts; write gate_mode: fitted",
+            )
+        elif is_fitted and not expert.texts and key == "experts":
+            yield (
+                (key, i),
+                "gate mode fitted needs texts for this expert; write texts: FILE, or a list of files",
+            )
+        if len({*expert.texts}) < len(expert.texts):
+            yield (key, i, "texts"), "a file is named twice"
+        for file in expert.texts:
+            if not file.strip() or _NO_PATH.search(file):
+                yield (key, i, "texts"), f"{file!r:.60} is no path"
+    if is_fitted and len(recipe.experts) < 2:
+        yield ("experts",), "a router is fitted for two experts or more"
+    files = [frozenset(expert.texts) for expert in recipe.experts]
+    if is_fitted and len({*files}) < len(files):
+        yield ("experts",), "two experts have the same texts, so nothing tells them apart"
+
+
+def _router_problems(recipe: Recipe) -> Iterator[_Problem]:
+    if recipe.router is None:
+        return
+    if not recipe.router.strip() or _NO_PATH.search(recipe.router):
+        yield ("router",), f"{recipe.router!r:.60} is no path"
+    if "gate_mode" in recipe.model_fields_set:
+        yield ("gate_mode",), "router: takes the rows of another model, so none are made; leave one of the two out"
+    if recipe.shared is not None and recipe.shared.positive_prompts:
+        yield ("shared_experts", 0, "positive_prompts"), "router: has no row for the gate of a shared expert"
+
+
 def _identical_prompts(recipe: Recipe) -> Iterator[_Problem]:
     first = recipe.experts[0].prompts
     same = all(expert.prompts == first for expert in recipe.experts)
-    if recipe.gate_mode.needs_prompts and len(recipe.experts) > 1 and same:
+    if recipe.needs_prompts and len(recipe.experts) > 1 and same:
         yield (
             ("experts",),
             "all experts have the same prompts, so the router cannot tell them apart; "

@@ -1,12 +1,14 @@
-"""Router rows: the vectors that decide which expert computes a token, made from a recipe's prompts.
+"""Router rows: the vectors that decide which expert computes a token, made from a recipe's prompts or texts.
 
-Owns the gate modes, with mergekit-moe's semantics, and makes the report that shows what a router will do.
+Owns the gate modes, with mergekit-moe's semantics but for ``fitted``, and makes the report that shows what a router
+will do. How rows are fitted is in ``router_fit``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,20 @@ from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import GateMode, Recipe
+from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting
+from ggufmoe.merge.router_texts import RouterText
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, Work
+
+log = logging.getLogger("ggufmoe")
 
 
 @dataclass(frozen=True)
 class Router:
-    """Router rows, (n_layer, n_expert, n_embd) float32 with rows of length one, and their report."""
+    """Router rows and their report."""
 
     rows: Floats
+    """(n_layer, n_expert, n_embd) float32; of length one where they were made of prompts, but not where fitted."""
     report: RouterReport
     shared_rows: Floats
     """The rows of a shared expert's gate, (n_layer, 1, n_embd); of a recipe without one (n_layer, 0, n_embd)."""
@@ -59,29 +66,67 @@ def make_router(
     set.
     """
     n_rows = len(recipe.gated)
-    if not recipe.gate_mode.needs_prompts:
+    assert recipe.router is None, "its rows exist"
+    assert recipe.gate_mode is not GateMode.FITTED, "fit_router makes these"
+    if not recipe.needs_prompts:
         return _router(recipe, _random_rows(recipe, base.config, n_rows), (), None)
     prompts = _tokenized(recipe, base)
-    n_layer = base.config.n_layer
-    weights = base.tensors.values()
-    layer_bytes = sum(row_count(one.shape) * one.dtype.row_bytes(one.shape[-1]) for one in weights) // n_layer
-    stopped = "stopped while computing the router"
-    work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
+    work, on_layer = _work(base, on_progress, cancel)
     if recipe.gate_mode is GateMode.CHEAP_EMBED:
         rule = family_of(base.config).rule(MODEL_TENSOR.TOKEN_EMBD)
         assert rule is not None, "every model has an embedding"
         table = base.tensors[rule.name()]
         sums = np.stack([embedding_rows(table, prompt.tokens).sum(axis=0) for prompt in prompts])[None]
-        work.advance(layer_bytes * n_layer, f"layer {n_layer} of {n_layer}")
+        n_layer = base.config.n_layer
+        work.advance(_layer_bytes(base) * n_layer, f"layer {n_layer} of {n_layer}")
         rows = np.repeat(_combine_sums(sums, prompts, n_rows), n_layer, axis=0)
         return _router(recipe, rows, prompts, np.repeat(sums, n_layer, axis=0))
 
-    def on_layer(done: int) -> None:
-        work.advance(layer_bytes, f"layer {done} of {n_layer}")
-
+    _warn_of_one_ending(recipe, prompts)
     forward = ForwardPass(base, threads=threads, work=work)
     inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, on_layer)
     return _router(recipe, _combine_means(inputs, prompts, n_rows), prompts, router_inputs)
+
+
+def fit_router(
+    recipe: Recipe,
+    mixture: ModelSource,
+    base: ModelSource,
+    texts: Sequence[RouterText],
+    *,
+    base_expert: int | None = None,
+    rounded: Callable[[Floats], Floats],
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+) -> Router:
+    """The router of gate mode fitted for ``mixture``, whose own router is not read, and its score on held-out texts.
+
+    ``base_expert`` is the expert whose MLP is that of ``base``, if there is one; ``rounded`` rounds rows as they are
+    stored. The rest is as in ``make_router``; gate mode hidden is compared where the recipe has prompts.
+    """
+    work, on_layer = _work(mixture, on_progress, cancel)
+    prompts = _tokenized(recipe, base) if recipe.has_prompts else ()
+    hidden = None
+    if prompts:
+
+        def rows_of(states: Floats) -> Floats:
+            rows: Floats = _combine_means(_picked(states, prompts, GateMode.HIDDEN)[None], prompts, len(recipe.experts))
+            return rows.reshape(len(recipe.experts), -1)
+
+        hidden = HiddenRouter([prompt.tokens for prompt in prompts], rows_of)
+    dense, mixed = (ForwardPass(model, threads=threads, work=work) for model in (base, mixture))
+    fitting = RouterFitting(
+        mixture.config, dense, mixed, texts, base_expert=base_expert, hidden=hidden, rounded=rounded
+    )
+    rows, scores = fitting.run(on_layer)
+    router = _router(recipe, rows, (), None)
+    return replace(router, report=replace(router.report, scores=scores))
+
+
+def taken_router(recipe: Recipe, rows: Floats) -> Router:
+    """The router of ``rows`` (n_layer, n_expert, n_embd) that were not made for this recipe."""
+    return _router(recipe, rows, (), None)
 
 
 def check_prompts(recipe: Recipe, base: ModelSource) -> int:
@@ -90,11 +135,40 @@ def check_prompts(recipe: Recipe, base: ModelSource) -> int:
     Raises RecipeError, TokenizerError, and CheckpointError for a base whose hidden states cannot be computed, as
     ``make_router`` would.
     """
-    if not recipe.gate_mode.needs_prompts:
+    if recipe.router is not None:
         return 0
     if recipe.gate_mode.needs_forward_pass:
         ForwardPass(base)
+    is_compared = recipe.gate_mode is GateMode.FITTED and recipe.has_prompts
+    if not (recipe.gate_mode.needs_prompts or is_compared):
+        return 0
     return sum(len(prompt.tokens) for prompt in _tokenized(recipe, base))
+
+
+def _work(
+    model: ModelSource, on_progress: OnProgress | None, cancel: CancelFlag | None
+) -> tuple[Work, Callable[[int], None]]:
+    """The work of a pass through ``model``, and what reports a layer: an equal share of its bytes."""
+    n_layer, layer_bytes = model.config.n_layer, _layer_bytes(model)
+    stopped = "stopped while computing the router"
+    work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
+    return work, lambda done: work.advance(layer_bytes, f"layer {done} of {n_layer}")
+
+
+def _layer_bytes(model: ModelSource) -> int:
+    weights = model.tensors.values()
+    return sum(row_count(one.shape) * one.dtype.row_bytes(one.shape[-1]) for one in weights) // model.config.n_layer
+
+
+def _warn_of_one_ending(recipe: Recipe, prompts: Sequence[_Prompt]) -> None:
+    """Warn where all positive prompts end in one token, as those of a chat template do."""
+    ends = {prompt.tokens[-1] for prompt in prompts if prompt.positive}
+    if recipe.gate_mode in (GateMode.HIDDEN, GateMode.HIDDEN_LAST) and len(recipe.experts) > 1 and len(ends) == 1:
+        log.warning(
+            "all positive prompts end in the same token, so gate mode %s cannot tell the experts apart at layer 0; "
+            "let prompts end in the words that differ, or fit the router (gate_mode: fitted)",
+            recipe.gate_mode.value,
+        )
 
 
 def _tokenized(recipe: Recipe, base: ModelSource) -> tuple[_Prompt, ...]:
@@ -121,20 +195,21 @@ def _hidden_vectors(
     forward: ForwardPass, prompts: Sequence[_Prompt], mode: GateMode, on_layer: Callable[[int], None]
 ) -> tuple[Floats, Floats]:
     """One vector per layer and prompt, (n_layer, n_prompt, n_embd) float32: of layer inputs and of router inputs."""
-    ends = np.cumsum([len(prompt.tokens) for prompt in prompts])
-
-    def pick(hidden: Floats) -> Floats:
-        if mode is GateMode.HIDDEN_AVG:
-            return np.stack([part.mean(axis=0) for part in np.split(hidden, ends[:-1])])
-        out: Floats = hidden[ends - 1]
-        return out
-
     inputs, router_inputs = [], []
     for done, state in enumerate(forward.layers([prompt.tokens for prompt in prompts]), start=1):
-        inputs.append(pick(state.input))
-        router_inputs.append(pick(state.router_input))
+        inputs.append(_picked(state.input, prompts, mode))
+        router_inputs.append(_picked(state.router_input, prompts, mode))
         on_layer(done)
     return np.stack(inputs), np.stack(router_inputs)
+
+
+def _picked(hidden: Floats, prompts: Sequence[_Prompt], mode: GateMode) -> Floats:
+    """One vector of each prompt, (n_prompt, n_embd), from the states of all tokens."""
+    ends = np.cumsum([len(prompt.tokens) for prompt in prompts])
+    if mode is GateMode.HIDDEN_AVG:
+        return np.stack([part.mean(axis=0) for part in np.split(hidden, ends[:-1])])
+    out: Floats = hidden[ends - 1]
+    return out
 
 
 def _combine_means(vectors: Floats, prompts: Sequence[_Prompt], n_expert: int) -> Floats:
@@ -196,10 +271,14 @@ def _report(recipe: Recipe, rows: Floats, prompts: Sequence[_Prompt], vectors: N
             for i, prompt in enumerate(prompts)
         ]
     singular = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
+    # fitted rows add up to zero: what counts in a softmax is how they differ
+    is_guessed = recipe.router is None and recipe.gate_mode is not GateMode.FITTED
+    adds_up = np.abs(rows.sum(axis=1)).max() < 0.1 * np.abs(rows).max()
+    smallest = -2 if adds_up and not is_guessed else -1
     with np.errstate(divide="ignore", invalid="ignore"):
-        conditions = singular[:, 0] / singular[:, -1]
+        conditions = singular[:, 0] / singular[:, smallest]
     return RouterReport(
-        gate_mode=recipe.gate_mode.value,
+        gate_mode=recipe.router_origin,
         cosines=_tuples(np.einsum("lid,ljd->lij", unit, unit)),
         condition_numbers=tuple(float(value) for value in conditions),
         preferences=tuple(preferences),

@@ -27,7 +27,7 @@ def _outside_files() -> Any:
     return option(
         False,
         "--allow-outside-files",
-        help="Accept a recipe whose chat template is a file outside of its folder and its models' folders.",
+        help="Accept a recipe with a chat template, texts or a router outside of its folder and its models' folders.",
     )
 
 

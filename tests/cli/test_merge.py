@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ggufmoe.checkpoint.source import PromptPreference, RouterReport
+from ggufmoe.checkpoint.source import PromptPreference, RouterReport, TextScore
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.router import print_router
 from tests.merge.test_merged import TEMPLATE, write_recipe
@@ -250,3 +250,17 @@ def test_a_random_router_has_no_prompts_to_show(monkeypatch: pytest.MonkeyPatch)
     lines = drawn(report, 80, monkeypatch)
     assert lines[0] == "Router rows (random)"
     assert not any("prompt" in line for line in lines)
+
+
+def test_what_fitting_gained_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"base": 2.0, "expert 0": 2.0, "expert 1": 0.5, "uniform": 0.7, "fitted": 0.6}
+    worse = losses | {"fitted": 0.8, "hidden": 0.9}
+    scores = (TextScore(1, "sums.jsonl", 900, 200, losses, 0.75, 0.8), TextScore(0, "[a].txt", 9, 2, worse, 0.5, 0.25))
+    lines = drawn(replace(report_of(2, "x"), preferences=(), scores=scores), 80, monkeypatch)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80
+    assert "│ 1   │ sums.jsonl │" in text
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert ["1", "sums.jsonl", "0.500", "2.000", "0.700", "0.600", "75%", "80%"] in cells
+    assert ["0", "[a].txt", "2.000", "2.000", "0.700", "0.800 !", "50%", "25%"] in cells
+    assert "nearly alike; texts that differ more" in text

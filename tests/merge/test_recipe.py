@@ -234,3 +234,94 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     binary.write_text("&a [*a, " * 3)
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(binary)
+
+
+FITTED = """\
+base_model: a/base
+gate_mode: fitted
+experts:
+  - source_model: a/one
+    texts: one.jsonl
+  - source_model: a/two
+    texts: [two.txt, more.txt]
+"""
+
+
+def test_a_fitted_router_needs_texts_and_no_prompts(tmp_path: Path) -> None:
+    recipe, _ = load_recipe(write(tmp_path, FITTED))
+    assert [expert.texts for expert in recipe.experts] == [("one.jsonl",), ("two.txt", "more.txt")]
+    assert recipe.text_tokens == 2048
+    assert not recipe.has_prompts
+    compared = FITTED.replace("texts:", "positive_prompts: [sums]\n    texts:")
+    assert load_recipe(write(tmp_path, compared))[0].has_prompts
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gate_mode: fitted\n", "", "texts: gate mode hidden does not use texts; write gate_mode: fitted"),
+        (
+            "    texts: one.jsonl\n",
+            "",
+            ":4: experts.0: gate mode fitted needs texts for this expert; write texts: FILE",
+        ),
+        ("one.jsonl", "[]", "experts.0: gate mode fitted needs texts"),
+        ("one.jsonl", "' '", "experts.0.texts: ' ' is no path"),
+        ("one.jsonl", "7", "expected a list, found 7"),
+        ("two.txt, more.txt", "two.txt, two.txt", "experts.1.texts: a file is named twice"),
+        ("[two.txt, more.txt]", "one.jsonl", "experts: two experts have the same texts, so nothing tells them apart"),
+        ("experts:", "text_tokens: 5\nexperts:", "text_tokens: must be greater than or equal to 64, found 5"),
+        (
+            "experts:",
+            "shared_experts:\n  - source_model: a/s\n    positive_prompts: [x]\nexperts:",
+            "shared_experts.0.positive_prompts: the gate of a shared expert is not fitted; leave its prompts out",
+        ),
+        (
+            "experts:",
+            "shared_experts:\n  - source_model: a/s\n    texts: x.txt\nexperts:",
+            "shared_experts.0.texts: every token goes to a shared expert, which has no texts",
+        ),
+    ],
+)
+def test_what_is_wrong_with_texts_is_told(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in FITTED
+    assert message in error_of(tmp_path, FITTED.replace(old, new, 1))
+
+
+def test_a_router_of_one_expert_is_not_fitted(tmp_path: Path) -> None:
+    one = FITTED[: FITTED.index("  - source_model: a/two")].replace("experts:", "experts_per_token: 1\nexperts:")
+    assert "a router is fitted for two experts or more" in error_of(tmp_path, one)
+
+
+TAKEN = TWO.replace("experts:", "router: other.gguf\nexperts:", 1)
+
+
+def test_a_router_that_exists_needs_no_prompts(tmp_path: Path) -> None:
+    text = TAKEN.replace("    positive_prompts: [sums]\n", "").replace("    positive_prompts: [poems]\n", "")
+    recipe, _ = load_recipe(write(tmp_path, text))
+    assert (recipe.router, recipe.router_origin, recipe.needs_prompts) == ("other.gguf", "router", False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "router:",
+            "gate_mode: hidden\nrouter:",
+            "gate_mode: router: takes the rows of another model, so none are made",
+        ),
+        ("other.gguf", "''", "router: '' is no path"),
+        (
+            "positive_prompts: [sums]",
+            "texts: a.txt",
+            "texts: router: takes rows that exist; leave either it or the texts out",
+        ),
+        (
+            "experts:",
+            "shared_experts:\n  - source_model: a/s\n    positive_prompts: [x]\nexperts:",
+            "positive_prompts: router: has no row for the gate of a shared expert",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_router_is_told(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert message in error_of(tmp_path, TAKEN.replace(old, new, 1))

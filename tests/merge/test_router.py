@@ -243,3 +243,15 @@ def test_rope_scaling_is_computed_or_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="use gate_mode cheap_embed"):
             check_prompts(recipe("hidden"), model)
     assert issubclass(ArchitectureError, CheckpointError)
+
+
+def test_prompts_that_all_end_alike_are_warned_about(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    alike = [{"source_model": name, "positive_prompts": [f"{name} problem"]} for name in ("a", "b")]
+    rows_of(base)
+    assert "same token" not in caplog.text
+    report = rows_of(base, experts=alike).report
+    assert report.condition_numbers[0] > 1e6
+    assert "all positive prompts end in the same token, so gate mode hidden cannot tell" in caplog.text
+    caplog.clear()
+    rows_of(base, "hidden_avg", experts=alike)
+    assert "same token" not in caplog.text

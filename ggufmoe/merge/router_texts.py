@@ -1,0 +1,232 @@
+"""Texts that a router is fitted on: read from the files that a recipe names, tokenized, and split.
+
+Owns the two kinds of files (plain text, and one JSON object a line), which of their texts are taken, which of their
+tokens count in a loss, and which texts are held out. Conversations are rendered by the model's own chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ggufmoe.checkpoint.chat_template import default_chat_template
+from ggufmoe.checkpoint.source import ModelSource
+from ggufmoe.errors import RecipeError, TemplateError, one_line
+from ggufmoe.files import what_instead
+from ggufmoe.merge.prompts import prompt_tokenizer, special_text
+from ggufmoe.templates.template import ChatTemplate
+
+MAX_TEXT_TOKENS = 512
+"""Tokens of one text that are used: attention's memory and time grow with their square."""
+_MAX_FILE_BYTES = 64 << 20
+"""Bytes of a file that are read; the rest is not used."""
+_PIECE_CHARS = 1000
+"""A piece of a plain text is as many whole lines as have this many characters together."""
+_HELD_OUT = 5
+"""One of so many texts is held out."""
+
+
+@dataclass(frozen=True)
+class RouterText:
+    """One text: its tokens, BOS first where the model has one, and the expert that should answer it."""
+
+    expert: int
+    file: str
+    tokens: tuple[int, ...]
+    scored: tuple[int, ...]
+    """Places of the tokens that count in a loss: an assistant's answers in a conversation, else all but the first."""
+    held_out: bool
+
+
+def read_texts(
+    files: Sequence[Sequence[Path]], model: ModelSource, *, text_tokens: int, seed: int
+) -> tuple[RouterText, ...]:
+    """The texts of each expert's files, at most ``text_tokens`` tokens of each expert, the same for the same ``seed``.
+
+    A file whose name ends in ``.jsonl`` has an object with ``text`` or ``messages`` on each line; any other file is
+    plain text, which is cut into pieces of whole lines. An expert's files get equal parts of its tokens; texts are
+    drawn from the whole file. One of every five texts of a file is held out, and at least one. ``model`` gives
+    tokenizer, chat template and context.
+
+    Raises RecipeError for a file that cannot be read, or is not what its name says, or has fewer than two texts.
+    """
+    encoder = _Encoder(model)
+    texts: list[RouterText] = []
+    for expert, paths in enumerate(files):
+        for path in paths:
+            taken = _drawn(path, encoder, text_tokens // len(paths), seed)
+            # of two texts, the second; of more, every fifth
+            out = {i for i in range(len(taken)) if i % _HELD_OUT == 1}
+            texts += [RouterText(expert, path.name, *ids, held_out=i in out) for i, ids in enumerate(taken)]
+    return tuple(texts)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A text of a file and the line that it begins on; ``messages`` is None where it is no conversation."""
+
+    line: int
+    text: str
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+_Tokens = tuple[tuple[int, ...], tuple[int, ...]]
+"""Tokens of a text, and the places of those that count in a loss."""
+
+
+def _drawn(path: Path, encoder: _Encoder, n_tokens: int, seed: int) -> list[_Tokens]:
+    """Texts of a file in a random order, as many as fit into ``n_tokens``, but two."""
+    entries = list({(entry.text, str(entry.messages)): entry for entry in _entries(path)}.values())
+    taken: list[_Tokens] = []
+    room = n_tokens
+    for i in np.random.Generator(np.random.Philox(key=seed)).permutation(len(entries)):
+        tokens, scored = encoder.encode(path, entries[i])
+        if len(tokens) < 2:
+            continue
+        room -= len(tokens)
+        if room < 0 and len(taken) >= 2:
+            break
+        taken.append((tokens, scored))
+    if len(taken) < 2:
+        found = "one text" if taken else "no text"
+        raise RecipeError(f"{path}: {found}; a router is fitted on some texts and judged by others: write more")
+    return taken
+
+
+def _entries(path: Path) -> Iterator[_Written]:
+    text = _read(path)
+    if path.suffix.lower() != ".jsonl":
+        if path.suffix.lower() == ".json":
+            raise RecipeError(f"{path}: texts are plain text, or one JSON object a line in a file named .jsonl")
+        yield from _pieces(text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _entry(path, number, line)
+
+
+def _read(path: Path) -> str:
+    if (instead := what_instead(path)) is not None:
+        raise RecipeError(f"{path} is {instead}, not a file of texts")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES)
+            if file.read(1):
+                data = data[: data.rfind(b"\n") + 1]
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise RecipeError(f"{path}: the texts cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _pieces(text: str) -> Iterator[_Written]:
+    first, piece = 1, ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        piece += line + "\n"
+        if len(piece) >= _PIECE_CHARS:
+            yield _Written(first, piece.strip())
+            first, piece = number + 1, ""
+    if piece.strip():
+        yield _Written(first, piece.strip())
+
+
+def _entry(path: Path, number: int, line: str) -> _Written:
+    where = f"{path}:{number}"
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not JSON: {one_line(error)}") from error
+    fields = value if isinstance(value, dict) else {}
+    text, messages = fields.get("text"), fields.get("messages")
+    if isinstance(text, str):
+        return _Written(number, text)
+    if messages is None:
+        raise RecipeError(f"{where}: expected an object with text or messages, found {line.strip():.60}")
+    said: list[Any] = messages if isinstance(messages, list) else []
+    if not said or not all(_is_message(one) for one in said):
+        raise RecipeError(f"{where}: messages must be a list of objects, each with role and content as text")
+    return _Written(number, "", tuple(said))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+class _Encoder:
+    """Tokenizes texts and conversations as ``model`` reads them."""
+
+    def __init__(self, model: ModelSource) -> None:
+        directory = model.tokenizer_dir
+        self._tokenize = prompt_tokenizer(directory)
+        self._bos, self._eos = (special_text(directory, key) for key in ("bos_token", "eos_token"))
+        self._source = model.chat_template or default_chat_template(directory)
+        self._template: ChatTemplate | None = None
+        self._n_vocab = model.config.n_vocab
+        self._max_tokens = min(MAX_TEXT_TOKENS, model.config.n_ctx)
+
+    def encode(self, path: Path, entry: _Written) -> _Tokens:
+        """The tokens of a text and those that count. Raises RecipeError with the file and the line."""
+        where = f"{path}:{entry.line}"
+        try:
+            tokens, scored = self._text(entry.text) if entry.messages is None else self._talk(entry.messages, where)
+        except TemplateError as error:
+            raise RecipeError(f"{where}: {error}") from error
+        if tokens and max(tokens) >= self._n_vocab:
+            raise RecipeError(f"{where}: token {max(tokens)}; the model has only {self._n_vocab} embedding rows")
+        tokens = tokens[: self._max_tokens]
+        inside = tuple(i for i in scored if i < len(tokens))
+        return tokens, inside or tuple(range(1, len(tokens)))
+
+    def _text(self, text: str) -> _Tokens:
+        tokens = tuple(self._tokenize(text))
+        return tokens, tuple(range(1, len(tokens)))
+
+    def _talk(self, messages: Sequence[Mapping[str, Any]], where: str) -> _Tokens:
+        if self._source is None:
+            raise RecipeError(f"{where}: the model has no chat template, which messages need; give texts instead")
+        self._template = self._template or ChatTemplate(self._source, bos=self._bos, eos=self._eos)
+        tokens = self._rendered(messages)
+        scored: list[int] = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                begin = _n_shared(tokens, self._rendered(messages[:i], answer=True)) if i else 1
+                scored += range(max(begin, 1), _n_shared(tokens, self._rendered(messages[: i + 1])))
+        return tokens, tuple(scored)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = False) -> tuple[int, ...]:
+        assert self._template is not None, "_talk makes it"
+        text = self._template.render(messages, add_generation_prompt=answer)
+        return tuple(self._tokenize(text.removeprefix(self._bos)))
+
+
+def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that two lists of tokens share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+_CHANGED = 0.005
+"""Distance of attention weights above which more than rounding differs."""
+
+
+def fitting_warnings(base_is_expert: bool, attention_distances: Sequence[float]) -> Iterator[str]:
+    """What experience says will go wrong with a fitted router, one sentence each.
+
+    ``attention_distances`` says of each expert how far its attention is from the base's, relative to its length.
+    """
+    if not base_is_expert:
+        yield (
+            "the base is no expert: what none of the texts is about goes to an expert all the same and may get worse; "
+            "add the base as an expert with broad texts"
+        )
+    for expert, distance in enumerate(attention_distances):
+        if distance > _CHANGED:
+            yield (
+                f"expert {expert}: its attention differs from the base's by {distance:.1%}, but the merge has only the "
+                "base's; no router repairs that"
+            )
