@@ -163,7 +163,10 @@ def _in_order(sizes: Sequence[int], n_ubatch: int) -> _Places:
 
 
 def _in_equal_parts(sizes: Sequence[int], n_ubatch: int) -> _Places:
-    """The same as ``split_equal`` does it for models with a state: in each part as many tokens of every text left."""
+    """A batch divided as ``split_equal`` of llama.cpp's llama-batch.cpp does it for models with a recurrent state.
+
+    Each part has equally many tokens of every text that has tokens left.
+    """
     ends = np.cumsum(sizes)
     begins = ends - sizes
     found: _Places = []

@@ -31,8 +31,8 @@ class BatchScheduler:
 
     The answer that was asked for first comes first: it gets the next slot, its prompt is computed before other
     prompts, and it keeps its cells when they do not suffice for all. An answer that is far ahead of its reader leaves
-    its slot to others. When it comes back it takes the place of a newer one, once that has drawn some tokens since it
-    got its slot: so every answer comes on, also where prompts that gave way are computed again.
+    its slot to others. When it comes back it takes the place of a newer one. One whose tokens were lost meanwhile, and
+    are computed again, keeps its slot until it has drawn some more: so every answer comes on.
     """
 
     def __init__(self, native: NativeThread, loaded: LoadedModel) -> None:
@@ -146,6 +146,7 @@ class BatchScheduler:
             else:
                 self._lacks_cells = True
             return
+        slot.has_lost = n_held < answer.n_computed
         answer.begin(n_held)
         self._active[answer] = slot
 

@@ -73,6 +73,8 @@ class Generation:
     ) -> None:
         self.cancellation = Cancellation(request.cancel)
         self.ticket = ticket
+        self.n_computed = 0
+        """Tokens of the text that were computed when it was last counted."""
         self._submit: Callable[[Generation], None] = submit or native.submit
         self._native = native
         self._loaded = loaded
@@ -374,7 +376,8 @@ class Generation:
 
         Computing tokens again after another answer had their cells counts for nothing.
         """
-        watch, n_held = self._watch, len(cache.tokens)
+        watch = self._watch
+        self.n_computed = n_held = len(cache.tokens)
         if not watch.generated_tokens:
             watch.prompt_s += seconds
             watch.prompt_tokens = max(watch.prompt_tokens, n_held)

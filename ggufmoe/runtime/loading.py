@@ -361,8 +361,8 @@ class LoadedModel:
         """Whether the context tells which experts tokens go to. May be asked from any thread."""
         return self._tap is not None and self.observer is None
 
-    def tell_routing(self) -> None:
-        """Have the context tell which experts tokens go to: make it anew, and keep its texts.
+    def tell_routing(self) -> bool:
+        """Make the context anew, so that it tells which experts tokens go to, and keep its texts; returns True.
 
         Raises InputError for a model without experts and without llvmlite, EngineError while the graph is observed.
         """
@@ -372,7 +372,7 @@ class LoadedModel:
         if self.observer is not None:
             raise EngineError(f"the graph of {self.path} is being observed, and routing cannot be told meanwhile")
         if self._tap is not None:
-            return
+            return True
         callback_type = self.api.ggml_backend_sched_eval_callback
         try:
             tap = RouterTap(callback_type, n_layer=hyper.n_layer or 0, n_used=n_used or hyper.n_expert_used)
@@ -381,6 +381,7 @@ class LoadedModel:
         self.slots.set_aside()
         self._tap = tap
         self._renew_context(self._request.context, None, keeps_saved=True)
+        return True
 
     def _renew_context(self, options: ContextOptions, observer: Any, *, keeps_saved: bool = False) -> None:
         self._keep_texts()

@@ -49,6 +49,9 @@ from ggufmoe.work import CancelFlag, OnProgress, is_set
 _logger = logging.getLogger("ggufmoe")
 _LOGITS_BATCH = 512
 """Rows of logits that are computed and copied at once."""
+_EMBEDDING_TURN_S = 0.2
+"""Texts are embedded for so long before answers under way have their turn. One of them may have to give up its slot for
+that, which costs two copies of its text."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +208,6 @@ class LocalEngine:
         routing: bool = False,
     ) -> Iterator[Event]:
         tokens = self._checked_prompt(prompt)
-        if routing and not self._loaded.tells_routing:
-            self._native.call(self._loaded.tell_routing)
         n_keep = self._context_options.n_keep if n_keep is None else n_keep
         begins_with_bos = tokens[0] == self.bos_token
         overflow = Overflow(
@@ -214,6 +215,10 @@ class LocalEngine:
         )
         tokens = overflow.fitted(tokens, self.n_ctx)
         settings = resolve(options_of(SamplingOptions, sampling), self.header.get)
+        if routing and not self._loaded.tells_routing:
+            telling = self._remember(Cancellation(cancel))
+            if not self._native.call_until_cancelled(self._loaded.tell_routing, telling):
+                return iter([Finished("", "cancelled", NO_TIMING, settings.seed)])
         # made now, so that an error in a grammar is raised here and not when the first token is asked for
         make = partial(Sampler, self._api, self._vocabulary, settings, tokens)
         sampler = self._texts.call_until_cancelled(make, self._remember(Cancellation(cancel)))
@@ -379,21 +384,28 @@ class LocalEngine:
             self._check_fits(ids)
         cancellation = self._remember(Cancellation(cancel))
         rows = np.empty((len(tokens), self._loaded.n_embd), np.float32)
-        for n, ids in enumerate(tokens):
-            row = self._native.call_until_cancelled(partial(self._embedding_of, ids), cancellation)
-            if row is None:
+        n_done = 0
+        while n_done < len(tokens):
+            found = self._native.call_until_cancelled(partial(self._embeddings_of, tokens[n_done:]), cancellation)
+            if found is None:
                 raise Cancelled("computing embeddings was stopped")
-            rows[n] = row
+            rows[n_done : n_done + len(found)] = found
+            n_done += len(found)
         return rows
 
-    def _embedding_of(self, ids: list[int]) -> NDArray[np.float32] | None:
+    def _embeddings_of(self, texts: Sequence[list[int]]) -> list[NDArray[np.float32]] | None:
+        """Embeddings of the first of ``texts``, as many as fit one turn; None if that was aborted."""
         kv = self._loaded.slots.idle(keeps_latest=True)
         kv.set_aside()
-        mean = kv.mean_embedding(ids, self._loaded.n_embd, min(_LOGITS_BATCH, kv.n_batch))
-        if mean is None:
-            return None
-        length = np.linalg.norm(mean)
-        return mean / length if length else mean
+        began, rows = time.perf_counter(), []
+        for ids in texts:
+            mean = kv.mean_embedding(ids, self._loaded.n_embd, min(_LOGITS_BATCH, kv.n_batch))
+            if mean is None:
+                return None
+            rows.append(mean / (np.linalg.norm(mean) or 1))
+            if time.perf_counter() - began > _EMBEDDING_TURN_S:
+                break
+        return rows
 
     def compute_chunks(
         self, chunks: Sequence[Sequence[int]], first: int, *, cancel: CancelFlag | None = None

@@ -14,7 +14,7 @@ from ggufmoe.runtime.chunkbatch import StepBatch
 from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache
 
 _TURN_TOKENS = 16
-"""Tokens that an answer draws before others may take its place."""
+"""Tokens that an answer draws before others may take its place again."""
 
 
 @dataclass(eq=False)
@@ -30,14 +30,17 @@ class Slot:
     """When the slot was taken or left the last time, among all slots."""
     drawn_tokens: int = 0
     """Tokens that the answer has drawn since it got the slot."""
+    has_lost: bool = False
+    """Whether tokens of the answer, computed before it got the slot, have to be computed again."""
 
     @property
     def may_yield(self) -> bool:
-        """Whether the answer has come so far that it may lose the slot, and its cells, to one that was asked for first.
+        """Whether the answer may lose the slot, and its cells, to one that was asked for first.
 
-        Otherwise answers that take turns could compute their prompts again and again and never come to an end.
+        What it has to compute again it must not lose again before it has come on: answers that take turns could
+        otherwise compute their prompts for ever.
         """
-        return self.drawn_tokens >= _TURN_TOKENS
+        return not self.has_lost or self.drawn_tokens >= _TURN_TOKENS
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,8 @@ class Slots:
                 if len(slot.cache.tokens) - n_common[slot] >= WORTH_KEEPING_TOKENS:
                     slot.cache.set_aside()
                 slot.cache.copy_beginning(source.cache, n_common[source])
-        slot.owner, slot.ticket, slot.drawn_tokens = (
-            owner,
-            ticket,
-            0,
-        )  # before its cache asks for cells: it takes none of another answer
+        # before its cache asks for cells: an owner takes none of another answer
+        slot.owner, slot.ticket, slot.drawn_tokens, slot.has_lost = owner, ticket, 0, False
         try:
             n_held = slot.cache.reuse(text)
         except BaseException:

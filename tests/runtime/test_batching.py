@@ -330,6 +330,31 @@ def test_answers_that_come_back_do_not_starve_a_newer_one(
         assert all(len(asked.token_ids) > 40 for asked in older)
 
 
+def test_an_answer_that_comes_back_does_not_wait_for_a_long_prompt_that_is_kept(
+    mixing_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(SMALL_STEPS, n_parallel=2, n_ctx=4096, cache_ram=64)
+    with Engine(mixing_path, options) as engine, recorded(monkeypatch) as batches:
+        steps = Steps(engine, monkeypatch)
+        older = [steps.ask(words(100, step), FOR_EVER) for step in (1, 2)]
+        newer = steps.ask(words(300, 3), replace(GREEDY, n_predict=5))
+        for _ in range(1000):
+            for asked in older:
+                is_back = asked.n_suspended == 2
+                asked.read_late(2)
+                if is_back:
+                    steps.run()
+                    assert asked.generation in steps.scheduler._active
+            newer.read()
+            if newer.has_ended:
+                break
+            steps.run()
+        newer.read()
+    assert len(newer.token_ids) == 5
+    computed = sum(n for batch in batches for n in batch if n > 1)
+    assert computed < 101 + 101 + 301 + 32, "nothing was computed again"
+
+
 @pytest.mark.parametrize("overflow", ["error", "shift"])
 def test_slow_readers_of_more_answers_than_there_are_slots_get_them_all(
     mixing_path: Path, monkeypatch: pytest.MonkeyPatch, overflow: Any

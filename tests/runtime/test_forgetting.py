@@ -279,16 +279,16 @@ def test_texts_that_give_way_to_others_go_on(paths: dict[str, Path], cache_ram: 
     for name, path in paths.items():
         options = replace(BATCHED, cache_ram=cache_ram)
         with Engine(path, replace(options, n_parallel=1), CPU) as alone:
-            expected = [answer(alone, prompt, n=60)[0] for prompt in prompts]
+            expected = [answer(alone, prompt, n=30)[0] for prompt in prompts]
         with Engine(path, replace(options, n_ctx=256, n_parallel=2), CPU) as engine:
-            assert together(engine, prompts, n=60) == expected, name
+            assert together(engine, prompts, n=30) == expected, name
 
 
 @pytest.mark.parametrize("swa_full", [False, True])
 def test_a_full_context_goes_on_beside_others(paths: dict[str, Path], swa_full: bool) -> None:
     options = replace(BATCHED, n_ctx=256, n_ubatch=32, overflow="shift", swa_full=swa_full)
-    prompts = [TEXT[:100], [*TEXT[:90], 5, 6, 7], TEXT[200:280]]
+    prompts = [TEXT[:200], [*TEXT[:190], 5, 6, 7], TEXT[200:390]]
     for name, path in paths.items():
         with Engine(path, options, CPU) as engine:
-            assert [len(tokens) for tokens in together(engine, prompts, n=200)] == [200] * 3, name
+            assert [len(tokens) for tokens in together(engine, prompts, n=80)] == [80] * 3, name
             assert together(engine, prompts) == [fresh(engine, prompt) for prompt in prompts], name

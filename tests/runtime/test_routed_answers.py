@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -119,6 +120,15 @@ def test_models_with_a_state_are_computed_in_other_parts(tmp_path: Path, monkeyp
     assert any(len(batch) > 1 and min(batch) != max(batch) for batch in batches)
     for prompt, events in zip(prompts, found, strict=True):
         check(path, prompt, events)
+
+
+def test_the_first_one_can_be_cancelled_before_it_begins(engine: Engine) -> None:
+    flag = threading.Event()
+    flag.set()
+    (end,) = engine.generate(engine.tokenize(TEXT), GREEDY, routing=True, cancel=flag)
+    assert isinstance(end, Finished)
+    assert end.reason == "cancelled"
+    assert isinstance(next(iter(engine.generate([1], GREEDY, routing=True))), RoutedToken)
 
 
 def test_what_cannot_be_told_is_an_error(engine: Engine, story: Engine) -> None:

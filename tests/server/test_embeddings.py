@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ggufmoe import Cancelled, ContextFullError, ContextOptions, Engine, InputError, SamplingOptions
+from ggufmoe.runtime import local
 from ggufmoe.runtime.events import Finished
 from tests.runtime.test_batching import ALONE, FOUR, words
 from tests.server.running import loading, serving
@@ -76,7 +77,8 @@ def test_the_mean_over_the_tokens_is_what_llama_cpp_pools(
         assert engine.embed([]).shape == (0, rows.shape[1])
 
 
-def test_answers_under_way_go_on(mixing_path: Path) -> None:
+def test_answers_under_way_go_on(mixing_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_EMBEDDING_TURN_S", 0.0)  # answers have their turn after each text
     prompts = [words(20, step) for step in (1, 2, 3, 5)]
     with Engine(mixing_path, replace(FOUR, n_parallel=2)) as engine:
         alone = [list(engine.generate(prompt, GREEDY)) for prompt in prompts]
