@@ -329,7 +329,7 @@ class KVCache:
         """
         if not self.tokens or self._shared.shift_pending:
             return
-        if self._state_bytes() > self.saved.max_bytes:
+        if self.state_bytes() > self.saved.max_bytes:
             self.keep_text()
             return
         try:
@@ -356,9 +356,9 @@ class KVCache:
                 _logger.debug("%s: a text of %d tokens is not kept: %s", self._path, len(self.tokens), error)
 
     def _is_wanted(self) -> bool:
-        return self._n_exact >= len(self.tokens) and self._kept.wants(self.tokens, self._state_bytes)
+        return self._n_exact >= len(self.tokens) and self._kept.wants(self.tokens, self.state_bytes)
 
-    def _state_bytes(self) -> int:
+    def state_bytes(self) -> int:
         """Size of a copy of the text."""
         return int(self._api.llama_state_seq_get_size(self.context, self._sequence))
 
@@ -501,7 +501,7 @@ class KVCache:
             raise EngineError(
                 f"{self._path}: the context has just been shifted and cannot be kept before the next token"
             )
-        size = self._state_bytes()
+        size = self.state_bytes()
         data = np.empty(size, np.uint8)
         n = self._api.llama_state_seq_get_data(self.context, _bytes_at(data), size, self._sequence)
         if n != size:

@@ -16,6 +16,9 @@ from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache
 _TURN_TOKENS = 16
 """Tokens that an answer draws before others may take its place again."""
 
+_MAX_IDLE_TOKENS = 256
+"""llama.cpp's attention passes over cells in steps of so many."""
+
 
 @dataclass(eq=False)
 class Slot:
@@ -140,6 +143,7 @@ class Slots:
         """The answer of ``slot`` has ended or waits; its text stays until the slot or its cells are needed."""
         slot.owner = None
         self._used(slot)
+        self._clear_idle()
 
     def _used(self, slot: Slot) -> Slot:
         self._n_uses += 1
@@ -158,6 +162,24 @@ class Slots:
         cache.set_aside()
         cache.empty()
         return True
+
+    def _clear_idle(self) -> None:
+        """Set texts of idle slots aside while they have many cells: attention passes over all cells that are in use.
+
+        The text that was used last stays, and each one of which as many copies as slots would take half of the memory.
+        """
+        if self._shared.shift_pending:  # no copies can be made
+            return
+
+        def own_cells(slot: Slot) -> int:
+            return len(slot.cache.tokens) - slot.cache.n_shared(self._shared.caches)
+
+        while sum(own_cells(slot) for slot in self._slots if not slot.owner) > _MAX_IDLE_TOKENS:
+            cache = _longest_unused([slot for slot in self._slots if not slot.owner and own_cells(slot)]).cache
+            if cache is self.latest or cache.state_bytes() * 2 * len(self._slots) > cache.saved.max_bytes:
+                return
+            cache.set_aside()
+            cache.empty()
 
     def _give_way(self, asking: KVCache) -> bool:
         """Free cells for ``asking``. An answer takes none of another answer; other calls do, of the newest first."""

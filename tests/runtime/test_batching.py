@@ -397,6 +397,16 @@ def test_a_prompt_that_gave_way_counts_as_far_as_it_was_computed(
 # ---- the cells
 
 
+def test_idle_texts_leave_the_cells_and_come_back(engine: Engine) -> None:
+    prompts = [words(150, step) for step in (1, 2, 3)]
+    for prompt in prompts:
+        last_of(engine.generate(prompt, FORTY))
+    caches = local_engine(engine)._loaded.slots.caches
+    assert sum(len(cache.tokens) for cache in caches) <= 256, "attention passes over all cells that are in use"
+    again = last_of(engine.generate([*prompts[0], 260], FORTY))
+    assert again.timing.cached_tokens >= len(prompts[0])
+
+
 def test_a_common_beginning_is_computed_once(engine: Engine, alone: Engine) -> None:
     common = words(100)
     prompts = [[*common, *end] for end in (words(5, 2)[1:], words(9, 3)[1:], words(3, 4)[1:])]
