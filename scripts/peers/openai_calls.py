@@ -110,6 +110,7 @@ def _servers(asked: argparse.Namespace) -> dict[str, contextlib.AbstractContextM
     servers: dict[str, contextlib.AbstractContextManager[str]] = {"ggufmoe serve": started([*ours, *same])}
     if asked.llama_server is not None:
         theirs = [str(asked.llama_server), "-m", str(asked.model), "--jinja", "-c", str(_N_CTX * _N_SLOTS)]
+        theirs += ["--embeddings", "--pooling", "mean"]  # without, it refuses embeddings
         servers["llama-server"] = started([*theirs, *same])  # it divides the context among its slots
     return servers
 

@@ -211,5 +211,5 @@ def _(ask: Asking) -> None:
 @call("responses", "an input that is too long")
 def _(ask: Asking) -> None:
     with refused(400) as found:
-        _respond(ask, "very long " * 20_000)
+        _respond(ask, "very long " * 6000)
     same(found().get("code"), "context_length_exceeded", "code")

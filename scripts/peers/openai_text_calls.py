@@ -192,14 +192,14 @@ def _(ask: Asking) -> None:
 @call("errors", "a prompt that is too long: 400, context_length_exceeded")
 def _(ask: Asking) -> None:
     with refused(400) as found:
-        ask.chat([{"role": "user", "content": "very long " * 20_000}])
+        ask.chat([{"role": "user", "content": "very long " * 6000}])
     same(found().get("code"), "context_length_exceeded", "code")
 
 
 @call("errors", "a text completion that is too long")
 def _(ask: Asking) -> None:
     with refused(400) as found:
-        ask.complete("very long " * 20_000)
+        ask.complete("very long " * 6000)
     same(found().get("code"), "context_length_exceeded", "code")
 
 
