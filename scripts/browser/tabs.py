@@ -67,7 +67,7 @@ NewTab = Callable[..., Tab]
 
 def watched_tab(browser: Browser, **context: Any) -> Tab:
     """A new, empty tab; ``context`` goes to ``Browser.new_context``."""
-    page = browser.new_context(**context).new_page()
+    page = browser.new_context(**{"reduced_motion": "reduce"} | context).new_page()
     page.set_default_timeout(TIMEOUT_MS)
     tab = Tab(page)
     page.on("request", lambda request: tab.requests.append(request.url))
