@@ -19,7 +19,7 @@ from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError, TemplateError, one_line
 from ggufmoe.files import what_instead
 from ggufmoe.merge.prompts import prompt_tokenizer, special_text
-from ggufmoe.templates.template import ChatTemplate
+from ggufmoe.templates.jinja_template import ChatTemplate
 
 MAX_TEXT_TOKENS = 512
 """Tokens of one text that are used: attention's memory and time grow with their square."""

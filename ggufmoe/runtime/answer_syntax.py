@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ggufmoe.errors import TemplateError
 from ggufmoe.runtime.messages import Message, Tool, ToolCall
-from ggufmoe.templates.template import ChatTemplate
+from ggufmoe.templates.jinja_template import ChatTemplate
 
 Words = tuple[str | None, ...]
 """Words in their order, with white space between them or not; None stands for any text up to the next word."""

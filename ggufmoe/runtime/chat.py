@@ -22,7 +22,7 @@ from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import NO_TIMING, ChatEvent, Finished
 from ggufmoe.runtime.kvcache import common_prefix
 from ggufmoe.runtime.messages import Message
-from ggufmoe.templates.template import ChatTemplate
+from ggufmoe.templates.jinja_template import ChatTemplate
 from ggufmoe.work import CancelFlag
 
 _FORMAT = "ggufmoe-chat"

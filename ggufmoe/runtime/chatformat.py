@@ -20,7 +20,7 @@ from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import ChatEvent, Event, Finished, Reasoning, ToolCallArguments, ToolCallBegun
 from ggufmoe.runtime.messages import Message, Tool, ToolCall
 from ggufmoe.runtime.textstream import stop_strings
-from ggufmoe.templates.template import ChatTemplate, find_template, stored_templates
+from ggufmoe.templates.jinja_template import ChatTemplate, find_template, stored_templates
 from ggufmoe.work import CancelFlag
 
 _logger = logging.getLogger("ggufmoe")

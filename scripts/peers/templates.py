@@ -26,7 +26,7 @@ from ggufmoe.runtime.answer_syntax import AnswerSyntax, syntax_of
 from ggufmoe.runtime.chatformat import message_of
 from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.messages import Message, Tool, ToolCall
-from ggufmoe.templates.template import ChatTemplate
+from ggufmoe.templates.jinja_template import ChatTemplate
 
 HERE = Path(__file__).parent
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

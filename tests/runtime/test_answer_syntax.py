@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ggufmoe.runtime.answer_syntax import AnswerSyntax, Tags, ToolSyntax, syntax_of
-from ggufmoe.templates.template import ChatTemplate
+from ggufmoe.templates.jinja_template import ChatTemplate
 
 BEGIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
 END = "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -26,7 +26,7 @@ from ggufmoe import (
 )
 from ggufmoe.runtime.events import ChatEvent, Event, Finished
 from ggufmoe.runtime.messages import Message
-from ggufmoe.templates.template import ChatTemplate
+from ggufmoe.templates.jinja_template import ChatTemplate
 from tests.scripted import BOS, Scripted
 from tests.stories import GREEDY, ONE_THREAD, STORY
 

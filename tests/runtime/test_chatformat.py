@@ -14,7 +14,7 @@ from ggufmoe.options import TemplateOptions
 from ggufmoe.runtime.chatformat import ChatFormat, message_of
 from ggufmoe.runtime.events import ChatEvent, Finished, Reasoning, Token, ToolCallArguments, ToolCallBegun
 from ggufmoe.runtime.messages import Message, Tool, ToolCall
-from ggufmoe.templates.template import ChatTemplate
+from ggufmoe.templates.jinja_template import ChatTemplate
 from tests.scripted import Scripted
 from tests.stories import GREEDY, ONE_THREAD
 

@@ -11,7 +11,7 @@ import pytest
 from ggufmoe import OptionError, TemplateError
 from ggufmoe.gguf.header import GGUFValue, Header
 from ggufmoe.gguf.types import ValueType
-from ggufmoe.templates.template import BUILTIN, ChatTemplate, find_template, fold_system
+from ggufmoe.templates.jinja_template import BUILTIN, ChatTemplate, find_template, fold_system
 
 TALK = [
     {"role": "user", "content": "U1"},
