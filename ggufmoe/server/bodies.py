@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import re
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -100,7 +101,8 @@ def validated(kind: type[ModelT], body: dict[str, Any]) -> ModelT:
     try:
         return kind.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
-        first = max(error.errors(include_url=False), key=lambda found: len(found["loc"]))
+        errors = error.errors(include_url=False)
+        first = max(errors, key=lambda found: len(found["loc"]))
         param = _place(first["loc"], body, is_missing=first["type"] == "missing")
         if first["type"] == "missing":
             raise invalid(f"missing required parameter: {param!r}", param, "missing_required_parameter") from error
@@ -108,7 +110,11 @@ def validated(kind: type[ModelT], body: dict[str, Any]) -> ModelT:
             raise unknown_field(param, kind.model_fields) from error
         shown = repr(first["input"])
         shown = shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + "..."
-        reason = first["msg"].removeprefix("Value error, ")
+        # a field that may be of several kinds has a reason of each
+        same = [found["msg"] for found in errors if _place(found["loc"], body, is_missing=False) == param]
+        reason = ", or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in same))
+        reason = reason.replace(", or Input should be", ", or")
+        reason = re.sub(r"valid dictionary( or instance of \w+)?", "valid object", reason)
         raise invalid(f"{param}: {reason}, not {shown}", param, "invalid_value") from error
 
 

@@ -112,6 +112,7 @@ def test_what_is_refused(client: httpx.Client, write_model: Callable[[Scripted],
     for wrong in wrongs:
         refused = client.post("/v1/chat/completions", json={"messages": HELLO, "routing": wrong})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "routing")
+        assert "a valid boolean, or 'mean' or 'layers', not " in refused.json()["error"]["message"]
     with serving(loading(write_model(TALKER))) as (dense, _):
         assert "routing" not in dense.get("/v1/models").json()["data"][0]["meta"]
         for path, body in (("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "x"})):
