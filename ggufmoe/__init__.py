@@ -58,12 +58,14 @@ if TYPE_CHECKING:
         MergeOptions,
         OffloadOptions,
         QuantizeOptions,
+        RefitOptions,
         RoutingOptions,
         SamplingOptions,
         TemplateOptions,
         WorkerOptions,
     )
     from ggufmoe.quantize import quantize as quantize
+    from ggufmoe.refit import refit as refit
     from ggufmoe.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
     from ggufmoe.runtime.chat import Chat
     from ggufmoe.runtime.chatformat import ChatFormat
@@ -114,6 +116,7 @@ __all__ = [
     "QuantizeOptions",
     "Reasoning",
     "RecipeError",
+    "RefitOptions",
     "ResumeError",
     "RoutedToken",
     "RoutingOptions",
@@ -137,6 +140,7 @@ __all__ = [
     "merge",
     "perplexity",
     "quantize",
+    "refit",
     "trace_routing",
 ]
 
@@ -165,6 +169,7 @@ _HOMES = {
     "Progress": "ggufmoe.work",
     "QuantizeOptions": "ggufmoe.options",
     "Reasoning": "ggufmoe.runtime.events",
+    "RefitOptions": "ggufmoe.options",
     "RoutedToken": "ggufmoe.routing",
     "RoutingOptions": "ggufmoe.options",
     "RoutingTrace": "ggufmoe.routing",
@@ -180,6 +185,7 @@ _HOMES = {
     "merge": "ggufmoe.convert",
     "perplexity": "ggufmoe.evaluation.perplexity",
     "quantize": "ggufmoe.quantize",
+    "refit": "ggufmoe.refit",
     "trace_routing": "ggufmoe.routing",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""

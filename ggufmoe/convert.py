@@ -113,7 +113,7 @@ def convert(
     """
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
     path = checked_output(output, options)
-    _check_report(options.router_report)
+    check_router_report(options.router_report)
     with _open_source(source, options) as model:
         plan = _plan(model, path, options)
         result = write_gguf(plan, options, on_progress, cancel, lambda: _prepare(model, options, on_progress, cancel))
@@ -287,7 +287,7 @@ def merge(
     options = options_of(MergeOptions, options, keywords)
     target = followed(possible_path(out_dir))
     check_directory(target, (), record=RECORD, force=options.force)
-    _check_report(options.router_report)
+    check_router_report(options.router_report)
     model = open_recipe(
         possible_path(recipe),
         allow_identical_experts=options.allow_identical_experts,
@@ -321,15 +321,19 @@ def _prepare(
     cancel: CancelFlag | None,
 ) -> None:
     """Compute what the model needs before its rows are read, and write its report where one is asked for."""
-    report = options.router_report
     model.prepare(threads=options.threads, on_progress=on_progress, cancel=cancel)
-    if report is not None and model.router_report is not None:
-        text = json.dumps(model.router_report.to_dict(), indent=1) + "\n"
-        with replacing(report, "the router's report") as file:
+    write_router_report(model.router_report, options.router_report)
+
+
+def write_router_report(report: RouterReport | None, path: Path | None) -> None:
+    """Write a router's report as JSON, if there is one and a file is asked for."""
+    if report is not None and path is not None:
+        text = json.dumps(report.to_dict(), indent=1) + "\n"
+        with replacing(path, "the router's report") as file:
             file.write(text.encode())
 
 
-def _check_report(path: Path | None) -> None:
+def check_router_report(path: Path | None) -> None:
     """Raise OutputError if the router's report cannot be written at ``path``."""
     if path is not None:
         check_output_file(path, replace=True)

@@ -27,7 +27,7 @@ from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.merge.forward import ForwardPass, one_blas_thread
 from ggufmoe.merge.merged import open_recipe
-from ggufmoe.merge.router_texts import RouterText, read_texts
+from ggufmoe.merge.router_texts import RouterText, TextTokens, read_texts
 from ggufmoe.runtime.events import Token
 
 N_PERPLEXITY = 256
@@ -80,7 +80,7 @@ def losses(model: ModelSource, held: Sequence[Path]) -> list[float]:
     """For each file the mean loss of a token of an answer."""
     forward, found = ForwardPass(model), []
     for file in held:
-        texts = read_texts([[file]], model, text_tokens=1 << 30, seed=0)
+        texts = read_texts([[file]], TextTokens.of(model), text_tokens=1 << 30, seed=0)
         hidden = last_states(forward, model, [text.tokens for text in texts])
         places, targets = _scored(texts)
         found.append(float(forward.losses(hidden[places], targets).mean()))

@@ -47,6 +47,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "export": _MODELS,
     "convert": _CONVERT,
     "quantize": _CONVERT | {"convert"},
+    "refit": _CONVERT | {"convert", "templates", "runtime"},
     "placement": _BASE,
     "runtime": _BASE | {"templates", "placement"},
     "remote": _BASE | {"placement", "runtime"},
@@ -57,10 +58,12 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "evaluation": _RUN | {"inspection", "quant"},
     "demo": frozenset(),
     "doctor": _RUN | {"evaluation", "quant"},
-    "cli": _CONVERT | _RUN | {"convert", "quantize", "routing", "server", "inspection", "evaluation", "demo", "doctor"},
+    "cli": _CONVERT
+    | _RUN
+    | {"convert", "quantize", "refit", "routing", "server", "inspection", "evaluation", "demo", "doctor"},
     "packaging": frozenset(),
     "__main__": frozenset({"cli"}),
-    "__init__": _BASE | {"convert", "quantize", "runtime", "engine", "routing", "evaluation"},
+    "__init__": _BASE | {"convert", "quantize", "refit", "runtime", "engine", "routing", "evaluation"},
 }
 
 LLAMA_CPP_ROOMS = {"native", "runtime"}

@@ -80,7 +80,8 @@ class TextScore:
     """Tokens of held-out texts whose loss counts."""
     losses: Mapping[str, float]
     """Mean loss of a token, in nats, by what computed it: "base", "expert 0" and so on each alone, "uniform" (all
-    experts, equally weighted), "hidden" (gate mode hidden, where the recipe has prompts), "fitted"."""
+    experts, equally weighted), "hidden" (gate mode hidden, where the recipe has prompts), "fitted". Of a mixture that
+    gets a new router, "before" (with the router that it had) takes the place of "base"."""
     own_weight: float
     """Weight that a token gives its own expert; mean over tokens and layers."""
     own_first: float
@@ -118,14 +119,18 @@ class RouterReport:
         return {**asdict(self), "degenerate_layers": list(self.degenerate_layers)}
 
 
-class ModelSource(Protocol):
-    """A model that can be exported: what ``Checkpoint`` and ``MergedModel`` give."""
+class ModelWeights(Protocol):
+    """What a forward pass needs of a model: what ``Checkpoint``, ``MergedModel`` and ``StoredMixture`` give."""
 
     @property
     def config(self) -> ModelConfig: ...
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
         """Every tensor by the name that its family gives it, complete and of the right shape."""
+
+
+class ModelSource(ModelWeights, Protocol):
+    """A model that can be exported: what ``Checkpoint`` and ``MergedModel`` give."""
 
     @property
     def tokenizer_dir(self) -> Path:

@@ -55,7 +55,7 @@ def plan_requantize(
         changed = {tensor.name: types[tensor.name] for tensor in tensors if types[tensor.name] is not tensor.type}
         warn_of_missing_importances(imatrix, changed, weighted)
     for tensor in tensors:
-        _check_change(tensor, types[tensor.name], allow_requantize)
+        check_change(tensor, types[tensor.name], allow_requantize)
     planned = [
         PlannedTensor(
             tensor.name,
@@ -78,7 +78,7 @@ def plan_requantize(
     )
 
 
-def _check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) -> None:
+def check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) -> None:
     """Raise OptionError if ggml cannot make the change of type, or if it quantizes twice and that is not allowed."""
     for stored in {part.type for part in tensor.parts} - {target}:
         if stored in PLAIN_DTYPES:

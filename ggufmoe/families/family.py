@@ -405,6 +405,9 @@ class Family:
     """What of a configuration llama.cpp leaves out for this family, a clause each, for warnings."""
     arithmetic: Callable[[ModelConfig], Arithmetic] | None = plain_arithmetic
     """None where ``merge.forward`` cannot compute the family."""
+    stored_values: Mapping[str, str] | None = None
+    """The names of ``keys`` to the templates of GGUF's keys that state their values, for mixtures whose GGUF files a
+    forward pass can read (``merge.stored_mixture``); None where it cannot."""
     merge: MergeTarget | None = None
     """For families of mixtures: which recipes become one."""
     variants: tuple[Variant, ...] = ()

@@ -53,6 +53,7 @@ FAMILY = replace(
         fused_experts("fused", _MODULE, EXPERTS),
         fused_experts("fused", _MODULE, EXPERTS, stored=_MODULE),
     ),
+    stored_values={},
     # a DeepSeek mixture without a shared expert, as mergekit makes it, computes the same
     merge=MergeTarget(
         "Mixtral", (LLAMA.architecture, MISTRAL.architecture), merged_config, also_called=("DeepSeek MoE",)

@@ -16,6 +16,8 @@ class RopeScaling:
 
     kind: str = "none"
     parameters: Mapping[str, float] = field(default_factory=dict)
+    factors: tuple[float, ...] = ()
+    """What each frequency is divided by, of a llama3 scaling that is read from a GGUF file: it has no parameters."""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ FAMILY = Family(
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
     unexpressed=unexpressed,
     arithmetic=not_rescaled,
+    stored_values={},
     own_output=True,
     tokenizer=TokenizerRules(pre_tokenizer="olmo"),
 )

@@ -67,5 +67,6 @@ FAMILY = replace(
         *dense_layers("qwen3moe"),
     ),
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
+    stored_values={_EXPERT_WIDTH: Keys.LLM.EXPERT_FEED_FORWARD_LENGTH},
     merge=MergeTarget("Qwen3 MoE", (QWEN3.architecture,), _merged_config),
 )

@@ -22,23 +22,34 @@ def expert_names(metadata: Mapping[str, GGUFValue]) -> tuple[str, ...]:
 
 def recipe_names(metadata: Mapping[str, GGUFValue]) -> tuple[str, ...]:
     """A short name for each expert by the recipe in the file, all different; empty if there is none."""
-    recipe = TypedMetadata(metadata).text(RECIPE)
-    sources = _sources(recipe) if recipe is not None and len(recipe) <= _MAX_RECIPE_CHARS else []
-    names = [_short(source) for source in sources]
+    names = [_short(source) for source in _sources(_recipe(metadata))]
     if len(names) != Hyper.of(metadata).n_expert or not all(names):
         return ()
     return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names))
 
 
-def _sources(recipe: str) -> list[str]:
-    """``source_model`` of each expert of a recipe; empty where the text is none."""
+def base_is_expert(metadata: Mapping[str, GGUFValue]) -> bool | None:
+    """Whether the base of a merged model is one of its experts; None where the file carries no recipe."""
+    recipe = _recipe(metadata)
+    sources = _sources(recipe)
+    return recipe.get("base_model") in sources if sources else None
+
+
+def _recipe(metadata: Mapping[str, GGUFValue]) -> Mapping[Any, Any]:
+    """The recipe in the file; empty where there is none."""
     import yaml
 
+    text = TypedMetadata(metadata).text(RECIPE)
     try:
-        content: Any = yaml.safe_load(recipe)
+        content: Any = yaml.safe_load(text) if text is not None and len(text) <= _MAX_RECIPE_CHARS else None
     except (yaml.YAMLError, RecursionError, ValueError):
-        return []
-    experts = content.get("experts") if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sources(recipe: Mapping[Any, Any]) -> list[str]:
+    """``source_model`` of each expert of a recipe."""
+    experts = recipe.get("experts")
     sources = [one.get("source_model") for one in experts if isinstance(one, dict)] if isinstance(experts, list) else []
     return [source for source in sources if isinstance(source, str)]
 

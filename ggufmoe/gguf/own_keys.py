@@ -17,5 +17,10 @@ RECIPE = "ggufmoe.recipe"
 GATE_MODE = "ggufmoe.gate_mode"
 """STRING: how a merged model's router rows were made, in the recipe's words."""
 
+REFIT = "ggufmoe.refit"
+"""STRING, a JSON object: how the router was replaced in the GGUF file, where it was: ``version`` of ggufmoe, and
+``texts`` (for each expert the names of its files), ``text_tokens`` and ``seed``, or ``router``, the name of the model
+that it was taken from; ``sha256`` of the tokens, or of the rows."""
+
 VERSION = "ggufmoe.version"
 """STRING: the version of ggufmoe that merged the model."""

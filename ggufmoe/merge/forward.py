@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.source import ModelSource
+from ggufmoe.checkpoint.source import ModelWeights
 from ggufmoe.errors import CheckpointError
 from ggufmoe.families import family_of
 from ggufmoe.families.family import BIAS, WEIGHT, Scoring
@@ -51,7 +51,7 @@ class ForwardPass:
     just read. BLAS's own threads wait for each other, which on a busy machine took ten times as long.
     """
 
-    def __init__(self, model: ModelSource, *, threads: int | None = None, work: Work | None = None) -> None:
+    def __init__(self, model: ModelWeights, *, threads: int | None = None, work: Work | None = None) -> None:
         """Raises CheckpointError for a family, or a rope scaling, that is not computed here."""
         self._config = model.config
         self._family = family_of(model.config)
@@ -194,13 +194,17 @@ class ForwardPass:
 
     def _experts(self, layer: int, hidden: Floats) -> Floats:
         """The output of the ``n_expert_used`` best experts of each token, weighted by the router."""
-        chosen, weights = self.routes(layer, self._project(MODEL_TENSOR.FFN_GATE_INP, layer, hidden))
+        chosen, weights = self.routes(layer, self.router_logits(layer, hidden))
         out = np.zeros_like(hidden)
         for expert in range(self._config.n_expert):
             rows, slots = np.nonzero(chosen == expert)
             if rows.size:
                 out[rows] += weights[rows, slots, None] * self.expert_output(layer, expert, hidden[rows])
         return out
+
+    def router_logits(self, layer: int, normed: Floats) -> Floats:
+        """What the model's own router gives for ``normed`` (n, n_embd), its input: (n, n_expert)."""
+        return self._project(MODEL_TENSOR.FFN_GATE_INP, layer, normed)
 
     def routes(self, layer: int, logits: Floats) -> tuple[NDArray[np.intp], Floats]:
         """The experts that a router's logits choose for each token, best first, and their weights.
@@ -335,6 +339,9 @@ def _inverse_frequencies(config: ModelConfig) -> Floats:
     if scaling.kind == "linear":
         scaled: Floats = (frequencies / np.float32(scaling.parameters["factor"])).astype(np.float32)
         return scaled
+    if scaling.factors:
+        divided: Floats = frequencies / np.array(scaling.factors, dtype=np.float32)
+        return divided
     if scaling.kind == "llama3":
         return _llama3_frequencies(frequencies, scaling.parameters)
     raise CheckpointError(

@@ -35,10 +35,10 @@ from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.compare import attention_distance, compare_sources
 from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.model_card import model_card
-from ggufmoe.merge.recipe import ExpertRecipe, GateMode, Recipe, load_recipe, place_of
-from ggufmoe.merge.router import Router, check_prompts, fit_router, make_router, taken_router
+from ggufmoe.merge.recipe import TAKEN, ExpertRecipe, GateMode, Recipe, load_recipe, place_of
+from ggufmoe.merge.router import Router, bare_router, check_prompts, fit_router, make_router, warn_of_router
 from ggufmoe.merge.router_rows import read_router
-from ggufmoe.merge.router_texts import RouterText, fitting_warnings, read_texts
+from ggufmoe.merge.router_texts import RouterText, TextTokens, fitting_warnings, read_texts
 from ggufmoe.merge.targets import (
     EXPERT_MATRICES,
     ROUTER,
@@ -212,7 +212,7 @@ class MergedModel:
         if self.router_report is not None:
             return
         if self._stored_rows is not None:
-            router = taken_router(self.recipe, self._stored_rows)
+            router = bare_router(TAKEN, self._stored_rows)
         elif self.recipe.gate_mode is GateMode.FITTED:
             router = self._fitted_router(threads, on_progress, cancel)
         else:
@@ -222,11 +222,7 @@ class MergedModel:
         for tensor, rows in zip(self._shared_gates, router.shared_rows if self._shared_gates else (), strict=True):
             tensor.fill(rows)
         self.router_report = router.report
-        if layers := router.report.degenerate_layers:
-            numbers = ", ".join(map(str, layers))
-            where = "all layers" if len(layers) == self.config.n_layer else f"layer{'s' * (len(layers) > 1)} {numbers}"
-            what = "texts" if self.texts else "prompts"
-            log.warning("the router hardly tells the experts apart in %s; use %s that differ more", where, what)
+        warn_of_router(router.report)
 
     def close(self) -> None:
         """Close every source."""
@@ -240,7 +236,7 @@ class MergedModel:
         path = self._path.parent / possible_path(router)
         self._check_inside(path, "router")
         try:
-            return read_router(path, self.config)
+            return read_router(path, (self.config.n_layer, self.config.n_expert, self.config.n_embd))
         except InputError as error:
             raise RecipeError(f"{self._path}: {error}") from error
 
@@ -252,7 +248,7 @@ class MergedModel:
             for path in paths:
                 self._check_inside(path, "texts")
             files.append(paths)
-        return read_texts(files, self, text_tokens=self.recipe.text_tokens, seed=self.recipe.seed)
+        return read_texts(files, TextTokens.of(self), text_tokens=self.recipe.text_tokens, seed=self.recipe.seed)
 
     def _fitted_router(self, threads: int | None, on_progress: OnProgress | None, cancel: CancelFlag | None) -> Router:
         """The router of gate mode fitted; what is known to go wrong is a warning."""
@@ -275,14 +271,6 @@ class MergedModel:
             on_progress=on_progress,
             cancel=cancel,
         )
-        for score in router.report.scores:
-            if score.is_worse_than_uniform:
-                log.warning(
-                    "on held-out texts of %s the fitted router (loss %.3f) is worse than equal weights (%.3f)",
-                    score.file,
-                    score.losses["fitted"],
-                    score.losses["uniform"],
-                )
         return replace(router, report=replace(router.report, attention_distances=distances))
 
     def _rounded(self, rows: Floats) -> Floats:

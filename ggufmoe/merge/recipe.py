@@ -23,6 +23,7 @@ from ggufmoe.families.family import SharedExperts
 from ggufmoe.files import decode_text, what_instead
 from ggufmoe.merge.targets import Wanted, is_known, known_names
 from ggufmoe.options.limits import MAX_EXPERTS
+from ggufmoe.options.refit_options import MAX_ROUTER_TOKENS, MIN_ROUTER_TOKENS, ROUTER_TOKENS
 from ggufmoe.weights.source_tensor import Dtype
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -30,7 +31,8 @@ _MAX_VALUES = 1_000_000
 """How many keys and values a recipe may have, those of an alias counted each time that it is used."""
 _NO_PATH = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _SHOWN_PROBLEMS = 8
-MIN_TEXT_TOKENS, MAX_TEXT_TOKENS = 64, 1 << 20
+TAKEN = "router"
+"""What is told in the place of a gate mode where a router was taken from another model."""
 _MAX_SCALE = 1000
 """Far above any use: weights are around 0.02, and larger ones would not fit in 16 bits."""
 
@@ -135,7 +137,7 @@ class Recipe(BaseModel):
     tokenizer_source: StrictStr | None = None
     router: StrictStr | None = None
     """A mixture's checkpoint or a GGUF file whose router is taken; no rows are computed then."""
-    text_tokens: StrictInt = Field(default=2048, ge=MIN_TEXT_TOKENS, le=MAX_TEXT_TOKENS)
+    text_tokens: StrictInt = Field(default=ROUTER_TOKENS, ge=MIN_ROUTER_TOKENS, le=MAX_ROUTER_TOKENS)
     """Tokens of each expert's texts that a router is fitted on and judged by, at most."""
 
     @property
@@ -161,8 +163,8 @@ class Recipe(BaseModel):
 
     @property
     def router_origin(self) -> str:
-        """The gate mode; ``router`` for a router that is taken from another model."""
-        return self.gate_mode.value if self.router is None else "router"
+        """The gate mode; ``TAKEN`` for a router that is taken from another model."""
+        return self.gate_mode.value if self.router is None else TAKEN
 
     @property
     def has_prompts(self) -> bool:

@@ -20,9 +20,10 @@ from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
-from ggufmoe.merge.recipe import GateMode, Recipe
+from ggufmoe.merge.recipe import TAKEN, GateMode, Recipe
 from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting
 from ggufmoe.merge.router_texts import RouterText
+from ggufmoe.merge.stored_mixture import StoredMixture
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, Work
 
@@ -71,7 +72,7 @@ def make_router(
     if not recipe.needs_prompts:
         return _router(recipe, _random_rows(recipe, base.config, n_rows), (), None)
     prompts = _tokenized(recipe, base)
-    work, on_layer = _work(base, on_progress, cancel)
+    work, on_layer = _work(base.config.n_layer, _layer_bytes(base), on_progress, cancel)
     if recipe.gate_mode is GateMode.CHEAP_EMBED:
         rule = family_of(base.config).rule(MODEL_TENSOR.TOKEN_EMBD)
         assert rule is not None, "every model has an embedding"
@@ -105,7 +106,7 @@ def fit_router(
     ``base_expert`` is the expert whose MLP is that of ``base``, if there is one; ``rounded`` rounds rows as they are
     stored. The rest is as in ``make_router``; gate mode hidden is compared where the recipe has prompts.
     """
-    work, on_layer = _work(mixture, on_progress, cancel)
+    work, on_layer = _work(mixture.config.n_layer, _layer_bytes(mixture), on_progress, cancel)
     prompts = _tokenized(recipe, base) if recipe.has_prompts else ()
     hidden = None
     if prompts:
@@ -124,9 +125,47 @@ def fit_router(
     return replace(router, report=replace(router.report, scores=scores))
 
 
-def taken_router(recipe: Recipe, rows: Floats) -> Router:
-    """The router of ``rows`` (n_layer, n_expert, n_embd) that were not made for this recipe."""
-    return _router(recipe, rows, (), None)
+def refit_router(
+    mixture: StoredMixture,
+    texts: Sequence[RouterText],
+    *,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+) -> Router:
+    """A router for a mixture that has one already, fitted as in ``fit_router`` and compared with that; float32 rows."""
+    n_layer = mixture.config.n_layer
+    work, on_layer = _work(n_layer, mixture.n_bytes // n_layer, on_progress, cancel)
+    forward = ForwardPass(mixture, threads=threads, work=work)
+    rows, scores = RouterFitting(mixture.config, None, forward, texts, rounded=np.copy).run(on_layer)
+    router = bare_router(GateMode.FITTED.value, rows)
+    return replace(router, report=replace(router.report, scores=scores))
+
+
+def bare_router(origin: str, rows: Floats) -> Router:
+    """The router of ``rows`` (n_layer, n_expert, n_embd) that were made of no prompts; no row for a shared expert.
+
+    ``origin`` is their gate mode, or ``TAKEN`` for rows of another model.
+    """
+    return Router(rows, router_report(origin, rows), rows[:, :0])
+
+
+def warn_of_router(report: RouterReport) -> None:
+    """Log each file of texts on which a fitted router is worse than equal weights, and layers of rows nearly alike."""
+    for score in report.scores:
+        if score.is_worse_than_uniform:
+            log.warning(
+                "on held-out texts of %s the fitted router (loss %.3f) is worse than equal weights (%.3f)",
+                score.file,
+                score.losses["fitted"],
+                score.losses["uniform"],
+            )
+    if layers := report.degenerate_layers:
+        numbers = ", ".join(map(str, layers))
+        is_all = len(layers) == len(report.condition_numbers)
+        where = "all layers" if is_all else f"layer{'s' * (len(layers) > 1)} {numbers}"
+        what = "texts" if report.scores else "prompts"
+        log.warning("the router hardly tells the experts apart in %s; use %s that differ more", where, what)
 
 
 def check_prompts(recipe: Recipe, base: ModelSource) -> int:
@@ -146,10 +185,9 @@ def check_prompts(recipe: Recipe, base: ModelSource) -> int:
 
 
 def _work(
-    model: ModelSource, on_progress: OnProgress | None, cancel: CancelFlag | None
+    n_layer: int, layer_bytes: int, on_progress: OnProgress | None, cancel: CancelFlag | None
 ) -> tuple[Work, Callable[[int], None]]:
-    """The work of a pass through ``model``, and what reports a layer: an equal share of its bytes."""
-    n_layer, layer_bytes = model.config.n_layer, _layer_bytes(model)
+    """The work of a pass through a model's layers, and what reports one of them."""
     stopped = "stopped while computing the router"
     work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
     return work, lambda done: work.advance(layer_bytes, f"layer {done} of {n_layer}")
@@ -255,33 +293,38 @@ def _router(recipe: Recipe, rows: Floats, prompts: Sequence[_Prompt], vectors: N
     n_expert = len(recipe.experts)
     routed, shared = rows[:, :n_expert], rows[:, n_expert:]
     mine = [i for i, prompt in enumerate(prompts) if prompt.expert < n_expert]
-    report = _report(recipe, routed, [prompts[i] for i in mine], None if vectors is None else vectors[:, mine])
+    report = router_report(recipe.router_origin, routed)
+    if vectors is not None:
+        told = _preferences(routed, [prompts[i] for i in mine], vectors[:, mine])
+        report = replace(report, preferences=told)
     return Router(routed, report, shared)
 
 
-def _report(recipe: Recipe, rows: Floats, prompts: Sequence[_Prompt], vectors: NDArray[Any] | None) -> RouterReport:
+def _preferences(rows: Floats, prompts: Sequence[_Prompt], vectors: NDArray[Any]) -> tuple[PromptPreference, ...]:
+    scores = np.einsum("lpd,led->lpe", vectors, rows)
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = scores / scores.sum(axis=-1, keepdims=True)
+    return tuple(
+        PromptPreference(prompt.expert, prompt.positive, prompt.text, _tuples(weights[:, i]))
+        for i, prompt in enumerate(prompts)
+    )
+
+
+def router_report(origin: str, rows: Floats) -> RouterReport:
+    """What rows (n_layer, n_expert, n_embd) alone tell; ``origin`` is their gate mode, or ``router``."""
     unit = _normalized(rows)
-    preferences: list[PromptPreference] = []
-    if vectors is not None:
-        scores = np.einsum("lpd,led->lpe", vectors, rows)
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights = scores / scores.sum(axis=-1, keepdims=True)
-        preferences = [
-            PromptPreference(prompt.expert, prompt.positive, prompt.text, _tuples(weights[:, i]))
-            for i, prompt in enumerate(prompts)
-        ]
     singular = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
     # fitted rows add up to zero: what counts in a softmax is how they differ
-    is_guessed = recipe.router is None and recipe.gate_mode is not GateMode.FITTED
+    is_guessed = origin not in (TAKEN, GateMode.FITTED.value)
     adds_up = np.abs(rows.sum(axis=1)).max() < 0.1 * np.abs(rows).max()
     smallest = -2 if adds_up and not is_guessed else -1
     with np.errstate(divide="ignore", invalid="ignore"):
         conditions = singular[:, 0] / singular[:, smallest]
     return RouterReport(
-        gate_mode=recipe.router_origin,
+        gate_mode=origin,
         cosines=_tuples(np.einsum("lid,ljd->lij", unit, unit)),
         condition_numbers=tuple(float(value) for value in conditions),
-        preferences=tuple(preferences),
+        preferences=(),
     )
 
 

@@ -2,8 +2,8 @@
 
 In each layer the rows are those of a logistic regression that tells, from a token's normalized state after attention,
 which expert its text belongs to (``logistic``). The held-out texts go through at the same time in several lanes: as the
-base computes them, as each expert, with equal weights, by a router of gate mode hidden, and by the fitted one; so every
-weight is read once for both the fit and its report.
+base computes them, as each expert, with equal weights, by a router of gate mode hidden or by the one that a mixture had
+before, and by the fitted one; so every weight is read once for both the fit and its report.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ggufmoe.merge.forward import Floats, ForwardPass, one_blas_thread
 from ggufmoe.merge.logistic import fit_classes
 from ggufmoe.merge.router_texts import RouterText
 
-BASE, UNIFORM, HIDDEN, FITTED = "base", "uniform", "hidden", "fitted"
+BASE, BEFORE, UNIFORM, HIDDEN, FITTED = "base", "before", "uniform", "hidden", "fitted"
 PROMPTS = "prompts"
 """The lane of a recipe's prompts, from whose states rows of gate mode hidden are made."""
 
@@ -73,15 +73,16 @@ class _Places:
 
 
 class RouterFitting:
-    """One fit: ``mixture`` computes the merged model, with ``config``; ``base`` the dense model that it is made of.
+    """One fit: ``mixture`` computes the mixture, with ``config``; ``base`` the dense model that it is made of.
 
     ``base_expert`` is the expert whose MLP is the base's own, or None. ``rounded`` gives rows as they will be stored.
+    Where ``base`` is None, the router that the mixture has is compared in its place.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        base: ForwardPass,
+        base: ForwardPass | None,
         mixture: ForwardPass,
         texts: Sequence[RouterText],
         *,
@@ -125,7 +126,7 @@ class RouterFitting:
         held_out = tuple(text.tokens for text in self._held_out)
         wanted: dict[str, tuple[tuple[Sequence[int], ...], int | None]] = {
             FITTED: (every, None),
-            BASE: (held_out, self._base_expert),
+            **({BEFORE: (held_out, None)} if self._base is None else {BASE: (held_out, self._base_expert)}),
             UNIFORM: (held_out, None),
             **{expert_lane(expert): (held_out, expert) for expert in range(self._config.n_expert)},
         }
@@ -150,6 +151,8 @@ class RouterFitting:
         for lane in self._lanes.values():
             if lane.expert is not None:
                 out[lane.span, lane.expert] = 1
+            elif lane.name == BEFORE:
+                out[lane.span] = self._routed(layer, self._forward.router_logits(layer, normed[lane.span]))
             elif lane.name == UNIFORM:
                 out[lane.span] = np.float32(1 / n_expert)
             elif lane.name == HIDDEN:
@@ -183,6 +186,7 @@ class RouterFitting:
         dense = ~weights.any(axis=1)
         out[~dense] += self._forward.shared_output(layer, normed[~dense])
         if dense.any():
+            assert self._base is not None, "without a base all lanes have experts"
             out[dense] = self._base.feed_forward(layer, normed[dense])
         return out
 

@@ -10,7 +10,6 @@ import numpy as np
 from ggufmoe.checkpoint.opening import open_directory
 from ggufmoe.errors import RecipeError
 from ggufmoe.families import family_of
-from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.stored_rows import GGUFRows, OpenModel
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import MODEL_TENSOR
@@ -18,19 +17,19 @@ from ggufmoe.merge.forward import Floats
 from ggufmoe.weights.dtypes import read_f32
 
 
-def read_router(path: Path, config: ModelConfig) -> Floats:
-    """The rows of a router, (n_layer, n_expert, n_embd), for the mixture that ``config`` describes.
+def read_router(path: Path, wanted: tuple[int, int, int], whose: str = "the recipe makes") -> Floats:
+    """The rows of a router, of the shape ``wanted``: (n_layer, n_expert, n_embd).
 
     ``path`` is a directory with a checkpoint of a mixture, or a GGUF file. Raises RecipeError for a model without
-    experts, or with other numbers of layers, experts or columns; CheckpointError or GGUFError where it cannot be read.
+    experts, or with other numbers of layers, experts or columns, where ``whose`` begins the sentence of what is wanted;
+    CheckpointError or GGUFError where it cannot be read.
     """
     rows = _of_directory(path) if path.is_dir() else _of_gguf(path)
-    wanted = (config.n_expert, config.n_embd)
-    if len(rows) != config.n_layer or any(one.shape != wanted for one in rows):
+    if len(rows) != wanted[0] or any(one.shape != wanted[1:] for one in rows):
         found = f"{len(rows)} layers of {rows[0].shape[0]} experts and {rows[0].shape[1]} columns"
         raise RecipeError(
-            f"router: {path} has a router for {found}; the recipe makes {config.n_layer} layers of {wanted[0]} experts "
-            f"and {wanted[1]} columns"
+            f"router: {path} has a router for {found}; {whose} {wanted[0]} layers of {wanted[1]} experts "
+            f"and {wanted[2]} columns"
         )
     return np.stack(rows)
 

@@ -7,7 +7,7 @@ tokens count in a loss, and which texts are held out. Conversations are rendered
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,43 @@ class RouterText:
     held_out: bool
 
 
+@dataclass(frozen=True)
+class TextTokens:
+    """How the texts of files become tokens of a model."""
+
+    tokenize: Callable[[str], Sequence[int]]
+    """The ids of a text, special tokens in it included; BOS first where the model's texts begin with it, and not twice
+    where the text does."""
+    bos: str
+    eos: str
+    chat_template: str | None
+    """The source of the template that renders conversations."""
+    n_vocab: int
+    n_ctx: int
+
+    @classmethod
+    def of(cls, model: ModelSource) -> TextTokens:
+        """By the tokenizer's files of a checkpoint or of a merge. Raises TokenizerError where there are none."""
+        directory = model.tokenizer_dir
+        tokenize = prompt_tokenizer(directory)
+        bos, eos = (special_text(directory, key) for key in ("bos_token", "eos_token"))
+        template = model.chat_template or default_chat_template(directory)
+        sizes = model.config.n_vocab, model.config.n_ctx
+        return cls(lambda text: tokenize(text.removeprefix(bos)), bos, eos, template, *sizes)
+
+
 def read_texts(
-    files: Sequence[Sequence[Path]], model: ModelSource, *, text_tokens: int, seed: int
+    files: Sequence[Sequence[Path]], tokens: TextTokens, *, text_tokens: int, seed: int
 ) -> tuple[RouterText, ...]:
     """The texts of each expert's files, at most ``text_tokens`` tokens of each expert, the same for the same ``seed``.
 
     A file whose name ends in ``.jsonl`` has an object with ``text`` or ``messages`` on each line; any other file is
     plain text, which is cut into pieces of whole lines. An expert's files get equal parts of its tokens; texts are
-    drawn from the whole file. One of every five texts of a file is held out, and at least one. ``model`` gives
-    tokenizer, chat template and context.
+    drawn from the whole file. One of every five texts of a file is held out, and at least one.
 
     Raises RecipeError for a file that cannot be read, or is not what its name says, or has fewer than two texts.
     """
-    encoder = _Encoder(model)
+    encoder = _Encoder(tokens)
     texts: list[RouterText] = []
     for expert, paths in enumerate(files):
         for path in paths:
@@ -159,16 +183,12 @@ def _is_message(value: Any) -> bool:
 
 
 class _Encoder:
-    """Tokenizes texts and conversations as ``model`` reads them."""
+    """Tokenizes texts and conversations, and says which of their tokens count."""
 
-    def __init__(self, model: ModelSource) -> None:
-        directory = model.tokenizer_dir
-        self._tokenize = prompt_tokenizer(directory)
-        self._bos, self._eos = (special_text(directory, key) for key in ("bos_token", "eos_token"))
-        self._source = model.chat_template or default_chat_template(directory)
+    def __init__(self, by: TextTokens) -> None:
+        self._by = by
         self._template: ChatTemplate | None = None
-        self._n_vocab = model.config.n_vocab
-        self._max_tokens = min(MAX_TEXT_TOKENS, model.config.n_ctx)
+        self._max_tokens = min(MAX_TEXT_TOKENS, by.n_ctx)
 
     def encode(self, path: Path, entry: _Written) -> _Tokens:
         """The tokens of a text and those that count. Raises RecipeError with the file and the line."""
@@ -177,20 +197,21 @@ class _Encoder:
             tokens, scored = self._text(entry.text) if entry.messages is None else self._talk(entry.messages, where)
         except TemplateError as error:
             raise RecipeError(f"{where}: {error}") from error
-        if tokens and max(tokens) >= self._n_vocab:
-            raise RecipeError(f"{where}: token {max(tokens)}; the model has only {self._n_vocab} embedding rows")
+        if tokens and max(tokens) >= self._by.n_vocab:
+            raise RecipeError(f"{where}: token {max(tokens)}; the model has only {self._by.n_vocab} embedding rows")
         tokens = tokens[: self._max_tokens]
         inside = tuple(i for i in scored if i < len(tokens))
         return tokens, inside or tuple(range(1, len(tokens)))
 
     def _text(self, text: str) -> _Tokens:
-        tokens = tuple(self._tokenize(text))
+        tokens = tuple(self._by.tokenize(text))
         return tokens, tuple(range(1, len(tokens)))
 
     def _talk(self, messages: Sequence[Mapping[str, Any]], where: str) -> _Tokens:
-        if self._source is None:
+        by = self._by
+        if by.chat_template is None:
             raise RecipeError(f"{where}: the model has no chat template, which messages need; give texts instead")
-        self._template = self._template or ChatTemplate(self._source, bos=self._bos, eos=self._eos)
+        self._template = self._template or ChatTemplate(by.chat_template, bos=by.bos, eos=by.eos)
         tokens = self._rendered(messages)
         scored: list[int] = []
         for i, message in enumerate(messages):
@@ -201,8 +222,7 @@ class _Encoder:
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = False) -> tuple[int, ...]:
         assert self._template is not None, "_talk makes it"
-        text = self._template.render(messages, add_generation_prompt=answer)
-        return tuple(self._tokenize(text.removeprefix(self._bos)))
+        return tuple(self._by.tokenize(self._template.render(messages, add_generation_prompt=answer)))
 
 
 def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -31,6 +31,7 @@ from ggufmoe.options.convert_options import (
 from ggufmoe.options.fields import bounds, option, options_of
 from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
 from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
+from ggufmoe.options.refit_options import RefitKeywords, RefitOptions
 from ggufmoe.options.routing_options import RoutingKeywords, RoutingOptions
 from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions, StopOptions, TemplateOptions
 from ggufmoe.options.server_options import ServerOptions
@@ -64,6 +65,8 @@ __all__ = [
     "QuantizeKeywords",
     "QuantizeOptions",
     "Quantizer",
+    "RefitKeywords",
+    "RefitOptions",
     "RoutingKeywords",
     "RoutingOptions",
     "SamplingOptions",

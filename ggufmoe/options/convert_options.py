@@ -43,16 +43,28 @@ def worker_threads() -> Any:
     )
 
 
-def _router_report() -> Any:
+def router_report_file() -> Any:
+    """The option field for the file that the router's report is written to."""
     return option(
         None,
         "--router-report",
-        help="Write a JSON report of what the recipe's router does, layer by layer.",
+        help="Write a JSON report of what the router does, layer by layer.",
         metavar="FILE",
     )
 
 
-def _file_bytes(size: str) -> int:
+def split_size() -> Any:
+    """The option field for the size of the files that a model is split into."""
+    return option(None, "--split-max-size", help="Write shards of at most this size, for example 4G.", metavar="SIZE")
+
+
+def manifest_wanted() -> Any:
+    """The option field for a manifest beside the output."""
+    return option(False, "--manifest", help="Write OUT.manifest.json beside the output, with a hash of each tensor.")
+
+
+def file_bytes(size: str) -> int:
+    """Bytes of a size such as 4G. Raises OptionError for what is none, or is a few bytes."""
     n_bytes = parse_size(size, 1000)
     if n_bytes is None or n_bytes < 1000:  # a few bytes: the letter was forgotten
         raise OptionError(f"{size!r} is not a size; give a number with K, M, G or T, for example 4G")
@@ -76,14 +88,10 @@ class ExportOptions:
     )
     pure: bool = option(False, "--pure", help="Use one type for all tensors, without the mix of the file type.")
     threads: int | None = worker_threads()
-    split_max_size: str | None = option(
-        None, "--split-max-size", help="Write shards of at most this size, for example 4G.", metavar="SIZE"
-    )
+    split_max_size: str | None = split_size()
     resume: bool = option(False, "--resume", help="Continue the partial file of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing output.")
-    manifest: bool = option(
-        False, "--manifest", help="Write OUT.manifest.json beside the output, with a hash of each tensor."
-    )
+    manifest: bool = manifest_wanted()
     quantizer: Quantizer = option(
         "auto",
         "--quantizer",
@@ -100,7 +108,7 @@ class ExportOptions:
     @property
     def split_max_bytes(self) -> int | None:
         """Bytes of ``split_max_size``; None where the output is one file."""
-        return None if self.split_max_size is None else _file_bytes(self.split_max_size)
+        return None if self.split_max_size is None else file_bytes(self.split_max_size)
 
 
 class ExportKeywords(TypedDict, total=False):
@@ -126,7 +134,7 @@ class ConvertOptions(ExportOptions):
 
     allow_identical_experts: bool = _identical_experts()
     allow_outside_files: bool = _outside_files()
-    router_report: Path | None = _router_report()
+    router_report: Path | None = router_report_file()
 
 
 class ConvertKeywords(ExportKeywords, total=False):
@@ -167,7 +175,7 @@ class MergeOptions:
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
     allow_identical_experts: bool = _identical_experts()
     allow_outside_files: bool = _outside_files()
-    router_report: Path | None = _router_report()
+    router_report: Path | None = router_report_file()
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -176,7 +184,7 @@ class MergeOptions:
     @property
     def max_shard_bytes(self) -> int:
         """Bytes of ``max_shard_size``."""
-        return _file_bytes(self.max_shard_size)
+        return file_bytes(self.max_shard_size)
 
 
 class MergeKeywords(TypedDict, total=False):

@@ -13,7 +13,7 @@ from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.prompts import prompt_tokenizer
-from ggufmoe.merge.router_texts import MAX_TEXT_TOKENS, RouterText, fitting_warnings, read_texts
+from ggufmoe.merge.router_texts import MAX_TEXT_TOKENS, RouterText, TextTokens, fitting_warnings, read_texts
 from tests.tiny import make_checkpoint
 from tests.tiny_tokenizers import CORPUS
 
@@ -41,7 +41,7 @@ def write(path: Path, *values: Any) -> Path:
 
 
 def texts_of(model: ModelSource, *files: Path, n_tokens: int = 4000, seed: int = 0) -> tuple[RouterText, ...]:
-    return read_texts([files], model, text_tokens=n_tokens, seed=seed)
+    return read_texts([files], TextTokens.of(model), text_tokens=n_tokens, seed=seed)
 
 
 def test_of_a_text_all_tokens_but_the_first_count(tmp_path: Path, directory: Path, model: ModelSource) -> None:
