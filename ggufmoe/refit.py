@@ -1,4 +1,4 @@
-"""Another router for the mixture in a GGUF file: opens it, plans the files, and has the plan written. Nothing is printed.
+"""Another router for the mixture in a GGUF file: opens it, plans the files, has the plan written. Nothing is printed.
 
 Weights are read as in the rest of the convert half. The tokens of texts come from llama.cpp, which is given the file's
 vocabulary alone: there are many kinds of vocabularies in GGUF files, and texts must be cut as they are when the model
@@ -86,10 +86,10 @@ def refit(
     check_router_report(options.router_report)
     with contextlib.closing(GGUFSource(possible_path(source))) as model:
         check_loadable(model.header)
+        tensors = {name: RouterTensor(name, shape, Dtype.F32) for name, shape in _routers(model).items()}
         made = _new_router(model, texts, options)
         record = text(json.dumps({"version": __version__, **made.record}))
         told = {GATE_MODE: text(made.origin), REFIT: record}
-        tensors = {name: RouterTensor(name, shape, Dtype.F32) for name, shape in _routers(model).items()}
         plan = plan_replaced(model, path, tensors, told, split_max_bytes=options.split_max_bytes)
         plan = replace(plan, input_paths=(*plan.input_paths, *made.input_paths))
         reports: list[RouterReport] = []
@@ -134,6 +134,8 @@ def _new_router(model: GGUFSource, texts: ExpertTexts, options: RefitOptions) ->
         if texts:
             raise OptionError("a router that is taken is not fitted: leave out the texts, or --router")
         return _taken(model, options.router)
+    if not texts:
+        raise OptionError("give texts of each expert, or a router to take (--router)")
     return _fitted(model, texts, options)
 
 
@@ -197,8 +199,8 @@ def _files(texts: ExpertTexts, names: Sequence[str]) -> list[list[Path]]:
     if not isinstance(texts, Mapping):
         if len(texts) != len(names):
             raise OptionError(
-                f"{counted(len(texts), 'file')} of texts for {counted(len(names), 'expert')} ({told}): give one for each, in "
-                "this order, or name the expert of each (NAME=FILE)"
+                f"{counted(len(texts), 'file')} of texts for {counted(len(names), 'expert')} ({told}): give one for "
+                "each, in this order, or name the expert of each (NAME=FILE)"
             )
         return [_paths(mine) for mine in texts]
     files: list[list[Path]] = [[] for _ in names]

@@ -15,6 +15,7 @@ from ggufmoe.quant import importances as imatrix
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.policy import TypePolicy
 from tests.quant.llama_quantize import Specimen, quantize, write_model
+from tests.tiny import make_checkpoint
 
 CONVERTED = ("F32", "F16", "BF16", "Q8_0", "Q4_K_M", "Q5_0", "Q2_K", "IQ4_XS")
 WEIGHTED = ("Q4_K_M", "IQ2_XXS", "Q4_0")
@@ -83,6 +84,18 @@ def test_what_needs_an_engine_is_said_before_anything_is_written(flags: list[str
     assert reason in errors[-1]
     assert "pip install llama-cpp-python==" in errors[-1]
     assert not list(model.parent.glob("out*"))
+
+
+def test_fitting_needs_an_engine_and_taking_a_router_does_not(tmp_path: Path) -> None:
+    model, output, texts = (tmp_path / name for name in ("m.gguf", "out.gguf", "a.txt"))
+    ggufmoe.convert(make_checkpoint(tmp_path / "model", n_embd=64, n_ff=64), model, "F32")
+    texts.write_text("one\ntwo\n", encoding="utf-8")
+    code, errors = without_engine("refit", model, texts, texts, "-o", output)
+    assert code == 1
+    assert "pip install llama-cpp-python==" in errors[-1]
+    code, _ = without_engine("refit", model, "--router", model, "-o", output)
+    assert code == 0
+    assert output.exists()
 
 
 def test_types_that_only_llama_cpp_reads_are_said(model: Path) -> None:

@@ -20,8 +20,8 @@ from threading import Event
 
 from ggufmoe import (
     ConvertOptions, Engine, EvaluationOptions, ImatrixOptions, MergeOptions, Progress, QuantizeOptions,
-    RoutingOptions, SamplingOptions,
-    convert, imatrix, kl_divergence, merge, perplexity, quantize, trace_routing,
+    RefitOptions, RoutingOptions, SamplingOptions,
+    convert, imatrix, kl_divergence, merge, perplexity, quantize, refit, trace_routing,
 )
 from ggufmoe.convert import plan_convert
 from ggufmoe.quantize import plan_quantize
@@ -66,6 +66,15 @@ merge("a", "b", thread=4)  # refused
 merge("a", "b", threads="x")  # refused
 merge("a", "b", quant="Q4_K_M")  # refused
 merge("a", "b", on_progress=show, cancel=Event())
+
+refit("a", "b", ["c", Path("d")], text_tokens=512, seed=1)
+refit("a", "b", {"base": "c", "math": ["d", "e"]}, options=RefitOptions(threads=4))
+refit("a", "b", {0: "c", 1: ["d", "e"]})
+refit("a", "b", router="c")  # refused
+refit("a", "b", router=Path("c"), on_progress=show, cancel=Event())
+refit("a", "b", "Q4_K_M", 1)  # refused
+refit("a", "b", ["c"], tokens=512)  # refused
+refit("a", "b", ["c"], seed="x")  # refused
 
 perplexity("a", "a text", n_ctx=256, flash_attn="off")
 perplexity("a", text_file=Path("b"), options=EvaluationOptions(n_ctx=256))

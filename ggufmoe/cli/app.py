@@ -68,6 +68,16 @@ VERBS = (
         ("ggufmoe merge recipe.yaml merged", "ggufmoe merge recipe.yaml merged --resume"),
     ),
     Verb(
+        "refit",
+        "ggufmoe.cli.refit:refit_command",
+        "Fit the router of a GGUF file on texts.",
+        (
+            "ggufmoe refit model.gguf chat.jsonl math.txt -o out.gguf",
+            "ggufmoe refit model.gguf math=sums.txt base=all.txt -o out.gguf",
+            "ggufmoe refit model.gguf --router other.gguf -o out.gguf",
+        ),
+    ),
+    Verb(
         "run",
         "ggufmoe.cli.run:run_command",
         "Print one answer of a model.",

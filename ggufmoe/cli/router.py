@@ -1,4 +1,4 @@
-"""A recipe's router report as text: how far apart the experts' rows are, where prompts go, what fitting gained."""
+"""The report of a router as text: how far apart the experts' rows are, where prompts go, what fitting gained."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _scores(scores: tuple[TextScore, ...]) -> object:
     table = Table()
     table.add_column("for", no_wrap=True)
     table.add_column("texts", overflow="ellipsis", no_wrap=True)
-    compared = [name for name in ("base", "uniform", "hidden", "fitted") if name in scores[0].losses]
+    compared = [name for name in ("base", "before", "uniform", "hidden", "fitted") if name in scores[0].losses]
     for title in ("its expert", *compared, "own weight", "own first"):
         table.add_column(title, justify="right")
     for score in scores:

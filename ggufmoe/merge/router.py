@@ -151,15 +151,14 @@ def bare_router(origin: str, rows: Floats) -> Router:
 
 
 def warn_of_router(report: RouterReport) -> None:
-    """Log each file of texts on which a fitted router is worse than equal weights, and layers of rows nearly alike."""
+    """Log where a fitted router is worse than equal weights or the one before, and layers of rows nearly alike."""
     for score in report.scores:
-        if score.is_worse_than_uniform:
-            log.warning(
-                "on held-out texts of %s the fitted router (loss %.3f) is worse than equal weights (%.3f)",
-                score.file,
-                score.losses["fitted"],
-                score.losses["uniform"],
-            )
+        for other, called in (("uniform", "equal weights"), ("before", "the router that the file had")):
+            if score.losses["fitted"] > score.losses.get(other, np.inf):
+                log.warning(
+                    "on held-out texts of %s the fitted router (loss %.3f) is worse than %s (%.3f)",
+                    *(score.file, score.losses["fitted"], called, score.losses[other]),
+                )
     if layers := report.degenerate_layers:
         numbers = ", ".join(map(str, layers))
         is_all = len(layers) == len(report.condition_numbers)

@@ -1,5 +1,4 @@
-"""The mixture in a GGUF file as a forward pass reads it: dequantized rows, under the names and in the order of rows that
-its family has in checkpoints.
+"""The mixture in a GGUF file as a forward pass reads it: dequantized, with its family's names and order of rows.
 
 Owns the way back from a GGUF file's keys and tensors to a configuration. What the family cannot express of the file is
 an error: a key or a tensor that is not understood might change what llama.cpp computes.

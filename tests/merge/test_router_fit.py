@@ -58,10 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_expert(place / name, place / "base", seed)
     make_checkpoint(place / "stranger", **SHAPE, seed=4)
     for number, name in enumerate(("base", "sums", "poems")):
-        lines = [
-            f"{word} {CORPUS[4 * number + i % 4]}"
-            for i, word in enumerate(["one", "two", "three", "four", "five", "six"])
-        ]
+        lines = [f"{word} {CORPUS[4 * number + i % 4]}" for i, word in enumerate(WORDS)]
         content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (place / f"{name}.jsonl").write_text(content, encoding="utf-8")
     return place

@@ -21,6 +21,7 @@ from ggufmoe import (
     OffloadOptions,
     OptionError,
     QuantizeOptions,
+    RefitOptions,
     SamplingOptions,
 )
 from ggufmoe.convert import plan_convert
@@ -32,6 +33,7 @@ from ggufmoe.options import (
     MergeKeywords,
     PromptOptions,
     QuantizeKeywords,
+    RefitKeywords,
     RoutingKeywords,
     RoutingOptions,
     WorkerOptions,
@@ -121,6 +123,7 @@ def test_an_object_of_another_class_is_a_type_error(wrong: Any) -> None:
         (ggufmoe.quantize, QuantizeOptions, QuantizeKeywords),
         (plan_quantize, QuantizeOptions, QuantizeKeywords),
         (ggufmoe.merge, MergeOptions, MergeKeywords),
+        (ggufmoe.refit, RefitOptions, RefitKeywords),
         (ggufmoe.perplexity, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.kl_divergence, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.imatrix, ImatrixOptions, ImatrixKeywords),
