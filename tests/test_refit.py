@@ -136,10 +136,9 @@ def test_all_but_the_routers_stays_as_it_was(folder: Path, tmp_path: Path) -> No
 def test_experts_are_found_by_name_and_by_number(folder: Path, tmp_path: Path) -> None:
     model, (base, sums, poems) = folder / "m.gguf", files(folder)
     ggufmoe.refit(model, tmp_path / "order.gguf", [base, [sums, folder / "talks.jsonl"], poems])
-    ggufmoe.refit(
-        model, tmp_path / "name.gguf", {"poems": poems, "sums": [sums, folder / "talks.jsonl"], "base": str(base)}
-    )
-    ggufmoe.refit(model, tmp_path / "number.gguf", {2: poems, 1: [sums, folder / "talks.jsonl"], 0: base})
+    both: list[str | Path] = [sums, folder / "talks.jsonl"]
+    ggufmoe.refit(model, tmp_path / "name.gguf", {"poems": [poems], "sums": both, "base": [str(base)]})
+    ggufmoe.refit(model, tmp_path / "number.gguf", {2: [poems], 1: both, 0: [base]})
     assert (tmp_path / "order.gguf").read_bytes() == (tmp_path / "name.gguf").read_bytes()
     assert (tmp_path / "order.gguf").read_bytes() == (tmp_path / "number.gguf").read_bytes()
 

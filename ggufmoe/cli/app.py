@@ -72,9 +72,9 @@ VERBS = (
         "ggufmoe.cli.refit:refit_command",
         "Fit the router of a GGUF file on texts.",
         (
-            "ggufmoe refit model.gguf chat.jsonl math.txt -o out.gguf",
-            "ggufmoe refit model.gguf math=sums.txt base=all.txt -o out.gguf",
-            "ggufmoe refit model.gguf --router other.gguf -o out.gguf",
+            "ggufmoe refit m.gguf chat.jsonl math.txt -o new.gguf",
+            "ggufmoe refit m.gguf math=a.txt base=b.txt -o new.gguf",
+            "ggufmoe refit m.gguf --router other.gguf -o new.gguf",
         ),
     ),
     Verb(

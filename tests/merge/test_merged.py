@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from ggufmoe.checkpoint.source import RouterReport
 from ggufmoe.errors import RecipeError
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.merged import MergedModel, open_recipe
+from ggufmoe.merge.router import warn_of_router
 from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.weights.source_tensor import Dtype
 from tests.merge.bases import MERGE_CASES, make_models, make_recipe
@@ -326,12 +326,16 @@ def test_router_rows_that_hardly_differ_are_reported(pair: Path, caplog: pytest.
     assert "the router hardly tells the experts apart in all layers" in caplog.text
 
 
-@pytest.mark.parametrize(("layers", "said"), [((1,), "in layer 1;"), ((0, 2), "in layers 0, 2;")])
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((1.0, 9.0, 2.0, 5.0), "in layer 1;"),
+        ((9.0, 1.0, np.inf, 1.0), "in layers 0, 2;"),
+        ((9.0, np.nan), "in all layers;"),
+    ],
+)
 def test_layers_in_which_router_rows_hardly_differ_are_named(
-    pair: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...], said: str
+    caplog: pytest.LogCaptureFixture, numbers: tuple[float, ...], said: str
 ) -> None:
-    model = opened(open_recipe(write_recipe(pair, "base", "math")))
-    monkeypatch.setattr(model, "config", replace(model.config, n_layer=4))
-    monkeypatch.setattr(RouterReport, "degenerate_layers", layers)
-    model.prepare()
-    assert f"the router hardly tells the experts apart {said}" in caplog.text
+    warn_of_router(RouterReport("hidden", (), numbers, ()))
+    assert f"the router hardly tells the experts apart {said} use prompts that differ more" in caplog.text
