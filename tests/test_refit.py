@@ -137,8 +137,10 @@ def test_experts_are_found_by_name_and_by_number(folder: Path, tmp_path: Path) -
     model, (base, sums, poems) = folder / "m.gguf", files(folder)
     ggufmoe.refit(model, tmp_path / "order.gguf", [base, [sums, folder / "talks.jsonl"], poems])
     both: list[str | Path] = [sums, folder / "talks.jsonl"]
-    ggufmoe.refit(model, tmp_path / "name.gguf", {"poems": [poems], "sums": both, "base": [str(base)]})
-    ggufmoe.refit(model, tmp_path / "number.gguf", {2: [poems], 1: both, 0: [base]})
+    by_name: dict[str, str | list[str | Path]] = {"poems": [poems], "sums": both, "base": str(base)}
+    ggufmoe.refit(model, tmp_path / "name.gguf", by_name)
+    by_number: dict[int, list[str | Path]] = {2: [poems], 1: both, 0: [base]}
+    ggufmoe.refit(model, tmp_path / "number.gguf", by_number)
     assert (tmp_path / "order.gguf").read_bytes() == (tmp_path / "name.gguf").read_bytes()
     assert (tmp_path / "order.gguf").read_bytes() == (tmp_path / "number.gguf").read_bytes()
 
