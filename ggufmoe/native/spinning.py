@@ -2,10 +2,10 @@
 
 llama.cpp's threads spin for some 3 ms at every barrier before they sleep, and a graph has hundreds of barriers: beside
 another program that computes, a thread that waits burns the time that the thread it waits for needs, and generation
-falls to a tenth or less. ``SpinLimit`` shortens spinning once the kernel has reported that threads of this process wait
-for a processor: on an idle machine nothing changes, and no environment variable is read or set. Short spinning makes
-threads sleep and wake, and so wait, by itself: to see whether the machine is still busy, spinning is given back for one
-look from time to time.
+falls to a tenth or less. ``SpinLimit`` shortens spinning once the kernel has reported that the threads that compute
+wait for a processor: on an idle machine nothing changes, and no environment variable is read or set. Short spinning
+makes threads sleep and wake, and so wait, by itself: to see whether the machine is still busy, spinning is given back
+for one look from time to time.
 
 The portable engine (``scripts/engine_wheel``) has a function for it. Other engines compute with libgomp on Linux, which
 spins 3000 times shorter whenever it manages more threads than there are processors (``gomp_throttled_spin_count_var``,
@@ -29,16 +29,21 @@ from ggufmoe.native import library as native
 
 _LOOK_S = 0.2
 """Seconds between two looks at how long threads waited for a processor."""
-_BUSY = 0.25
-"""A busy machine: threads of this process waited together for this part of the time that has passed.
+_BUSY = 0.4
+"""A busy machine: the threads that compute waited together for this part of the time that has passed.
 
-Measured with two threads on two cores: below 0.2 on an idle machine and mostly below 0.16 beside programs of the lowest
-priority, where long spinning is faster; 0.8 to 1.1 beside one busy loop or two.
+Measured with two threads on two cores: below 0.2 on an idle machine, mostly below 0.16 beside programs of the lowest
+priority, and 0.1 to 0.25 in a server whose clients run on the same machine: there long spinning is faster. 0.8 to 1.1
+beside one busy loop or two.
 """
-_SHORT_S, _MAX_SHORT_S = 5.0, 40.0
-"""Seconds of short spinning after a look that found the machine busy; doubled, up to the last, while it stays busy."""
+_BUSY_LOOKS = 2
+"""Looks in a row that must find the machine busy: short spinning halves the speed of a machine that is not."""
+_SHORT_S, _MAX_SHORT_S = 2.0, 32.0
+"""Seconds of short spinning once the machine was found busy; doubled, up to the last, while it stays busy."""
 _MAX_TEAM = 64
 """A larger machine is a server, and often a container on one that may have fewer threads than it has processors."""
+_TASKS = "/proc/self/task"
+"""A directory for each thread of this process."""
 _logger = logging.getLogger("ggufmoe")
 
 
@@ -58,6 +63,8 @@ class SpinLimit:
         self._shorten = _way_to_shorten()
         self._looked_s = clock_s()
         self._waited_s = self._run_delay_s()
+        self._n_busy = 0
+        """Looks in a row that found the machine busy."""
         self._short_s = _SHORT_S
         self._short_until_s = self._looked_s
         self._shortened: _SleepingTeam | _PoolLimit | None = None
@@ -83,8 +90,12 @@ class SpinLimit:
         before_s, waited_s = self._waited_s, self._run_delay_s()
         self._looked_s, self._waited_s = now, waited_s
         if before_s is None or waited_s is None or waited_s - before_s <= _BUSY * elapsed_s:
-            self._short_s = _SHORT_S
+            self._n_busy, self._short_s = 0, _SHORT_S
             return
+        self._n_busy += 1
+        if self._n_busy < _BUSY_LOOKS:
+            return
+        self._n_busy = 0
         try:
             self._shortened = self._shorten()
         except RuntimeError as error:
@@ -183,13 +194,17 @@ def loaded_libgomp() -> ctypes.CDLL | None:
 
 
 def _run_delay_s() -> float | None:
-    """Seconds that the threads of this process have waited for a processor; None where the kernel does not tell.
+    """Seconds that this thread and llama.cpp's have waited for a processor; None where the kernel does not tell.
 
-    Second field of ``/proc/PID/task/TID/schedstat`` (Documentation/scheduler/sched-stats.rst of Linux).
+    Second field of ``/proc/PID/task/TID/schedstat`` (Documentation/scheduler/sched-stats.rst of Linux). Other threads
+    of Python do not count: those of a server wait for the threads that compute, which says nothing of other programs.
     """
+    others = {str(thread.native_id) for thread in threading.enumerate()} - {str(threading.get_native_id())}
     total_ns, n_told = 0, 0
     with contextlib.suppress(OSError):
-        for task in os.scandir("/proc/self/task"):
+        for task in os.scandir(_TASKS):
+            if task.name in others:
+                continue
             with contextlib.suppress(OSError, ValueError, IndexError):  # a thread may end meanwhile
                 total_ns += int(Path(task.path, "schedstat").read_bytes().split()[1])
                 n_told += 1

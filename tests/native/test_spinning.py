@@ -6,10 +6,12 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from ggufmoe.native import library as native
+from ggufmoe.native import spinning
 from ggufmoe.native.spinning import SpinLimit, loaded_libgomp
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere spinning is not shortened")
@@ -25,6 +27,14 @@ class Machine:
     def passes(self, seconds: float, *, waiting: float = 0.0) -> None:
         self.now_s += seconds
         self.waited_s += waiting
+
+
+def find_busy(machine: Machine, limit: SpinLimit) -> None:
+    """Two looks that find the machine busy; spinning is shortened by the second."""
+    for _ in range(2):
+        assert not limit.is_short
+        machine.passes(0.3, waiting=0.2)
+        limit.look()
 
 
 def limit_of(machine: Machine) -> SpinLimit:
@@ -78,14 +88,13 @@ def check_long(before: int) -> None:
 def test_a_busy_machine_shortens_spinning_until_it_is_calm(before: int) -> None:
     machine = Machine()
     limit = limit_of(machine)
-    machine.passes(1.0, waiting=0.5)
-    limit.look()
+    find_busy(machine, limit)
     assert limit.is_short
     check_short(before)
-    machine.passes(4.0, waiting=4.0)
+    machine.passes(1.5, waiting=1.5)
     limit.look()
     assert limit.is_short
-    machine.passes(2.0, waiting=2.0)
+    machine.passes(1.0, waiting=1.0)
     limit.look()
     assert not limit.is_short
     check_long(before)
@@ -97,9 +106,8 @@ def test_a_busy_machine_shortens_spinning_until_it_is_calm(before: int) -> None:
 def test_a_machine_that_stays_busy_is_looked_at_ever_more_seldom() -> None:
     machine = Machine()
     limit = limit_of(machine)
-    for seconds in (5.0, 10.0, 20.0, 40.0, 40.0):
-        machine.passes(0.3, waiting=0.2)
-        limit.look()
+    for seconds in (2.0, 4.0, 8.0, 16.0, 32.0, 32.0):
+        find_busy(machine, limit)
         assert limit.is_short
         machine.passes(seconds - 0.01)
         limit.look()
@@ -109,9 +117,9 @@ def test_a_machine_that_stays_busy_is_looked_at_ever_more_seldom() -> None:
         assert not limit.is_short
     machine.passes(0.3)
     limit.look()
-    machine.passes(0.3, waiting=0.2)
-    limit.look()
-    machine.passes(5.01)
+    find_busy(machine, limit)
+    assert limit.is_short
+    machine.passes(2.01)
     limit.look()
     assert not limit.is_short
 
@@ -121,6 +129,17 @@ def test_a_calm_machine_changes_nothing() -> None:
     limit = limit_of(machine)
     for _ in range(20):
         machine.passes(0.5, waiting=0.1)
+        limit.look()
+        assert not limit.is_short
+
+
+def test_a_moment_of_waiting_changes_nothing() -> None:
+    machine = Machine()
+    limit = limit_of(machine)
+    for _ in range(20):
+        machine.passes(0.3, waiting=0.3)
+        limit.look()
+        machine.passes(0.3, waiting=0.1)
         limit.look()
         assert not limit.is_short
 
@@ -142,11 +161,44 @@ def test_a_kernel_that_does_not_tell_changes_nothing() -> None:
     assert not limit.is_short
 
 
+def test_only_threads_that_compute_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's threads of Python wait while llama.cpp computes, on a machine that does nothing else."""
+
+    def waited(seconds: dict[int, int]) -> None:
+        for thread_id, told in seconds.items():
+            task = tmp_path / str(thread_id)
+            task.mkdir(exist_ok=True)
+            (task / "schedstat").write_text(f"1 {told * 10**9} 1\n")
+
+    monkeypatch.setattr(spinning, "_TASKS", str(tmp_path))
+    end = threading.Event()
+    other = threading.Thread(target=end.wait)
+    other.start()
+    try:
+        assert other.native_id is not None
+        ours, of_the_team = threading.get_native_id(), 2**40
+        waited({ours: 1, of_the_team: 2, other.native_id: 50})
+        machine = Machine()
+        limit = SpinLimit(clock_s=lambda: machine.now_s)
+        machine.passes(10.0)
+        waited({ours: 2, of_the_team: 4, other.native_id: 90})
+        limit.look()
+        assert not limit.is_short
+        for n in (2, 3):
+            machine.passes(10.0)
+            waited({ours: 2 * n, of_the_team: 3 * n + 1})
+            limit.look()
+        assert limit.is_short
+        limit.close()
+    finally:
+        end.set()
+        other.join()
+
+
 def test_closing_gives_spinning_back(before: int) -> None:
     machine = Machine()
     limit = limit_of(machine)
-    machine.passes(1.0, waiting=1.0)
-    limit.look()
+    find_busy(machine, limit)
     limit.close()
     assert not limit.is_short
     check_long(before)
@@ -155,9 +207,10 @@ def test_closing_gives_spinning_back(before: int) -> None:
 def test_spinning_stays_short_until_the_last_limit_gives_it_back(before: int) -> None:
     machine = Machine()
     first, second = limit_of(machine), limit_of(machine)
-    machine.passes(1.0, waiting=1.0)
-    first.look()
-    second.look()
+    for _ in range(2):
+        machine.passes(1.0, waiting=1.0)
+        first.look()
+        second.look()
     first.close()
     assert second.is_short
     check_short(before)
@@ -172,12 +225,12 @@ def test_a_process_that_may_have_no_more_threads_goes_on_as_it_is(monkeypatch: p
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    machine.passes(1.0, waiting=0.5)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        limit.look()
+        find_busy(machine, limit)
     assert limit.is_short == is_portable()  # which needs no thread for it
-    machine.passes(1.0, waiting=0.5)
-    limit.look()
+    for _ in range(2):
+        machine.passes(0.3, waiting=0.2)
+        limit.look()
     assert limit.is_short == is_portable()
     limit.close()
