@@ -9,15 +9,20 @@ import asyncio
 import contextlib
 import math
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from ggufmoe.work import CancelFlag
 
 EventT = TypeVar("EventT")
 
 _MAX_WAITING_EVENTS = 32
+_GATHER_S = 0.002
+"""What comes within this time of an event is passed on with it: waking an event loop costs more than a small event."""
+_AT_ONCE_EVENTS = 4
+"""So many events at the beginning of a stream are not delayed: the time to the first token is what people wait for."""
 
 
 async def read_async(
@@ -67,6 +72,8 @@ class EventPump(Generic[EventT]):
         self._lock = threading.Condition()
         self._events: deque[EventT] = deque()
         self._arrived = asyncio.Event()
+        self._gathering = _Gathering.of(loop)
+        self._n_read = 0
         self._stopped = False
         self._ended = False
         self._error: BaseException | None = None
@@ -135,10 +142,48 @@ class EventPump(Generic[EventT]):
                 self._lock.wait()
             self._events.append(event)
             is_first = len(self._events) == 1
-        if is_first:
+        self._n_read += 1
+        if self._n_read <= _AT_ONCE_EVENTS:
             self._wake()
+        elif is_first:
+            self._gathering.wake_soon(self._arrived)
         return not self._stopped
 
     def _wake(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed
             self._loop.call_soon_threadsafe(self._arrived.set)
+
+
+class _Gathering:
+    """Wakes the readers of all streams in one event loop together, ``_GATHER_S`` after the first of their events."""
+
+    _of_loops: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Gathering]] = (
+        weakref.WeakKeyDictionary()
+    )
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _Gathering:
+        """The one of ``loop``; called in the loop."""
+        return cls._of_loops.setdefault(loop, cls(loop))
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._lock = threading.Lock()
+        self._waiting: list[asyncio.Event] = []
+
+    def wake_soon(self, reader: asyncio.Event) -> None:
+        """Set ``reader`` in the loop. May be called from any thread."""
+        with self._lock:
+            self._waiting.append(reader)
+            if len(self._waiting) > 1:
+                return
+        loop = self._loop()
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(loop.call_later, _GATHER_S, self._wake)
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for reader in waiting:
+            reader.set()

@@ -17,7 +17,7 @@ from ggufmoe.runtime.events import Event
 _WAKE_S = 1 / 60
 """Shortest time between two wakings of a waiting reader: a frame of a screen. Woken for each token of a small model, it
 would take a core from the computation."""
-_MANY_EVENTS = 8
+_MANY_EVENTS = 16
 """So many unread events wake the reader at once."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ggufmoe.runtime.asyncstream import EventPump, pumped
@@ -64,7 +64,8 @@ class Completion(Protocol):
 
 
 Batch = tuple[int, Sequence[AnswerEvent]]
-"""Events of one answer that came together, after its number; none where nothing has come for a while."""
+"""Events of one answer that came together, after its number; none where nothing has come for a while. Tokens of which
+only the text is wanted are one ``Token`` with the text of all, whose id is that of the last."""
 
 
 @asynccontextmanager
@@ -93,7 +94,7 @@ async def begun(
 
 async def _alone(first: Sequence[AnswerEvent], pump: EventPump[AnswerEvent]) -> AsyncGenerator[Batch, None]:
     if first:
-        yield 0, first
+        yield 0, _joined(first)
     async for events in _with_pauses(pump, _PAUSE_S if first else _FIRST_PAUSE_S):
         yield 0, events
 
@@ -103,7 +104,23 @@ async def _with_pauses(
 ) -> AsyncGenerator[Sequence[AnswerEvent], None]:
     while (events := await pump.take(wait_s)) is not None:
         wait_s = _PAUSE_S
-        yield events
+        yield _joined(events)
+
+
+def _joined(events: Sequence[AnswerEvent]) -> Sequence[AnswerEvent]:
+    """``events`` with neighbouring tokens joined, where each tells its text alone: sending costs more than a token."""
+    joined: list[AnswerEvent] = []
+    plain: list[Token] = []
+    for event in (*events, None):
+        if type(event) is Token and event.logprob is None:
+            plain.append(event)
+            continue
+        if plain:
+            joined.append(replace(plain[-1], text="".join(token.text for token in plain)))
+            plain = []
+        if event is not None:
+            joined.append(event)
+    return joined
 
 
 async def _side_by_side(starts: Sequence[Start]) -> AsyncGenerator[Batch, None]:
