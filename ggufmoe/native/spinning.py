@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from ggufmoe.native import library as native
 
@@ -42,6 +41,8 @@ _SHORT_S, _MAX_SHORT_S = 2.0, 32.0
 """Seconds of short spinning once the machine was found busy; doubled, up to the last, while it stays busy."""
 _MAX_TEAM = 64
 """A larger machine is a server, and often a container on one that may have fewer threads than it has processors."""
+_LOOKS_AT_SAME_THREADS = 10
+"""A list of all threads takes as long as many looks at two of them."""
 _TASKS = "/proc/self/task"
 """A directory for each thread of this process."""
 _logger = logging.getLogger("ggufmoe")
@@ -58,7 +59,7 @@ class SpinLimit:
         run_delay_s: Callable[[], float | None] | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run_delay_s = run_delay_s or _run_delay_s
+        self._run_delay_s = run_delay_s or _RunDelay()
         self._clock_s = clock_s
         self._shorten = _way_to_shorten()
         self._looked_s = clock_s()
@@ -193,19 +194,35 @@ def loaded_libgomp() -> ctypes.CDLL | None:
     return found if hasattr(found, "GOMP_parallel") else None
 
 
-def _run_delay_s() -> float | None:
-    """Seconds that this thread and llama.cpp's have waited for a processor; None where the kernel does not tell.
+class _RunDelay:
+    """Asks the kernel how long the thread that asks and those of llama.cpp have waited for a processor.
 
     Second field of ``/proc/PID/task/TID/schedstat`` (Documentation/scheduler/sched-stats.rst of Linux). Other threads
     of Python do not count: those of a server wait for the threads that compute, which says nothing of other programs.
     """
-    others = {str(thread.native_id) for thread in threading.enumerate()} - {str(threading.get_native_id())}
-    total_ns, n_told = 0, 0
-    with contextlib.suppress(OSError):
-        for task in os.scandir(_TASKS):
-            if task.name in others:
-                continue
-            with contextlib.suppress(OSError, ValueError, IndexError):  # a thread may end meanwhile
-                total_ns += int(Path(task.path, "schedstat").read_bytes().split()[1])
+
+    def __init__(self) -> None:
+        self._files: list[str] = []
+        self._n_asked = 0
+
+    def __call__(self) -> float | None:
+        """Seconds in all, of the threads that there are; None where the kernel does not tell."""
+        if self._n_asked % _LOOKS_AT_SAME_THREADS == 0:
+            self._files = _compute_threads()
+        self._n_asked += 1
+        total_ns, n_told = 0, 0
+        for name in self._files:
+            # a thread may have ended meanwhile
+            with contextlib.suppress(OSError, ValueError, IndexError), open(name, "rb", buffering=0) as file:
+                total_ns += int(file.read(64).split()[1])
                 n_told += 1
-    return total_ns / 1e9 if n_told else None
+        return total_ns / 1e9 if n_told else None
+
+
+def _compute_threads() -> list[str]:
+    others = {str(thread.native_id) for thread in threading.enumerate()} - {str(threading.get_native_id())}
+    try:
+        tasks = os.listdir(_TASKS)
+    except OSError:
+        return []
+    return [f"{_TASKS}/{task}/schedstat" for task in tasks if task not in others]

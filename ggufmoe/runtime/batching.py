@@ -1,8 +1,8 @@
 """Several answers computed in one batch: each step has one token of every answer, and a part of a prompt.
 
 Owns which answers take part in a step and in which order. ``slots`` says where their tokens are, ``generation`` what
-each of them draws and when it ends. One step is one job of the native thread, so other calls have their turns between
-two steps.
+each of them draws and when it ends. Steps are made in one job of the native thread until another job waits, which then
+has its turn between two steps.
 """
 
 from __future__ import annotations
@@ -72,14 +72,21 @@ class BatchScheduler:
     # ---- called in the native thread
 
     def run(self, cancellation: SharedCancellation) -> None:
-        """Compute one step, and queue the next if an answer is left. ``cancellation`` gets the answers in the step."""
+        """Compute steps until another job waits, and queue the next if an answer is left.
+
+        ``cancellation`` gets the answers in the step.
+        """
         try:
             slots = self._loaded.slots
             slots.drop_chunks()
             self._admit(slots)
-            for answer in list(self._active):
-                self._goes_on(answer, answer.end_of)
-            self._step(slots, cancellation)
+            while self._active:
+                for answer in list(self._active):
+                    self._goes_on(answer, answer.end_of)
+                is_done = self._step(slots, cancellation)
+                # a job that was aborted computes nothing more
+                if not is_done or self._waiting or self._native.has_waiting_jobs or cancellation.is_requested():
+                    break
         except BaseException as error:  # without a context, for example; it belongs to the readers
             self.fail(error)
             return
@@ -186,17 +193,18 @@ class BatchScheduler:
 
     # ---- one step
 
-    def _step(self, slots: Slots, cancellation: SharedCancellation) -> None:
+    def _step(self, slots: Slots, cancellation: SharedCancellation) -> bool:
+        """Compute one batch; whether that went well."""
         self._suspects = [answer for answer in self._suspects if answer in self._active]
         answers = self._suspects[:1] or sorted(self._active, key=_ticket)
         # after this, aborting the last of them stops the batch; before it, they are seen to be aborted
         cancellation.members = tuple(answer.cancellation for answer in answers)
         parts = self._parts([answer for answer in answers if not answer.cancellation.is_requested()])
         if not parts:
-            return
+            return False
         if not slots.has_room(sum(len(part.tokens) for part in parts.values())):
             self._make_room(slots)
-            return
+            return False
         cancellation.members = tuple(answer.cancellation for answer in parts)
         mark = self._loaded.log.mark()
         began = time.perf_counter()
@@ -214,6 +222,7 @@ class BatchScheduler:
             self._make_room(slots)
         elif status != ABORTED:
             self._find_failing(list(parts), slots.latest.failed(status, mark))
+        return status == 0
 
     def _parts(self, answers: Sequence[Generation]) -> dict[Generation, TextPart]:
         """What the next batch computes of each of ``answers``: its newest token, or the next part of a prompt.
@@ -223,11 +232,13 @@ class BatchScheduler:
         slots = self._active
         left: dict[Generation, Sequence[int]] = {}
         for answer in answers:
-            if len(self._next_tokens(answer)) > 1:
-                prompts = [other.tokens for other, tokens in left.items() if len(tokens) > 1]
+            tokens = self._next_tokens(answer)
+            if len(tokens) > 1:
+                prompts = [other.tokens for other, others in left.items() if len(others) > 1]
                 if self._waits_for_beginning(answer, prompts):
                     continue
-            left[answer] = self._next_tokens(answer)
+                tokens = self._next_tokens(answer)
+            left[answer] = tokens
         n_single = sum(len(tokens) == 1 for tokens in left.values())
         cache = self._loaded.cache
         share = min(self._share, cache.n_ubatch - n_single) if n_single else cache.n_ubatch

@@ -95,10 +95,13 @@ class StepBatch:
         """Add ``tokens`` of ``sequence``, the first at ``position``; logits are computed after the last if wanted."""
         begin, n = len(self), len(tokens)
         end = begin + n
-        self._tokens[begin:end] = tokens
-        self._positions[begin:end] = range(position, position + n)
-        self._sequences[begin:end] = sequence
-        self._wanted[begin:end] = 0
+        if n == 1:  # the token of an answer: slices take several times as long
+            self._tokens[begin], self._positions[begin], self._sequences[begin] = tokens[0], position, sequence
+        else:
+            self._tokens[begin:end] = tokens
+            self._positions[begin:end] = range(position, position + n)
+            self._sequences[begin:end] = sequence
+            self._wanted[begin:end] = 0
         self._wanted[end - 1] = wants_logits
         self._native.n_tokens = end
 

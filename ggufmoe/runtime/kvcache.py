@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -167,12 +168,12 @@ class ContextState:
 
     def has_room(self, n_tokens: int) -> bool:
         """Whether there may be cells for ``n_tokens`` more, beside other texts. False is certain, true is not."""
-        if len(self.caches) == 1:
+        n_ctx, n_held = self.caches[0].n_ctx, sum(len(cache.tokens) for cache in self.caches)
+        if len(self.caches) == 1 or n_held + n_tokens <= n_ctx:
             return True
         # each cache counts without the cells that one before it has as well
         n_shared = (cache.n_shared(self.caches[:number]) for number, cache in enumerate(self.caches))
-        n_used = sum(len(cache.tokens) for cache in self.caches) - sum(n_shared)
-        return n_used + n_tokens <= self.caches[0].n_ctx
+        return n_held - sum(n_shared) + n_tokens <= n_ctx
 
 
 class KVCache:
@@ -703,12 +704,17 @@ class KVCache:
             raise not_finite_error(self._path)
         return (total / len(tokens)).astype(np.float32)
 
-    def check_finite(self, logits: NDArray[np.float32] | np.float32) -> None:
-        """Raise DecodeError if logits are NaN or infinite: a row of any number of rows, or one of its values.
+    def check_finite(self, logits: NDArray[np.float32]) -> None:
+        """Raise DecodeError if logits, a row or any number of rows, are NaN or infinite.
 
         Minus infinity is allowed beside other values: models rule tokens out with it.
         """
-        if logits.size and not np.isfinite(logits.max()):
+        if logits.size:
+            self.check_largest(float(logits.max()))
+
+    def check_largest(self, logit: float) -> None:
+        """Raise DecodeError if the largest logit after a token is NaN or infinite."""
+        if not math.isfinite(logit):
             raise not_finite_error(self._path)
 
     def _decode(self, batch: Any, tokens: Sequence[int]) -> bool:
@@ -740,8 +746,16 @@ class KVCache:
         n_kept = self._api.llama_memory_seq_pos_max(self._memory, self._sequence) + 1
         self.tokens = [*self.tokens, *tokens][:n_kept]
 
+    @property
+    def is_tapped(self) -> bool:
+        """Whether this is in a ``tapped`` block that has batches keep what routers choose."""
+        return self._shared.tap is not None and self._shared.tap.is_wanted
+
     def begin_batch(self, n_tokens: int, sizes: Sequence[int] = (), wanted: NDArray[np.int8] | None = None) -> None:
-        """Call before a batch of ``n_tokens``; of several texts, with their ``sizes`` and which tokens get logits."""
+        """Call before a batch of ``n_tokens``; of several texts, with their ``sizes``.
+
+        ``wanted``, which tells which tokens get logits, is needed if this ``is_tapped``.
+        """
         self._spin_limit.look()
         if self.given_tokens > n_tokens:  # so that a watch does not count the wait for those as one for these
             self.synchronize()

@@ -141,6 +141,11 @@ class NativeThread:
         return self._running is not None
 
     @property
+    def has_waiting_jobs(self) -> bool:
+        """Whether a job waits for the one that runs now."""
+        return bool(self._jobs)
+
+    @property
     def is_lost(self) -> bool:
         """Whether llama.cpp has given up in this thread or in its companion."""
         return bool(self._loss)

@@ -145,9 +145,9 @@ class Sampler:
         """
         logits = cache.last_logits()
         if self._is_argmax:
-            best = logits.argmax()  # a NaN counts as the largest
-            cache.check_finite(logits[best])
-            return int(best)
+            best = int(logits.argmax())  # a NaN counts as the largest
+            cache.check_largest(float(logits[best]))
+            return best
         cache.check_finite(logits)
         if self._grammar is None:
             return int(self._api.llama_sampler_sample(self._chain, cache.context, cache.row))

@@ -16,7 +16,7 @@ from ggufmoe.runtime.kvcache import WORTH_KEEPING_TOKENS, ContextState, KVCache
 _TURN_TOKENS = 16
 """Tokens that an answer draws before others may take its place again."""
 
-_MAX_IDLE_TOKENS = 256
+_STEP_TOKENS = 256
 """llama.cpp's attention passes over cells in steps of so many."""
 
 
@@ -125,6 +125,8 @@ class Slots:
             slot.owner = None
             raise
         self._used(slot)
+        n_active = len(text) + sum(len(other.cache.tokens) for other in self._slots if other.owner and other is not slot)
+        self._clear_idle(_STEP_TOKENS - 1 - (n_active - 1) % _STEP_TOKENS)
         return slot, n_held
 
     def source(self, slot: Slot, wanted: Sequence[int]) -> tuple[KVCache, int]:
@@ -143,7 +145,7 @@ class Slots:
         """The answer of ``slot`` has ended or waits; its text stays until the slot or its cells are needed."""
         slot.owner = None
         self._used(slot)
-        self._clear_idle()
+        self._clear_idle(_STEP_TOKENS)
 
     def _used(self, slot: Slot) -> Slot:
         self._n_uses += 1
@@ -163,9 +165,10 @@ class Slots:
         cache.empty()
         return True
 
-    def _clear_idle(self) -> None:
-        """Set texts of idle slots aside while they have many cells: attention passes over all cells that are in use.
+    def _clear_idle(self, n_allowed: int) -> None:
+        """Set texts of idle slots aside while they have more cells than ``n_allowed``.
 
+        Attention passes over all cells that are in use, and takes longer for each step of them that answers do not need.
         The text that was used last stays, and each one of which as many copies as slots would take half of the memory.
         """
         if self._shared.shift_pending:  # no copies can be made
@@ -174,7 +177,7 @@ class Slots:
         def own_cells(slot: Slot) -> int:
             return len(slot.cache.tokens) - slot.cache.n_shared(self._shared.caches)
 
-        while sum(own_cells(slot) for slot in self._slots if not slot.owner) > _MAX_IDLE_TOKENS:
+        while sum(own_cells(slot) for slot in self._slots if not slot.owner) > n_allowed:
             cache = _longest_unused([slot for slot in self._slots if not slot.owner and own_cells(slot)]).cache
             if cache is self.latest or cache.state_bytes() * 2 * len(self._slots) > cache.saved.max_bytes:
                 return
@@ -223,7 +226,8 @@ class Slots:
             self._batch.add(part.tokens, position, part.slot.sequence, wants_logits=part.wants_logits)
             rows.append(len(self._batch) - 1)
         sizes = [len(part.tokens) for part in parts]
-        self.latest.begin_batch(len(self._batch), sizes, self._batch.wanted)
+        wanted = self._batch.wanted if self.latest.is_tapped else None
+        self.latest.begin_batch(len(self._batch), sizes, wanted)
         status = self._batch.decode(self.latest.context)
         self._shared.n_returned += 1
         for part, row in zip(parts, rows, strict=True):

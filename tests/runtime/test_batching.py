@@ -22,7 +22,7 @@ from ggufmoe.runtime import batching
 from ggufmoe.runtime.events import Event, Finished, Token
 from ggufmoe.runtime.generation import Generation
 from ggufmoe.runtime.kvcache import KVCache, SavedState, common_prefix
-from ggufmoe.runtime.nativethread import Cancellation, SharedCancellation
+from ggufmoe.runtime.nativethread import Cancellation, NativeThread, SharedCancellation
 from ggufmoe.runtime.sampling import Sampler
 from ggufmoe.runtime.slots import Slots, TextPart
 from tests.engines import local_engine
@@ -243,6 +243,8 @@ class Steps:
         self.jobs: list[Any] = []
         self.submit = self.local._native.submit
         monkeypatch.setattr(self.local._native, "submit", self._submit)
+        # so each step is a job of its own
+        monkeypatch.setattr(NativeThread, "has_waiting_jobs", True)
 
     def _submit(self, job: Any) -> None:
         if isinstance(job, batching._Step):
