@@ -125,8 +125,8 @@ class Slots:
             slot.owner = None
             raise
         self._used(slot)
-        n_active = len(text) + sum(len(other.cache.tokens) for other in self._slots if other.owner and other is not slot)
-        self._clear_idle(_STEP_TOKENS - 1 - (n_active - 1) % _STEP_TOKENS)
+        if not any(other.owner for other in self._slots if other is not slot):  # nobody waits for the copies
+            self._clear_idle(_STEP_TOKENS - 1 - (len(text) - 1) % _STEP_TOKENS)
         return slot, n_held
 
     def source(self, slot: Slot, wanted: Sequence[int]) -> tuple[KVCache, int]:
