@@ -20,6 +20,10 @@ from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import OffloadOptions, ServeContextOptions, ServerOptions
 from ggufmoe.work import OnProgress
 
+_TURN_S = 0.0005
+"""A thread of Python that others wait for goes on for so long: the thread that runs llama.cpp waits for its turn after each
+batch, while the event loop sends what the batch before has given. Python's own value is 5 ms."""
+
 ChatTemplateFile = Annotated[
     str | None,
     typer.Option(
@@ -60,6 +64,7 @@ def serve_command(
     )
     if server.no_api_key:
         note("warning: everyone who can reach this address can use the model")
+    sys.setswitchinterval(_TURN_S)
     interrupt, began = Interrupt(gentle=True), time.monotonic()
     with interrupt.handled(), contextlib.suppress(Cancelled):
         http.run(interrupt, lambda: note(f"the model is loaded, {time.monotonic() - began:.1f} s"))

@@ -157,9 +157,7 @@ class EventPump(Generic[EventT]):
 class _Gathering:
     """Wakes the readers of all streams in one event loop together, ``_GATHER_S`` after the first of their events."""
 
-    _of_loops: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Gathering]] = (
-        weakref.WeakKeyDictionary()
-    )
+    _of_loops: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Gathering]] = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> _Gathering:

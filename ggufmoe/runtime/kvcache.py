@@ -235,24 +235,23 @@ class KVCache:
         self.n_ctx: int = api.llama_n_ctx_seq(context)
         """Tokens that one text may have, also when several are computed side by side."""
         self.n_batch: int = api.llama_n_batch(context)
-        self._step: int = self.n_batch if computed_by == "cpu" else min(self.n_batch, api.llama_n_ubatch(context))
+        self.n_ubatch: int = min(self.n_batch, api.llama_n_ubatch(context))
+        """Tokens that llama.cpp computes at once, of one text or of several."""
+        self._step: int = self.n_batch if computed_by == "cpu" else self.n_ubatch
         """Tokens of a prompt that are given to llama.cpp in one call."""
         self.row = -1
         """The place in the last batch of the token whose logits ``last_logits`` gives; -1: the last that has logits."""
         self._shares: dict[KVCache, int] = {}
         """Tokens at the beginning whose cells another cache has as well."""
-        # returns the address as a number: for a pointer ctypes would make new objects for each token
-        prototype = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+        # Returns the address as a number: for a pointer ctypes would make new objects for each token. Where it waits for
+        # nothing it keeps Python's lock: a server's event loop would take it each time, and hold it for longer.
+        prototype_of = ctypes.PYFUNCTYPE if computed_by == "cpu" else ctypes.CFUNCTYPE
+        prototype = prototype_of(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
         self._row_at = prototype(("llama_get_logits_ith", native.library()))
         self._row: NDArray[np.float32] = np.empty(0, np.float32)
         self._row_address = 0
         self._one = (ctypes.c_int32 * 1)()
         self._one_batch = api.llama_batch_get_one(self._one, 1)
-
-    @property
-    def n_ubatch(self) -> int:
-        """Tokens that llama.cpp computes at once, of one text or of several."""
-        return min(self.n_batch, int(self._api.llama_n_ubatch(self.context)))
 
     @property
     def given_tokens(self) -> int:
@@ -593,7 +592,8 @@ class KVCache:
 
     def synchronize(self) -> None:
         """Wait until all given tokens are computed: GPUs and workers may still compute when llama.cpp returns."""
-        self._api.llama_synchronize(self.context)
+        if self._computed_by != "cpu":
+            self._api.llama_synchronize(self.context)
 
     def compute_all_logits(self, tokens: Sequence[int]) -> bool:
         """``compute`` at most ``n_batch`` tokens, with logits after each of them; False if that was aborted."""
