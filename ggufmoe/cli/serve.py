@@ -21,8 +21,9 @@ from ggufmoe.options import OffloadOptions, ServeContextOptions, ServerOptions
 from ggufmoe.work import OnProgress
 
 _TURN_S = 0.0005
-"""A thread of Python that others wait for goes on for so long: the thread that runs llama.cpp waits for its turn after each
-batch, while the event loop sends what the batch before has given. Python's own value is 5 ms."""
+"""How long a thread of Python may go on while others wait for their turn; Python's own value is 5 ms.
+
+After each batch the thread that runs llama.cpp waits for the event loop, which sends what the batch before has given."""
 
 ChatTemplateFile = Annotated[
     str | None,

@@ -168,7 +168,7 @@ class Slots:
     def _clear_idle(self, n_allowed: int) -> None:
         """Set texts of idle slots aside while they have more cells than ``n_allowed``.
 
-        Attention passes over all cells that are in use, and takes longer for each step of them that answers do not need.
+        Attention passes over all cells that are in use, and takes longer for each step that answers do not need.
         The text that was used last stays, and each one of which as many copies as slots would take half of the memory.
         """
         if self._shared.shift_pending:  # no copies can be made
