@@ -23,7 +23,7 @@ from ggufmoe.work import OnProgress
 _TURN_S = 0.0005
 """How long a thread of Python may go on while others wait for their turn; Python's own value is 5 ms.
 
-After each batch the thread that runs llama.cpp waits for the event loop, which sends what the batch before has given."""
+After each batch the thread that runs llama.cpp waits for the event loop, which sends the tokens of the batch before."""
 
 ChatTemplateFile = Annotated[
     str | None,

@@ -19,7 +19,7 @@ from ggufmoe.runtime.loading import LoadedModel
 from ggufmoe.runtime.nativethread import NativeThread, SharedCancellation
 from ggufmoe.runtime.slots import Slot, Slots, TextPart
 
-_PROMPT_SHARE_S = 0.2
+_PROMPT_SHARE_S = 0.5
 """Longest time that a part of a prompt may take while other answers go on: their readers wait as long."""
 _FIRST_SHARE_TOKENS = 128
 """The part of a prompt before it is known how fast prompts are computed."""

@@ -244,7 +244,7 @@ class KVCache:
         self._shares: dict[KVCache, int] = {}
         """Tokens at the beginning whose cells another cache has as well."""
         # Returns the address as a number: for a pointer ctypes would make new objects for each token. Where llama.cpp
-        # waits for nothing it keeps Python's lock: a server's event loop would take it each time, and hold it for longer.
+        # waits for nothing it keeps Python's lock: a server's event loop would take it each time, and hold it long.
         prototype_of = ctypes.PYFUNCTYPE if computed_by == "cpu" else ctypes.CFUNCTYPE
         prototype = prototype_of(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
         self._row_at = prototype(("llama_get_logits_ith", native.library()))

@@ -125,7 +125,7 @@ class WindowedLlama:
         return max(self.positions, default=-1)
 
     def __getattr__(self, name: str) -> Callable[..., int]:
-        assert name in ("llama_get_memory", "llama_n_ctx_seq", "llama_n_batch", "llama_batch_get_one")
+        assert name in ("llama_get_memory", "llama_n_ctx_seq", "llama_n_batch", "llama_n_ubatch", "llama_batch_get_one")
         return lambda *_: 64
 
 
