@@ -56,12 +56,20 @@ class SamplingFields(BaseModel):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    routing: bool | Literal["mean", "layers"] = False
     # these change nothing in an answer
     user: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] = "auto"
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def routing_kind(self) -> RoutingKind | None:
+        """What the answer tells of the experts of each token; None: nothing."""
+        if isinstance(self.routing, bool):
+            return "mean" if self.routing else None
+        return self.routing
 
     def check(self) -> None:
         """Raise ApiError for fields that are unknown or contradict each other."""
@@ -97,7 +105,6 @@ class GenerationFields(SamplingFields):
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=_MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=-1)
-    routing: bool | Literal["mean", "layers"] = False
     store: Literal[False] = False
 
     def check(self) -> None:
@@ -105,13 +112,6 @@ class GenerationFields(SamplingFields):
         super().check()
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is for requests with stream: true", "stream_options")
-
-    @property
-    def routing_kind(self) -> RoutingKind | None:
-        """What the answer tells of the experts of each token; None: nothing."""
-        if isinstance(self.routing, bool):
-            return "mean" if self.routing else None
-        return self.routing
 
     @property
     def includes_usage(self) -> bool:

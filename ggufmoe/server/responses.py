@@ -15,6 +15,7 @@ from ggufmoe.server.apierror import ApiError, invalid
 from ggufmoe.server.asked_responses import LOGPROBS, ResponsesRequest
 from ggufmoe.server.chat_completions import ChatAnswers, chat_answers
 from ggufmoe.server.modelhost import ServedModel
+from ggufmoe.server.told_routing import told_routing
 from ggufmoe.work import CancelFlag
 
 ItemKind = Literal["reasoning", "message", "function_call"]
@@ -108,6 +109,7 @@ class _Response:
         self._id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._items: list[_OutputItem] = []
+        self._routing = told_routing(asked.routing_kind, self._spelling)
         self._held = ""
         """Space at the end of a message's text, which a call behind it would make superfluous."""
         self._logprobs: list[dict[str, Any]] = []
@@ -124,7 +126,12 @@ class _Response:
         return [self._event(kind, response=self._object("in_progress")) for kind in kinds]
 
     def chunks(self, index: int, event: AnswerEvent) -> list[Chunk]:
-        return [self._event(kind, **fields) for kind, fields in self._changes(event)]
+        made = [self._event(kind, **fields) for kind, fields in self._changes(event)]
+        if self._routing is not None:
+            self._routing.push(event)
+            if made:
+                made[0]["routing"] = self._routing.unsent()
+        return made
 
     def closing(self) -> list[Chunk]:
         return [self._event(f"response.{self._status}", response=self.whole())]
@@ -221,8 +228,9 @@ class _Response:
         return "incomplete" if self._last is not None and self._last.reason in ("length", "context") else "completed"
 
     def whole(self) -> dict[str, Any]:
-        timings = {} if self._last is None else {"timings": timings_of(self._last.timing)}
-        return self._object(self._status) | {"completed_at": int(time.time()), "usage": self._usage()} | timings
+        more: dict[str, Any] = {} if self._last is None else {"timings": timings_of(self._last.timing)}
+        more |= {} if self._routing is None else {"routing": self._routing.entries}
+        return self._object(self._status) | {"completed_at": int(time.time()), "usage": self._usage()} | more
 
     def timings(self) -> list[Timing]:
         return [] if self._last is None else [self._last.timing]

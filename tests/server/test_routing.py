@@ -101,6 +101,19 @@ def test_text_completions(client: httpx.Client) -> None:
         assert [entry["text"] for entry in extra["routing"]] == [" there"]
 
 
+def test_a_response_tells_of_each_token(client: httpx.Client) -> None:
+    body = {"input": " hello", "temperature": 0, "routing": "layers"}
+    whole = client.post("/v1/responses", json=body).json()
+    assert [entry["text"] for entry in whole["routing"]] == [" Hello", " there"]
+    for entry in whole["routing"]:
+        check(entry, has_layers=True)
+    stream = client.post("/v1/responses", json=body | {"stream": True}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: ")]
+    assert [entry for event in events for entry in event.get("routing", ())] == whole["routing"]
+    assert events[-1]["response"]["routing"] == whole["routing"]
+    assert "routing" not in client.post("/v1/responses", json=body | {"routing": False}).json()
+
+
 def test_what_a_client_is_told_of_the_experts(client: httpx.Client) -> None:
     meta = client.get("/v1/models").json()["data"][0]["meta"]
     names = ["alpha", "beta", "gamma", "d"]
@@ -115,7 +128,12 @@ def test_what_is_refused(client: httpx.Client, write_model: Callable[[Scripted],
         assert "a valid boolean, or 'mean' or 'layers', not " in refused.json()["error"]["message"]
     with serving(loading(write_model(TALKER))) as (dense, _):
         assert "routing" not in dense.get("/v1/models").json()["data"][0]["meta"]
-        for path, body in (("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "x"})):
+        bodies: dict[str, dict[str, Any]] = {
+            "chat/completions": {"messages": HELLO},
+            "completions": {"prompt": "x"},
+            "responses": {"input": "x"},
+        }
+        for path, body in ((f"/v1/{name}", body) for name, body in bodies.items()):
             refused = dense.post(path, json={**body, "routing": True})
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "routing")
             assert "a dense model" in refused.json()["error"]["message"]
