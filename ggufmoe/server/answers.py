@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ggufmoe.runtime.asyncstream import EventPump, pumped
@@ -24,6 +24,13 @@ class Echo:
 
     text: str
     tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class JoinedTokens(Token):
+    """Several tokens that came together, of which only the text is wanted. Its id is that of the last."""
+
+    n_tokens: int = 1
 
 
 AnswerEvent = ChatEvent | Echo
@@ -64,8 +71,7 @@ class Completion(Protocol):
 
 
 Batch = tuple[int, Sequence[AnswerEvent]]
-"""Events of one answer that came together, after its number; none where nothing has come for a while. Tokens of which
-only the text is wanted are one ``Token`` with the text of all, whose id is that of the last."""
+"""Events of one answer that came together, after its number; none where nothing has come for a while."""
 
 
 @asynccontextmanager
@@ -107,6 +113,11 @@ async def _with_pauses(
         yield _joined(events)
 
 
+def told_number(event: AnswerEvent) -> dict[str, int]:
+    """What a chunk tells of the number of its tokens: nothing where it has one."""
+    return {"n_tokens": event.n_tokens} if isinstance(event, JoinedTokens) else {}
+
+
 def _joined(events: Sequence[AnswerEvent]) -> Sequence[AnswerEvent]:
     """``events`` with neighbouring tokens joined, where each tells its text alone: sending costs more than a token."""
     joined: list[AnswerEvent] = []
@@ -115,9 +126,12 @@ def _joined(events: Sequence[AnswerEvent]) -> Sequence[AnswerEvent]:
         if type(event) is Token and event.logprob is None:
             plain.append(event)
             continue
-        if plain:
-            joined.append(replace(plain[-1], text="".join(token.text for token in plain)))
-            plain = []
+        if len(plain) > 1:
+            text = "".join(token.text for token in plain)
+            joined.append(JoinedTokens(text, plain[-1].token_id, elapsed_s=plain[-1].elapsed_s, n_tokens=len(plain)))
+        else:
+            joined += plain
+        plain = []
         if event is not None:
             joined.append(event)
     return joined

@@ -14,7 +14,16 @@ from ggufmoe.options import MAX_SEED, SamplingOptions, TemplateOptions
 from ggufmoe.runtime.chatformat import OF_CONVERSATION, ChatFormat
 from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import Finished, Reasoning, Timing, Token, ToolCallArguments, ToolCallBegun
-from ggufmoe.server.answers import AnswerEvent, Completion, Spelling, Start, finish_reason, timings_of, usage_of
+from ggufmoe.server.answers import (
+    AnswerEvent,
+    Completion,
+    Spelling,
+    Start,
+    finish_reason,
+    timings_of,
+    told_number,
+    usage_of,
+)
 from ggufmoe.server.apierror import ApiError, invalid
 from ggufmoe.server.asked import ChatCompletionRequest
 from ggufmoe.server.asked_messages import NamedTool, conversation_of
@@ -196,7 +205,7 @@ class _ChatCompletion:
             entry = self._spelling.probabilities(event)
             choice.logprobs.append(entry)
             logprobs, deltas = {"content": [entry], "refusal": None}, deltas or [{"content": ""}]
-        made = [self._chunk(index, delta, logprobs=logprobs) for delta in deltas]
+        made = [self._chunk(index, delta, logprobs=logprobs) | told_number(event) for delta in deltas]
         if isinstance(event, Finished):
             chunk = self._chunk(index, {}, reason=choice.finish_reason())
             made.append(chunk | {"timings": timings_of(event.timing)})

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ggufmoe.errors import TemplateError
 from ggufmoe.runtime.events import Finished, Reasoning, Timing, Token, ToolCallArguments, ToolCallBegun
-from ggufmoe.server.answers import AnswerEvent, Completion, Start, timings_of, usage_of
+from ggufmoe.server.answers import AnswerEvent, Completion, JoinedTokens, Start, timings_of, usage_of
 from ggufmoe.server.apierror import ApiError, invalid
 from ggufmoe.server.asked_responses import LOGPROBS, ResponsesRequest
 from ggufmoe.server.chat_completions import ChatAnswers, chat_answers
@@ -149,7 +149,7 @@ class _Response:
     def _changes(self, event: AnswerEvent) -> Iterator[_Change]:
         """Take ``event``; the changes of the output, as kinds of events and their fields."""
         if isinstance(event, Token):
-            self._n_undecided += 1
+            self._n_undecided += event.n_tokens if isinstance(event, JoinedTokens) else 1
             if LOGPROBS in self._asked.include:
                 self._logprobs.append(self._spelling.probabilities(event))
         if isinstance(event, Reasoning):

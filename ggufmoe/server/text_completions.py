@@ -20,6 +20,7 @@ from ggufmoe.server.answers import (
     Start,
     finish_reason,
     timings_of,
+    told_number,
     usage_of,
 )
 from ggufmoe.server.apierror import ApiError, invalid
@@ -147,7 +148,7 @@ class _TextCompletion:
         self._texts[index].append(text)
         if (routing := self._routing[index]) is not None:
             routing.push(event)
-        made = [self._chunk(index, text, new)] if text or new else []
+        made = [self._chunk(index, text, new) | told_number(event)] if text or new else []
         if isinstance(event, Finished):
             self._last[index] = event
             made = [self._chunk(index, text, new, finish_reason(event)) | {"timings": timings_of(event.timing)}]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ggufmoe.runtime.asyncstream import read_async
 from ggufmoe.runtime.events import NO_TIMING, Finished, Reasoning, RoutedToken, Timing, Token
-from ggufmoe.server.answers import AnswerEvent, Start, begun
+from ggufmoe.server.answers import AnswerEvent, JoinedTokens, Start, begun, told_number
 from ggufmoe.server.apierror import ApiError
 from ggufmoe.work import CancelFlag
 
@@ -59,11 +59,15 @@ def test_neighbouring_tokens_become_one() -> None:
     end = Finished("", "stop", NO_TIMING, 0)
     found = batches_of([*(Token(str(n), n) for n in range(100)), Reasoning("hm"), Token("a", 1), Token("b", 2), end])
     assert len(found) < 60
-    assert all(type(event) is Token for event in found[: found.index(Reasoning("hm"))])
+    tokens = found[: found.index(Reasoning("hm"))]
+    assert sum(event.n_tokens if isinstance(event, JoinedTokens) else 1 for event in tokens) == 100
     assert "".join(event.text for event in found) == "".join(map(str, range(100))) + "ab"
     assert found[-1] is end
-    assert isinstance(last := found[-2], Token)
+    last = found[-2]
+    assert isinstance(last, Token)
     assert last.token_id == 2
+    assert told_number(JoinedTokens("ab", 2, n_tokens=2)) == {"n_tokens": 2}
+    assert told_number(end) == told_number(Token("a", 1)) == {}
 
 
 def test_tokens_that_tell_more_than_text_stay_single() -> None:

@@ -242,8 +242,8 @@ class App {
       }
       if (choice?.routing) this.experts.push(message, choice.routing);
       if (content || reasoning) {
-        // until the server tells: a chunk has a token, or as many as it has routings
-        message.stats.n_tokens = (message.stats.n_tokens ?? 0) + (choice.routing?.length ?? 1);
+        // until the server tells: a chunk has a token, or as many as it has routings, or as it says
+        message.stats.n_tokens = (message.stats.n_tokens ?? 0) + (choice.routing?.length ?? chunk.n_tokens ?? 1);
         message.stats.tokens_per_s = message.stats.n_tokens / Math.max(seconds(), 0.001);
       }
       if (choice?.finish_reason) message.finish = choice.finish_reason;
