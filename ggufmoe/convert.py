@@ -8,20 +8,22 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.hub import HubAccess
 from ggufmoe.checkpoint.provenance import RECORD
+from ggufmoe.checkpoint.read_ahead import ReadAhead
 from ggufmoe.checkpoint.source import ModelSource, RouterReport
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.export_plan import plan_export
-from ggufmoe.files import StrPath, check_output_file, followed, possible_path, replacing
+from ggufmoe.files import StrPath, check_output_file, followed, partial_path, possible_path, replacing
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType
-from ggufmoe.merge.checkpoint_plan import checkpoint_index, plan_checkpoint
+from ggufmoe.merge.checkpoint_plan import CHECKPOINT_NAME, checkpoint_index, plan_checkpoint
 from ggufmoe.merge.merged import open_recipe
 from ggufmoe.merge.sidecars import WRITTEN_NAMES, sidecar_files
 from ggufmoe.options import ConvertKeywords, ConvertOptions, ExportOptions, MergeKeywords, MergeOptions, options_of
@@ -29,14 +31,19 @@ from ggufmoe.quant.filetypes import FileType, parse_tensor_type
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
-from ggufmoe.work import CancelFlag, OnProgress
+from ggufmoe.work import CancelFlag, OnProgress, is_set
 from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
 from ggufmoe.writing.formats import routines
+from ggufmoe.writing.journal import journalled_commits
+from ggufmoe.writing.place import journal_path
 from ggufmoe.writing.plan import WritePlan
 from ggufmoe.writing.writer import WriteOptions, write_plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+NETWORK_FLUSH_INTERVAL_S = 1.0
+"""How often tiles are journalled whose bytes came over the network: doing them again costs more."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class ConvertResult:
     """Where the recipe's router sends its prompts; None for any other source."""
     quantizers: tuple[KernelReport, ...] = ()
     """What has quantized each format, a kernel of ours or ggml's routine, and why; both give the same bytes."""
+    network_bytes: int = 0
+    """Bytes of tensor files that came over the network; ``plan.commits`` says of which commits."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values for JSON."""
@@ -72,6 +81,8 @@ class ConvertResult:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),
+            "commits": self.plan.commits,
+            "network_bytes": self.network_bytes,
             "quantizers": [_quantizer_dict(report) for report in self.quantizers],
             "manifest": None if self.manifest is None else str(self.manifest),
             "router": None if self.router_report is None else self.router_report.to_dict(),
@@ -114,10 +125,18 @@ def convert(
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
     path = checked_output(output, options)
     check_router_report(options.router_report)
-    with _open_source(source, options) as model:
-        plan = _plan(model, path, options)
-        result = write_gguf(plan, options, on_progress, cancel, lambda: _prepare(model, options, on_progress, cancel))
-        return replace(result, router_report=model.router_report)
+    access = _hub_access(options, path, cancel)
+    with _open_source(source, options, access) as model:
+        plan = replace(_plan(model, path, options), origins=tuple(access.origins))
+        result = write_gguf(
+            plan,
+            options,
+            on_progress,
+            cancel,
+            prepare=lambda: _prepare(model, options, on_progress, cancel),
+            access=access,
+        )
+        return replace(result, router_report=model.router_report, network_bytes=access.line.n_bytes)
 
 
 def plan_convert(
@@ -133,8 +152,9 @@ def plan_convert(
     The plan can be printed; its source is closed again, so it cannot be written.
     """
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
-    with _open_source(source, options) as model:
-        return _plan(model, output_path(output), options)
+    access = HubAccess(keep_source=options.keep_source)
+    with _open_source(source, options, access) as model:
+        return replace(_plan(model, output_path(output), options), origins=tuple(access.origins))
 
 
 def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, object]:
@@ -143,13 +163,14 @@ def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, o
 
 
 @contextlib.contextmanager
-def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSource]:
+def _open_source(source: StrPath, options: ConvertOptions, access: HubAccess) -> Iterator[ModelSource]:
     """The model that ``source`` names: a recipe, a directory or a hub id. It is closed at the end."""
     if str(source).lower().endswith((".yaml", ".yml")):
         model: ModelSource = open_recipe(
             possible_path(source),
             allow_identical_experts=options.allow_identical_experts,
             allow_outside_files=options.allow_outside_files,
+            access=access,
         )
     elif options.router_report is not None or options.allow_identical_experts or options.allow_outside_files:
         raise OptionError(
@@ -158,7 +179,7 @@ def _open_source(source: StrPath, options: ConvertOptions) -> Iterator[ModelSour
         )
     else:
         model = open_checkpoint(
-            source if isinstance(source, str) and not source.startswith("~") else possible_path(source)
+            source if isinstance(source, str) and not source.startswith("~") else possible_path(source), access=access
         )
     try:
         yield model
@@ -207,9 +228,13 @@ def write_gguf(
     options: ExportOptions,
     on_progress: OnProgress | None,
     cancel: CancelFlag | None,
+    *,
     prepare: Callable[[], None] | None = None,
+    access: HubAccess | None = None,
 ) -> ConvertResult:
     """Write the files of a plan, and their manifest if one is asked for; ``prepare`` is that of ``WriteOptions``.
+
+    ``access`` is how models of the hub are reached, if the plan has some.
 
     A manifest that exists is written anew: it would be that of an older output. Tiles are written in any order, so the
     finished files are read once more for it, mostly from the system's page cache.
@@ -224,7 +249,7 @@ def write_gguf(
         cancel=cancel,
         prepare=prepare,
     )
-    report = write_plan(plan, write)
+    report = write_plan(plan, _over_network(write, access))
     manifest = manifest_path(plan.output)
     has_manifest = options.manifest or manifest.exists()
     if has_manifest:
@@ -253,6 +278,10 @@ class MergeResult:
     bytes_written: int
     seconds: float
     router_report: RouterReport
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """The commit of each model of the hub that was read by ranges, by its name in the recipe."""
+    network_bytes: int = 0
+    """Bytes of tensor files that came over the network."""
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values for JSON."""
@@ -263,6 +292,8 @@ class MergeResult:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),
+            "commits": dict(self.commits),
+            "network_bytes": self.network_bytes,
             "router": self.router_report.to_dict(),
         }
 
@@ -288,10 +319,12 @@ def merge(
     target = followed(possible_path(out_dir))
     check_directory(target, (), record=RECORD, force=options.force)
     check_router_report(options.router_report)
+    access = _hub_access(options, partial_path(target) / CHECKPOINT_NAME, cancel)
     model = open_recipe(
         possible_path(recipe),
         allow_identical_experts=options.allow_identical_experts,
         allow_outside_files=options.allow_outside_files,
+        access=access,
     )
     with contextlib.closing(model):
         model.check_checkpoint()
@@ -306,12 +339,38 @@ def merge(
         )
         with open_partial_directory(target, keep=options.resume) as partial:
             plan = plan_checkpoint(model, partial, options.layout, options.max_shard_bytes)
-            report = write_plan(plan, write)
+            plan = replace(plan, origins=tuple(access.origins))
+            report = write_plan(plan, _over_network(write, access))
             place_directory(partial, target, sidecar_files(model, checkpoint_index(plan)), written=WRITTEN_NAMES)
     router = model.router_report
     assert router is not None, "preparing a recipe gives its report"
     paths = tuple(target / file.path.name for file in plan.files)
-    return MergeResult(target, paths, plan.n_bytes, report.bytes_read, report.bytes_written, report.seconds, router)
+    return MergeResult(
+        target,
+        paths,
+        plan.n_bytes,
+        report.bytes_read,
+        report.bytes_written,
+        report.seconds,
+        router,
+        commits=plan.commits,
+        network_bytes=access.line.n_bytes,
+    )
+
+
+def _hub_access(options: ConvertOptions | MergeOptions, output: Path, cancel: CancelFlag | None) -> HubAccess:
+    """How models of the hub are reached; a run that is resumed reads the commits that the interrupted run has read."""
+    pins = journalled_commits(journal_path(output)) if options.resume else {}
+    access = HubAccess(keep_source=options.keep_source, pins=pins)
+    access.line.stopped = lambda: is_set(cancel)
+    return access
+
+
+def _over_network(write: WriteOptions, access: HubAccess | None) -> WriteOptions:
+    """The options for a plan whose sources are read over the network, if some are."""
+    if access is None or not access.origins:
+        return write
+    return replace(write, read_ahead=ReadAhead(access.line), flush_interval_s=NETWORK_FLUSH_INTERVAL_S)
 
 
 def _prepare(

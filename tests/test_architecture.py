@@ -42,7 +42,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "checkpoint": _BASE | {"weights", "families"},
     "templates": _BASE,
     "quant": _BASE,
-    "writing": _BASE | {"quant"},
+    "writing": _BASE | {"weights", "quant"},
     "merge": _MODELS | {"templates"},
     "export": _MODELS,
     "convert": _CONVERT,

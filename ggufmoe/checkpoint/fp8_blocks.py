@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.safetensors import TensorFile
+from ggufmoe.weights.byte_ranges import ByteRange, byte_ranges
 from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
@@ -132,3 +133,16 @@ class BlockScaledRows:
         ends = np.searchsorted(numbers, np.arange(len(scales)), side="right")
         for number, (first, end) in enumerate(itertools.pairwise((0, *ends))):
             out[first:end] *= np.repeat(scales[number], block_cols)[:n_cols]
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        if start < stop:
+            n_cols = self.shape[-1]
+            yield ByteRange(self.file.bytes, self.begin + start * n_cols, self.begin + stop * n_cols)
+            first, last = (self._scale_row(row) for row in (start, stop - 1))
+            yield from byte_ranges(self.scales, first, last + 1)
+
+    def _scale_row(self, row: int) -> int:
+        """The row of the scales, seen as one matrix, that belongs to a row of weights."""
+        matrix, place = divmod(row, self.shape[-2])
+        return matrix * self.scales.shape[-2] + place // self.block[0]

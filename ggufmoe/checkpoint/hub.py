@@ -1,22 +1,33 @@
-"""Downloads the files that a conversion needs from the Hugging Face Hub into huggingface_hub's cache.
+"""Gets what a conversion needs from the Hugging Face Hub: small files through huggingface_hub's cache, and weights by
+ranges (``hub_file``), so that nothing of them is stored, or into the cache as well where they are to be kept.
 
-Small files come first, so that no weights are downloaded of a model that is not supported. Token, endpoint, cache and
+Small files come first, so that no weights are fetched of a model that is not supported. Token, endpoint, cache and
 offline mode are huggingface_hub's own (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from ggufmoe.checkpoint import shards
 from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.checkpoint.foreign_weights import what_made
+from ggufmoe.checkpoint.hub_file import HubFile, Line
 from ggufmoe.checkpoint.layouts import is_read_quantization, unread
+from ggufmoe.checkpoint.safetensors import TensorFile
+from ggufmoe.checkpoint.shards import Elsewhere
 from ggufmoe.errors import CheckpointError, HubError, one_line
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
+
+_AT_ONCE = 8
+"""Requests at once that ask where files are."""
 
 SMALL_FILES = (
     "config.json",
@@ -55,12 +66,69 @@ def split_id(source: str, revision: str | None) -> tuple[str, str | None]:
     return match["repo"], revision or match["revision"]
 
 
-def fetch(repo_id: str, revision: str | None = None) -> Path:
-    """Download the files that a conversion of this model needs; returns their directory in huggingface_hub's cache.
+@dataclass(frozen=True)
+class Origin:
+    """A model of the hub whose files are read by ranges: as it was named, at which commit, and what is read of it."""
 
-    Raises HubError, with the id and the way out, if the download fails; CheckpointError or ArchitectureError, before
-    any weights are downloaded, if the model cannot be converted.
+    source: str
+    commit: str
+    files: tuple[HubFile, ...]
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What the bytes of the model depend on."""
+        return (self.source, self.commit, *(f"{file.path.name} {file.n_bytes} {file.etag}" for file in self.files))
+
+
+class HubAccess:
+    """How models of the hub are reached in one conversion, and which were: shared by all sources of a recipe.
+
+    ``keep_source`` downloads whole files into huggingface_hub's cache; otherwise only small files go there, and tensor
+    files that are not in it are read by ranges. ``pins`` are commits by the names of models, from an interrupted run.
     """
+
+    def __init__(
+        self, *, keep_source: bool = False, pins: Mapping[str, str] | None = None, line: Line | None = None
+    ) -> None:
+        self.line = line or Line()
+        self.origins: list[Origin] = []
+        self._keep_source = keep_source
+        self._pins = pins or {}
+
+    def open(self, source: str, revision: str | None = None) -> tuple[Path, Elsewhere]:
+        """The directory of a model's small files in the cache, and the tensor files that are not in it.
+
+        Raises HubError, with the id and the way out, if the hub does not give them; CheckpointError or
+        ArchitectureError, before any weights are fetched, if the model cannot be converted.
+        """
+        repo_id, revision = split_id(source, revision)
+        revision = self._pins.get(source, revision)
+        directory, names = _small_files(repo_id, revision)
+        if self._keep_source or _is_offline():
+            _fetch_weights(repo_id, directory, names)
+            return directory, {}
+        return directory, self._by_ranges(source, repo_id, directory, names)
+
+    def _by_ranges(self, source: str, repo_id: str, directory: Path, names: Sequence[str]) -> Elsewhere:
+        commit = directory.name
+
+        def opened(name: str) -> tuple[HubFile, TensorFile]:
+            file = HubFile(repo_id, name, commit, self.line)
+            return file, TensorFile(file)
+
+        try:
+            missing = [name for name in _there(repo_id, commit, names) if not (directory / name).is_file()]
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                pairs = list(pool.map(opened, missing))
+        except _failures() as error:
+            raise _explained(f"{repo_id}@{commit}", repo_id, error) from error
+        if pairs:
+            self.origins.append(Origin(source, commit, tuple(file for file, _ in pairs)))
+        return {name: file for name, (_, file) in zip(missing, pairs, strict=True)}
+
+
+def _small_files(repo_id: str, revision: str | None) -> tuple[Path, list[str]]:
+    """Download the small files of a model that can be converted: their directory, and names of its tensor files."""
     directory = _snapshot(repo_id, revision, SMALL_FILES)
     shards.check_links(directory)
     config = read_config(directory)
@@ -74,32 +142,61 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     harmless = method in (None, "bitsandbytes") or is_read_quantization(config)
     if not harmless and not weight_map and not (directory / shards.SINGLE).is_file():
         raise CheckpointError(f"{repo_id} is quantized already ({method!r:.40}); use the original model")
-    names = [shards.SINGLE, *(sorted(set(weight_map.values())) or [shards.NUMBERED])]
-    directory = _snapshot(repo_id, directory.name, ("config.json", *names))
+    return directory, [shards.SINGLE, *(sorted(set(weight_map.values())) or [shards.NUMBERED])]
+
+
+def _fetch_weights(repo_id: str, directory: Path, names: Sequence[str]) -> None:
+    """Download the tensor files of a model."""
+    _snapshot(repo_id, directory.name, ("config.json", *names))
     shards.check_links(directory)
     if not any((directory / name).is_file() for name in names) and not any(directory.glob(shards.NUMBERED)):
-        from huggingface_hub import constants
-
-        if constants.HF_HUB_OFFLINE:
+        if _is_offline():
             raise HubError(f"{repo_id}: its weights are not in the cache, and HF_HUB_OFFLINE forbids to fetch them")
-        raise CheckpointError(
-            f"{repo_id} has neither {shards.SINGLE} nor {shards.INDEX}; weights in pickle files (.bin, .pth) are "
-            "refused because they can run any code: look for a safetensors copy of the model"
-        )
-    return directory
+        raise _no_weights(repo_id)
+
+
+def _there(repo_id: str, commit: str, names: Sequence[str]) -> list[str]:
+    """The tensor files of a model, by the names and patterns that a download of it asks for."""
+    from huggingface_hub import HfApi
+
+    there = HfApi().list_repo_files(repo_id, revision=commit)
+    if shards.SINGLE in there:
+        return [shards.SINGLE]
+    found = [name for name in there if any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
+    if not found:
+        raise _no_weights(repo_id)
+    return found
+
+
+def _no_weights(repo_id: str) -> CheckpointError:
+    return CheckpointError(
+        f"{repo_id} has neither {shards.SINGLE} nor {shards.INDEX}; weights in pickle files (.bin, .pth) are "
+        "refused because they can run any code: look for a safetensors copy of the model"
+    )
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=_silent()))
+    except _failures() as error:
+        raise _explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub does not give something."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     # The bases of HfHubHTTPError are those of the HTTP library that this huggingface_hub uses.
     http_errors = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
-    failures: tuple[type[Exception], ...] = (OSError, ValueError, EntryNotFoundError, *http_errors)
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=_silent()))
-    except failures as error:
-        raise _explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
+    return (OSError, ValueError, EntryNotFoundError, *http_errors)
 
 
 def _silent() -> Any:

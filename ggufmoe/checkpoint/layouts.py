@@ -27,6 +27,7 @@ from ggufmoe.families import family_of
 from ggufmoe.families.family import EXPERT, LAYER, Family, FusedTensor, Shape, StoredLayout, TensorRule, numbered
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.sizes import counted
+from ggufmoe.weights.byte_ranges import ByteRange
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 from ggufmoe.weights.views import SpacedRows, Transposed
@@ -84,6 +85,11 @@ class StoredRows:
         if out.size:
             begin = self.begin + start * self.dtype.row_bytes(n_cols)
             self.file.read_into(begin, out.data.cast("B"))
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        row_bytes = self.dtype.row_bytes(self.shape[-1])
+        yield ByteRange(self.file.bytes, self.begin + start * row_bytes, self.begin + stop * row_bytes)
 
 
 def pieces(config: ModelConfig, layout: StoredLayout, stored: Container[str] = ()) -> Iterator[TensorPiece]:

@@ -6,6 +6,7 @@ the pinned llama.cpp, and ``block_mxfp4`` of ggml-common.h.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.safetensors import TensorFile
+from ggufmoe.weights.byte_ranges import ByteRange
 from ggufmoe.weights.source_tensor import Dtype
 
 BLOCK_WEIGHTS = 32
@@ -48,3 +50,9 @@ class MXFP4Rows:
         blocks[..., 0] = scales
         blocks[..., 1::2] = first & 0x0F | second << 4
         blocks[..., 2::2] = first >> 4 | second & 0xF0
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        n_blocks = self.shape[-1] // BLOCK_WEIGHTS
+        for (file, begin), row_bytes in ((self.codes, n_blocks * CODE_BYTES), (self.scales, n_blocks)):
+            yield ByteRange(file.bytes, begin + start * row_bytes, begin + stop * row_bytes)

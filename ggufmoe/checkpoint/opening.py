@@ -16,7 +16,7 @@ from ggufmoe.checkpoint.fp8_blocks import scales_among
 from ggufmoe.checkpoint.layouts import arrange
 from ggufmoe.checkpoint.provenance import RECORD, read_provenance
 from ggufmoe.checkpoint.safetensors import TensorFile
-from ggufmoe.checkpoint.shards import open_tensor_files
+from ggufmoe.checkpoint.shards import Elsewhere, open_tensor_files
 from ggufmoe.checkpoint.source import Provenance
 from ggufmoe.errors import CheckpointError
 from ggufmoe.families.model_config import ModelConfig
@@ -80,10 +80,13 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, access: hub.HubAccess | None = None
+) -> Checkpoint:
     """Open a checkpoint directory, or a model on the Hugging Face Hub by its id ``org/name`` or ``org/name@revision``.
 
     A path that exists takes precedence over a hub id. Reads and checks the configuration and all headers, no weights.
+    ``access`` says how the hub is reached; by default the weights are read by ranges and not stored.
 
     Raises ArchitectureError, SafetensorsError, TensorMismatchError, HubError, and CheckpointError for anything else.
     """
@@ -93,18 +96,20 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         if (address := _ADDRESS.match(str(source))) is not None:
             raise CheckpointError(f"{source} is the address of a page; give the model's id, {address['repo']}")
         return open_directory(possible_path(source))
-    repo_id, revision = hub.split_id(source, revision)
-    return open_directory(hub.fetch(repo_id, revision), repo_id=repo_id)
+    directory, elsewhere = (access or hub.HubAccess()).open(source, revision)
+    return open_directory(directory, repo_id=hub.split_id(source, None)[0], elsewhere=elsewhere)
 
 
-def open_directory(directory: Path, *, repo_id: str | None = None) -> Checkpoint:
+def open_directory(directory: Path, *, repo_id: str | None = None, elsewhere: Elsewhere | None = None) -> Checkpoint:
     """Open the checkpoint in a local directory; ``repo_id`` is its id if it came from the hub.
+
+    ``elsewhere`` are the tensor files that are not in the directory.
 
     Raises the errors of ``open_checkpoint``, except HubError.
     """
     _check_directory(directory)
     config = read_config(directory)
-    files, stored = open_tensor_files(directory)
+    files, stored = open_tensor_files(directory, elsewhere)
     try:
         tensors = arrange(str(directory), config, stored)
         is_copied = any(tensor.dtype.ggml_type.is_quantized for tensor in tensors.values())

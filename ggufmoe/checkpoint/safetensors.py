@@ -1,12 +1,14 @@
 """Safetensors files: checks their headers against the specification and reads their bytes by position.
 
 The specification is the README of huggingface/safetensors ("Format"). The reader of the ``safetensors`` library checks
-every header first. It gives no offsets and names no tensor in its errors, so the header is parsed here as well, with
-the same checks. ``shards`` finds the files of a checkpoint, ``layouts`` maps tensors to those of the model.
+every header of a file on this machine first. It gives no offsets and names no tensor in its errors, so the header is
+parsed here as well, with the same checks. ``shards`` finds the files of a checkpoint, ``layouts`` maps tensors to those
+of the model.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import Counter
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ggufmoe.errors import SafetensorsError, one_line
 from ggufmoe.files import PositionalFile, what_instead
+from ggufmoe.weights.byte_ranges import ByteReader
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
@@ -49,6 +52,8 @@ DTYPE_BITS = {
 }
 """Every dtype of the format to its bits per value; ``layouts`` checks which of them weights may have."""
 
+_FIRST_BYTES = 1 << 16
+"""What is read first of a file that is not on this machine; most headers end within."""
 _MAX_DIMENSION = 2**63 - 1
 _KEYS = frozenset(("dtype", "shape", "data_offsets"))
 
@@ -204,13 +209,44 @@ def _check_coverage(path: Path, entries: Mapping[str, TensorEntry], data_begin: 
         raise SafetensorsError(f"{path} has {file_bytes - position} bytes at its end that belong to no tensor")
 
 
-class TensorFile(PositionalFile):
-    """An open safetensors file with a checked header, whose bytes are read by position.
+class TensorFile:
+    """A safetensors file with a checked header, on this machine or on the hub, whose bytes are read by position.
 
     Raises SafetensorsError for a file that cannot be read or breaks the specification.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, SafetensorsError)
-        with self.opened() as file:
-            self.header = _checked_header(path, file, self.n_bytes)
+    def __init__(self, source: Path | ByteReader) -> None:
+        """``source`` is a file's path, or the reader of a file that is elsewhere."""
+        if isinstance(source, Path):
+            local = PositionalFile(source, SafetensorsError)
+            with local.opened() as file:
+                self.header = _checked_header(source, file, local.n_bytes)
+            self.bytes: ByteReader = local
+        else:
+            self.header = _parse_header(source.path, io.BytesIO(_beginning(source)), source.n_bytes)
+            self.bytes = source
+
+    @property
+    def path(self) -> Path:
+        """What messages call the file."""
+        return self.bytes.path
+
+    def read_into(self, begin: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` (bytes, contiguous) from byte ``begin`` on; safe from several threads at once."""
+        self.bytes.read_into(begin, buffer)
+
+    def close(self) -> None:
+        """No more reading after this; a second call does nothing."""
+        self.bytes.close()
+
+
+def _beginning(source: ByteReader) -> bytes:
+    """The first bytes of a file: its header, if that may be as long as it says."""
+    head = bytearray(min(source.n_bytes, _FIRST_BYTES))
+    source.read_into(0, memoryview(head))
+    end = 8 + int.from_bytes(head[:8], "little")
+    if len(head) < end <= min(source.n_bytes, 8 + MAX_HEADER_BYTES):
+        begin = len(head)
+        head.extend(bytes(end - begin))
+        source.read_into(begin, memoryview(head)[begin:])
+    return bytes(head)

@@ -7,7 +7,7 @@ of each tensor must agree with the shards. Weights in other formats are refused,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,22 +25,28 @@ _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _MAX_SHARDS = 10_000
 
 Stored = Mapping[str, tuple[TensorFile, TensorEntry]]
+Elsewhere = Mapping[str, TensorFile]
+"""The tensor files of a checkpoint that are not on this machine, by their names."""
 
 
-def open_tensor_files(directory: Path) -> tuple[tuple[TensorFile, ...], Stored]:
+def open_tensor_files(directory: Path, elsewhere: Elsewhere | None = None) -> tuple[tuple[TensorFile, ...], Stored]:
     """Open all tensor files of a checkpoint; returns the files, and a map of stored names to file and entry.
 
     A single ``model.safetensors`` takes precedence over an index, as in transformers; without an index all numbered
-    shards are opened, or the only file whose name begins with ``model``. Raises SafetensorsError for files that break
-    the specification or do not match the index, CheckpointError if there are no such files.
+    shards are opened, or the only file whose name begins with ``model``. A file that is in the directory and
+    ``elsewhere`` is read from the directory. Raises SafetensorsError for files that break the specification or do not
+    match the index, CheckpointError if there are no such files.
     """
-    has_index = not (directory / SINGLE).is_file() and (directory / INDEX).is_file()
-    weight_map = read_index(directory) if has_index else None
-    names = _unindexed(directory) if weight_map is None else sorted(set(weight_map.values()))
+    elsewhere = elsewhere or {}
+    has_single = SINGLE in elsewhere or (directory / SINGLE).is_file()
+    has_index = not has_single and (directory / INDEX).is_file()
+    weight_map = read_index(directory, elsewhere) if has_index else None
+    names = _unindexed(directory, elsewhere) if weight_map is None else sorted(set(weight_map.values()))
     with ExitStack() as stack:
         files = []
         for name in names:
-            files.append(TensorFile(directory / name))
+            is_here = name not in elsewhere or (directory / name).is_file()
+            files.append(TensorFile(directory / name) if is_here else elsewhere[name])
             stack.callback(files[-1].close)
         stored = _stored(directory, files)
         if weight_map is not None:
@@ -49,14 +55,14 @@ def open_tensor_files(directory: Path) -> tuple[tuple[TensorFile, ...], Stored]:
     return tuple(files), stored
 
 
-def read_index(directory: Path) -> dict[str, str]:
-    """Read the index of a directory: a map of tensor names to names of shards, which all exist.
+def read_index(directory: Path, elsewhere: Collection[str] = ()) -> dict[str, str]:
+    """Read the index of a directory: a map of tensor names to names of shards, which exist there or ``elsewhere``.
 
     Raises SafetensorsError if the index is malformed or shards are missing, CheckpointError for broken links.
     """
     weight_map = parse_index(directory / INDEX)
     shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if not (directory / name).is_file()]
+    missing = [name for name in shards if name not in elsewhere and not (directory / name).is_file()]
     check_links(directory)
     if missing:
         raise SafetensorsError(
@@ -65,11 +71,11 @@ def read_index(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def _unindexed(directory: Path) -> list[str]:
-    """Find the names of the tensor files of a directory without using an index."""
-    if (directory / SINGLE).is_file():
+def _unindexed(directory: Path, elsewhere: Collection[str]) -> list[str]:
+    """Find the names of the tensor files of a directory, there or ``elsewhere``, without using an index."""
+    if SINGLE in elsewhere or (directory / SINGLE).is_file():
         return [SINGLE]
-    names = sorted(path.name for path in directory.glob("model*.safetensors") if path.is_file())
+    names = sorted({path.name for path in directory.glob("model*.safetensors") if path.is_file()}.union(elsewhere))
     numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
     if not numbered:
         if len(names) == 1:

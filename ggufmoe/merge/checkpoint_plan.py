@@ -22,6 +22,8 @@ from ggufmoe.writing.plan import Part, PlannedFile, PlannedTensor, WritePlan, pl
 
 Layout = Literal["classic", "fused"]
 
+CHECKPOINT_NAME = "model.safetensors"
+"""The file of a checkpoint that has one, and what the journal of any is called after."""
 _HEADER_ALIGNMENT = 8
 
 
@@ -38,13 +40,13 @@ def plan_checkpoint(model: ModelSource, directory: Path, layout: Layout, max_sha
         tensors.append(PlannedTensor(name, parts[0].type, shape, parts))
     groups = split_tensors(tensors, max_shard_bytes)
     names = (
-        ["model.safetensors"]
+        [CHECKPOINT_NAME]
         if len(groups) == 1
         else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     )
     files = tuple(plan_file(directory / name, group, _header) for name, group in zip(names, groups, strict=True))
     return WritePlan(
-        directory / "model.safetensors",
+        directory / CHECKPOINT_NAME,
         files,
         model.input_paths,
         "safetensors",

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
 from ggufmoe.checkpoint.config import parse_config
-from ggufmoe.checkpoint.hub import fetch, is_hub_id, split_id
+from ggufmoe.checkpoint.hub import HubAccess, is_hub_id
 from ggufmoe.checkpoint.jsonfile import read_capped
-from ggufmoe.checkpoint.opening import open_directory
+from ggufmoe.checkpoint.opening import open_checkpoint, open_directory
 from ggufmoe.checkpoint.source import BaseModel, ModelSource, Provenance, RouterReport
 from ggufmoe.errors import CheckpointError, InputError, RecipeError
 from ggufmoe.families import family_of
@@ -51,6 +51,7 @@ from ggufmoe.merge.targets import (
 from ggufmoe.merge.tokens import BASE, GatheredRows, KnownTokens, TokenPlan, plan_tokens
 from ggufmoe.quant.kernels.conversions import CONVERSIONS
 from ggufmoe.version import __version__
+from ggufmoe.weights.byte_ranges import ByteRange, byte_ranges
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -84,6 +85,10 @@ class RoundedTensor:
         if self._changes is not None:
             self._changes.apply(rows, start, self._source.dtype)
         CONVERSIONS.convert(rows, out, cache=False)
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        return byte_ranges(self._source, start, stop)
 
 
 class Changes:
@@ -140,19 +145,28 @@ class MergedModel:
     fitted is fitted on.
     """
 
-    def __init__(self, recipe: Recipe, text: str, path: Path, *, allow_outside_files: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        text: str,
+        path: Path,
+        *,
+        allow_outside_files: bool = False,
+        access: HubAccess | None = None,
+    ) -> None:
+        access = access or HubAccess()
         self.recipe = recipe
         self._path = path
         self._allow_outside_files = allow_outside_files
         opened: dict[str, ModelSource] = {}
         try:
-            self._base = _open(recipe.base_model, path, text, ("base_model",), opened)
+            self._base = _open(recipe.base_model, path, text, ("base_model",), opened, access)
             self._experts = [
-                _open(expert.source_model, path, text, ("experts", i, "source_model"), opened)
+                _open(expert.source_model, path, text, ("experts", i, "source_model"), opened, access)
                 for i, expert in enumerate(recipe.experts)
             ]
             self._shared = [
-                _open(expert.source_model, path, text, ("shared_experts", i, "source_model"), opened)
+                _open(expert.source_model, path, text, ("shared_experts", i, "source_model"), opened, access)
                 for i, expert in enumerate(recipe.shared_experts or ())
             ]
             self._sources = tuple(opened.values())
@@ -398,15 +412,22 @@ class MergedModel:
         return GatheredRows(name, self._dtype, self._tokens.runs, tensors, self.config.n_embd)
 
 
-def open_recipe(path: Path, *, allow_identical_experts: bool = False, allow_outside_files: bool = False) -> MergedModel:
+def open_recipe(
+    path: Path,
+    *,
+    allow_identical_experts: bool = False,
+    allow_outside_files: bool = False,
+    access: HubAccess | None = None,
+) -> MergedModel:
     """Open a recipe and all it names, and check that they fit together; nothing is computed yet.
 
     With ``allow_outside_files`` its chat template may be any file, not only one of its own or of a model's folder.
+    ``access`` says how models of the hub are reached; by default their weights are read by ranges and not stored.
 
     Raises RecipeError, CheckpointError or TokenizerError: everything that can be known before the first weight is read.
     """
     recipe, text = load_recipe(path, allow_identical_experts=allow_identical_experts)
-    model = MergedModel(recipe, text, path, allow_outside_files=allow_outside_files)
+    model = MergedModel(recipe, text, path, allow_outside_files=allow_outside_files, access=access)
     for warning in model.warnings:
         log.warning("%s", warning)
     return model
@@ -423,7 +444,12 @@ def _no_template_fits(path: Path, lacking: Mapping[int, Sequence[str]]) -> str:
 
 
 def _open(
-    reference: str, recipe_path: Path, text: str, place: tuple[str | int, ...], opened: dict[str, ModelSource]
+    reference: str,
+    recipe_path: Path,
+    text: str,
+    place: tuple[str | int, ...],
+    opened: dict[str, ModelSource],
+    access: HubAccess,
 ) -> ModelSource:
     """Open a directory, relative to the recipe's, or a hub id, once each. Errors name the place in the recipe."""
     try:
@@ -435,7 +461,7 @@ def _open(
     key = reference if from_hub else str(real)
     try:
         if key not in opened:
-            opened[key] = _open_hub(reference) if from_hub else open_directory(real)
+            opened[key] = open_checkpoint(reference, access=access) if from_hub else open_directory(real)
     except CheckpointError as error:
         neither = f"; {directory} is no directory either" if from_hub else ""
         raise type(error)(f"{place_of(recipe_path, text, place)}: {error}{neither}") from error
@@ -453,11 +479,6 @@ def _target(base: ModelConfig, recipe: Recipe, path: Path, text: str) -> Family:
     except RecipeError as error:
         key = "architecture" if recipe.architecture else "shared_experts" if recipe.shared else "base_model"
         raise RecipeError(f"{place_of(path, text, (key,))}: {error}") from error
-
-
-def _open_hub(reference: str) -> ModelSource:
-    repo_id, revision = split_id(reference, None)
-    return open_directory(fetch(repo_id, revision), repo_id=repo_id)
 
 
 def _changes(spec: ExpertRecipe, key: tuple[int, int], *, is_down: bool) -> Changes | None:

@@ -25,6 +25,7 @@ from ggufmoe.errors import RecipeError, TokenizerError
 from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.special_texts import special_literals
 from ggufmoe.merge.prompts import read_vocabulary
+from ggufmoe.weights.byte_ranges import ByteRange, byte_ranges
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
 BASE = -1
@@ -230,11 +231,24 @@ class GatheredRows:
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
+        done = 0
+        for run, first, last in self._parts(start, stop):
+            self._read_run(run, first, last, out[done : done + last - first])
+            done += last - first
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        for run, first, last in self._parts(start, stop):
+            for source, row in run.sources:
+                yield from byte_ranges(self._tensors[source], row + first, row + last)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[RowRun, int, int]]:
+        """The runs that have rows in [start, stop), each with its own rows [first, last) among these."""
         begin = 0
         for run in self._runs:
             first, last = max(start, begin), min(stop, begin + run.count)
             if first < last:
-                self._read_run(run, first - begin, last - begin, out[first - start : last - start])
+                yield run, first - begin, last - begin
             begin += run.count
 
     def _read_run(self, run: RowRun, start: int, stop: int, out: NDArray[Any]) -> None:

@@ -31,6 +31,14 @@ def _outside_files() -> Any:
     )
 
 
+def _keep_source() -> Any:
+    return option(
+        False,
+        "--keep-source",
+        help="Download weights from the hub into its cache and keep them; otherwise only the output is stored.",
+    )
+
+
 def worker_threads() -> Any:
     """The option field for the number of threads that read, compute and write tensors."""
     return option(
@@ -134,6 +142,7 @@ class ConvertOptions(ExportOptions):
 
     allow_identical_experts: bool = _identical_experts()
     allow_outside_files: bool = _outside_files()
+    keep_source: bool = _keep_source()
     router_report: Path | None = router_report_file()
 
 
@@ -142,6 +151,7 @@ class ConvertKeywords(ExportKeywords, total=False):
 
     allow_identical_experts: bool
     allow_outside_files: bool
+    keep_source: bool
     router_report: Path | None
 
 
@@ -175,6 +185,7 @@ class MergeOptions:
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
     allow_identical_experts: bool = _identical_experts()
     allow_outside_files: bool = _outside_files()
+    keep_source: bool = _keep_source()
     router_report: Path | None = router_report_file()
 
     def __post_init__(self) -> None:
@@ -197,4 +208,5 @@ class MergeKeywords(TypedDict, total=False):
     force: bool
     allow_identical_experts: bool
     allow_outside_files: bool
+    keep_source: bool
     router_report: Path | None

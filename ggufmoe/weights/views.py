@@ -7,13 +7,14 @@ their tensors (``families.family.TensorRule.transform``), and checkpoints for la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufmoe.weights.byte_ranges import ByteRange, byte_ranges
 from ggufmoe.weights.dtypes import read_f32, row_count
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 
@@ -41,6 +42,15 @@ class ReorderedRows(ABC):
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
 
+    @abstractmethod
+    def source_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The runs of rows [first, last) of the source that ``read_rows`` reads."""
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        for first, last in self.source_runs(start, stop):
+            yield from byte_ranges(self._source, first, last)
+
 
 class RopeOrdered(ReorderedRows):
     """Rows of a query or key projection in llama.cpp's order.
@@ -60,13 +70,27 @@ class RopeOrdered(ReorderedRows):
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
-        head = self._head_dim
-        first, last = min(stop, -(-start // head) * head), stop - stop % head
+        first, last = self._whole_heads(start, stop)
         if first < last:
             self._read_heads(first, last, out[first - start : last - start])
         for begin, end in ((start, first), (max(first, last), stop)):
             if begin < end:
                 self._read_within_head(begin, end, out[begin - start : end - start])
+
+    def source_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The runs of rows [first, last) of the source that ``read_rows`` reads."""
+        first, last = self._whole_heads(start, stop)
+        if first < last:
+            yield first, last
+        for begin, end in ((start, first), (max(first, last), stop)):
+            for row in range(begin, min(begin + 2, end)):
+                source_row = self.source_row(row)
+                yield source_row, source_row + len(range(row, end, 2))
+
+    def _whole_heads(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows of whole heads within [start, stop); from a multiple of the head's rows to the same or before."""
+        head = self._head_dim
+        return min(stop, -(-start // head) * head), stop - stop % head
 
     def _read_heads(self, start: int, stop: int, out: NDArray[Any]) -> None:
         rows: NDArray[Any] = np.empty(out.shape, out.dtype)
@@ -75,11 +99,8 @@ class RopeOrdered(ReorderedRows):
         out.reshape(-1, half, 2, n_cols)[...] = rows.reshape(-1, 2, half, n_cols).swapaxes(1, 2)
 
     def _read_within_head(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        for first in (start, start + 1):
-            n_rows = len(range(first, stop, 2))
-            if n_rows == 0:
-                continue
-            begin = self.source_row(first)
+        for first in range(start, min(start + 2, stop)):
+            begin, n_rows = self.source_row(first), len(range(first, stop, 2))
             rows: NDArray[Any] = np.empty((n_rows, out.shape[1]), out.dtype)
             self._source.read_rows(begin, begin + n_rows, rows)
             out[first - start :: 2] = rows
@@ -99,20 +120,31 @@ class PickedRows(ReorderedRows):
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
-        wanted, row_bytes = self._picked[start:stop], out.shape[1] * out.itemsize
         done = 0
-        while done < len(wanted):
-            # rows between wanted ones are read with them while they are few: one long read costs less than many
-            left = wanted[done : done + max(1, _CHUNK_BYTES // row_bytes)]
-            spans = np.maximum.accumulate(left) - np.minimum.accumulate(left) + 1
-            close = (spans <= _MOST_READ * np.arange(1, len(left) + 1)) & (spans * row_bytes <= _CHUNK_BYTES)
-            close[0] = True
-            run = left[: int(np.flatnonzero(close)[-1]) + 1]
+        for run in self._picked_runs(start, stop):
             first = int(run.min())
             raw: NDArray[Any] = np.empty((int(run.max()) + 1 - first, out.shape[1]), out.dtype)
             self._source.read_rows(first, first + len(raw), raw)
             out[done : done + len(run)] = raw[run - first]
             done += len(run)
+
+    def source_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The runs of rows [first, last) of the source that ``read_rows`` reads."""
+        for run in self._picked_runs(start, stop):
+            yield int(run.min()), int(run.max()) + 1
+
+    def _picked_runs(self, start: int, stop: int) -> Iterator[NDArray[np.int64]]:
+        """The numbers of the rows [start, stop) in pieces, of which each is read at once."""
+        wanted, row_bytes = self._picked[start:stop], self.dtype.row_bytes(self.shape[-1])
+        while len(wanted):
+            # rows between wanted ones are read with them while they are few: one long read costs less than many
+            left = wanted[: max(1, _CHUNK_BYTES // row_bytes)]
+            spans = np.maximum.accumulate(left) - np.minimum.accumulate(left) + 1
+            close = (spans <= _MOST_READ * np.arange(1, len(left) + 1)) & (spans * row_bytes <= _CHUNK_BYTES)
+            close[0] = True
+            n_rows = int(np.flatnonzero(close)[-1]) + 1
+            yield left[:n_rows]
+            wanted = wanted[n_rows:]
 
 
 class SpacedRows(ReorderedRows):
@@ -133,12 +165,22 @@ class SpacedRows(ReorderedRows):
         if self._step == 1:
             self._source.read_rows(self._first + start, self._first + stop, out)
             return
-        n_at_once = max(1, _CHUNK_BYTES // (self._step * out.shape[1] * out.itemsize))
+        done = 0
+        for first, last in self.source_runs(start, stop):
+            raw: NDArray[Any] = np.empty((last - first, out.shape[1]), out.dtype)
+            self._source.read_rows(first, last, raw)
+            picked = raw[:: self._step]
+            out[done : done + len(picked)] = picked
+            done += len(picked)
+
+    def source_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The runs of rows [first, last) of the source that ``read_rows`` reads."""
+        if self._step == 1:
+            yield self._first + start, self._first + stop
+            return
+        n_at_once = max(1, _CHUNK_BYTES // (self._step * self.dtype.row_bytes(self.shape[-1])))
         for begin in range(start, stop, n_at_once):
-            end = min(begin + n_at_once, stop)
-            raw: NDArray[Any] = np.empty(((end - begin - 1) * self._step + 1, out.shape[1]), out.dtype)
-            self._source.read_rows(self.source_row(begin), self.source_row(end - 1) + 1, raw)
-            out[begin - start : end - start] = raw[:: self._step]
+            yield self.source_row(begin), self.source_row(min(begin + n_at_once, stop) - 1) + 1
 
 
 class PickedColumns:
@@ -156,6 +198,10 @@ class PickedColumns:
         raw: NDArray[Any] = np.empty((stop - start, self._source.shape[-1]), out.dtype)
         self._source.read_rows(start, stop, raw)
         out[...] = raw[:, self._picked]
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        return byte_ranges(self._source, start, stop)
 
 
 class Transposed:
@@ -187,6 +233,11 @@ class Transposed:
                 here[:, first:last] = raw[:, column : column + len(here)].T
             start = end
 
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        for matrix in range(start // self._n_cols, -(-stop // self._n_cols)):
+            yield from byte_ranges(self._source, matrix * self._n_rows, (matrix + 1) * self._n_rows)
+
 
 class Reshaped:
     """The same rows in other dimensions; the last one stays, but for a source of one column, which becomes one row."""
@@ -202,6 +253,11 @@ class Reshaped:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
         width, n_cols = self._source.shape[-1], self.shape[-1]
         self._source.read_rows(start * n_cols // width, stop * n_cols // width, out.reshape(-1, width))
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        width, n_cols = self._source.shape[-1], self.shape[-1]
+        return byte_ranges(self._source, start * n_cols // width, stop * n_cols // width)
 
 
 class Changed:
@@ -223,6 +279,10 @@ class Changed:
         """Fill ``out`` (stop - start, n_cols) with rows [start, stop); safe from several threads at once."""
         changed = self._change(read_f32(self._source, start, stop))
         out[...] = changed.astype(np.float16) if self._source.dtype is Dtype.F16 else changed
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """What ``read_rows`` reads."""
+        return byte_ranges(self._source, start, stop)
 
 
 class Computed:

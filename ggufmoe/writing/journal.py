@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ _MAX_BYTES = 1 << 28
 
 
 def fingerprint(plan: WritePlan) -> str:
-    """A hash of what determines the bytes: headers, inputs (path, size, time of change), tile size, version."""
+    """A hash of what determines the bytes: headers, inputs (path, size, time of change; on the hub commit, size and
+    ETag), tile size, version."""
     identities = [
         [str(path.resolve()), (status := path.stat()).st_size, status.st_mtime_ns] for path in plan.input_paths
     ]
     about = [_VERSION, __version__, TILE_WEIGHTS, identities, str(plan.imatrix and plan.imatrix.path)]
+    if plan.origins:
+        about.append([origin.identity for origin in plan.origins])
     digest = hashlib.sha256(json.dumps(about).encode())
     for file in plan.files:
         digest.update(file.header)
@@ -39,14 +42,16 @@ def fingerprint(plan: WritePlan) -> str:
 class Journal:
     """The journal of one plan at one path. Not safe for several threads."""
 
-    def __init__(self, path: Path, plan_fingerprint: str) -> None:
+    def __init__(self, path: Path, plan_fingerprint: str, commits: Mapping[str, str] | None = None) -> None:
+        """``commits`` are those of the plan, for the reader of a later run."""
         self.path = path
         self._fingerprint = plan_fingerprint
+        self._commits = dict(commits or {})
         self._descriptor: int | None = None
 
     def read(self) -> set[int] | None:
         """Numbers of the finished tiles; None if there is no journal. Raises ResumeError if it is of another plan."""
-        lines = self._lines()
+        lines = _lines(self.path)
         if not lines:
             return None
         if lines[0].get("plan") != self._fingerprint:
@@ -56,27 +61,12 @@ class Journal:
             )
         return {tile for line in lines[1:] for first, last in line.get("done", ()) for tile in range(first, last + 1)}
 
-    def _lines(self) -> list[dict[str, Any]]:
-        try:
-            if not self.path.is_file() or self.path.stat().st_size > _MAX_BYTES:
-                return []
-            raw = self.path.read_bytes()
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be read: {error.strerror}; delete it to start over") from error
-        lines: list[dict[str, Any]] = []
-        for line in raw.split(b"\n")[:-1]:
-            try:
-                content = json.loads(line or b"{}")
-            except ValueError:
-                continue  # cut by a crash; what it said was done is done again
-            lines.append(content if isinstance(content, dict) else {})
-        return lines
-
     def begin(self) -> None:
         """Start a new journal; an older one at its path is deleted."""
         delete(self.path)
         self._open(os.O_EXCL)
-        self._append({"plan": self._fingerprint, "ggufmoe": __version__})
+        commits = {"commits": self._commits} if self._commits else {}
+        self._append({"plan": self._fingerprint, "ggufmoe": __version__, **commits})
 
     def go_on(self) -> None:
         """Open the journal that ``read`` has read, to append to it."""
@@ -111,6 +101,33 @@ class Journal:
         """Delete the journal: the output is complete."""
         self.close()
         delete(self.path)
+
+
+def journalled_commits(path: Path) -> dict[str, str]:
+    """The commit of each model of the hub, by its name, that the run of the journal at ``path`` has read.
+
+    Empty if there is no journal.
+    """
+    lines = _lines(path)
+    found = lines[0].get("commits") if lines else None
+    return {str(name): str(commit) for name, commit in found.items()} if isinstance(found, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            return []
+        raw = path.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}; delete it to start over") from error
+    lines: list[dict[str, Any]] = []
+    for line in raw.split(b"\n")[:-1]:
+        try:
+            content = json.loads(line or b"{}")
+        except ValueError:
+            continue  # cut by a crash; what it said was done is done again
+        lines.append(content if isinstance(content, dict) else {})
+    return lines
 
 
 def _ranges(numbers: Sequence[int]) -> list[list[int]]:

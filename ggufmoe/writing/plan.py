@@ -109,6 +109,22 @@ class PlannedFile:
     n_bytes: int
 
 
+class Origin(Protocol):
+    """A model that is read over the network."""
+
+    @property
+    def source(self) -> str:
+        """How the user has named it."""
+
+    @property
+    def commit(self) -> str:
+        """The revision that is read, which never changes."""
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What the bytes of the model depend on."""
+
+
 @dataclass(frozen=True)
 class TypeTotal:
     """How much of a model has one type."""
@@ -134,6 +150,8 @@ class WritePlan:
     split_option: str = "--split-max-size"
     """The option that makes the files smaller, for the message about a file that the disk cannot hold."""
     imatrix: Imatrix | None = None
+    origins: tuple[Origin, ...] = ()
+    """The models that are read over the network, whose files are not among ``input_paths``."""
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -181,7 +199,13 @@ class WritePlan:
             "bits_per_weight": round(self.bits_per_weight, 4),
             "types": {name: vars(total) for name, total in self.types.items()},
             "fallbacks": {t.name: t.unfit_type.name for t in self.tensors if t.unfit_type is not None},
+            "commits": self.commits,
         }
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """The revision of each model that is read over the network, by the name that the user has given."""
+        return {origin.source: origin.commit for origin in self.origins}
 
 
 def split_tensors(

@@ -7,16 +7,20 @@ never a file that looks finished. Neither the order of the work nor the number o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from ggufmoe.errors import Cancelled, OutputError, ResumeError
 from ggufmoe.files import check_parent, partial_path
 from ggufmoe.quant.kernels import QuantizerName
+from ggufmoe.weights.byte_ranges import ByteRange, byte_ranges
 from ggufmoe.work import CancelFlag, OnProgress, Progress, is_set, thread_count
 from ggufmoe.writing.formats import prepare_kernels
 from ggufmoe.writing.journal import Journal, fingerprint
@@ -47,6 +51,18 @@ _READERS = 2
 """Workers beyond the cores that compute: while they wait for the disk, none of the cores does."""
 
 
+class ReadAhead(Protocol):
+    """What fetches the bytes of tiles before they are read."""
+
+    def running(
+        self, schedule: Iterable[tuple[int, Iterable[ByteRange]]], stopped: Callable[[], bool]
+    ) -> AbstractContextManager[None]:
+        """Fetch ahead while the block runs: what each tile, by its number, reads; in their order."""
+
+    def item(self, number: int) -> AbstractContextManager[None]:
+        """The block reads the tile of that number."""
+
+
 @dataclass(frozen=True)
 class WriteOptions:
     """How a plan is executed; no option changes the bytes."""
@@ -64,6 +80,8 @@ class WriteOptions:
     keep_journal: bool = False
     """Leave the journal of the finished files there, for a caller that has more to do before the output is complete."""
     flush_interval_s: float = FLUSH_INTERVAL_S
+    read_ahead: ReadAhead | None = None
+    """Reads what comes over the network before the tiles need it."""
     open_output: Callable[[Path, int, bool], OutputFile] | None = None
     """Opens a partial file: its path, its size, and whether to keep what is in it. By default, a file on disk."""
 
@@ -91,7 +109,7 @@ def write_plan(plan: WritePlan, options: WriteOptions) -> WriteReport:
 
 def _write_locked(plan: WritePlan, options: WriteOptions) -> WriteReport:
     started = time.monotonic()
-    journal = Journal(journal_path(plan.output), fingerprint(plan))
+    journal = Journal(journal_path(plan.output), fingerprint(plan), plan.commits)
     finished = _finished_tiles(plan, journal) if options.resume else None
     check_output(plan, force=options.force, resume=finished is not None)
     check_space(plan, resume=finished is not None)
@@ -159,6 +177,7 @@ class _Run:
         self._stop = threading.Event()
         self._changed = threading.Condition()
         self._done = _Done()
+        self._read_ahead = options.read_ahead
         self._n_threads = thread_count(options.threads)
         self._cores = threading.Semaphore(self._n_threads)
         self._importance = ImportanceCache(plan.imatrix, self._n_threads + _READERS)
@@ -188,6 +207,21 @@ class _Run:
 
     def _write_tiles(self) -> None:
         self._report()
+        with contextlib.ExitStack() as stack:
+            if self._read_ahead is not None:
+                left = (tile for tile in tiles(self._plan) if tile.number not in self._finished)
+                schedule = ((tile.number, byte_ranges(tile.source.rows, tile.start, tile.stop)) for tile in left)
+                stack.enter_context(self._read_ahead.running(schedule, self._is_stopping))
+            self._run_workers()
+        if self._done.error is not None:
+            raise self._done.error
+        if is_set(self._options.cancel):
+            raise Cancelled(f"stopped while writing {self._plan.output}; go on with --resume")
+
+    def _is_stopping(self) -> bool:
+        return self._stop.is_set() or is_set(self._options.cancel)
+
+    def _run_workers(self) -> None:
         workers = [threading.Thread(target=self._worker, daemon=True) for _ in range(self._n_threads + _READERS)]
         self._done.running = len(workers)
         for worker in workers:
@@ -199,10 +233,6 @@ class _Run:
             self._join(workers)
             raise
         self._join(workers)
-        if self._done.error is not None:
-            raise self._done.error
-        if is_set(self._options.cancel):
-            raise Cancelled(f"stopped while writing {self._plan.output}; go on with --resume")
 
     def _join(self, workers: Sequence[threading.Thread]) -> None:
         for worker in workers:
@@ -223,15 +253,16 @@ class _Run:
     def _worker(self) -> None:
         try:
             maker = TileMaker(self._plan, self._importance, self._options.quantizer, cache=self._options.cache)
-            while not self._stop.is_set() and not is_set(self._options.cancel):
+            while not self._is_stopping():
                 with self._queue_lock:
                     tile = next(self._queue, None)
                 if tile is None:
                     return
                 self._write(tile, maker)
         except BaseException as error:  # the calling thread raises it
-            with self._changed:
-                self._done.error = self._done.error or error
+            if not (isinstance(error, Cancelled) and self._is_stopping()):
+                with self._changed:
+                    self._done.error = self._done.error or error
             self._stop.set()
         finally:
             with self._changed:
@@ -239,7 +270,8 @@ class _Run:
                 self._changed.notify()
 
     def _write(self, tile: Tile, maker: TileMaker) -> None:
-        rows = maker.read(tile)
+        with contextlib.nullcontext() if self._read_ahead is None else self._read_ahead.item(tile.number):
+            rows = maker.read(tile)
         with self._cores:
             data = maker.make(tile, rows)
         self._files[tile.file].write_at(tile.offset, data)

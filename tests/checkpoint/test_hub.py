@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer, serving
 
 from ggufmoe.checkpoint import hub
 from ggufmoe.errors import HubError
-from tests.checkpoint import fake_hub
 from tests.checkpoint.test_fp8_blocks import quantized
 
 CHILD = """
-import json, sys
+import json, os, sys
 from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.checkpoint.hub import HubAccess
 from ggufmoe.errors import GgufmoeError
+access = HubAccess(keep_source="KEEP_SOURCE" in os.environ)
 answers = []
 for source in sys.argv[1:]:
     try:
-        with open_checkpoint(source) as model:
+        with open_checkpoint(source, access=access) as model:
             answers.append({"name": model.provenance.name, "n": len(model.tensors), "directory": str(model.directory)})
     except GgufmoeError as error:
         answers.append({"error": type(error).__name__, "message": str(error)})
@@ -39,14 +41,12 @@ Opener = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def served(
-    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[fake_hub.FakeHub]:
+def served(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     directory = tmp_path_factory.mktemp("served")
     shutil.copytree(tiny_checkpoint(max_shard_bytes=2_000_000), directory, dirs_exist_ok=True)
     for name in ("pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth", "other.gguf"):
         (directory / name).write_bytes(b"not wanted")
-    with fake_hub.serving(directory) as running:
+    with serving(directory) as running:
         yield running
 
 
@@ -65,10 +65,10 @@ def opener(url: str, cache: Path) -> Opener:
     return open_sources
 
 
-def test_fetches_only_what_is_needed_and_then_works_offline(served: fake_hub.FakeHub, tmp_path: Path) -> None:
+def test_fetches_only_what_is_needed_and_then_works_offline(served: HubServer, tmp_path: Path) -> None:
     open_sources = opener(served.url, tmp_path)
-    served.fetched.clear()
-    first, pinned, unknown = open_sources("org/tiny", "org/tiny@v2", "org/tiny@nonsense")
+    served.reset_counts()
+    first, pinned, unknown = open_sources("org/tiny", "org/tiny@v2", "org/tiny@nonsense", KEEP_SOURCE="1")
     assert (first["name"], first["n"]) == ("tiny", 29)
     assert pinned["directory"] == first["directory"]
     assert "there is no such revision" in unknown["message"]
@@ -77,7 +77,7 @@ def test_fetches_only_what_is_needed_and_then_works_offline(served: fake_hub.Fak
     rest = {"config.json", "model.safetensors.index.json", "tokenizer.model", "tokenizer_config.json"}
     assert sorted(served.fetched) == sorted(shards | rest)
 
-    served.fetched.clear()
+    served.reset_counts()
     again, by_path, absent = open_sources("org/tiny", first["directory"], "org/other", HF_HUB_OFFLINE="1")
     assert again == first
     assert by_path["name"] == "tiny"
@@ -86,7 +86,23 @@ def test_fetches_only_what_is_needed_and_then_works_offline(served: fake_hub.Fak
     assert served.fetched == []
 
 
-def test_what_the_hub_refuses_is_explained(served: fake_hub.FakeHub, tmp_path: Path) -> None:
+def test_of_weights_nothing_is_stored_but_what_is_in_the_cache_is_read_there(served: HubServer, tmp_path: Path) -> None:
+    open_sources = opener(served.url, tmp_path)
+    served.reset_counts()
+    (first,) = open_sources("org/tiny")
+    assert (first["name"], first["n"]) == ("tiny", 29)
+    assert sum(one.n_bytes for one in served.sent) < 3 * 2**16 + 1, "headers alone"
+    assert not list(tmp_path.rglob("*.safetensors"))
+    (offline,) = open_sources("org/tiny", HF_HUB_OFFLINE="1")
+    assert offline["message"] == "org/tiny: its weights are not in the cache, and HF_HUB_OFFLINE forbids to fetch them"
+
+    open_sources("org/tiny", KEEP_SOURCE="1")
+    served.reset_counts()
+    assert open_sources("org/tiny") == [first]
+    assert not any(name.endswith(".safetensors") for name in served.fetched)
+
+
+def test_what_the_hub_refuses_is_explained(served: HubServer, tmp_path: Path) -> None:
     gated, private = opener(served.url, tmp_path)("org/gated", "org/private")
     assert gated["error"] == private["error"] == "HubError"
     assert f"accept its licence on {served.url}/org/gated and set a token" in gated["message"]
@@ -103,7 +119,7 @@ def test_an_unsupported_model_costs_no_weights(tiny_checkpoint: Callable[..., Pa
     directory = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
-    with fake_hub.serving(directory) as running:
+    with serving(directory) as running:
         (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
     assert answer["error"] == "ArchitectureError"
     assert not any(name.endswith(".safetensors") for name in running.fetched)
@@ -113,7 +129,7 @@ def test_a_quantized_model_costs_no_weights(tiny_checkpoint: Callable[..., Path]
     directory = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    with fake_hub.serving(directory) as running:
+    with serving(directory) as running:
         (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
     assert answer["message"] == "org/tiny is quantized already ('awq'); use the original model"
     assert not any(name.endswith(".safetensors") for name in running.fetched)
@@ -125,7 +141,7 @@ def test_the_names_of_an_index_say_more_than_a_left_over_configuration(
     directory = shutil.copytree(tiny_checkpoint(max_shard_bytes=2_000_000), tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with fake_hub.serving(directory) as running:
+    with serving(directory) as running:
         (plain,) = opener(running.url, tmp_path / "cache")("org/tiny")
     assert (plain["name"], plain["n"]) == ("tiny", 29)
 
@@ -133,7 +149,7 @@ def test_the_names_of_an_index_say_more_than_a_left_over_configuration(
     content = json.loads(index.read_text())
     content["weight_map"]["model.layers.0.self_attn.q_proj.weight_scale_inv"] = "model-00001-of-00002.safetensors"
     index.write_text(json.dumps(content))
-    with fake_hub.serving(directory) as running:
+    with serving(directory) as running:
         (quantized,) = opener(running.url, tmp_path / "other-cache")("org/tiny")
     assert quantized["message"].startswith("org/tiny is quantized to FP8 or 8 bits, with scales beside the weights")
     assert not any(name.endswith(".safetensors") for name in running.fetched)
@@ -141,7 +157,7 @@ def test_the_names_of_an_index_say_more_than_a_left_over_configuration(
 
 def test_eight_bit_floats_with_scales_of_blocks_are_fetched(tmp_path: Path) -> None:
     """From one file, of which nothing is known before it is here but what config.json states."""
-    with fake_hub.serving(quantized(tmp_path / "model")) as running:
+    with serving(quantized(tmp_path / "model")) as running:
         (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
     assert answer["n"] == 21
 
@@ -149,7 +165,7 @@ def test_eight_bit_floats_with_scales_of_blocks_are_fetched(tmp_path: Path) -> N
 def test_numbered_shards_without_an_index_are_fetched(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint(max_shard_bytes=2_000_000), tmp_path / "model")
     (directory / "model.safetensors.index.json").unlink()
-    with fake_hub.serving(directory) as running:
+    with serving(directory) as running:
         (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
     assert answer["n"] == 29
 
@@ -157,7 +173,7 @@ def test_numbered_shards_without_an_index_are_fetched(tiny_checkpoint: Callable[
 def test_a_model_with_pickled_weights_only_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with fake_hub.serving(directory) as running:
+    with serving(directory) as running:
         (answer,) = opener(running.url, tmp_path / "cache")("org/tiny")
     assert answer["error"] == "CheckpointError"
     assert "refused because they can run any code" in answer["message"]

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import yaml
+from hub_server import serving
 
 from ggufmoe.gguf.header import read_header
-from tests.checkpoint import fake_hub
 from tests.tiny import make_checkpoint
 
 
@@ -23,7 +23,7 @@ def test_models_named_by_hub_ids_are_fetched_and_credited(tmp_path: Path) -> Non
     ]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"base_model": "org/tiny", "experts": experts}))
-    with fake_hub.serving(served) as hub:
+    with serving(served) as hub:
         known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         command = [sys.executable, "-m", "ggufmoe", "convert", str(recipe), "-o", str(tmp_path / "m.gguf"), "-q", "F32"]

@@ -1,0 +1,250 @@
+"""Reads files of the hub ahead of those who need their bytes, over several connections, within a bound of memory.
+
+The schedule says which ranges are read for each item of work (a tile of the writer), in the order of the items.
+Neighbouring ranges are fetched by one request. What was fetched is kept until the last item that reads it has ended, so
+that nothing is fetched twice within the bound. Bytes that are in no schedule are fetched when they are read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from ggufmoe.checkpoint.hub_file import HubFile, Line
+from ggufmoe.errors import Cancelled
+from ggufmoe.weights.byte_ranges import ByteRange
+
+READ_AHEAD_BYTES = 64 << 20
+"""What all chunks together may hold: about half a second of a line of 1 Gbit/s."""
+CHUNK_BYTES = 2 << 20
+"""The most that one request asks for."""
+CONNECTIONS = 12
+_MOST_ITEMS = 4096
+"""Items that may be scheduled and not begun; bounds what is kept of items that read nothing over the network."""
+_POLL_S = 0.1
+_JOIN_S = 1.0
+
+
+class _Chunk:
+    """Bytes [begin, end) of a file: to be fetched, or fetched. ``n_users`` items still read it."""
+
+    def __init__(self, file: HubFile, begin: int, end: int) -> None:
+        self.file, self.begin, self.end = file, begin, end
+        self.n_users = 0
+        self.is_begun = self.is_done = False
+        self.error: BaseException | None = None
+        self.data = memoryview(b"")
+
+
+class ReadAhead:
+    """Fetches what a schedule says; ``HubFile.read_into`` takes from it while it runs."""
+
+    def __init__(
+        self,
+        line: Line,
+        *,
+        max_bytes: int | None = None,
+        chunk_bytes: int | None = None,
+        connections: int = CONNECTIONS,
+    ) -> None:
+        """By default the bounds are ``READ_AHEAD_BYTES`` and ``CHUNK_BYTES``."""
+        self._line = line
+        self._max_bytes = READ_AHEAD_BYTES if max_bytes is None else max_bytes
+        self._chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        self._n_connections = connections
+        self._changed = threading.Condition()
+        self._schedule: Iterator[tuple[int, Iterable[ByteRange]]] = iter(())
+        self._next: tuple[int, list[ByteRange]] | None = None
+        self._is_exhausted = False
+        self._items: dict[int, list[_Chunk]] = {}
+        self._queue: deque[_Chunk] = deque()
+        self._live: dict[HubFile, list[_Chunk]] = {}
+        self._held_bytes = 0
+        self._is_closed = False
+        self._stopped: Callable[[], bool] = lambda: False
+        self._mine = threading.local()
+
+    @contextmanager
+    def running(
+        self, schedule: Iterable[tuple[int, Iterable[ByteRange]]], stopped: Callable[[], bool]
+    ) -> Iterator[None]:
+        """Fetch ahead while the block runs, or until ``stopped``. ``schedule`` has each item's number and ranges."""
+        self._schedule, self._stopped = iter(schedule), stopped
+        stopped_before, self._line.stopped = self._line.stopped, lambda: self._is_closed or stopped()
+        threads = [threading.Thread(target=self._fetch, daemon=True) for _ in range(self._n_connections)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify_all()
+            deadline = time.monotonic() + _JOIN_S
+            for thread in threads:  # one whose connection is dead ends with the timeout of its read
+                thread.join(max(0.0, deadline - time.monotonic()))
+            for file in self._live:
+                file.store = None
+            self._line.stopped = stopped_before
+
+    @contextmanager
+    def item(self, number: int) -> Iterator[None]:
+        """The block reads the ranges of one item of the schedule; each item has one block, begun in about their order.
+
+        Raises Cancelled when the work is stopped.
+        """
+        with self._changed:
+            while number not in self._items and not self._is_exhausted:
+                self._wait()
+            chunks = self._items.pop(number, [])
+        self._mine.chunks = chunks
+        try:
+            yield
+        finally:
+            self._mine.chunks = []
+            self._release(chunks)
+
+    def take(self, file: HubFile, begin: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` with bytes of ``file`` from ``begin`` on if this thread's item has them; else return False.
+
+        Waits for what is being fetched, and raises the error of what could not be fetched.
+        """
+        end = begin + len(buffer)
+        chunks = sorted(
+            (chunk for chunk in getattr(self._mine, "chunks", ()) if chunk.file is file and chunk.end > begin),
+            key=lambda chunk: chunk.begin,
+        )
+        position, used = begin, []
+        for chunk in chunks:
+            if chunk.begin > position or position >= end:
+                break
+            used.append(chunk)
+            position = chunk.end
+        if position < end:
+            return False
+        for chunk in used:
+            self._await(chunk)
+            first, last = max(begin, chunk.begin), min(end, chunk.end)
+            buffer[first - begin : last - begin] = chunk.data[first - chunk.begin : last - chunk.begin]
+        return True
+
+    def _await(self, chunk: _Chunk) -> None:
+        with self._changed:
+            while not chunk.is_done:
+                self._wait()
+        if chunk.error is not None:
+            raise chunk.error
+
+    def _wait(self) -> None:
+        """Wait for a change, with the lock held. Raises Cancelled when the work is stopped."""
+        if self._is_closed or self._stopped():
+            raise Cancelled("stopped while reading from the hub")
+        self._changed.wait(_POLL_S)
+
+    def _release(self, chunks: Iterable[_Chunk]) -> None:
+        with self._changed:
+            for chunk in chunks:
+                chunk.n_users -= 1
+                if chunk.n_users == 0:
+                    self._live[chunk.file].remove(chunk)
+                    self._held_bytes -= chunk.end - chunk.begin
+                    chunk.data = memoryview(b"")
+            self._changed.notify_all()
+
+    def _fetch(self) -> None:
+        """Fetch one chunk after another: the work of one connection."""
+        while (chunk := self._begin_chunk()) is not None:
+            try:
+                # memory of its own, which goes back to the system at once: allocators keep some for each thread
+                data = memoryview(mmap.mmap(-1, chunk.end - chunk.begin))
+                chunk.file.fetch_into(chunk.begin, data)
+                chunk.data = data
+            except BaseException as error:  # whoever reads the chunk raises it
+                chunk.error = error
+            with self._changed:
+                chunk.is_done = True
+                self._changed.notify_all()
+
+    def _begin_chunk(self) -> _Chunk | None:
+        """The next chunk to fetch, when there is one; None when all is fetched or the work stops."""
+        with self._changed:
+            while not self._is_closed and not self._stopped():
+                self._plan()
+                if self._queue:
+                    chunk = self._queue.popleft()
+                    chunk.is_begun = True
+                    return chunk
+                if self._is_exhausted:
+                    return None
+                self._changed.wait(_POLL_S)
+            return None
+
+    def _plan(self) -> None:
+        """Schedule items while memory allows; the first one always. With the lock held."""
+        planned = False
+        while not self._is_exhausted and len(self._items) < _MOST_ITEMS:
+            if self._next is None:
+                try:
+                    number, ranges = next(self._schedule)
+                except StopIteration:
+                    self._is_exhausted = planned = True
+                    break
+                self._next = number, [one for one in ranges if isinstance(one.file, HubFile) and one.begin < one.end]
+            number, wanted = self._next
+            if self._held_bytes and self._held_bytes + self._lacking(wanted) > self._max_bytes:
+                break
+            self._items[number] = list(dict.fromkeys(chunk for one in wanted for chunk in self._chunks_of(one)))
+            for chunk in self._items[number]:
+                chunk.n_users += 1
+            self._next, planned = None, True
+        if planned:
+            self._changed.notify_all()
+
+    def _lacking(self, wanted: Iterable[ByteRange]) -> int:
+        return sum(end - begin for one in wanted for chunk, begin, end in self._parts(one) if chunk is None)
+
+    def _parts(self, wanted: ByteRange) -> Iterator[tuple[_Chunk | None, int, int]]:
+        """The range in parts: each in a live chunk, or None where there is none."""
+        assert isinstance(wanted.file, HubFile), "the schedule leaves out the others"
+        live = self._live.get(wanted.file, [])
+        place = bisect.bisect_right(live, wanted.begin, key=lambda chunk: chunk.begin)
+        place -= place > 0 and live[place - 1].end > wanted.begin
+        position = wanted.begin
+        for chunk in live[place:]:
+            if chunk.begin >= wanted.end:
+                break
+            if chunk.begin > position:
+                yield None, position, chunk.begin
+            yield chunk, max(position, chunk.begin), min(chunk.end, wanted.end)
+            position = chunk.end
+        if position < wanted.end:
+            yield None, position, wanted.end
+
+    def _chunks_of(self, wanted: ByteRange) -> list[_Chunk]:
+        """The chunks that hold a range together, made where there are none."""
+        assert isinstance(wanted.file, HubFile), "the schedule leaves out the others"
+        chunks: list[_Chunk] = []
+        for chunk, begin, end in list(self._parts(wanted)):
+            chunks += self._made(wanted.file, begin, end) if chunk is None else [chunk]
+        return chunks
+
+    def _made(self, file: HubFile, begin: int, end: int) -> Iterator[_Chunk]:
+        """New chunks of [begin, end), or the last one that waits made longer where this goes on."""
+        self._held_bytes += end - begin
+        live = self._live.setdefault(file, [])
+        file.store = self
+        last = self._queue[-1] if self._queue else None
+        while begin < end:
+            if last is not None and last.file is file and last.end == begin and begin - last.begin < self._chunk_bytes:
+                last.end = min(end, last.begin + self._chunk_bytes)
+            else:
+                last = _Chunk(file, begin, min(end, begin + self._chunk_bytes))
+                bisect.insort(live, last, key=lambda chunk: chunk.begin)
+                self._queue.append(last)
+            begin = last.end
+            yield last

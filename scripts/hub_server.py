@@ -1,0 +1,405 @@
+"""A Hugging Face Hub on 127.0.0.1: the interface that huggingface_hub calls, with the faults of networks on request.
+
+It serves directories as models, small files itself and tensor files, as the hub does, by redirects to signed addresses
+of a second server that end after a while. It counts every byte of a body that it sends. Tests and benchmarks import it;
+by hand:
+
+    python scripts/hub_server.py org/name=DIRECTORY ... [--port N] [--mbit RATE] [--latency SECONDS] [--resets P] ...
+    HF_ENDPOINT=http://127.0.0.1:PORT HF_HUB_DISABLE_XET=1 ggufmoe convert org/name
+
+GET /counts of it says what was sent of each file.
+
+The answers follow huggingface.co: headers X-Repo-Commit, ETag, X-Linked-Size, X-Linked-Etag, X-Error-Code and
+X-Error-Message as ``get_hf_file_metadata`` and ``hf_raise_for_status`` of huggingface_hub read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import random
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+COMMIT = "1" * 40
+LARGE_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth")
+"""Files that are elsewhere, as those in git-lfs are."""
+_PIECE_BYTES = 1 << 17
+_RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+
+
+@dataclass
+class Faults:
+    """What goes wrong with bodies of large files; each probability is that of one answer. Changed at any time."""
+
+    latency: float = 0.0
+    """Seconds before every answer."""
+    mbit: float = 0.0
+    """The rate of all connections together, in Mbit/s; 0 for no limit."""
+    resets: float = 0.0
+    """Probability of a connection that is reset after a random part of the body."""
+    truncations: float = 0.0
+    """Probability of a connection that ends in order, but too early."""
+    wrong_ranges: float = 0.0
+    """Probability of a Content-Range, and a body, that are not what was asked for."""
+    busy: float = 0.0
+    """Probability of status 503."""
+    limited: float = 0.0
+    """Probability of status 429, with Retry-After."""
+    retry_after: int = 1
+    stall_after: float = float("inf")
+    """Bytes of large files after which every connection waits, without an end, until this is larger."""
+    lifetime: float = 3600.0
+    """Seconds for which a signed address is valid."""
+    seed: int = 0
+
+
+@dataclass
+class Model:
+    """One repository: its files, and who may read it."""
+
+    directory: Path
+    commit: str = COMMIT
+    revisions: Mapping[str, str] = field(default_factory=dict)
+    """Further branches and tags to commits; all have the same files."""
+    is_gated: bool = False
+
+
+@dataclass
+class Sent:
+    """One answer of a large file: its range, and how many bytes of it were handed to the system."""
+
+    name: str
+    begin: int
+    end: int
+    n_bytes: int
+
+
+class HubServer:
+    """The hub while a ``with`` block runs. ``models`` maps ids to models or their directories."""
+
+    def __init__(self, models: Mapping[str, Model | Path], faults: Faults | None = None, port: int = 0) -> None:
+        self.models = {name: Model(one) if isinstance(one, Path) else one for name, one in models.items()}
+        self.faults = faults or Faults()
+        self.fetched: list[str] = []
+        """Names of the files whose bodies were asked for, in order."""
+        self.sent: list[Sent] = []
+        self.statuses: Counter[int] = Counter()
+        self.authorizations: list[tuple[str, str | None]] = []
+        """The path and the Authorization header of each request to the second server."""
+        self.lock = threading.Lock()
+        self.epoch = 0
+        self.random = random.Random(self.faults.seed)
+        self.bucket = _Bucket(self)
+        self._hub = _server(_HubHandler, self, port)
+        self._storage = _server(_StorageHandler, self, 0)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._hub.server_port}"
+
+    @property
+    def storage_url(self) -> str:
+        return f"http://127.0.0.1:{self._storage.server_port}"
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of large files that were sent."""
+        with self.lock:
+            return sum(one.n_bytes for one in self.sent)
+
+    def counts(self) -> dict[str, Any]:
+        """What was sent so far, for ``/counts``."""
+        with self.lock:
+            by_name: Counter[str] = Counter()
+            for one in self.sent:
+                by_name[one.name] += one.n_bytes
+            return {"bytes": dict(by_name), "requests": len(self.sent), "statuses": dict(self.statuses)}
+
+    def reset_counts(self) -> None:
+        with self.lock:
+            self.sent.clear()
+            self.fetched.clear()
+            self.statuses.clear()
+
+    def end_addresses(self) -> None:
+        """Let all signed addresses end that were given out so far."""
+        self.epoch += 1
+
+    def signature(self, file: Path, expires: float) -> str:
+        """What makes an address valid until ``expires``."""
+        return hashlib.sha256(f"{file.resolve().as_posix()} {expires:.3f} {self.epoch}".encode()).hexdigest()[:32]
+
+    def happens(self, probability: float) -> bool:
+        """Draw whether a fault happens."""
+        with self.lock:
+            return self.random.random() < probability
+
+    def __enter__(self) -> HubServer:
+        for server in (self._hub, self._storage):
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in (self._hub, self._storage):
+            server.shutdown()
+            server.server_close()
+
+
+class _Bucket:
+    """Holds all connections together to one rate."""
+
+    def __init__(self, hub: HubServer) -> None:
+        self._hub = hub
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def take(self, n_bytes: int) -> None:
+        """Return when so many bytes may be sent."""
+        rate = self._hub.faults.mbit * 1e6 / 8
+        if not rate:
+            return
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic() - 0.01) + n_bytes / rate
+            wait = self._free_at - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler], hub: HubServer, port: int) -> None:
+        super().__init__(("127.0.0.1", port), handler)
+        self.hub = hub
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go away are no news."""
+
+
+def _server(handler: type[BaseHTTPRequestHandler], hub: HubServer, port: int) -> _Server:
+    return _Server(handler, hub, port)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_HEAD(self) -> None:
+        self._begin(with_body=False)
+
+    def do_GET(self) -> None:
+        self._begin(with_body=True)
+
+    @property
+    def hub(self) -> HubServer:
+        return self.server.hub
+
+    def _begin(self, *, with_body: bool) -> None:
+        if self.hub.faults.latency:
+            time.sleep(self.hub.faults.latency)
+        self.answer(with_body=with_body)
+
+    def answer(self, *, with_body: bool) -> None:
+        raise NotImplementedError
+
+    def send(self, status: int, headers: Mapping[str, str], body: bytes = b"", *, with_body: bool = True) -> None:
+        """One whole answer."""
+        with self.hub.lock:
+            self.hub.statuses[status] += 1
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def refuse(self, status: int, code: str, message: str, *, with_body: bool) -> None:
+        self.send(status, {"X-Error-Code": code, "X-Error-Message": message}, b"{}", with_body=with_body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not on the terminal of the tests."""
+
+
+class _HubHandler(_Handler):
+    """The hub itself: information, lists of files, small files, and redirects to large ones."""
+
+    def answer(self, *, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if path == "counts":
+            self.send(200, {"Content-Type": "application/json"}, json.dumps(self.hub.counts()).encode())
+            return
+        repo_id = next((name for name in self.hub.models if f"{name}/" in f"{path}/"), None)
+        if repo_id is None:
+            self.refuse(401, "RepoNotFound", "Not found", with_body=with_body)
+            return
+        model = self.hub.models[repo_id]
+        rest = path[path.index(repo_id) + len(repo_id) :].strip("/").split("/", 2)
+        kind, revision, name = [*rest, "main", "", ""][:3] if rest[0] else ["", "main", ""]
+        commits = {"main": model.commit, model.commit: model.commit, **model.revisions}
+        if model.is_gated and not self.headers.get("Authorization"):
+            self.refuse(403, "GatedRepo", "Access is restricted", with_body=with_body)
+        elif revision not in commits and revision not in commits.values():
+            self.refuse(404, "RevisionNotFound", "Invalid rev id", with_body=with_body)
+        elif kind == "resolve":
+            self._resolve(model, commits.get(revision, revision), name, with_body=with_body)
+        else:
+            self._list(repo_id, model, commits.get(revision, revision), is_tree=kind == "tree", with_body=with_body)
+
+    def _list(self, repo_id: str, model: Model, commit: str, *, is_tree: bool, with_body: bool) -> None:
+        listing: Any = [_tree_entry(model.directory, file) for file in _files(model.directory)]
+        if not is_tree:
+            siblings = [{"rfilename": entry["path"]} for entry in listing]
+            listing = {"id": repo_id, "sha": commit, "siblings": siblings}
+        headers = {"Content-Type": "application/json"}
+        self.send(200, headers, json.dumps(listing).encode(), with_body=with_body)
+
+    def _resolve(self, model: Model, commit: str, name: str, *, with_body: bool) -> None:
+        file = model.directory / name
+        if file not in _files(model.directory):
+            self.refuse(404, "EntryNotFound", "Entry not found", with_body=with_body)
+            return
+        etag, headers = etag_of(file), {"X-Repo-Commit": commit}
+        if not name.endswith(LARGE_SUFFIXES):
+            if with_body:
+                self.hub.fetched.append(name)
+            self.send(200, {**headers, "ETag": f'"{etag}"'}, file.read_bytes(), with_body=with_body)
+            return
+        expires = time.time() + self.hub.faults.lifetime
+        query = f"Expires={expires:.3f}&Signature={self.hub.signature(file, expires)}"
+        address = f"{self.hub.storage_url}{quote(file.resolve().as_posix())}?{query}"
+        linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(file.stat().st_size), "Location": address}
+        self.send(302, {**headers, **linked}, with_body=with_body)
+
+
+class _StorageHandler(_Handler):
+    """Where large files are: ranges of them, for those who have a signed address that has not ended."""
+
+    def answer(self, *, with_body: bool) -> None:
+        parts = urlsplit(self.path)
+        file, query = Path(unquote(parts.path)), parse_qs(parts.query)
+        expires = float(query.get("Expires", ["0"])[0])
+        with self.hub.lock:
+            self.hub.authorizations.append((file.name, self.headers.get("Authorization")))
+        faults = self.hub.faults
+        if expires < time.time() or query.get("Signature") != [self.hub.signature(file, expires)]:
+            self.send(403, {}, b"<Error>AccessDenied</Error>")
+        elif self.hub.happens(faults.busy):
+            self.send(503, {}, b"busy")
+        elif self.hub.happens(faults.limited):
+            self.send(429, {"Retry-After": str(faults.retry_after)}, b"slow down")
+        else:
+            self._send_range(file, with_body=with_body)
+
+    def _send_range(self, file: Path, *, with_body: bool) -> None:
+        size = file.stat().st_size
+        asked = _RANGE.fullmatch(self.headers.get("Range", ""))
+        begin, end = (int(asked[1]), min(int(asked[2]) + 1, size)) if asked else (0, size)
+        if begin >= end:
+            self.send(416, {"Content-Range": f"bytes */{size}"})
+            return
+        if asked and begin and self.hub.happens(self.hub.faults.wrong_ranges):
+            begin, end = begin - 1, end - 1
+        status = 206 if asked else 200
+        with self.hub.lock:
+            self.hub.statuses[status] += 1
+            self.hub.fetched.append(file.name)
+        self.send_response(status)
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("ETag", f'"{etag_of(file)}"')
+        if asked:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
+        self.end_headers()
+        if with_body:
+            self._send_body(file, begin, end)
+
+    def _send_body(self, file: Path, begin: int, end: int) -> None:
+        stop, is_reset = end, self.hub.happens(self.hub.faults.resets)
+        if is_reset or self.hub.happens(self.hub.faults.truncations):
+            with self.hub.lock:
+                stop = begin + self.hub.random.randrange(end - begin)
+        sent = Sent(file.name, begin, end, 0)
+        with self.hub.lock:
+            self.hub.sent.append(sent)
+        with file.open("rb") as opened:
+            for position in range(begin, stop, _PIECE_BYTES):
+                n_bytes = min(_PIECE_BYTES, stop - position)
+                self.hub.bucket.take(n_bytes)
+                while self.hub.sent_bytes + n_bytes > self.hub.faults.stall_after:
+                    time.sleep(0.01)
+                sent.n_bytes += n_bytes  # before the client can have it
+                self.connection.sendfile(opened, position, n_bytes)
+        if stop < end:
+            self.close_connection = True
+        if is_reset:  # a socket that lingers for no time sends RST in place of FIN
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+
+def etag_of(file: Path) -> str:
+    """A word for the content of a file, which changes with it."""
+    status = file.stat()
+    return hashlib.sha256(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _tree_entry(directory: Path, file: Path) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "type": "file",
+        "path": file.relative_to(directory).as_posix(),
+        "size": file.stat().st_size,
+        "oid": etag_of(file)[:40],
+    }
+    if file.name.endswith(LARGE_SUFFIXES):
+        entry["lfs"] = {"oid": etag_of(file), "size": entry["size"], "pointerSize": 135}
+    return entry
+
+
+@contextlib.contextmanager
+def serving(directory: Path, faults: Faults | None = None) -> Iterator[HubServer]:
+    """A hub with ``directory`` as the model org/tiny (revisions main and v2), and, for a token, as org/gated."""
+    models = {
+        "org/tiny": Model(directory, revisions={"v2": COMMIT}),
+        "org/gated": Model(directory, is_gated=True),
+    }
+    with HubServer(models, faults) as hub:
+        yield hub
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="ORG/NAME=DIRECTORY")
+    parser.add_argument("--port", type=int, default=0)
+    for one in fields(Faults):
+        assert isinstance(one.default, (int, float)), "every fault is a number"
+        parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default), default=one.default)
+    given = vars(parser.parse_args(argv))
+    models = {name: Path(path).resolve() for name, _, path in (one.partition("=") for one in given.pop("models"))}
+    port = given.pop("port")
+    with HubServer(models, Faults(**given), port) as hub:
+        print(f"HF_ENDPOINT={hub.url}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Ranges of one file of the hub, read through huggingface_hub from a hub of our own with the faults of networks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, HubServer
+
+from ggufmoe.checkpoint import hub_file
+from ggufmoe.checkpoint.hub_file import HubFile, Line
+from ggufmoe.errors import Cancelled, HubError
+
+CONTENT = bytes(range(256)) * 2000
+NAME = "model.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    (tmp_path / NAME).write_bytes(CONTENT)
+    with HubServer({"org/tiny": tmp_path}) as running:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            running.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        yield running
+
+
+def opened() -> HubFile:
+    return HubFile("org/tiny", NAME, COMMIT, Line(first_pause_s=0))
+
+
+def read(file: HubFile, begin: int = 0, end: int = len(CONTENT)) -> bytes:
+    buffer = bytearray(end - begin)
+    file.read_into(begin, memoryview(buffer))
+    return bytes(buffer)
+
+
+def test_any_range_is_read_and_nothing_else_is_sent(hub: HubServer) -> None:
+    file = opened()
+    assert (file.n_bytes, str(file.path)) == (len(CONTENT), str(Path("org/tiny", NAME)))
+    assert read(file, 1000, 5000) == CONTENT[1000:5000]
+    assert read(file, len(CONTENT) - 1) == CONTENT[-1:]
+    assert hub.sent_bytes == 4001
+    with pytest.raises(HubError, match="its header says more"):
+        read(file, 1, len(CONTENT) + 1)
+
+
+def test_the_token_goes_to_the_hub_alone(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.models["org/tiny"].is_gated = True
+    assert read(opened()) == CONTENT
+    assert hub.authorizations == [(NAME, None)]
+
+
+@pytest.mark.parametrize("fault", ["resets", "truncations"])
+def test_a_body_that_breaks_off_goes_on_where_it_stopped(hub: HubServer, fault: str) -> None:
+    setattr(hub.faults, fault, 0.7)
+    file = opened()
+    assert read(file) == CONTENT
+    assert len(hub.sent) > 1, "the first answer was whole"
+    assert hub.sent[0].n_bytes < len(CONTENT)
+    begins = [one.begin for one in hub.sent]
+    assert begins == sorted(begins)
+    assert all(one.end == len(CONTENT) for one in hub.sent)
+    assert file._line.n_bytes == len(CONTENT), "a byte came twice"
+
+
+@pytest.mark.parametrize(("fault", "status"), [("busy", 503), ("limited", 429)])
+def test_a_busy_hub_is_asked_again(hub: HubServer, fault: str, status: int) -> None:
+    hub.faults.retry_after = 0
+    setattr(hub.faults, fault, 0.7)
+    file = opened()
+    assert b"".join(read(file, begin, begin + 64000) for begin in range(0, len(CONTENT), 64000)) == CONTENT
+    assert hub.statuses[status] > 0
+
+
+def test_an_answer_of_another_range_is_not_taken(hub: HubServer) -> None:
+    hub.faults.wrong_ranges = 0.7
+    file = opened()
+    assert b"".join(read(file, begin, begin + 64000) for begin in range(0, len(CONTENT), 64000)) == CONTENT
+    assert any(one.begin % 64000 for one in hub.sent), "no answer was wrong"
+
+
+def test_an_address_that_has_ended_is_renewed(hub: HubServer) -> None:
+    file = opened()
+    assert read(file, 0, 10) == CONTENT[:10]
+    hub.end_addresses()
+    assert read(file, 10, 20) == CONTENT[10:20]
+    assert (hub.statuses[403], hub.statuses[302]) == (1, 2)
+
+
+def test_a_file_that_changes_is_an_error(hub: HubServer, tmp_path: Path) -> None:
+    file = opened()
+    assert read(file, 0, 10) == CONTENT[:10]
+    os.utime(tmp_path / NAME, ns=(1, 1))  # its ETag becomes another one
+    with pytest.raises(
+        HubError, match=r"org.tiny.model\.safetensors has changed on the hub .* its content is another one"
+    ):
+        read(file, 10, 20)
+    (tmp_path / NAME).write_bytes(CONTENT + b"more")
+    with pytest.raises(HubError, match=rf"it has {len(CONTENT) + 4} bytes now, not {len(CONTENT)}"):
+        read(file, 10, 20)
+    (tmp_path / NAME).write_bytes(CONTENT[:5])
+    with pytest.raises(HubError, match="it is shorter now"):
+        read(file, 10, 20)
+
+
+def test_what_never_comes_is_given_up(hub: HubServer) -> None:
+    file = opened()
+    hub.faults.busy = 1.0
+    with pytest.raises(HubError, match=r"8 times in a row \(the hub answers with status 503\); .* go on with --resume"):
+        read(file)
+    assert hub.statuses[503] == hub_file.TRIES
+    hub.__exit__()
+    with pytest.raises(HubError, match="8 times in a row"):
+        read(file)
+
+
+def test_reading_ends_when_the_conversion_stops(hub: HubServer) -> None:
+    file = opened()
+    file._line.stopped = lambda: True
+    with pytest.raises(Cancelled):
+        read(file)
+    assert hub.sent == []
+
+
+def test_after_too_many_requests_no_connection_asks_before_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pauses = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(hub_file.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hub_file.time, "sleep", sleep)
+    line = Line()
+    line.be_quiet(7)
+    line.be_quiet(3)
+    line.wait_until_allowed()
+    assert now[0] == pytest.approx(107)
+    assert max(pauses) <= 0.1, "it would not notice that the conversion stops"
