@@ -15,28 +15,31 @@ from typing import TYPE_CHECKING, Any
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.hub import HubAccess
 from ggufmoe.checkpoint.provenance import RECORD
-from ggufmoe.checkpoint.read_ahead import ReadAhead
+from ggufmoe.checkpoint.read_ahead import ReadAhead, remote_bytes
 from ggufmoe.checkpoint.source import ModelSource, RouterReport
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.export_plan import plan_export
-from ggufmoe.files import StrPath, check_output_file, followed, partial_path, possible_path, replacing
+from ggufmoe.files import StrPath, check_output_file, delete, followed, partial_path, possible_path, replacing
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.merge.checkpoint_plan import CHECKPOINT_NAME, checkpoint_index, plan_checkpoint
-from ggufmoe.merge.merged import open_recipe
+from ggufmoe.merge.kept_router import KeptRouter
+from ggufmoe.merge.merged import MergedModel, open_recipe
 from ggufmoe.merge.sidecars import WRITTEN_NAMES, sidecar_files
 from ggufmoe.options import ConvertKeywords, ConvertOptions, ExportOptions, MergeKeywords, MergeOptions, options_of
 from ggufmoe.quant.filetypes import FileType, parse_tensor_type
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
+from ggufmoe.weights.byte_ranges import byte_ranges
+from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, is_set
 from ggufmoe.writing.directory import check_directory, open_partial_directory, place_directory
 from ggufmoe.writing.formats import routines
-from ggufmoe.writing.journal import journalled_commits
-from ggufmoe.writing.place import journal_path
-from ggufmoe.writing.plan import WritePlan
+from ggufmoe.writing.journal import fingerprint, journalled_commits
+from ggufmoe.writing.place import journal_path, router_path
+from ggufmoe.writing.plan import NetworkReads, WritePlan
 from ggufmoe.writing.writer import WriteOptions, write_plan
 
 if TYPE_CHECKING:
@@ -127,7 +130,8 @@ def convert(
     check_router_report(options.router_report)
     access = _hub_access(options, path, cancel)
     with _open_source(source, options, access) as model:
-        plan = replace(_plan(model, path, options), origins=tuple(access.origins))
+        plan = _from_hub(_plan(model, path, options), model, access)
+        _keep_router(model, plan, resume=options.resume)
         result = write_gguf(
             plan,
             options,
@@ -154,7 +158,7 @@ def plan_convert(
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
     access = HubAccess(keep_source=options.keep_source)
     with _open_source(source, options, access) as model:
-        return replace(_plan(model, output_path(output), options), origins=tuple(access.origins))
+        return _from_hub(_plan(model, output_path(output), options), model, access)
 
 
 def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, object]:
@@ -228,8 +232,8 @@ def write_gguf(
     options: ExportOptions,
     on_progress: OnProgress | None,
     cancel: CancelFlag | None,
-    *,
     prepare: Callable[[], None] | None = None,
+    *,
     access: HubAccess | None = None,
 ) -> ConvertResult:
     """Write the files of a plan, and their manifest if one is asked for; ``prepare`` is that of ``WriteOptions``.
@@ -250,6 +254,7 @@ def write_gguf(
         prepare=prepare,
     )
     report = write_plan(plan, _over_network(write, access))
+    delete(router_path(plan.output))
     manifest = manifest_path(plan.output)
     has_manifest = options.manifest or manifest.exists()
     if has_manifest:
@@ -339,7 +344,8 @@ def merge(
         )
         with open_partial_directory(target, keep=options.resume) as partial:
             plan = plan_checkpoint(model, partial, options.layout, options.max_shard_bytes)
-            plan = replace(plan, origins=tuple(access.origins))
+            plan = _from_hub(plan, model, access)
+            _keep_router(model, plan, resume=options.resume)
             report = write_plan(plan, _over_network(write, access))
             place_directory(partial, target, sidecar_files(model, checkpoint_index(plan)), written=WRITTEN_NAMES)
     router = model.router_report
@@ -364,6 +370,24 @@ def _hub_access(options: ConvertOptions | MergeOptions, output: Path, cancel: Ca
     access = HubAccess(keep_source=options.keep_source, pins=pins)
     access.line.stopped = lambda: is_set(cancel)
     return access
+
+
+def _from_hub(plan: WritePlan, model: ModelSource, access: HubAccess) -> WritePlan:
+    """The plan with what it reads over the network."""
+    if not access.origins:
+        return plan
+    parts = [part for tensor in plan.tensors for part in tensor.parts]
+    n_bytes = sum(remote_bytes(byte_ranges(part.rows, 0, part.n_rows)) for part in parts)
+    of_router = model.read_for_router if isinstance(model, MergedModel) else ()
+    router_bytes = sum(remote_bytes(byte_ranges(one, 0, row_count(one.shape))) for one in of_router)
+    reads = NetworkReads(access.header_bytes + n_bytes, router_bytes, sum(one.n_bytes for one in access.origins))
+    return replace(plan, origins=tuple(access.origins), network=reads)
+
+
+def _keep_router(model: ModelSource, plan: WritePlan, *, resume: bool) -> None:
+    """Let a router that is computed over the network be kept beside the journal until the output is complete."""
+    if isinstance(model, MergedModel) and plan.network is not None and plan.network.router_bytes:
+        model.kept_router = KeptRouter(router_path(plan.output), fingerprint(plan), read=resume)
 
 
 def _over_network(write: WriteOptions, access: HubAccess | None) -> WriteOptions:

@@ -130,8 +130,7 @@ class Bench:
         out, _ = process.communicate()
         seconds = time.monotonic() - started
         assert process.returncode == 0, "the conversion has failed"
-        with output.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(output.read_bytes()).hexdigest()
         output.unlink()
         report: dict[str, Any] = json.loads(out)
         return report | {"sha256": digest, "total_seconds": seconds}

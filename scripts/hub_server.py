@@ -23,7 +23,6 @@ import random
 import re
 import socket
 import struct
-import sys
 import threading
 import time
 from collections import Counter
@@ -402,4 +401,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

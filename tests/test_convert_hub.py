@@ -19,7 +19,10 @@ from hub_server import COMMIT, Faults, HubServer, Model
 
 import ggufmoe
 from ggufmoe.checkpoint import read_ahead
+from ggufmoe.cli.conversion import show_plan
+from ggufmoe.convert import plan_convert
 from ggufmoe.errors import Cancelled, CheckpointError
+from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.work import Progress
 from ggufmoe.writing.journal import journalled_commits
 from tests.tiny import make_checkpoint
@@ -155,6 +158,61 @@ def test_a_recipe_reads_its_models_by_ranges(
     assert digest(tmp_path / "ranges.gguf") == digest(tmp_path / "kept.gguf")
     ggufmoe.convert(tmp_path / "merged", tmp_path / "of-merged.gguf")
     assert digest(tmp_path / "ranges.gguf") == digest(tmp_path / "of-merged.gguf")
+
+
+def test_a_router_is_not_computed_again_over_the_network(
+    hub: HubServer, tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_ahead, "READ_AHEAD_BYTES", 1 << 18)
+    hub.models |= {f"org/{n}": Model(tiny_checkpoint(arch="mistral", seed=n)) for n in (1, 2)}
+    experts = [{"source_model": f"org/{n}", "positive_prompts": [f"about {n}"]} for n in (1, 2)]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base_model": "org/1", "experts": experts, "gate_mode": "hidden"}))
+    whole = ggufmoe.convert(recipe, tmp_path / "whole.gguf", "BF16")
+    assert whole.plan.network is not None
+    assert whole.network_bytes <= whole.plan.network.n_bytes
+
+    output, stop, phases = tmp_path / "m.gguf", threading.Event(), set()
+    kept = tmp_path / "m.gguf.partial.router"
+
+    def interrupt(progress: Progress) -> None:
+        phases.add(progress.phase)
+        if progress.phase == "write" and progress.done:
+            stop.set()
+
+    with pytest.raises(Cancelled):
+        ggufmoe.convert(recipe, output, "BF16", on_progress=interrupt, cancel=stop)
+    assert (phases, kept.exists()) == ({"router", "write"}, True)
+
+    phases.clear()
+    resumed = ggufmoe.convert(recipe, output, "BF16", resume=True, on_progress=lambda one: phases.add(one.phase))
+    assert (phases, kept.exists()) == ({"write"}, False)
+    assert digest(output) == digest(tmp_path / "whole.gguf")
+    assert resumed.router_report == whole.router_report
+
+
+def test_a_router_that_was_left_damaged_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "m.gguf.partial.router"
+    assert KeptRouter(path, "key", read=True).load() is None
+    path.write_bytes(b"PK\x03\x04 cut short")
+    assert KeptRouter(path, "key", read=True).load() is None
+    assert "the router is computed again" in caplog.text
+
+
+def test_a_plan_tells_what_comes_over_the_network(
+    hub: HubServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_convert("org/tiny", tmp_path / "m.gguf", "BF16")
+    assert plan.network is not None
+    assert plan.network.file_bytes == weight_bytes(source)
+    done = ggufmoe.convert("org/tiny", tmp_path / "m.gguf", "BF16")
+    assert done.network_bytes == plan.network.n_bytes
+    show_plan(plan, as_json=False)
+    told = capsys.readouterr().out
+    assert f"read from the hub by ranges: org/tiny@{COMMIT[:12]}\n" in told
+    assert "over the network 4.54 MB: 1 s at 50 Mbit/s, 0 s at 500 Mbit/s\n" in told
+    assert "with --keep-source 4.35 MB more, in the hub's cache\n" in told
+    assert plan_convert(source, tmp_path / "n.gguf", "BF16").network is None
 
 
 def test_a_damaged_header_is_refused_as_that_of_a_local_file_is(hub: HubServer, tmp_path: Path) -> None:

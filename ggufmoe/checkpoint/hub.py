@@ -75,6 +75,11 @@ class Origin:
     files: tuple[HubFile, ...]
 
     @property
+    def n_bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.n_bytes for file in self.files)
+
+    @property
     def identity(self) -> tuple[str, ...]:
         """What the bytes of the model depend on."""
         return (self.source, self.commit, *(f"{file.path.name} {file.n_bytes} {file.etag}" for file in self.files))
@@ -92,6 +97,8 @@ class HubAccess:
     ) -> None:
         self.line = line or Line()
         self.origins: list[Origin] = []
+        self.header_bytes = 0
+        """What was read of files to open them."""
         self._keep_source = keep_source
         self._pins = pins or {}
 
@@ -122,6 +129,7 @@ class HubAccess:
                 pairs = list(pool.map(opened, missing))
         except _failures() as error:
             raise _explained(f"{repo_id}@{commit}", repo_id, error) from error
+        self.header_bytes = self.line.n_bytes
         if pairs:
             self.origins.append(Origin(source, commit, tuple(file for file, _ in pairs)))
         return {name: file for name, (_, file) in zip(missing, pairs, strict=True)}

@@ -24,7 +24,7 @@ from ggufmoe.files import possible_path, what_instead
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
-_OUTPUT_ENDS = (".gguf", ".gguf.partial", ".partial.journal", ".partial.lock", ".gguf.manifest.json")
+_OUTPUT_ENDS = (".gguf", ".gguf.partial", ".partial.journal", ".partial.router", ".partial.lock", ".gguf.manifest.json")
 _ADDRESS = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)")
 _LOG = logging.getLogger("ggufmoe")
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from ggufmoe.checkpoint.hub_file import HubFile, Line
 from ggufmoe.errors import Cancelled
-from ggufmoe.weights.byte_ranges import ByteRange
+from ggufmoe.weights.byte_ranges import ByteRange, ByteReader
 
 READ_AHEAD_BYTES = 64 << 20
 """What all chunks together may hold: about half a second of a line of 1 Gbit/s."""
@@ -28,6 +28,17 @@ _MOST_ITEMS = 4096
 """Items that may be scheduled and not begun; bounds what is kept of items that read nothing over the network."""
 _POLL_S = 0.1
 _JOIN_S = 1.0
+
+
+def remote_bytes(ranges: Iterable[ByteRange]) -> int:
+    """How many different bytes of files of the hub are in ``ranges``."""
+    n_bytes, ends = 0, dict[ByteReader, int]()
+    for one in sorted(ranges, key=lambda one: one.begin):
+        if isinstance(one.file, HubFile):
+            begin = max(one.begin, ends.get(one.file, 0))
+            n_bytes += max(0, one.end - begin)
+            ends[one.file] = max(begin, one.end)
+    return n_bytes
 
 
 class _Chunk:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ggufmoe.cli.console import note, printable, terminal_columns, without_controls, wrapped
-from ggufmoe.cli.progress import ProgressLine
+from ggufmoe.cli.progress import ProgressLine, duration
 from ggufmoe.cli.router import print_router
 from ggufmoe.files import allowed_name
 from ggufmoe.sizes import file_size
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ggufmoe.writing.plan import PlannedTensor, WritePlan
 
 
+_EXAMPLE_RATES_MBIT = (50, 500)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -140,10 +141,26 @@ def _plan_lines(plan: WritePlan, columns: int | None) -> list[str]:
         )
     if plan.fallbacks:
         lines.append(_fallback_line(plan))
+    lines += _network_lines(plan)
     lines.append(
         f"in all {file_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
     )
     return lines
+
+
+def _network_lines(plan: WritePlan) -> list[str]:
+    """What comes over the network, how long that takes at two rates, and what a download would take of the disk."""
+    reads = plan.network
+    if reads is None:
+        return []
+    models = ", ".join(f"{name.partition('@')[0]}@{commit[:12]}" for name, commit in plan.commits.items())
+    twice = f", {file_size(reads.router_bytes)} of it for the router, before" if reads.router_bytes else ""
+    times = ", ".join(f"{duration(reads.n_bytes / (mbit * 125_000))} at {mbit} Mbit/s" for mbit in _EXAMPLE_RATES_MBIT)
+    return [
+        f"read from the hub by ranges: {models}",
+        f"over the network {file_size(reads.n_bytes)}{twice}: {times}",
+        f"on disk {file_size(plan.n_bytes)}; with --keep-source {file_size(reads.file_bytes)} more, in the hub's cache",
+    ]
 
 
 def _cells(tensor: PlannedTensor) -> tuple[str, str, str, str]:

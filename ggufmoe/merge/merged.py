@@ -34,6 +34,7 @@ from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.compare import attention_distance, compare_sources
 from ggufmoe.merge.forward import Floats
+from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.merge.model_card import model_card
 from ggufmoe.merge.recipe import TAKEN, ExpertRecipe, GateMode, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import Router, bare_router, check_prompts, fit_router, make_router, warn_of_router
@@ -194,6 +195,8 @@ class MergedModel:
                 source.close()
             raise
         self.router_report: RouterReport | None = None
+        self.kept_router: KeptRouter | None = None
+        """Where ``prepare`` keeps the router that it computes, or finds that of an interrupted run."""
 
     @property
     def model_card(self) -> str:
@@ -204,6 +207,17 @@ class MergedModel:
     def input_paths(self) -> tuple[Path, ...]:
         """The recipe and every file of its models."""
         return (self._path, *(path for source in self._sources for path in source.input_paths))
+
+    @property
+    def read_for_router(self) -> tuple[SourceTensor, ...]:
+        """The tensors that ``prepare`` reads, or most of them, each about once."""
+        if self._stored_rows is not None or not self.recipe.gate_mode.needs_forward_pass:
+            return ()
+        per_layer = [tensor for name, tensor in self._base.tensors.items() if ".layers." in name]
+        if self.recipe.gate_mode is not GateMode.FITTED:
+            return tuple(per_layer)
+        experts = [tensor for tensor in self.tensors.values() if not isinstance(tensor, RouterTensor)]
+        return (*per_layer, *experts)
 
     def check_checkpoint(self) -> None:
         """Raise RecipeError, with the reason, if the merge is written as a GGUF file alone."""
@@ -225,18 +239,26 @@ class MergedModel:
         """
         if self.router_report is not None:
             return
-        if self._stored_rows is not None:
-            router = bare_router(TAKEN, self._stored_rows)
-        elif self.recipe.gate_mode is GateMode.FITTED:
-            router = self._fitted_router(threads, on_progress, cancel)
-        else:
-            router = make_router(self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel)
+        router = None if self.kept_router is None else self.kept_router.load()
+        if router is None:
+            router = self._computed_router(threads, on_progress, cancel)
+            if self.kept_router is not None:
+                self.kept_router.save(router)
         for tensor, rows in zip(self._routers, router.rows, strict=True):
             tensor.fill(rows)
         for tensor, rows in zip(self._shared_gates, router.shared_rows if self._shared_gates else (), strict=True):
             tensor.fill(rows)
         self.router_report = router.report
         warn_of_router(router.report)
+
+    def _computed_router(
+        self, threads: int | None, on_progress: OnProgress | None, cancel: CancelFlag | None
+    ) -> Router:
+        if self._stored_rows is not None:
+            return bare_router(TAKEN, self._stored_rows)
+        if self.recipe.gate_mode is GateMode.FITTED:
+            return self._fitted_router(threads, on_progress, cancel)
+        return make_router(self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel)
 
     def close(self) -> None:
         """Close every source."""

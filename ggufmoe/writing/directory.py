@@ -12,7 +12,7 @@ from ggufmoe.errors import OutputError, OutputExistsError
 from ggufmoe.files import check_parent, delete, delete_directory, move, partial_path, sync, sync_directory
 from ggufmoe.writing.lock import output_lock
 
-_PARTIAL_FILES = ("*.safetensors", "*.safetensors.partial", "*.partial.journal")
+_PARTIAL_FILES = ("*.safetensors", "*.safetensors.partial", "*.partial.journal", "*.partial.router")
 
 
 def check_directory(target: Path, inputs: Sequence[Path], *, record: str, force: bool) -> None:
@@ -97,8 +97,9 @@ def place_directory(partial: Path, target: Path, files: Mapping[str, bytes], *, 
             with contextlib.suppress(OSError):
                 move(replaced, target)
             raise
-        for journal in target.glob("*.partial.journal"):
-            delete(journal)
+        for pattern in ("*.partial.journal", "*.partial.router"):
+            for path in target.glob(pattern):
+                delete(path)
         sync_directory(target.parent)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}; all is in {partial}") from error

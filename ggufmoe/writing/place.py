@@ -101,6 +101,11 @@ def journal_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial.journal")
 
 
+def router_path(output: Path) -> Path:
+    """Where the computed router of a recipe is kept until its output is complete, beside the journal."""
+    return output.with_name(output.name + ".partial.router")
+
+
 def check_output(plan: WritePlan, *, force: bool, resume: bool) -> None:
     """Raise OutputError if a file of the plan cannot be written, OutputExistsError if it exists or is an input.
 

@@ -126,6 +126,23 @@ class Origin(Protocol):
 
 
 @dataclass(frozen=True)
+class NetworkReads:
+    """What comes over the network for a plan."""
+
+    write_bytes: int
+    """Headers, and the bytes of the tensors that are written."""
+    router_bytes: int
+    """What the router of a recipe reads before, at most."""
+    file_bytes: int
+    """Size of the files that are read by ranges, which would be stored with --keep-source."""
+
+    @property
+    def n_bytes(self) -> int:
+        """All that is fetched, if nothing has to be fetched again."""
+        return self.write_bytes + self.router_bytes
+
+
+@dataclass(frozen=True)
 class TypeTotal:
     """How much of a model has one type."""
 
@@ -152,6 +169,8 @@ class WritePlan:
     imatrix: Imatrix | None = None
     origins: tuple[Origin, ...] = ()
     """The models that are read over the network, whose files are not among ``input_paths``."""
+    network: NetworkReads | None = None
+    """What is read over the network; None if nothing is."""
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -200,6 +219,7 @@ class WritePlan:
             "types": {name: vars(total) for name, total in self.types.items()},
             "fallbacks": {t.name: t.unfit_type.name for t in self.tensors if t.unfit_type is not None},
             "commits": self.commits,
+            "network": None if self.network is None else vars(self.network),
         }
 
     @property

@@ -135,8 +135,8 @@ def test_after_too_many_requests_no_connection_asks_before_the_time(monkeypatch:
         pauses.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(hub_file.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(hub_file.time, "sleep", sleep)
+    monkeypatch.setattr("ggufmoe.checkpoint.hub_file.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ggufmoe.checkpoint.hub_file.time.sleep", sleep)
     line = Line()
     line.be_quiet(7)
     line.be_quiet(3)

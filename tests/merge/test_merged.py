@@ -286,9 +286,9 @@ def test_a_recipe_may_not_take_any_file_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "other" / "link.jinja").symlink_to(tmp_path / "secret")
     (folder / "circle").symlink_to("circle")
 
-    def template(choice: str, **options: bool) -> str | None:
+    def template(choice: str, *, allow_outside_files: bool = False) -> str | None:
         path = write_recipe(folder, "../base", "../other", chat_template=choice)
-        return opened(open_recipe(path, **options)).chat_template
+        return opened(open_recipe(path, allow_outside_files=allow_outside_files)).chat_template
 
     assert template("below/mine.jinja") == "of the recipe"
     assert template("../other/mine.jinja") == template(str(tmp_path / "other" / "mine.jinja")) == "of a source"

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from ggufmoe.weights import views
+from ggufmoe.weights.byte_ranges import ByteRange, ByteReader, byte_ranges
 from ggufmoe.weights.dtypes import read_f32, row_count
 from ggufmoe.weights.source_tensor import Dtype, SourceTensor
 from ggufmoe.weights.views import Changed, PickedColumns, PickedRows, Reshaped, SpacedRows, Transposed, rope_ordered
 
 
 class Stored:
-    """A source tensor in memory that counts the rows it has read."""
+    """A source tensor in memory that counts the rows it has read; it calls itself a file whose bytes are its rows."""
 
     name, dtype = "stored", Dtype.F32
 
     def __init__(self, values: NDArray[np.float32]) -> None:
         self.values, self.shape = values, values.shape
         self.n_read = 0
+        self.seen: set[int] = set()
 
     def read_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         assert 0 <= start < stop <= row_count(self.shape), f"rows {start} to {stop} are not in {self.shape}"
         assert out.flags.c_contiguous
         self.n_read += stop - start
+        self.seen.update(range(start, stop))
         out[...] = self.values.reshape(-1, self.shape[-1])[start:stop]
+
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        yield ByteRange(cast(ByteReader, self), start, stop)
 
 
 def numbered(*shape: int) -> Stored:
@@ -50,6 +56,10 @@ SHUFFLED = np.random.default_rng(0).permutation(12)
         (lambda x: PickedColumns(x, np.array([6, 0, 3])), lambda x: x[..., [6, 0, 3]]),
         (Transposed, lambda x: x.swapaxes(-1, -2)),
         (lambda x: Transposed(x, (2, 6, 7)), lambda x: x.reshape(2, 6, 7).swapaxes(-1, -2)),
+        (
+            lambda x: rope_ordered(Reshaped(x, (12, 7)), 6),
+            lambda x: x.reshape(2, 2, 3, 7).swapaxes(1, 2).reshape(12, 7),
+        ),
         (lambda x: Reshaped(x, (12, 7)), lambda x: x.reshape(12, 7)),
         (lambda x: Changed(x, lambda values: -np.exp(values / 100)), lambda x: -np.exp(x / 100)),
         (lambda x: PickedRows(Transposed(x), np.arange(0, 21, 2)), lambda x: x.swapaxes(-1, -2).reshape(21, 4)[::2]),
@@ -72,6 +82,9 @@ def test_every_range_of_rows(
             out = np.empty((stop - start, whole.shape[-1]), np.float32)
             seen.read_rows(start, stop, out)
             assert np.array_equal(out, rows[start:stop])
+            told = {row for one in byte_ranges(seen, start, stop) for row in range(one.begin, one.end)}
+            assert told == source.seen, "what is read ahead is not what is read"
+            source.seen.clear()
 
 
 def test_a_column_becomes_a_row() -> None:
