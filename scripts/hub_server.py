@@ -101,10 +101,11 @@ class HubServer:
         """The path and the Authorization header of each request to the second server."""
         self.lock = threading.Lock()
         self.epoch = 0
+        self.is_closed = False
         self.random = random.Random(self.faults.seed)
         self.bucket = _Bucket(self)
-        self._hub = _server(_HubHandler, self, port)
-        self._storage = _server(_StorageHandler, self, 0)
+        self._hub = _Server(_HubHandler, self, port)
+        self._storage = _Server(_StorageHandler, self, 0)
 
     @property
     def url(self) -> str:
@@ -149,12 +150,14 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         for server in (self._hub, self._storage):
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.is_closed = True
         for server in (self._hub, self._storage):
             server.shutdown()
+            server.close_connections()
             server.server_close()
 
 
@@ -179,20 +182,31 @@ class _Bucket:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
+    """A server whose threads end with it, though clients keep their connections."""
+
+    daemon_threads = False
     request_queue_size = 64
 
     def __init__(self, handler: type[BaseHTTPRequestHandler], hub: HubServer, port: int) -> None:
         super().__init__(("127.0.0.1", port), handler)
         self.hub = hub
+        self._connections: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def close_connections(self) -> None:
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away are no news."""
-
-
-def _server(handler: type[BaseHTTPRequestHandler], hub: HubServer, port: int) -> _Server:
-    return _Server(handler, hub, port)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -340,7 +354,7 @@ class _StorageHandler(_Handler):
             for position in range(begin, stop, _PIECE_BYTES):
                 n_bytes = min(_PIECE_BYTES, stop - position)
                 self.hub.bucket.take(n_bytes)
-                while self.hub.sent_bytes + n_bytes > self.hub.faults.stall_after:
+                while self.hub.sent_bytes + n_bytes > self.hub.faults.stall_after and not self.hub.is_closed:
                     time.sleep(0.01)
                 sent.n_bytes += n_bytes  # before the client can have it
                 self.connection.sendfile(opened, position, n_bytes)

@@ -67,7 +67,7 @@ def split_id(source: str, revision: str | None) -> tuple[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Origin:
+class HubModel:
     """A model of the hub whose files are read by ranges: as it was named, at which commit, and what is read of it."""
 
     source: str
@@ -96,7 +96,7 @@ class HubAccess:
         self, *, keep_source: bool = False, pins: Mapping[str, str] | None = None, line: Line | None = None
     ) -> None:
         self.line = line or Line()
-        self.origins: list[Origin] = []
+        self.origins: list[HubModel] = []
         self.header_bytes = 0
         """What was read of files to open them."""
         self._keep_source = keep_source
@@ -131,7 +131,7 @@ class HubAccess:
             raise _explained(f"{repo_id}@{commit}", repo_id, error) from error
         self.header_bytes = self.line.n_bytes
         if pairs:
-            self.origins.append(Origin(source, commit, tuple(file for file, _ in pairs)))
+            self.origins.append(HubModel(source, commit, tuple(file for file, _ in pairs)))
         return {name: file for name, (_, file) in zip(missing, pairs, strict=True)}
 
 

@@ -19,7 +19,7 @@ from ggufmoe.families.model_config import RopeScaling
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.prompts import read_vocabulary
 from ggufmoe.merge.recipe import Recipe
-from ggufmoe.weights.dtypes import read_f32
+from ggufmoe.weights.dtypes import read_single_rows
 
 _MUST_AGREE = {
     "architecture": "architecture",
@@ -80,8 +80,8 @@ def attention_distance(base: ModelSource, expert: ModelSource) -> float:
         if rule is None or not rule.where(base.config, layer):
             continue
         ours, theirs = base.tensors[rule.name(layer)], expert.tensors[rule.name(layer)]
-        for start in range(0, ours.shape[0], max(1, ours.shape[0] // _SAMPLED_ROWS)):
-            row, other = read_f32(ours, start, start + 1), read_f32(theirs, start, start + 1)
+        sampled = range(0, ours.shape[0], max(1, ours.shape[0] // _SAMPLED_ROWS))
+        for row, other in zip(read_single_rows(ours, sampled), read_single_rows(theirs, sampled), strict=True):
             squares += (np.sum((other - row) ** 2, dtype=np.float64), np.sum(row**2, dtype=np.float64))
     return float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
 

@@ -22,7 +22,7 @@ from ggufmoe.families import family_of
 from ggufmoe.families.family import BIAS, WEIGHT, Scoring
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
-from ggufmoe.weights.dtypes import read_f32
+from ggufmoe.weights.dtypes import read_f32, read_single_rows
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import Work
 
@@ -309,10 +309,7 @@ class ForwardPass:
 
 def embedding_rows(table: SourceTensor, tokens: Sequence[int]) -> Floats:
     """The rows of an embedding for ``tokens``, as they are stored: (n_tokens, n_embd) float32."""
-    out = np.empty((len(tokens), table.shape[1]), dtype=np.float32)
-    for i, token in enumerate(tokens):
-        out[i] = read_f32(table, token, token + 1)[0]
-    return out
+    return read_single_rows(table, tokens)
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:

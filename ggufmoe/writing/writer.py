@@ -51,7 +51,7 @@ _READERS = 2
 """Workers beyond the cores that compute: while they wait for the disk, none of the cores does."""
 
 
-class ReadAhead(Protocol):
+class Prefetcher(Protocol):
     """What fetches the bytes of tiles before they are read."""
 
     def running(
@@ -80,7 +80,7 @@ class WriteOptions:
     keep_journal: bool = False
     """Leave the journal of the finished files there, for a caller that has more to do before the output is complete."""
     flush_interval_s: float = FLUSH_INTERVAL_S
-    read_ahead: ReadAhead | None = None
+    read_ahead: Prefetcher | None = None
     """Reads what comes over the network before the tiles need it."""
     open_output: Callable[[Path, int, bool], OutputFile] | None = None
     """Opens a partial file: its path, its size, and whether to keep what is in it. By default, a file on disk."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.weights.dtypes import read_f32, row_count
+from ggufmoe.weights.dtypes import read_f32, read_single_rows, row_count
 from ggufmoe.weights.source_tensor import Dtype
 from tests import tiny
 from tests.tiny import Tiny
@@ -23,6 +23,14 @@ def test_tensors_read_as_float32(dtype: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_f32(tensor), expected)
         np.testing.assert_array_equal(read_f32(tensor, 3, 9), expected[3:9])
         assert read_f32(model.tensors["model.norm.weight"]).shape == (1, 256)
+
+
+def test_single_rows_in_any_order_and_more_than_once(tmp_path: Path) -> None:
+    with open_checkpoint(tiny.make_checkpoint(tmp_path)) as model:
+        tensor = model.tensors["model.embed_tokens.weight"]
+        rows = [7, 0, 7, 31, 2]
+        np.testing.assert_array_equal(read_single_rows(tensor, rows), read_f32(tensor)[rows])
+        assert read_single_rows(tensor, []).shape == (0, 256)
 
 
 def test_rows() -> None:
