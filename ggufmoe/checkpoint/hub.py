@@ -114,6 +114,8 @@ class HubAccess:
         if self._keep_source or _is_offline():
             _fetch_weights(repo_id, directory, names)
             return directory, {}
+        if shards.are_complete(directory):  # then the hub need not be reached
+            return directory, {}
         return directory, self._by_ranges(source, repo_id, directory, names)
 
     def _by_ranges(self, source: str, repo_id: str, directory: Path, names: Sequence[str]) -> Elsewhere:

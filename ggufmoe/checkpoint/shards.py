@@ -55,6 +55,15 @@ def open_tensor_files(directory: Path, elsewhere: Elsewhere | None = None) -> tu
     return tuple(files), stored
 
 
+def are_complete(directory: Path) -> bool:
+    """Whether a directory has all tensor files of its checkpoint."""
+    try:
+        has_index = not (directory / SINGLE).is_file() and (directory / INDEX).is_file()
+        return bool(read_index(directory) if has_index else _unindexed(directory, ()))
+    except CheckpointError:
+        return False
+
+
 def read_index(directory: Path, elsewhere: Collection[str] = ()) -> dict[str, str]:
     """Read the index of a directory: a map of tensor names to names of shards, which exist there or ``elsewhere``.
 

@@ -106,6 +106,8 @@ def _summary(result: ConvertResult | MergeResult) -> str:
     else:
         where = str(result.paths[0]) + (f" and {len(result.paths) - 1} more" if len(result.paths) > 1 else "")
         parts.append(f"{result.plan.bits_per_weight:.2f} bits per weight")
+    if result.network_bytes:
+        parts.append(f"{file_size(result.network_bytes)} over the network")
     speed = file_size(result.bytes_written / max(result.seconds, 1e-9))
     return f"{where}: {', '.join([*parts, f'{result.seconds:.1f} s', f'{speed}/s'])}"
 

@@ -101,6 +101,7 @@ def test_of_weights_nothing_is_stored_but_what_is_in_the_cache_is_read_there(ser
     served.reset_counts()
     assert open_sources("org/tiny") == [first]
     assert not any(name.endswith(".safetensors") for name in served.fetched)
+    assert opener("http://127.0.0.1:9", tmp_path)("org/tiny") == [first], "what is in the cache needs no hub"
 
 
 def test_what_the_hub_refuses_is_explained(served: HubServer, tmp_path: Path) -> None:
