@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import sys
 import threading
@@ -62,12 +63,12 @@ class SpinLimit:
         self._run_delay_s = run_delay_s or _RunDelay()
         self._clock_s = clock_s
         self._shorten = _way_to_shorten()
-        self._looked_s = clock_s()
-        self._waited_s = self._run_delay_s()
+        self._looked_s = -math.inf
+        self._waited_s: float | None = None
         self._n_busy = 0
         """Looks in a row that found the machine busy."""
         self._short_s = _SHORT_S
-        self._short_until_s = self._looked_s
+        self._short_until_s = -math.inf
         self._shortened: _SleepingTeam | _PoolLimit | None = None
 
     @property
@@ -77,7 +78,7 @@ class SpinLimit:
 
     def look(self) -> None:
         """Called by the thread that runs llama.cpp, between two computations: shorten spinning, or give it back."""
-        if self._shorten is None or self._waited_s is None:
+        if self._shorten is None:
             return
         now = self._clock_s()
         if self._shortened is not None:
@@ -202,24 +203,29 @@ class _RunDelay:
     """
 
     def __init__(self) -> None:
-        self._files: list[str] = []
+        self._waited_ns: dict[str, int | None] = {}
+        """By the file of each thread, what it told last; None before the first time."""
         self._n_asked = 0
+        self._total_ns = 0
 
     def __call__(self) -> float | None:
-        """Seconds in all, of the threads that there are; None where the kernel does not tell."""
+        """Seconds since the first call, of the threads that were there; None where the kernel does not tell."""
         if self._n_asked % _LOOKS_AT_SAME_THREADS == 0:
-            self._files = _compute_threads()
+            self._waited_ns = {name: self._waited_ns.get(name) for name in _compute_threads()}
         self._n_asked += 1
-        total_ns, n_told = 0, 0
-        for name in self._files:
+        n_told = 0
+        for name, before_ns in self._waited_ns.items():
             # a thread may have ended meanwhile
             with contextlib.suppress(OSError, ValueError, IndexError), open(name, "rb", buffering=0) as file:
-                total_ns += int(file.read(64).split()[1])
+                now_ns = int(file.read(64).split()[1])
+                self._total_ns += 0 if before_ns is None else now_ns - before_ns
+                self._waited_ns[name] = now_ns
                 n_told += 1
-        return total_ns / 1e9 if n_told else None
+        return self._total_ns / 1e9 if n_told else None
 
 
 def _compute_threads() -> list[str]:
+    """The files of the thread that calls this, and of those that Python does not know: llama.cpp's."""
     others = {str(thread.native_id) for thread in threading.enumerate()} - {str(threading.get_native_id())}
     try:
         tasks = os.listdir(_TASKS)

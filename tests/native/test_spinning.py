@@ -38,7 +38,9 @@ def find_busy(machine: Machine, limit: SpinLimit) -> None:
 
 
 def limit_of(machine: Machine) -> SpinLimit:
-    return SpinLimit(lambda: machine.waited_s, lambda: machine.now_s)
+    limit = SpinLimit(lambda: machine.waited_s, lambda: machine.now_s)
+    limit.look()  # there is nothing to compare with yet
+    return limit
 
 
 def n_threads() -> int:
@@ -180,6 +182,7 @@ def test_only_threads_that_compute_count(tmp_path: Path, monkeypatch: pytest.Mon
         waited({ours: 1, of_the_team: 2, other.native_id: 50})
         machine = Machine()
         limit = SpinLimit(clock_s=lambda: machine.now_s)
+        limit.look()
         machine.passes(10.0)
         waited({ours: 2, of_the_team: 4, other.native_id: 90})
         limit.look()
