@@ -87,6 +87,8 @@ class BatchScheduler:
                 # a job that was aborted computes nothing more
                 if not is_done or self._waiting or self._native.has_waiting_jobs or cancellation.is_requested():
                     break
+            if not (self._active or self._waiting or self._native.has_waiting_jobs):
+                slots.copy_ahead()
         except BaseException as error:  # without a context, for example; it belongs to the readers
             self.fail(error)
             return

@@ -329,6 +329,9 @@ class KVCache:
         """
         if not self.tokens or self._shared.shift_pending:
             return
+        if (copy := self._copy()) is not None:
+            self.saved.add(copy)  # as the newest
+            return
         if self.state_bytes() > self.saved.max_bytes:
             self.keep_text()
             return
@@ -341,6 +344,12 @@ class KVCache:
         self.saved.add(replace(state, checkpoints=_newest_within(state.checkpoints, room)))
         if self._is_wanted():
             self._kept.keep(state)
+
+    def _copy(self) -> SavedState | None:
+        """The copy of this text that ``saved`` has, if it is as exact as the text."""
+        tokens = tuple(self.tokens)
+        same = (state for state in self.saved if state.tokens == tokens and state.n_exact >= self._n_exact)
+        return next(same, None)
 
     def n_held(self, text: Sequence[int]) -> int:
         """Tokens at the beginning of ``text`` that the cache holds and can keep without the rest of what it holds."""

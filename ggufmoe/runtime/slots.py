@@ -165,6 +165,19 @@ class Slots:
         cache.empty()
         return True
 
+    def copy_ahead(self) -> None:
+        """Copy a short text that was used last, while nothing is computed: the next prompt need not wait for the copy.
+
+        The text stays where it is, for a prompt that continues it.
+        """
+        cache = self.latest
+        if len(self._slots) > 1 and len(cache.tokens) <= _STEP_TOKENS and self._may_copy(cache):
+            cache.set_aside()
+
+    def _may_copy(self, cache: KVCache) -> bool:
+        """Whether as many copies of its text as there are slots would take no more than half of the memory."""
+        return cache.state_bytes() * 2 * len(self._slots) <= cache.saved.max_bytes
+
     def _clear_idle(self, n_allowed: int) -> None:
         """Set texts of idle slots aside while they have more cells than ``n_allowed``.
 
@@ -179,7 +192,7 @@ class Slots:
 
         while sum(own_cells(slot) for slot in self._slots if not slot.owner) > n_allowed:
             cache = _longest_unused([slot for slot in self._slots if not slot.owner and own_cells(slot)]).cache
-            if cache is self.latest or cache.state_bytes() * 2 * len(self._slots) > cache.saved.max_bytes:
+            if cache is self.latest or not self._may_copy(cache):
                 return
             cache.set_aside()
             cache.empty()

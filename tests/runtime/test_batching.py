@@ -812,3 +812,27 @@ def test_a_forked_process_is_told_and_does_not_wait(context: ContextOptions, mix
             status = status_of_fork([], lambda: is_refused(lambda: list(stream)))
             release(engine)
     assert status == 0
+
+
+def test_a_short_text_is_copied_ahead_once_and_stays(mixing_path: Path) -> None:
+    with Engine(mixing_path, FOUR) as engine:
+        local = local_engine(engine)
+        list(engine.generate(words(30, 1), replace(GREEDY, n_predict=8)))
+        slots = local._loaded.slots
+
+        def held_and_copied() -> tuple[list[int], list[tuple[int, ...]]]:
+            slots.copy_ahead()
+            slots.copy_ahead()
+            return list(slots.latest.tokens), [state.tokens for state in slots.latest.saved]
+
+        held, copied = local._native.call(held_and_copied)
+        assert len(held) >= 30
+        assert copied == [tuple(held)]
+        again = list(engine.generate([*held, 3], replace(GREEDY, n_predict=1)))[-1]
+        assert isinstance(again, Finished)
+        assert again.timing.cached_tokens == len(held)
+        # behind another text it comes from the copy
+        list(engine.generate(words(40, 2), replace(GREEDY, n_predict=1)))
+        again = list(engine.generate([*held, 3], replace(GREEDY, n_predict=1)))[-1]
+        assert isinstance(again, Finished)
+        assert again.timing.cached_tokens == len(held)
