@@ -166,16 +166,43 @@ _SHARES = {"sum": 0.3, "difference": 0.3, "comparison": 0.15, "equation": 0.25}
 """How often each kind of arithmetic is heard."""
 
 
-class Corpus:
-    """Conversations as token ids, with the answers marked; the tokenizer is trained on the same text."""
+class Encoder:
+    """Conversations as token ids, with the answers marked, by the tokenizer ``model_bytes`` (a sentencepiece model)."""
+
+    def __init__(self, model_bytes: bytes) -> None:
+        self.model_bytes = model_bytes
+        self._pieces = spm.SentencePieceProcessor(model_proto=model_bytes)
+
+    def encode(self, turns: list[Question]) -> tuple[list[int], list[int]]:
+        """Ids and targets; only answers and their end are learned."""
+        ids, targets = [self._pieces.bos_id()], [IGNORED]
+        for turn in turns:
+            question = self._pieces.encode(f"[INST] {turn.text} [/INST]")
+            answer = self._pieces.encode(f"[INST] {turn.text} [/INST] {turn.answer}")[len(question) :]
+            ids += [*question, *answer, self._pieces.eos_id()]
+            targets += [IGNORED] * len(question) + answer + [self._pieces.eos_id()]
+        return ids, targets
+
+    def decode(self, ids: list[int]) -> str:
+        return self._pieces.decode(ids).strip()
+
+    def prompt(self, question: Question) -> list[int]:
+        return [self._pieces.bos_id(), *self._pieces.encode(f"[INST] {question.text} [/INST]")]
+
+    @property
+    def eos_id(self) -> int:
+        return int(self._pieces.eos_id())
+
+
+class Corpus(Encoder):
+    """The conversations that the demo's models learn from; the tokenizer is trained on the same text."""
 
     def __init__(self, seed: int) -> None:
         self._everyday = [question for question in everyday() if not question.held_out]
         heard = [question for question in arithmetic() if not question.held_out]
         self._arithmetic = {kind: [question for question in heard if question.kind == kind] for kind in _SHARES}
         self._talk = small_talk()
-        self.model_bytes = self._train_tokenizer(heard, seed)
-        self._pieces = spm.SentencePieceProcessor(model_proto=self.model_bytes)
+        super().__init__(self._train_tokenizer(heard, seed))
 
     def _train_tokenizer(self, heard: list[Question], seed: int) -> bytes:
         rng = random.Random(seed)
@@ -213,26 +240,6 @@ class Corpus:
             return [number_talk(rng) for _ in range(rng.choice((1, 1, 2)))]
         return conversation(rng, self._everyday if draw < 0.94 else self._talk)
 
-    def encode(self, turns: list[Question]) -> tuple[list[int], list[int]]:
-        """Ids and targets; only answers and their end are learned."""
-        ids, targets = [self._pieces.bos_id()], [IGNORED]
-        for turn in turns:
-            question = self._pieces.encode(f"[INST] {turn.text} [/INST]")
-            answer = self._pieces.encode(f"[INST] {turn.text} [/INST] {turn.answer}")[len(question) :]
-            ids += [*question, *answer, self._pieces.eos_id()]
-            targets += [IGNORED] * len(question) + answer + [self._pieces.eos_id()]
-        return ids, targets
-
-    def decode(self, ids: list[int]) -> str:
-        return self._pieces.decode(ids).strip()
-
-    def prompt(self, question: Question) -> list[int]:
-        return [self._pieces.bos_id(), *self._pieces.encode(f"[INST] {question.text} [/INST]")]
-
-    @property
-    def eos_id(self) -> int:
-        return int(self._pieces.eos_id())
-
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -251,7 +258,7 @@ def batches(corpus: Corpus, planned: Round, *, seed: int) -> Iterator[Batch]:
         rng.shuffle(starts)
         for start in starts:
             part = rows[start : start + BATCH_SIZE]
-            inputs, targets = _padded([(ids, wanted) for ids, wanted, _ in part])
+            inputs, targets = padded([(ids, wanted) for ids, wanted, _ in part])
             yield inputs, targets, torch.tensor([alone for *_, alone in part])
 
 
@@ -266,7 +273,7 @@ def _blends(beside: list[MLP], inputs: Tensor, alone: Tensor) -> list[Blend]:
     return [Blend(mlp, share) for mlp, share in zip(beside, shares, strict=True)]
 
 
-def _padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+def padded(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
     width = max(len(ids) for ids, _ in rows)
     inputs = torch.zeros((len(rows), width), dtype=torch.long)
     targets = torch.full((len(rows), width), IGNORED)
@@ -307,7 +314,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def _optimizers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: Model, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embedding and norms; of what is to be learned."""
     learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = [parameter for name, parameter in learned if parameter.ndim == 2 and "embed" not in name]
@@ -316,6 +323,15 @@ def _optimizers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
     if others:
         optimizers.append(torch.optim.AdamW(others, lr=0.15 * rate, betas=(0.9, 0.98), weight_decay=0.01))
     return optimizers
+
+
+def decays(optimizers: list[torch.optim.Optimizer], steps: int) -> list[torch.optim.lr_scheduler.LambdaLR]:
+    """Warm-up and cosine decay to a fiftieth of each optimizer's rate."""
+
+    def share(step: int) -> float:
+        return min((step + 1) / 50, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    return [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
 
 
 def train(model: Model, corpus: Corpus, planned: Round, *, seed: int) -> None:
@@ -329,13 +345,8 @@ def train(model: Model, corpus: Corpus, planned: Round, *, seed: int) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(kind == "base" or ".mlp." in name)
     beside = [copy.deepcopy(layer.mlp).requires_grad_(False) for layer in model.layers] if kind == "math" else []
-    optimizers = _optimizers(model, planned.rate)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / 50, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
-        for optimizer in optimizers
-    ]
+    optimizers = optimizers_of(model, planned.rate)
+    schedules = decays(optimizers, steps)
     started = time.monotonic()
     for step, (inputs, targets, alone) in zip(range(steps), batches(corpus, planned, seed=seed), strict=False):
         logits = model(inputs, _blends(beside, inputs, alone))
@@ -349,7 +360,7 @@ def train(model: Model, corpus: Corpus, planned: Round, *, seed: int) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: Model, corpus: Corpus, questions: list[Question]) -> float:
+def accuracy(model: Model, corpus: Encoder, questions: list[Question]) -> float:
     """Share of questions answered to the letter, greedily."""
     right = 0
     for question in questions:
@@ -369,7 +380,7 @@ def held_out(questions: list[Question], count: int, seed: int) -> list[Question]
     return random.Random(seed).sample([question for question in questions if question.held_out], count)
 
 
-def save(model: Model, corpus: Corpus, directory: Path) -> None:
+def save(model: Model, corpus: Encoder, directory: Path) -> None:
     """Write an ordinary Hugging Face checkpoint in bfloat16."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
@@ -456,10 +467,10 @@ def main() -> None:
         if number < arguments.skip:
             continue
         if number > 0:
-            _load(model, arguments.out_dir / ROUNDS[number - 1].kind)
+            load(model, arguments.out_dir / ROUNDS[number - 1].kind)
         train(model, corpus, planned, seed=arguments.seed + number)
         save(model, corpus, arguments.out_dir / planned.kind)
-        _load(model, arguments.out_dir / planned.kind)
+        load(model, arguments.out_dir / planned.kind)
         _report(model, corpus, planned.kind, arguments.seed)
     _write_json(arguments.out_dir / "questions.json", _asked())
 
@@ -471,7 +482,7 @@ def _report(model: Model, corpus: Corpus, kind: str, seed: int) -> None:
         print(f"{kind}: {100 * share:.1f} % of 100 held-out {name}", flush=True)
 
 
-def _load(model: Model, directory: Path) -> None:
+def load(model: Model, directory: Path) -> None:
     """The weights as they were saved, so that what is measured and fine-tuned is what is shipped."""
     from safetensors.torch import load_file
 

@@ -7,7 +7,7 @@ groups of states. All arithmetic is in float64 and in a fixed order: the same st
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,12 @@ Doubles = NDArray[np.float64]
 PENALTIES = (1e-3, 1e-4, 1e-5, 1e-6)
 """Factors on the squared length of the rows, for states of mean squared length one; tried from the largest on."""
 _N_FOLDS = 3
-_MAX_STEPS = 100
+_MAX_STEPS = 500
 _MEMORY = 10
 """Pairs of steps and gradients that L-BFGS keeps."""
-_TOLERANCE = 1e-6
-"""Relative decrease of the loss at which it stops."""
+_MAX_AXES = 128
+_ROUGH, _EXACT = 1e-6, 1e-12
+"""Relative decrease of the loss at which it stops: enough to compare penalties, and to know the rows to 1e-5."""
 
 
 def fit_classes(
@@ -29,69 +30,123 @@ def fit_classes(
     groups: NDArray[np.intp],
     n_class: int,
     *,
+    weights: NDArray[np.float64] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
     """Rows (n_class, n_embd) for ``states`` (n, n_embd) with classes ``labels`` (n,).
 
-    States of one of the ``groups`` (n,), numbered from 0, are held out together. Every class needs a state. ``check``
-    is called now and then, and may raise Cancelled.
+    States of one of the ``groups`` (n,), numbered from 0, are held out together. ``weights`` (n,) are how much states
+    count beside the others of their class, all the same by default. Every class needs a state. ``check`` is called now
+    and then, and may raise Cancelled.
     """
-    length = float(np.sqrt(np.mean(np.einsum("nd,nd->n", states, states, dtype=np.float64))))
-    scaled = states.astype(np.float64) / max(length, 1e-30)
-    problem = _Problem(scaled, labels, n_class)
-    penalty = _chosen_penalty(scaled, labels, groups, n_class, check)
-    rows = problem.solve(penalty, np.zeros((n_class, states.shape[1])))
-    return (rows / max(length, 1e-30)).astype(np.float32)
+    length = max(float(np.sqrt(np.mean(np.einsum("nd,nd->n", states, states, dtype=np.float64)))), 1e-30)
+    problem = Problem(states.astype(np.float64) / length, labels, n_class, weights)
+    check()
+    curvature = Curvature.of(problem)
+    penalty = _chosen_penalty(problem, curvature, groups, check)
+    rows = problem.solve(penalty, curvature, np.zeros((n_class, states.shape[1])), _EXACT)
+    return (rows / length).astype(np.float32)
 
 
 def _chosen_penalty(
-    scaled: NDArray[Any],
-    labels: NDArray[np.intp],
-    groups: NDArray[np.intp],
-    n_class: int,
-    check: Callable[[], None] = lambda: None,
+    problem: Problem, curvature: Curvature, groups: NDArray[np.intp], check: Callable[[], None] = lambda: None
 ) -> float:
     """The penalty with the least loss on held-out groups; the first one where the groups are too few to tell."""
     losses = np.zeros(len(PENALTIES))
     for fold in range(_N_FOLDS):
         out = groups % _N_FOLDS == fold
-        if len({*labels[out]}) < n_class or len({*labels[~out]}) < n_class:
+        if any(len({*problem.labels[part]}) < problem.n_class for part in (out, ~out)):
             return PENALTIES[0]
-        fitted, judged = _Problem(scaled[~out], labels[~out], n_class), _Problem(scaled[out], labels[out], n_class)
-        rows = np.zeros((n_class, scaled.shape[1]))
+        fitted, judged = problem.part(~out), problem.part(out)
+        rows = np.zeros((problem.n_class, problem.states.shape[1]))
         for i, penalty in enumerate(PENALTIES):
             check()
-            rows = fitted.solve(penalty, rows)
+            rows = fitted.solve(penalty, curvature, rows, _ROUGH)
             losses[i] += judged.loss(rows, 0.0)[0]
     return PENALTIES[int(losses.argmin())]
 
 
-class _Problem:
-    """States of mean squared length one, (n, n_embd), and their classes."""
+class Problem:
+    """States of mean squared length one, (n, n_embd), their classes and what each counts, (n,)."""
 
-    def __init__(self, states: Doubles, labels: NDArray[np.intp], n_class: int) -> None:
-        self._states = states
+    def __init__(
+        self, states: Doubles, labels: NDArray[np.intp], n_class: int, weights: NDArray[np.float64] | None = None
+    ) -> None:
+        self.states, self.labels, self.n_class = states, labels, n_class
+        self._weights = np.ones(len(labels)) if weights is None else weights
         self._wanted = np.eye(n_class)[labels]
-        self._shares = (1.0 / (n_class * np.bincount(labels, minlength=n_class)))[labels]
+        self.shares: Doubles = (
+            self._weights / (n_class * np.bincount(labels, weights=self._weights, minlength=n_class))[labels]
+        )
+        """How much each state counts: the same for every class together, and one in all."""
+
+    def part(self, chosen: NDArray[np.bool_]) -> Problem:
+        """The problem of the chosen states alone."""
+        return Problem(self.states[chosen], self.labels[chosen], self.n_class, self._weights[chosen])
 
     def loss(self, rows: Doubles, penalty: float) -> tuple[float, Doubles]:
         """The loss and its gradient (n_class, n_embd)."""
-        logits = self._states @ rows.T
+        logits = self.states @ rows.T
         logits -= logits.max(axis=1, keepdims=True)
         exponentials = np.exp(logits)
         sums = exponentials.sum(axis=1, keepdims=True)
         likelihoods = ((logits - np.log(sums)) * self._wanted).sum(axis=1)
-        excess = (exponentials / sums - self._wanted) * self._shares[:, None]
-        loss = -float(self._shares @ likelihoods) + penalty * float(np.vdot(rows, rows))
-        return loss, excess.T @ self._states + 2 * penalty * rows
+        excess = (exponentials / sums - self._wanted) * self.shares[:, None]
+        loss = -float(self.shares @ likelihoods) + penalty * float(np.vdot(rows, rows))
+        return loss, excess.T @ self.states + 2 * penalty * rows
 
-    def solve(self, penalty: float, start: Doubles) -> Doubles:
-        """The rows with the least loss, from ``start`` on."""
-        return minimized(lambda rows: self.loss(rows, penalty), start)
+    def solve(self, penalty: float, curvature: Curvature, start: Doubles, tolerance: float) -> Doubles:
+        """The rows with the least loss, from ``start`` on, searched where no direction is much steeper than another."""
+
+        def scaled_loss(rows: Doubles) -> tuple[float, Doubles]:
+            value, gradient = self.loss(curvature.scaled(rows, penalty, -0.5), penalty)
+            return value, curvature.scaled(gradient, penalty, -0.5)
+
+        found = minimized(scaled_loss, curvature.scaled(start, penalty, 0.5), tolerance)
+        return curvature.scaled(found, penalty, -0.5)
 
 
-def minimized(function: Callable[[Doubles], tuple[float, Doubles]], start: Doubles) -> Doubles:
-    """Where ``function``, which gives a value and its gradient, is least: L-BFGS (Nocedal 1980) with backtracking."""
+@dataclass(frozen=True)
+class Curvature:
+    """How steep the loss is along different rows: a fourth of the variance of the states there, and the penalty.
+
+    The variance is known along the ``axes`` (n_embd, r), columns of length one, where it is largest; along all others
+    it is taken to be ``rest``.
+    """
+
+    axes: Doubles
+    variances: Doubles
+    rest: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> Curvature:
+        """Find the axes with a few products of random vectors with the states (Halko et al. 2011)."""
+        weighted = problem.states * np.sqrt(problem.shares)[:, None]
+        n_embd = weighted.shape[1]
+        n_axes = min(_MAX_AXES, *weighted.shape)
+        axes = np.random.Generator(np.random.Philox(key=0)).standard_normal((n_embd, n_axes))
+        for _ in range(3):
+            axes = np.linalg.qr(weighted.T @ (weighted @ axes))[0]
+        along = weighted @ axes
+        variances, turned = np.linalg.eigh(along.T @ along)
+        rest = (float(np.vdot(weighted, weighted)) - float(variances.sum())) / max(n_embd - n_axes, 1)
+        return cls(axes @ turned, variances.clip(min=0), max(rest, 0.0))
+
+    def scaled(self, rows: Doubles, penalty: float, power: float) -> Doubles:
+        """``rows`` (n, n_embd) times a power of the curvature."""
+        along = (self.variances / 4 + 2 * penalty) ** power
+        others = (self.rest / 4 + 2 * penalty) ** power
+        out: Doubles = rows * others + (rows @ self.axes * (along - others)) @ self.axes.T
+        return out
+
+
+def minimized(
+    function: Callable[[Doubles], tuple[float, Doubles]], start: Doubles, tolerance: float = _ROUGH
+) -> Doubles:
+    """Where ``function``, which gives a value and its gradient, is least: L-BFGS (Nocedal 1980) with backtracking.
+
+    Stops where a step gains less than ``tolerance`` of the value.
+    """
     pairs: list[tuple[Doubles, Doubles]] = []
     x = start
     value, gradient = function(x)
@@ -110,7 +165,7 @@ def minimized(function: Callable[[Doubles], tuple[float, Doubles]], start: Doubl
             pairs = [*pairs, (moved, change)][-_MEMORY:]
         decrease = value - new_value
         x, value, gradient = new, new_value, new_gradient
-        if decrease < _TOLERANCE * value:
+        if decrease < tolerance * value:
             break
     return x
 

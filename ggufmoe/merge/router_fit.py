@@ -22,6 +22,8 @@ from ggufmoe.merge.logistic import fit_classes
 from ggufmoe.merge.router_texts import RouterText
 
 BASE, BEFORE, UNIFORM, HIDDEN, FITTED = "base", "before", "uniform", "hidden", "fitted"
+ANSWER_WEIGHT = 3.0
+"""How much a token whose successor counts in the loss counts in the fit, beside one of a question."""
 PROMPTS = "prompts"
 """The lane of a recipe's prompts, from whose states rows of gate mode hidden are made."""
 
@@ -54,12 +56,16 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _Places:
-    """Of each token of all texts, (n,) each: its text, its place in it, the text's expert, whether it is held out."""
+    """Of each token of all texts, (n,) each: its text, its place in it, the text's expert, whether it is held out.
+
+    ``counts`` is how much the token counts in a fit beside others of its expert.
+    """
 
     texts: NDArray[np.intp]
     places: NDArray[np.intp]
     experts: NDArray[np.intp]
     held_out: NDArray[np.bool_]
+    counts: NDArray[np.float64]
 
     @classmethod
     def of(cls, texts: Sequence[RouterText]) -> _Places:
@@ -69,7 +75,15 @@ class _Places:
             np.concatenate([np.arange(size) for size in sizes]),
             np.repeat([text.expert for text in texts], sizes),
             np.repeat([text.held_out for text in texts], sizes),
+            np.concatenate([_counts(text) for text in texts]),
         )
+
+
+def _counts(text: RouterText) -> NDArray[np.float64]:
+    """How much each token of a text counts: more where the next one is part of an answer."""
+    out = np.ones(len(text.tokens))
+    out[[place - 1 for place in text.scored]] = ANSWER_WEIGHT
+    return out
 
 
 class RouterFitting:
@@ -142,7 +156,8 @@ class RouterFitting:
     def _fit(self, normed: Floats) -> Floats:
         use = (self._at.places > 0) & ~self._at.held_out
         found = (normed[use], self._at.experts[use], self._at.texts[use])
-        return fit_classes(*found, self._config.n_expert, check=self._forward.work.check)
+        counts, check = self._at.counts[use], self._forward.work.check
+        return fit_classes(*found, self._config.n_expert, weights=counts, check=check)
 
     def _weights(self, layer: int, before: Floats, normed: Floats, rows: Floats) -> Floats:
         """Weights of all experts for the tokens of all lanes, (n_tokens, n_expert); zeros where the base computes."""

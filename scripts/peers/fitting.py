@@ -36,7 +36,7 @@ def main() -> int:
     model.prepare()
     router = needed_rule(family_of(model.config), ROUTER)
     ours = np.stack([read_f32(model.tensors[router.name(layer)]) for layer in range(model.config.n_layer)])
-    texts = [{"tokens": one.tokens, "expert": one.expert, "held_out": one.held_out} for one in model.texts]
+    texts = [{"tokens": one.tokens, "scored": one.scored, "expert": one.expert, "held_out": one.held_out} for one in model.texts]
     with tempfile.TemporaryDirectory() as scratch:
         out, job = Path(scratch) / "rows.npy", Path(scratch) / "job.json"
         content = {

@@ -2,7 +2,8 @@
 
 usage: fitting_reference.py JOB.json
 
-The job is ``{"base": DIR, "experts": [DIR...], "texts": [{"tokens": [...], "expert": N, "held_out": bool}...],
+The job is ``{"base": DIR, "experts": [DIR...], "texts": [{"tokens": [...], "scored": [...], "expert": N,
+"held_out": bool}...],
 "n_used": N, "dtype": "bfloat16", "out": FILE.npy}``; the file gets rows (n_layer, n_expert, n_embd) in float32.
 Weights are rounded to ``dtype`` and computed in float32, each text by itself.
 """
@@ -11,74 +12,80 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 import transformers
 
 PENALTIES = (1e-3, 1e-4, 1e-5, 1e-6)
-N_FOLDS, MAX_STEPS, MEMORY, TOLERANCE = 3, 100, 10, 1e-6
+N_FOLDS, ANSWER_WEIGHT = 3, 3.0
 Tensor = torch.Tensor
 
 
-def loss(rows: Tensor, states: Tensor, labels: Tensor, n_expert: int, penalty: float) -> tuple[float, Tensor]:
-    """Cross-entropy with equal weight for each expert, and its gradient by autograd."""
-    free = rows.detach().requires_grad_()
-    counts = torch.bincount(labels, minlength=n_expert).double()
-    weights = 1 / (n_expert * counts)
-    each = torch.nn.functional.cross_entropy(states @ free.T, labels, reduction="none")
-    value = (each * weights[labels]).sum() + penalty * (free**2).sum()
-    value.backward()
-    assert free.grad is not None
-    return float(value.detach()), free.grad
+@dataclass(frozen=True)
+class Problem:
+    """States (n, n_embd) in float64, their experts, and how much each counts."""
 
+    states: Tensor
+    labels: Tensor
+    counts: Tensor
+    n_expert: int
 
-def solve(rows: Tensor, states: Tensor, labels: Tensor, n_expert: int, penalty: float) -> Tensor:
-    """L-BFGS with backtracking, from ``rows`` on."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    value, gradient = loss(rows, states, labels, n_expert, penalty)
-    for _ in range(MAX_STEPS):
-        direction, factors = -gradient, []
-        for moved, change in reversed(pairs):
-            factors.append((moved * direction).sum() / (moved * change).sum())
-            direction = direction - factors[-1] * change
-        if pairs:
-            moved, change = pairs[-1]
-            direction = direction * (moved * change).sum() / (change * change).sum()
-        else:
-            direction = direction / gradient.norm().clamp(min=1e-12)
-        for (moved, change), factor in zip(pairs, reversed(factors), strict=True):
-            direction = direction + (factor - (change * direction).sum() / (moved * change).sum()) * moved
-        slope, step = float((gradient * direction).sum()), 1.0
-        while True:
-            new_value, new_gradient = loss(rows + step * direction, states, labels, n_expert, penalty)
-            if new_value <= value + 1e-4 * step * slope or step < 1e-8:
+    def part(self, chosen: Tensor) -> Problem:
+        return Problem(self.states[chosen], self.labels[chosen], self.counts[chosen], self.n_expert)
+
+    def loss(self, rows: Tensor, penalty: float) -> Tensor:
+        """Cross-entropy with equal weight for each expert, and the penalty."""
+        sums = torch.zeros(self.n_expert, dtype=torch.float64).scatter_add(0, self.labels, self.counts)
+        each = F.cross_entropy(self.states @ rows.T, self.labels, reduction="none")
+        return (each * self.counts / (self.n_expert * sums[self.labels])).sum() + penalty * (rows**2).sum()
+
+    def solve(self, rows: Tensor, penalty: float) -> Tensor:
+        """The rows with the least loss, from ``rows`` on: Newton's method, with the whole matrix of curvatures."""
+        for _ in range(50):
+            free = rows.detach().requires_grad_()
+            value = self.loss(free, penalty)
+            (gradient,) = torch.autograd.grad(value, free)
+            step = torch.linalg.solve(self._curvatures(rows, penalty), gradient.reshape(-1)).reshape(rows.shape)
+            gain, size = float((gradient * step).sum()), 1.0
+            while float(self.loss(rows - size * step, penalty)) > float(value) - 0.1 * size * gain and size > 1e-6:
+                size /= 2
+            rows = rows - size * step
+            if gain < 1e-13 * float(value):
                 break
-            step /= 2
-        moved, change = step * direction, new_gradient - gradient
-        if float((moved * change).sum()) > 1e-14:
-            pairs = [*pairs, (moved, change)][-MEMORY:]
-        decrease = value - new_value
-        rows, value, gradient = rows + moved, new_value, new_gradient
-        if decrease < TOLERANCE * value:
-            break
-    return rows
+        return rows
+
+    def _curvatures(self, rows: Tensor, penalty: float) -> Tensor:
+        """Second derivatives by each pair of numbers in ``rows``."""
+        sums = torch.zeros(self.n_expert, dtype=torch.float64).scatter_add(0, self.labels, self.counts)
+        shares = self.counts / (self.n_expert * sums[self.labels])
+        p = (self.states @ rows.T).softmax(dim=1)
+        out = 2 * penalty * torch.eye(rows.numel(), dtype=torch.float64)
+        blocks = out.view(self.n_expert, rows.shape[1], self.n_expert, rows.shape[1])
+        for a in range(self.n_expert):
+            for b in range(self.n_expert):
+                factor = shares * p[:, a] * (float(a == b) - p[:, b])
+                blocks[a, :, b, :] += (self.states * factor[:, None]).T @ self.states
+        return out
 
 
-def fit(states: Tensor, labels: Tensor, texts: Tensor, n_expert: int) -> Tensor:
+def fit(states: Tensor, labels: Tensor, counts: Tensor, texts: Tensor, n_expert: int) -> Tensor:
     """The rows of one layer; the penalty is that with the least loss on held-out folds of the texts."""
     states = states.double()
     length = (states**2).sum(dim=1).mean().sqrt()
-    scaled, zero = states / length, torch.zeros((n_expert, states.shape[1]), dtype=torch.float64)
+    problem = Problem(states / length, labels, counts, n_expert)
+    zero = torch.zeros((n_expert, states.shape[1]), dtype=torch.float64)
     losses = torch.zeros(len(PENALTIES))
     for fold in range(N_FOLDS):
         out, rows = texts % N_FOLDS == fold, zero
         for i, penalty in enumerate(PENALTIES):
-            rows = solve(rows, scaled[~out], labels[~out], n_expert, penalty)
-            losses[i] += loss(rows, scaled[out], labels[out], n_expert, 0.0)[0]
-    return (solve(zero, scaled, labels, n_expert, PENALTIES[int(losses.argmin())]) / length).float()
+            rows = problem.part(~out).solve(rows, penalty)
+            losses[i] += float(problem.part(out).loss(rows, 0.0))
+    return (problem.solve(zero, PENALTIES[int(losses.argmin())]) / length).float()
 
 
 class Mixture:
@@ -119,18 +126,27 @@ def fitted_rows(job: dict[str, Any]) -> Tensor:
     sizes = torch.tensor([len(texts[i]["tokens"]) - 1 for i in used])
     labels = torch.tensor([texts[i]["expert"] for i in used]).repeat_interleave(sizes)
     numbers = torch.tensor(used).repeat_interleave(sizes)
+    counts = torch.cat([_counts(texts[i]) for i in used])
     found = []
     for layer in range(len(mixture.base.layers)):
         with torch.no_grad():
             pairs = [mixture.attended(layer, one) for one in hidden]
         states = torch.cat([pairs[i][1][1:] for i in used])
-        found.append(fit(states, labels, numbers, len(mixture.experts)).to(mixture.dtype).float())
+        found.append(fit(states, labels, counts, numbers, len(mixture.experts)).to(mixture.dtype).float())
         with torch.no_grad():
             hidden = [one + mixture.output(layer, normed, found[-1]) for one, normed in pairs]
     return torch.stack(found)
 
 
+def _counts(text: dict[str, Any]) -> Tensor:
+    """How much each token but the first counts: more before one of an answer."""
+    out = torch.ones(len(text["tokens"]), dtype=torch.float64)
+    out[torch.tensor(text["scored"]) - 1] = ANSWER_WEIGHT
+    return out[1:]
+
+
 def main() -> None:
+    torch.set_num_threads(1)  # threads that wait for each other take minutes on a busy machine
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     np.save(job["out"], fitted_rows(job).numpy())
 

@@ -7,7 +7,7 @@ import pytest
 
 from ggufmoe.errors import Cancelled
 from ggufmoe.merge import logistic
-from ggufmoe.merge.logistic import fit_classes, minimized
+from ggufmoe.merge.logistic import Curvature, Problem, fit_classes, minimized
 
 
 def clouds(n_class: int, n: int, *, noise: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,7 +31,7 @@ def test_rows_tell_new_states_apart(n_class: int) -> None:
 
 def test_the_gradient_is_that_of_the_loss() -> None:
     states, labels, _ = clouds(3, 30)
-    problem = logistic._Problem(states.astype(np.float64), labels, 3)
+    problem = Problem(states.astype(np.float64), labels, 3)
     rows = np.random.default_rng(1).standard_normal((3, 24))
     gradient = problem.loss(rows, 0.1)[1]
     for place in ((0, 3), (2, 20)):
@@ -50,8 +50,37 @@ def test_a_class_with_few_states_counts_as_much_as_one_with_many() -> None:
 
 
 def test_noise_asks_for_a_larger_penalty() -> None:
-    chosen = [logistic._chosen_penalty(*clouds(2, 120, noise=noise), 2) for noise in (0.1, 30.0)]
+    chosen = []
+    for noise in (0.1, 30.0):
+        states, labels, groups = clouds(2, 120, noise=noise)
+        problem = Problem(states.astype(np.float64), labels, 2)
+        chosen.append(logistic._chosen_penalty(problem, Curvature.of(problem), groups))
     assert chosen[0] < chosen[1]
+
+
+@pytest.mark.parametrize("n", [12, 400])
+def test_rows_are_at_the_minimum(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer states than columns and with more, with all directions known and with a few: no gradient is left."""
+    states, labels, groups = clouds(3, n, noise=3.0)
+    states *= np.geomspace(1, 1e-3, 24, dtype=np.float32)
+    labels[:3] = range(3)
+    weights = np.linspace(1, 5, n)
+    for n_axes in (128, 4):
+        monkeypatch.setattr(logistic, "_MAX_AXES", n_axes)
+        monkeypatch.setattr(logistic, "PENALTIES", (1e-4,))
+        rows = fit_classes(states, labels, groups, 3, weights=weights)
+        length = np.sqrt(np.mean(np.sum(states.astype(np.float64) ** 2, axis=1)))
+        gradient = Problem(states / length, labels, 3, weights).loss(rows.astype(np.float64) * length, 1e-4)[1]
+        assert np.linalg.norm(gradient) < 1e-4 * 2e-4 * np.linalg.norm(rows * length)
+
+
+def test_states_that_count_twice_are_as_two() -> None:
+    states, labels, groups = clouds(2, 40)
+    rows, every = np.random.default_rng(1).standard_normal((2, 24)), np.concatenate([np.arange(40), np.arange(10)])
+    weighted = Problem(states.astype(np.float64), labels, 2, np.where(groups < 10, 2.0, 1.0))
+    copied = Problem(states[every].astype(np.float64), labels[every], 2)
+    for found, expected in zip(weighted.loss(rows, 0.1), copied.loss(rows, 0.1), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_too_few_groups_get_the_largest_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
