@@ -1,12 +1,11 @@
 """What a recipe's router is worth: loss and accuracy on held-out questions, beside its models and other routers.
 
-    python scripts/eval_router.py RECIPE.yaml HELD.jsonl... [--quant Q4_K_M] [--questions 50] [--work DIR]
+    python scripts/eval_router.py RECIPE.yaml HELD.jsonl... [--quant F32 Q4_K_M] [--work DIR]
 
 RECIPE.yaml has ``gate_mode: fitted``, and prompts for each expert where gate mode hidden is to be compared. Each
-HELD.jsonl has conversations of one task, a question and its answer a line, that no router was fitted on. Loss is the
-mean over the tokens of the answers, computed in numpy; accuracy is the share of questions whose greedy answer through
-llama.cpp is right to the letter, and perplexity is llama.cpp's on all questions and answers, both with the weights in
-``--quant``.
+HELD.jsonl has conversations of one task, a question and its answer a line, that no router was fitted on. llama.cpp
+computes all, with the weights in each ``--quant``: the mean loss of a token of the answers, the share of questions
+whose greedy answer is right to the letter, and the perplexity of all conversations, questions included.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ import yaml
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.source import ModelSource
-from ggufmoe.merge.forward import ForwardPass, one_blas_thread
-from ggufmoe.merge.merged import open_recipe
 from ggufmoe.merge.router_texts import RouterText, TextTokens, read_texts
-from ggufmoe.runtime.events import Token
 
 N_PERPLEXITY = 256
 """Tokens of a chunk."""
@@ -41,13 +37,12 @@ class Subject:
     name: str
     path: Path
 
-    def open(self) -> ModelSource:
-        """The model, with its router computed."""
-        if self.path.is_dir():
-            return open_checkpoint(self.path)
-        model = open_recipe(self.path, allow_identical_experts=True, allow_outside_files=True)
-        model.prepare()
-        return model
+    def convert(self, work: Path, quant: str) -> Path:
+        """A GGUF file of it in ``work``."""
+        gguf = work / f"{self.name.replace(' ', '-')}-{quant}.gguf"
+        loose = not self.path.is_dir()
+        ggufmoe.convert(self.path, gguf, quant, force=True, allow_identical_experts=loose, allow_outside_files=loose)
+        return gguf
 
 
 def subjects(recipe: Path, work: Path) -> Iterator[Subject]:
@@ -76,86 +71,57 @@ def _written(name: str, content: dict[str, Any], work: Path) -> Subject:
     return Subject(name, path)
 
 
-def losses(model: ModelSource, held: Sequence[Path]) -> list[float]:
-    """For each file the mean loss of a token of an answer."""
-    forward, found = ForwardPass(model), []
-    for file in held:
-        texts = read_texts([[file]], TextTokens.of(model), text_tokens=1 << 30, seed=0)
-        hidden = last_states(forward, model, [text.tokens for text in texts])
-        places, targets = _scored(texts)
-        found.append(float(forward.losses(hidden[places], targets).mean()))
-    return found
+def read_held(base: ModelSource, files: Sequence[Path]) -> list[tuple[RouterText, ...]]:
+    """The conversations of each file."""
+    return [read_texts([[file]], TextTokens.of(base), text_tokens=1 << 30, seed=0) for file in files]
 
 
-def last_states(forward: ForwardPass, model: ModelSource, prompts: Sequence[Sequence[int]]) -> Any:
-    """The residual stream after the last layer."""
-    hidden = forward.first(prompts)
-    with one_blas_thread():
-        for layer in range(model.config.n_layer):
-            hidden, normed = forward.attended(layer, hidden, prompts)
-            hidden = forward.added(hidden, forward.feed_forward(layer, normed))
-    return hidden
+def score(engine: ggufmoe.Engine, texts: Sequence[RouterText]) -> tuple[float, float]:
+    """The mean loss of a token of an answer, and the share of answers that are right: each token is the likeliest."""
+    losses, right = [], 0
+    for text in texts:
+        places = np.array(text.scored)
+        logits = engine.logits(text.tokens)[places - 1].astype(np.float64)
+        targets = np.array(text.tokens)[places]
+        own = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        highest = logits.max(axis=1)
+        losses += list(highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - own)
+        right += bool((own == highest).all())
+    return float(np.mean(losses)), right / len(texts)
 
 
-def _scored(texts: Sequence[RouterText]) -> tuple[list[int], Any]:
-    starts = np.cumsum([0, *(len(text.tokens) for text in texts)])
-    places = [int(start) + i - 1 for start, text in zip(starts, texts, strict=False) for i in text.scored]
-    return places, np.array([text.tokens[i] for text in texts for i in text.scored])
-
-
-def conversations(file: Path, n: int | None = None) -> list[tuple[str, str]]:
-    """Questions and answers of a file, the first ``n`` of them."""
-    lines = file.read_text(encoding="utf-8").splitlines()[:n]
+def whole_text(files: Sequence[Path]) -> str:
+    """All conversations as one text."""
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     said = [json.loads(line)["messages"] for line in lines]
-    return [(messages[0]["content"], messages[1]["content"]) for messages in said]
-
-
-def accuracy(engine: ggufmoe.Engine, file: Path, n: int) -> float:
-    """The share of questions that are answered right."""
-    chat = ggufmoe.Chat(engine, sampling=ggufmoe.SamplingOptions(temperature=0, n_predict=40))
-    right = 0
-    asked = conversations(file, n)
-    for question, answer in asked:
-        chat.reset()
-        said = "".join(event.text for event in chat.send(question) if isinstance(event, Token))
-        right += said.strip() == answer
-    return right / len(asked)
+    return "\n".join(f"[INST] {messages[0]['content']} [/INST] {messages[1]['content']}" for messages in said)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("held", type=Path, nargs="+", help="one file for each task")
-    parser.add_argument("--quant", default="F32", help="the file type of what llama.cpp computes")
-    parser.add_argument("--questions", type=int, default=50, metavar="N", help="of each task that llama.cpp answers")
+    parser.add_argument("--quant", nargs="+", default=["F32"], metavar="TYPE", help="file types to compute with")
     parser.add_argument("--work", type=Path, help="keep the GGUF files here")
     arguments = parser.parse_args()
     held = arguments.held
-    print(f"| model | mean loss | mean right | perplexity | {' | '.join(file.stem for file in held)} |")
-    print("|---|" + "---:|" * (3 + len(held)))
-    text = "\n".join(f"[INST] {asked} [/INST] {said}" for file in held for asked, said in conversations(file))
+    print(f"| weights | router | mean loss | mean right | perplexity | {' | '.join(file.stem for file in held)} |")
+    print("|---|---|" + "---:|" * (3 + len(held)))
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
-        for subject in subjects(arguments.recipe.absolute(), work):
-            model = subject.open()
-            loss = losses(model, held)
-            model.close()
-            gguf = work / f"{subject.name.replace(' ', '-')}-{arguments.quant}.gguf"
-            loose = not subject.path.is_dir()
-            ggufmoe.convert(
-                subject.path,
-                gguf,
-                arguments.quant,
-                force=True,
-                allow_identical_experts=loose,
-                allow_outside_files=loose,
-            )
-            with ggufmoe.Engine(gguf) as engine:
-                right = [accuracy(engine, file, arguments.questions) for file in held]
-            perplexity = ggufmoe.perplexity(gguf, text=text, n_ctx=N_PERPLEXITY).value
-            cells = [f"{one:.2f}, {share:.0%}" for one, share in zip(loss, right, strict=True)]
-            means = f"{np.mean(loss):.3f} | {np.mean(right):.1%} | {perplexity:.2f}"
-            print(f"| {subject.name} | {means} | {' | '.join(cells)} |", flush=True)
+        everyone = list(subjects(arguments.recipe.absolute(), work))
+        with open_checkpoint(everyone[0].path) as base:
+            texts = read_held(base, held)
+        for subject in everyone:
+            for quant in arguments.quant:
+                gguf = subject.convert(work, quant)
+                with ggufmoe.Engine(gguf) as engine:
+                    scores = [score(engine, some) for some in texts]
+                loss, right = np.mean(scores, axis=0)
+                perplexity = ggufmoe.perplexity(gguf, text=whole_text(held), n_ctx=N_PERPLEXITY).value
+                means = f"{loss:.3f} | {right:.1%} | {perplexity:.2f}"
+                cells = " | ".join(f"{one:.2f}, {share:.0%}" for one, share in scores)
+                print(f"| {quant} | {subject.name} | {means} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,8 @@ class MergedModel:
             if source is self._base and not spec.noise_scale and spec.residual_scale in (None, 1.0)
         ]
         distances = tuple(0.0 if one is self._base else attention_distance(self._base, one) for one in self._experts)
-        for warning in fitting_warnings(self._base in self._experts, distances):
+        base_texts = [text for text in self.texts if self._experts[text.expert] is self._base]
+        for warning in fitting_warnings(self._base in self._experts, distances, base_texts):
             log.warning("%s", warning)
         router = fit_router(
             self.recipe,

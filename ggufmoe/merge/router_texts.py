@@ -25,8 +25,8 @@ MAX_TEXT_TOKENS = 512
 """Tokens of one text that are used: attention's memory and time grow with their square."""
 _MAX_FILE_BYTES = 64 << 20
 """Bytes of a file that are read; the rest is not used."""
-_PIECE_CHARS = 1000
-"""A piece of a plain text is as many whole lines as have this many characters together."""
+_PIECE_CHARS = 500
+"""A piece of a plain text is as many whole lines as have this many characters together; longer lines are cut."""
 _HELD_OUT = 5
 """One of so many texts is held out."""
 
@@ -37,6 +37,7 @@ class RouterText:
 
     expert: int
     file: str
+    """The file's name, with as many of its folders as tell it apart from the expert's other files."""
     tokens: tuple[int, ...]
     scored: tuple[int, ...]
     """Places of the tokens that count in a loss: an assistant's answers in a conversation, else all but the first."""
@@ -82,12 +83,21 @@ def read_texts(
     encoder = _Encoder(tokens)
     texts: list[RouterText] = []
     for expert, paths in enumerate(files):
-        for path in paths:
+        for path, name in zip(paths, _names(paths), strict=True):
             taken = _drawn(path, encoder, text_tokens // len(paths), seed)
             # of two texts, the second; of more, every fifth
             out = {i for i in range(len(taken)) if i % _HELD_OUT == 1}
-            texts += [RouterText(expert, path.name, *ids, held_out=i in out) for i, ids in enumerate(taken)]
+            texts += [RouterText(expert, name, *ids, held_out=i in out) for i, ids in enumerate(taken)]
     return tuple(texts)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What to call each file: its name, after as many folders as make all names differ."""
+    for n in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-n:]) for path in paths]
+        if len({*names}) == len({*paths}):
+            return names
+    return [str(path) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,10 @@ def _read(path: Path) -> str:
 def _pieces(text: str) -> Iterator[_Written]:
     first, piece = 1, ""
     for number, line in enumerate(text.split("\n"), start=1):
+        while len(piece) + len(line) >= 2 * _PIECE_CHARS:
+            cut = line.rfind(" ", 0, _PIECE_CHARS) + 1 or _PIECE_CHARS
+            yield _Written(first, (piece + line[:cut]).strip())
+            first, piece, line = number, "", line[cut:]
         piece += line + "\n"
         if len(piece) >= _PIECE_CHARS:
             yield _Written(first, piece.strip())
@@ -230,19 +244,39 @@ def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def breadth(texts: Sequence[RouterText]) -> float:
+    """In how many tokens texts are spread: the exponential of the entropy of their frequencies.
+
+    2000 tokens of sums have about 17, of everyday questions 90, of an encyclopedia 290.
+    """
+    counts = np.unique(np.concatenate([text.tokens[1:] for text in texts]), return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 _CHANGED = 0.005
 """Distance of attention weights above which more than rounding differs."""
+_NARROW = 30
+"""Breadth of texts below which they cannot be about much."""
 
 
-def fitting_warnings(base_is_expert: bool, attention_distances: Sequence[float]) -> Iterator[str]:
+def fitting_warnings(
+    base_is_expert: bool, attention_distances: Sequence[float], base_texts: Sequence[RouterText] = ()
+) -> Iterator[str]:
     """What experience says will go wrong with a fitted router, one sentence each.
 
-    ``attention_distances`` says of each expert how far its attention is from the base's, relative to its length.
+    ``attention_distances`` says of each expert how far its attention is from the base's, relative to its length;
+    ``base_texts`` are the base's texts, where it is known which expert that is.
     """
     if not base_is_expert:
         yield (
             "the base is no expert: what none of the texts is about goes to an expert all the same and may get worse; "
             "add the base as an expert with broad texts"
+        )
+    if base_texts and (found := breadth(base_texts)) < _NARROW:
+        yield (
+            f"the base's texts are narrow (spread over {found:.0f} tokens; broad ones have a hundred and more): what "
+            "they are not about goes to other experts and may get worse; add texts of everything that the base is for"
         )
     for expert, distance in enumerate(attention_distances):
         if distance > _CHANGED:

@@ -3,9 +3,8 @@
 usage: fitting_reference.py JOB.json
 
 The job is ``{"base": DIR, "experts": [DIR...], "texts": [{"tokens": [...], "scored": [...], "expert": N,
-"held_out": bool}...],
-"n_used": N, "dtype": "bfloat16", "out": FILE.npy}``; the file gets rows (n_layer, n_expert, n_embd) in float32.
-Weights are rounded to ``dtype`` and computed in float32, each text by itself.
+"held_out": bool}...], "n_used": N, "dtype": "bfloat16", "out": FILE.npy}``; the file gets rows (n_layer, n_expert,
+n_embd) in float32. Weights are rounded to ``dtype`` and computed in float32, each text by itself.
 """
 
 from __future__ import annotations
@@ -52,10 +51,11 @@ class Problem:
             (gradient,) = torch.autograd.grad(value, free)
             step = torch.linalg.solve(self._curvatures(rows, penalty), gradient.reshape(-1)).reshape(rows.shape)
             gain, size = float((gradient * step).sum()), 1.0
-            while float(self.loss(rows - size * step, penalty)) > float(value) - 0.1 * size * gain and size > 1e-6:
+            least = float(value.detach())
+            while float(self.loss(rows - size * step, penalty)) > least - 0.1 * size * gain and size > 1e-6:
                 size /= 2
             rows = rows - size * step
-            if gain < 1e-13 * float(value):
+            if gain < 1e-13 * least:
                 break
         return rows
 

@@ -12,6 +12,7 @@ import pytest
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError
+from ggufmoe.merge import router_texts
 from ggufmoe.merge.prompts import prompt_tokenizer
 from ggufmoe.merge.router_texts import MAX_TEXT_TOKENS, RouterText, TextTokens, fitting_warnings, read_texts
 from tests.tiny import make_checkpoint
@@ -74,12 +75,33 @@ def test_of_a_conversation_the_answers_count(tmp_path: Path, directory: Path, mo
     assert text.scored[-1] == len(text.tokens) - 1
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, model: ModelSource) -> None:
+    files = [tmp_path / folder / name for folder in ("x/old", "y/old", "y/new") for name in ("a.jsonl", "b.jsonl")]
+    for i, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, {"text": f"{i} {CORPUS[0]}"}, {"text": f"{i} {CORPUS[1]}"})
+    assert {text.file for text in texts_of(model, files[0], files[1])} == {"a.jsonl", "b.jsonl"}
+    assert {text.file for text in texts_of(model, files[0], files[4])} == {"old/a.jsonl", "new/a.jsonl"}
+    assert {text.file for text in texts_of(model, files[0], files[2])} == {"x/old/a.jsonl", "y/old/a.jsonl"}
+
+
+def test_a_long_line_is_cut_between_words() -> None:
+    words = [f"{i}" for i in range(1000)]
+    pieces = list(router_texts._pieces(f"a short one\n{' '.join(words)}\nthe end{'x' * 3000}\nlast"))
+    written = [piece.text for piece in pieces]
+    assert " ".join(written).split()[: 3 + 1000] == ["a", "short", "one", *words]
+    assert sum(piece.count("x") for piece in written) == 3000
+    assert len(written) > 10
+    assert max(map(len, written)) < 1000
+    assert {piece.line for piece in pieces} == {1, 2, 3}
+
+
 def test_plain_text_is_cut_into_pieces_of_whole_lines(tmp_path: Path, model: ModelSource) -> None:
     file = tmp_path / "plain.txt"
     file.write_text("\r\n".join(f"{i} {CORPUS[i % 5]}" for i in range(40)), encoding="utf-8")
     texts = texts_of(model, file, n_tokens=100_000)
-    assert 3 <= len(texts) <= 6
-    assert all(100 < len(text.tokens) <= MAX_TEXT_TOKENS for text in texts)
+    assert 5 <= len(texts) <= 10
+    assert all(60 < len(text.tokens) <= MAX_TEXT_TOKENS for text in texts)
 
 
 def test_an_experts_files_share_its_tokens(tmp_path: Path, model: ModelSource) -> None:
@@ -149,4 +171,7 @@ def test_experience_is_told_in_advance() -> None:
     assert list(fitting_warnings(True, (0.0, 0.004))) == []
     warnings = list(fitting_warnings(False, (0.0, 0.034)))
     assert warnings[0].startswith("the base is no expert")
+    narrow, broad = ([RouterText(0, "a", (0, *(i % n for i in range(2000))), (), False)] for n in (12, 200))
+    assert next(fitting_warnings(True, (), narrow)).startswith("the base's texts are narrow (spread over 12 tokens")
+    assert list(fitting_warnings(True, (), broad)) == []
     assert warnings[1].startswith("expert 1: its attention differs from the base's by 3.4%")
