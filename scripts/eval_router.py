@@ -5,7 +5,8 @@
 RECIPE.yaml has ``gate_mode: fitted``, and prompts for each expert where gate mode hidden is to be compared. Each
 HELD.jsonl has conversations of one task, a question and its answer a line, that no router was fitted on. llama.cpp
 computes all, with the weights in each ``--quant``: the mean loss of a token of the answers, the share of questions
-whose greedy answer is right to the letter, and the perplexity of all conversations, questions included.
+whose greedy answer is right to the letter, the mean loss of a token of the questions, and the perplexity of all
+conversations as one text.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from ggufmoe.merge.router_texts import RouterText, TextTokens, read_texts
 
 N_PERPLEXITY = 256
 """Tokens of a chunk."""
+ONE_THREAD = ggufmoe.ContextOptions(n_threads=1)
+"""Models as small as these compute as fast."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class Subject:
     name: str
     path: Path
 
-    def convert(self, work: Path, quant: str) -> Path:
-        """A GGUF file of it in ``work``."""
-        gguf = work / f"{self.name.replace(' ', '-')}-{quant}.gguf"
-        loose = not self.path.is_dir()
-        ggufmoe.convert(self.path, gguf, quant, force=True, allow_identical_experts=loose, allow_outside_files=loose)
-        return gguf
+    def files(self, work: Path, types: Sequence[str]) -> Iterator[tuple[str, Path]]:
+        """A GGUF file of it in ``work`` for each type, all with the same router."""
+        whole, loose = work / f"{self.name.replace(' ', '-')}-F32.gguf", not self.path.is_dir()
+        ggufmoe.convert(self.path, whole, "F32", force=True, allow_identical_experts=loose, allow_outside_files=loose)
+        for quant in types:
+            file = whole.with_name(whole.name.replace("F32", quant))
+            if file != whole:
+                ggufmoe.quantize(whole, file, quant, force=True)
+            yield quant, file
 
 
 def subjects(recipe: Path, work: Path) -> Iterator[Subject]:
@@ -76,18 +82,32 @@ def read_held(base: ModelSource, files: Sequence[Path]) -> list[tuple[RouterText
     return [read_texts([[file]], TextTokens.of(base), text_tokens=1 << 30, seed=0) for file in files]
 
 
-def score(engine: ggufmoe.Engine, texts: Sequence[RouterText]) -> tuple[float, float]:
-    """The mean loss of a token of an answer, and the share of answers that are right: each token is the likeliest."""
-    losses, right = [], 0
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of the conversations of a file."""
+
+    answers: float
+    """Mean loss of a token of an answer."""
+    questions: float
+    """Mean loss of all other tokens, which experts of questions and answers were not taught."""
+    right: float
+    """Share of answers in which each token is the likeliest."""
+
+
+def score(engine: ggufmoe.Engine, texts: Sequence[RouterText]) -> Score:
+    """Each conversation by itself."""
+    answers, questions, right = [], [], 0
     for text in texts:
-        places = np.array(text.scored)
-        logits = engine.logits(text.tokens)[places - 1].astype(np.float64)
-        targets = np.array(text.tokens)[places]
+        targets = np.array(text.tokens[1:])
+        logits = engine.logits(text.tokens)[:-1].astype(np.float64)
         own = np.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         highest = logits.max(axis=1)
-        losses += list(highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - own)
-        right += bool((own == highest).all())
-    return float(np.mean(losses)), right / len(texts)
+        losses = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - own
+        is_answer = np.isin(np.arange(1, len(text.tokens)), text.scored)
+        answers += list(losses[is_answer])
+        questions += list(losses[~is_answer])
+        right += bool((own == highest)[is_answer].all())
+    return Score(float(np.mean(answers)), float(np.mean(questions)), right / len(texts))
 
 
 def whole_text(files: Sequence[Path]) -> str:
@@ -105,22 +125,24 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the GGUF files here")
     arguments = parser.parse_args()
     held = arguments.held
-    print(f"| weights | router | mean loss | mean right | perplexity | {' | '.join(file.stem for file in held)} |")
-    print("|---|---|" + "---:|" * (3 + len(held)))
+    tasks = " | ".join(file.stem for file in held)
+    print(f"| weights | router | mean loss | mean right | questions | perplexity | {tasks} |")
+    print("|---|---|" + "---:|" * (4 + len(held)))
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         everyone = list(subjects(arguments.recipe.absolute(), work))
         with open_checkpoint(everyone[0].path) as base:
             texts = read_held(base, held)
         for subject in everyone:
-            for quant in arguments.quant:
-                gguf = subject.convert(work, quant)
-                with ggufmoe.Engine(gguf) as engine:
+            for quant, gguf in subject.files(work, arguments.quant):
+                with ggufmoe.Engine(gguf, ONE_THREAD) as engine:
                     scores = [score(engine, some) for some in texts]
-                loss, right = np.mean(scores, axis=0)
-                perplexity = ggufmoe.perplexity(gguf, text=whole_text(held), n_ctx=N_PERPLEXITY).value
-                means = f"{loss:.3f} | {right:.1%} | {perplexity:.2f}"
-                cells = " | ".join(f"{one:.2f}, {share:.0%}" for one, share in scores)
+                perplexity = ggufmoe.perplexity(gguf, text=whole_text(held), n_ctx=N_PERPLEXITY, n_threads=1).value
+                loss, questions, right = (
+                    np.mean([getattr(one, name) for one in scores]) for name in ("answers", "questions", "right")
+                )
+                means = f"{loss:.3f} | {right:.1%} | {questions:.2f} | {perplexity:.2f}"
+                cells = " | ".join(f"{one.answers:.2f}, {one.right:.0%}" for one in scores)
                 print(f"| {quant} | {subject.name} | {means} | {cells} |", flush=True)
 
 

@@ -20,7 +20,7 @@ from ggufmoe.checkpoint.source import TextScore
 from ggufmoe.convert import plan_convert
 from ggufmoe.errors import Cancelled, RecipeError
 from ggufmoe.gguf.header import read_header
-from ggufmoe.merge import forward, logistic
+from ggufmoe.merge import forward, logistic, router_fit
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.merged import MergedModel, open_recipe
 from ggufmoe.merge.router_texts import RouterText
@@ -194,6 +194,11 @@ def test_both_roads_give_the_same_file(folder: Path, tmp_path: Path) -> None:
     assert [score["file"] for score in told["scores"]] == ["base.jsonl", "sums.jsonl"]
     assert set(told["scores"][0]["losses"]) == {"base", "expert 0", "expert 1", "uniform", "hidden", "fitted"}
     assert told["attention_distances"] == [0.0, 0.0]
+
+
+def test_tokens_before_those_of_an_answer_count_more() -> None:
+    texts = [RouterText(0, "a", (1, 5, 6, 7, 8), (3, 4), False), RouterText(1, "b", (1, 5, 6), (1, 2), True)]
+    np.testing.assert_array_equal(router_fit._Places.of(texts).counts, [1, 1, 3, 3, 1, 3, 3, 1])
 
 
 def test_progress_counts_layers_and_a_fit_can_be_stopped(folder: Path) -> None:
