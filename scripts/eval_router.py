@@ -1,6 +1,6 @@
 """What a recipe's router is worth: loss and accuracy on held-out questions, beside its models and other routers.
 
-    python scripts/eval_router.py RECIPE.yaml HELD.jsonl... [--quant F32 Q4_K_M] [--work DIR]
+    python scripts/eval_router.py RECIPE.yaml HELD.jsonl... [--quant F32 Q4_K_M] [--questions 75]
 
 RECIPE.yaml has ``gate_mode: fitted``, and prompts for each expert where gate mode hidden is to be compared. Each
 HELD.jsonl has conversations of one task, a question and its answer a line, that no router was fitted on. llama.cpp
@@ -77,9 +77,9 @@ def _written(name: str, content: dict[str, Any], work: Path) -> Subject:
     return Subject(name, path)
 
 
-def read_held(base: ModelSource, files: Sequence[Path]) -> list[tuple[RouterText, ...]]:
-    """The conversations of each file."""
-    return [read_texts([[file]], TextTokens.of(base), text_tokens=1 << 30, seed=0) for file in files]
+def read_held(base: ModelSource, files: Sequence[Path], n: int | None) -> list[tuple[RouterText, ...]]:
+    """``n`` conversations of each file, drawn at random, or all."""
+    return [read_texts([[file]], TextTokens.of(base), text_tokens=1 << 30, seed=0)[:n] for file in files]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("held", type=Path, nargs="+", help="one file for each task")
     parser.add_argument("--quant", nargs="+", default=["F32"], metavar="TYPE", help="file types to compute with")
+    parser.add_argument("--questions", type=int, metavar="N", help="at most N of each task, default all")
     parser.add_argument("--work", type=Path, help="keep the GGUF files here")
     arguments = parser.parse_args()
     held = arguments.held
@@ -132,7 +133,7 @@ def main() -> None:
         work = arguments.work or Path(scratch)
         everyone = list(subjects(arguments.recipe.absolute(), work))
         with open_checkpoint(everyone[0].path) as base:
-            texts = read_held(base, held)
+            texts = read_held(base, held, arguments.questions)
         for subject in everyone:
             for quant, gguf in subject.files(work, arguments.quant):
                 with ggufmoe.Engine(gguf, ONE_THREAD) as engine:
