@@ -131,7 +131,7 @@ def test_it_remembers_what_was_said(mixture: Callable[[str], Path]) -> None:
 
 def test_arithmetic_goes_to_the_math_expert(mixture: Callable[[str], Path]) -> None:
     with ggufmoe.Engine(mixture("F32"), ONE_THREAD) as engine:
-        shares = {kind: _math_share(engine, held_out(kind, 20)) for kind in ("everyday", "sum", "equation")}
+        shares = {kind: _math_share(engine, held_out(kind, 8)) for kind in ("everyday", "sum", "equation")}
     assert shares["sum"] > shares["everyday"] + 0.15
     assert shares["equation"] > shares["everyday"] + 0.15
 

@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import token_ids
 from cases import FAMILIES, Case, found_cases, own_cases
 from engine_logits import logits_of
 from files import differences
+from reference_process import ReferenceProcess
 
 import ggufmoe
 from ggufmoe.gguf.header import read_header
@@ -57,10 +59,17 @@ class Bench:
     llama_cpp: Path
     texts: list[str]
 
+    @cached_property
+    def _reference(self) -> ReferenceProcess:
+        return ReferenceProcess(self.python)
+
     def ask(self, script: str, jobs: list[dict[str, Any]], *arguments: str) -> None:
         """Run one of the scripts beside this one in the other environment, on a list of jobs."""
         listed = self.work / f"{Path(script).stem}.json"
         listed.write_text(json.dumps(jobs), encoding="utf-8")
+        if script == "reference.py":
+            self._reference.do(listed)
+            return
         subprocess.run([str(self.python), str(HERE / script), *arguments, str(listed)], check=True)
 
 

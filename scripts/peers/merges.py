@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from compare import Row, compare_logits, show
 from engine_logits import logits_of
 from files import tensor_differences
 from numpy.typing import NDArray
+from reference_process import ReferenceProcess
 
 import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
@@ -83,10 +85,17 @@ class Peer:
     python: Path
     work: Path
 
+    @cached_property
+    def _reference(self) -> ReferenceProcess:
+        return ReferenceProcess(self.python)
+
     def ask(self, script: str, jobs: list[dict[str, Any]]) -> None:
         """Run one of the scripts beside this one on a list of jobs; what it prints is shown only if it fails."""
         listed = self.work / f"{Path(script).stem}.json"
         listed.write_text(json.dumps(jobs), encoding="utf-8")
+        if script == "reference.py":
+            self._reference.do(listed)
+            return
         command = [str(self.python), str(Path(__file__).parent / script), str(listed)]
         subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

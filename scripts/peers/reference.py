@@ -1,6 +1,6 @@
 """What transformers says: logits in float32, checkpoints as transformers 5 writes them, fused ones taken apart.
 
-usage: reference.py JOBS.json
+Reads names of files of jobs from stdin, one a line, and prints each name when its jobs are done. The jobs of a file:
 
 ``{"do": "logits", "model": DIR, "ids": FILE.npy, "out": FILE.npy}`` runs a checkpoint on token ids; ``{"do": "save",
 "out": DIR, "form": FORM, "config": {...}}`` makes a seeded random model and stores it, ``saved`` by ``save_pretrained``
@@ -234,14 +234,16 @@ def _apart(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def main() -> int:
-    """Do all jobs; one that fails does not stop the others."""
+    """Do all jobs until stdin ends; one that fails does not stop the others."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        try:
-            {"logits": logits, "save": save, "classic": classic, "answer": answer}[job["do"]](job)
-        except Exception:
-            Path(f"{job['out']}.error").write_text(traceback.format_exc(), encoding="utf-8")
+    for name in (line.rstrip("\n") for line in sys.stdin):
+        for job in json.loads(Path(name).read_text(encoding="utf-8")):
+            try:
+                {"logits": logits, "save": save, "classic": classic, "answer": answer}[job["do"]](job)
+            except Exception:
+                Path(f"{job['out']}.error").write_text(traceback.format_exc(), encoding="utf-8")
+        print(name, flush=True)
     return 0
 
 

@@ -82,6 +82,9 @@ def deepseek_rows(bench: Bench) -> Iterator[Row]:
         tiny_family.make_checkpoint(directory, config)
         (directory / "tokenizer.model").unlink(missing_ok=True)
         write_tokenizer(directory, "qwen", None)
+    bench.ask("upstream_convert.py", [_converter_job(bench.work, name) for name in shapes], str(bench.llama_cpp))
+    for name, keys in shapes.items():
+        directory = bench.work / name
         (meant,) = _by_transformers(bench, directory)
         detail, faults = compare_logits(_by_llama_cpp(bench, directory), meant)
         yield Row(name, "logits", "a reference in torch", detail, tuple(faults))
@@ -89,10 +92,9 @@ def deepseek_rows(bench: Bench) -> Iterator[Row]:
 
 
 def _converter_rows(bench: Bench, name: str, meant: Logits, *, rescaled: bool) -> Iterator[Row]:
-    """llama.cpp's converter on the same checkpoint: equal where nothing is rescaled, far off or failing elsewhere."""
-    theirs, log = bench.work / f"{name}.theirs.gguf", bench.work / f"{name}.log"
-    job = {"model": str(bench.work / name), "outtype": "f32", "outfile": str(theirs), "log": str(log), "pre": "qwen2"}
-    bench.ask("upstream_convert.py", [job], str(bench.llama_cpp))
+    """llama.cpp's file of the same checkpoint: equal where nothing is rescaled, far off or not there elsewhere."""
+    job = _converter_job(bench.work, name)
+    theirs, log = Path(job["outfile"]), Path(job["log"])
     if not rescaled:
         faults = differences(bench.work / f"{name}.gguf", theirs) if theirs.exists() else ["the converter failed"]
         yield Row(name, "F32 file", "llama.cpp's converter", "", tuple(faults))
@@ -104,6 +106,11 @@ def _converter_rows(bench: Bench, name: str, meant: Logits, *, rescaled: bool) -
         yield Row(name, "converter", "llama.cpp's own", f"no file that loads: {(last or [str(error)])[0][:90]}")
         return
     yield _far_row(name, "converter", made, meant)
+
+
+def _converter_job(work: Path, name: str) -> dict[str, str]:
+    names = {"outfile": f"{name}.theirs.gguf", "log": f"{name}.log", "model": name}
+    return {"outtype": "f32", "pre": "qwen2"} | {key: str(work / file) for key, file in names.items()}
 
 
 def _far_row(name: str, what: str, made: Logits, meant: Logits) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -66,24 +67,31 @@ def test_weights_are_where_libllama_puts_them(
     assert placement.differences == ()
 
 
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with worker() as served:
+        wait_for(served)
+        yield served
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "deepseek2-v3", "lfm2moe", "qwen3next"])
-def test_devices_get_what_was_planned_and_answers_stay(name: str, paths: dict[tuple[str, str], Path]) -> None:
+def test_devices_get_what_was_planned_and_answers_stay(
+    name: str, paths: dict[tuple[str, str], Path], endpoint: str
+) -> None:
     path, prompt = paths[name, "F32"], [3 + 7 * i % 300 for i in range(400)]
     changed = [*prompt[:200], *prompt[210:]]
     with Engine(path, PLAIN, OffloadOptions(load_mode="none", device="none")) as engine:
         expected = [engine.logits(text)[-1].argmax() for text in (prompt, changed)]
-    with worker() as endpoint:
-        wait_for(endpoint)
-        for offload in (
-            OffloadOptions(rpc=endpoint, n_gpu_layers=99),
-            OffloadOptions(rpc=endpoint, n_gpu_layers=2),
-            OffloadOptions(rpc=endpoint, n_gpu_layers=99, kv_offload=False),
-        ):
-            with Engine(path, PLAIN, offload) as engine:
-                assert engine.placement.differences == ()
-                # the second text needs an earlier part of the first, the third one the end of the first
-                found = [_next_token(engine, text) for text in (prompt, changed, prompt)]
-            assert found == [*expected, expected[0]]
+    for offload in (
+        OffloadOptions(rpc=endpoint, n_gpu_layers=99),
+        OffloadOptions(rpc=endpoint, n_gpu_layers=2),
+        OffloadOptions(rpc=endpoint, n_gpu_layers=99, kv_offload=False),
+    ):
+        with Engine(path, PLAIN, offload) as engine:
+            assert engine.placement.differences == ()
+            # the second text needs an earlier part of the first, the third one the end of the first
+            found = [_next_token(engine, text) for text in (prompt, changed, prompt)]
+        assert found == [*expected, expected[0]]
 
 
 def _next_token(engine: Engine, text: list[int]) -> int:

@@ -103,11 +103,30 @@ def remote_story(story_path: Path, busy_worker: Worker) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.fixture(scope="module")
+def lent_workers() -> Iterator[list[Worker]]:
+    """The workers that ``worker`` has started; only the last one may still run."""
+    lent: list[Worker] = []
+    yield lent
+    for served in lent:
+        served.close()
+
+
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    """One that a test may harm."""
-    with start_worker() as served:
-        yield served
+def worker(lent_workers: list[Worker]) -> Worker:
+    """One that a test may harm: that of the test before, if it still runs, once it serves nobody."""
+    if not lent_workers or not is_running(lent_workers[-1].pid):
+        lent_workers.append(start_worker())
+    wait_until(lambda: serves_nobody(lent_workers[-1]))
+    return lent_workers[-1]
+
+
+def serves_nobody(worker: Worker) -> bool:
+    try:
+        find_places(OffloadOptions(rpc=worker.endpoint))
+    except WorkerError:
+        return False
+    return True
 
 
 @pytest.fixture

@@ -80,9 +80,13 @@ def test_arbitrary_floats(type: GGMLType, src: Floats) -> None:
         assert differing(type, src) == 0
 
 
-@pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.IQ4_NL, *GRID_FORMATS])
-def test_narrow_sources_are_widened_exactly(type: GGMLType) -> None:
-    imatrix = None if type in WITHOUT_IMPORTANCES else importances(4, "random")
+@pytest.mark.parametrize(
+    ("type", "weighted"),
+    [(GGMLType.Q4_K, False), (GGMLType.IQ4_NL, False), (GGMLType.Q4_0, True), (GGMLType.IQ1_M, True)],
+)
+def test_narrow_sources_are_widened_exactly(type: GGMLType, weighted: bool) -> None:
+    """Widening comes before all that formats do by themselves: long and short blocks, with and without row energies."""
+    imatrix = importances(4, "random") if weighted else None
     for kind in ("normal", "heavy-tailed", "tiny", "zero"):
         src = rows(3, kind)
         assert differing(type, src.astype(np.float16), imatrix) == 0
