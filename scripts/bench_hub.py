@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 SCRIPTS = Path(__file__).resolve().parent
-FAULTS = ("--resets", "0.02", "--busy", "0.02", "--truncations", "0.02", "--wrong-ranges", "0.02", "--lifetime", "5")
+FAULTS = ("--resets", "0.02", "--busy", "0.02", "--truncations", "0.02", "--wrong-ranges", "0.02", "--lifetime", "15")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
