@@ -156,7 +156,7 @@ def _network_lines(plan: WritePlan) -> list[str]:
     if reads is None:
         return []
     models = ", ".join(f"{name.partition('@')[0]}@{commit[:12]}" for name, commit in plan.commits.items())
-    twice = f", {file_size(reads.router_bytes)} of it for the router, before" if reads.router_bytes else ""
+    twice = f", up to {file_size(reads.router_bytes)} of it before, for the router" if reads.router_bytes else ""
     times = ", ".join(f"{duration(reads.n_bytes / (mbit * 125_000))} at {mbit} Mbit/s" for mbit in _EXAMPLE_RATES_MBIT)
     return [
         f"read from the hub by ranges: {models}",
