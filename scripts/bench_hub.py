@@ -115,7 +115,8 @@ class Bench:
                 process.terminate()
 
     def _start(self, hub: Hub | None, *options: str) -> subprocess.Popen[str]:
-        cache = {"HF_HOME": str(self.work / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        home = self.work / ("cache" if "--keep-source" in options else "small-files")
+        cache = {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         own = {} if hub is None else {**cache, "HF_ENDPOINT": hub.url}
         source = str(self.given.model) if hub is None else self.source
         command = [sys.executable, "-m", "ggufmoe", "convert", source, "-o", str(self.work / "m.gguf")]
