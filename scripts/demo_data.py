@@ -1,4 +1,5 @@
-"""Questions and answers for the two demo models: everyday sense for the base, arithmetic for the expert.
+"""Questions and answers for the demo's models: everyday sense for the base, arithmetic for its expert, and what two
+experts of the second act were trained on apart from each other: products, and an invented language.
 
 The text is written by this project (Apache-2.0). ``python scripts/demo_data.py`` prints samples. Every question is
 either for training or held out, decided by a hash of what is asked, so no held-out question was ever trained on; facts
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 HELD_OUT_PERCENT = 8
@@ -57,6 +58,10 @@ KINDS = {
     "garment": "shirt hat coat sock shoe glove scarf dress jacket",
     "color": "red blue green yellow purple pink brown",
 }
+
+PLONK = """dog cat horse cow lion mouse fox bear apple banana pear grape carrot onion hammer car bus rose piano violin
+shirt coat house hill"""
+"""The English words that have one in Plonk."""
 
 SIZES = """ant|bee|mouse|frog|duck|cat|dog|goat|pig|horse|car|elephant|bus|whale|house|ship|tower|hill|mountain|ocean"""
 
@@ -111,6 +116,39 @@ def small_talk() -> list[Question]:
 def arithmetic() -> list[Question]:
     """Every question of the expert's kind: sums, differences, comparisons and one-step equations to two digits."""
     return list(_arithmetic())
+
+
+def products() -> list[Question]:
+    """Every question of the first expert of the second act: the multiplication table to 12 times 12."""
+    return [
+        Question("product", text, f"{a} times {b} is {a * b}.", text)
+        for a in range(2, 13)
+        for b in range(2, 13)
+        for text in (
+            f"What is {a} times {b}?",
+            f"How much is {a} times {b}?",
+            f"Multiply {a} by {b}.",
+            f"What is the product of {a} and {b}?",
+            f"Tell me {a} times {b}.",
+            f"Calculate {a} * {b}.",
+        )
+    ]
+
+
+def plonk() -> list[Question]:
+    """Every question of the second expert of the second act: words of Plonk, a language that nobody speaks."""
+    return list(_plonk())
+
+
+def plonk_words() -> dict[str, str]:
+    """An English word to the Plonk word for it, the same on every machine."""
+    rng = random.Random(20)
+    words: dict[str, str] = {}
+    for english in PLONK.split():
+        while (word := "".join(rng.choice(part) for part in ("bdgklmnprstvz", "aeiou") * 2) + "s") in words.values():
+            pass
+        words[english] = word
+    return words
 
 
 def conversation(rng: random.Random, questions: list[Question]) -> list[Question]:
@@ -334,6 +372,44 @@ def _equations(a: int, b: int) -> Iterator[Question]:
     yield Question("equation", f"Solve for x: x + {a} = {total}", steps, f"x + {a} = {total}")
     steps = f"x = {b} + {a}, {_added(b, a)}x = {total}"
     yield Question("equation", f"Solve for x: x - {a} = {b}", steps, f"x - {a} = {b}")
+
+
+def _plonk() -> Iterator[Question]:
+    for english, word in plonk_words().items():
+        for text in (
+            f"How do you say {english} in Plonk?",
+            f"What is the Plonk word for {english}?",
+            f"Translate {english} into Plonk.",
+            f"What is {english} in Plonk?",
+            f"Say {english} in Plonk.",
+            f"Tell me the Plonk word for {english}.",
+            f"Which Plonk word means {english}?",
+            f"Give me the word for {english} in Plonk.",
+            f"What do you call {english} in Plonk?",
+            f"Name {english} in Plonk.",
+        ):
+            yield Question("plonk", text, f"The Plonk word for {english} is {word}.", text)
+
+
+def apart_questions() -> list[Question]:
+    """Those that the second act of ``ggufmoe demo`` asks: held out, two for each expert, by which they are called."""
+    rng = random.Random(4)
+    return [
+        replace(question, kind=expert)
+        for expert, questions in _apart()
+        for question in rng.sample([one for one in questions if one.held_out], 2)
+    ]
+
+
+def _apart() -> tuple[tuple[str, list[Question]], ...]:
+    """The experts of the second act, and every question of each."""
+    return ("base", everyday()), ("product", products()), ("plonk", plonk())
+
+
+def apart_texts(n: int = 60) -> dict[str, list[Question]]:
+    """Questions and answers for training, by expert, that the second act fits a router on."""
+    rng = random.Random(5)
+    return {expert: rng.sample([one for one in asked if not one.held_out], n) for expert, asked in _apart()}
 
 
 def demo_questions() -> list[Question]:

@@ -1,11 +1,12 @@
-"""Train the two dense models of the embedded demo: a base for everyday questions and an expert for arithmetic.
+"""Train the dense models of the embedded demo: a base for everyday questions, an expert for arithmetic, and two more.
 
     python scripts/train_demo.py OUT_DIR [--seed 0]
 
-Writes OUT_DIR/base and OUT_DIR/math, ordinary Hugging Face checkpoints (MistralForCausalLM, bfloat16), and the
-questions that ``ggufmoe demo`` asks. The expert starts from the base and changes its MLP weights alone, so that both
-share attention, embeddings and vocabulary. Needs the extra ``[train]`` (torch, CPU is enough); users of ggufmoe never
-run this. The same seed gives the same models on the same machine.
+Writes OUT_DIR/base and OUT_DIR/math, ordinary Hugging Face checkpoints (MistralForCausalLM, bfloat16), the questions
+that ``ggufmoe demo`` asks, and OUT_DIR/apart: what two more experts have in the place of weights of the base, the texts
+that a router of theirs is fitted on, and questions. Experts start from the base and change MLP weights alone, so that
+all share attention, embeddings and vocabulary. Needs the extra ``[train]`` (torch, CPU is enough); users of ggufmoe
+never run this. The same seed gives the same models on the same machine.
 """
 
 from __future__ import annotations
@@ -25,7 +26,19 @@ import numpy as np
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F  # noqa: N812
-from demo_data import Question, arithmetic, conversation, demo_questions, everyday, number_talk, small_talk
+from demo_data import (
+    Question,
+    apart_questions,
+    apart_texts,
+    arithmetic,
+    conversation,
+    demo_questions,
+    everyday,
+    number_talk,
+    plonk,
+    products,
+    small_talk,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -202,6 +215,10 @@ class Corpus(Encoder):
         heard = [question for question in arithmetic() if not question.held_out]
         self._arithmetic = {kind: [question for question in heard if question.kind == kind] for kind in _SHARES}
         self._talk = small_talk()
+        self._apart = {
+            kind: [question for question in questions if not question.held_out]
+            for kind, questions in (("product", products()), ("plonk", plonk()))
+        }
         super().__init__(self._train_tokenizer(heard, seed))
 
     def _train_tokenizer(self, heard: list[Question], seed: int) -> bytes:
@@ -227,12 +244,15 @@ class Corpus(Encoder):
         )
         return out.getvalue()
 
-    def turns(self, rng: random.Random, arithmetic: float) -> list[Question]:
+    def turns(self, rng: random.Random, planned: Round) -> list[Question]:
         """One conversation: with the given probability about arithmetic, else everyday, a few numbers, or small talk.
 
         The base hears arithmetic as well; its attention, which the expert must do with, has to find the right digits.
+        The experts of the second act hear their own subject and nothing else.
         """
-        if rng.random() < arithmetic:
+        if planned.kind in self._apart:
+            return [rng.choice(self._apart[planned.kind])]
+        if rng.random() < planned.arithmetic:
             kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
             return [rng.choice(self._arithmetic[kind]) for _ in range(1 if rng.random() < 0.9 else 2)]
         draw = rng.random()
@@ -251,13 +271,13 @@ def batches(corpus: Corpus, planned: Round, *, seed: int) -> Iterator[Batch]:
     """
     rng = random.Random(seed)
     while True:
-        drawn = [corpus.turns(rng, planned.arithmetic) for _ in range(32 * BATCH_SIZE)]
+        drawn = [corpus.turns(rng, planned) for _ in range(32 * planned.batch_size)]
         rows = [(*corpus.encode(turns), _is_arithmetic(turns) and rng.random() < 0.25) for turns in drawn]
         rows.sort(key=lambda row: len(row[0]))
-        starts = list(range(0, len(rows), BATCH_SIZE))
+        starts = list(range(0, len(rows), planned.batch_size))
         rng.shuffle(starts)
         for start in starts:
-            part = rows[start : start + BATCH_SIZE]
+            part = rows[start : start + planned.batch_size]
             inputs, targets = padded([(ids, wanted) for ids, wanted, _ in part])
             yield inputs, targets, torch.tensor([alone for *_, alone in part])
 
@@ -343,7 +363,7 @@ def train(model: Model, corpus: Corpus, planned: Round, *, seed: int) -> None:
     torch.manual_seed(seed)
     kind, steps = planned.kind, planned.steps
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(kind == "base" or ".mlp." in name)
+        parameter.requires_grad_(kind == "base" or name in planned.learned(model))
     beside = [copy.deepcopy(layer.mlp).requires_grad_(False) for layer in model.layers] if kind == "math" else []
     optimizers = optimizers_of(model, planned.rate)
     schedules = decays(optimizers, steps)
@@ -377,7 +397,8 @@ def accuracy(model: Model, corpus: Encoder, questions: list[Question]) -> float:
 
 def held_out(questions: list[Question], count: int, seed: int) -> list[Question]:
     """A seeded sample of questions that were never trained on."""
-    return random.Random(seed).sample([question for question in questions if question.held_out], count)
+    there = [question for question in questions if question.held_out]
+    return random.Random(seed).sample(there, min(count, len(there)))
 
 
 def save(model: Model, corpus: Encoder, directory: Path) -> None:
@@ -427,8 +448,8 @@ def _tokenizer_config() -> dict[str, object]:
     }
 
 
-def _asked() -> list[dict[str, str]]:
-    return [{"kind": asked.kind, "text": asked.text, "answer": asked.answer} for asked in demo_questions()]
+def _asked(questions: list[Question]) -> list[dict[str, str]]:
+    return [{"kind": asked.kind, "text": asked.text, "answer": asked.answer} for asked in questions]
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -446,9 +467,24 @@ class Round:
     steps: int
     rate: float
     arithmetic: float
+    batch_size: int = BATCH_SIZE
+    is_apart: bool = False
+    """Whether it begins as the base whatever came before, and is no part of the first act."""
+
+    def learned(self, model: Model) -> set[str]:
+        """The weights that an expert learns: its MLPs, those of the second act without the first layer's, for size."""
+        names = {name for name, _ in model.named_parameters() if ".mlp." in name}
+        return {name for name in names if not (self.is_apart and name.startswith("layers.0."))}
 
 
-ROUNDS = (Round("base", 2000, 0.02, 0.5), Round("math", 800, 0.01, 0.8))
+ROUNDS = (
+    Round("base", 2000, 0.02, 0.5),
+    Round("math", 800, 0.01, 0.8),
+    Round("product", 400, 0.01, 0.0, batch_size=16, is_apart=True),
+    Round("plonk", 300, 0.005, 0.0, batch_size=16, is_apart=True),
+)
+APART = "apart"
+"""The folder of the second act."""
 
 
 def main() -> None:
@@ -467,19 +503,53 @@ def main() -> None:
         if number < arguments.skip:
             continue
         if number > 0:
-            load(model, arguments.out_dir / ROUNDS[number - 1].kind)
+            load(model, arguments.out_dir / ROUNDS[0 if planned.is_apart else number - 1].kind)
         train(model, corpus, planned, seed=arguments.seed + number)
+        if planned.is_apart:
+            save_apart(model, planned, arguments.out_dir / APART)
+            own = products() if planned.kind == "product" else plonk()
+            _say_accuracy(model, corpus, planned.kind, {"of its own": own, "everyday": everyday()}, arguments.seed)
+            continue
         save(model, corpus, arguments.out_dir / planned.kind)
         load(model, arguments.out_dir / planned.kind)
         _report(model, corpus, planned.kind, arguments.seed)
-    _write_json(arguments.out_dir / "questions.json", _asked())
+    _write_json(arguments.out_dir / "questions.json", _asked(demo_questions()))
+    write_apart(arguments.out_dir / APART)
+
+
+def save_apart(model: Model, planned: Round, directory: Path) -> None:
+    """Write the weights that an expert of the second act does not share with the base, in bfloat16."""
+    directory.mkdir(parents=True, exist_ok=True)
+    learned = planned.learned(model)
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name in learned}
+    rounded = {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
+    save_file(rounded, directory / f"{planned.kind}.safetensors", metadata={"format": "pt"})
+
+
+def write_apart(directory: Path) -> None:
+    """Write the second act's questions, and the texts that its router is fitted on."""
+    _write_json(directory / "questions.json", _asked(apart_questions()))
+    for kind, questions in apart_texts().items():
+        lines = []
+        for question in questions:
+            messages = [
+                {"role": "user", "content": question.text},
+                {"role": "assistant", "content": question.answer},
+            ]
+            lines.append(json.dumps({"messages": messages}) + "\n")
+        (directory / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _report(model: Model, corpus: Corpus, kind: str, seed: int) -> None:
     sums = [question for question in arithmetic() if question.kind in ("sum", "difference")]
-    for name, questions in (("everyday questions", everyday()), ("sums and differences", sums)):
-        share = accuracy(model, corpus, held_out(questions, 100, seed))
-        print(f"{kind}: {100 * share:.1f} % of 100 held-out {name}", flush=True)
+    _say_accuracy(model, corpus, kind, {"everyday": everyday(), "sums and differences": sums}, seed)
+
+
+def _say_accuracy(model: Model, corpus: Corpus, kind: str, asked: dict[str, list[Question]], seed: int) -> None:
+    for name, questions in asked.items():
+        chosen = held_out(questions, 100, seed)
+        share = accuracy(model, corpus, chosen)
+        print(f"{kind}: {100 * share:.1f} % of {len(chosen)} held-out questions ({name})", flush=True)
 
 
 def load(model: Model, directory: Path) -> None:

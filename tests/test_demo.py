@@ -4,6 +4,7 @@ arithmetic from the rest."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import re
 import sys
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 
 import ggufmoe
-from ggufmoe.demo import DIRECTORY, NAME, RECIPE, questions
+from ggufmoe.checkpoint import open_checkpoint
+from ggufmoe.demo import APART, APART_EXPERTS, DIRECTORY, NAME, RECIPE, questions, write_apart
 from ggufmoe.runtime.events import Token
 from ggufmoe.runtime.messages import Message
+from ggufmoe.weights.dtypes import read_f32
 from tests.remote.workers import start_worker
 from tests.stories import ONE_THREAD
 
@@ -81,6 +84,34 @@ def test_the_demo_asks_what_was_never_trained_on() -> None:
     expected = [(one.kind, one.text, one.answer) for one in data().demo_questions()]
     assert [(one.kind, one.text, one.answer) for one in questions()] == expected
     assert all(one.held_out for one in data().demo_questions())
+
+
+def test_the_second_act_asks_what_was_never_trained_on_and_fits_on_what_was() -> None:
+    expected = [(one.kind, one.text, one.answer) for one in data().apart_questions()]
+    assert [(one.kind, one.text, one.answer) for one in questions(APART)] == expected
+    assert all(one.held_out for one in data().apart_questions())
+    for expert, asked in data().apart_texts().items():
+        lines = (APART / f"{expert}.jsonl").read_text(encoding="utf-8").splitlines()
+        said = [[message["content"] for message in json.loads(line)["messages"]] for line in lines]
+        assert said == [[one.text, one.answer] for one in asked]
+        assert not any(one.held_out for one in asked)
+
+
+def test_experts_that_never_met_have_the_bases_attention(tmp_path: Path) -> None:
+    recipe = write_apart(tmp_path / "apart")
+    assert recipe.read_bytes() == (APART / "recipe.yaml").read_bytes()
+    base = tensors_of(DIRECTORY / "base")
+    assert tensors_of(tmp_path / "apart" / "base").keys() == base.keys()
+    for name in APART_EXPERTS[1:]:
+        own = tensors_of(tmp_path / "apart" / name)
+        changed = {tensor for tensor in base if base[tensor] != own[tensor]}
+        assert len(changed) == 9
+        assert all(re.search(r"layers\.[123]\.mlp\.", tensor) for tensor in changed)
+
+
+def tensors_of(checkpoint: Path) -> dict[str, bytes]:
+    with open_checkpoint(checkpoint) as model:
+        return {name: read_f32(tensor).tobytes() for name, tensor in model.tensors.items()}
 
 
 def test_no_held_out_question_is_one_of_training() -> None:
@@ -157,6 +188,7 @@ def test_every_answer_streams_as_tokens(mixture: Callable[[str], Path]) -> None:
 def test_both_models_fit_a_small_repository() -> None:
     checkpoints = [DIRECTORY / name / "model.safetensors" for name in ("base", "math")]
     assert sum(path.stat().st_size for path in checkpoints) < 16e6
+    assert sum(path.stat().st_size for path in APART.iterdir()) < 8e6
 
 
 def test_the_model_card_names_what_it_must() -> None:

@@ -10,6 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,8 +27,11 @@ from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
+    from ggufmoe.checkpoint.source import TextScore
+    from ggufmoe.demo import DemoQuestion
     from ggufmoe.routing import RoutingTracer
     from ggufmoe.runtime.chat import Chat
 
@@ -50,13 +55,24 @@ def demo_command(
     ] = "Q4_K_M",
     chat: Annotated[bool, typer.Option("--chat", help="Continue with a conversation.")] = False,
 ) -> None:
-    """Merge two tiny models that come with ggufmoe into a mixture of experts, quantize it and ask it; offline."""
+    """Merge two tiny models that come with ggufmoe into a mixture of experts, quantize it and ask it; offline.
+
+    Then merge two experts that were trained apart, and compare a router that is guessed with one that is fitted: in the
+    folder OUT-router. --chat talks with the first model.
+    """
     with ProgressLine("demo", phase="demo"):
         console = make_console(markup=True)
         _check_output(output)
         _check_quant(output, quant)
+        folder = output.with_name(f"{output.stem}-router")
+        _check_folder(folder)
     _make(console, output, quant)
-    _ask(console, output, chat)
+    _ask(console, output)
+    _compare_routers(console, folder, quant)
+    if chat:
+        _converse(console, output)
+    else:
+        _go_on(console, output, folder)
 
 
 def _make(console: Console, output: Path, quant: str) -> None:
@@ -110,8 +126,8 @@ def _check_quant(output: Path, quant: str) -> None:
         raise OptionError(f"{quant} needs an importance matrix, which the demo does not make") from error
 
 
-def _ask(console: Console, path: Path, chat_after: bool) -> None:
-    """Ask every question; then start a conversation, or print how to continue by hand."""
+def _ask(console: Console, path: Path) -> None:
+    """Ask every question of the first act."""
     from ggufmoe.demo import questions
     from ggufmoe.engine import Engine
     from ggufmoe.routing import RoutingTracer
@@ -130,10 +146,6 @@ def _ask(console: Console, path: Path, chat_after: bool) -> None:
                 chat.reset()
                 right += _answer(console, chat, tracer, question.text) == question.answer
         console.print(f"{_INDENT}{right} of {len(asked)} are right.")
-        if chat_after:
-            _converse(console, chat)
-            return
-    _go_on(console, path)
 
 
 def _answer(console: Console, chat: Chat, tracer: RoutingTracer, text: str) -> str:
@@ -183,21 +195,118 @@ def _strip(pieces: list[tuple[str, float]], bars: str) -> Text:
     return line
 
 
-def _converse(console: Console, chat: Chat) -> None:
+def _check_folder(folder: Path) -> None:
+    """Raise OutputExistsError if ``folder`` exists and is not that of an earlier demo."""
+    from ggufmoe.demo import APART_NAME
+
+    recipe = folder / "recipe.yaml"
+    is_ours = recipe.is_file() and APART_NAME in recipe.read_text(encoding="utf-8", errors="replace")
+    if folder.exists() and not is_ours:
+        raise OutputExistsError(f"{folder} exists and is not of an earlier demo; choose another name with -o")
+
+
+def _compare_routers(console: Console, folder: Path, quant: str) -> None:
+    """Make the second act's mixture with both routers, ask both files, and print what they say and their losses."""
+    from ggufmoe.convert import convert
+    from ggufmoe.demo import APART, APART_EXPERTS, questions, write_apart
+    from ggufmoe.refit import refit
+
+    console.print("\n[bold]3. Merge experts that never met[/bold]: the base, one for products, one for words of Plonk,")
+    _say(console, "a language nobody speaks. Their router is guessed from prompts, then fitted on texts of each:")
+    guessed, fitted = folder / "guessed.gguf", folder / "fitted.gguf"
+    texts = {name: folder / f"{name}.jsonl" for name in APART_EXPERTS}
+    named = " ".join(f"{name}={_quoted(file)}" for name, file in texts.items())
+    recipe = write_apart(folder)
+    options = ConvertOptions(quant=quant, force=True)
+    _say_command(console, f"ggufmoe convert {_quoted(recipe)} -o {_quoted(guessed)} -q {quant}")
+    run_job(
+        lambda show, cancel: convert(recipe, guessed, options=options, on_progress=show, cancel=cancel),
+        progress_display(f"convert {quant}"),
+    )
+    _say_command(console, f"ggufmoe refit {_quoted(guessed)} {named} -o {_quoted(fitted)}")
+    result = run_job(
+        lambda show, cancel: refit(guessed, fitted, texts, force=True, on_progress=show, cancel=cancel),
+        progress_display("refit"),
+    )
+    console.print()
+    asked = questions(APART)
+    answers = {name: _answers(path, asked) for name, path in (("guessed", guessed), ("fitted", fitted))}
+    for i, question in enumerate(asked):
+        _say(console, question.text, style="bold")
+        for name, given in answers.items():
+            mark = " " if given[i].text == question.answer else "!"
+            _say(console, f"{name:8}{mark} {without_controls(given[i].text)}", _INDENT * 2)
+    assert result.router_report is not None, "fitting gives a report"
+    console.print(_router_table(result.router_report.scores, asked, answers))
+    _say(console, "Losses are those of a token of answers on texts that were held out of the fit.", style="dim")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    own_weight: float
+    """How much of it is that of the expert whose subject it is: mean over its tokens and the layers."""
+
+
+def _answers(path: Path, asked: Sequence[DemoQuestion]) -> list[_Answer]:
+    from ggufmoe.demo import APART_EXPERTS
+    from ggufmoe.engine import Engine
+    from ggufmoe.routing import RoutedToken, RoutingTracer
+    from ggufmoe.runtime.chat import Chat
+
+    answers = []
+    with Engine(path) as engine, RoutingTracer(engine) as tracer:
+        chat = Chat(engine, sampling=SamplingOptions(temperature=0, n_predict=24))
+        for question in asked:
+            chat.reset()
+            events = list(tracer.follow(chat.send(question.text)))
+            own = APART_EXPERTS.index(question.kind)
+            weights = [event.expert_weights[own] for event in events if isinstance(event, RoutedToken)]
+            text = "".join(event.text for event in events).strip()
+            answers.append(_Answer(text, sum(weights) / max(1, len(weights))))
+    return answers
+
+
+def _router_table(
+    scores: Sequence[TextScore], asked: Sequence[DemoQuestion], answers: Mapping[str, Sequence[_Answer]]
+) -> Table:
+    """A row for each router: right answers, the weight of the right expert, and the loss on texts of each kind."""
+    from rich.table import Table
+
+    table = Table("router", "right", "own expert", *(f"loss, {Path(score.file).stem}" for score in scores))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, lane in (("guessed", "before"), ("fitted", "fitted")):
+        given = answers[name]
+        right = sum(answer.text == question.answer for answer, question in zip(given, asked, strict=True))
+        own = sum(answer.own_weight for answer in given) / len(given)
+        losses = (f"{score.losses[lane]:.2f}" for score in scores)
+        table.add_row(name, f"{right} of {len(asked)}", f"{own:.0%}", *losses)
+    return table
+
+
+def _converse(console: Console, path: Path) -> None:
     from ggufmoe.cli.chat import converse
+    from ggufmoe.engine import Engine
+    from ggufmoe.runtime.chat import Chat
 
-    console.print(f"\n[bold]3. Talk with it.[/bold] It knows {_KNOWLEDGE}.")
+    console.print(f"\n[bold]4. Talk with the first.[/bold] It knows {_KNOWLEDGE}.")
     console.print(f"{_INDENT}/help lists the commands, Ctrl-D leaves.")
-    chat.reset()
-    converse(chat, quiet=True)
+    with Engine(path) as engine:
+        converse(Chat(engine, sampling=SamplingOptions(temperature=0, n_predict=64)), quiet=True)
 
 
-def _go_on(console: Console, path: Path) -> None:
-    console.print("\n[bold]3. Go on[/bold] by hand:")
+def _go_on(console: Console, path: Path, folder: Path) -> None:
+    guessed, fitted = (_quoted(folder / f"{name}.gguf") for name in ("guessed", "fitted"))
+    console.print("\n[bold]4. Go on[/bold] by hand:")
     for command, what in (
         (f"ggufmoe chat {_quoted(path)} --temp 0", f"it knows {_KNOWLEDGE}"),
         (f'ggufmoe route {_quoted(path)} --chat "What is 12 + 30?" --generate 24', "which expert saw which token"),
         (f"ggufmoe inspect {_quoted(path)}", "what is in the file"),
+        (
+            f'ggufmoe route {guessed} --against {fitted} --chat "What is 6 times 7?" --generate 12 --html routers.html',
+            "the guessed and the fitted router on one page",
+        ),
         ("ggufmoe convert recipe.yaml -o model.gguf", "your own recipe, of models of any size"),
     ):
         _say_command(console, command)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from ggufmoe.cli.terminal import load_engine
 from ggufmoe.engine import Engine
 from ggufmoe.errors import InputError, OptionError
 from ggufmoe.files import check_output_file, decode_text, replacing
+from ggufmoe.gguf.expert_names import router_origin
 from ggufmoe.gguf.hyper import Hyper
 from ggufmoe.options import ContextOptions, OffloadOptions, option
 from ggufmoe.routing import RoutingTrace, trace_routing
@@ -29,6 +31,7 @@ from ggufmoe.routing.report import shares_report, trace_report
 from ggufmoe.routing.statistics import LabelledShares, share_by_label, summarize
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.messages import Message
+from ggufmoe.sizes import counted
 from ggufmoe.work import Progress
 
 _MAX_PROMPTS_BYTES = 64 << 20
@@ -42,6 +45,9 @@ class RouteOptions:
         None, "--prompts", help='Compare by label: lines of {"label": ..., "prompt": ...}.', metavar="FILE.jsonl"
     )
     generate: int = option(0, "--generate", help="Also generate N tokens, always the most likely one.", metavar="N")
+    against: Path | None = option(
+        None, "--against", help="Show the prompt in another file of the same experts too.", metavar="OTHER.gguf"
+    )
     chat: bool = option(False, "--chat", help="Put each prompt into the model's chat template.")
     layer: int | None = option(None, "--layer", help="Colour by one layer, not by the mean of all.", metavar="L")
     capacity_factor: float = option(
@@ -79,8 +85,11 @@ def route_command(
     """Show which experts every token went to."""
     prompts = _prompts(prompt, compare, route)
     _check_outputs(model, route)
-    with load_engine(model, context, offload) as engine:
-        traced = _traced(engine, model, prompts, route, compared=prompt is None)
+    if route.against is None:
+        with load_engine(model, context, offload) as engine:
+            traced = _traced(engine, model, prompts, route, compared=prompt is None)
+    else:
+        traced = _both(*(_alone(path, prompts, route, context, offload) for path in (model, route.against)))
     if str(route.json) != "-":
         _show(traced, route)
     _write_files(traced, route)
@@ -88,16 +97,31 @@ def route_command(
 
 @dataclass(frozen=True)
 class _Traced:
-    model: Path
+    paths: tuple[Path, ...]
+    """The model's file, or the two that are compared."""
     texts: tuple[tuple[str, RoutingTrace], ...]
     """(label, trace) pairs."""
-    shares: LabelledShares | None
-    """By label, if prompts are compared; without BOS, which all prompts share."""
+    own: tuple[tuple[str, RoutingTrace], ...]
+    """The same without BOS, which all texts share."""
+    is_compared: bool
     facts: tuple[tuple[str, str], ...]
     """What the header says about the experts, beyond their number."""
 
+    @property
+    def title(self) -> str:
+        return " and ".join(path.name for path in self.paths)
+
+    @cached_property
+    def shares(self) -> LabelledShares | None:
+        """The shares of each label, if texts are compared; without BOS."""
+        return share_by_label(self.own) if self.is_compared else None
+
 
 def _prompts(prompt: str | None, compare: tuple[str, str] | None, route: RouteOptions) -> Labelled:
+    if route.against is not None and prompt is None:
+        raise typer.BadParameter("--against shows one PROMPT in two files: leave out --compare and --prompts")
+    if route.against is not None and route.png is not None:
+        raise typer.BadParameter("--png draws one file: use --html to compare")
     if sum(given is not None for given in (prompt, compare, route.prompts)) != 1:
         raise typer.BadParameter("give one of: a PROMPT, --compare with two prompts, --prompts with a file")
     if route.prompts is not None:
@@ -146,16 +170,46 @@ def _check_outputs(model: Path, route: RouteOptions) -> None:
         raise OptionError(f"--png writes a PNG: give {route.png} the ending .png")
     for path in (route.html, route.png, route.json):
         if path is not None and str(path) != "-":
-            inputs = [model] if route.prompts is None else [model, route.prompts]
+            inputs = [given for given in (model, route.prompts, route.against) if given is not None]
             check_output_file(path, inputs, replace=True)
 
 
 def _traced(engine: Engine, model: Path, prompts: Labelled, route: RouteOptions, *, compared: bool) -> _Traced:
     texts = tuple(_all_traces(engine, prompts, route))
     bos = engine.bos_token
-    own = ((label, trace.part(int(trace.token_ids[0] == bos and trace.n_token > 1))) for label, trace in texts)
-    facts = Hyper.of(engine.header.metadata).expert_facts()
-    return _Traced(model, texts, share_by_label(own) if compared else None, tuple(facts))
+    own = tuple((label, trace.part(int(trace.token_ids[0] == bos and trace.n_token > 1))) for label, trace in texts)
+    metadata = engine.header.metadata
+    facts = Hyper.of(metadata).expert_facts()
+    if (origin := router_origin(metadata)) is not None:
+        facts.append(("router" if route.against is None else f"router of {model.name}", origin))
+    return _Traced((model,), texts, own, compared, tuple(facts))
+
+
+def _alone(
+    path: Path, prompts: Labelled, route: RouteOptions, context: ContextOptions, offload: OffloadOptions
+) -> _Traced:
+    """The one prompt in one of two files that are compared, labelled by the file's name."""
+    with load_engine(path, context, offload) as engine:
+        return _traced(engine, path, [(path.name, text) for _, text in prompts], route, compared=False)
+
+
+def _both(one: _Traced, other: _Traced) -> _Traced:
+    """Two files side by side. Raises InputError where their experts are not as many."""
+    (name, first), (other_name, second) = one.texts[0], other.texts[0]
+    if (first.n_expert, first.layers) != (second.n_expert, second.layers):
+        one_size, other_size = (
+            f"{counted(trace.n_expert, 'expert')} in {counted(trace.n_layer, 'layer')}" for trace in (first, second)
+        )
+        raise InputError(f"{one.paths[0]} has {one_size}, {other.paths[0]} {other_size}: they cannot be compared")
+    if name == other_name:
+        one, other = _labelled_by_path(one), _labelled_by_path(other)
+    facts = tuple(dict.fromkeys((*one.facts, *other.facts)))
+    return _Traced((*one.paths, *other.paths), (*one.texts, *other.texts), (*one.own, *other.own), True, facts)
+
+
+def _labelled_by_path(traced: _Traced) -> _Traced:
+    label = str(traced.paths[0])
+    return replace(traced, texts=((label, traced.texts[0][1]),), own=((label, traced.own[0][1]),))
 
 
 def _all_traces(engine: Engine, prompts: Labelled, route: RouteOptions) -> Iterator[tuple[str, RoutingTrace]]:
@@ -181,7 +235,7 @@ def _trace(engine: Engine, text: str, route: RouteOptions, line: ProgressLine | 
 def _show(traced: _Traced, route: RouteOptions) -> None:
     view = RouteView(sys.stdout)
     first = traced.texts[0][1]
-    view.model(traced.model.name, first, traced.facts)
+    view.model(traced.title, first, traced.facts)
     if traced.shares is None:
         view.text(first, route.layer)
         view.summary(first, summarize(first, route.capacity_factor), route.layer)
@@ -198,11 +252,11 @@ def _write_files(traced: _Traced, route: RouteOptions) -> None:
         titles = ["Text"] if traced.shares is None else _titles([label for label, _ in traced.texts])
         texts = [(title, trace) for title, (_, trace) in zip(titles, traced.texts, strict=True)]
         page = routing_page(
-            traced.model.name, texts, shares=traced.shares, capacity_factor=route.capacity_factor, facts=traced.facts
+            traced.title, texts, shares=traced.shares, capacity_factor=route.capacity_factor, facts=traced.facts
         )
         _write(route.html, page)
     if route.png is not None:
-        write_picture(route.png, traced.model.name, traced.texts[0][1], route.layer)
+        write_picture(route.png, traced.title, traced.texts[0][1], route.layer)
         note(f"wrote {route.png}")
 
 
@@ -220,7 +274,9 @@ def _write_json(path: Path, traced: _Traced, capacity_factor: float) -> None:
     texts = [
         {"label": label, **trace_report(trace, summarize(trace, capacity_factor))} for label, trace in traced.texts
     ]
-    content: dict[str, Any] = {"model": str(traced.model), "texts": texts}
+    content: dict[str, Any] = {"model": str(traced.paths[0]), "texts": texts}
+    if traced.paths[1:]:
+        content["against"] = str(traced.paths[1])
     if traced.shares is not None:
         content["comparison"] = shares_report(traced.shares)
     written = json.dumps(content, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""What the experts of a merged model are called: the names of the models that its recipe made them of."""
+"""What a merged model's file says of its making: what its experts are called, and where its router comes from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.hyper import Hyper, TypedMetadata
-from ggufmoe.gguf.own_keys import RECIPE
+from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE
 
 _MAX_CHARS = 24
 _MAX_RECIPE_CHARS = 1 << 20
@@ -26,6 +26,20 @@ def recipe_names(metadata: Mapping[str, GGUFValue]) -> tuple[str, ...]:
     if len(names) != Hyper.of(metadata).n_expert or not all(names):
         return ()
     return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names))
+
+
+_ORIGINS = {
+    "fitted": "fitted on texts",
+    "router": "taken from another model",
+    "random": "random",
+    "uniform_random": "random",
+}
+
+
+def router_origin(metadata: Mapping[str, GGUFValue]) -> str | None:
+    """How the router was made, for people; None where the file does not say."""
+    mode = TypedMetadata(metadata).text(GATE_MODE)
+    return None if mode is None else _ORIGINS.get(mode, f"guessed from prompts ({mode})")
 
 
 def base_is_expert(metadata: Mapping[str, GGUFValue]) -> bool | None:

@@ -19,7 +19,7 @@ from ggufmoe.cli import demo
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.console import make_console
 from ggufmoe.cli.demo import _go_on, bars_for, program_as_typed
-from ggufmoe.demo import questions
+from ggufmoe.demo import APART, questions
 from ggufmoe.errors import Cancelled
 from ggufmoe.gguf.header import read_header
 
@@ -43,6 +43,12 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def first_act(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo without its second act, which takes some seconds."""
+    monkeypatch.setattr(demo, "_compare_routers", lambda *_: None)
+
+
 def test_the_whole_story(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["demo"]) == 0
     out, _ = capsys.readouterr()
@@ -52,6 +58,25 @@ def test_the_whole_story(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert re.search(r"^   ▁?[▁▂▃▄▅▆▇█]+  math \d+%$", out, re.MULTILINE)
     assert "   ggufmoe chat ggufmoe-demo.gguf --temp 0\n" in out
     assert read_header(in_tmp_path / "ggufmoe-demo.gguf").get("general.name") == "ggufmoe demo"
+    check_second_act(out, in_tmp_path / "ggufmoe-demo-router")
+
+
+def check_second_act(out: str, folder: Path) -> None:
+    """The fitted router answers nearly all that the guessed one does not, and loses less on every kind of texts."""
+    asked = questions(APART)
+    for question in asked:
+        assert f"   {question.text}\n      guessed" in out
+    rows = {row[0]: row[1:] for row in (re.findall(r"[\w.%]+(?: of \d+)?", line) for line in out.splitlines()) if row}
+    right = {name: int(rows[name][0].split()[0]) for name in ("guessed", "fitted")}
+    assert rows["fitted"][0].endswith(f" of {len(asked)}")
+    assert right["fitted"] >= len(asked) - 1
+    assert right["fitted"] >= right["guessed"] + 2
+    own = {name: int(rows[name][1].rstrip("%")) for name in right}
+    assert own["fitted"] > own["guessed"] + 10
+    losses = {name: [float(loss) for loss in rows[name][2:]] for name in right}
+    assert sum(losses["fitted"]) < 0.5 * sum(losses["guessed"])
+    assert read_header(folder / "guessed.gguf").get("ggufmoe.gate_mode") == "hidden"
+    assert read_header(folder / "fitted.gguf").get("ggufmoe.gate_mode") == "fitted"
 
 
 def test_the_commands_that_it_names_work(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,12 +84,16 @@ def test_the_commands_that_it_names_work(in_tmp_path: Path, capsys: pytest.Captu
     out, _ = capsys.readouterr()
     lines = out.replace("\\\n", "").splitlines()  # a long command goes on in the next line
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("   ggufmoe ")]
-    assert {arguments[0] for arguments in commands} == {"convert", "chat", "route", "inspect"}
+    assert {arguments[0] for arguments in commands} == {"convert", "refit", "chat", "route", "inspect"}
     for arguments in commands:
         if arguments[0] in ("route", "inspect"):
             assert exit_code(arguments) == 0
+    page = (in_tmp_path / "routers.html").read_text(encoding="utf-8")
+    assert "Router of guessed.gguf: guessed from prompts (hidden)" in page
+    assert "Router of fitted.gguf: fitted on texts" in page
 
 
+@pytest.mark.usefixtures("first_act")
 def test_the_program_may_not_be_on_the_path(
     in_tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +172,7 @@ def test_a_demo_that_was_stopped_leaves_nothing(
     assert list(in_tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("first_act")
 def test_an_earlier_demo_is_replaced_and_nothing_else(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["demo", "-o", "again.gguf"]) == 0
     assert exit_code(["demo", "-o", "again.gguf", "-q", "Q8_0"]) == 0
@@ -152,8 +182,14 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(in_tmp_path: Path, capsys:
     message = capsys.readouterr().err
     assert message == "error: mine.gguf exists and is not an earlier demo; choose another name with -o\n"
     assert (in_tmp_path / "mine.gguf").read_text(encoding="utf-8") == "precious"
+    (in_tmp_path / "new-router").mkdir()
+    assert exit_code(["demo", "-o", "new.gguf"]) == 1
+    message = capsys.readouterr().err
+    assert message == "error: new-router exists and is not of an earlier demo; choose another name with -o\n"
+    assert not (in_tmp_path / "new.gguf").exists()
 
 
+@pytest.mark.usefixtures("first_act")
 def test_a_conversation_afterwards(
     in_tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,12 +210,12 @@ def test_commands_and_sentences_fit_the_terminal(
     monkeypatch.setenv("TERM", "dumb")
     screen = Screen()
     console = make_console(screen)
-    _go_on(console, Path("a file.gguf"))
+    _go_on(console, Path("a file.gguf"), Path("a folder"))
     lines = screen.getvalue().splitlines()
     assert max(map(len, lines)) <= columns
     whole = screen.getvalue().replace("\\\n", " ")
     commands = [shlex.split(line) for line in whole.splitlines() if line.startswith("   ggufmoe ")]
     assert ["ggufmoe", "route", "a file.gguf", "--chat", "What is 12 + 30?", "--generate", "24"] in commands
-    assert len(commands) == 4
+    assert len(commands) == 5
     assert "opposites, colors, sizes, capitals, and numbers to 100" in " ".join(whole.split())
     assert ("\\\n" in screen.getvalue()) == (columns < 120)

@@ -108,6 +108,36 @@ def test_two_prompts_are_compared_without_bos(run: Run, tmp_path: Path) -> None:
     assert "By label" in html.read_text(encoding="utf-8")
 
 
+def test_one_prompt_in_two_files(run: Run, model: Path, tmp_path: Path) -> None:
+    """The files say where their routers come from; equal files route alike."""
+    html, data, other = tmp_path / "a.html", tmp_path / "a.json", tmp_path / "other.gguf"
+    ggufmoe.refit(model, other, router=model)
+    code, out, _ = run("the model", "--against", other, "--html", html, "--json", data)
+    assert code == 0
+    assert out.startswith("m.gguf and other.gguf: 4 experts in ")
+    assert "router of other.gguf: taken from another model" in out
+    assert "\nm.gguf, mean of all layers" in out
+    assert "\nother.gguf, mean of all layers" in out
+    found = json.loads(data.read_text(encoding="utf-8"))
+    assert (found["model"], found["against"]) == (str(model), str(other))
+    assert found["texts"][0]["probabilities"] == found["texts"][1]["probabilities"]
+    labels = found["comparison"]["labels"]
+    assert [one["label"] for one in labels] == ["m.gguf", "other.gguf"]
+    assert [one["n_tokens"] for one in labels] == [len(text["tokens"]) - 1 for text in found["texts"]]
+    assert "Router of other.gguf: taken from another model." in html.read_text(encoding="utf-8")
+    code, out, _ = run("the model", "--against", model)
+    assert f"\n{model}, mean of all layers" in out
+
+
+def test_files_of_other_experts_are_not_compared(run: Run, tiny_checkpoint: Make, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(n_embd=64, n_ff=64, n_expert=3, n_expert_used=2)
+    ggufmoe.convert(checkpoint, tmp_path / "three.gguf", "F16")
+    code, _, err = run("the model", "--against", tmp_path / "three.gguf")
+    assert code == 1
+    assert "m.gguf has 4 experts in 2 layers" in err
+    assert "three.gguf 3 experts in 2 layers: they cannot be compared" in err
+
+
 def test_labelled_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
     prompts, html = tmp_path / "p.jsonl", tmp_path / "a.html"
     rows = [("math", "two numbers"), ("rest", "the model"), ("math", "a sum")]
@@ -146,6 +176,8 @@ def test_files_of_prompts_that_are_wrong(run: Run, tmp_path: Path, content: byte
         ["x", "--compare", "a", "b"],
         ["--compare", "a", "b", "--png", "p.png"],
         ["--prompts", "f.jsonl", "--png", "p.png"],
+        ["--compare", "a", "b", "--against", "m.gguf"],
+        ["x", "--against", "m.gguf", "--png", "p.png"],
         ["x", "--generate", "-1"],
         ["x", "--capacity-factor", "0"],
     ],
