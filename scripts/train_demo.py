@@ -248,9 +248,10 @@ class Corpus(Encoder):
         """One conversation: with the given probability about arithmetic, else everyday, a few numbers, or small talk.
 
         The base hears arithmetic as well; its attention, which the expert must do with, has to find the right digits.
-        The experts of the second act hear their own subject and nothing else.
+        The experts of the second act hear their own subject, and something else for the rest: what knows only words of
+        Plonk by heart forgets how to copy one from the question.
         """
-        if planned.kind in self._apart:
+        if planned.is_apart and rng.random() >= planned.rest:
             return [rng.choice(self._apart[planned.kind])]
         if rng.random() < planned.arithmetic:
             kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
@@ -468,6 +469,8 @@ class Round:
     rate: float
     arithmetic: float
     batch_size: int = BATCH_SIZE
+    rest: float = 0.0
+    """The part of an expert's conversations in the second act that are not of its own subject."""
     is_apart: bool = False
     """Whether it begins as the base whatever came before, and is no part of the first act."""
 
@@ -481,7 +484,7 @@ ROUNDS = (
     Round("base", 2000, 0.02, 0.5),
     Round("math", 800, 0.01, 0.8),
     Round("product", 400, 0.01, 0.0, batch_size=16, is_apart=True),
-    Round("plonk", 300, 0.005, 0.0, batch_size=16, is_apart=True),
+    Round("plonk", 400, 0.008, 0.0, batch_size=16, rest=0.4, is_apart=True),
 )
 APART = "apart"
 """The folder of the second act."""

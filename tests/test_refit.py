@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +226,10 @@ def test_what_goes_wrong_is_a_warning(folder: Path, tmp_path: Path, caplog: pyte
     result = ggufmoe.refit(folder / "m.gguf", tmp_path / "with.gguf", files(folder))
     assert result.router_report is not None
     scores = result.router_report.scores
+    worse = replace(scores[0], losses={"fitted": 2.0, "before": 2.001, "uniform": 1.998})
+    assert (worse.is_worse_than("before"), worse.is_worse_than_uniform, worse.is_worse_than("none")) == (False, True, False)
     for other, said in (("uniform", "is worse than equal weights"), ("before", "is worse than the router that the")):
-        assert caplog.text.count(said) == sum(score.losses["fitted"] > score.losses[other] for score in scores)
+        assert caplog.text.count(said) == sum(score.is_worse_than(other) for score in scores)
     assert "the base is no expert" not in caplog.text
     recipe = write_recipe(folder, "sums", "poems", gate_mode="hidden", texts={"sums": [], "poems": []})
     ggufmoe.convert(recipe, tmp_path / "two.gguf", "F32")

@@ -154,7 +154,7 @@ def warn_of_router(report: RouterReport) -> None:
     """Log where a fitted router is worse than equal weights or the one before, and layers of rows nearly alike."""
     for score in report.scores:
         for other, called in (("uniform", "equal weights"), ("before", "the router that the file had")):
-            if score.losses["fitted"] > score.losses.get(other, np.inf):
+            if score.is_worse_than(other):
                 log.warning(
                     "on held-out texts of %s the fitted router (loss %.3f) is worse than %s (%.3f)",
                     *(score.file, score.losses["fitted"], called, score.losses[other]),
