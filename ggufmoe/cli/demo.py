@@ -5,12 +5,13 @@ Owns what is printed; every step is one that a user can take by hand, and the la
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,7 @@ from ggufmoe.cli.console import make_console, without_controls, wrapped
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import file_types
 from ggufmoe.cli.progress import ProgressLine, progress_display
-from ggufmoe.errors import Cancelled, GGUFError, ImatrixError, OptionError, OutputExistsError
+from ggufmoe.errors import Cancelled, GGUFError, ImatrixError, OptionError, OutputError, OutputExistsError
 from ggufmoe.options import ConvertOptions, SamplingOptions
 from ggufmoe.sizes import file_size
 
@@ -78,25 +79,33 @@ def demo_command(
 def _make(console: Console, output: Path, quant: str) -> None:
     from ggufmoe.convert import convert
     from ggufmoe.demo import RECIPE
-    from ggufmoe.files import delete, partial_path
-    from ggufmoe.writing.place import journal_path
 
     options = ConvertOptions(quant=quant, force=True)
     console.print("[bold]1. Merge and quantize[/bold] two dense models of 3.4 M parameters, by a recipe:")
     _say_command(console, f"ggufmoe convert {_quoted(RECIPE)} -o {_quoted(output)} -q {quant}")
-    try:
+    with _nothing_left_of(output, "stopped; nothing is left behind"):
         result = run_job(
             lambda show, cancel: convert(RECIPE, output, options=options, on_progress=show, cancel=cancel),
             progress_display(f"convert {quant}"),
         )
-    except Cancelled:
-        for left in (partial_path(output), journal_path(output)):
-            delete(left)
-        raise Cancelled("stopped; nothing is left behind") from None
     weights = f"{result.plan.n_weights / 1e6:.1f} M parameters"
     bits = f"{result.plan.bits_per_weight:.2f} bits each"
     size = f"{file_size(result.n_bytes)}, {result.seconds:.1f} s"
     _say(console, f"{output}: {weights}, {bits}, {size}")
+
+
+@contextlib.contextmanager
+def _nothing_left_of(output: Path, stopped: str) -> Iterator[None]:
+    """When the block is cancelled, delete what it has of ``output`` and say ``stopped``: the demo does not resume."""
+    from ggufmoe.files import delete, partial_path
+    from ggufmoe.writing.place import journal_path
+
+    try:
+        yield
+    except Cancelled:
+        for left in (partial_path(output), journal_path(output)):
+            delete(left)
+        raise Cancelled(stopped) from None
 
 
 def _check_output(output: Path) -> None:
@@ -206,9 +215,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _compare_routers(console: Console, folder: Path, quant: str) -> None:
-    """Make the second act's mixture with both routers, ask both files, and print what they say and their losses."""
+    """Make the second act's mixture with both routers in ``folder``, and print what they are worth."""
     from ggufmoe.convert import convert
-    from ggufmoe.demo import APART, APART_EXPERTS, questions, write_apart
+    from ggufmoe.demo import APART_EXPERTS, write_apart
     from ggufmoe.refit import refit
 
     console.print("\n[bold]3. Merge experts that never met[/bold]: the base, one for products, one for words of Plonk,")
@@ -216,18 +225,31 @@ def _compare_routers(console: Console, folder: Path, quant: str) -> None:
     guessed, fitted = folder / "guessed.gguf", folder / "fitted.gguf"
     texts = {name: folder / f"{name}.jsonl" for name in APART_EXPERTS}
     named = " ".join(f"{name}={_quoted(file)}" for name, file in texts.items())
-    recipe = write_apart(folder)
-    options = ConvertOptions(quant=quant, force=True)
+    try:
+        recipe = write_apart(folder)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written ({error.strerror})") from error
+    options, stopped = ConvertOptions(quant=quant, force=True), f"stopped; what was made is in {folder}"
     _say_command(console, f"ggufmoe convert {_quoted(recipe)} -o {_quoted(guessed)} -q {quant}")
-    run_job(
-        lambda show, cancel: convert(recipe, guessed, options=options, on_progress=show, cancel=cancel),
-        progress_display(f"convert {quant}"),
-    )
+    with _nothing_left_of(guessed, stopped):
+        run_job(
+            lambda show, cancel: convert(recipe, guessed, options=options, on_progress=show, cancel=cancel),
+            progress_display(f"convert {quant}"),
+        )
     _say_command(console, f"ggufmoe refit {_quoted(guessed)} {named} -o {_quoted(fitted)}")
-    result = run_job(
-        lambda show, cancel: refit(guessed, fitted, texts, force=True, on_progress=show, cancel=cancel),
-        progress_display("refit"),
-    )
+    with _nothing_left_of(fitted, stopped):
+        result = run_job(
+            lambda show, cancel: refit(guessed, fitted, texts, force=True, on_progress=show, cancel=cancel),
+            progress_display("refit"),
+        )
+    assert result.router_report is not None, "fitting gives a report"
+    _ask_both(console, guessed, fitted, result.router_report.scores)
+
+
+def _ask_both(console: Console, guessed: Path, fitted: Path, scores: Sequence[TextScore]) -> None:
+    """Print what both files say to every question of the second act, and their losses."""
+    from ggufmoe.demo import APART, questions
+
     console.print()
     asked = questions(APART)
     answers = {name: _answers(path, asked) for name, path in (("guessed", guessed), ("fitted", fitted))}
@@ -236,8 +258,7 @@ def _compare_routers(console: Console, folder: Path, quant: str) -> None:
         for name, given in answers.items():
             mark = " " if given[i].text == question.answer else "!"
             _say(console, f"{name:8}{mark} {without_controls(given[i].text)}", _INDENT * 2)
-    assert result.router_report is not None, "fitting gives a report"
-    console.print(_router_table(result.router_report.scores, asked, answers))
+    console.print(_router_table(scores, asked, answers))
     _say(console, "Losses are those of a token of answers on texts that were held out of the fit.", style="dim")
 
 
