@@ -52,16 +52,17 @@ def write_apart(directory: Path) -> Path:
     """
     base = DIRECTORY / "base"
     weights = (base / "model.safetensors").read_bytes()
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in (APART / "recipe.yaml", *sorted(APART.glob("*.jsonl"))):
+        shutil.copyfile(file, directory / file.name)
     for name in APART_EXPERTS:
-        (directory / name).mkdir(parents=True, exist_ok=True)
+        (directory / name).mkdir(exist_ok=True)
         for file in base.iterdir():
             if file.suffix != ".safetensors":
                 shutil.copyfile(file, directory / name / file.name)
         own = APART / f"{name}.safetensors"
         content = _replaced(weights, own.read_bytes()) if own.exists() else weights
         (directory / name / "model.safetensors").write_bytes(content)
-    for file in (*sorted(APART.glob("*.jsonl")), APART / "recipe.yaml"):
-        shutil.copyfile(file, directory / file.name)
     return directory / "recipe.yaml"
 
 
