@@ -392,12 +392,12 @@ def _plonk() -> Iterator[Question]:
 
 
 def apart_questions() -> list[Question]:
-    """Those that the second act of ``ggufmoe demo`` asks: held out, two for each expert, by which they are called."""
+    """Those that the second act of ``ggufmoe demo`` asks: held out, three for each expert, by which they are called."""
     rng = random.Random(4)
     return [
         replace(question, kind=expert)
         for expert, questions in _apart()
-        for question in rng.sample([one for one in questions if one.held_out], 2)
+        for question in rng.sample([one for one in questions if one.held_out], 3)
     ]
 
 

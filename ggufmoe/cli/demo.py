@@ -263,13 +263,13 @@ def _ask_both(console: Console, guessed: Path, fitted: Path, scores: Sequence[Te
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _RoutedAnswer:
     text: str
     own_weight: float
     """How much of it is that of the expert whose subject it is: mean over its tokens and the layers."""
 
 
-def _answers(path: Path, asked: Sequence[DemoQuestion]) -> list[_Answer]:
+def _answers(path: Path, asked: Sequence[DemoQuestion]) -> list[_RoutedAnswer]:
     from ggufmoe.demo import APART_EXPERTS
     from ggufmoe.engine import Engine
     from ggufmoe.routing import RoutedToken, RoutingTracer
@@ -284,12 +284,12 @@ def _answers(path: Path, asked: Sequence[DemoQuestion]) -> list[_Answer]:
             own = APART_EXPERTS.index(question.kind)
             weights = [event.expert_weights[own] for event in events if isinstance(event, RoutedToken)]
             text = "".join(event.text for event in events).strip()
-            answers.append(_Answer(text, sum(weights) / max(1, len(weights))))
+            answers.append(_RoutedAnswer(text, sum(weights) / max(1, len(weights))))
     return answers
 
 
 def _router_table(
-    scores: Sequence[TextScore], asked: Sequence[DemoQuestion], answers: Mapping[str, Sequence[_Answer]]
+    scores: Sequence[TextScore], asked: Sequence[DemoQuestion], answers: Mapping[str, Sequence[_RoutedAnswer]]
 ) -> Table:
     """A row for each router: right answers, the weight of the right expert, and the loss on texts of each kind."""
     from rich.table import Table
