@@ -4,8 +4,9 @@
 
 Two dense models of random weights are made with a few of the 32 layers; their recipe's router is made in a process of
 its own for each gate mode: hidden from twelve prompts, and fitted on ``--tokens`` tokens of texts, half of them for
-each expert. Told are the seconds of a layer, the peak memory, and the bytes read (Linux only) beside those of all
-weights that the mode needs. SCRATCH is a directory to be made, for some 3 GB, and deleted afterwards.
+each expert. Told are the seconds of a layer, by the clock and of processor time, the peak memory, and the bytes read
+(Linux only) beside those of all weights that the mode needs. SCRATCH is a directory to be made, for some 3 GB, and
+deleted afterwards.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def read():
 
 recipe, threads, report = sys.argv[1:]
 model = open_recipe(Path(recipe))
-begun, before, layers = time.monotonic(), read(), []
+begun, worked, before, layers = time.monotonic(), time.process_time(), read(), []
 model.prepare(threads=int(threads), on_progress=lambda step: layers.append(time.monotonic()))
 told = {
-    "seconds": time.monotonic() - begun,
     "layer": (layers[-1] - begun) / len(layers),
+    "cpu": (time.process_time() - worked) / len(layers),
     "read": read() - before,
     "tokens": sum(len(text.tokens) for text in model.texts),
 }
@@ -80,7 +81,7 @@ def main() -> int:
             cost = measure([sys.executable, "-c", CHILD, str(recipe), str(arguments.threads), str(report)])
             told = json.loads(report.read_text(encoding="utf-8"))
             print(
-                f"{mode}: {told['layer']:.1f} s a layer, {told['seconds']:.1f} s for {n_layer}, peak "
+                f"{mode}: {told['layer']:.1f} s a layer ({told['cpu']:.1f} s of processor time), peak "
                 f"{cost.peak_bytes / 1e6:.0f} MB, read {told['read'] / 1e9:.2f} GB (weights of {n_layer} layers: "
                 f"{2 * needed[mode] / 1e9:.2f} GB), {told['tokens']} tokens of texts",
                 flush=True,
