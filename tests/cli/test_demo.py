@@ -99,8 +99,8 @@ def test_the_program_may_not_be_on_the_path(
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert exit_code(["demo"]) == 0
     out = capsys.readouterr().out.replace("\\\n", "")  # a long command goes on in the next line
-    lines = [line.split() for line in out.splitlines()]
-    assert [sys.executable, "-m", "ggufmoe", "chat", "ggufmoe-demo.gguf", "--temp", "0"] in lines
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert f"{shlex.quote(sys.executable)} -m ggufmoe chat ggufmoe-demo.gguf --temp 0" in lines
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_the_program_may_not_be_on_the_path(
         ("/opt/my tools/ggufmoe", None, "'/opt/my tools/ggufmoe'"),
         ("/usr/bin/ggufmoe", "/usr/bin/ggufmoe", "ggufmoe"),
         ("HERE/ggufmoe/__main__.py", "/usr/bin/ggufmoe", "ggufmoe"),
-        ("HERE/ggufmoe/__main__.py", None, f"{sys.executable} -m ggufmoe"),
+        ("HERE/ggufmoe/__main__.py", None, f"{shlex.quote(sys.executable)} -m ggufmoe"),
     ],
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="paths of POSIX")

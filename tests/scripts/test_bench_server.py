@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import string
 import subprocess
 import sys
@@ -19,8 +20,7 @@ from tests.scripted import Scripted
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ENDS = {f"<0x{ord(letter):02X}>": " a" for letter in string.ascii_lowercase}
 """The prompts end in words."""
-FAKE = '''#!{python}
-"""Answers every request with three tokens, as llama-server frames them."""
+FAKE = '''"""Answers every request with three tokens, as llama-server frames them."""
 import json, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Handler(BaseHTTPRequestHandler):
@@ -36,8 +36,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        usage = {{"choices": [], "usage": {{"completion_tokens": 3}}}}
-        for content in [*({{"choices": [{{"text": text}}]}} for text in (" a", " b", " c")), usage]:
+        usage = {"choices": [], "usage": {"completion_tokens": 3}}
+        for content in [*({"choices": [{"text": text}]} for text in (" a", " b", " c")), usage]:
             self.chunk("data: " + json.dumps(content))
         self.chunk("data: [DONE]")
         self.wfile.write(b"0\\r\\n\\r\\n")
@@ -60,8 +60,12 @@ def test_both_servers_are_measured_with_each_number_of_clients(
     write_model: Callable[[Scripted], Path], tmp_path: Path
 ) -> None:
     model = write_model(Scripted({**ENDS, " a": " b", " b": " a"}))
-    fake = tmp_path / "llama-server"
-    fake.write_text(FAKE.format(python=sys.executable), encoding="utf-8")
+    server = tmp_path / "server.py"
+    server.write_text(FAKE, encoding="utf-8")
+    fake = tmp_path / "llama-server"  # a line "#!" has no room for every path
+    fake.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(server))} "$@"\n', encoding="utf-8"
+    )
     fake.chmod(0o755)
     flags = ["--clients", "1,2", "--requests", "1", "--rounds", "1", "-n", "3", "-p", "4", "-t", "1", "-c", "256"]
     command = [sys.executable, str(SCRIPTS / "bench_server.py"), str(model), "--llama-server", str(fake), *flags]
