@@ -258,7 +258,7 @@ def test_an_interrupt_leaves_what_resume_goes_on_from(tiny_checkpoint: Make, tmp
         time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(number)
-    printed = process.communicate(timeout=60)
+    printed = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "--resume" in printed[1]
     assert "Traceback" not in printed[1]

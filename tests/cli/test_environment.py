@@ -87,7 +87,7 @@ def test_a_chat_goes_on_after_paths_that_cannot_be_used(tmp_path: Path) -> None:
         input=lines,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
         env=os.environ | {"XDG_STATE_HOME": str(tmp_path)},
     )

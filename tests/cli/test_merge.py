@@ -161,7 +161,7 @@ def interrupted(arguments: list[str], router_s: float, sign: Path) -> tuple[int,
         time.sleep(0.01)
     time.sleep(0.4)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=200)
     return process.returncode, error
 
 

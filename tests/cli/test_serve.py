@@ -34,7 +34,7 @@ def test_a_process_serves_until_it_is_asked_to_end(story_path: Path) -> None:
             assert f"; a chat is at {url.removesuffix('v1')}; " in first
             assert "the model is loaded" in process.stderr.readline()
             body = {"prompt": " once", "temperature": 0}
-            answer = httpx.post(f"{url}/completions", json=body, timeout=20, trust_env=False).json()
+            answer = httpx.post(f"{url}/completions", json=body, timeout=100, trust_env=False).json()
             assert (answer["choices"][0]["text"], answer["model"]) == (" upon a time", "tales")
             refused = httpx.post(f"{url}/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
             assert refused.status_code == 400
@@ -53,7 +53,7 @@ def serving(path: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], ht
             assert process.stderr is not None
             url = process.stderr.readline().removeprefix("serving tales at ").partition(";")[0]
             assert "the model is loaded" in process.stderr.readline()
-            with httpx.Client(base_url=url, timeout=20, trust_env=False) as client:
+            with httpx.Client(base_url=url, timeout=100, trust_env=False) as client:
                 yield process, client
         finally:
             process.kill()

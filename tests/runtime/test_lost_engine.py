@@ -84,7 +84,7 @@ def good(tmp_path: Path) -> Path:
 def run_script(good: Path, bad: Path, script: str) -> subprocess.CompletedProcess[str]:
     code = _PREFACE + textwrap.dedent(script)
     return subprocess.run(
-        [sys.executable, "-c", code, str(good), str(bad)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, str(good), str(bad)], capture_output=True, text=True, timeout=200, check=False
     )
 
 

@@ -420,7 +420,7 @@ def test_at_the_end_of_the_interpreter_the_newest_thread_is_closed_first() -> No
         "NativeThread.close = lambda thread: (print(thread.name), close(thread))\n"
         "threads = [NativeThread(str(i), ctypes.create_string_buffer(1), lambda: None) for i in range(20)]\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.split() == [str(i) for i in reversed(range(20))]
 
 

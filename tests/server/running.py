@@ -91,7 +91,7 @@ def serving(
     thread.start()
     try:
         assert not wait or loaded.wait(20)
-        with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as client:
+        with httpx.Client(base_url=server.url, timeout=100, trust_env=False) as client:
             yield client, host
     finally:
         stop.set()
