@@ -37,8 +37,10 @@ priority, and 0.1 to 0.25 in a server whose clients run on the same machine: the
 beside one busy loop or two.
 """
 _BUSY_LOOKS = 2
-"""Looks in a row that must find the machine busy: short spinning halves the speed of a machine that is not."""
-_SHORT_S, _MAX_SHORT_S = 2.0, 32.0
+"""Looks in a row that must find the machine busy: short spinning halves the speed of a machine that is not.
+
+One is enough where it was busy before."""
+_SHORT_S, _MAX_SHORT_S = 5.0, 40.0
 """Seconds of short spinning once the machine was found busy; doubled, up to the last, while it stays busy."""
 _MAX_TEAM = 64
 """A larger machine is a server, and often a container on one that may have fewer threads than it has processors."""
@@ -85,6 +87,7 @@ class SpinLimit:
             if now < self._short_until_s:
                 return
             self.close()
+            self._n_busy = _BUSY_LOOKS - 1
             self._looked_s, self._waited_s = now, self._run_delay_s()
         elapsed_s = now - self._looked_s
         if elapsed_s < _LOOK_S:

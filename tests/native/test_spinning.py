@@ -93,10 +93,10 @@ def test_a_busy_machine_shortens_spinning_until_it_is_calm(before: int) -> None:
     find_busy(machine, limit)
     assert limit.is_short
     check_short(before)
-    machine.passes(1.5, waiting=1.5)
+    machine.passes(4.0, waiting=4.0)
     limit.look()
     assert limit.is_short
-    machine.passes(1.0, waiting=1.0)
+    machine.passes(2.0, waiting=2.0)
     limit.look()
     assert not limit.is_short
     check_long(before)
@@ -108,8 +108,12 @@ def test_a_busy_machine_shortens_spinning_until_it_is_calm(before: int) -> None:
 def test_a_machine_that_stays_busy_is_looked_at_ever_more_seldom() -> None:
     machine = Machine()
     limit = limit_of(machine)
-    for seconds in (2.0, 4.0, 8.0, 16.0, 32.0, 32.0):
-        find_busy(machine, limit)
+    machine.passes(0.3, waiting=0.2)
+    limit.look()
+    for seconds in (5.0, 10.0, 20.0, 40.0, 40.0):
+        assert not limit.is_short
+        machine.passes(0.3, waiting=0.2)
+        limit.look()  # the second in a row, or the first after the machine was busy
         assert limit.is_short
         machine.passes(seconds - 0.01)
         limit.look()
@@ -121,7 +125,7 @@ def test_a_machine_that_stays_busy_is_looked_at_ever_more_seldom() -> None:
     limit.look()
     find_busy(machine, limit)
     assert limit.is_short
-    machine.passes(2.01)
+    machine.passes(5.01)
     limit.look()
     assert not limit.is_short
 
