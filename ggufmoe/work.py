@@ -70,13 +70,13 @@ class Work:
         self._stopped = stopped
         self._on_progress = on_progress
         self._cancel = cancel
-        self._failed = threading.Event()
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._done: float = 0
 
     def check(self) -> None:
         """Raise Cancelled if ``cancel`` is set, or if another thread of ``map`` has failed."""
-        if self._failed.is_set() or is_set(self._cancel):
+        if self._failure is not None or is_set(self._cancel):
             raise Cancelled(self._stopped)
 
     def advance(self, amount: float, item: str) -> None:
@@ -96,13 +96,13 @@ class Work:
 
         ``threads`` is None for all usable cores. Items are begun in their order: with the largest first, no thread is
         left alone with a large one at the end. ``function`` calls ``check`` often. Raises what ``function`` raises;
-        the other threads then stop at their next ``check``.
+        no item is begun after that, and the other threads stop at their next ``check``.
         """
         n_threads = min(thread_count(threads), len(items))
         if n_threads < 2:
             return [function(item) for item in items]
         with ThreadPoolExecutor(n_threads) as pool:
-            futures = [pool.submit(function, item) for item in items]
+            futures = [pool.submit(self._begin, function, item) for item in items]
             try:
                 pending = {*futures}
                 while pending:
@@ -111,10 +111,27 @@ class Work:
                     for future in ended:
                         future.result()
                 return [future.result() for future in futures]
-            except BaseException:
-                self._failed.set()
+            except BaseException as error:
+                cause = self._fail(error)
                 pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, Cancelled) and error is not cause:  # a thread that stopped for another's error
+                    raise cause from None
                 raise
+
+    def _begin(self, function: Callable[[ItemT], ResultT], item: ItemT) -> ResultT:
+        """Call ``function`` in a thread of ``map``, which takes no further item once one has failed."""
+        self.check()
+        try:
+            return function(item)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> BaseException:
+        """Let every ``check`` raise from now on. Return the first error that did so."""
+        with self._lock:
+            self._failure = self._failure or error
+            return self._failure
 
 
 def is_set(cancel: CancelFlag | None) -> bool:
