@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.hub import HubAccess
+from ggufmoe.checkpoint.from_hub import HubAccess
 from ggufmoe.checkpoint.provenance import RECORD
-from ggufmoe.checkpoint.read_ahead import ReadAhead, remote_bytes
 from ggufmoe.checkpoint.source import ModelSource, RouterReport
 from ggufmoe.errors import OptionError, OutputError
 from ggufmoe.export.export_plan import plan_export
@@ -23,6 +22,7 @@ from ggufmoe.files import StrPath, check_output_file, delete, followed, partial_
 from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.hub.read_ahead import ReadAhead, remote_bytes
 from ggufmoe.merge.checkpoint_plan import CHECKPOINT_NAME, checkpoint_index, plan_checkpoint
 from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.merge.merged import MergedModel, open_recipe

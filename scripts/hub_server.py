@@ -278,7 +278,8 @@ class _HubHandler(_Handler):
     def _list(self, repo_id: str, model: Model, commit: str, *, is_tree: bool, with_body: bool) -> None:
         listing: Any = [_tree_entry(model.directory, file) for file in _files(model.directory)]
         if not is_tree:
-            siblings = [{"rfilename": entry["path"]} for entry in listing]
+            with_blobs = "blobs" in parse_qs(urlsplit(self.path).query)
+            siblings = [_sibling(entry, with_blobs=with_blobs) for entry in listing]
             listing = {"id": repo_id, "sha": commit, "siblings": siblings}
         headers = {"Content-Type": "application/json"}
         self.send(200, headers, json.dumps(listing).encode(), with_body=with_body)
@@ -385,6 +386,17 @@ def _tree_entry(directory: Path, file: Path) -> dict[str, Any]:
     if file.name.endswith(LARGE_SUFFIXES):
         entry["lfs"] = {"oid": etag_of(file), "size": entry["size"], "pointerSize": 135}
     return entry
+
+
+def _sibling(entry: dict[str, Any], *, with_blobs: bool) -> dict[str, Any]:
+    """A file as the information about a model has it; with its size and hash where they are asked for."""
+    if not with_blobs:
+        return {"rfilename": entry["path"]}
+    sibling = {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]}
+    if "lfs" in entry:
+        lfs = entry["lfs"]
+        sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+    return sibling
 
 
 @contextlib.contextmanager

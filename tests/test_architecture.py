@@ -24,7 +24,7 @@ MAP = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 # Each room may import itself, and the rooms of its line.
 _GROUND = frozenset({"version", "errors", "sizes", "files", "folders"})
 _BASE = _GROUND | {"work", "options", "gguf", "native"}
-_MODELS = _BASE | {"weights", "families", "checkpoint", "quant", "writing"}
+_MODELS = _BASE | {"weights", "hub", "families", "checkpoint", "quant", "writing"}
 _CONVERT = _MODELS | {"merge", "export"}
 _RUN = _BASE | {"placement", "runtime", "remote", "engine"}
 ALLOWED: Mapping[str, frozenset[str]] = {
@@ -38,8 +38,9 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "gguf": _GROUND | {"work", "options"},
     "native": _GROUND | {"work", "gguf"},
     "weights": _BASE,
+    "hub": _BASE | {"weights"},
     "families": _BASE | {"weights"},
-    "checkpoint": _BASE | {"weights", "families"},
+    "checkpoint": _BASE | {"weights", "hub", "families"},
     "templates": _BASE,
     "quant": _BASE,
     "writing": _BASE | {"weights", "quant"},

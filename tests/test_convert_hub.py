@@ -18,10 +18,10 @@ import yaml
 from hub_server import COMMIT, Faults, HubServer, Model
 
 import ggufmoe
-from ggufmoe.checkpoint import read_ahead
 from ggufmoe.cli.conversion import show_plan
 from ggufmoe.convert import plan_convert
 from ggufmoe.errors import Cancelled, CheckpointError
+from ggufmoe.hub import read_ahead
 from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.work import Progress
 from ggufmoe.writing.journal import journalled_commits
@@ -34,7 +34,7 @@ CHILD = """
 import json, sys
 import huggingface_hub.constants
 import ggufmoe, ggufmoe.convert
-from ggufmoe.checkpoint import read_ahead
+from ggufmoe.hub import read_ahead
 read_ahead.READ_AHEAD_BYTES, read_ahead.CHUNK_BYTES = 1 << 18, 1 << 16
 ggufmoe.convert.NETWORK_FLUSH_INTERVAL_S = 0
 print(json.dumps(ggufmoe.convert("org/tiny", sys.argv[1], "BF16", resume=True).to_dict()))

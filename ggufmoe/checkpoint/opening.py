@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-from ggufmoe.checkpoint import hub
 from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.checkpoint.fp8_blocks import scales_among
+from ggufmoe.checkpoint.from_hub import HubAccess
 from ggufmoe.checkpoint.layouts import arrange
 from ggufmoe.checkpoint.provenance import RECORD, read_provenance
 from ggufmoe.checkpoint.safetensors import TensorFile
@@ -21,6 +21,7 @@ from ggufmoe.checkpoint.source import Provenance
 from ggufmoe.errors import CheckpointError
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.files import possible_path, what_instead
+from ggufmoe.hub.hub_models import is_hub_id, split_id
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -80,9 +81,7 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, access: hub.HubAccess | None = None
-) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, revision: str | None = None, access: HubAccess | None = None) -> Checkpoint:
     """Open a checkpoint directory, or a model on the Hugging Face Hub by its id ``org/name`` or ``org/name@revision``.
 
     A path that exists takes precedence over a hub id. Reads and checks the configuration and all headers, no weights.
@@ -90,14 +89,14 @@ def open_checkpoint(
 
     Raises ArchitectureError, SafetensorsError, TensorMismatchError, HubError, and CheckpointError for anything else.
     """
-    if isinstance(source, Path) or os.path.exists(source) or not hub.is_hub_id(source):
+    if isinstance(source, Path) or os.path.exists(source) or not is_hub_id(source):
         if revision is not None and os.path.exists(source):
             raise CheckpointError(f"{source} is a directory, so it has no revision {revision}")
         if (address := _ADDRESS.match(str(source))) is not None:
             raise CheckpointError(f"{source} is the address of a page; give the model's id, {address['repo']}")
         return open_directory(possible_path(source))
-    directory, elsewhere = (access or hub.HubAccess()).open(source, revision)
-    return open_directory(directory, repo_id=hub.split_id(source, None)[0], elsewhere=elsewhere)
+    directory, elsewhere = (access or HubAccess()).open(source, revision)
+    return open_directory(directory, repo_id=split_id(source, None)[0], elsewhere=elsewhere)
 
 
 def open_directory(directory: Path, *, repo_id: str | None = None, elsewhere: Elsewhere | None = None) -> Checkpoint:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.chat_template import default_chat_template
 from ggufmoe.checkpoint.config import parse_config
-from ggufmoe.checkpoint.hub import HubAccess, is_hub_id
+from ggufmoe.checkpoint.from_hub import HubAccess
 from ggufmoe.checkpoint.jsonfile import read_capped
 from ggufmoe.checkpoint.opening import open_checkpoint, open_directory
 from ggufmoe.checkpoint.source import BaseModel, ModelSource, Provenance, RouterReport
@@ -32,6 +32,7 @@ from ggufmoe.files import decode_text, possible_path, what_instead
 from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
+from ggufmoe.hub.hub_models import is_hub_id
 from ggufmoe.merge.compare import attention_distance, compare_sources
 from ggufmoe.merge.forward import Floats
 from ggufmoe.merge.kept_router import KeptRouter

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ggufmoe.checkpoint.hub_http import RangeAnswer, asked_for, headers_for, request_errors
 from ggufmoe.errors import Cancelled, HubError, one_line
+from ggufmoe.hub.hub_http import RangeAnswer, asked_for, headers_for, request_errors
 from ggufmoe.sizes import counted
 
 TRIES = 8

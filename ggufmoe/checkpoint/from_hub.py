@@ -1,5 +1,5 @@
 """Gets what a conversion needs from the Hugging Face Hub: small files through huggingface_hub's cache, and weights by
-ranges (``hub_file``), so that nothing of them is stored, or into the cache as well where they are to be kept.
+ranges (``hub.hub_file``), so that nothing of them is stored, or into the cache as well where they are to be kept.
 
 Small files come first, so that no weights are fetched of a model that is not supported. Token, endpoint, cache and
 offline mode are huggingface_hub's own (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``).
@@ -8,23 +8,22 @@ offline mode are huggingface_hub's own (``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ggufmoe.checkpoint import shards
 from ggufmoe.checkpoint.config import quantization_method, read_config
 from ggufmoe.checkpoint.foreign_weights import what_made
-from ggufmoe.checkpoint.hub_file import HubFile, Line
 from ggufmoe.checkpoint.layouts import is_read_quantization, unread
 from ggufmoe.checkpoint.safetensors import TensorFile
 from ggufmoe.checkpoint.shards import Elsewhere
-from ggufmoe.errors import CheckpointError, HubError, one_line
-
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]*[\w])(@(?P<revision>[^@\s]+))?", re.ASCII)
+from ggufmoe.errors import CheckpointError, HubError
+from ggufmoe.hub.hub_errors import explained, hub_failures, is_offline
+from ggufmoe.hub.hub_file import HubFile, Line
+from ggufmoe.hub.hub_models import split_id
 
 _AT_ONCE = 8
 """Requests at once that ask where files are."""
@@ -46,24 +45,6 @@ SMALL_FILES = (
     "README.md",
     "ggufmoe.json",
 )
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a text has the form of a hub id, ``org/name`` or ``org/name@revision``."""
-    return _HUB_ID.fullmatch(source) is not None
-
-
-def split_id(source: str, revision: str | None) -> tuple[str, str | None]:
-    """Split a hub id into repository and revision (None if not given).
-
-    Raises HubError if ``source`` is not a hub id, or names another revision than ``revision``.
-    """
-    match = _HUB_ID.fullmatch(source)
-    if match is None:
-        raise HubError(f"{source!r} is not a hub id; expected org/name or org/name@revision")
-    if revision is not None and match["revision"] not in (None, revision):
-        raise HubError(f"{source} names a revision already; it cannot be {revision} too")
-    return match["repo"], revision or match["revision"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +92,7 @@ class HubAccess:
         repo_id, revision = split_id(source, revision)
         revision = self._pins.get(source, revision)
         directory, names = _small_files(repo_id, revision)
-        if self._keep_source or _is_offline():
+        if self._keep_source or is_offline():
             _fetch_weights(repo_id, directory, names)
             return directory, {}
         if shards.are_complete(directory):  # then the hub need not be reached
@@ -129,8 +110,8 @@ class HubAccess:
             missing = [name for name in _there(repo_id, commit, names) if not (directory / name).is_file()]
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 pairs = list(pool.map(opened, missing))
-        except _failures() as error:
-            raise _explained(f"{repo_id}@{commit}", repo_id, error) from error
+        except hub_failures() as error:
+            raise explained(f"{repo_id}@{commit}", repo_id, error) from error
         self.header_bytes = self.line.n_bytes
         if pairs:
             self.origins.append(HubModel(source, commit, tuple(file for file, _ in pairs)))
@@ -160,7 +141,7 @@ def _fetch_weights(repo_id: str, directory: Path, names: Sequence[str]) -> None:
     _snapshot(repo_id, directory.name, ("config.json", *names))
     shards.check_links(directory)
     if not any((directory / name).is_file() for name in names) and not any(directory.glob(shards.NUMBERED)):
-        if _is_offline():
+        if is_offline():
             raise HubError(f"{repo_id}: its weights are not in the cache, and HF_HUB_OFFLINE forbids to fetch them")
         raise _no_weights(repo_id)
 
@@ -185,28 +166,13 @@ def _no_weights(repo_id: str) -> CheckpointError:
     )
 
 
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def _snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=_silent()))
-    except _failures() as error:
-        raise _explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises where the hub does not give something."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    # The bases of HfHubHTTPError are those of the HTTP library that this huggingface_hub uses.
-    http_errors = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
-    return (OSError, ValueError, EntryNotFoundError, *http_errors)
+    except hub_failures() as error:
+        raise explained(f"{repo_id}@{revision}" if revision else repo_id, repo_id, error) from error
 
 
 def _silent() -> Any:
@@ -218,28 +184,3 @@ def _silent() -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
     return Silent
-
-
-def _explained(where: str, repo_id: str, error: BaseException) -> HubError:
-    from huggingface_hub import constants, errors
-
-    chain = [error]  # huggingface_hub hides a refusal behind 'not found in the cache'
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    page = f"{constants.ENDPOINT}/{repo_id}"
-    token = "set a token (HF_TOKEN, or `hf auth login`)"
-    if any(isinstance(cause, errors.GatedRepoError) for cause in chain):
-        return HubError(f"{where} is gated: accept its licence on {page} and {token}")
-    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in chain):
-        return HubError(f"{where}: there is no such revision; {page} lists branches and tags")
-    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in chain):
-        return HubError(
-            f"{where} is neither a local directory nor a public model on {constants.ENDPOINT}; if it is private, "
-            f"ask for access on {page} and {token}"
-        )
-    if constants.HF_HUB_OFFLINE:
-        return HubError(f"{where} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it")
-    return HubError(
-        f"{where} cannot be fetched from {constants.ENDPOINT} and is not in the cache ({one_line(chain[-1])}); "
-        "check the connection, or give a directory"
-    )

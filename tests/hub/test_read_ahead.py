@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ggufmoe.checkpoint.hub_file import HubFile, Line
-from ggufmoe.checkpoint.read_ahead import ReadAhead
 from ggufmoe.errors import Cancelled, HubError
+from ggufmoe.hub.hub_file import HubFile, Line
+from ggufmoe.hub.read_ahead import ReadAhead
 from ggufmoe.weights.byte_ranges import ByteRange
 
 CONTENT = bytes(range(256)) * 40

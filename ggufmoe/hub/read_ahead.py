@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from ggufmoe.checkpoint.hub_file import HubFile, Line
 from ggufmoe.errors import Cancelled
+from ggufmoe.hub.hub_file import HubFile, Line
 from ggufmoe.weights.byte_ranges import ByteRange, ByteReader
 
 READ_AHEAD_BYTES = 64 << 20

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, HubServer
 
-from ggufmoe.checkpoint import hub_file
-from ggufmoe.checkpoint.hub_file import HubFile, Line
 from ggufmoe.errors import Cancelled, HubError
+from ggufmoe.hub import hub_file
+from ggufmoe.hub.hub_file import HubFile, Line
 
 CONTENT = bytes(range(256)) * 2000
 NAME = "model.safetensors"
@@ -135,8 +135,8 @@ def test_after_too_many_requests_no_connection_asks_before_the_time(monkeypatch:
         pauses.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr("ggufmoe.checkpoint.hub_file.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("ggufmoe.checkpoint.hub_file.time.sleep", sleep)
+    monkeypatch.setattr("ggufmoe.hub.hub_file.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ggufmoe.hub.hub_file.time.sleep", sleep)
     line = Line()
     line.be_quiet(7)
     line.be_quiet(3)

@@ -17,14 +17,12 @@ from typing import Any
 import pytest
 from hub_server import HubServer, serving
 
-from ggufmoe.checkpoint import hub
-from ggufmoe.errors import HubError
 from tests.checkpoint.test_fp8_blocks import quantized
 
 CHILD = """
 import json, os, sys
 from ggufmoe.checkpoint import open_checkpoint
-from ggufmoe.checkpoint.hub import HubAccess
+from ggufmoe.checkpoint.from_hub import HubAccess
 from ggufmoe.errors import GgufmoeError
 access = HubAccess(keep_source="KEEP_SOURCE" in os.environ)
 answers = []
@@ -180,22 +178,3 @@ def test_a_model_with_pickled_weights_only_is_refused(tiny_checkpoint: Callable[
     assert answer["error"] == "CheckpointError"
     assert "refused because they can run any code" in answer["message"]
     assert "pytorch_model.bin" not in running.fetched
-
-
-@pytest.mark.parametrize("source", ["org/name", "org/na.me-1@main", "o/n@refs/pr/1", "mistralai/Mistral-7B-v0.2"])
-def test_hub_ids(source: str) -> None:
-    assert hub.is_hub_id(source)
-
-
-@pytest.mark.parametrize("source", ["name", "./org/name", "/org/name", "a/b/c", "../x", "org/name/", "o/..", "o/n@"])
-def test_paths_are_not_hub_ids(source: str) -> None:
-    assert not hub.is_hub_id(source)
-
-
-def test_a_revision_is_given_once() -> None:
-    assert hub.split_id("org/name@v1", None) == ("org/name", "v1")
-    assert hub.split_id("org/name", "v1") == ("org/name", "v1")
-    with pytest.raises(HubError, match="names a revision already"):
-        hub.split_id("org/name@v1", "v2")
-    with pytest.raises(HubError, match="not a hub id"):
-        hub.split_id("name", None)
