@@ -46,6 +46,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "writing": _BASE | {"weights", "quant"},
     "merge": _MODELS | {"templates"},
     "export": _MODELS,
+    "sizing": _CONVERT | {"templates"},
     "convert": _CONVERT,
     "quantize": _CONVERT | {"convert"},
     "refit": _CONVERT | {"convert", "templates", "runtime"},

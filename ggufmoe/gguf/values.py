@@ -18,6 +18,11 @@ def u32(value: int) -> GGUFValue:
     return GGUFValue(ValueType.UINT32, value, None)
 
 
+def u64(value: int) -> GGUFValue:
+    """A UINT64 metadata value."""
+    return GGUFValue(ValueType.UINT64, value, None)
+
+
 def f32(value: float) -> GGUFValue:
     """A FLOAT32 metadata value."""
     return GGUFValue(ValueType.FLOAT32, float(value), None)

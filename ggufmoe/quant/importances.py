@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.errors import GGUFError, ImatrixError
-from ggufmoe.files import replacing, what_instead
-from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import GGUFValue, Header, TensorInfo, padded, read_header
-from ggufmoe.gguf.types import GGMLType, ValueType
-from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, Keys
+from ggufmoe.files import what_instead
+from ggufmoe.gguf.float_arrays import write_arrays
+from ggufmoe.gguf.header import Header, TensorInfo, read_header
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.gguf.upstream import Keys
+from ggufmoe.gguf.values import text, texts, u32
 from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
 
 _F32 = np.dtype("<f4")
@@ -165,21 +166,12 @@ def save(
         arrays[name + _SUMS] = sums.reshape(counts.size, -1) if counts.size > 1 else sums.reshape(-1)
         arrays[name + _COUNTS] = counts.reshape(-1, 1) if counts.size > 1 else counts.reshape(1)
     metadata = {
-        Keys.General.TYPE: GGUFValue(ValueType.STRING, "imatrix"),
-        _DATASETS: GGUFValue(ValueType.ARRAY, list(datasets), ValueType.STRING),
-        _CHUNK_COUNT: GGUFValue(ValueType.UINT32, chunk_count),
-        _CHUNK_SIZE: GGUFValue(ValueType.UINT32, chunk_size),
+        Keys.General.TYPE: text("imatrix"),
+        _DATASETS: texts(datasets),
+        _CHUNK_COUNT: u32(chunk_count),
+        _CHUNK_SIZE: u32(chunk_size),
     }
-    infos: list[TensorInfo] = []
-    offset = 0
-    for name, array in arrays.items():
-        infos.append(TensorInfo(name, GGMLType.F32, array.shape, offset, array.size * _F32.itemsize))
-        offset += padded(infos[-1].n_bytes, DEFAULT_ALIGNMENT)
-    with replacing(Path(path), "the importance matrix") as file:
-        file.write(encode_header(metadata, tuple(infos)))
-        for array in arrays.values():
-            data = array.astype(_F32).tobytes()
-            file.write(data.ljust(padded(len(data), DEFAULT_ALIGNMENT), b"\0"))
+    write_arrays(Path(path), "the importance matrix", metadata, arrays)
 
 
 def _load_gguf(path: Path) -> Imatrix:
