@@ -159,11 +159,17 @@ def _target_machine(target: Host) -> Any:
 
 
 def _optimized(text: str, machine: Any) -> Any:
+    """The module with its variables in registers.
+
+    Kernels are written as they shall run. LLVM's pipeline O1 doubles the time of compiling and makes none faster by more
+    than the measurement's noise, but those of IQ4_NL and IQ4_XS without importances (7 to 9 %).
+    """
     module = binding.parse_assembly(text)
     module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=1)
-    # the code is vectorized as written; these passes would only take time
-    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    builder = binding.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=1))
+    passes = binding.create_new_function_pass_manager()
+    passes.add_sroa_pass()
+    for function in module.functions:
+        if not function.is_declaration:
+            passes.run(function, builder)
     return module
