@@ -204,7 +204,7 @@ class Slow(PartialFile):
     def write_at(self, offset, data):
         super().write_at(offset, data)
         written.append(offset)
-        while len(written) - (tiles() - before) > 4:  # however slow the disk is, a line of the journal is about few tiles
+        while len(written) - (tiles() - before) > 4:  # so that a line of the journal is about few
             time.sleep(0.001)
         if len(done()) > lines_to_live:
             os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
