@@ -189,7 +189,7 @@ from ggufmoe.writing.writer import WriteOptions, write_plan
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.quant.filetypes import FileType
 
-output, lines_to_live = Path(sys.argv[2]), int(sys.argv[3])
+output, lines_to_live, tiles_ahead = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
 def done():
     lines = journal_path(output).read_text().splitlines()
@@ -203,8 +203,9 @@ before, written = (tiles(), []) if journal_path(output).exists() else (0, [])
 class Slow(PartialFile):
     def write_at(self, offset, data):
         super().write_at(offset, data)
+        time.sleep(0.02)
         written.append(offset)
-        while len(written) - (tiles() - before) > 4:  # so that a line of the journal is about few
+        while len(written) - (tiles() - before) > tiles_ahead:
             time.sleep(0.001)
         if len(done()) > lines_to_live:
             os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -214,10 +215,13 @@ write_plan(plan, WriteOptions(threads=2, flush_interval_s=0, open_output=Slow, r
 """
 
 
-def slowed(directory: Path, output: Path, lines_to_live: int) -> list[str]:
-    """A command that resumes slowly, and kills itself when its journal has more lines about finished tiles."""
+def slowed(directory: Path, output: Path, lines_to_live: int = 10**6, tiles_ahead: int = 10**6) -> list[str]:
+    """A command that resumes slowly, and kills itself when its journal has more lines about finished tiles.
+
+    No more than ``tiles_ahead`` tiles wait for the journal, so that one line is not about all of them.
+    """
     script = SLOWED.format(root=str(Path(__file__).parents[2]))
-    return [sys.executable, "-c", script, str(directory), str(output), str(lines_to_live)]
+    return [sys.executable, "-c", script, str(directory), str(output), str(lines_to_live), str(tiles_ahead)]
 
 
 def test_a_killed_process_loses_little_and_is_resumed_to_the_same_file(tiny_checkpoint: Make, tmp_path: Path) -> None:
@@ -228,7 +232,7 @@ def test_a_killed_process_loses_little_and_is_resumed_to_the_same_file(tiny_chec
         n_tiles = len(list(tiling.tiles(plan)))
     done = 0
     for lines_to_live in (0, 1, 3):
-        process = subprocess.run(slowed(directory, output, lines_to_live), check=False, timeout=120)
+        process = subprocess.run(slowed(directory, output, lines_to_live, 4), check=False, timeout=120)
         assert process.returncode not in (0, 1)
         finished = len(journal.read() or ())
         assert done < finished < n_tiles
@@ -623,7 +627,7 @@ def test_a_file_that_cannot_get_its_size_is_closed(tmp_path: Path, monkeypatch: 
 
 def test_ctrl_c_of_a_caller_without_a_cancel_event_is_resumable(tiny_checkpoint: Make, tmp_path: Path) -> None:
     directory, output = tiny_checkpoint(n_layer=6), tmp_path / "a.gguf"
-    process = subprocess.Popen(slowed(directory, output, 10**6), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(slowed(directory, output), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     journal = journal_path(output)
     while not (journal.exists() and "done" in journal.read_text()) and time.monotonic() < deadline:
