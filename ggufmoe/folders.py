@@ -34,6 +34,26 @@ def state_directory() -> Path | None:
     return base / "ggufmoe"
 
 
+def data_directory() -> Path | None:
+    """Where ggufmoe keeps what the user wants to keep, above all models: ``$GGUFMOE_HOME``, or the user's data folder.
+
+    None for a user without a home.
+    """
+    if given := os.environ.get("GGUFMOE_HOME"):
+        return Path(given).absolute()
+    try:
+        if sys.platform == "win32":
+            base = user_cache_directory()
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Application Support"
+        else:
+            share = os.environ.get("XDG_DATA_HOME", "")
+            base = Path(share) if os.path.isabs(share) else Path.home() / ".local" / "share"
+    except RuntimeError:
+        return None
+    return base / "ggufmoe"
+
+
 def cache_directory() -> Path | None:
     """Where ggufmoe keeps its caches: ``$GGUFMOE_CACHE``, or a folder of the user's; None for a user without a home."""
     if given := os.environ.get("GGUFMOE_CACHE"):

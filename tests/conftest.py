@@ -19,12 +19,13 @@ from tests.stories import ONE_THREAD, STORY
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches are kept for this session alone, in its processes too: nothing is read from or left in the user's."""
+    """Caches and stored models are this session's alone, in its processes too; the user's stay as they are."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # the session's processes have folders of their own in there
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GGUFMOE_CACHE", str(folder / "cache"))
+        patch.setenv("GGUFMOE_HOME", str(folder / "home"))
         yield
 
 

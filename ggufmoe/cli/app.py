@@ -165,6 +165,20 @@ VERBS = (
         "Make, quantize and ask a tiny mixture of experts; offline.",
         ("ggufmoe demo", "ggufmoe demo --chat"),
     ),
+    Verb("list", "ggufmoe.cli.list:list_command", "Show the stored models.", ("ggufmoe list",)),
+    Verb(
+        "show",
+        "ggufmoe.cli.show:show_command",
+        "Show where a stored model came from.",
+        ("ggufmoe show my-mixtral-Q4_K_M",),
+    ),
+    Verb("rm", "ggufmoe.cli.rm:rm_command", "Delete stored models.", ("ggufmoe rm my-mixtral-Q4_K_M",)),
+    Verb(
+        "prune",
+        "ggufmoe.cli.prune:prune_command",
+        "Delete unfinished and unused models of the store.",
+        ("ggufmoe prune", "ggufmoe prune --unused 90 --dry-run"),
+    ),
     Verb(
         "worker",
         "ggufmoe.cli.worker:worker_command",

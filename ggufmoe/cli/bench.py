@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -18,11 +17,12 @@ from ggufmoe.cli.bench_view import make_printer
 from ggufmoe.cli.console import held_warnings
 from ggufmoe.cli.grid import Values, combinations, listed, numbers, single
 from ggufmoe.cli.jobs import interruptible
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import model_names, with_options
 from ggufmoe.cli.progress import ProgressLine
+from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.errors import OptionError
 from ggufmoe.evaluation.bench import Workload, describe_machine, plan_bench, run_bench
-from ggufmoe.options import ContextOptions, OffloadOptions, option
+from ggufmoe.options import ContextOptions, ModelOptions, OffloadOptions, option
 from ggufmoe.work import Progress
 
 
@@ -115,10 +115,18 @@ def _pair(text: str) -> tuple[int, int]:
     return n_prompt, n_gen
 
 
-@with_options(BenchOptions)
+@with_options(ModelOptions, BenchOptions)
 def bench_command(
-    models: Annotated[list[Path], typer.Argument(help="GGUF files.", metavar="MODEL...")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="GGUF files, stored models, checkpoint directories, recipes or names on the hub (org/name).",
+            metavar="MODEL...",
+            autocompletion=model_names,
+        ),
+    ],
     *,
+    wanted: ModelOptions,
     bench: BenchOptions,
 ) -> None:
     """Measure the speed of prompts (pp) and of generation (tg), as llama-bench does, over a grid of options.
@@ -126,10 +134,11 @@ def bench_command(
     Prints mean and standard deviation of the repetitions, in tokens per second. Ctrl-C ends the run and prints what was
     measured so far.
     """
+    paths = [model_file(model, wanted) for model in models]
     # drawn between repetitions only, so that drawing is never timed
     line = ProgressLine("bench", phase="bench", ticking=False)
     with line:
-        cases = plan_bench(models, bench.workloads, bench.contexts, bench.offloads)
+        cases = plan_bench(paths, bench.workloads, bench.contexts, bench.offloads)
         printer = make_printer(bench.output, sys.stdout, describe_machine(), cases, bench.given)
 
     def show(progress: Progress) -> None:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ggufmoe.cli.console import note, piped_lines, printable
-from ggufmoe.cli.params import ShowReasoning, option_named, with_options, with_typed
+from ggufmoe.cli.params import ModelName, ShowReasoning, option_named, with_options, with_typed
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
+from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, ContextFullError, GgufmoeError, InputError, OptionError
 from ggufmoe.folders import state_directory
 from ggufmoe.options import (
     ChatContextOptions,
+    ModelOptions,
     OffloadOptions,
     PromptOptions,
     SamplingOptions,
@@ -40,9 +42,12 @@ _QUOTES = '"""'
 _DEFAULT = re.compile(r"\[default: (.*)\]")
 
 
-@with_options(PromptOptions, TemplateOptions, StopOptions, SamplingOptions, ChatContextOptions, OffloadOptions)
+@with_options(
+    ModelOptions, PromptOptions, TemplateOptions, StopOptions, SamplingOptions, ChatContextOptions, OffloadOptions
+)
 def chat_command(
-    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    model: ModelName,
+    wanted: ModelOptions,
     asking: PromptOptions,
     variables: TemplateOptions,
     stop: StopOptions,
@@ -53,14 +58,15 @@ def chat_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
 ) -> None:
     """Talk with a model in the terminal."""
-    with load_engine(model, context, offload) as engine:
+    path = model_file(model, wanted, quiet=quiet)
+    with load_engine(path, context, offload) as engine:
         chat = make_chat(engine, asking, variables, sampling)
         if not quiet:
-            note(f"{model.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
+            note(f"{path.name}: a context of {engine.n_ctx} tokens. /help lists the commands, Ctrl-D leaves.")
         try:
             converse(
                 chat,
-                lambda: load_engine(model, context, offload),
+                lambda: load_engine(path, context, offload),
                 quiet=quiet,
                 stop=stop.texts,
                 show_reasoning=show_reasoning,

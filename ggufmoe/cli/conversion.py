@@ -8,8 +8,6 @@ The summary goes to stderr, so that stdout holds only what was asked for.
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING
 from ggufmoe.cli.console import note, printable, terminal_columns, without_controls, wrapped
 from ggufmoe.cli.progress import ProgressLine, duration
 from ggufmoe.cli.router import print_router
-from ggufmoe.files import allowed_name
 from ggufmoe.sizes import file_size
 from ggufmoe.work import OnProgress, Progress
 
@@ -27,32 +24,13 @@ if TYPE_CHECKING:
 
 
 _EXAMPLE_RATES_MBIT = (50, 500)
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def default_output(source: str, quant: str) -> Path:
-    """``NAME-TYPE.gguf`` in the current folder.
+    """``NAME-TYPE.gguf`` in the current folder, by ``model_name``. Raises OptionError for an unknown file type."""
+    from ggufmoe.export.naming import model_name
 
-    NAME is that of the directory, the recipe, the hub id or the GGUF file, without the number of a shard and, unless
-    the types stay as they are, without the type that a GGUF file's name ends with. Raises OptionError for an unknown
-    file type.
-    """
-    from ggufmoe.export.requantize import COPY
-    from ggufmoe.quant.filetypes import FileType
-
-    is_copy = quant.strip().upper() == COPY
-    type_name = COPY if is_copy else FileType.from_name(quant).name
-    path = Path(source)
-    if path.suffix.lower() in (".gguf", ".yaml", ".yml"):
-        name = _SHARD.sub("", path.stem)
-    elif path.is_dir():
-        name = Path(os.path.abspath(path)).name  # of a link as it was typed, and of "." as well
-    else:
-        name = path.name.partition("@")[0]  # org/name@revision
-    if path.suffix.lower() == ".gguf" and not is_copy:
-        types = "|".join((*FileType.__members__, "FP16", "FP32"))
-        name = re.sub(rf"[-._]({types})$", "", name, flags=re.IGNORECASE) or name
-    return Path(allowed_name(f"{name}-{type_name}.gguf"))
+    return Path(f"{model_name(source, quant)}.gguf")
 
 
 def naming(output: Path, display: ProgressLine, show: OnProgress) -> OnProgress:
@@ -157,12 +135,16 @@ def _network_lines(plan: WritePlan) -> list[str]:
         return []
     models = ", ".join(f"{name.partition('@')[0]}@{commit[:12]}" for name, commit in plan.commits.items())
     twice = f", up to {file_size(reads.router_bytes)} of it before, for the router" if reads.router_bytes else ""
-    times = ", ".join(f"{duration(reads.n_bytes / (mbit * 125_000))} at {mbit} Mbit/s" for mbit in _EXAMPLE_RATES_MBIT)
     return [
         f"read from the hub by ranges: {models}",
-        f"over the network {file_size(reads.n_bytes)}{twice}: {times}",
+        f"over the network {file_size(reads.n_bytes)}{twice}: {network_times(reads.n_bytes)}",
         f"on disk {file_size(plan.n_bytes)}; with --keep-source {file_size(reads.file_bytes)} more, in the hub's cache",
     ]
+
+
+def network_times(n_bytes: int) -> str:
+    """How long so many bytes take at two rates."""
+    return ", ".join(f"{duration(n_bytes / (mbit * 125_000))} at {mbit} Mbit/s" for mbit in _EXAMPLE_RATES_MBIT)
 
 
 def _cells(tensor: PlannedTensor) -> tuple[str, str, str, str]:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ggufmoe.errors import EngineMissingError, OptionError
+from ggufmoe.errors import EngineMissingError, InputError, OptionError
 
 Command = Callable[..., None]
 OptionsT = TypeVar("OptionsT")
@@ -31,6 +31,36 @@ _MOST_LISTED = 40
 """Characters up to which the values of an option stand beside its name; a longer list would not fit a terminal."""
 SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
 
+
+def stored_names(incomplete: str) -> list[str]:
+    """The stored models whose names begin with what has been typed, for the completion of a shell."""
+    from ggufmoe.store.model_store import ModelStore
+
+    try:
+        return [model.name for model in ModelStore().models() if model.name.startswith(incomplete)]
+    except InputError:  # without a home there is no store
+        return []
+
+
+def model_names(incomplete: str) -> list[str]:
+    """Stored models, GGUF files, recipes and folders that begin with what has been typed, for a shell's completion."""
+    begun = incomplete.rpartition("/")[2]
+    folder = incomplete.removesuffix(begun)
+    there = sorted(path for path in Path(folder or ".").glob("*") if path.name.startswith(begun))
+    paths = [f"{folder}{path.name}{'/' if path.is_dir() else ''}" for path in there]
+    return [*stored_names(incomplete), *(path for path in paths if path.endswith(("/", ".gguf", ".yaml", ".yml")))]
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        help="A GGUF file, a stored model, a checkpoint directory, a recipe.yaml, or a name on the hub (org/name).",
+        autocompletion=model_names,
+    ),
+]
+StoredName = Annotated[
+    str, typer.Argument(help="Name of a stored model, as `ggufmoe list` shows it.", autocompletion=stored_names)
+]
 GGUFOutput = Annotated[
     Path | None,
     typer.Option(

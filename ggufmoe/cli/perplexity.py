@@ -14,24 +14,26 @@ from typing import Annotated
 import typer
 
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import ModelName, with_options
 from ggufmoe.cli.progress import chunk_display
+from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.evaluation.chunks import check_complete
 from ggufmoe.evaluation.divergence import SHARES, Distribution, Divergence, kl_divergence
 from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity
-from ggufmoe.options import EvaluationOptions, OffloadOptions
+from ggufmoe.options import EvaluationOptions, ModelOptions, OffloadOptions
 from ggufmoe.sizes import counted
 
 
-@with_options(EvaluationOptions, OffloadOptions)
+@with_options(ModelOptions, EvaluationOptions, OffloadOptions)
 def perplexity_command(
-    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    model: ModelName,
     file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="FILE")],
     *,
     against: Annotated[
-        Path | None,
-        typer.Option("--against", help="Compare with this model, token by token.", metavar="REFERENCE.gguf"),
+        str | None,
+        typer.Option("--against", help="Compare with this model, token by token.", metavar="MODEL"),
     ] = None,
+    wanted: ModelOptions,
     options: EvaluationOptions,
     offload: OffloadOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -43,21 +45,23 @@ def perplexity_command(
     quantization costs: KL divergence, how often the likeliest token is the same, by how much probabilities move.
     Ctrl-C prints the result over the chunks that are done.
     """
+    path = model_file(model, wanted, quiet=quiet)
     result: Perplexity | Divergence
     display = partial(chunk_display, at_once=options.context.n_seq_max, quiet=quiet)
     if against is None:
         result = alone = run_job(
             lambda show, cancel: perplexity(
-                model, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+                path, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
             display("perplexity", lambda found: _shown(found.estimate)),
             gentle=True,
         )
         lines = [f"perplexity  {_shown(alone.estimate)}", _extent(alone)]
     else:
+        reference = model_file(against, wanted, quiet=quiet)
         result = beside = run_job(
             lambda show, cancel: kl_divergence(
-                model, against, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+                path, reference, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
             display(
                 "divergence",

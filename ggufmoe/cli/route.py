@@ -14,16 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from ggufmoe.cli.console import note, piped_text
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import ModelName, with_options
 from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.route_view import RouteView
 from ggufmoe.cli.terminal import load_engine
+from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.engine import Engine
 from ggufmoe.errors import InputError, OptionError
 from ggufmoe.files import check_output_file, decode_text, replacing
 from ggufmoe.gguf.expert_names import router_origin
 from ggufmoe.gguf.hyper import Hyper
-from ggufmoe.options import ContextOptions, OffloadOptions, option
+from ggufmoe.options import ContextOptions, ModelOptions, OffloadOptions, option
 from ggufmoe.routing import RoutingTrace, trace_routing
 from ggufmoe.routing.page import routing_page
 from ggufmoe.routing.plot import write_picture
@@ -45,8 +46,8 @@ class RouteOptions:
         None, "--prompts", help='Compare by label: lines of {"label": ..., "prompt": ...}.', metavar="FILE.jsonl"
     )
     generate: int = option(0, "--generate", help="Also generate N tokens, always the most likely one.", metavar="N")
-    against: Path | None = option(
-        None, "--against", help="Show the prompt in another file of the same experts too.", metavar="OTHER.gguf"
+    against: str | None = option(
+        None, "--against", help="Show the prompt in another model of the same experts too.", metavar="MODEL"
     )
     chat: bool = option(False, "--chat", help="Put each prompt into the model's chat template.")
     layer: int | None = option(None, "--layer", help="Colour by one layer, not by the mean of all.", metavar="L")
@@ -70,10 +71,11 @@ Labelled = list[tuple[str, str]]
 """(label, prompt) pairs."""
 
 
-@with_options(RouteOptions, ContextOptions, OffloadOptions)
+@with_options(RouteOptions, ModelOptions, ContextOptions, OffloadOptions)
 def route_command(
-    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    model: ModelName,
     route: RouteOptions,
+    wanted: ModelOptions,
     context: ContextOptions,
     offload: OffloadOptions,
     prompt: Annotated[str | None, typer.Argument(help="Text to route; - reads it from stdin.")] = None,
@@ -85,11 +87,13 @@ def route_command(
     """Show which experts every token went to."""
     prompts = _prompts(prompt, compare, route)
     _check_outputs(model, route)
+    path = model_file(model, wanted)
     if route.against is None:
-        with load_engine(model, context, offload) as engine:
-            traced = _traced(engine, model, prompts, route, compared=prompt is None)
+        with load_engine(path, context, offload) as engine:
+            traced = _traced(engine, path, prompts, route, compared=prompt is None)
     else:
-        traced = _both(*(_alone(path, prompts, route, context, offload) for path in (model, route.against)))
+        both = (path, model_file(route.against, wanted))
+        traced = _both(*(_alone(one, prompts, route, context, offload) for one in both))
     if str(route.json) != "-":
         _show(traced, route)
     _write_files(traced, route)
@@ -164,13 +168,13 @@ def _labelled(path: Path, number: int, line: str) -> tuple[str, str]:
     return row["label"], row["prompt"]
 
 
-def _check_outputs(model: Path, route: RouteOptions) -> None:
+def _check_outputs(model: str, route: RouteOptions) -> None:
     """Raise OutputError if a file could not be written, before anything is computed."""
     if route.png is not None and route.png.suffix.lower() != ".png":
         raise OptionError(f"--png writes a PNG: give {route.png} the ending .png")
     for path in (route.html, route.png, route.json):
         if path is not None and str(path) != "-":
-            inputs = [given for given in (model, route.prompts, route.against) if given is not None]
+            inputs = [Path(given) for given in (model, route.prompts, route.against) if given is not None]
             check_output_file(path, inputs, replace=True)
 
 

@@ -13,11 +13,13 @@ import typer
 
 from ggufmoe.cli.console import note, piped_text
 from ggufmoe.cli.jobs import interruptible
-from ggufmoe.cli.params import USAGE_ERROR, ShowReasoning, with_options
+from ggufmoe.cli.params import USAGE_ERROR, ModelName, ShowReasoning, with_options
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
+from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.errors import Cancelled, InputError
 from ggufmoe.options import (
     ContextOptions,
+    ModelOptions,
     OffloadOptions,
     PromptOptions,
     SamplingOptions,
@@ -38,14 +40,24 @@ class RunOptions:
     quiet: bool = option(False, "--quiet", help="Leave out why the answer ended, and the speeds.")
 
 
-@with_options(RunOptions, PromptOptions, TemplateOptions, StopOptions, SamplingOptions, ContextOptions, OffloadOptions)
+@with_options(
+    RunOptions,
+    ModelOptions,
+    PromptOptions,
+    TemplateOptions,
+    StopOptions,
+    SamplingOptions,
+    ContextOptions,
+    OffloadOptions,
+)
 def run_command(
-    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    model: ModelName,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; - reads it from stdin, as does a pipe without a prompt.")
     ] = None,
     *,
     run: RunOptions,
+    wanted: ModelOptions,
     show_reasoning: ShowReasoning = None,
     asking: PromptOptions,
     variables: TemplateOptions,
@@ -62,7 +74,8 @@ def run_command(
     text = piped_text() if prompt in (None, "-") else prompt
     if not (text.strip() or run.raw):
         raise InputError("the prompt is empty: there is nothing to answer")
-    with load_engine(model, context, offload) as engine:
+    path = model_file(model, wanted, quiet=run.quiet)
+    with load_engine(path, context, offload) as engine:
 
         def answer(cancel: CancelFlag) -> Iterator[ChatEvent]:
             if run.raw:
@@ -72,7 +85,7 @@ def run_command(
             return make_chat(engine, asking, variables, sampling).send(text, cancel=cancel, stop=stop.texts)
 
         if run.json:
-            shown = _write_json(interruptible(answer), model, text)
+            shown = _write_json(interruptible(answer), path, text)
         else:
             shown = stream_answer(answer, before=text if run.raw else "", show_reasoning=show_reasoning)
     if not run.quiet:

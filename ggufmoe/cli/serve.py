@@ -7,17 +7,17 @@ import importlib.util
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ggufmoe.cli.console import note
 from ggufmoe.cli.jobs import Interrupt
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import ModelName, with_options
+from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.engine import Engine
 from ggufmoe.errors import Cancelled, InputError
-from ggufmoe.options import OffloadOptions, ServeContextOptions, ServerOptions
+from ggufmoe.options import ModelOptions, OffloadOptions, ServeContextOptions, ServerOptions
 from ggufmoe.work import OnProgress
 
 _TURN_S = 0.0005
@@ -35,11 +35,12 @@ ChatTemplateFile = Annotated[
 ]
 
 
-@with_options(ServerOptions, ServeContextOptions, OffloadOptions)
+@with_options(ServerOptions, ModelOptions, ServeContextOptions, OffloadOptions)
 def serve_command(
-    model: Annotated[Path, typer.Argument(help="GGUF file.")],
+    model: ModelName,
     *,
     server: ServerOptions,
+    wanted: ModelOptions,
     chat_template: ChatTemplateFile = None,
     context: ServeContextOptions,
     offload: OffloadOptions,
@@ -54,10 +55,12 @@ def serve_command(
     from ggufmoe.server.modelhost import ModelHost
     from ggufmoe.server.serving import GRACE_S, HttpServer
 
-    def load(on_progress: OnProgress, cancel: threading.Event) -> Engine:
-        return Engine(model, context, offload, on_progress=on_progress, cancel=cancel)
+    path = model_file(model, wanted)
 
-    name = server.alias or model.name.removesuffix(".gguf")
+    def load(on_progress: OnProgress, cancel: threading.Event) -> Engine:
+        return Engine(path, context, offload, on_progress=on_progress, cancel=cancel)
+
+    name = server.alias or path.name.removesuffix(".gguf")
     http = HttpServer(ModelHost(load, chat_template), name, server)
     note(
         f"serving {name} at {http.url}/v1; a chat is at {http.url}/; "

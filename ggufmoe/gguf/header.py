@@ -139,7 +139,7 @@ def _meant(path: Path) -> str:
     """What a path that cannot be read may be instead of a GGUF file, and how to make one; empty if nothing."""
     if path.is_symlink():
         return f"; it is {what_instead(path)}"
-    if not path.exists() and _HUB_ID.fullmatch(str(path)):
+    if not path.exists() and path.suffix != ".gguf" and _HUB_ID.fullmatch(str(path)):
         return f"; for a model of the hub make a file first: `ggufmoe convert {path} -o {path.name}.gguf`"
     return ""
 

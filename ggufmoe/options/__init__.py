@@ -30,6 +30,7 @@ from ggufmoe.options.convert_options import (
 )
 from ggufmoe.options.fields import bounds, option, options_of
 from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
+from ggufmoe.options.model_options import ModelOptions
 from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, OffloadOptions
 from ggufmoe.options.refit_options import RefitKeywords, RefitOptions
 from ggufmoe.options.routing_options import RoutingKeywords, RoutingOptions
@@ -59,6 +60,7 @@ __all__ = [
     "LoadMode",
     "MergeKeywords",
     "MergeOptions",
+    "ModelOptions",
     "OffloadOptions",
     "OverflowPolicy",
     "PromptOptions",

@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ggufmoe.errors import OutputError
@@ -30,15 +30,16 @@ def lock_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def output_lock(output: Path) -> Iterator[None]:
+def output_lock(output: Path, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock of ``output`` while the block runs.
 
-    Raises OutputError, which names the other writer, if another process or thread holds it, and where no lock file can
-    be made. A file system without locks (some network drives) is written without one.
+    If another process or thread holds it, ``wait`` is called with its name until the lock is free; it pauses for a
+    moment, and may raise. Without ``wait`` OutputError is raised, which names the other writer; it is raised as well
+    where no lock file can be made. A file system without locks (some network drives) is written without one.
     """
     path = lock_path(output)
     try:
-        descriptor = _open_locked(output, path)
+        descriptor = _open_locked(output, path, wait)
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {path.name}: {error.strerror or error}") from error
     try:
@@ -54,7 +55,7 @@ def output_lock(output: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _open_locked(output: Path, path: Path) -> int:
+def _open_locked(output: Path, path: Path, wait: Callable[[str], None] | None) -> int:
     flags = os.O_RDWR | os.O_CREAT
     for name in ("O_BINARY", "O_NOFOLLOW", "O_CLOEXEC"):
         flags |= getattr(os, name, 0)
@@ -63,9 +64,11 @@ def _open_locked(output: Path, path: Path) -> int:
         try:
             if not _try_lock(descriptor):
                 owner = _owner(descriptor)
-                raise OutputError(f"{output} is being written by {owner}; wait for it, or choose another name")
+                if wait is None:
+                    raise OutputError(f"{output} is being written by {owner}; wait for it, or choose another name")
+                wait(owner)
             # its last owner may have deleted the file between the two calls
-            if sys.platform == "win32" or _is_at(descriptor, path):
+            elif sys.platform == "win32" or _is_at(descriptor, path):
                 with contextlib.suppress(OSError):  # on a full disk the lock holds, and says not whose it is
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())

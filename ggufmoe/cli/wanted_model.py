@@ -1,0 +1,83 @@
+"""The file that a MODEL of the command line stands for, made or downloaded first where it is not there yet.
+
+Says beforehand what that costs, asks where it is much, and shows the progress. All of it goes to stderr.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ggufmoe.cli.console import note, printable
+from ggufmoe.cli.conversion import network_times
+from ggufmoe.cli.jobs import run_job
+from ggufmoe.cli.progress import ProgressLine, duration, progress_display
+from ggufmoe.files import possible_path
+from ggufmoe.options import ModelOptions
+from ggufmoe.sizes import file_size
+
+if TYPE_CHECKING:
+    from ggufmoe.store.model_store import ModelStore
+    from ggufmoe.store.wanted import ModelPlan
+
+LARGE_BYTES = 4_000_000_000
+"""A terminal is asked before so much is written or comes over the network."""
+
+
+def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path:
+    """The GGUF file to load for a MODEL. Raises the errors of ``ggufmoe.obtain``, and typer.Abort after a "no"."""
+    path = possible_path(model)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return path  # nothing of the store is imported for it
+    from ggufmoe.store.model_store import ModelStore
+    from ggufmoe.store.wanted import locate, plan_model
+
+    store = ModelStore()
+    found = locate(model, wanted.quant, store)
+    if found is not None:
+        return found
+    with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers", quiet=quiet):
+        plan = plan_model(model, wanted.quant, store)
+    if not quiet:
+        note(_costs(model, plan, store))
+    is_large = max(plan.written_bytes, plan.network_bytes) >= LARGE_BYTES
+    if is_large and not wanted.yes and sys.stdin.isatty() and sys.stderr.isatty():
+        typer.confirm("Go on?", default=True, abort=True, err=True)
+    return _made(plan, store, quiet=quiet)
+
+
+def _made(plan: ModelPlan, store: ModelStore, *, quiet: bool) -> Path:
+    from ggufmoe.store.obtain import make_model
+
+    if plan.hub_model is None:
+        display = progress_display(f"convert {plan.quant}", quiet=quiet)
+    else:
+        display = progress_display(f"download {plan.name}", phase="download", quiet=quiet)
+    began = time.monotonic()
+    path = run_job(lambda show, cancel: make_model(plan, store, on_progress=show, cancel=cancel), display)
+    if not quiet:
+        note(f"stored as {path.stem}, {duration(time.monotonic() - began)}; `ggufmoe list` shows what is stored")
+    return path
+
+
+def _costs(model: str, plan: ModelPlan, store: ModelStore) -> str:
+    """What is going to be read and written, in one line."""
+    doing = "downloads" if plan.hub_model is not None else f"converts {printable(model)} to {plan.file_type}:"
+    parts = [f"{doing} {printable(plan.source) if plan.hub_model is not None else ''}".strip()]
+    if plan.network_bytes:
+        parts.append(f"{file_size(plan.network_bytes)} over the network ({network_times(plan.network_bytes)})")
+    elif plan.read_bytes:
+        parts.append(f"reads {file_size(plan.read_bytes)}")
+    parts.append(f"writes {file_size(plan.written_bytes)} to {store.directory} ({_free(store.directory)} free)")
+    return f"{parts[0]} {', '.join(parts[1:])}"
+
+
+def _free(directory: Path) -> str:
+    """What the disk of a folder has free; of the first folder above it that exists."""
+    there = next(path for path in (directory, *directory.parents) if path.is_dir())
+    return file_size(shutil.disk_usage(there).free)
