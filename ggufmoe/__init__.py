@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from ggufmoe.runtime.events import Reasoning
     from ggufmoe.runtime.llamacpp import LlamaCpp as LlamaCpp
     from ggufmoe.runtime.messages import Message, Tool, ToolCall
+    from ggufmoe.store.obtain import obtain as obtain
     from ggufmoe.work import CancelFlag, Progress
 
 __all__ = [
@@ -138,6 +139,7 @@ __all__ = [
     "imatrix",
     "kl_divergence",
     "merge",
+    "obtain",
     "perplexity",
     "quantize",
     "refit",
@@ -183,6 +185,7 @@ _HOMES = {
     "imatrix": "ggufmoe.evaluation.imatrix",
     "kl_divergence": "ggufmoe.evaluation.divergence",
     "merge": "ggufmoe.convert",
+    "obtain": "ggufmoe.store.obtain",
     "perplexity": "ggufmoe.evaluation.perplexity",
     "quantize": "ggufmoe.quantize",
     "refit": "ggufmoe.refit",

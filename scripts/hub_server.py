@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -367,9 +368,21 @@ class _StorageHandler(_Handler):
 
 
 def etag_of(file: Path) -> str:
-    """A word for the content of a file, which changes with it."""
+    """A word for the content of a file, which changes with it; of a GGUF file its SHA-256, as on the hub."""
     status = file.stat()
+    if file.suffix == ".gguf":
+        return _sha256(file, status.st_size, status.st_mtime_ns)
     return hashlib.sha256(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+
+
+@functools.cache
+def _sha256(file: Path, n_bytes: int, mtime_ns: int) -> str:
+    del n_bytes, mtime_ns  # another content has others
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _files(directory: Path) -> list[Path]:

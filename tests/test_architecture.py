@@ -51,6 +51,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "quantize": _CONVERT | {"convert"},
     "refit": _CONVERT | {"convert", "templates", "runtime"},
     "placement": _BASE,
+    "store": _CONVERT | {"convert", "placement"},
     "runtime": _BASE | {"templates", "placement"},
     "remote": _BASE | {"placement", "runtime"},
     "engine": _BASE | {"placement", "runtime", "remote"},
@@ -62,10 +63,10 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "doctor": _RUN | {"evaluation", "quant"},
     "cli": _CONVERT
     | _RUN
-    | {"convert", "quantize", "refit", "routing", "server", "inspection", "evaluation", "demo", "doctor"},
+    | {"convert", "quantize", "refit", "store", "routing", "server", "inspection", "evaluation", "demo", "doctor"},
     "packaging": frozenset(),
     "__main__": frozenset({"cli"}),
-    "__init__": _BASE | {"convert", "quantize", "refit", "runtime", "engine", "routing", "evaluation"},
+    "__init__": _BASE | {"convert", "quantize", "refit", "store", "runtime", "engine", "routing", "evaluation"},
 }
 
 LLAMA_CPP_ROOMS = {"native", "runtime"}

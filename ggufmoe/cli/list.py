@@ -35,7 +35,7 @@ def list_command(
         note(f"no models in {store.directory} yet; `ggufmoe chat org/name` gets one")
         return
     _show(models, unfinished)
-    n_bytes = sum(model.n_bytes for model in (*models, *unfinished))
+    n_bytes = sum(model.n_bytes for model in models) + sum(left.n_bytes for left in unfinished)
     note(f"{counted(len(models), 'model')}, {file_size(n_bytes)} in {store.directory}")
 
 

@@ -16,7 +16,7 @@ from ggufmoe.store.model_store import ModelStore
 def prune_command(
     unused: Annotated[
         float | None,
-        typer.Option("--unused", help="Also delete models that were not used for so many days.", metavar="DAYS", min=0),
+        typer.Option("--unused", help="Also delete models that were not used for so many days.", metavar="DAYS"),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -264,7 +264,15 @@ def test_help_is_in_parts_and_names_arguments_in_capitals(capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Usage: ggufmoe route [OPTIONS] MODEL [PROMPT]"
     parts = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert parts == ["Arguments:", "Options:", "Route options:", "Context options:", "Offload options:", "Examples:"]
+    assert parts == [
+        "Arguments:",
+        "Options:",
+        "Route options:",
+        "Model options:",
+        "Context options:",
+        "Offload options:",
+        "Examples:",
+    ]
     app.exit_code(["bench", "--help"])
     assert capsys.readouterr().out.startswith("Usage: ggufmoe bench [OPTIONS] MODEL...\n")
 

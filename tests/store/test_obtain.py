@@ -133,7 +133,7 @@ def test_a_full_disk(store: ModelStore, source: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(NoSpaceError, match=r"needs .*has 1.00 kB free"):
         obtain(source, "Q8_0")
-    assert store.models() == store.unfinished() == []
+    assert (store.models(), store.unfinished()) == ([], [])
 
 
 def test_requests(source: Path, tmp_path: Path) -> None:
