@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 from ggufmoe.cli import wanted_model
 from ggufmoe.cli.app import exit_code
@@ -96,9 +97,9 @@ def test_large_models_are_asked_for_on_a_terminal_only(
 
     def refuse(text: str, **options: bool) -> None:
         asked.append(text)
-        raise wanted_model.typer.Abort
+        raise typer.Abort
 
-    monkeypatch.setattr(wanted_model.typer, "confirm", refuse)
+    monkeypatch.setattr("typer.confirm", refuse)
     args = ("run", source, "-q", "Q8_0", "hello", "--raw", "-n", "1", "-t", "1", "--quiet")
     assert run(*args)[0] == 0
     run("rm", "tiny-Q8_0")
