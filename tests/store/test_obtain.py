@@ -14,6 +14,7 @@ from ggufmoe.store.model_store import ModelStore
 from ggufmoe.store.obtain import make_model, obtain
 from ggufmoe.store.wanted import locate, plan_model, request_of
 from ggufmoe.work import Progress
+from ggufmoe.writing.place import PartialFile
 from tests.tiny import make_checkpoint
 
 
@@ -79,13 +80,15 @@ def test_a_changed_directory_is_converted_again(store: ModelStore, tmp_path: Pat
 def test_an_interrupted_conversion_goes_on(store: ModelStore, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ggufmoe.writing.writer.FLUSH_INTERVAL_S", 0)
     cancel = threading.Event()
+    write_at = PartialFile.write_at
 
-    def stop(progress: Progress) -> None:
-        if progress.done:
-            cancel.set()
+    def write_and_stop(file: PartialFile, offset: int, data: memoryview) -> None:
+        write_at(file, offset, data)
+        cancel.set()
 
-    with pytest.raises(Cancelled, match="the same command goes on with it"):
-        obtain(source, "Q8_0", on_progress=stop, cancel=cancel)
+    with monkeypatch.context() as patch, pytest.raises(Cancelled, match="the same command goes on with it"):
+        patch.setattr(PartialFile, "write_at", write_and_stop)
+        obtain(source, "Q8_0", cancel=cancel)
     assert [left.name for left in store.unfinished()] == ["tiny-Q8_0"]
     first: list[Progress] = []
     path = obtain(source, "Q8_0", on_progress=lambda progress: first.append(progress))
