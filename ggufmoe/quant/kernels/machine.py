@@ -161,8 +161,8 @@ def _target_machine(target: Host) -> Any:
 def _optimized(text: str, machine: Any) -> Any:
     """The module with its variables in registers.
 
-    Kernels are written as they shall run. LLVM's pipeline O1 doubles the time of compiling and makes none faster by more
-    than the measurement's noise, but those of IQ4_NL and IQ4_XS without importances (7 to 9 %).
+    Kernels are written as they shall run. LLVM's pipeline O1 doubles the time of compiling, and makes only those of
+    IQ4_NL and IQ4_XS without importances faster than before by more than the noise of measuring (7 to 9 %).
     """
     module = binding.parse_assembly(text)
     module.verify()
