@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         RefitOptions,
         RoutingOptions,
         SamplingOptions,
+        SensitivityOptions,
         TemplateOptions,
         WorkerOptions,
     )
@@ -72,6 +73,8 @@ if TYPE_CHECKING:
     from ggufmoe.runtime.events import Reasoning
     from ggufmoe.runtime.llamacpp import LlamaCpp as LlamaCpp
     from ggufmoe.runtime.messages import Message, Tool, ToolCall
+    from ggufmoe.sensitivity import SensitivityResult
+    from ggufmoe.sensitivity import sensitivity as sensitivity
     from ggufmoe.store.obtain import obtain as obtain
     from ggufmoe.work import CancelFlag, Progress
 
@@ -125,6 +128,8 @@ __all__ = [
     "RoutingTracer",
     "SafetensorsError",
     "SamplingOptions",
+    "SensitivityOptions",
+    "SensitivityResult",
     "TemplateError",
     "TemplateOptions",
     "TensorMismatchError",
@@ -143,6 +148,7 @@ __all__ = [
     "perplexity",
     "quantize",
     "refit",
+    "sensitivity",
     "trace_routing",
 ]
 
@@ -177,6 +183,8 @@ _HOMES = {
     "RoutingTrace": "ggufmoe.routing",
     "RoutingTracer": "ggufmoe.routing",
     "SamplingOptions": "ggufmoe.options",
+    "SensitivityOptions": "ggufmoe.options",
+    "SensitivityResult": "ggufmoe.sensitivity",
     "TemplateOptions": "ggufmoe.options",
     "Tool": "ggufmoe.runtime.messages",
     "ToolCall": "ggufmoe.runtime.messages",
@@ -189,6 +197,7 @@ _HOMES = {
     "perplexity": "ggufmoe.evaluation.perplexity",
     "quantize": "ggufmoe.quantize",
     "refit": "ggufmoe.refit",
+    "sensitivity": "ggufmoe.sensitivity",
     "trace_routing": "ggufmoe.routing",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""

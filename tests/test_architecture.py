@@ -50,6 +50,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "convert": _CONVERT,
     "quantize": _CONVERT | {"convert"},
     "refit": _CONVERT | {"convert", "templates", "runtime"},
+    "sensitivity": _CONVERT | {"templates", "runtime", "evaluation", "sizing"},
     "placement": _BASE,
     "store": _CONVERT | {"convert", "placement"},
     "runtime": _BASE | {"templates", "placement"},
@@ -63,10 +64,12 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "doctor": _RUN | {"evaluation", "quant"},
     "cli": _CONVERT
     | _RUN
-    | {"convert", "quantize", "refit", "store", "routing", "server", "inspection", "evaluation", "demo", "doctor"},
+    | {"convert", "quantize", "refit", "sensitivity", "store", "routing", "server", "inspection"}
+    | {"evaluation", "demo", "doctor"},
     "packaging": frozenset(),
     "__main__": frozenset({"cli"}),
-    "__init__": _BASE | {"convert", "quantize", "refit", "store", "runtime", "engine", "routing", "evaluation"},
+    "__init__": _BASE
+    | {"convert", "quantize", "refit", "sensitivity", "store", "runtime", "engine", "routing", "evaluation"},
 }
 
 LLAMA_CPP_ROOMS = {"native", "runtime"}

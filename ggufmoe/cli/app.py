@@ -154,6 +154,15 @@ VERBS = (
         ),
     ),
     Verb(
+        "sensitivity",
+        "ggufmoe.cli.sensitivity:sensitivity_command",
+        "Measure on a text how much each weight matters.",
+        (
+            "ggufmoe sensitivity ./my-mixtral -f text.txt -o s.gguf",
+            "ggufmoe sensitivity recipe.yaml -f chats.jsonl -o s.gguf",
+        ),
+    ),
+    Verb(
         "bench",
         "ggufmoe.cli.bench:bench_command",
         "Measure the speed of prompts and of generation.",

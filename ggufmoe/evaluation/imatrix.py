@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,14 +73,7 @@ class ImatrixResult:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about experts that processed no or too few tokens."""
-        unreached = [(row.layer, row.unreached) for row in self.coverage if row.unreached]
-        low = [(row.layer, row.low) for row in self.coverage if row.low]
-        found = []
-        if unreached:
-            found.append(f"no token reached {_named(unreached)}: they are quantized as if without an importance matrix")
-        if low:
-            found.append(f"fewer than {LOW_COVERAGE_TOKENS} tokens reached {_named(low)}")
-        return tuple(f"{text}; more text, or other text, would help" for text in found)
+        return coverage_warnings(self.coverage)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain values for JSON."""
@@ -94,6 +87,28 @@ class ImatrixResult:
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
         }
+
+
+def coverage_warnings(coverage: Sequence[LayerCoverage]) -> tuple[str, ...]:
+    """Warnings about experts that processed no or too few tokens."""
+    unreached = [(row.layer, row.unreached) for row in coverage if row.unreached]
+    low = [(row.layer, row.low) for row in coverage if row.low]
+    found = []
+    if unreached:
+        found.append(f"no token reached {_named(unreached)}: they are quantized as if without an importance matrix")
+    if low:
+        found.append(f"fewer than {LOW_COVERAGE_TOKENS} tokens reached {_named(low)}")
+    return tuple(f"{text}; more text, or other text, would help" for text in found)
+
+
+def coverage_of(counts: Mapping[str, Any]) -> tuple[LayerCoverage, ...]:
+    """The coverage of each layer with experts, from how many tokens reached each matrix, by its GGUF name."""
+    layers = (
+        LayerCoverage(matrix.layer, tuple(found.astype(int).tolist()))
+        for name, found in counts.items()
+        if (matrix := expert_matrix(name)) is not None and matrix.kind == "down"
+    )
+    return tuple(sorted(layers, key=lambda row: row.layer))
 
 
 def _named(layers: list[tuple[int, tuple[int, ...]]]) -> str:
@@ -168,6 +183,10 @@ class _Gathered:
     entries: Mapping[str, tuple[Any, Any]] | None = None
 
 
+def _counts(entries: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    return {name: counts for name, (_, counts) in entries.items()}
+
+
 def _gathered(
     engine: Engine, content: str, options: ImatrixOptions, *, cancel: CancelFlag | None
 ) -> Iterator[_Gathered]:
@@ -176,19 +195,15 @@ def _gathered(
     sums = ActivationSums(engine.cancel, process_output=options.process_output)
     step = None
     for done in collect(engine, chunks, sums, cancel):
-        step = _Gathered(done, len(chunks), len(sums.entries), _coverage(sums.entries))
+        step = _Gathered(
+            done,
+            len(chunks),
+            len(sums.entries),
+            coverage_of(_counts(sums.entries)),
+        )
         yield step
     if step is not None:
         yield replace(step, entries=dict(sums.entries))
-
-
-def _coverage(entries: Mapping[str, tuple[Any, Any]]) -> tuple[LayerCoverage, ...]:
-    layers = (
-        LayerCoverage(matrix.layer, tuple(counts.astype(int).tolist()))
-        for name, (_, counts) in entries.items()
-        if (matrix := expert_matrix(name)) is not None and matrix.kind == "down"
-    )
-    return tuple(sorted(layers, key=lambda row: row.layer))
 
 
 def _write(path: Path, entries: Mapping[str, tuple[Any, Any]], datasets: tuple[str, ...], chunk_size: int) -> None:

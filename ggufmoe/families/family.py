@@ -406,8 +406,8 @@ class Family:
     arithmetic: Callable[[ModelConfig], Arithmetic] | None = plain_arithmetic
     """None where ``merge.forward`` cannot compute the family."""
     stored_values: Mapping[str, str] | None = None
-    """The names of ``keys`` to the templates of GGUF's keys that state their values, for mixtures whose GGUF files a
-    forward pass can read (``merge.stored_mixture``); None where it cannot."""
+    """The names of ``keys`` to the templates of GGUF's keys that state their values, for families whose GGUF files
+    a forward pass can read (``merge.stored_model``); None where it cannot."""
     merge: MergeTarget | None = None
     """For families of mixtures: which recipes become one."""
     variants: tuple[Variant, ...] = ()

@@ -103,9 +103,7 @@ def _check(reader: ConfigReader, config: ModelConfig) -> None:
 
 def _arithmetic(config: ModelConfig) -> Arithmetic:
     if (config.values["n_group"] or 1) > 1:
-        raise CheckpointError(
-            "hidden states cannot be computed with groups of experts (n_group); use gate_mode cheap_embed or random"
-        )
+        raise CheckpointError("hidden states cannot be computed with groups of experts (n_group)")
     scale, rescaled = config.number(WEIGHT_SCALE), config.flag(RESCALED)
     return Arithmetic(routing=Routing(Scoring.SIGMOID, normalized=rescaled, scale=scale))
 

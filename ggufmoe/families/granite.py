@@ -56,5 +56,6 @@ FAMILY = replace(
     keys=tuple(ConfigKey(key, Kind.NUMBER, 1.0) for key in _SCALES),
     check=_check,
     arithmetic=_arithmetic,
+    stored_values=None,  # its factors are no whole numbers
     tokenizer=TokenizerRules(as_llama=True, pre_tokenizer="refact"),
 )

@@ -47,5 +47,6 @@ FAMILY = Family(
     computed=llama3_rope_table,
     own_keys=window_note,
     unexpressed=unexpressed,
+    stored_values={},
     tokenizer=TokenizerRules(as_llama=True),
 )

@@ -115,6 +115,7 @@ FAMILY = replace(
     ),
     layouts=(StoredLayout("classic"), fused_experts("fused", "mlp", _EXPERTS)),
     arithmetic=not_rescaled,
+    stored_values=None,
     own_output=True,
     merge=MergeTarget(
         "Qwen MoE",

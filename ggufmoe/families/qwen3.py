@@ -37,4 +37,5 @@ FAMILY = Family(
     sliding_window=switched_window,
     own_keys=window_note,
     unexpressed=unexpressed,
+    stored_values={},
 )

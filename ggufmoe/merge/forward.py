@@ -28,6 +28,8 @@ from ggufmoe.work import Work
 
 Floats = NDArray[np.float32]
 ResultT = TypeVar("ResultT")
+HEAD_NORMS = {MODEL_TENSOR.ATTN_Q: MODEL_TENSOR.ATTN_Q_NORM, MODEL_TENSOR.ATTN_K: MODEL_TENSOR.ATTN_K_NORM}
+"""The norms of queries and keys, by their projections."""
 TILE_BYTES = 8 << 20
 """Bytes of float32 weights in one tile; each thread has one."""
 
@@ -56,9 +58,7 @@ class ForwardPass:
         self._config = model.config
         self._family = family_of(model.config)
         if self._family.arithmetic is None:
-            raise CheckpointError(
-                f"hidden states of {self._family.architecture} cannot be computed; use gate_mode cheap_embed or random"
-            )
+            raise CheckpointError(f"hidden states of {self._family.architecture} cannot be computed")
         self._arithmetic = self._family.arithmetic(model.config)
         self._tensors = model.tensors
         self._threads = threads
@@ -133,6 +133,11 @@ class ForwardPass:
         assert rule is not None, f"{self._family.architecture} is computed here, and has no {tensor.name}"
         return rule.name(layer, expert)
 
+    def _has(self, tensor: Any, layer: int) -> bool:
+        """Whether the family has a weight for ``tensor`` in this layer."""
+        rule = self._family.rule(tensor)
+        return rule is not None and rule.where(self._config, layer)
+
     def _vector(self, tensor: Any, layer: int, suffix: str) -> Floats | None:
         """A bias or norm of a layer, (n,) float32; None if the model has none."""
         rule = self._family.rule(tensor, suffix)
@@ -141,23 +146,27 @@ class ForwardPass:
 
     def _project(self, tensor: Any, layer: int, x: Floats) -> Floats:
         """x (n, n_cols) times a projection of a layer, with its bias added where the model has one: (n, n_rows)."""
-        out = self._multiply(self._name(tensor, layer), x)
+        return self._biased(tensor, layer, self._multiply(self._name(tensor, layer), x))
+
+    def _biased(self, tensor: Any, layer: int, rows: Floats) -> Floats:
+        """What a projection of a layer gives, (n, n_rows), with its bias added where the model has one."""
         bias = self._vector(tensor, layer, BIAS)
-        return out if bias is None else out + bias
+        return rows if bias is None else rows + bias
 
     def attended(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
         """The residual stream after attention, and the same normalized for the MLP or the experts."""
         normed = self._norm(self._name(MODEL_TENSOR.ATTN_NORM, layer), hidden)
         hidden = self.added(hidden, self._attention(layer, normed, prompts))
-        # some graphs of llama.cpp call the norm before the feed-forward part one after attention
+        return hidden, self._norm(self._feed_forward_norm(layer), hidden)
+
+    def _feed_forward_norm(self, layer: int) -> str:
+        """The norm before the feed-forward part, which some graphs of llama.cpp call one after attention."""
         named = self._family.rule(MODEL_TENSOR.FFN_NORM)
-        norm = MODEL_TENSOR.ATTN_POST_NORM if named is None else MODEL_TENSOR.FFN_NORM
-        return hidden, self._norm(self._name(norm, layer), hidden)
+        return self._name(MODEL_TENSOR.ATTN_POST_NORM if named is None else MODEL_TENSOR.FFN_NORM, layer)
 
     def feed_forward(self, layer: int, normed: Floats) -> Floats:
         """The output of a layer's MLP, or of its chosen experts and its shared ones, for ``normed`` (n, n_embd)."""
-        router = self._family.rule(MODEL_TENSOR.FFN_GATE_INP)
-        if router is None or not router.where(self._config, layer):
+        if not self._has(MODEL_TENSOR.FFN_GATE_INP, layer):
             dense = (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_DOWN)
             return self._swiglu(normed, *(self._name(tensor, layer) for tensor in dense))
         return self._experts(layer, normed) + self.shared_output(layer, normed)
@@ -230,8 +239,7 @@ class ForwardPass:
     def shared_output(self, layer: int, hidden: Floats) -> Floats:
         """The output of the experts that every token goes to, weighted by their gate where there is one; else zeros."""
         shared = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
-        rule = self._family.rule(shared[0])
-        if rule is None or not rule.where(self._config, layer):
+        if not self._has(shared[0], layer):
             return np.zeros_like(hidden)
         out = self._swiglu(hidden, *(self._name(tensor, layer) for tensor in shared))
         gate = self._vector(MODEL_TENSOR.FFN_GATE_INP_SHEXP, layer, WEIGHT)
@@ -239,9 +247,10 @@ class ForwardPass:
 
     def _attention(self, layer: int, hidden: Floats, prompts: Sequence[Sequence[int]]) -> Floats:
         config = self._config
-        q = self._heads(MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_Q_NORM, layer, hidden)
-        k = self._heads(MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_K_NORM, layer, hidden)
-        v = self._heads(MODEL_TENSOR.ATTN_V, None, layer, hidden)
+        q, k, v = (
+            self._heads(tensor, layer, self._project(tensor, layer, hidden))
+            for tensor in (MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V)
+        )
         out = np.empty((len(hidden), config.n_head * config.head_dim), dtype=np.float32)
         start = 0
         for prompt in prompts:
@@ -250,9 +259,10 @@ class ForwardPass:
             start = span.stop
         return self._project(MODEL_TENSOR.ATTN_OUT, layer, out)
 
-    def _heads(self, tensor: Any, norm: Any, layer: int, hidden: Floats) -> Floats:
-        """Queries, keys or values of every token, (n, n_head, d), normalized where the model has a norm for them."""
-        rows = self._project(tensor, layer, hidden)
+    def _heads(self, tensor: Any, layer: int, rows: Floats) -> Floats:
+        """Queries, keys or values, (n, n_head, d), of what their projection gives, (n, n_head * d): normalized where
+        the model has a norm for them."""
+        norm = HEAD_NORMS.get(tensor)
         weight = None if norm is None else self._vector(norm, layer, WEIGHT)
         if weight is not None and weight.size == rows.shape[1]:
             rows, weight = self._normalized(rows, weight), None
@@ -275,10 +285,10 @@ class ForwardPass:
         out: Floats = np.einsum("hij,jhd->ihd", _softmax(scores), values).reshape(n_tokens, n_head * head_dim)
         return out
 
-    def _rope(self, x: Floats) -> Floats:
+    def _rope(self, x: Floats, direction: int = 1) -> Floats:
         """Rotate pairs (i, i + r/2) of the first r values of each head of x (n, heads, d), in the row order of
-        Hugging Face checkpoints; r is d but where a family rotates a part of each head."""
-        angles = np.arange(len(x), dtype=np.float32)[:, None] * self._inverse_frequencies
+        Hugging Face checkpoints; r is d but where a family rotates a part of each head. Direction -1 rotates back."""
+        angles = np.arange(len(x), dtype=np.float32)[:, None] * (self._inverse_frequencies * np.float32(direction))
         cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
         half = self._inverse_frequencies.size
         low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -341,9 +351,7 @@ def _inverse_frequencies(config: ModelConfig) -> Floats:
         return divided
     if scaling.kind == "llama3":
         return _llama3_frequencies(frequencies, scaling.parameters)
-    raise CheckpointError(
-        f"hidden states cannot be computed with {scaling.kind} rope scaling; use gate_mode cheap_embed or random"
-    )
+    raise CheckpointError(f"hidden states cannot be computed with {scaling.kind} rope scaling")
 
 
 def _llama3_frequencies(frequencies: Floats, parameters: Any) -> Floats:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufmoe.checkpoint.source import ModelSource, PromptPreference, RouterReport
+from ggufmoe.errors import CheckpointError
 from ggufmoe.families import family_of
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
@@ -23,7 +24,7 @@ from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import TAKEN, GateMode, Recipe
 from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting
 from ggufmoe.merge.router_texts import RouterText
-from ggufmoe.merge.stored_mixture import StoredMixture
+from ggufmoe.merge.stored_model import StoredModel
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, Work
 
@@ -126,7 +127,7 @@ def fit_router(
 
 
 def refit_router(
-    mixture: StoredMixture,
+    mixture: StoredModel,
     texts: Sequence[RouterText],
     *,
     threads: int | None = None,
@@ -176,7 +177,10 @@ def check_prompts(recipe: Recipe, base: ModelSource) -> int:
     if recipe.router is not None:
         return 0
     if recipe.gate_mode.needs_forward_pass:
-        ForwardPass(base)
+        try:
+            ForwardPass(base)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; use gate_mode cheap_embed or random") from error
     is_compared = recipe.gate_mode is GateMode.FITTED and recipe.has_prompts
     if not (recipe.gate_mode.needs_prompts or is_compared):
         return 0

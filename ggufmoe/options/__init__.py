@@ -35,6 +35,7 @@ from ggufmoe.options.offload_options import ALL_LAYERS, AUTO_LAYERS, LoadMode, O
 from ggufmoe.options.refit_options import RefitKeywords, RefitOptions
 from ggufmoe.options.routing_options import RoutingKeywords, RoutingOptions
 from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions, StopOptions, TemplateOptions
+from ggufmoe.options.sensitivity_options import SensitivityKeywords, SensitivityOptions
 from ggufmoe.options.server_options import ServerOptions
 from ggufmoe.options.worker_options import WorkerOptions
 
@@ -72,6 +73,8 @@ __all__ = [
     "RoutingKeywords",
     "RoutingOptions",
     "SamplingOptions",
+    "SensitivityKeywords",
+    "SensitivityOptions",
     "ServeContextOptions",
     "ServerOptions",
     "StopOptions",

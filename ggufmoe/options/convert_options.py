@@ -15,7 +15,8 @@ from ggufmoe.sizes import parse_size
 Quantizer = Literal["auto", "fast", "ggml"]
 
 
-def _identical_experts() -> Any:
+def identical_experts() -> Any:
+    """The option field for recipes whose experts are all the same."""
     return option(
         False,
         "--allow-identical-experts",
@@ -23,7 +24,8 @@ def _identical_experts() -> Any:
     )
 
 
-def _outside_files() -> Any:
+def outside_files() -> Any:
+    """The option field for recipes that name files anywhere."""
     return option(
         False,
         "--allow-outside-files",
@@ -140,8 +142,8 @@ class ExportKeywords(TypedDict, total=False):
 class ConvertOptions(ExportOptions):
     """How a checkpoint becomes a GGUF file."""
 
-    allow_identical_experts: bool = _identical_experts()
-    allow_outside_files: bool = _outside_files()
+    allow_identical_experts: bool = identical_experts()
+    allow_outside_files: bool = outside_files()
     keep_source: bool = _keep_source()
     router_report: Path | None = router_report_file()
 
@@ -183,8 +185,8 @@ class MergeOptions:
     threads: int | None = worker_threads()
     resume: bool = option(False, "--resume", help="Continue the partial directory of an interrupted run.")
     force: bool = option(False, "--force", help="Replace an existing checkpoint.")
-    allow_identical_experts: bool = _identical_experts()
-    allow_outside_files: bool = _outside_files()
+    allow_identical_experts: bool = identical_experts()
+    allow_outside_files: bool = outside_files()
     keep_source: bool = _keep_source()
     router_report: Path | None = router_report_file()
 

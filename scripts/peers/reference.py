@@ -58,7 +58,7 @@ class DeepseekExperts(torch.nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """The weighted outputs of the chosen experts, and that of the shared ones, of (1, n_tokens, n_embd)."""
         tokens = states.reshape(-1, states.shape[-1])
-        scores = (tokens @ self.weights["gate.weight"].T).softmax(dim=-1)
+        scores = torch.nn.functional.linear(tokens, self.weights["gate.weight"]).softmax(dim=-1)
         chosen = torch.topk(scores, self.config["num_experts_per_tok"], dim=-1)
         shares = chosen.values
         if self.config["norm_topk_prob"]:
@@ -75,8 +75,8 @@ class DeepseekExperts(torch.nn.Module):
     def swiglu(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """Gate, up and down of one expert."""
         gate, up, down = (self.weights[f"{module}.{word}_proj.weight"] for word in ("gate", "up", "down"))
-        out: torch.Tensor = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
-        return out
+        linear = torch.nn.functional.linear
+        return linear(torch.nn.functional.silu(linear(x, gate)) * linear(x, up), down)
 
 
 def deepseek_v1(directory: Path, config: dict[str, Any]) -> torch.nn.Module:

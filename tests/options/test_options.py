@@ -23,6 +23,7 @@ from ggufmoe import (
     QuantizeOptions,
     RefitOptions,
     SamplingOptions,
+    SensitivityOptions,
 )
 from ggufmoe.convert import plan_convert
 from ggufmoe.options import (
@@ -36,6 +37,7 @@ from ggufmoe.options import (
     RefitKeywords,
     RoutingKeywords,
     RoutingOptions,
+    SensitivityKeywords,
     WorkerOptions,
     options_of,
 )
@@ -124,6 +126,7 @@ def test_an_object_of_another_class_is_a_type_error(wrong: Any) -> None:
         (plan_quantize, QuantizeOptions, QuantizeKeywords),
         (ggufmoe.merge, MergeOptions, MergeKeywords),
         (ggufmoe.refit, RefitOptions, RefitKeywords),
+        (ggufmoe.sensitivity, SensitivityOptions, SensitivityKeywords),
         (ggufmoe.perplexity, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.kl_divergence, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.imatrix, ImatrixOptions, ImatrixKeywords),

@@ -1,4 +1,4 @@
-"""The mixture in a GGUF file as a forward pass reads it: dequantized, with its family's names and order of rows.
+"""The model in a GGUF file as a forward pass reads it: dequantized, with its family's names and order of rows.
 
 Owns the way back from a GGUF file's keys and tensors to a configuration. What the family cannot express of the file is
 an error: a key or a tensor that is not understood might change what llama.cpp computes.
@@ -50,11 +50,11 @@ class DequantizedRows:
         out[...] = quantizing.widened(self._rows.type, self._rows.read(start, stop), self._rows.n_cols)
 
 
-class StoredMixture:
-    """The mixture of a GGUF file: ``ModelWeights``.
+class StoredModel:
+    """The model of a GGUF file: ``ModelWeights``.
 
-    Raises ArchitectureError for a model that is no mixture, or of a family whose files are not read back; GGUFError and
-    TensorMismatchError for a key or a tensor that is missing, or that the family does not have.
+    Raises ArchitectureError for a model of a family whose files are not read back, GGUFError and TensorMismatchError
+    for a key or a tensor that is missing, or that the family does not have.
     """
 
     def __init__(self, header: ModelHeader, stored: Stored) -> None:
@@ -68,15 +68,12 @@ class StoredMixture:
 
 def _family(path: Path, header: ModelHeader, stored: Stored) -> Family:
     """The family whose tensors the file has."""
-    hyper = header.hyper
-    if hyper.n_expert < 2:
-        raise ArchitectureError(f"{path} is no mixture of experts, so it has no router")
     readable = [family for family in all_families() if family.stored_values is not None]
-    alike = [family for family in readable if family.gguf_arch == hyper.architecture]
+    alike = [family for family in readable if family.gguf_arch == header.hyper.architecture]
     if not alike:
         known = ", ".join(family.architecture for family in readable)
         raise ArchitectureError(
-            f"{path}: the states of {hyper.architecture} files cannot be computed; a router is fitted for {known}"
+            f"{path}: the states of {header.hyper.architecture} files cannot be computed; they are for {known}"
         )
     there = {without_layer(name) for name in stored if not is_rope_table(name)}
     family = min(alike, key=lambda one: len(_unknown(one, there)))
@@ -117,7 +114,7 @@ def _config(path: Path, header: ModelHeader, family: Family, stored: Stored) -> 
         rope_scaling=_rope_scaling(path, header, stored),
         tie_embeddings=OUTPUT not in stored,
         n_expert=hyper.n_expert,
-        n_expert_used=whole(Keys.LLM.EXPERT_USED_COUNT),
+        n_expert_used=whole(Keys.LLM.EXPERT_USED_COUNT) if hyper.n_expert else 0,
         sliding_window=hyper.unapplied_window or hyper.sliding_window,
         values={name: whole(key) for name, key in family.stored_values.items()},
         raw={} if head_dim is None else {"head_dim": head_dim},
