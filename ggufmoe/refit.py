@@ -29,12 +29,12 @@ from ggufmoe.gguf.expert_names import base_is_expert, expert_names
 from ggufmoe.gguf.names import expert_matrix, llama_quantize_order, part_of
 from ggufmoe.gguf.own_keys import GATE_MODE, REFIT
 from ggufmoe.gguf.values import text
+from ggufmoe.merge.gguf_weights import GGUFWeights
 from ggufmoe.merge.merged import RouterTensor
 from ggufmoe.merge.recipe import TAKEN, GateMode
 from ggufmoe.merge.router import Router, bare_router, refit_router, warn_of_router
 from ggufmoe.merge.router_rows import read_router
 from ggufmoe.merge.router_texts import TextTokens, fitting_warnings, read_texts
-from ggufmoe.merge.stored_model import StoredModel
 from ggufmoe.options import QuantizeOptions, RefitKeywords, RefitOptions, options_of
 from ggufmoe.runtime.stored_vocabulary import StoredVocabulary
 from ggufmoe.sizes import counted
@@ -170,7 +170,7 @@ def _taken(model: GGUFSource, path: Path) -> _NewRouter:
 def _fitted(model: GGUFSource, texts: ExpertTexts, options: RefitOptions) -> _NewRouter:
     path, metadata = model.header.paths[0], model.header.metadata
     files = _files(texts, expert_names(metadata))
-    mixture = StoredModel(model.header, {tensor.name: tensor.parts for tensor in model.tensors})
+    mixture = GGUFWeights(model.header, {tensor.name: tensor.parts for tensor in model.tensors})
     with StoredVocabulary(path) as vocabulary:
         template = stored_templates(model.header.shards[0].header).get("default")
         sizes = mixture.config.n_vocab, mixture.config.n_ctx

@@ -25,9 +25,9 @@ from ggufmoe.families import family_of
 from ggufmoe.files import StrPath, check_output_file, delete_directory, followed, partial_path, possible_path
 from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.gguf.names import OUTPUT
+from ggufmoe.merge.gguf_weights import GGUFWeights
 from ggufmoe.merge.merged import open_recipe
 from ggufmoe.merge.router_texts import TextTokens
-from ggufmoe.merge.stored_model import StoredModel
 from ggufmoe.options import SensitivityKeywords, SensitivityOptions, options_of
 from ggufmoe.quant.importances import save
 from ggufmoe.runtime.stored_vocabulary import StoredVocabulary
@@ -162,7 +162,7 @@ def _opened(source: StrPath, options: SensitivityOptions) -> Iterator[_Opened]:
     if kind == ".gguf":
         with contextlib.closing(GGUFSource(possible_path(source))) as file:
             check_loadable(file.header)
-            stored = StoredModel(file.header, {tensor.name: tensor.parts for tensor in file.tensors})
+            stored = GGUFWeights(file.header, {tensor.name: tensor.parts for tensor in file.tensors})
             with StoredVocabulary(file.header.paths[0]) as vocabulary:
                 template = stored_templates(file.header.shards[0].header).get("default")
                 sizes = stored.config.n_vocab, stored.config.n_ctx

@@ -124,7 +124,7 @@ class RouterReport:
 
 
 class ModelWeights(Protocol):
-    """What a forward pass needs of a model: what ``Checkpoint``, ``MergedModel`` and ``StoredModel`` give."""
+    """What a forward pass needs of a model: what ``Checkpoint``, ``MergedModel`` and ``GGUFWeights`` give."""
 
     @property
     def config(self) -> ModelConfig: ...

@@ -407,7 +407,7 @@ class Family:
     """None where ``merge.forward`` cannot compute the family."""
     stored_values: Mapping[str, str] | None = None
     """The names of ``keys`` to the templates of GGUF's keys that state their values, for families whose GGUF files
-    a forward pass can read (``merge.stored_model``); None where it cannot."""
+    a forward pass can read (``merge.gguf_weights``); None where it cannot."""
     merge: MergeTarget | None = None
     """For families of mixtures: which recipes become one."""
     variants: tuple[Variant, ...] = ()

@@ -20,11 +20,11 @@ from ggufmoe.families import family_of
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows
+from ggufmoe.merge.gguf_weights import GGUFWeights
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import TAKEN, GateMode, Recipe
 from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting
 from ggufmoe.merge.router_texts import RouterText
-from ggufmoe.merge.stored_model import StoredModel
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, Work
 
@@ -127,7 +127,7 @@ def fit_router(
 
 
 def refit_router(
-    mixture: StoredModel,
+    mixture: GGUFWeights,
     texts: Sequence[RouterText],
     *,
     threads: int | None = None,

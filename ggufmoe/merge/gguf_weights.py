@@ -50,7 +50,7 @@ class DequantizedRows:
         out[...] = quantizing.widened(self._rows.type, self._rows.read(start, stop), self._rows.n_cols)
 
 
-class StoredModel:
+class GGUFWeights:
     """The model of a GGUF file: ``ModelWeights``.
 
     Raises ArchitectureError for a model of a family whose files are not read back, GGUFError and TensorMismatchError

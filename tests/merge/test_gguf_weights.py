@@ -17,8 +17,8 @@ from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.merge.forward import ForwardPass
+from ggufmoe.merge.gguf_weights import GGUFWeights
 from ggufmoe.merge.merged import open_recipe
-from ggufmoe.merge.stored_model import StoredModel
 from tests.export.gguf_models import Stored, load, store, unstacked
 from tests.families import test_mixtral_biased, test_olmoe, test_qwen2, test_qwen3moe
 from tests.families.agreement import IDS, Logits
@@ -37,7 +37,7 @@ LLAMA3 = {
 
 def logits_of(path: Path, ids: list[int] = IDS) -> Logits:
     with contextlib.closing(GGUFSource(path)) as source:
-        mixture = StoredModel(source.header, {tensor.name: tensor.parts for tensor in source.tensors})
+        mixture = GGUFWeights(source.header, {tensor.name: tensor.parts for tensor in source.tensors})
         return ForwardPass(mixture).logits([ids])
 
 
