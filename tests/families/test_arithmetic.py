@@ -196,6 +196,6 @@ def test_a_family_that_is_not_computed_says_so(tmp_path: Path, monkeypatch: pyte
     config = config_json("PlatypusForCausalLM", "platypus", num_hidden_layers=1)
     with (
         open_checkpoint(make_checkpoint(tmp_path, config)) as model,
-        pytest.raises(CheckpointError, match="hidden states of PlatypusForCausalLM cannot be computed$"),
+        pytest.raises(CheckpointError, match=r"hidden states of PlatypusForCausalLM cannot be computed$"),
     ):
         ForwardPass(model)
