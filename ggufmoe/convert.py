@@ -32,6 +32,8 @@ from ggufmoe.quant.filetypes import FileType, parse_tensor_type
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
+from ggufmoe.sizing.mixing import SizeMixer
+from ggufmoe.sizing.sensitivity_file import Sensitivity
 from ggufmoe.weights.byte_ranges import byte_ranges
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, is_set
@@ -130,7 +132,7 @@ def convert(
     check_router_report(options.router_report)
     access = _hub_access(options, path, cancel)
     with _open_source(source, options, access) as model:
-        plan = _from_hub(_plan(model, path, options), model, access)
+        plan = _from_hub(_plan(model, path, options, access, on_progress, cancel), model, access)
         _keep_router(model, plan, resume=options.resume)
         result = write_gguf(
             plan,
@@ -149,16 +151,20 @@ def plan_convert(
     quant: str | None = None,
     *,
     options: ConvertOptions | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
     **keywords: Unpack[ConvertKeywords],
 ) -> WritePlan:
-    """What ``convert`` with the same arguments would write: every file, tensor, type and offset. Reads headers only.
+    """What ``convert`` with the same arguments would write: every file, tensor, type and offset.
 
-    The plan can be printed; its source is closed again, so it cannot be written.
+    Reads headers only, but for a size also the weights, to choose the types by. The plan can be printed; its source is
+    closed again, so it cannot be written.
     """
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
     access = HubAccess(keep_source=options.keep_source)
     with _open_source(source, options, access) as model:
-        return _from_hub(_plan(model, output_path(output), options), model, access)
+        plan = _plan(model, output_path(output), options, access, on_progress, cancel)
+        return _from_hub(plan, model, access)
 
 
 def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, object]:
@@ -206,21 +212,76 @@ def checked_output(output: StrPath, options: ExportOptions) -> Path:
     return path
 
 
-def _plan(model: ModelSource, output: Path, options: ConvertOptions) -> WritePlan:
-    imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
-    policy = type_policy(options)
-    return plan_export(model, output, policy, imatrix=imatrix, split_max_bytes=options.split_max_bytes)
+def _plan(
+    model: ModelSource,
+    output: Path,
+    options: ConvertOptions,
+    access: HubAccess,
+    on_progress: OnProgress | None,
+    cancel: CancelFlag | None,
+) -> WritePlan:
+    if options.size_target is not None and access.origins:
+        raise OptionError(
+            "the types for a size are chosen by the weights, which are read more than once: give --keep-source, or "
+            "download the model first"
+        )
+    return plan_export(
+        model,
+        output,
+        type_policy(options),
+        imatrix=importances(options),
+        split_max_bytes=options.split_max_bytes,
+        mixer=size_mixer(options, on_progress, cancel),
+    )
+
+
+def importances(options: ExportOptions) -> Imatrix | None:
+    """The importance matrix that is given, or else the sensitivity, which is one too. Raises ImatrixError."""
+    path = options.imatrix or options.sensitivity
+    return None if path is None else Imatrix.load(path)
+
+
+def size_mixer(options: ExportOptions, on_progress: OnProgress | None, cancel: CancelFlag | None) -> SizeMixer | None:
+    """What chooses the types for the size that is asked for; None where a file type is. Raises OptionError."""
+    if options.size_target is None:
+        return None
+    if options.sensitivity is None:
+        raise OptionError(
+            f"{options.size_target.text} needs --sensitivity FILE; `ggufmoe sensitivity MODEL -f TEXT -o FILE` makes it"
+        )
+    return SizeMixer(
+        options.size_target,
+        Sensitivity.load(options.sensitivity),
+        options.sensitivity,
+        types=options.types,
+        threads=options.threads,
+        quantizer=options.quantizer,
+        cache=options.cache,
+        on_progress=on_progress,
+        cancel=cancel,
+    )
 
 
 def type_policy(options: ExportOptions) -> TypePolicy:
     """The options that say which tensor gets which type. Raises OptionError."""
+    typed = (*options.tensor_types, *_file_of_types(options.tensor_type_file))
     return TypePolicy(
-        FileType.from_name(options.quant),
-        tensor_types=tuple(parse_override(text) for text in options.tensor_types),
+        FileType.from_name(options.quant) if options.size_target is None else FileType.Q4_K_M,
+        tensor_types=tuple(parse_override(text) for text in typed),
         output_tensor_type=_tensor_type(options.output_tensor_type),
         token_embedding_type=_tensor_type(options.token_embedding_type),
         pure=options.pure,
     )
+
+
+def _file_of_types(path: Path | None) -> list[str]:
+    """Each PATTERN=TYPE in a file. Raises OptionError if it cannot be read."""
+    if path is None:
+        return []
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: cannot read the types of tensors: {error}") from error
 
 
 def _tensor_type(name: str | None) -> GGMLType | None:

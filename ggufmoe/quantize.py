@@ -6,14 +6,22 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggufmoe.convert import ConvertResult, checked_output, output_path, type_policy, with_quant, write_gguf
+from ggufmoe.convert import (
+    ConvertResult,
+    checked_output,
+    importances,
+    output_path,
+    size_mixer,
+    type_policy,
+    with_quant,
+    write_gguf,
+)
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.export.requantize import COPY, plan_requantize
 from ggufmoe.files import StrPath, possible_path
 from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.options import QuantizeKeywords, QuantizeOptions, options_of
-from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import TypePolicy
 from ggufmoe.work import CancelFlag, OnProgress
 from ggufmoe.writing.plan import WritePlan
@@ -48,7 +56,7 @@ def quantize(
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     path = checked_output(output, options)
     with contextlib.closing(GGUFSource(possible_path(source))) as model:
-        return write_gguf(_plan(model, path, options), options, on_progress, cancel)
+        return write_gguf(_plan(model, path, options, on_progress, cancel), options, on_progress, cancel)
 
 
 def plan_quantize(
@@ -57,26 +65,34 @@ def plan_quantize(
     quant: str | None = None,
     *,
     options: QuantizeOptions | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
     **keywords: Unpack[QuantizeKeywords],
 ) -> WritePlan:
-    """What ``quantize`` with the same arguments would write: every file, tensor, type and offset. Reads headers only.
+    """What ``quantize`` with the same arguments would write: every file, tensor, type and offset.
 
-    The plan can be printed; its source is closed again, so it cannot be written.
+    Reads headers only, but for a size also the weights, to choose the types by. The plan can be printed; its source is
+    closed again, so it cannot be written.
     """
     options = options_of(QuantizeOptions, options, with_quant(quant, keywords))
     with contextlib.closing(GGUFSource(possible_path(source))) as model:
-        return _plan(model, output_path(output), options)
+        return _plan(model, output_path(output), options, on_progress, cancel)
 
 
-def _plan(model: GGUFSource, output: Path, options: QuantizeOptions) -> WritePlan:
+def _plan(
+    model: GGUFSource,
+    output: Path,
+    options: QuantizeOptions,
+    on_progress: OnProgress | None,
+    cancel: CancelFlag | None,
+) -> WritePlan:
     check_loadable(model.header)
-    policy = _policy(options)
-    imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     return plan_requantize(
         model,
         output,
-        policy,
-        imatrix=imatrix,
+        _policy(options),
+        imatrix=importances(options),
+        mixer=size_mixer(options, on_progress, cancel),
         split_max_bytes=options.split_max_bytes,
         allow_requantize=options.allow_requantize,
     )
@@ -89,6 +105,7 @@ def _policy(options: QuantizeOptions) -> TypePolicy | None:
     told = {
         "--imatrix": options.imatrix,
         "--tensor-type": options.tensor_types,
+        "--tensor-type-file": options.tensor_type_file,
         "--output-tensor-type": options.output_tensor_type,
         "--token-embedding-type": options.token_embedding_type,
         "--pure": options.pure,

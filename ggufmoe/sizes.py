@@ -44,6 +44,17 @@ def parse_size(text: str, base: Literal[1000, 1024]) -> int | None:
     return None if found is None else int(Decimal(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
+def parse_file_size(text: str) -> int | None:
+    """Parse the size of a file into bytes; None if it is not a size.
+
+    ``6GiB`` counts in powers of 1024, ``6GB`` and ``6G`` in powers of 1000. The number may have decimals.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        return None
+    return int(Decimal(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+
+
 def _scaled(number: float, base: int, units: Sequence[str]) -> str:
     scaled, step = float(number), 0
     while scaled >= 999.5 and step < len(units) - 1:

@@ -12,7 +12,8 @@ from pathlib import Path
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
-from ggufmoe.export.model_keys import imatrix_metadata, model_metadata
+from ggufmoe.export.mixing import Mixer, UnmixedModel, with_types
+from ggufmoe.export.model_keys import imatrix_metadata, mix_metadata, model_metadata
 from ggufmoe.export.model_tensors import ModelTensor, model_tensors, source_part
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.families import family_of
@@ -20,6 +21,7 @@ from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
+from ggufmoe.gguf.values import u32
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.policy import ModelShape, TensorShape, TypePolicy, choose_types, unfit_types
@@ -33,46 +35,50 @@ def plan_export(
     *,
     imatrix: Imatrix | None = None,
     split_max_bytes: int | None = None,
+    mixer: Mixer | None = None,
 ) -> WritePlan:
     """Plan the GGUF file of a model, or its shards of at most ``split_max_bytes`` of tensors each.
 
-    Reads the tokenizer's files and no weights. Raises ArchitectureError, TokenizerError, OptionError or ImatrixError
-    for all that can be known to fail before weights are read.
+    With ``mixer`` that chooses the types, and may read weights. Reads the tokenizer's files and no weights otherwise.
+    Raises ArchitectureError, TokenizerError, OptionError or ImatrixError for all that can be known to fail before
+    weights are read.
     """
     tensors = sorted(model_tensors(source), key=lambda tensor: llama_quantize_order(tensor.name))
     weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
     model_shape = _model_shape(source.config)
     tensor_shapes = [TensorShape(tensor.name, tensor.shape, tensor.source_type) for tensor in tensors]
-    types = choose_types(tensor_shapes, model_shape, policy, weighted)
-    unfit = unfit_types(tensor_shapes, model_shape, policy, weighted)
-    kept = _kept_types(tensors, types, policy)
-    types |= kept
-    file_type = FileType.MXFP4_MOE if kept else policy.file_type
-    warn_of_missing_importances(imatrix, types, weighted)
     tokenizer = tokenizer_metadata(source.tokenizer_dir, source.config, source.chat_template)
-    metadata = model_metadata(source, tensors, file_type, tokenizer)
+    metadata = model_metadata(source, tensors, policy.file_type, tokenizer)
     if imatrix:
         metadata |= imatrix_metadata(imatrix)
-    planned = [
-        PlannedTensor(
-            t.name,
-            types[t.name],
-            t.shape,
-            tuple(map(source_part, t.parts)),
-            t.name in (weighted or ()),
-            unfit.get(t.name),
-        )
+    unmixed = tuple(
+        PlannedTensor(t.name, t.source_type, t.shape, tuple(map(source_part, t.parts)), t.name in (weighted or ()))
         for t in tensors
-    ]
-    return plan_gguf(
-        output,
-        metadata,
-        planned,
-        input_paths=source.input_paths,
-        file_type=file_type.name,
-        imatrix=imatrix,
-        split_max_bytes=split_max_bytes,
     )
+
+    def lay_out(policy: TypePolicy) -> WritePlan:
+        types = choose_types(tensor_shapes, model_shape, policy, weighted)
+        kept = _kept_types(tensors, types, policy)
+        types |= kept
+        file_type = FileType.MXFP4_MOE if kept else policy.file_type
+        return plan_gguf(
+            output,
+            metadata | {Keys.General.FILE_TYPE: u32(file_type.id)} | mix_metadata(policy.mix),
+            with_types(unmixed, types, unfit_types(tensor_shapes, model_shape, policy, weighted)),
+            input_paths=source.input_paths,
+            file_type=policy.mix.name if policy.mix else file_type.name,
+            imatrix=imatrix,
+            split_max_bytes=split_max_bytes,
+            mix=policy.mix,
+        )
+
+    if mixer is None:
+        plan = lay_out(policy)
+    else:
+        inputs = source.input_paths
+        plan = mixer(UnmixedModel(unmixed, model_shape, policy, imatrix, inputs, keeps_quantized=True, lay_out=lay_out))
+    warn_of_missing_importances(imatrix, {tensor.name: tensor.type for tensor in plan.tensors}, weighted)
+    return plan
 
 
 def _model_shape(config: ModelConfig) -> ModelShape:

@@ -16,6 +16,7 @@ from ggufmoe.gguf.model import SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS
 from ggufmoe.gguf.names import OUTPUT
 from ggufmoe.gguf.types import GGMLType, ValueType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
+from ggufmoe.quant.chosen_mix import ChosenMix
 from ggufmoe.quant.filetypes import IGNORES_IMATRIX
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
@@ -36,6 +37,7 @@ def plan_gguf(
     file_type: str,
     imatrix: Imatrix | None,
     split_max_bytes: int | None,
+    mix: ChosenMix | None = None,
 ) -> WritePlan:
     """Plan a GGUF file, or its shards of at most ``split_max_bytes`` of tensors each.
 
@@ -43,7 +45,7 @@ def plan_gguf(
     """
     files = lay_out_files(output, metadata, tensors, split_max_bytes)
     inputs = (*input_paths, *([imatrix.path] if imatrix else []))
-    return WritePlan(output, files, inputs, file_type, reads_back_as_gguf, imatrix=imatrix)
+    return WritePlan(output, files, inputs, file_type, reads_back_as_gguf, imatrix=imatrix, mix=mix)
 
 
 def lay_out_files(

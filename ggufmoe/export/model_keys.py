@@ -6,6 +6,7 @@ and origin, size, recommended sampling, file type and the importance matrix that
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -21,9 +22,11 @@ from ggufmoe.families.config_reader import is_float32
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.key_tables import SAMPLING_KEYS
 from ggufmoe.gguf.names import is_expert_stack
+from ggufmoe.gguf.own_keys import MIX
 from ggufmoe.gguf.types import ValueType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
 from ggufmoe.gguf.values import text, texts, u32
+from ggufmoe.quant.chosen_mix import ChosenMix
 from ggufmoe.quant.filetypes import FileType
 from ggufmoe.quant.importances import Imatrix
 
@@ -169,6 +172,11 @@ def imatrix_metadata(imatrix: Imatrix) -> dict[str, GGUFValue]:
     if imatrix.chunk_count > 0:
         keys["quantize.imatrix.chunks_count"] = u32(imatrix.chunk_count)
     return keys
+
+
+def mix_metadata(mix: ChosenMix | None) -> dict[str, GGUFValue]:
+    """The key that says how the types of a file were chosen; none for the mix of a file type."""
+    return {} if mix is None else {MIX: text(json.dumps(mix.to_dict()))}
 
 
 def _cut(value: str) -> str:

@@ -11,15 +11,17 @@ from pathlib import Path
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
-from ggufmoe.export.model_keys import imatrix_metadata
+from ggufmoe.export.mixing import Mixer, UnmixedModel, with_types
+from ggufmoe.export.model_keys import imatrix_metadata, mix_metadata
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.names import llama_quantize_order
+from ggufmoe.gguf.own_keys import MIX
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import QUANTIZATION_VERSION, Keys
 from ggufmoe.gguf.values import u32
 from ggufmoe.native import quantizing
 from ggufmoe.quant.importances import Imatrix
-from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types, unfit_types
+from ggufmoe.quant.policy import TensorShape, TypePolicy, choose_types, may_quantize, unfit_types
 from ggufmoe.writing.plan import PLAIN_DTYPES, Part, PlannedTensor, WritePlan
 
 COPY = "COPY"
@@ -36,46 +38,61 @@ def plan_requantize(
     imatrix: Imatrix | None = None,
     split_max_bytes: int | None = None,
     allow_requantize: bool = False,
+    mixer: Mixer | None = None,
 ) -> WritePlan:
     """Plan the quantized file of a GGUF model, or its shards of at most ``split_max_bytes`` of tensors each.
 
-    ``policy`` None changes no type. Reads no weights. Raises OptionError, ImatrixError, ArchitectureError or
-    TensorMismatchError for all that can be known to fail before weights are read; ``llama_model_quantize`` fails for
-    the same reasons.
+    ``policy`` None changes no type. With ``mixer`` that chooses the types, and may read weights; none are read
+    otherwise. Raises OptionError, ImatrixError, ArchitectureError or TensorMismatchError for all that can be known to
+    fail before weights are read; ``llama_model_quantize`` fails for the same reasons.
     """
     tensors = sorted(source.tensors, key=lambda tensor: llama_quantize_order(tensor.name))
     weighted = fit_imatrix(imatrix, {tensor.name: tensor.shape for tensor in tensors})
     shapes = [TensorShape(tensor.name, tensor.shape, tensor.type) for tensor in tensors]
-    unfit: dict[str, GGMLType] = {}
-    if policy is None:
-        types = {tensor.name: tensor.type for tensor in tensors}
-    else:
-        types = choose_types(shapes, source.model_shape, policy, weighted)
-        unfit = unfit_types(shapes, source.model_shape, policy, weighted)
-        changed = {tensor.name: types[tensor.name] for tensor in tensors if types[tensor.name] is not tensor.type}
-        warn_of_missing_importances(imatrix, changed, weighted)
-    for tensor in tensors:
-        check_change(tensor, types[tensor.name], allow_requantize)
-    planned = [
+    unmixed = tuple(
         PlannedTensor(
             tensor.name,
-            types[tensor.name],
+            tensor.type,
             tensor.shape,
             tuple(Part(rows, rows.type) for rows in tensor.parts),
             tensor.name in (weighted or ()),
-            unfit.get(tensor.name),
         )
         for tensor in tensors
-    ]
-    return plan_gguf(
-        output,
-        _metadata(source, policy, imatrix),
-        planned,
-        input_paths=source.input_paths,
-        file_type=policy.file_type.name if policy else COPY,
-        imatrix=imatrix,
-        split_max_bytes=split_max_bytes,
     )
+
+    def lay_out(policy: TypePolicy | None) -> WritePlan:
+        if policy is None:
+            types, unfit = {tensor.name: tensor.type for tensor in tensors}, {}
+        else:
+            types = choose_types(shapes, source.model_shape, policy, weighted)
+            unfit = unfit_types(shapes, source.model_shape, policy, weighted)
+        for tensor in tensors:
+            check_change(tensor, types[tensor.name], allow_requantize)
+        mix = policy.mix if policy else None
+        return plan_gguf(
+            output,
+            _metadata(source, policy, imatrix),
+            with_types(unmixed, types, unfit),
+            input_paths=source.input_paths,
+            file_type=mix.name if mix else policy.file_type.name if policy else COPY,
+            imatrix=imatrix,
+            split_max_bytes=split_max_bytes,
+            mix=mix,
+        )
+
+    if mixer is None or policy is None:
+        plan = lay_out(policy)
+    else:
+        for tensor, its_shape in zip(tensors, shapes, strict=True):
+            if may_quantize(its_shape):
+                check_change(tensor, policy.file_type.default_type, allow_requantize)
+        inputs, shape = source.input_paths, source.model_shape
+        plan = mixer(UnmixedModel(unmixed, shape, policy, imatrix, inputs, keeps_quantized=False, lay_out=lay_out))
+    if policy is not None:
+        stored = {tensor.name: tensor.type for tensor in tensors}
+        changed = {tensor.name: tensor.type for tensor in plan.tensors if tensor.type is not stored[tensor.name]}
+        warn_of_missing_importances(imatrix, changed, weighted)
+    return plan
 
 
 def check_change(tensor: GGUFTensor, target: GGMLType, allow_requantize: bool) -> None:
@@ -101,6 +118,8 @@ def _metadata(source: GGUFSource, policy: TypePolicy | None, imatrix: Imatrix | 
     told = {Keys.General.QUANTIZATION_VERSION: u32(QUANTIZATION_VERSION)}
     if policy is not None:
         told[_FILE_TYPE] = u32(policy.file_type.id)
+        metadata.pop(MIX, None)
+        told |= mix_metadata(policy.mix)
     elif _FILE_TYPE in metadata:
         told[_FILE_TYPE] = metadata[_FILE_TYPE]
     if imatrix is not None:

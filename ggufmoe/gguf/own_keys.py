@@ -24,3 +24,8 @@ that it was taken from; ``sha256`` of the tokens, or of the rows."""
 
 VERSION = "ggufmoe.version"
 """STRING: the version of ggufmoe that merged the model."""
+
+MIX = "ggufmoe.mix"
+"""STRING, a JSON object: how the types of a file of a given size were chosen. ``name`` is what the file is called, by
+its bits; ``predicted_kl`` and ``standard`` (``name``, ``bytes``, ``predicted_kl`` of the best standard mix that is no
+larger) are predictions, ``types`` the option, ``sensitivity`` what was measured, ``version`` that of ggufmoe."""

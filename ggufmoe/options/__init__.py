@@ -27,6 +27,8 @@ from ggufmoe.options.convert_options import (
     QuantizeKeywords,
     QuantizeOptions,
     Quantizer,
+    SizeTarget,
+    TypeSet,
 )
 from ggufmoe.options.fields import bounds, option, options_of
 from ggufmoe.options.limits import MAX_SEED, MAX_SEQUENCES
@@ -77,8 +79,10 @@ __all__ = [
     "SensitivityOptions",
     "ServeContextOptions",
     "ServerOptions",
+    "SizeTarget",
     "StopOptions",
     "TemplateOptions",
+    "TypeSet",
     "WorkerOptions",
     "bounds",
     "option",

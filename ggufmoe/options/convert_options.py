@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009 (option() makes a dataclass field)
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -10,9 +11,11 @@ from typing import Any, Literal, TypedDict
 from ggufmoe.errors import OptionError
 from ggufmoe.options.fields import check_values, option
 from ggufmoe.options.limits import MAX_THREADS
-from ggufmoe.sizes import parse_size
+from ggufmoe.sizes import parse_file_size, parse_size
 
 Quantizer = Literal["auto", "fast", "ggml"]
+TypeSet = Literal["k", "all"]
+_DEFAULT_QUANT = "Q4_K_M"
 
 
 def identical_experts() -> Any:
@@ -81,16 +84,77 @@ def file_bytes(size: str) -> int:
     return n_bytes
 
 
+_BITS = re.compile(r"\s*(\d{1,2}(?:\.\d{1,4})?)\s*bpw\s*", re.IGNORECASE)
+_LEAST_BITS, _MOST_BITS = 1.0, 16.0
+
+
+@dataclass(frozen=True)
+class SizeTarget:
+    """The size that a file shall have at most: bits per weight, or bytes of all of it. One of the two is given."""
+
+    text: str
+    """As it was asked for."""
+    bits: float | None = None
+    n_bytes: int | None = None
+
+
+def size_target(quant: str, size: str | None, bits: float | None) -> SizeTarget | None:
+    """The target of ``-q 4.5bpw``, ``--size 6GiB`` and ``--target-bpw 4.5``; None where ``quant`` is a file type.
+
+    Raises OptionError for more than one target, and for a size that is none.
+    """
+    found = _BITS.fullmatch(quant)
+    given = [text for text in (quant if found else None, size, None if bits is None else f"{bits:g}bpw") if text]
+    if len(given) > 1 or (given and not found and quant != _DEFAULT_QUANT):
+        raise OptionError(f"-q {quant}, --size and --target-bpw each say what size to make; give one of them")
+    if size is not None:
+        n_bytes = parse_file_size(size)
+        if n_bytes is None or n_bytes < 1000:  # a few bytes: the letter was forgotten
+            raise OptionError(f"{size!r} is not a size; give a number with M, G, MiB or GiB, for example 6GiB")
+        return SizeTarget(size.strip(), n_bytes=n_bytes)
+    if found:
+        bits = float(found[1])
+    if bits is None:
+        return None
+    if not _LEAST_BITS <= bits <= _MOST_BITS:
+        raise OptionError(f"expected {_LEAST_BITS:g} to {_MOST_BITS:g} bits per weight, not {bits:g}; try 4.5bpw")
+    return SizeTarget(f"{bits:g}bpw", bits=bits)
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """How a GGUF file is made, whatever it is made from. Raises OptionError for values out of range."""
 
-    quant: str = option("Q4_K_M", "-q", "--quant", help="File type, as llama-quantize names it.", metavar="TYPE")
+    quant: str = option(
+        _DEFAULT_QUANT,
+        "-q",
+        "--quant",
+        help="File type, as llama-quantize names it; or bits per weight, such as 4.5bpw, for the best file of them.",
+        metavar="TYPE",
+    )
+    size: str | None = option(
+        None, "--size", "--target-size", help="Make the best file of at most this size, such as 6GiB.", metavar="SIZE"
+    )
+    target_bpw: float | None = option(
+        None,
+        "--target-bpw",
+        help="Make the best file of at most so many bits per weight, as -q 4.5bpw.",
+        metavar="BITS",
+    )
+    sensitivity: Path | None = option(
+        None, "--sensitivity", help="For a size: what `ggufmoe sensitivity` measured of this model.", metavar="FILE"
+    )
+    types: TypeSet = option(
+        "all", "--types", help="For a size: k takes Q2_K to Q6_K and Q8_0, all IQ types as well, which are slower."
+    )
     imatrix: Path | None = option(
         None, "--imatrix", help="Importance matrix (GGUF, or the older .dat).", metavar="FILE"
     )
     tensor_types: tuple[str, ...] = option(
         (), "--tensor-type", help="Type of the tensors whose name matches a regular expression.", metavar="PATTERN=TYPE"
+    )
+    tensor_type_file: Path | None = option(
+        None, "--tensor-type-file", help="File of PATTERN=TYPE, separated by spaces or lines.", metavar="FILE"
     )
     output_tensor_type: str | None = option(None, "--output-tensor-type", help="Type of output.weight.", metavar="TYPE")
     token_embedding_type: str | None = option(
@@ -114,6 +178,16 @@ class ExportOptions:
     def __post_init__(self) -> None:
         check_values(self)
         _ = self.split_max_bytes
+        target = self.size_target
+        if target is None and (self.sensitivity is not None or self.types != "all"):
+            raise OptionError("--sensitivity and --types are for a size; give one with -q 4.5bpw or --size 6GiB")
+        if target is not None and self.pure:
+            raise OptionError(f"--pure means one type for all tensors, and {target.text} a mix; leave one of them out")
+
+    @property
+    def size_target(self) -> SizeTarget | None:
+        """The size that is asked for; None where a file type is."""
+        return size_target(self.quant, self.size, self.target_bpw)
 
     @property
     def split_max_bytes(self) -> int | None:
@@ -124,8 +198,13 @@ class ExportOptions:
 class ExportKeywords(TypedDict, total=False):
     """The fields of ``ExportOptions`` as keywords; ``quant`` is a parameter of each function that takes them."""
 
+    size: str | None
+    target_bpw: float | None
+    sensitivity: Path | None
+    types: TypeSet
     imatrix: Path | None
     tensor_types: tuple[str, ...]
+    tensor_type_file: Path | None
     output_tensor_type: str | None
     token_embedding_type: str | None
     pure: bool

@@ -21,6 +21,7 @@ from ggufmoe.gguf.names import OUTPUT, PER_LAYER_TOKEN_EMBEDDING, layer_of, llam
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import LLAMA
 from ggufmoe.quant import mixes
+from ggufmoe.quant.chosen_mix import ChosenMix
 from ggufmoe.quant.filetypes import ABORTS_WITHOUT_IMATRIX, FileType, parse_tensor_type, suggest
 from ggufmoe.quant.mixes import Role, Rule
 
@@ -84,7 +85,8 @@ class TypePolicy:
     ``tensor_types`` are pairs of a regular expression and a type; the first expression that matches anywhere in a
     tensor's name overrides the mix. As in llama.cpp, they apply only if the file type is a quantized one.
     ``output_tensor_type`` and ``token_embedding_type`` are used without a fallback. ``pure`` gives all tensors the
-    default type of the file type. Raises OptionError for a type that cannot be written.
+    default type of the file type. With ``mix`` only the types in it count. Raises OptionError for a type that cannot be
+    written.
     """
 
     file_type: FileType
@@ -92,6 +94,7 @@ class TypePolicy:
     output_tensor_type: GGMLType | None = None
     token_embedding_type: GGMLType | None = None
     pure: bool = False
+    mix: ChosenMix | None = None
 
     def __post_init__(self) -> None:
         named = (given for _, given in self.tensor_types)
@@ -157,6 +160,21 @@ def unfit_types(
     for tensor in sorted(tensors, key=lambda tensor: llama_quantize_order(tensor.name)):
         chooser.choose(tensor)
     return chooser.unfit
+
+
+def asked_types(tensors: Sequence[TensorShape], policy: TypePolicy) -> dict[str, GGMLType]:
+    """By name: the types that the options give to single tensors, whatever the mix is. Raises OptionError."""
+    overrides = _overrides(tensors, policy, warn=True)
+    asked: dict[str, GGMLType] = {}
+    for tensor in filter(may_quantize, tensors):
+        override = next((override for override in overrides if override.pattern.search(tensor.name)), None)
+        role = role_of(tensor.name)
+        exact = {Role.OUTPUT: policy.output_tensor_type, Role.TOKEN_EMBEDDING: policy.token_embedding_type}.get(role)
+        if exact is not None:
+            asked[tensor.name] = _exact(tensor, exact)
+        elif override is not None:
+            asked[tensor.name] = fitting_type(tensor, override.type)
+    return asked
 
 
 def required_imatrix(
@@ -291,6 +309,8 @@ class _Chooser:
         role = role_of(tensor.name)
         if not may_quantize(tensor):
             return tensor.source_type
+        if self.policy.mix is not None:
+            return self.policy.mix.types.get(tensor.name, tensor.source_type)
         override = next((override for override in self.overrides if override.pattern.search(tensor.name)), None)
         # the per-layer embedding is a large table of its own, for which an explicit --tensor-type counts
         is_named = tensor.name == PER_LAYER_TOKEN_EMBEDDING and override is not None
@@ -306,7 +326,7 @@ class _Chooser:
             wanted = self.policy.file_type.default_type if self.policy.pure else self._mixed(tensor, role)
         if tensor.n_cols % wanted.block_size:
             self.unfit[tensor.name] = wanted
-        return _fallback(tensor, wanted)
+        return fitting_type(tensor, wanted)
 
     def _mixed(self, tensor: TensorShape, role: Role) -> GGMLType:
         if role is Role.TOKEN_EMBEDDING and self.is_tied:
@@ -363,7 +383,8 @@ def _exact(tensor: TensorShape, type: GGMLType) -> GGMLType:
     return type
 
 
-def _fallback(tensor: TensorShape, wanted: GGMLType) -> GGMLType:
+def fitting_type(tensor: TensorShape, wanted: GGMLType) -> GGMLType:
+    """``wanted``, or what llama.cpp takes in its place where its blocks do not fit the rows. Raises OptionError."""
     if tensor.n_cols % wanted.block_size == 0:
         return wanted
     smaller = mixes.FALLBACK.get(wanted, wanted)

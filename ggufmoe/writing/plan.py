@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.gguf.header import padded
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.chosen_mix import ChosenMix
 from ggufmoe.quant.importances import Imatrix
 
 PLAIN_DTYPES: Mapping[GGMLType, np.dtype[Any]] = {
@@ -167,6 +168,8 @@ class WritePlan:
     split_option: str = "--split-max-size"
     """The option that makes the files smaller, for the message about a file that the disk cannot hold."""
     imatrix: Imatrix | None = None
+    mix: ChosenMix | None = None
+    """The mix that was chosen for this model, where ``file_type`` is its name."""
     origins: tuple[Origin, ...] = ()
     """The models that are read over the network, whose files are not among ``input_paths``."""
     network: NetworkReads | None = None
@@ -218,6 +221,7 @@ class WritePlan:
             "bits_per_weight": round(self.bits_per_weight, 4),
             "types": {name: vars(total) for name, total in self.types.items()},
             "fallbacks": {t.name: t.unfit_type.name for t in self.tensors if t.unfit_type is not None},
+            "mix": None if self.mix is None else self.mix.to_dict(),
             "commits": self.commits,
             "network": None if self.network is None else vars(self.network),
         }
