@@ -47,7 +47,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "merge": _MODELS | {"templates"},
     "export": _MODELS,
     "sizing": _CONVERT | {"templates"},
-    "convert": _CONVERT,
+    "convert": _CONVERT | {"sizing"},
     "quantize": _CONVERT | {"convert"},
     "refit": _CONVERT | {"convert", "templates", "runtime"},
     "sensitivity": _CONVERT | {"templates", "runtime", "evaluation", "sizing"},

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ggufmoe.cli.console import note, printable, terminal_columns, without_controls, wrapped
 from ggufmoe.cli.progress import ProgressLine, duration
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 _EXAMPLE_RATES_MBIT = (50, 500)
 
 
-def default_output(source: str, quant: str) -> Path:
+def default_output(source: str, quant: str, size: str | None = None) -> Path:
     """``NAME-TYPE.gguf`` in the current folder, by ``model_name``. Raises OptionError for an unknown file type."""
     from ggufmoe.export.naming import model_name
 
-    return Path(f"{model_name(source, quant)}.gguf")
+    return Path(f"{model_name(source, quant, size)}.gguf")
 
 
 def naming(output: Path, display: ProgressLine, show: OnProgress) -> OnProgress:
@@ -69,8 +70,11 @@ def show_result(result: ConvertResult | MergeResult, *, as_json: bool, quiet: bo
         if result.router_report is not None:
             print_router(result.router_report)
         note(_summary(result))
-        if not isinstance(result, MergeResult) and result.plan.fallbacks:
-            note(_fallback_line(result.plan))
+        if not isinstance(result, MergeResult):
+            for line in _prediction_lines(result.plan):
+                note(line)
+            if result.plan.fallbacks:
+                note(_fallback_line(result.plan))
     if as_json:
         print(json.dumps(result.to_dict() | {"peak_memory_bytes": _peak_memory_bytes()}))
 
@@ -121,10 +125,55 @@ def _plan_lines(plan: WritePlan, columns: int | None) -> list[str]:
         )
     if plan.fallbacks:
         lines.append(_fallback_line(plan))
+    lines += _mix_lines(plan)
     lines += _network_lines(plan)
     lines.append(
         f"in all {file_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
     )
+    return lines
+
+
+def _mix_lines(plan: WritePlan) -> list[str]:
+    """The types of each part of the model by layers, and the prediction beside that of the best standard mix."""
+    from ggufmoe.gguf.names import layer_of, without_layer
+
+    if plan.mix is None:
+        return []
+    parts: dict[str, list[tuple[int | None, str]]] = {}
+    for tensor in plan.tensors:
+        if tensor.name in plan.mix.types:
+            name = without_layer(tensor.name).removesuffix(".weight")
+            parts.setdefault(name, []).append((layer_of(tensor.name), tensor.type.name))
+    width = max(map(len, parts))
+    lines = [f"  {name:{width}}  {_layer_runs(types)}" for name, types in parts.items()]
+    return ["the mix by part and layer:", *lines, *_prediction_lines(plan)]
+
+
+def _layer_runs(types: Sequence[tuple[int | None, str]]) -> str:
+    """``Q6_K 0-3, Q4_K 4-31``; a type alone outside of the layers."""
+    if types[0][0] is None:
+        return types[0][1]
+    runs: list[list[Any]] = []
+    for layer, kind in types:
+        if runs and runs[-1][0] == kind:
+            runs[-1][2] = layer
+        else:
+            runs.append([kind, layer, layer])
+    return ", ".join(f"{kind} {first}" + ("" if first == last else f"-{last}") for kind, first, last in runs)
+
+
+def _prediction_lines(plan: WritePlan) -> list[str]:
+    """The predicted divergence of the mix, and of the best standard mix that is no larger."""
+    mix = plan.mix
+    if mix is None:
+        return []
+    lines = [f"predicted KL divergence {mix.predicted_kl:.4f}: {mix.name}, {file_size(plan.n_bytes)}"]
+    if mix.standard is not None:
+        standard = mix.standard
+        lines.append(
+            f"predicted KL divergence {standard.predicted_kl:.4f}: {standard.name}, {file_size(standard.n_bytes)}, "
+            "the best standard mix that is no larger"
+        )
     return lines
 
 

@@ -31,11 +31,15 @@ def convert_command(
 
     An interrupted run leaves OUT.partial and a journal; --resume continues from there and writes the same bytes.
     """
-    path = default_output(source, options.quant) if output is None else output
+    path = default_output(source, options.quant, options.size_text) if output is None else output
+    display = progress_display(f"convert {options.size_text or options.quant}", quiet=quiet)
     if dry_run:
         from ggufmoe.convert import plan_convert
 
-        show_plan(plan_convert(source, path, options=options), as_json=as_json)
+        plan = run_job(
+            lambda show, cancel: plan_convert(source, path, options=options, on_progress=show, cancel=cancel), display
+        )
+        show_plan(plan, as_json=as_json)
         return
 
     def job(show: OnProgress, cancel: CancelFlag) -> ConvertResult:
@@ -44,6 +48,5 @@ def convert_command(
         told = show if quiet or output is not None else naming(path, display, show)
         return convert(source, path, options=options, on_progress=told, cancel=cancel)
 
-    display = progress_display(f"convert {options.quant}", quiet=quiet)
     result = run_job(job, display)
     show_result(result, as_json=as_json, quiet=quiet)

@@ -33,11 +33,15 @@ def quantize_command(
     TYPE may also be COPY, which changes no type: it joins a split model and stacks the experts of old Mixtral files. An
     interrupted run leaves OUT.partial and a journal; --resume continues from there.
     """
-    path = default_output(str(source), options.quant) if output is None else output
+    path = default_output(str(source), options.quant, options.size_text) if output is None else output
+    display = progress_display(f"quantize {options.size_text or options.quant}", quiet=quiet)
     if dry_run:
         from ggufmoe.quantize import plan_quantize
 
-        show_plan(plan_quantize(source, path, options=options), as_json=as_json)
+        plan = run_job(
+            lambda show, cancel: plan_quantize(source, path, options=options, on_progress=show, cancel=cancel), display
+        )
+        show_plan(plan, as_json=as_json)
         return
 
     def job(show: OnProgress, cancel: CancelFlag) -> ConvertResult:
@@ -46,6 +50,5 @@ def quantize_command(
         told = show if quiet or output is not None else naming(path, display, show)
         return quantize(source, path, options=options, on_progress=told, cancel=cancel)
 
-    display = progress_display(f"quantize {options.quant}", quiet=quiet)
     result = run_job(job, display)
     show_result(result, as_json=as_json, quiet=quiet)

@@ -12,9 +12,9 @@ from pathlib import Path
 from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
-from ggufmoe.export.mixing import Mixer, UnmixedModel, with_types
 from ggufmoe.export.model_keys import imatrix_metadata, mix_metadata, model_metadata
 from ggufmoe.export.model_tensors import ModelTensor, model_tensors, source_part
+from ggufmoe.export.unmixed import Mixer, UnmixedModel, with_types
 from ggufmoe.export.vocab import tokenizer_metadata
 from ggufmoe.families import family_of
 from ggufmoe.families.model_config import ModelConfig

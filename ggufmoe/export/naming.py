@@ -13,15 +13,15 @@ from ggufmoe.quant.filetypes import FileType
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def model_name(source: str, quant: str) -> str:
-    """``NAME-TYPE`` for what is made of ``source``.
+def model_name(source: str, quant: str, size: str | None = None) -> str:
+    """``NAME-TYPE`` for what is made of ``source``, or ``NAME-SIZE`` where ``size`` is asked for.
 
     NAME is that of the directory, the recipe, the hub id or the GGUF file, without the number of a shard and, unless
     the types stay as they are, without the type that a GGUF file's name ends with. Raises OptionError for an unknown
     file type.
     """
     is_copy = quant.strip().upper() == COPY
-    type_name = COPY if is_copy else FileType.from_name(quant).name
+    type_name = size or (COPY if is_copy else FileType.from_name(quant).name)
     path = Path(source)
     if path.suffix.lower() in (".gguf", ".yaml", ".yml"):
         name = _SHARD.sub("", path.stem)

@@ -11,8 +11,8 @@ from pathlib import Path
 from ggufmoe.errors import OptionError
 from ggufmoe.export.gguf_layout import fit_imatrix, plan_gguf, warn_of_missing_importances
 from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
-from ggufmoe.export.mixing import Mixer, UnmixedModel, with_types
 from ggufmoe.export.model_keys import imatrix_metadata, mix_metadata
+from ggufmoe.export.unmixed import Mixer, UnmixedModel, with_types
 from ggufmoe.gguf.header import GGUFValue
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.own_keys import MIX

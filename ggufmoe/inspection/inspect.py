@@ -6,6 +6,8 @@ running takes comes from ``placement``. Nothing is printed here, and no tensor b
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +22,7 @@ from ggufmoe.gguf.hyper import Hyper, TypedMetadata
 from ggufmoe.gguf.key_tables import SAMPLING_PREFIX, TOKEN_ID_KEYS
 from ggufmoe.gguf.model import NO_MODELS, ModelHeader, read_model_header
 from ggufmoe.gguf.names import OUTPUT, TOKEN_EMBEDDING, legacy_experts, part_of
-from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
+from ggufmoe.gguf.own_keys import GATE_MODE, MIX, RECIPE, VERSION
 from ggufmoe.gguf.types import FILE_TYPES
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options import ContextOptions, OffloadOptions
@@ -201,14 +203,13 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: HostM
     keys, hyper = TypedMetadata(model.metadata), model.hyper
     parts = _shares(model.tensors, lambda tensor: part_of(tensor.name))
     tokenizer, template, merge = _tokenizer(keys, hyper), _template(keys), _merge(keys)
-    file_type = keys.whole(Keys.General.FILE_TYPE)
     return ModelReport(
         files=tuple(file.name for file in model.paths),
         n_bytes=model.file_bytes,
         gguf_version=model.shards[0].header.version,
         architecture=hyper.architecture,
         name=keys.text(Keys.General.NAME),
-        file_type=None if file_type is None else FILE_TYPES.get(file_type, f"file type {file_type}"),
+        file_type=_file_type(keys),
         n_parameters=sum(part.n_parameters for part in parts),
         n_active_parameters=_active_parameters(parts, hyper),
         n_tensors=len(model.tensors),
@@ -227,6 +228,16 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: HostM
         other=_other(model, merge),
         warnings=tuple(_warnings(model, tokenizer, template)),
     )
+
+
+def _file_type(keys: TypedMetadata) -> str | None:
+    """What the file is called: by its bits where its types were chosen for it, or else its file type."""
+    mix = keys.text(MIX)
+    if mix is not None:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(mix)["name"])[:_MIX_NAME_CHARS]
+    file_type = keys.whole(Keys.General.FILE_TYPE)
+    return None if file_type is None else FILE_TYPES.get(file_type, f"file type {file_type}")
 
 
 def _shares(tensors: Iterable[TensorInfo], key: Callable[[TensorInfo], str]) -> tuple[Share, ...]:
@@ -276,6 +287,7 @@ def _template(keys: TypedMetadata) -> TemplateReport:
     return TemplateReport(next((line for line in lines if line), ""), len(template), names)
 
 
+_MIX_NAME_CHARS = 20
 _ELSEWHERE = re.compile(r"architecture|name|file_type|quantization_version|alignment|type|(sampling|base_model)\..*")
 """``general.*`` keys that are no provenance, or have a field of their own in the report."""
 

@@ -185,6 +185,12 @@ class ExportOptions:
             raise OptionError(f"--pure means one type for all tensors, and {target.text} a mix; leave one of them out")
 
     @property
+    def size_text(self) -> str | None:
+        """The size that is asked for, as it was typed; None where a file type is."""
+        target = self.size_target
+        return None if target is None else target.text
+
+    @property
     def size_target(self) -> SizeTarget | None:
         """The size that is asked for; None where a file type is."""
         return size_target(self.quant, self.size, self.target_bpw)

@@ -1,6 +1,6 @@
 """The best file of a given size: candidates for each tensor, their errors, and the mix that the search finds.
 
-``SizeMixer`` is what plans of exports and of quantizations call to choose the types (``export.mixing.Mixer``).
+``SizeMixer`` is what plans of exports and of quantizations call to choose the types (``export.unmixed.Mixer``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ggufmoe.errors import ImatrixError, OptionError, OutputError
-from ggufmoe.export.mixing import UnmixedModel
+from ggufmoe.export.unmixed import UnmixedModel
 from ggufmoe.folders import cache_directory
 from ggufmoe.gguf.header import padded
 from ggufmoe.gguf.names import OUTPUT
