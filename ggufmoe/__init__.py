@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         WorkerError,
         WorkerLostError,
     )
-    from ggufmoe.evaluation.divergence import Distribution, Divergence, kl_divergence
+    from ggufmoe.evaluation.divergence import Comparison, Distribution, Divergence, kl_divergence, kl_divergences
     from ggufmoe.evaluation.imatrix import ImatrixResult, LayerCoverage
     from ggufmoe.evaluation.imatrix import imatrix as imatrix
     from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity
@@ -85,6 +85,7 @@ __all__ = [
     "Chat",
     "ChatFormat",
     "CheckpointError",
+    "Comparison",
     "ContextFullError",
     "ContextOptions",
     "ConvertOptions",
@@ -143,6 +144,7 @@ __all__ = [
     "convert",
     "imatrix",
     "kl_divergence",
+    "kl_divergences",
     "merge",
     "obtain",
     "perplexity",
@@ -159,6 +161,7 @@ _HOMES = {
     "CancelFlag": "ggufmoe.work",
     "Chat": "ggufmoe.runtime.chat",
     "ChatFormat": "ggufmoe.runtime.chatformat",
+    "Comparison": "ggufmoe.evaluation.divergence",
     "ContextOptions": "ggufmoe.options",
     "ConvertOptions": "ggufmoe.options",
     "Distribution": "ggufmoe.evaluation.divergence",
@@ -192,6 +195,7 @@ _HOMES = {
     "convert": "ggufmoe.convert",
     "imatrix": "ggufmoe.evaluation.imatrix",
     "kl_divergence": "ggufmoe.evaluation.divergence",
+    "kl_divergences": "ggufmoe.evaluation.divergence",
     "merge": "ggufmoe.convert",
     "obtain": "ggufmoe.store.obtain",
     "perplexity": "ggufmoe.evaluation.perplexity",

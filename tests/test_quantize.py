@@ -344,7 +344,7 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
         ({"quant": "Q4_X"}, "unknown file type"),
         ({"threads": 0}, "--threads must be between 1 and 512, not 0"),
         ({"quantizer": "quick"}, "quantizer must be one of auto, fast, ggml"),
-        ({"layers": 3}, "QuantizeOptions has no option 'layers'; there are quant, imatrix, "),
+        ({"layers": 3}, "QuantizeOptions has no option 'layers'; there are quant, size, "),
         ({"split_max_size": "0"}, "not a size"),
         ({"quantizer": "fast", "quant": "TQ1_0"}, "TQ1_0: there is no fast quantizer"),
         ({"tensor_types": ("ffn_upp=q8_0",)}, "matches no tensor"),

@@ -14,11 +14,12 @@ from typing import Annotated
 import typer
 
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import ModelName, with_options
+from ggufmoe.cli.params import model_names, with_options
 from ggufmoe.cli.progress import chunk_display
 from ggufmoe.cli.wanted_model import model_file
+from ggufmoe.errors import OptionError
 from ggufmoe.evaluation.chunks import check_complete
-from ggufmoe.evaluation.divergence import SHARES, Distribution, Divergence, kl_divergence
+from ggufmoe.evaluation.divergence import SHARES, Comparison, Distribution, Divergence, kl_divergences
 from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity
 from ggufmoe.options import EvaluationOptions, ModelOptions, OffloadOptions
 from ggufmoe.sizes import counted
@@ -26,12 +27,28 @@ from ggufmoe.sizes import counted
 
 @with_options(ModelOptions, EvaluationOptions, OffloadOptions)
 def perplexity_command(
-    model: ModelName,
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            help="A GGUF file, a stored model, or whatever `run` takes; several with --against.",
+            metavar="MODEL...",
+            autocompletion=model_names,
+        ),
+    ],
     file: Annotated[Path, typer.Option("-f", "--file", help="The text, in UTF-8.", metavar="FILE")],
     *,
     against: Annotated[
         str | None,
         typer.Option("--against", help="Compare with this model, token by token.", metavar="MODEL"),
+    ] = None,
+    logits: Annotated[
+        Path | None,
+        typer.Option(
+            "--logits",
+            "--kl-divergence-base",
+            help="With --against: keep what the reference predicts in this file, and take it from there if it exists.",
+            metavar="FILE",
+        ),
     ] = None,
     wanted: ModelOptions,
     options: EvaluationOptions,
@@ -42,16 +59,19 @@ def perplexity_command(
     """Measure how well a model predicts a text, or how far it is from another model.
 
     The definitions are those of llama-perplexity: the second half of each chunk is scored. --against tells what a
-    quantization costs: KL divergence, how often the likeliest token is the same, by how much probabilities move.
+    quantization costs: KL divergence, how often the likeliest token is the same, by how much probabilities move. With
+    several MODELs their divergences are compared with that of the first, token by token.
     Ctrl-C prints the result over the chunks that are done.
     """
-    path = model_file(model, wanted, quiet=quiet)
-    result: Perplexity | Divergence
+    if against is None and (len(model) > 1 or logits is not None):
+        raise OptionError("several models and --logits are for a comparison: give --against REFERENCE too")
+    paths = [model_file(each, wanted, quiet=quiet) for each in model]
+    result: Perplexity | Divergence | Comparison
     display = partial(chunk_display, at_once=options.context.n_seq_max, quiet=quiet)
     if against is None:
         result = alone = run_job(
             lambda show, cancel: perplexity(
-                path, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+                paths[0], text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
             ),
             display("perplexity", lambda found: _shown(found.estimate)),
             gentle=True,
@@ -60,16 +80,22 @@ def perplexity_command(
     else:
         reference = model_file(against, wanted, quiet=quiet)
         result = beside = run_job(
-            lambda show, cancel: kl_divergence(
-                path, reference, text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+            lambda show, cancel: kl_divergences(
+                paths,
+                reference,
+                text_file=file,
+                logits=logits,
+                options=options,
+                offload=offload,
+                on_progress=show,
+                cancel=cancel,
             ),
-            display(
-                "divergence",
-                lambda found: f"KL divergence {_shown(found.kl.mean, 5)}",
-            ),
+            display("divergence", lambda found: f"KL divergence {_shown(found.models[0].kl.mean, 5)}"),
             gentle=True,
         )
-        lines = list(_divergence_lines(beside))
+        lines = list(_comparison_lines(beside))
+        if len(beside.models) == 1:
+            result, lines = beside.models[0], list(_divergence_lines(beside.models[0]))
     print(json.dumps(result.to_dict()) if as_json else "\n".join(lines))
     check_complete(result)
 
@@ -78,6 +104,17 @@ def _extent(result: Perplexity | Divergence) -> str:
     return (
         f"{result.n_scored:,} tokens in {counted(result.n_chunks, 'chunk')} of {result.n_ctx}, {result.seconds:.1f} s"
     )
+
+
+def _comparison_lines(result: Comparison) -> Iterator[str]:
+    """One line for each model: its divergence, and by how much it is above that of the first."""
+    width = max(len(each.model.name) for each in result.models)
+    yield f"beside {result.models[0].reference.name}"
+    yield f"{'':{width}}  {'KL divergence':21}  {'above the first':23}  same likeliest token"
+    differences = ("", *(f"{each.value:+.6f} ± {each.uncertainty:.6f}" for each in result.kl_differences))
+    for each, difference in zip(result.models, differences, strict=True):
+        yield f"{each.model.name:{width}}  {_shown(each.kl.mean, 6):21}  {difference:23}  {_percent(each.same_top)}"
+    yield _extent(result.models[0])
 
 
 def _divergence_lines(result: Divergence) -> Iterator[str]:

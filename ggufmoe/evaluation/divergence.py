@@ -1,46 +1,41 @@
 """KL divergence of a model's predictions from those of a reference: the loss of quality by quantization.
 
-Both models compute the same chunks in turn in one process, so only four numbers are stored for each scored token.
-Source of the definitions: ``tools/perplexity/perplexity.cpp`` (``--kl-divergence``) of llama.cpp at the pinned commit,
-which rounds the reference's log-probabilities to 16 bits in a file; here that is an option.
+All models compute the same chunks in turn in one process, so only four numbers are stored for each scored token and
+model. Source of the definitions: ``tools/perplexity/perplexity.cpp`` (``--kl-divergence``) of llama.cpp at the pinned
+commit, which rounds the reference's log-probabilities to 16 bits in a file; here that is an option, ``logits_file``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ggufmoe.engine import Engine
-from ggufmoe.errors import InputError, OptionError
+from ggufmoe.errors import Cancelled, InputError, OptionError
 from ggufmoe.evaluation.chunks import Chunks, cut_chunks, last_result, read_text, scored_blocks
-from ggufmoe.evaluation.perplexity import (
-    Doubles,
-    Estimate,
-    Floats,
-    Normalized,
-)
-from ggufmoe.files import StrPath, user_path
+from ggufmoe.evaluation.logits_file import LogitsFile, RoundedRows, write_head
+from ggufmoe.evaluation.perplexity import Doubles, Estimate, Normalized
+from ggufmoe.files import StrPath, replacing, user_path
 from ggufmoe.gguf.header import Header
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
 from ggufmoe.runtime.chunkbatch import ComputedPart
-from ggufmoe.work import CancelFlag, OnProgress
+from ggufmoe.work import CancelFlag, OnProgress, Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SHARES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 """The shares of the quantiles in a Distribution; 0 is the minimum, 0.5 the median, 1 the maximum."""
-_MAX_RANGE = np.float32(16)
-"""llama.cpp's 16 bits clamp logits to this far below the largest; probabilities up to exp(-16) count as 0."""
-_STEPS = np.float32(65535)
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,37 @@ class Divergence:
         return out | {"correlation": None if math.isnan(self.correlation) else self.correlation}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Several models beside one reference, on the same tokens."""
+
+    models: tuple[Divergence, ...]
+    kl_differences: tuple[Estimate, ...]
+    """Of each model but the first: its mean divergence minus that of the first, with the error of the difference, which
+    is smaller than the errors of both where they diverge at the same tokens."""
+
+    @property
+    def n_chunks(self) -> int:
+        """Number of completed chunks."""
+        return self.models[0].n_chunks
+
+    @property
+    def total_chunks(self) -> int:
+        return self.models[0].total_chunks
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks are done."""
+        return self.models[0].is_complete
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values for JSON."""
+        return {
+            "models": [model.to_dict() for model in self.models],
+            "kl_differences": [vars(difference) for difference in self.kl_differences],
+        }
+
+
 def kl_divergence(
     model: StrPath,
     reference: StrPath,
@@ -133,38 +159,160 @@ def kl_divergence(
     workers, which serve one model at a time.
     """
     options = options_of(EvaluationOptions, options, keywords)
+    found = kl_divergences(
+        [model],
+        reference,
+        text,
+        text_file=text_file,
+        offload=offload,
+        round_reference=round_reference,
+        options=options,
+        on_progress=on_progress and (lambda progress: on_progress(_of_first(progress))),
+        cancel=cancel,
+    )
+    return found.models[0]
+
+
+def _of_first(progress: Progress) -> Progress:
+    """The report of a comparison of one model, with the Divergence of that one."""
+    result = progress.result
+    return replace(progress, result=result.models[0]) if isinstance(result, Comparison) else progress
+
+
+def kl_divergences(
+    models: Sequence[StrPath],
+    reference: StrPath,
+    text: str | None = None,
+    *,
+    text_file: StrPath | None = None,
+    logits: StrPath | None = None,
+    offload: OffloadOptions | None = None,
+    round_reference: bool = False,
+    options: EvaluationOptions | None = None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
+    **keywords: Unpack[EvaluationKeywords],
+) -> Comparison:
+    """Compare the predictions of several models with those of ``reference``, token by token, and with each other.
+
+    All models are loaded at the same time. ``logits`` is a file of the reference's log-probabilities in the format of
+    llama-perplexity, rounded to 16 bits: if it exists, the reference is not loaded, and otherwise it is computed first,
+    alone, and kept there (2 bytes for each token of the vocabulary and scored token). Other arguments are those of
+    ``kl_divergence``; ``Progress.result`` is a Comparison.
+
+    Raises the errors of ``kl_divergence``, and InputError for a file of log-probabilities of another text.
+    """
+    options = options_of(EvaluationOptions, options, keywords)
+    if not models:
+        raise OptionError("give at least one model to compare with the reference")
     if offload is not None and offload.workers:
         raise OptionError("a comparison needs two models at once, and a worker serves one: leave out --rpc")
     content = read_text(text, text_file)
-    _check_vocabularies(user_path(model), user_path(reference))
-    with (
-        Engine(reference, options.context, offload, on_progress=on_progress, cancel=cancel) as base,
-        Engine(model, options.context, offload, on_progress=on_progress, cancel=cancel) as engine,
-    ):
-        chunks = cut_chunks(engine, content, options, cancel)
-        return last_result(_compared(base, engine, chunks, options.n_ctx, round_reference, cancel), on_progress)
+    for model in models:
+        _check_vocabularies(user_path(model), user_path(reference))
+
+    def opened(path: StrPath) -> Engine:
+        return Engine(path, options.context, offload, on_progress=on_progress, cancel=cancel)
+
+    kept = None if logits is None else user_path(logits)
+    if kept is not None and not kept.exists():
+        with opened(reference) as alone:
+            _keep_logits(alone, content, options, kept, on_progress, cancel)
+    with contextlib.ExitStack() as stack:
+        base_engine = stack.enter_context(opened(reference)) if kept is None else None
+        engines = [stack.enter_context(opened(model)) for model in models]
+        chunks = cut_chunks(engines[0], content, options, cancel)
+        stored = None if kept is None else LogitsFile(kept)
+        if stored is not None:
+            stored.check(chunks, begins=int(engines[0].adds_bos))
+        base = _Reference(user_path(reference), base_engine, stored, rounded=round_reference)
+        return last_result(_compared(base, engines, chunks, options.n_ctx, cancel), on_progress)
+
+
+def _keep_logits(
+    base: Engine,
+    content: str,
+    options: EvaluationOptions,
+    path: Path,
+    on_progress: OnProgress | None,
+    cancel: CancelFlag | None,
+) -> None:
+    """Compute the reference's log-probabilities and keep them in a file, which appears when all are there."""
+    chunks = cut_chunks(base, content, options, cancel)
+    with replacing(path, "the reference's log-probabilities") as file:
+        write_head(file, chunks, base.n_vocab)
+        waiting: dict[int, list[bytes]] = {}
+        n_done = 0
+        for part in base.compute_chunks(chunks, options.n_ctx // 2, cancel=cancel):
+            for number in part.group:
+                for rows, _ in scored_blocks(part, number, chunks[number]):
+                    waiting.setdefault(number, []).append(RoundedRows.of(rows).words().tobytes())
+                if part.end == options.n_ctx:
+                    file.write(b"".join(waiting.pop(number)))
+                    n_done = number + 1
+                    if on_progress is not None:
+                        on_progress(Progress("reference", n_done, len(chunks), "chunks"))
+        if n_done < len(chunks):
+            raise Cancelled("stopped while the reference was computed; nothing is kept")
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """What is compared with: a model that computes beside the others, or its log-probabilities in a file."""
+
+    path: Path
+    engine: Engine | None
+    stored: LogitsFile | None
+    rounded: bool
+
+    def parts(self, chunks: Chunks, first: int, cancel: CancelFlag | None) -> Iterator[ComputedPart | None]:
+        """The parts that are computed beside those of the models; None for each of them where nothing is computed."""
+        if self.engine is None:
+            return itertools.repeat(None)
+        return self.engine.compute_chunks(chunks, first, cancel=cancel)
+
+    def blocks(
+        self, theirs: ComputedPart | None, ours: ComputedPart, number: int, chunk: list[int]
+    ) -> Iterator[Normalized]:
+        """The predictions at the scored positions of ``ours``, in the blocks of ``scored_blocks``."""
+        if theirs is not None:
+            for rows, _ in scored_blocks(theirs, number, chunk):
+                yield _rounded(RoundedRows.of(rows)) if self.rounded else Normalized.of(rows)
+            return
+        assert self.stored is not None, "without an engine there is a file"
+        position = ours.scored.start - ours.first
+        for rows, _ in scored_blocks(ours, number, chunk):
+            yield _rounded(self.stored.rows(number, position, position + len(rows)))
+            position += len(rows)
 
 
 def _compared(
-    base: Engine, engine: Engine, chunks: Chunks, n_ctx: int, round_reference: bool, cancel: CancelFlag | None
-) -> Iterator[Divergence]:
-    """Yield the divergence over the completed chunks after each chunk. Ends early when ``cancel`` is set."""
+    reference: _Reference, engines: Sequence[Engine], chunks: Chunks, n_ctx: int, cancel: CancelFlag | None
+) -> Iterator[Comparison]:
+    """Yield the comparison over the completed chunks after each chunk. Ends early when ``cancel`` is set."""
     first, started = n_ctx // 2, time.monotonic()
-    scores = _Scores(len(chunks) * (n_ctx - 1 - first))
-    parts = (each.compute_chunks(chunks, first, cancel=cancel) for each in (base, engine))
-    for theirs, ours in zip(*parts, strict=False):  # each of them may end early when cancelled
-        for number in ours.group:
-            scores.add(theirs, ours, number, chunks[number], round_reference)
-            if ours.end == n_ctx:
-                yield Divergence(
-                    model=engine.path,
-                    reference=base.path,
-                    n_ctx=n_ctx,
-                    n_chunks=number + 1,
-                    total_chunks=len(chunks),
-                    seconds=time.monotonic() - started,
-                    **scores.statistics(),
+    scores = [_Scores(len(chunks) * (n_ctx - 1 - first)) for _ in engines]
+    computed = (engine.compute_chunks(chunks, first, cancel=cancel) for engine in engines)
+    parts = zip(reference.parts(chunks, first, cancel), *computed, strict=False)  # any may end early when cancelled
+    for theirs, *ours in parts:
+        for number in ours[0].group:
+            base = list(reference.blocks(theirs, ours[0], number, chunks[number]))
+            for scored, part in zip(scores, ours, strict=True):
+                scored.add(base, part, number, chunks[number])
+            if ours[0].end == n_ctx:
+                found = tuple(
+                    Divergence(
+                        model=engine.path,
+                        reference=reference.path,
+                        n_ctx=n_ctx,
+                        n_chunks=number + 1,
+                        total_chunks=len(chunks),
+                        seconds=time.monotonic() - started,
+                        **scored.statistics(),
+                    )
+                    for engine, scored in zip(engines, scores, strict=True)
                 )
+                yield Comparison(found, tuple(scored.kl_above(scores[0]) for scored in scores[1:]))
 
 
 def _check_vocabularies(model: Path, reference: Path) -> None:
@@ -195,11 +343,9 @@ class _Scores:
         self._nll, self._nll_base, self._kl, self._delta_p = (np.empty(n_tokens, np.float64) for _ in range(4))
         self._n = self._n_same_top = 0
 
-    def add(self, theirs: ComputedPart, ours: ComputedPart, number: int, chunk: list[int], rounded: bool) -> None:
-        """Score the computed part of one chunk."""
-        blocks = zip(scored_blocks(theirs, number, chunk), scored_blocks(ours, number, chunk), strict=True)
-        for (their_rows, targets), (our_rows, _) in blocks:
-            base = _rounded(their_rows) if rounded else Normalized.of(their_rows)
+    def add(self, theirs: Sequence[Normalized], ours: ComputedPart, number: int, chunk: list[int]) -> None:
+        """Score the computed part of one chunk; ``theirs`` are the reference's predictions for its blocks."""
+        for base, (our_rows, targets) in zip(theirs, scored_blocks(ours, number, chunk), strict=True):
             model = Normalized.of(our_rows)
             span = slice(self._n, self._n + len(targets))
             self._nll[span], self._nll_base[span] = model.nll(targets), base.nll(targets)
@@ -207,6 +353,10 @@ class _Scores:
             self._kl[span] = _kl(base, model)
             self._n_same_top += int((base.logits.argmax(axis=1) == model.logits.argmax(axis=1)).sum())
             self._n = span.stop
+
+    def kl_above(self, other: _Scores) -> Estimate:
+        """The mean divergence minus that of another model on the same tokens."""
+        return _mean(self._kl[: self._n] - other._kl[: self._n])
 
     def statistics(self) -> dict[str, Any]:
         """The fields of a Divergence that are computed from the scores."""
@@ -242,17 +392,9 @@ def _kl(base: Normalized, model: Normalized) -> Doubles:
     return kl
 
 
-def _rounded(logits: Floats) -> Normalized:
+def _rounded(rows: RoundedRows) -> Normalized:
     """The reference's log-probabilities as llama.cpp's file stores them, in 65536 levels over the range of each row."""
-    highest = logits.max(axis=1, keepdims=True)
-    lowest = np.maximum(logits.min(axis=1, keepdims=True), highest - _MAX_RANGE)
-    total = np.exp(logits - highest).sum(axis=1, keepdims=True, dtype=np.float64)
-    low_log_p = lowest - highest - np.log(total).astype(np.float32)
-    step = (highest - lowest) / _STEPS
-    scale = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
-    log_p = np.rint(np.maximum(logits - lowest, 0) * scale) * step + low_log_p
-    probabilities = np.where(log_p > -_MAX_RANGE, np.exp(log_p), np.float32(0))
-    return Normalized(log_p, np.zeros(len(logits)), probabilities)
+    return Normalized(rows.log_p, np.zeros(len(rows.levels)), rows.probabilities)
 
 
 def _mean(values: Doubles) -> Estimate:

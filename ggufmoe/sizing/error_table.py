@@ -41,7 +41,7 @@ ErrorTable = dict[str, dict[GGMLType, float]]
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
+class WantedErrors:
     """A tensor whose errors are wanted, in which types, and how they count."""
 
     tensor: PlannedTensor
@@ -51,7 +51,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Rows [start, stop) of a matrix, and how many times their error counts."""
 
     start: int
@@ -60,12 +60,12 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _MeasuredRows:
     """Runs of rows of one part of a tensor, few enough for one thread to hold a tile at a time."""
 
-    wanted: Wanted
+    wanted: WantedErrors
     part: int
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
     @property
     def source(self) -> Part:
@@ -77,7 +77,7 @@ class _Job:
 
 
 def measure_errors(
-    wanted: Sequence[Wanted],
+    wanted: Sequence[WantedErrors],
     imatrix: Imatrix | None,
     work: Work,
     *,
@@ -94,7 +94,7 @@ def measure_errors(
     jobs = [job for each in wanted for job in _jobs(each)]
     jobs.sort(key=lambda job: -job.n_rows * job.wanted.tensor.n_cols * len(job.wanted.types))
 
-    def measure(job: _Job) -> NDArray[np.float64]:
+    def measure(job: _MeasuredRows) -> NDArray[np.float64]:
         return _measured(job, imatrix, work, quantizer, cache=cache)
 
     sums = work.map(measure, jobs, threads)
@@ -106,26 +106,28 @@ def measure_errors(
     return table
 
 
-def sampled_bytes(wanted: Sequence[Wanted]) -> int:
+def sampled_bytes(wanted: Sequence[WantedErrors]) -> int:
     """Bytes of weights that ``measure_errors`` reads."""
     return sum(
         job.n_rows * job.source.type.row_bytes(job.wanted.tensor.n_cols) for each in wanted for job in _jobs(each)
     )
 
 
-def _jobs(wanted: Wanted) -> Iterator[_Job]:
+def _jobs(wanted: WantedErrors) -> Iterator[_MeasuredRows]:
     tensor = wanted.tensor
     is_whole = tensor.name == OUTPUT or tensor.name in TOKEN_EMBEDDINGS
     for number, part in enumerate(tensor.parts):
         if is_whole or part.n_rows * tensor.n_cols <= SAMPLE_WEIGHTS:
-            runs: Sequence[Run] = [Run(0, part.n_rows)]
+            runs: Sequence[RowRun] = [RowRun(0, part.n_rows)]
         else:
             rows = sum(weighting.rows * weighting.columns.mean() for weighting in wanted.weightings[number])
             runs = sample(np.asarray(rows), max(1, SAMPLE_WEIGHTS // tensor.n_cols))
-        yield from (_Job(wanted, number, group) for group in _grouped(runs, max(1, _JOB_WEIGHTS // tensor.n_cols)))
+        yield from (
+            _MeasuredRows(wanted, number, group) for group in _grouped(runs, max(1, _JOB_WEIGHTS // tensor.n_cols))
+        )
 
 
-def sample(rows: NDArray[np.float64], n_rows: int) -> list[Run]:
+def sample(rows: NDArray[np.float64], n_rows: int) -> list[RowRun]:
     """About ``n_rows`` rows in runs, evenly over the sum of ``rows``: those that count more are taken more often.
 
     The expectation of the sum of (error of a run x its ``times``) is the sum over all rows. Deterministic.
@@ -140,16 +142,16 @@ def sample(rows: NDArray[np.float64], n_rows: int) -> list[Run]:
     picked, hits = np.unique(np.minimum(np.searchsorted(ends, places), len(starts) - 1), return_counts=True)
     times = hits * ends[-1] / (n_runs * totals[picked])
     stops = np.minimum(starts[picked] + _RUN_ROWS, len(rows))
-    return [Run(*each) for each in zip(starts[picked].tolist(), stops.tolist(), times.tolist(), strict=True)]
+    return [RowRun(*each) for each in zip(starts[picked].tolist(), stops.tolist(), times.tolist(), strict=True)]
 
 
-def _grouped(runs: Sequence[Run], n_rows: int) -> Iterator[tuple[Run, ...]]:
+def _grouped(runs: Sequence[RowRun], n_rows: int) -> Iterator[tuple[RowRun, ...]]:
     """The runs in groups of about ``n_rows`` rows; a longer run is cut."""
-    group: list[Run] = []
+    group: list[RowRun] = []
     size = 0
     for run in runs:
         for start in range(run.start, run.stop, n_rows):
-            piece = Run(start, min(start + n_rows, run.stop), run.times)
+            piece = RowRun(start, min(start + n_rows, run.stop), run.times)
             if group and size + piece.stop - piece.start > n_rows:
                 yield tuple(group)
                 group, size = [], 0
@@ -160,7 +162,7 @@ def _grouped(runs: Sequence[Run], n_rows: int) -> Iterator[tuple[Run, ...]]:
 
 
 def _measured(
-    job: _Job, imatrix: Imatrix | None, work: Work, quantizer: QuantizerName, *, cache: bool
+    job: _MeasuredRows, imatrix: Imatrix | None, work: Work, quantizer: QuantizerName, *, cache: bool
 ) -> NDArray[np.float64]:
     """The predicted divergence of the job's rows in each of its types, (types,) float64."""
     tensor = job.wanted.tensor
@@ -183,7 +185,7 @@ def _measured(
     return errors
 
 
-def _read(job: _Job, runs: Sequence[Run]) -> NDArray[Any]:
+def _read(job: _MeasuredRows, runs: Sequence[RowRun]) -> NDArray[Any]:
     """The rows of the runs as they are stored, one after another."""
     kind, n_cols = job.source.type, job.wanted.tensor.n_cols
     dtype = PLAIN_DTYPES.get(kind, np.dtype(np.uint8))
@@ -197,14 +199,14 @@ def _read(job: _Job, runs: Sequence[Run]) -> NDArray[Any]:
     return rows
 
 
-def _widened(job: _Job, stored: NDArray[Any]) -> NDArray[np.float32]:
+def _widened(job: _MeasuredRows, stored: NDArray[Any]) -> NDArray[np.float32]:
     plain = quantizing.widened(job.source.type, stored.view(np.uint8), job.wanted.tensor.n_cols)
     if not np.isfinite(plain).all():
         raise NonFiniteError(f"{job.source.name} has a weight that is NaN or infinite; the source is damaged")
     return plain
 
 
-def _divergence(job: _Job, runs: Sequence[Run], error: NDArray[np.float32]) -> float:
+def _divergence(job: _MeasuredRows, runs: Sequence[RowRun], error: NDArray[np.float32]) -> float:
     """The predicted divergence of an error of the rows of the runs."""
     squared = np.square(error, out=error)
     total = 0.0

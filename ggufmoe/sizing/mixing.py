@@ -31,7 +31,7 @@ from ggufmoe.quant.policy import (
     may_quantize,
     required_imatrix,
 )
-from ggufmoe.sizing.error_table import ErrorTable, Wanted, load_table, measure_errors, sampled_bytes, save_table
+from ggufmoe.sizing.error_table import ErrorTable, WantedErrors, load_table, measure_errors, sampled_bytes, save_table
 from ggufmoe.sizing.search import Choice, best_choices
 from ggufmoe.sizing.sensitivity_file import Sensitivity
 from ggufmoe.sizing.weightings import weightings
@@ -163,7 +163,7 @@ class SizeMixer:
         path = self._table_path(model)
         table = load_table(path) if path is not None else {}
         is_tied = all(tensor.name != OUTPUT for tensor in model.tensors)
-        wanted: list[Wanted] = []
+        wanted: list[WantedErrors] = []
         for tensor in model.tensors:
             if tensor.name not in candidates:
                 continue
@@ -172,7 +172,7 @@ class SizeMixer:
             missing = tuple(kind for kind in asked if kind not in known)
             if missing:
                 counted = weightings(self.sensitivity, tensor.name, tensor.shape, is_tied=is_tied)
-                wanted.append(Wanted(tensor, missing, counted))
+                wanted.append(WantedErrors(tensor, missing, counted))
         if not wanted:
             return table
         work = Work(

@@ -76,6 +76,21 @@ def test_a_reference_gives_the_table_of_what_it_costs(model: Path, capsys: pytes
         assert any(line.startswith(start) for line in lines), start
 
 
+def test_several_models_are_told_apart(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference, kept = model.with_name("F32.gguf"), tmp_path / "kept"
+    more = (str(reference), "--against", str(reference), "--logits", str(kept))
+    assert run("perplexity", model, *more) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "beside F32.gguf"
+    assert lines[2].startswith("Q4_0.gguf  0.")
+    assert lines[3].split()[4].startswith("-0.")
+    assert kept.read_bytes().startswith(b"_logits_")
+    assert run("perplexity", model, *more, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["kl_differences"]) == 1
+    assert run("perplexity", model, str(reference)) == 2
+    assert "give --against REFERENCE too" in capsys.readouterr().err
+
+
 def test_the_coverage_of_many_experts_fits_a_line() -> None:
     rows = (LayerCoverage(0, (5, 7)), LayerCoverage(1, (0,) * 100 + (4,) * 156))
     lines = imatrix_summary(ImatrixResult(Path("x"), 512, 3, 3, 6, rows, 1.0))

@@ -244,3 +244,53 @@ def test_what_is_known_is_plain_data(mixing_path: Path) -> None:
     told = beside.to_dict()
     assert told["kl"]["quantiles"]["0.999"] == 0.0
     assert told["reference"] == str(mixing_path)
+
+
+def test_several_models_are_compared_at_once(mixing_path: Path, noisy_path: Path) -> None:
+    both = ggufmoe.kl_divergences([mixing_path, noisy_path], mixing_path, TEXT, n_ctx=32, **EXACT)
+    alone = ggufmoe.kl_divergence(noisy_path, mixing_path, TEXT, n_ctx=32, **EXACT)
+    assert both.is_complete
+    assert [each.model for each in both.models] == [mixing_path, noisy_path]
+    assert replace(both.models[1], seconds=0) == replace(alone, seconds=0)
+    (difference,) = both.kl_differences
+    assert difference.value == pytest.approx(alone.kl.mean.value - both.models[0].kl.mean.value)
+    assert 0 < difference.uncertainty == pytest.approx(alone.kl.mean.uncertainty)
+    with pytest.raises(OptionError, match="at least one model"):
+        ggufmoe.kl_divergences([], mixing_path, TEXT, n_ctx=32)
+
+
+@pytest.mark.parametrize("n_batch", [64, 10])
+def test_kept_log_probabilities_give_the_numbers_of_a_rounded_reference(
+    mixing_path: Path, noisy_path: Path, tmp_path: Path, n_batch: int
+) -> None:
+    kept, words = tmp_path / "kept.bin", {"n_ctx": 32, "n_batch": n_batch, **EXACT}
+    phases: list[str] = []
+
+    def compared() -> ggufmoe.Divergence:
+        phases.clear()
+        found = ggufmoe.kl_divergences(
+            [noisy_path], mixing_path, TEXT, logits=kept, on_progress=lambda p: phases.append(p.phase), **words
+        )
+        return replace(found.models[0], seconds=0)
+
+    first = compared()
+    assert "reference" in phases
+    assert first == compared()
+    assert "reference" not in phases
+    rounded = ggufmoe.kl_divergence(noisy_path, mixing_path, TEXT, round_reference=True, **words)
+    assert first.kl.mean.value == pytest.approx(rounded.kl.mean.value, rel=1e-6)
+    assert first.reference_perplexity.value == pytest.approx(rounded.reference_perplexity.value, rel=1e-6)
+
+
+def test_log_probabilities_of_another_text_are_refused(mixing_path: Path, noisy_path: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.bin"
+    compared = partial(ggufmoe.kl_divergences, [noisy_path], mixing_path, logits=kept)
+    compared(TEXT, n_ctx=32, chunks=2, **EXACT)
+    for text, n_ctx, said in ((TEXT[3:], 32, "another text"), (TEXT, 16, "chunks of 32"), (TEXT, 32, "has 2 chunks")):
+        with pytest.raises(InputError, match=said):
+            compared(text, n_ctx=n_ctx, **EXACT)
+    content = kept.read_bytes()
+    for broken in (content[:-1], content[:10], b"x" + content[1:], content[:8] + b"\xff" * 12 + content[20:]):
+        kept.write_bytes(broken)
+        with pytest.raises(InputError, match=r"kept\.bin"):
+            compared(TEXT, n_ctx=32, chunks=2, **EXACT)

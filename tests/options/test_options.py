@@ -99,7 +99,7 @@ def test_options_of_an_object_of_keywords_or_of_neither() -> None:
     ("options", "keywords", "message"),
     [
         (None, {"thread": 4}, "ConvertOptions has no option 'thread'; did you mean 'threads'?"),
-        (None, {"zzz": 4}, "ConvertOptions has no option 'zzz'; there are quant, imatrix, tensor_types, "),
+        (None, {"zzz": 4}, "ConvertOptions has no option 'zzz'; there are quant, size, target_bpw, "),
         (None, {"threads": "x"}, "threads must be a whole number, not 'x'"),
         (ConvertOptions(), {"pure": True, "quant": "F16"}, "options=ConvertOptions(...) or single options by name, not "
          "both: found pure, quant too"),
@@ -129,6 +129,7 @@ def test_an_object_of_another_class_is_a_type_error(wrong: Any) -> None:
         (ggufmoe.sensitivity, SensitivityOptions, SensitivityKeywords),
         (ggufmoe.perplexity, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.kl_divergence, EvaluationOptions, EvaluationKeywords),
+        (ggufmoe.kl_divergences, EvaluationOptions, EvaluationKeywords),
         (ggufmoe.imatrix, ImatrixOptions, ImatrixKeywords),
         (ggufmoe.trace_routing, RoutingOptions, RoutingKeywords),
     ],

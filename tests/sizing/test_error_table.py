@@ -13,7 +13,7 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.native import quantizing
 from ggufmoe.quant.kernels import quantize_rows
 from ggufmoe.sizing import error_table
-from ggufmoe.sizing.error_table import ErrorTable, Wanted, load_table, measure_errors, sample, save_table
+from ggufmoe.sizing.error_table import ErrorTable, WantedErrors, load_table, measure_errors, sample, save_table
 from ggufmoe.sizing.weightings import weightings
 from ggufmoe.work import Work
 from ggufmoe.writing.plan import Part, PlannedTensor
@@ -39,14 +39,14 @@ def values(name: str) -> NDArray[np.float32]:
     return draw.standard_t(4, SHAPES[name]).astype(np.float32)
 
 
-def wanted(name: str, stored: NDArray[np.float32] | None = None, *, is_tied: bool = False) -> Wanted:
+def wanted(name: str, stored: NDArray[np.float32] | None = None, *, is_tied: bool = False) -> WantedErrors:
     matrices = (values(name) if stored is None else stored).reshape(-1, *SHAPES[name][-2:])
     parts = tuple(Part(Rows(f"{name}.{i}", matrix), GGMLType.F32) for i, matrix in enumerate(matrices))
     tensor = PlannedTensor(name, GGMLType.F32, SHAPES[name], parts)
-    return Wanted(tensor, TYPES, weightings(sensitivity(SHAPES), name, SHAPES[name], is_tied=is_tied))
+    return WantedErrors(tensor, TYPES, weightings(sensitivity(SHAPES), name, SHAPES[name], is_tied=is_tied))
 
 
-def measured(*tensors: Wanted, threads: int = 1) -> ErrorTable:
+def measured(*tensors: WantedErrors, threads: int = 1) -> ErrorTable:
     return measure_errors(tensors, None, Work("errors", 1), threads=threads, cache=False)
 
 
