@@ -86,7 +86,8 @@ class LogitsFile:
         head = self._words(0, 20)
         if head[:8] != _MAGIC:
             raise InputError(f"{path}: holds no log-probabilities; give another name, or delete it")
-        self.n_ctx, self.n_vocab, self.n_chunks = np.frombuffer(head[8:], "<i4").tolist()
+        numbers: list[int] = np.frombuffer(head[8:], "<i4").tolist()
+        self.n_ctx, self.n_vocab, self.n_chunks = numbers
         self._rows_at = 20 + 4 * self.n_ctx * self.n_chunks
         expected = self._rows_at + self.n_chunks * self._chunk_rows * self._row_bytes
         n_bytes = os.stat(path).st_size

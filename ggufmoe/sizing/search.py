@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAX_EXCHANGES = 10_000
+_TINY = 1e-12
+"""Savings below this share of the largest change are rounding."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ def best_choices(tensors: Sequence[Sequence[Choice]], budget: int) -> list[int] 
         return None
     left = _climb([[tensors[i][j] for j in indices] for i, indices in enumerate(useful)], picked, left)
     chosen = [indices[place] for indices, place in zip(useful, picked, strict=True)]
-    _exchange(tensors, useful, chosen, left)
+    if tensors:
+        _exchange(tensors, useful, chosen, left)
     return chosen
 
 
@@ -85,60 +88,50 @@ def _climb(tensors: Sequence[Sequence[Choice]], picked: list[int], left: int) ->
     return left
 
 
-@dataclass(frozen=True)
-class _Moves:
-    """All changes of the choice of one tensor: which tensor, to which choice, more bytes, more loss."""
-
-    tensor: NDArray[np.int64]
-    target: NDArray[np.int64]
-    n_bytes: NDArray[np.int64]
-    loss: NDArray[np.float64]
-
-
-def _moves(tensors: Sequence[Sequence[Choice]], useful: Sequence[Sequence[int]], chosen: Sequence[int]) -> _Moves:
-    rows = [
-        (i, j, choices[j].n_bytes - choices[chosen[i]].n_bytes, choices[j].loss - choices[chosen[i]].loss)
-        for i, choices in enumerate(tensors)
-        for j in useful[i]
-        if j != chosen[i]
-    ]
-    tensor, target, n_bytes = (np.array([row[column] for row in rows], np.int64) for column in range(3))
-    return _Moves(tensor, target, n_bytes, np.array([row[3] for row in rows], np.float64))
-
-
 def _exchange(
     tensors: Sequence[Sequence[Choice]], useful: Sequence[Sequence[int]], chosen: list[int], left: int
 ) -> None:
     """Improve ``chosen``: one tensor gets a better choice, and another a worse one where the bytes do not suffice."""
+    places = [(i, j) for i, indices in enumerate(useful) for j in indices]
+    tensor = np.array([i for i, _ in places], np.int64)
+    n_bytes = np.array([tensors[i][j].n_bytes for i, j in places], np.int64)
+    loss = np.array([tensors[i][j].loss for i, j in places], np.float64)
+    index = {place: number for number, place in enumerate(places)}
+    now = np.array([index[i, j] for i, j in enumerate(chosen)], np.int64)
     for _ in range(_MAX_EXCHANGES):
-        moves = _moves(tensors, useful, chosen)
-        best = _best_exchange(moves, left)
-        if best is None:
-            return
-        for move in best:
-            chosen[moves.tensor[move]] = int(moves.target[move])
-            left -= int(moves.n_bytes[move])
+        held = now[tensor]
+        more, worse = n_bytes - n_bytes[held], loss - loss[held]
+        moves = _best_exchange(tensor, more, worse, left)
+        for move in moves:
+            now[tensor[move]] = move
+            left -= int(more[move])
+        if not moves:
+            break
+    chosen[:] = (places[place][1] for place in now)
 
 
-def _best_exchange(moves: _Moves, left: int) -> tuple[int, ...] | None:
-    """The one or two moves that together fit into ``left`` bytes and save most; None if none saves anything."""
-    best: tuple[int, ...] | None = None
-    saved = 0.0
-    order = np.argsort(moves.n_bytes, kind="stable")  # those that free most bytes come first
-    freed, losses = moves.n_bytes[order], moves.loss[order]
-    cheapest = np.empty(len(order), np.int64)  # the least lossy among this move and those that free more
-    for place in range(len(order)):
-        is_cheaper = place == 0 or losses[place] < losses[cheapest[place - 1]]
-        cheapest[place] = place if is_cheaper else cheapest[place - 1]
-    for move in np.flatnonzero(moves.loss < 0).tolist():
-        loss, n_bytes = float(moves.loss[move]), int(moves.n_bytes[move])
-        if n_bytes <= left and loss < saved:
-            best, saved = (move,), loss
-        place = int(np.searchsorted(freed, left - n_bytes, side="right")) - 1
-        if place < 0:
-            continue
-        other = int(order[cheapest[place]])
-        together = loss + float(moves.loss[other])
-        if moves.tensor[other] != moves.tensor[move] and together < saved:
-            best, saved = (move, other), together
-    return best
+def _best_exchange(
+    tensor: NDArray[np.int64], more: NDArray[np.int64], worse: NDArray[np.float64], left: int
+) -> tuple[int, ...]:
+    """The one or two moves that together fit into ``left`` bytes and save most; none if none saves anything.
+
+    For each move: its tensor, how many more bytes it takes, and how much more is lost.
+    """
+    gains = np.flatnonzero(worse < 0)
+    if not len(gains):
+        return ()
+    alone = np.where(more[gains] <= left, worse[gains], np.inf)
+    order = np.argsort(more, kind="stable")  # those that free most bytes come first
+    least = np.minimum.accumulate(worse[order])
+    is_new = worse[order] < np.concatenate([[np.inf], least[:-1]])
+    cheapest = order[np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))]
+    found = np.searchsorted(more[order], left - more[gains], side="right") - 1
+    others = cheapest[found]
+    is_pair = (found >= 0) & (tensor[others] != tensor[gains])
+    together = np.where(is_pair, worse[gains] + worse[others], np.inf)
+    best, best_pair = int(np.argmin(alone)), int(np.argmin(together))
+    if min(alone[best], together[best_pair]) >= -_TINY * float(np.abs(worse).max()):
+        return ()
+    if alone[best] <= together[best_pair]:
+        return (int(gains[best]),)
+    return int(gains[best_pair]), int(others[best_pair])
