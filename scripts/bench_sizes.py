@@ -57,7 +57,7 @@ def relative(model: Path, known: Sensitivity) -> Sensitivity:
                 embedding = EmbeddingSensitivity(even, np.full(n_rows, each, np.float32))
             elif tensor.name in known.matrices:
                 matrix = known.matrices[tensor.name]
-                means = matrix.in_sum2 / np.maximum(matrix.counts, 1)[:, None]
+                means = (matrix.in_sum2 / np.maximum(matrix.counts, 1)[:, None]).astype(np.float32)
                 sums = [weighted_squares(part, row) for part, row in zip(tensor.parts, means, strict=True)]
                 gradients = np.repeat([[n_rows / max(one, 1e-30)] for one in sums], n_rows, axis=1).astype(np.float32)
                 ones = np.ones(len(means), np.float32)

@@ -51,7 +51,7 @@ class WantedErrors:
 
 
 @dataclass(frozen=True)
-class RowRun:
+class CountedRows:
     """Rows [start, stop) of a matrix, and how many times their error counts."""
 
     start: int
@@ -65,7 +65,7 @@ class _MeasuredRows:
 
     wanted: WantedErrors
     part: int
-    runs: tuple[RowRun, ...]
+    runs: tuple[CountedRows, ...]
 
     @property
     def source(self) -> Part:
@@ -118,7 +118,7 @@ def _jobs(wanted: WantedErrors) -> Iterator[_MeasuredRows]:
     is_whole = tensor.name == OUTPUT or tensor.name in TOKEN_EMBEDDINGS
     for number, part in enumerate(tensor.parts):
         if is_whole or part.n_rows * tensor.n_cols <= SAMPLE_WEIGHTS:
-            runs: Sequence[RowRun] = [RowRun(0, part.n_rows)]
+            runs: Sequence[CountedRows] = [CountedRows(0, part.n_rows)]
         else:
             rows = sum(weighting.rows * weighting.columns.mean() for weighting in wanted.weightings[number])
             runs = sample(np.asarray(rows), max(1, SAMPLE_WEIGHTS // tensor.n_cols))
@@ -127,7 +127,7 @@ def _jobs(wanted: WantedErrors) -> Iterator[_MeasuredRows]:
         )
 
 
-def sample(rows: NDArray[np.float64], n_rows: int) -> list[RowRun]:
+def sample(rows: NDArray[np.float64], n_rows: int) -> list[CountedRows]:
     """About ``n_rows`` rows in runs, evenly over the sum of ``rows``: those that count more are taken more often.
 
     The expectation of the sum of (error of a run x its ``times``) is the sum over all rows. Deterministic.
@@ -142,16 +142,16 @@ def sample(rows: NDArray[np.float64], n_rows: int) -> list[RowRun]:
     picked, hits = np.unique(np.minimum(np.searchsorted(ends, places), len(starts) - 1), return_counts=True)
     times = hits * ends[-1] / (n_runs * totals[picked])
     stops = np.minimum(starts[picked] + _RUN_ROWS, len(rows))
-    return [RowRun(*each) for each in zip(starts[picked].tolist(), stops.tolist(), times.tolist(), strict=True)]
+    return [CountedRows(*each) for each in zip(starts[picked].tolist(), stops.tolist(), times.tolist(), strict=True)]
 
 
-def _grouped(runs: Sequence[RowRun], n_rows: int) -> Iterator[tuple[RowRun, ...]]:
+def _grouped(runs: Sequence[CountedRows], n_rows: int) -> Iterator[tuple[CountedRows, ...]]:
     """The runs in groups of about ``n_rows`` rows; a longer run is cut."""
-    group: list[RowRun] = []
+    group: list[CountedRows] = []
     size = 0
     for run in runs:
         for start in range(run.start, run.stop, n_rows):
-            piece = RowRun(start, min(start + n_rows, run.stop), run.times)
+            piece = CountedRows(start, min(start + n_rows, run.stop), run.times)
             if group and size + piece.stop - piece.start > n_rows:
                 yield tuple(group)
                 group, size = [], 0
@@ -185,7 +185,7 @@ def _measured(
     return errors
 
 
-def _read(job: _MeasuredRows, runs: Sequence[RowRun]) -> NDArray[Any]:
+def _read(job: _MeasuredRows, runs: Sequence[CountedRows]) -> NDArray[Any]:
     """The rows of the runs as they are stored, one after another."""
     kind, n_cols = job.source.type, job.wanted.tensor.n_cols
     dtype = PLAIN_DTYPES.get(kind, np.dtype(np.uint8))
@@ -206,7 +206,7 @@ def _widened(job: _MeasuredRows, stored: NDArray[Any]) -> NDArray[np.float32]:
     return plain
 
 
-def _divergence(job: _MeasuredRows, runs: Sequence[RowRun], error: NDArray[np.float32]) -> float:
+def _divergence(job: _MeasuredRows, runs: Sequence[CountedRows], error: NDArray[np.float32]) -> float:
     """The predicted divergence of an error of the rows of the runs."""
     squared = np.square(error, out=error)
     total = 0.0

@@ -286,9 +286,13 @@ def test_log_probabilities_of_another_text_are_refused(mixing_path: Path, noisy_
     kept = tmp_path / "kept.bin"
     compared = partial(ggufmoe.kl_divergences, [noisy_path], mixing_path, logits=kept)
     compared(TEXT, n_ctx=32, chunks=2, **EXACT)
-    for text, n_ctx, said in ((TEXT[3:], 32, "another text"), (TEXT, 16, "chunks of 32"), (TEXT, 32, "has 2 chunks")):
+    for text, n_ctx, chunks, said in (
+        (TEXT[3:], 32, 2, "another text"),
+        (TEXT, 16, 2, "chunks of 32"),
+        (TEXT, 32, 3, "has 2 chunks"),
+    ):
         with pytest.raises(InputError, match=said):
-            compared(text, n_ctx=n_ctx, **EXACT)
+            compared(text, n_ctx=n_ctx, chunks=chunks, **EXACT)
     content = kept.read_bytes()
     for broken in (content[:-1], content[:10], b"x" + content[1:], content[:8] + b"\xff" * 12 + content[20:]):
         kept.write_bytes(broken)
