@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.checkpoint.from_hub import HubAccess
 from ggufmoe.checkpoint.provenance import RECORD
 from ggufmoe.checkpoint.source import ModelSource, RouterReport
-from ggufmoe.errors import OptionError, OutputError
+from ggufmoe.errors import ImatrixError, OptionError, OutputError
 from ggufmoe.export.export_plan import plan_export
 from ggufmoe.files import StrPath, check_output_file, delete, followed, partial_path, possible_path, replacing
 from ggufmoe.gguf.manifest import default_path as manifest_path
@@ -165,6 +165,21 @@ def plan_convert(
     with _open_source(source, options, access) as model:
         plan = _plan(model, output_path(output), options, access, on_progress, cancel)
         return _from_hub(plan, model, access)
+
+
+def plan_conversions(source: StrPath, output: Path, quants: Sequence[str]) -> dict[str, WritePlan]:
+    """What ``plan_convert`` gives for each of several file types, by the type; the source is opened once.
+
+    A type that the source cannot become (OptionError, ImatrixError) is left out.
+    """
+    access = HubAccess()
+    options = ConvertOptions()
+    plans = {}
+    with _open_source(source, options, access) as model:
+        for quant in quants:
+            with contextlib.suppress(OptionError, ImatrixError):
+                plans[quant] = _from_hub(_plan(model, output, replace(options, quant=quant)), model, access)
+    return plans
 
 
 def with_quant(quant: str | None, keywords: Mapping[str, object]) -> dict[str, object]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ggufmoe.cli.console import make_console
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import ModelName, with_options
 from ggufmoe.cli.progress import ProgressLine
+from ggufmoe.cli.type_table import show_type_advice
+from ggufmoe.cli.wanted_model import found_file
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.options import ContextOptions, OffloadOptions
@@ -26,7 +27,7 @@ _NARROW_COLUMNS = 76
 
 @with_options(ContextOptions, OffloadOptions)
 def plan_command(
-    model: Annotated[Path, typer.Argument(help="A GGUF file, or any shard of a split one.")],
+    model: ModelName,
     context: ContextOptions,
     offload: OffloadOptions,
     vram: Annotated[
@@ -40,17 +41,26 @@ def plan_command(
 ) -> None:
     """Show which device would hold which part of a model, and how much memory it takes, before anything is loaded.
 
+    Of a checkpoint, a recipe or a name on the hub it shows which file types fit this machine, with their size, the
+    context that remains and the speed that the memory allows; > marks the one that -q auto takes.
+
     Without --vram the devices of this machine are used. The GPUs of --vram are named GPU0, GPU1 and so on.
     """
     if vram and offload.rpc:
         raise typer.BadParameter("--vram replaces all devices: leave out --rpc, and add a --vram for each worker")
+    sizes = [_memory(size, "--vram") for size in vram or ()]
+    ram_bytes = None if ram is None else _memory(ram, "--ram")
+    path = found_file(model)
     with ProgressLine("plan", phase="plan", waiting="looking at devices"):
-        header = read_model_header(model)
-        devices, host = _devices([_memory(size, "--vram") for size in vram or ()], offload)
-        if ram is not None:
-            n_bytes = _memory(ram, "--ram")
-            host = HostMemory(n_bytes, n_bytes, host.repacked, host.name, host.alignment)
-        plan = plan_offload(header, context, offload, devices, host)
+        header = None if path is None else read_model_header(path)
+        devices, host = _devices(sizes, offload)
+        if ram_bytes is not None:
+            host = HostMemory(ram_bytes, ram_bytes, host.repacked, host.name, host.alignment)
+        if header is not None:
+            plan = plan_offload(header, context, offload, devices, host)
+    if header is None:
+        show_type_advice(model, devices, host, context, offload, as_json=as_json)
+        return
     if as_json:
         typer.echo(json.dumps(plan.to_dict()))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,20 +36,35 @@ def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path  # nothing of the store is imported for it
     from ggufmoe.store.model_store import ModelStore
-    from ggufmoe.store.wanted import locate, plan_model
+    from ggufmoe.store.type_advice import AUTO, choose_type
+    from ggufmoe.store.wanted import locate, plan_model, request_of
 
     store = ModelStore()
     found = locate(model, wanted.quant, store)
     if found is not None:
         return found
     with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers", quiet=quiet):
-        plan = plan_model(model, wanted.quant, store)
+        quant = wanted.quant
+        if quant is not None and quant.lower() == AUTO:
+            quant = choose_type(model)
+        plan = replace(plan_model(model, quant, store), request=request_of(model, wanted.quant) or "")
     if not quiet:
         note(_costs(model, plan, store))
     is_large = max(plan.written_bytes, plan.network_bytes) >= LARGE_BYTES
     if is_large and not wanted.yes and sys.stdin.isatty() and sys.stderr.isatty():
         typer.confirm("Go on?", default=True, abort=True, err=True)
     return _made(plan, store, quiet=quiet)
+
+
+def found_file(model: str) -> Path | None:
+    """The GGUF file of a MODEL that is there already; None for one that would have to be made or downloaded."""
+    path = possible_path(model)
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return path
+    from ggufmoe.store.model_store import ModelStore
+    from ggufmoe.store.wanted import locate
+
+    return locate(model, None, ModelStore(), by_request=False)
 
 
 def _made(plan: ModelPlan, store: ModelStore, *, quiet: bool) -> Path:

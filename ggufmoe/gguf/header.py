@@ -16,7 +16,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ggufmoe.errors import GGUFError
 from ggufmoe.files import possible_path, what_instead
@@ -132,6 +132,14 @@ def read_header(path: Path) -> Header:
         raise GGUFError(f"{path}: cannot be read: {error.strerror or error}{_meant(path)}") from error
 
 
+def parse_header(head: bytes, path: Path, file_bytes: int) -> Header:
+    """The header of a file that need not exist, from its first bytes; ``path`` and ``file_bytes`` are the file's.
+
+    ``head`` must hold all bytes before the first tensor. Raises GGUFError as ``read_header`` does.
+    """
+    return _read(_Cursor(cast(io.RawIOBase, io.BytesIO(head)), path, file_bytes))
+
+
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]*\w", re.ASCII)
 
 
@@ -195,6 +203,8 @@ class _Cursor:
         goal = min(max(stop, 2 * len(self.buffer), _FIRST_READ_BYTES), self.file_bytes, MAX_HEADER_BYTES)
         while len(self.buffer) < goal:
             chunk = self._file.read(goal - len(self.buffer))
+            if not chunk and len(self.buffer) >= stop:
+                return
             if not chunk:
                 raise self.error(f"the file shrank while it was read ({len(self.buffer)} bytes); is it being written?")
             self.buffer += chunk

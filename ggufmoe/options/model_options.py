@@ -15,7 +15,7 @@ class ModelOptions:
         None,
         "-q",
         "--quant",
-        help="File type of a model that is converted or downloaded. [default: Q4_K_M]",
+        help="File type of a model that is converted or downloaded; auto: the one that `plan` marks. [default: Q4_K_M]",
         metavar="TYPE",
     )
     yes: bool = option(False, "-y", "--yes", help="Convert or download large models without asking.")

@@ -48,10 +48,11 @@ class ModelPlan:
     """What the conversion would write; its source is closed."""
 
 
-def locate(model: StrPath, quant: str | None, store: ModelStore) -> Path | None:
+def locate(model: StrPath, quant: str | None, store: ModelStore, *, by_request: bool = True) -> Path | None:
     """The GGUF file of a MODEL, if nothing has to be made for it; the hub is not asked.
 
-    Raises InputError for what can be no MODEL.
+    With ``by_request`` that is also the model that was made for the same request before. Raises InputError for what
+    can be no MODEL.
     """
     path = possible_path(model)
     is_recipe = path.suffix.lower() in _RECIPES
@@ -65,7 +66,7 @@ def locate(model: StrPath, quant: str | None, store: ModelStore) -> Path | None:
         if path.suffix.lower() == ".gguf":
             return path  # whoever opens it says what is wrong
         raise _no_model(model, store)
-    found = store.find_request(request)
+    found = store.find_request(request) if by_request else None
     if found is not None:
         store.used(found)
     return None if found is None else found.path
@@ -76,7 +77,7 @@ def request_of(model: StrPath, quant: str | None) -> str | None:
     path = possible_path(model)
     if path.is_dir() or (path.is_file() and path.suffix.lower() in _RECIPES):
         return f"{path.resolve()} -q {quant or DEFAULT_QUANT}"
-    name = _hub_name(model)
+    name = hub_name(model)
     if name is None:
         return None
     return str(name) if quant is None or name.quant or name.file else f"{name} -q {quant}"
@@ -89,7 +90,7 @@ def plan_model(model: StrPath, quant: str | None, store: ModelStore) -> ModelPla
     """
     request = request_of(model, quant)
     assert request is not None, "locate refuses what names nothing"
-    name = None if possible_path(model).exists() else _hub_name(model)
+    name = hub_name(model)
     if name is None:
         return _plan_conversion(request, str(possible_path(model).resolve()), quant, store)
     listing = list_repository(name.repo_id, name.revision)
@@ -102,9 +103,9 @@ def plan_model(model: StrPath, quant: str | None, store: ModelStore) -> ModelPla
     )
 
 
-def _hub_name(model: StrPath) -> HubName | None:
+def hub_name(model: StrPath) -> HubName | None:
     """The name on the hub that a MODEL is, if it has the form of one and is no path."""
-    if not isinstance(model, str):
+    if not isinstance(model, str) or os.path.exists(model):
         return None
     name = HubName.parse(model)
     is_path = name is not None and name.file is None and model.lower().endswith((".gguf", *_RECIPES))

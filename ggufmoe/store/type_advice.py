@@ -1,0 +1,220 @@
+"""Which file types of a model fit this machine, with what context and at what speed, and which one to take.
+
+Works on plans of conversions: headers are read, no weights. Sizes are exact, memory is that of ``placement``, and
+speeds are what the memory's bandwidth allows: a token reads every weight that it uses once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ggufmoe.errors import EngineMissingError, InputError
+from ggufmoe.gguf.header import parse_header
+from ggufmoe.gguf.model import ModelHeader, Shard
+from ggufmoe.hub.hub_models import list_repository
+from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.placement.devices import find_devices
+from ggufmoe.placement.footprint import Footprint
+from ggufmoe.placement.memory_speed import memory_bytes_per_s
+from ggufmoe.placement.offload import plan_offload
+from ggufmoe.placement.offload_plan import HostMemory, OffloadPlan, Place
+from ggufmoe.store.wanted import hub_name
+from ggufmoe.work import memory_bytes
+
+if TYPE_CHECKING:
+    from ggufmoe.writing.plan import WritePlan
+
+ADVISED_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "MXFP4_MOE", "IQ4_XS", "Q3_K_M", "Q2_K")
+"""From the best to the smallest; those that need an importance matrix are left out."""
+AUTO = "auto"
+_CONTEXTS = (1 << 20, 1 << 18, 1 << 17, 1 << 16, 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11)
+_USABLE_SHARE = 0.8
+"""Of the main memory: the rest is the system's and that of other programs."""
+_ROOM = 1.2
+"""Memory that a model takes beside its weights, as a factor, where only the size of its file is known."""
+_WANTED_CONTEXT = 8192
+_WANTED_TOKENS_PER_S = 8.0
+"""About as fast as people read."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a model is placed on: GPUs, main memory, and how many bytes of it are read in a second."""
+
+    devices: tuple[Place, ...]
+    host: HostMemory
+    memory_bytes_per_s: float
+
+    @property
+    def usable_bytes(self) -> int:
+        """Main memory that a model may take."""
+        return int(_USABLE_SHARE * (self.host.total_bytes or memory_bytes()))
+
+
+@dataclass(frozen=True)
+class TypeAdvice:
+    """One file type of a model on one machine. ``tokens_per_s`` is None where the CPU computes no layer."""
+
+    file_type: str
+    n_bytes: int
+    bits_per_weight: float
+    n_ctx: int
+    """The longest context of powers of two that fits, up to what the model was trained for; 0 if none of 2048 does."""
+    gpu_bytes: int
+    memory_bytes: int
+    """Main memory with the context that is asked for, or 4096 tokens."""
+    tokens_per_s: float | None
+    is_taken: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model can be used."""
+        return self.n_ctx > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The advice as plain values for JSON."""
+        return {**asdict(self), "fits": self.fits}
+
+
+def advise_types(
+    plans: Mapping[str, WritePlan],
+    machine: Machine,
+    context: ContextOptions | None = None,
+    offload: OffloadOptions | None = None,
+) -> tuple[TypeAdvice, ...]:
+    """What each of ``plans``, by file type from the best to the smallest, means for this machine.
+
+    Taken is the best type that fits with 8192 tokens of context (or those that the model was trained for, or that are
+    asked for) and generates at least 8 tokens a second; else the fastest that fits.
+    """
+    context, offload = context or ContextOptions(), offload or OffloadOptions()
+    found = [_advice(name, plan, machine, context, offload) for name, plan in plans.items()]
+    taken = _taken(found, context)
+    return tuple(replace(one, is_taken=one is taken) for one in found)
+
+
+def take_type(advice: Iterable[TypeAdvice], what: str) -> str:
+    """The type that is taken. Raises InputError if none fits."""
+    for one in advice:
+        if one.is_taken:
+            return one.file_type
+    raise InputError(f"{what} does not fit this machine's memory in any file type; `ggufmoe plan` shows the sizes")
+
+
+def _taken(found: Sequence[TypeAdvice], context: ContextOptions) -> TypeAdvice | None:
+    fitting = [one for one in found if one.fits]
+    longest = max((one.n_ctx for one in fitting), default=0)
+    wanted = min(context.n_ctx or _WANTED_CONTEXT, longest)
+    for one in fitting:
+        if one.n_ctx >= wanted and (one.tokens_per_s is None or one.tokens_per_s >= _WANTED_TOKENS_PER_S):
+            return one
+    speeds = [(one.tokens_per_s or float("inf"), one) for one in fitting if one.n_ctx >= wanted]
+    return max(speeds, key=lambda pair: pair[0])[1] if speeds else None
+
+
+def _advice(
+    name: str, plan: WritePlan, machine: Machine, context: ContextOptions, offload: OffloadOptions
+) -> TypeAdvice:
+    model = planned_model(plan)
+    placed = plan_offload(model, context, offload, machine.devices, machine.host)
+    footprint = Footprint(model, context, offload)
+    read_bytes = _read_for_a_token(footprint, placed)
+    return TypeAdvice(
+        file_type=name,
+        n_bytes=plan.n_bytes,
+        bits_per_weight=round(plan.bits_per_weight, 2),
+        n_ctx=_longest_context(model, footprint.n_ctx_train, machine, context, offload),
+        gpu_bytes=sum(share.n_bytes for share in placed.shares[:-1]),
+        memory_bytes=_needed(model, placed),
+        tokens_per_s=machine.memory_bytes_per_s / read_bytes if read_bytes else None,
+    )
+
+
+def planned_model(plan: WritePlan) -> ModelHeader:
+    """The header of the model that a plan would write, as a reader of the finished file sees it."""
+    (file,) = plan.files
+    header = parse_header(file.header, Path(file.path), file.n_bytes)
+    return ModelHeader((Shard(file.path, header),))
+
+
+def _longest_context(
+    model: ModelHeader, n_trained: int, machine: Machine, context: ContextOptions, offload: OffloadOptions
+) -> int:
+    lengths = sorted({n_trained, *(n for n in _CONTEXTS if n < n_trained)}, reverse=True)
+    for n_ctx in lengths:
+        asked = replace(context, n_ctx=n_ctx * context.n_seq_max)
+        placed = plan_offload(model, asked, offload, machine.devices, machine.host)
+        if _fits(model, placed, machine):
+            return n_ctx
+    return 0
+
+
+def _fits(model: ModelHeader, placed: OffloadPlan, machine: Machine) -> bool:
+    on_gpus = all(share.n_bytes <= share.free_bytes for share in placed.shares[:-1] if share.free_bytes)
+    return on_gpus and _needed(model, placed) <= machine.usable_bytes
+
+
+def _needed(model: ModelHeader, placed: OffloadPlan) -> int:
+    """Bytes of main memory that the CPU's part takes for good.
+
+    Weights are counted once: those that the CPU's backend rearranges lie in the mapped file as well, whose pages the
+    system gives up when memory is short.
+    """
+    weights = sum(tensor.n_bytes for tensor in model.tensors) - sum(share.weight_bytes for share in placed.shares[:-1])
+    return max(weights, 0) + placed.host.kv_bytes + placed.host.compute_bytes
+
+
+def _read_for_a_token(footprint: Footprint, placed: OffloadPlan) -> int:
+    """Bytes of weights in main memory that are read for each token: of experts as many as are used."""
+    host, total = placed.host, 0.0
+    for tensor in footprint.tensors:
+        if tensor.is_expert:
+            if tensor.layer in host.expert_layers:
+                total += tensor.n_bytes * placed.n_expert_used / max(placed.n_expert, 1)
+        elif tensor.layer in host.layers:
+            total += tensor.n_bytes
+    return int(total)
+
+
+def source_advice(
+    source: str, machine: Machine, context: ContextOptions | None = None, offload: OffloadOptions | None = None
+) -> tuple[TypeAdvice, ...]:
+    """``advise_types`` for a directory, a recipe, or a checkpoint on the hub. Raises the errors of ``plan_convert``."""
+    from ggufmoe.convert import plan_conversions
+
+    plans = plan_conversions(source, Path("model.gguf"), ADVISED_TYPES)
+    if len(plans) > 1:  # otherwise the experts are in MXFP4 already, and stay so
+        plans.pop("MXFP4_MOE", None)
+    if not plans:
+        raise InputError(f"{source} can be converted to none of {', '.join(ADVISED_TYPES)}; see `ggufmoe convert`")
+    return advise_types(plans, machine, context, offload)
+
+
+def this_machine() -> Machine:
+    """The devices of this machine; without llama.cpp its memory alone."""
+    try:
+        table = find_devices()
+    except EngineMissingError:
+        return Machine((), HostMemory(), memory_bytes_per_s())
+    return Machine(table.places, table.host, memory_bytes_per_s())
+
+
+def choose_type(model: str) -> str:
+    """The file type of a MODEL that suits this machine.
+
+    Of GGUF files on the hub the sizes are looked at, and not the headers. Raises InputError if none fits.
+    """
+    machine = this_machine()
+    name = hub_name(model)
+    listing = None if name is None else list_repository(name.repo_id, name.revision)
+    if name is None or listing is None or listing.has_checkpoint:
+        return take_type(source_advice(model, machine), model)
+    budget = machine.usable_bytes + sum(device.free_bytes for device in machine.devices)
+    fitting = [one for one in listing.gguf_models if one.quant and one.n_bytes * _ROOM < budget]
+    wanted = [one for one in fitting if one.quant in ADVISED_TYPES] or fitting
+    if not wanted:
+        raise InputError(f"{model} has no GGUF file that fits this machine's memory")
+    return max(wanted, key=lambda one: one.n_bytes).quant
