@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 LARGE_BYTES = 4_000_000_000
 """A terminal is asked before so much is written or comes over the network."""
+_TIMED_BYTES = 100_000_000
+"""Above it the time is told that so much takes over the network."""
 
 
 def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path:
@@ -83,14 +85,17 @@ def _made(plan: ModelPlan, store: ModelStore, *, quiet: bool) -> Path:
 
 def _costs(model: str, plan: ModelPlan, store: ModelStore) -> str:
     """What is going to be read and written, in one line."""
-    doing = "downloads" if plan.hub_model is not None else f"converts {printable(model)} to {plan.file_type}:"
-    parts = [f"{doing} {printable(plan.source) if plan.hub_model is not None else ''}".strip()]
+    doing = f"downloads {printable(plan.source)}"
+    if plan.hub_model is None:
+        doing = f"converts {printable(model)} to {plan.file_type}"
+    parts = []
     if plan.network_bytes:
-        parts.append(f"{file_size(plan.network_bytes)} over the network ({network_times(plan.network_bytes)})")
+        times = f" ({network_times(plan.network_bytes)})" if plan.network_bytes >= _TIMED_BYTES else ""
+        parts.append(f"{file_size(plan.network_bytes)} over the network{times}")
     elif plan.read_bytes:
         parts.append(f"reads {file_size(plan.read_bytes)}")
     parts.append(f"writes {file_size(plan.written_bytes)} to {store.directory} ({_free(store.directory)} free)")
-    return f"{parts[0]} {', '.join(parts[1:])}"
+    return f"{doing}: {', '.join(parts)}"
 
 
 def _free(directory: Path) -> str:

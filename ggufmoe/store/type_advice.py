@@ -62,7 +62,8 @@ class TypeAdvice:
     n_bytes: int
     bits_per_weight: float
     n_ctx: int
-    """The longest context of powers of two that fits, up to what the model was trained for; 0 if none of 2048 does."""
+    """The longest context that fits: what the model was trained for, a power of two from 2048, or what is asked for; 0
+    if none does."""
     gpu_bytes: int
     memory_bytes: int
     """Main memory with the context that is asked for, or 4096 tokens."""
@@ -143,7 +144,8 @@ def planned_model(plan: WritePlan) -> ModelHeader:
 def _longest_context(
     model: ModelHeader, n_trained: int, machine: Machine, context: ContextOptions, offload: OffloadOptions
 ) -> int:
-    lengths = sorted({n_trained, *(n for n in _CONTEXTS if n < n_trained)}, reverse=True)
+    asked_for = (context.n_ctx or n_trained) // context.n_seq_max
+    lengths = sorted({n_trained, asked_for, *(n for n in _CONTEXTS if n < n_trained)}, reverse=True)
     for n_ctx in lengths:
         asked = replace(context, n_ctx=n_ctx * context.n_seq_max)
         placed = plan_offload(model, asked, offload, machine.devices, machine.host)

@@ -31,7 +31,7 @@ def machine(n_bytes: int = 1 << 34, bytes_per_s: float = 1e12, *gpus: Place) -> 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("source") / "tiny", n_ctx=4096)
+    return make_checkpoint(tmp_path_factory.mktemp("source") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def test_the_best_type_that_fits_is_taken(plans: dict[str, WritePlan]) -> None:
     advice = advise_types(plans, machine())
     assert [one.file_type for one in advice] == list(TYPES)
     assert [one.is_taken for one in advice] == [True, False, False]
-    assert advice[0].n_ctx == 4096
+    assert advice[0].n_ctx == 2048
     assert advice[0].n_bytes > advice[1].n_bytes > advice[2].n_bytes
-    needed = advice[1].memory_bytes  # with 4096 tokens, which is all
+    needed = advice[1].memory_bytes  # with 2048 tokens, which is all
     smaller = advise_types(plans, machine(int(needed / 0.8) + 10))
     assert [one.file_type for one in smaller if one.is_taken] == ["Q4_K_M"]
-    assert not smaller[0].fits or smaller[0].n_ctx < 4096
+    assert not smaller[0].fits or smaller[0].n_ctx < 2048
 
 
 def test_a_slow_memory_takes_a_smaller_type_or_the_fastest(plans: dict[str, WritePlan]) -> None:
