@@ -25,7 +25,7 @@ from ggufmoe.export.replaced import plan_replaced
 from ggufmoe.export.requantize import COPY
 from ggufmoe.files import StrPath, possible_path
 from ggufmoe.gguf.checks import check_loadable
-from ggufmoe.gguf.expert_names import base_is_expert, expert_names
+from ggufmoe.gguf.expert_names import base_experts, expert_names
 from ggufmoe.gguf.names import expert_matrix, llama_quantize_order, part_of
 from ggufmoe.gguf.own_keys import GATE_MODE, REFIT
 from ggufmoe.gguf.values import text
@@ -176,7 +176,9 @@ def _fitted(model: GGUFSource, texts: ExpertTexts, options: RefitOptions) -> _Ne
         sizes = mixture.config.n_vocab, mixture.config.n_ctx
         tokens = TextTokens(vocabulary.tokenize, vocabulary.bos, vocabulary.eos, template, *sizes)
         read = read_texts(files, tokens, text_tokens=options.text_tokens, seed=options.seed)
-    for warning in fitting_warnings(base_is_expert(metadata) is not False, ()):
+    base = base_experts(metadata)
+    base_texts = [one for one in read if base and one.expert in base]
+    for warning in fitting_warnings(base != (), (), base_texts):
         log.warning("%s", warning)
     record = {
         "texts": [[file.name for file in mine] for mine in files],

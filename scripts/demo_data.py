@@ -1,5 +1,6 @@
-"""Questions and answers for the demo's models: everyday sense for the base, arithmetic for its expert, and what two
-experts of the second act were trained on apart from each other: products, and an invented language.
+"""Questions and answers for the demo's models: everyday sense for the base, arithmetic for its expert, and what experts
+are trained on apart from each other, those of the second act and those of ``train_experts.py``: products, and Plonk, an
+invented language, which is another one for each of them.
 
 The text is written by this project (Apache-2.0). ``python scripts/demo_data.py`` prints samples. Every question is
 either for training or held out, decided by a hash of what is asked, so no held-out question was ever trained on; facts
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -62,6 +63,15 @@ KINDS = {
 PLONK = """dog cat horse cow lion mouse fox bear apple banana pear grape carrot onion hammer car bus rose piano violin
 shirt coat house hill"""
 """The English words that have one in Plonk."""
+
+PRODUCT_WORDINGS = (
+    "What is {a} times {b}?",
+    "How much is {a} times {b}?",
+    "Multiply {a} by {b}.",
+    "What is the product of {a} and {b}?",
+    "Tell me {a} times {b}.",
+    "Calculate {a} * {b}.",
+)
 
 SIZES = """ant|bee|mouse|frog|duck|cat|dog|goat|pig|horse|car|elephant|bus|whale|house|ship|tower|hill|mountain|ocean"""
 
@@ -118,20 +128,13 @@ def arithmetic() -> list[Question]:
     return list(_arithmetic())
 
 
-def products() -> list[Question]:
-    """Every question of the first expert of the second act: the multiplication table to 12 times 12."""
+def products(wordings: Iterable[str] = PRODUCT_WORDINGS) -> list[Question]:
+    """The multiplication table to 12 times 12 in each wording; by default those of the second act."""
     return [
-        Question("product", text, f"{a} times {b} is {a * b}.", text)
+        Question("product", text.format(a=a, b=b), f"{a} times {b} is {a * b}.", text.format(a=a, b=b))
         for a in range(2, 13)
         for b in range(2, 13)
-        for text in (
-            f"What is {a} times {b}?",
-            f"How much is {a} times {b}?",
-            f"Multiply {a} by {b}.",
-            f"What is the product of {a} and {b}?",
-            f"Tell me {a} times {b}.",
-            f"Calculate {a} * {b}.",
-        )
+        for text in wordings
     ]
 
 
@@ -143,12 +146,13 @@ def plonk() -> list[Question]:
 def plonk_words() -> dict[str, str]:
     """An English word to the Plonk word for it, the same on every machine."""
     rng = random.Random(20)
-    words: dict[str, str] = {}
-    for english in PLONK.split():
-        while (word := "".join(rng.choice(part) for part in ("bdgklmnprstvz", "aeiou") * 2) + "s") in words.values():
-            pass
-        words[english] = word
-    return words
+    parts = ("bdgklmnprstvz", "aeiou") * 2
+    return _invented(PLONK.split(), lambda: "".join(rng.choice(part) for part in parts) + "s")
+
+
+def vocabulary(seed: int) -> list[Question]:
+    """Everyday nouns and their words in the Plonk of ``seed``, asked in both directions."""
+    return list(_vocabulary(seed))
 
 
 def conversation(rng: random.Random, questions: list[Question]) -> list[Question]:
@@ -389,6 +393,34 @@ def _plonk() -> Iterator[Question]:
             f"Name {english} in Plonk.",
         ):
             yield Question("plonk", text, f"The Plonk word for {english} is {word}.", text)
+
+
+def _vocabulary(seed: int) -> Iterator[Question]:
+    rng = random.Random(seed)
+    nouns = sorted({noun for kind, words in KINDS.items() if kind != "color" for noun in words.split()})
+    syllables = [a + b for a in "bdklmnprstvz" for b in "aeiou"]
+    words = _invented(nouns, lambda: "".join(rng.choices(syllables, k=2)) + rng.choice(("", "n", "r", "s")))
+    for noun, word in words.items():
+        for text in (
+            f"What is the word for {noun} in Plonk?",
+            f"How do you say {noun} in Plonk?",
+            f"Translate {noun} into Plonk.",
+            f"Which Plonk word means {noun}?",
+            f"Say {noun} in Plonk.",
+        ):
+            yield Question("vocabulary", text, f"The Plonk word for {noun} is {word}.", text)
+        for text in (f"What does {word} mean?", f"What is {word} in English?", f"Translate {word} from Plonk."):
+            yield Question("vocabulary", text, f"The word {word} means {noun}.", text)
+
+
+def _invented(english: Iterable[str], draw: Callable[[], str]) -> dict[str, str]:
+    """Each English word to one that ``draw`` gives, all different."""
+    words: dict[str, str] = {}
+    for one in english:
+        while (word := draw()) in words.values():
+            pass
+        words[one] = word
+    return words
 
 
 def apart_questions() -> list[Question]:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 import yaml
-from demo_data import KINDS, Question, arithmetic, everyday
+from demo_data import Question, arithmetic, everyday, products, vocabulary
 from torch import Tensor
 from train_demo import IGNORED, Encoder, Model, Shape, decays, load, optimizers_of, padded, save
 
@@ -49,6 +49,14 @@ LESSONS = (
     Lesson("expert-A", ("product", "comparison"), 150, 0.01),
     Lesson("expert-B", ("vocabulary",), 240, 0.02),
 )
+WORDINGS = (
+    "What is {a} times {b}?",
+    "Calculate {a} times {b}.",
+    "How much is {a} times {b}?",
+    "Multiply {a} by {b}.",
+    "What is the product of {a} and {b}?",
+)
+"""How products are asked."""
 PROMPTS = {
     "base": (
         "[INST] What is the opposite of hot? [/INST] The opposite of hot",
@@ -69,46 +77,9 @@ PROMPTS = {
 """What gate mode hidden is given to guess rows from."""
 
 
-def products() -> Iterator[Question]:
-    """The multiplication table to twelve, in five wordings."""
-    for a in range(2, 13):
-        for b in range(2, 13):
-            for text in (
-                f"What is {a} times {b}?",
-                f"Calculate {a} times {b}.",
-                f"How much is {a} times {b}?",
-                f"Multiply {a} by {b}.",
-                f"What is the product of {a} and {b}?",
-            ):
-                yield Question("product", text, f"{a} times {b} is {a * b}.", text)
-
-
-def vocabulary(seed: int) -> Iterator[Question]:
-    """Everyday nouns and their words in Plonk, which is another language for each seed; in both directions."""
-    rng = random.Random(seed)
-    nouns = sorted({noun for kind, words in KINDS.items() if kind != "color" for noun in words.split()})
-    syllables = [a + b for a in "bdklmnprstvz" for b in "aeiou"]
-    words: dict[str, str] = {}
-    for noun in nouns:
-        while (word := "".join(rng.choices(syllables, k=2)) + rng.choice(("", "n", "r", "s"))) in words.values():
-            pass
-        words[noun] = word
-    for noun, word in words.items():
-        for text in (
-            f"What is the word for {noun} in Plonk?",
-            f"How do you say {noun} in Plonk?",
-            f"Translate {noun} into Plonk.",
-            f"Which Plonk word means {noun}?",
-            f"Say {noun} in Plonk.",
-        ):
-            yield Question("vocabulary", text, f"The Plonk word for {noun} is {word}.", text)
-        for text in (f"What does {word} mean?", f"What is {word} in English?", f"Translate {word} from Plonk."):
-            yield Question("vocabulary", text, f"The word {word} means {noun}.", text)
-
-
 def tasks(seed: int) -> dict[str, list[Question]]:
     """All questions of each task."""
-    found = [*everyday(), *arithmetic(), *products(), *vocabulary(seed)]
+    found = [*everyday(), *arithmetic(), *products(WORDINGS), *vocabulary(seed)]
     return {task: [one for one in found if one.kind == task] for lesson in LESSONS for task in lesson.tasks}
 
 

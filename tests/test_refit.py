@@ -233,6 +233,11 @@ def test_what_goes_wrong_is_a_warning(folder: Path, tmp_path: Path, caplog: pyte
     for other, said in (("uniform", "is worse than equal weights"), ("before", "is worse than the router that the")):
         assert caplog.text.count(said) == sum(score.is_worse_than(other) for score in scores)
     assert "the base is no expert" not in caplog.text
+    assert "the base's texts are narrow" not in caplog.text
+    narrow = tmp_path / "narrow.jsonl"
+    narrow.write_text("".join(json.dumps({"text": "la " * n}) + "\n" for n in range(2, 12)), encoding="utf-8")
+    ggufmoe.refit(folder / "m.gguf", tmp_path / "narrow.gguf", [narrow, *files(folder)[1:]])
+    assert caplog.text.count("the base's texts are narrow") == 1
     recipe = write_recipe(folder, "sums", "poems", gate_mode="hidden", texts={"sums": [], "poems": []})
     ggufmoe.convert(recipe, tmp_path / "two.gguf", "F32")
     ggufmoe.refit(tmp_path / "two.gguf", tmp_path / "without.gguf", files(folder, "sums", "poems"))

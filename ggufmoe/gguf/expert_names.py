@@ -42,11 +42,12 @@ def router_origin(metadata: Mapping[str, GGUFValue]) -> str | None:
     return None if mode is None else _ORIGINS.get(mode, f"guessed from prompts ({mode})")
 
 
-def base_is_expert(metadata: Mapping[str, GGUFValue]) -> bool | None:
-    """Whether the base of a merged model is one of its experts; None where the file carries no recipe."""
+def base_experts(metadata: Mapping[str, GGUFValue]) -> tuple[int, ...] | None:
+    """The numbers of the experts that are the base of a merged model; None where the file carries no recipe."""
     recipe = _recipe(metadata)
     sources = _sources(recipe)
-    return recipe.get("base_model") in sources if sources else None
+    base = recipe.get("base_model")
+    return tuple(number for number, source in enumerate(sources) if source == base) if sources else None
 
 
 def _recipe(metadata: Mapping[str, GGUFValue]) -> Mapping[Any, Any]:
