@@ -59,7 +59,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "routing": _RUN,
     "server": _RUN | {"routing"},
     "inspection": _BASE | {"placement"},
-    "evaluation": _RUN | {"inspection", "quant"},
+    "evaluation": _RUN | {"inspection", "quant", "templates"},
     "demo": frozenset(),
     "doctor": _RUN | {"evaluation", "quant"},
     "cli": _CONVERT

@@ -142,6 +142,7 @@ VERBS = (
         (
             "ggufmoe perplexity model.gguf -f text.txt",
             "ggufmoe perplexity q4.gguf -f text.txt --against f16.gguf",
+            "ggufmoe perplexity model.gguf -f talks.jsonl --answers",
         ),
     ),
     Verb(

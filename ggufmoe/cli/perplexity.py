@@ -41,6 +41,10 @@ def perplexity_command(
         str | None,
         typer.Option("--against", help="Compare with this model, token by token.", metavar="MODEL"),
     ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers", help="FILE is JSON lines with messages: score the assistant's alone."),
+    ] = False,
     logits: Annotated[
         Path | None,
         typer.Option(
@@ -60,18 +64,27 @@ def perplexity_command(
 
     The definitions are those of llama-perplexity: the second half of each chunk is scored. --against tells what a
     quantization costs: KL divergence, how often the likeliest token is the same, by how much probabilities move. With
-    several MODELs their divergences are compared with that of the first, token by token.
+    several MODELs their divergences are compared with that of the first, token by token. --answers takes conversations,
+    rendered by the model's chat template, one to a chunk.
     Ctrl-C prints the result over the chunks that are done.
     """
     if against is None and (len(model) > 1 or logits is not None):
         raise OptionError("several models and --logits are for a comparison: give --against REFERENCE too")
+    if answers and against is not None:
+        raise OptionError("--answers scores one model, and --against compares two: use one of them")
     paths = [model_file(each, wanted, quiet=quiet) for each in model]
     result: Perplexity | Divergence | Comparison
     display = partial(chunk_display, at_once=options.context.n_seq_max, quiet=quiet)
     if against is None:
         result = alone = run_job(
             lambda show, cancel: perplexity(
-                paths[0], text_file=file, options=options, offload=offload, on_progress=show, cancel=cancel
+                paths[0],
+                text_file=file,
+                answers=answers,
+                options=options,
+                offload=offload,
+                on_progress=show,
+                cancel=cancel,
             ),
             display("perplexity", lambda found: _shown(found.estimate)),
             gentle=True,
@@ -101,9 +114,11 @@ def perplexity_command(
 
 
 def _extent(result: Perplexity | Divergence) -> str:
-    return (
-        f"{result.n_scored:,} tokens in {counted(result.n_chunks, 'chunk')} of {result.n_ctx}, {result.seconds:.1f} s"
-    )
+    if isinstance(result, Perplexity) and result.answers:
+        where = counted(result.n_chunks, "conversation")
+    else:
+        where = f"{counted(result.n_chunks, 'chunk')} of {result.n_ctx}"
+    return f"{result.n_scored:,} tokens in {where}, {result.seconds:.1f} s"
 
 
 def _comparison_lines(result: Comparison) -> Iterator[str]:

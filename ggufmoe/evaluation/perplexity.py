@@ -1,7 +1,8 @@
-"""Perplexity of a model on a text: how well it predicts the text, by llama.cpp's definition.
+"""Perplexity of a model on a text: how well it predicts the text, by llama.cpp's definition, or the answers in it.
 
 The exponential of the mean negative log-likelihood of the tokens in the second half of each chunk. Source:
-``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit.
+``tools/perplexity/perplexity.cpp`` of llama.cpp at the pinned commit. Of conversations only the tokens of answers
+count, each after all of the conversation that stands before it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from ggufmoe.engine import Engine
 from ggufmoe.evaluation.chunks import cut_chunks, last_result, read_text, scored_blocks
+from ggufmoe.evaluation.scored_conversations import tokenized_conversations
 from ggufmoe.files import StrPath
 from ggufmoe.options import EvaluationKeywords, EvaluationOptions, OffloadOptions, options_of
 from ggufmoe.work import CancelFlag, OnProgress
@@ -57,6 +59,8 @@ class Perplexity:
     mean_nll: Estimate
     """Mean negative log-likelihood of a token, in nats."""
     seconds: float
+    answers: bool = False
+    """Whether the answers of conversations were scored; a chunk is then a conversation."""
 
     @property
     def estimate(self) -> Estimate:
@@ -78,6 +82,7 @@ class Perplexity:
         return {
             "model": str(self.model),
             "n_ctx": self.n_ctx,
+            "answers": self.answers,
             "chunks": self.n_chunks,
             "total_chunks": self.total_chunks,
             "tokens": self.n_scored,
@@ -92,6 +97,7 @@ def perplexity(
     text: str | None = None,
     *,
     text_file: StrPath | None = None,
+    answers: bool = False,
     offload: OffloadOptions | None = None,
     options: EvaluationOptions | None = None,
     on_progress: OnProgress | None = None,
@@ -100,19 +106,22 @@ def perplexity(
 ) -> Perplexity:
     """Compute the perplexity of a GGUF model on a text: the number that ``llama-perplexity`` prints.
 
-    Give either the text itself (``text``) or a UTF-8 file (``text_file``), whose last newline is left out. Give options
+    Give either the text itself (``text``) or a UTF-8 file (``text_file``), whose last newline is left out. With
+    ``answers`` each of its lines is a JSON object with ``messages``, which the model's chat template renders; each
+    conversation is computed by itself, and its assistant's messages alone are scored. Give options
     as one object (``options=EvaluationOptions(n_ctx=256)``) or by name (``n_ctx=256``). ``on_progress`` is called while
     the model is loaded (phase ``load``, in a thread of the engine) and after each chunk (phase ``chunks``) with the
     Perplexity over the completed chunks as ``Progress.result``. When ``cancel`` is set, the result over the completed
     chunks is returned, and its ``is_complete`` is False. Memory: the model, and the logits of one batch.
 
-    Raises InputError if the text is too short or cannot be read, OptionError, the errors of ``Engine``, and Cancelled
-    if no chunk was completed.
+    Raises InputError if the text is too short or cannot be read, or holds no conversations with ``answers``,
+    TemplateError, OptionError, the errors of ``Engine``, and Cancelled if no chunk was completed.
     """
     options = options_of(EvaluationOptions, options, keywords)
     content = read_text(text, text_file)
     with Engine(model, options.context, offload, on_progress=on_progress, cancel=cancel) as engine:
-        return last_result(engine.iterate(_scored, content, options, cancel=cancel), on_progress)
+        scored = _scored_answers if answers else _scored
+        return last_result(engine.iterate(scored, content, options, cancel=cancel), on_progress)
 
 
 def _scored(
@@ -128,6 +137,24 @@ def _scored(
             if part.end == options.n_ctx:
                 seconds = time.monotonic() - started
                 yield Perplexity(engine.path, options.n_ctx, number + 1, len(chunks), sums.count, sums.mean(), seconds)
+
+
+def _scored_answers(
+    engine: Engine, content: str, options: EvaluationOptions, *, cancel: CancelFlag | None
+) -> Iterator[Perplexity]:
+    """Score conversations one after another, in the process that computes."""
+    started, sums = time.monotonic(), Sums()
+    conversations = tokenized_conversations(engine, content, options)
+    for number, (tokens, places) in enumerate(conversations, start=1):
+        begin = 0
+        for rows in engine.logits_by_batch(tokens, cancel=cancel):
+            inside = np.array([place for place in places if begin < place <= begin + len(rows)])
+            if inside.size:
+                sums.add(Normalized.of(rows[inside - 1 - begin]).nll(np.asarray(tokens, np.int64)[inside]))
+            begin += len(rows)
+        seconds = time.monotonic() - started
+        counts = (number, len(conversations), sums.count)
+        yield Perplexity(engine.path, options.n_ctx, *counts, sums.mean(), seconds, answers=True)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ tokens count in a loss, and which texts are held out. Conversations are rendered
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from ggufmoe.checkpoint.source import ModelSource
 from ggufmoe.errors import RecipeError, TemplateError, one_line
 from ggufmoe.files import what_instead
 from ggufmoe.merge.prompts import prompt_tokenizer, special_text
+from ggufmoe.templates.conversations import Conversation, answer_places, conversation_of
 from ggufmoe.templates.jinja_template import ChatTemplate
 
 MAX_TEXT_TOKENS = 512
@@ -106,7 +106,7 @@ class _Written:
 
     line: int
     text: str
-    messages: tuple[Mapping[str, Any], ...] | None = None
+    messages: Conversation | None = None
 
 
 _Tokens = tuple[tuple[int, ...], tuple[int, ...]]
@@ -186,14 +186,9 @@ def _entry(path: Path, number: int, line: str) -> _Written:
         return _Written(number, text)
     if messages is None:
         raise RecipeError(f"{where}: expected an object with text or messages, found {line.strip():.60}")
-    said: list[Any] = messages if isinstance(messages, list) else []
-    if not said or not all(_is_message(one) for one in said):
+    if (said := conversation_of(messages)) is None:
         raise RecipeError(f"{where}: messages must be a list of objects, each with role and content as text")
-    return _Written(number, "", tuple(said))
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return _Written(number, "", said)
 
 
 class _Encoder:
@@ -221,27 +216,13 @@ class _Encoder:
         tokens = tuple(self._by.tokenize(text))
         return tokens, tuple(range(1, len(tokens)))
 
-    def _talk(self, messages: Sequence[Mapping[str, Any]], where: str) -> _Tokens:
+    def _talk(self, messages: Conversation, where: str) -> _Tokens:
         by = self._by
         if by.chat_template is None:
             raise RecipeError(f"{where}: the model has no chat template, which messages need; give texts instead")
         self._template = self._template or ChatTemplate(by.chat_template, bos=by.bos, eos=by.eos)
-        tokens = self._rendered(messages)
-        scored: list[int] = []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                begin = _n_shared(tokens, self._rendered(messages[:i], answer=True)) if i else 1
-                scored += range(max(begin, 1), _n_shared(tokens, self._rendered(messages[: i + 1])))
-        return tokens, tuple(scored)
-
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = False) -> tuple[int, ...]:
-        assert self._template is not None, "_talk makes it"
-        return tuple(self._by.tokenize(self._template.render(messages, add_generation_prompt=answer)))
-
-
-def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the beginning that two lists of tokens share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        render = self._template.render
+        return answer_places(messages, lambda said, ask: by.tokenize(render(said, add_generation_prompt=ask)))
 
 
 def breadth(texts: Sequence[RouterText]) -> float:

@@ -19,6 +19,7 @@ from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.imatrix import _summary as imatrix_summary
 from ggufmoe.evaluation.imatrix import ImatrixResult, LayerCoverage
 from ggufmoe.quant.importances import Imatrix
+from tests.scripted import Scripted
 
 TEXT = "the model reads a number and writes the sum of two numbers " * 6
 FLAGS = ["-c", "32", "-t", "1", "-b", "64"]
@@ -182,3 +183,18 @@ def test_counts_of_experts_fit_the_terminal(columns: int, n_expert: int, monkeyp
         assert (str(1_234_001) in line) == is_listed
         assert line.startswith("    0: 1234000 to ") != is_listed
         assert len(line) <= columns or not is_listed
+
+
+def test_answers_are_scored_alone(
+    write_model: Callable[[Scripted], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, talks = write_model(Scripted({" a": " b"}, chat_template="{{ messages[-1].content }}")), tmp_path / "t.jsonl"
+    messages = [{"role": "user", "content": " b"}, {"role": "assistant", "content": " a b"}]
+    talks.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    asked = ["perplexity", str(path), "-f", str(talks), "--answers", "-t", "1"]
+    assert exit_code([*asked, "--quiet"]) == 0
+    assert re.search(r"^\d tokens in 1 conversation, ", capsys.readouterr().out, re.MULTILINE)
+    assert exit_code([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] is True
+    assert exit_code([*asked, "--against", str(path)]) == 2
+    assert "--against compares two" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 import ggufmoe
 from ggufmoe import ContextOptions, Engine, EvaluationOptions
-from ggufmoe.errors import Cancelled, ContextFullError, InputError, OptionError
+from ggufmoe.errors import Cancelled, ContextFullError, InputError, OptionError, TemplateError
 from ggufmoe.work import Progress
 from tests.scripted import Scripted
 
@@ -298,3 +299,62 @@ def test_log_probabilities_of_another_text_are_refused(mixing_path: Path, noisy_
         kept.write_bytes(broken)
         with pytest.raises(InputError, match=r"kept\.bin"):
             compared(TEXT, n_ctx=32, chunks=2, **EXACT)
+
+
+CHAT = "{{ bos_token }}{% for m in messages %} <{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def chat_path(write_model: Callable[[Scripted], Path]) -> Path:
+    """A model that is asked for an answer by `` <assistant>``."""
+    template = CHAT + "{% if add_generation_prompt %} <assistant>{% endif %}"
+    words = [*(f" w{i}" for i in range(30)), " <user>", " <assistant>"]
+    return write_model(Scripted(pieces=words, random_layers=True, chat_template=template))
+
+
+def said(*contents: str) -> str:
+    roles = ("user", "assistant")
+    return json.dumps({"messages": [{"role": roles[i % 2], "content": one} for i, one in enumerate(contents)]})
+
+
+def test_of_conversations_answers_alone_are_scored(chat_path: Path) -> None:
+    talks = ((" w1 w2", " w3 w4 w5"), (" w6", " w7", " w8 w9", " w1 w9"))
+    result = ggufmoe.perplexity(chat_path, "\n\n".join(said(*talk) for talk in talks) + "\n", answers=True, **EXACT)
+    nll: list[float] = []
+    with Engine(chat_path, ContextOptions(n_ctx=256, **EXACT)) as engine:
+        for talk in talks:
+            tokens, places = engine.tokenize(""), []
+            for i, content in enumerate(talk):
+                tokens += engine.tokenize((" <user>", " <assistant>")[i % 2], add_bos=False)
+                words = engine.tokenize(content, add_bos=False)
+                places += range(len(tokens), len(tokens) + len(words)) if i % 2 else []
+                tokens += words
+            rows = engine.logits(tokens).astype(np.float64)
+            nll += [np.log(np.exp(rows[at - 1]).sum()) - rows[at - 1, tokens[at]] for at in places]
+    assert (result.n_scored, result.n_chunks, result.total_chunks, result.answers) == (len(nll), 2, 2, True)
+    assert len(nll) == 6
+    assert result.value == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+    first = ggufmoe.perplexity(chat_path, "\n".join(said(*talk) for talk in talks), answers=True, chunks=1, **EXACT)
+    assert first.mean_nll.value == pytest.approx(np.mean(nll[:3]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"text": "x"}', "line 2: expected an object with messages"),
+        ('{"messages": [{"role": "user"}]}', "line 2: expected an object with messages"),
+        (said(" w1"), "line 2: no message of the assistant"),
+        (said(" w1 w2 w3 w4 w5", " w1 w2"), "line 2: 10 tokens, more than 8"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_refused(chat_path: Path, line: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ggufmoe.perplexity(chat_path, said(" w1", " w2") + "\n" + line, answers=True, n_ctx=8)
+
+
+def test_conversations_need_a_template_and_at_least_one(chat_path: Path, mixing_path: Path) -> None:
+    with pytest.raises(InputError, match="the text has no conversations"):
+        ggufmoe.perplexity(chat_path, "\n", answers=True)
+    with pytest.raises(TemplateError, match="has no chat template"):
+        ggufmoe.perplexity(mixing_path, said(" w1", " w2"), answers=True)
