@@ -321,6 +321,7 @@ def test_of_conversations_answers_alone_are_scored(chat_path: Path) -> None:
     talks = ((" w1 w2", " w3 w4 w5"), (" w6", " w7", " w8 w9", " w1 w9"))
     result = ggufmoe.perplexity(chat_path, "\n\n".join(said(*talk) for talk in talks) + "\n", answers=True, **EXACT)
     nll: list[float] = []
+    places: list[int]
     with Engine(chat_path, ContextOptions(n_ctx=256, **EXACT)) as engine:
         for talk in talks:
             tokens, places = engine.tokenize(""), []
