@@ -262,7 +262,8 @@ def size_mixer(options: ExportOptions, on_progress: OnProgress | None, cancel: C
         return None
     if options.sensitivity is None:
         raise OptionError(
-            f"{options.size_target.text} needs --sensitivity FILE; `ggufmoe sensitivity MODEL -f TEXT -o FILE` makes it"
+            f"{options.size_target.text} needs --sensitivity FILE, which `ggufmoe sensitivity` makes, or "
+            "--sensitivity-text TEXT"
         )
     return SizeMixer(
         options.size_target,

@@ -10,6 +10,7 @@ from ggufmoe.cli.conversion import default_output, naming, show_plan, show_resul
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
+from ggufmoe.cli.sized import SensitivityText, measured
 from ggufmoe.options import ConvertOptions
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -22,6 +23,7 @@ def convert_command(
     source: Annotated[str, typer.Argument(help="A checkpoint directory, a recipe.yaml, or a hub id (org/name).")],
     output: GGUFOutput = None,
     *,
+    sensitivity_text: SensitivityText = None,
     options: ConvertOptions,
     dry_run: DryRun = False,
     as_json: EndWithJSON = False,
@@ -32,6 +34,7 @@ def convert_command(
     An interrupted run leaves OUT.partial and a journal; --resume continues from there and writes the same bytes.
     """
     path = default_output(source, options.quant, options.size_text) if output is None else output
+    options = measured(options, source, path, sensitivity_text, quiet=quiet)
     display = progress_display(f"convert {options.size_text or options.quant}", quiet=quiet)
     if dry_run:
         from ggufmoe.convert import plan_convert

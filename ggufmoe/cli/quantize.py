@@ -11,6 +11,7 @@ from ggufmoe.cli.conversion import default_output, naming, show_plan, show_resul
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
+from ggufmoe.cli.sized import SensitivityText, measured
 from ggufmoe.options import QuantizeOptions
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -23,6 +24,7 @@ def quantize_command(
     source: Annotated[Path, typer.Argument(help="A GGUF file, or any file of a split one.", metavar="IN.gguf")],
     output: GGUFOutput = None,
     *,
+    sensitivity_text: SensitivityText = None,
     options: QuantizeOptions,
     dry_run: DryRun = False,
     as_json: EndWithJSON = False,
@@ -34,6 +36,7 @@ def quantize_command(
     interrupted run leaves OUT.partial and a journal; --resume continues from there.
     """
     path = default_output(str(source), options.quant, options.size_text) if output is None else output
+    options = measured(options, str(source), path, sensitivity_text, quiet=quiet)
     display = progress_display(f"quantize {options.size_text or options.quant}", quiet=quiet)
     if dry_run:
         from ggufmoe.quantize import plan_quantize

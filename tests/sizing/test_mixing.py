@@ -169,7 +169,9 @@ def test_what_cannot_be_met_is_refused(
 
 
 def test_a_size_needs_a_sensitivity_of_this_model(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="needs --sensitivity FILE; `ggufmoe sensitivity"):
+    with pytest.raises(
+        OptionError, match="needs --sensitivity FILE, which `ggufmoe sensitivity` makes, or --sensitivity-text TEXT"
+    ):
         plan_quantize(source, tmp_path / "out.gguf", "4bpw")
     other = saved(tmp_path / "s.gguf", {tensor.name: tensor.shape for tensor in Specimen(n_ff=512).tensors()})
     with pytest.raises((InputError, OptionError), match="ffn_down_exps"):
