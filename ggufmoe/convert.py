@@ -178,7 +178,7 @@ def plan_conversions(source: StrPath, output: Path, quants: Sequence[str]) -> di
     with _open_source(source, options, access) as model:
         for quant in quants:
             with contextlib.suppress(OptionError, ImatrixError):
-                plans[quant] = _from_hub(_plan(model, output, replace(options, quant=quant)), model, access)
+                plans[quant] = _from_hub(_plan(model, output, replace(options, quant=quant), access), model, access)
     return plans
 
 
@@ -232,8 +232,8 @@ def _plan(
     output: Path,
     options: ConvertOptions,
     access: HubAccess,
-    on_progress: OnProgress | None,
-    cancel: CancelFlag | None,
+    on_progress: OnProgress | None = None,
+    cancel: CancelFlag | None = None,
 ) -> WritePlan:
     if options.size_target is not None and access.origins:
         raise OptionError(
