@@ -64,7 +64,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "doctor": _RUN | {"evaluation", "quant"},
     "cli": _CONVERT
     | _RUN
-    | {"convert", "quantize", "refit", "sensitivity", "store", "routing", "server", "inspection"}
+    | {"sizing", "convert", "quantize", "refit", "sensitivity", "store", "routing", "server", "inspection"}
     | {"evaluation", "demo", "doctor"},
     "packaging": frozenset(),
     "__main__": frozenset({"cli"}),
