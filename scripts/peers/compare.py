@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import token_ids
-from cases import FAMILIES, Case, found_cases, own_cases
+from cases import FAMILIES, Case, FamilyCase, found_cases, own_cases
 from engine_logits import logits_of
 from files import differences
 from reference_process import ReferenceProcess
@@ -113,13 +113,13 @@ def saved_by_transformers(bench: Bench, only: str) -> list[Case]:
     return found
 
 
-def families_by_transformers(bench: Bench, only: str) -> list[Case]:
-    """Each family's models as transformers saves them and, of mixtures, in another form that is in use.
+def families_by_transformers(bench: Bench, only: str, families: Sequence[FamilyCase] = FAMILIES) -> list[Case]:
+    """The models of ``families`` as transformers saves them and, of mixtures, in another form that is in use.
 
     ``only`` is a word that the name of the case has.
     """
     found, jobs = [], []
-    for family in FAMILIES:
+    for family in families:
         names = {form: family.name if form == "saved" else f"{family.name}-{form}" for form in family.forms}
         wanted = [form for form in family.forms if only in names[form]]
         # llama.cpp's converter reads only what transformers saves, and MXFP4
