@@ -54,6 +54,26 @@ def data_directory() -> Path | None:
     return base / "ggufmoe"
 
 
+def config_file() -> Path | None:
+    """The user's configuration, ``config.toml`` in ``$GGUFMOE_HOME`` or in the folder that this system has for such.
+
+    None for a user without a home.
+    """
+    if given := os.environ.get("GGUFMOE_HOME"):
+        return Path(given).absolute() / "config.toml"
+    try:
+        if sys.platform == "win32":
+            base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Application Support"
+        else:
+            given = os.environ.get("XDG_CONFIG_HOME", "")
+            base = Path(given) if os.path.isabs(given) else Path.home() / ".config"
+    except RuntimeError:
+        return None
+    return base / "ggufmoe" / "config.toml"
+
+
 def cache_directory() -> Path | None:
     """Where ggufmoe keeps its caches: ``$GGUFMOE_CACHE``, or a folder of the user's; None for a user without a home."""
     if given := os.environ.get("GGUFMOE_CACHE"):

@@ -190,6 +190,12 @@ VERBS = (
         ("ggufmoe prune", "ggufmoe prune --unused 90 --dry-run"),
     ),
     Verb(
+        "config",
+        "ggufmoe.cli.config:config_command",
+        "Show the options that are kept.",
+        ("ggufmoe config", "ggufmoe chat @writer"),
+    ),
+    Verb(
         "worker",
         "ggufmoe.cli.worker:worker_command",
         "Serve this machine's memory and processors to others.",

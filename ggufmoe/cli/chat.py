@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ggufmoe.cli.console import note, piped_lines, printable
-from ggufmoe.cli.params import ModelName, ShowReasoning, option_named, with_options, with_typed
+from ggufmoe.cli.params import ModelName, ShowReasoning, with_options, with_typed
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.engine import Engine
@@ -29,6 +29,7 @@ from ggufmoe.options import (
     StopOptions,
     TemplateOptions,
 )
+from ggufmoe.options.fields import option_named
 from ggufmoe.runtime.chat import Chat
 from ggufmoe.runtime.events import ChatEvent, Timing
 from ggufmoe.runtime.messages import Message

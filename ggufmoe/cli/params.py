@@ -7,7 +7,6 @@ name while it runs.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -21,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ggufmoe.cli.kept_options import KEPT_GROUPS, kept_fields, variable
 from ggufmoe.errors import EngineMissingError, InputError, OptionError
 
 Command = Callable[..., None]
@@ -199,10 +199,15 @@ def _check_names(names: list[str]) -> None:
 def _parameters(group: type) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(group)
     panel = re.sub(r"(?<!^)(?=[A-Z])", " ", group.__name__).capitalize()
-    return [_parameter(field, hints[field.name], panel) for field in fields(group) if field.metadata["flags"]]
+    kept = {field.name for field in kept_fields()} if issubclass(group, KEPT_GROUPS) else set()
+    return [
+        _parameter(field, hints[field.name], panel, is_kept=field.name in kept)
+        for field in fields(group)
+        if field.metadata["flags"]
+    ]
 
 
-def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+def _parameter(field: Field[Any], hint: Any, panel: str, *, is_kept: bool) -> inspect.Parameter:
     metadata = field.metadata
     kind = _repeated(hint)
     shown = field.default is not None and kind is None and metadata["parse"] is None
@@ -218,6 +223,8 @@ def _parameter(field: Field[Any], hint: Any, panel: str) -> inspect.Parameter:
         show_default=shown,
         autocompletion=_COMPLETIONS.get(field.name),
         rich_help_panel=metadata["panel"] or panel,
+        envvar=variable(field) if is_kept else None,
+        show_envvar=False,
     )
     typed: Any = hint if kind is None else types.GenericAlias(list, (kind,)) | None
     annotation = Annotated[typed, flag]
@@ -254,21 +261,6 @@ def _build(group: type, values: dict[str, Any]) -> Any:
         raise USAGE_ERROR(str(error)) from error
 
 
-def option_named(group: type, name: str) -> Field[Any]:
-    """The option of ``group`` that a flag or field is called ``name``, dashes left out or not.
-
-    Raises OptionError that names a similar option.
-    """
-    names: dict[str, Field[Any]] = {}
-    for field in fields(group):
-        for called in (*field.metadata["flags"], *([field.name] if field.metadata["flags"] else ())):
-            names[_plain(called)] = field
-    if _plain(name) not in names:
-        near = difflib.get_close_matches(_plain(name), names, n=1)
-        raise OptionError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    return names[_plain(name)]
-
-
 def with_typed(options: OptionsT, field: Field[Any], typed: str) -> OptionsT:
     """``options`` with one option changed to what was typed; ``default`` gives its default. Raises OptionError."""
     if typed == "default":
@@ -282,7 +274,3 @@ def with_typed(options: OptionsT, field: Field[Any], typed: str) -> OptionsT:
     else:
         value = (field.metadata["parse"] or _NUMBERS.get(hint) or str)(typed)
     return replace(options, **{field.name: value})  # type: ignore[type-var]
-
-
-def _plain(name: str) -> str:
-    return name.lstrip("-").replace("_", "-").lower()

@@ -8,7 +8,7 @@ import difflib
 import numbers
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, UnionType
@@ -43,6 +43,28 @@ def option(
         "between": between,
     }
     return field(default=default, metadata=metadata)
+
+
+def option_named(groups: type | tuple[type, ...], name: str, *, without: tuple[str, ...] = ()) -> Field[Any]:
+    """The option of one class or several that a flag or field is called ``name``, dashes left out or not.
+
+    ``without`` are names of fields that do not count. Raises OptionError that names a similar option.
+    """
+    names: dict[str, Field[Any]] = {}
+    for group in groups if isinstance(groups, tuple) else (groups,):
+        for one in fields(group):
+            flags = one.metadata["flags"]
+            for called in (*flags, *((one.name,) if flags else ())):
+                if one.name not in without:
+                    names[_plain(called)] = one
+    if _plain(name) not in names:
+        near = difflib.get_close_matches(_plain(name), names, n=1)
+        raise OptionError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return names[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return name.split("/")[0].strip().lstrip("-").replace("_", "-").lower()
 
 
 OptionsT = TypeVar("OptionsT")
