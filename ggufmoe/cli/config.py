@@ -37,7 +37,7 @@ def config_command(
         return
     if keys:
         for one in sorted(kept_fields(), key=kept_name):
-            note(f"{kept_name(one):24}  {one.metadata['help']}", indent=26)
+            note(f"{kept_name(one):24}  {variable(one)}: {one.metadata['help']}", indent=26)
         return
     config = read_config()
     is_there = config.path is not None and config.path.exists()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from ggufmoe.errors import InputError, OptionError, one_line
 from ggufmoe.folders import config_file
@@ -47,7 +47,7 @@ _MAX_BYTES = 1 << 20
 _OF_CHATS = frozenset(one.name for group in (PromptOptions, TemplateOptions) for one in fields(group))
 """What is of no use to ``run --raw``, which takes no such flag either."""
 
-Kept = Union[str, bool, Sequence[str]]
+Kept = str | bool | Sequence[str]
 """A value as it would be typed; a sequence for a flag that may be repeated."""
 
 
@@ -76,7 +76,7 @@ def kept_fields() -> Iterator[Field[Any]]:
 
 def kept_name(one: Field[Any]) -> str:
     """What a kept option is called in the file: its longest flag that is not a negation, without dashes."""
-    flags = [flag.split("/")[0].strip() for flag in one.metadata["flags"]]
+    flags: list[str] = [flag.split("/")[0].strip() for flag in one.metadata["flags"]]
     return max(flags, key=len).lstrip("-")
 
 
@@ -147,13 +147,12 @@ def apply_kept(context: Any) -> None:
     config = read_config()
     values: dict[str, tuple[str, Kept]] = {name: (str(config.path), value) for name, value in config.values.items()}
     if is_preset:
+        table = f"[{_PRESETS}.{str(model)[1:]}]"
         preset = config.preset(str(model)[1:])
-        if "model" not in preset:
-            raise InputError(
-                f"{config.path}: [{_PRESETS}.{str(model)[1:]}] has no model; add for example model = 'org/name'"
-            )
+        if not isinstance(preset.get("model"), str):
+            raise InputError(f"{config.path}: {table} has no model; add for example model = 'org/name'")
         context.params["model"] = preset["model"]
-        values |= {name: (f"{config.path}, preset {str(model)[1:]}", value) for name, value in preset.items()}
+        values |= {name: (f"{config.path}, {table}", value) for name, value in preset.items()}
     for name, parameter in parameters.items():
         source = context.get_parameter_source(name).name
         if context.params.get("raw") and name in _OF_CHATS:

@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 
-from ggufmoe.cli import chat, kept_options, run
+from ggufmoe.cli import chat, run
 from ggufmoe.cli.app import exit_code
 from ggufmoe.cli.kept_options import KEPT_GROUPS, kept_fields, kept_name, variable
+from ggufmoe.errors import InputError
 from ggufmoe.folders import config_file
 from ggufmoe.options import ChatContextOptions, ContextOptions, OffloadOptions, PromptOptions, SamplingOptions
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-class Stopped(Exception):
-    """Raised instead of loading a model."""
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def make(engine: Engine, asking: PromptOptions, variables: object, sampling: SamplingOptions) -> None:
         found["asking"], found["sampling"] = asking, sampling
-        raise kept_options.InputError("enough")
+        raise InputError("enough")
 
     for module in (run, chat):
         monkeypatch.setattr(module, "model_file", file)
@@ -91,13 +88,15 @@ def test_flags_count_before_variables_before_presets_before_the_file(
         "temp = 0.1\ntop-k = 1\ntop-p = 0.1\nmin-p = 0.1\n"
         "[preset.writer]\nmodel = 'org/name'\nsystem-prompt = 'Write.'\ntemp = 0.2\ntop-k = 2\ntop-p = 0.2\n",
     )
-    monkeypatch.setenv("GGUFMOE_TEMP", "0.3")
+    monkeypatch.setenv("GGUFMOE_TEMPERATURE", "0.3")
     monkeypatch.setenv("GGUFMOE_TOP_K", "3")
     call("chat", "@writer", "--temp", "0.4")
     assert seen["model"] == "org/name"
     assert seen["asking"].system_prompt == "Write."
     sampling = seen["sampling"]
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.4, 3, 0.2, 0.1)
+    call("chat", "@writer")
+    assert seen["sampling"].temperature == 0.3
 
 
 def test_a_prompt_for_conversations_does_not_reach_raw_text(
