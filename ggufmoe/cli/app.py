@@ -440,8 +440,8 @@ def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
         name = (parameter.metavar or parameter.name.upper()).removesuffix("...") if is_argument else parameter.opts[-1]
         example = next(verb.examples[0] for verb in VERBS if verb.name == context.info_name)
         message = f"{name} is missing; for example: {example}"
-    elif (name := getattr(parameter, "envvar", None)) in os.environ and not set(parameter.opts) & set(arguments):
-        message += f" (environment variable {name})"
+    elif (kept := getattr(parameter, "envvar", None)) and kept in os.environ and not {*parameter.opts} & {*arguments}:
+        message += f" (environment variable {kept})"
     elif "unexpected extra argument" in message and takes_prompt:
         message += "; a PROMPT of several words stands in quotation marks"
     elif "unexpected extra argument" in message and typed == ["chat"]:

@@ -51,14 +51,12 @@ class PlainCommand(typer.core.TyperCommand):
 
     context_class = PlainContext
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line, then what is kept of options that it does not give."""
-        rest = super().parse_args(ctx, args)
-        if not ctx.resilient_parsing:  # with which a shell asks for completions
-            from ggufmoe.cli.kept_options import apply_kept
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, with what is kept of options that the command line does not give."""
+        from ggufmoe.cli.kept_options import apply_kept
 
-            apply_kept(ctx)
-        return rest
+        apply_kept(ctx)
+        return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """``[OPTIONS] MODEL [PROMPT]``."""

@@ -237,7 +237,7 @@ def test_a_shell_completes_verbs_flags_types_and_devices(
 ) -> None:
     from ggufmoe.placement import devices
 
-    assert completed("ggufmoe co") == ["convert"]
+    assert completed("ggufmoe con") == ["convert", "config"]
     assert completed("ggufmoe convert --quant") == ["--quant", "--quantizer"]
     assert completed("ggufmoe convert m -q q5_k") == ["q5_k_s", "q5_k_m"]
     assert completed("ggufmoe demo -q Q8") == ["Q8_0"]
