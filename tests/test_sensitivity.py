@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from ggufmoe.errors import (
     Cancelled,
     CheckpointError,
     InputError,
+    NonFiniteError,
+    NoSpaceError,
     OptionError,
     OutputExistsError,
     ResumeError,
@@ -26,6 +30,7 @@ from ggufmoe.sizing.sensitivity_file import Sensitivity
 from ggufmoe.work import Progress
 from tests.families import test_phi3
 from tests.families.tiny_family import make_checkpoint
+from tests.tiny import Tiny, stored_tensors, write_safetensors
 from tests.tiny import make_checkpoint as make_tiny
 from tests.tiny_tokenizers import CORPUS
 
@@ -156,6 +161,41 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, tmp_path: Pat
     assert not partial_path(output).exists()
     assert again[0].done >= seen[-1].done
     assert again[-1].done == again[-1].total == seen[-1].total
+
+
+def test_a_state_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:
+    stop, output = threading.Event(), tmp_path / "s.gguf"
+    with pytest.raises(Cancelled):
+        ggufmoe.sensitivity(folder / "model", output, TEXT, on_progress=lambda _: stop.set(), cancel=stop, **SHORT)
+    state = partial_path(output) / "hidden-0.npy"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(ResumeError, match=r"hidden-0\.npy cannot be read; begin again with --force"):
+        ggufmoe.sensitivity(folder / "model", output, TEXT, resume=True, **SHORT)
+
+
+def test_states_that_the_disk_cannot_hold_are_not_begun(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 512 tokens of 64 numbers, before two layers and after them, and two that are being replaced
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 512 * 64 * 4 - 1))
+    with pytest.raises(NoSpaceError, match="take fewer tokens"):
+        ggufmoe.sensitivity(folder / "model", tmp_path / "s.gguf", TEXT, **SHORT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+    spec = Tiny(arch="llama", dtype="F32", n_layer=1, **SMALL)
+    make_tiny(tmp_path / "model", **vars(spec))
+    tensors = stored_tensors(spec)
+    tensors["model.layers.0.mlp.down_proj.weight"][1][3, 4] = np.nan
+    write_safetensors(tmp_path / "model" / "model.safetensors", tensors)
+    with pytest.raises(NonFiniteError, match="layer 0 gives values that are NaN or infinite"):
+        ggufmoe.sensitivity(tmp_path / "model", tmp_path / "s.gguf", TEXT, **SHORT)
+
+
+def test_at_least_the_tokens_that_are_asked_for_are_used(folder: Path, tmp_path: Path) -> None:
+    result = ggufmoe.sensitivity(folder / "model", tmp_path / "s.gguf", TEXT, n_tokens=513, n_ctx=128)
+    assert (result.n_tokens, result.n_sequences) == (640, 5)
 
 
 def test_force_begins_again(folder: Path, tmp_path: Path) -> None:

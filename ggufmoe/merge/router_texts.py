@@ -128,7 +128,7 @@ def _drawn(path: Path, encoder: _Encoder, n_tokens: int, seed: int) -> list[_Tok
         taken.append((tokens, scored))
     if len(taken) < 2:
         found = "one text" if taken else "no text"
-        raise RecipeError(f"{path}: {found}; a router is fitted on some texts and judged by others: write more")
+        raise RecipeError(f"{path}: {found}, and at least two are needed: write more")
     return taken
 
 

@@ -11,7 +11,7 @@ from ggufmoe.sizes import counted
 
 
 def text_sequences(text: str, tokens: TextTokens, *, n_tokens: int, n_ctx: int) -> list[Sequence[int]]:
-    """Sequences of ``n_ctx`` tokens, ``n_tokens`` together, from places that are spread evenly over a text.
+    """Sequences of ``n_ctx`` tokens, ``n_tokens`` together or a few more, from places spread evenly over a text.
 
     BOS takes the place of the first token of each, where the model's texts begin with it. Raises InputError for a text
     that has fewer tokens, and for tokens that the model does not have.
@@ -19,7 +19,7 @@ def text_sequences(text: str, tokens: TextTokens, *, n_tokens: int, n_ctx: int) 
     size = min(n_ctx, n_tokens, tokens.n_ctx)
     ids = list(tokens.tokenize(text))
     begin = list(tokens.tokenize(""))[:1]
-    n_wanted, n_there = n_tokens // size, len(ids) // size
+    n_wanted, n_there = -(-n_tokens // size), len(ids) // size
     if n_there < n_wanted:
         raise InputError(
             f"the text has {counted(len(ids), 'token')}, and {counted(n_wanted, 'sequence')} of {size} need "
