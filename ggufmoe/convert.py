@@ -83,6 +83,7 @@ class ConvertResult:
             "bits_per_weight": round(self.plan.bits_per_weight, 4),
             "types": {name: vars(total) for name, total in self.plan.types.items()},
             "fallbacks": {t.name: t.unfit_type.name for t in self.plan.tensors if t.unfit_type is not None},
+            "mix": None if self.plan.mix is None else self.plan.mix.to_dict(),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),

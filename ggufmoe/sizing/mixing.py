@@ -88,7 +88,7 @@ class SizeMixer:
         plan = model.lay_out(self._policy(model, smallest, table))
         budget = self._budget(plan, candidates)
         for _ in range(_ROUNDS):
-            types = self._searched(model, candidates, table, budget)
+            types = self._searched(model, candidates, standards, table, budget)
             if types is None:
                 raise OptionError(
                     f"{self.target.text} is too small: the smallest file of these types has {plan.n_bytes:,} bytes, "
@@ -115,15 +115,25 @@ class SizeMixer:
         return n_bytes if self.target.n_bytes is None else padded(n_bytes, DEFAULT_ALIGNMENT)
 
     def _searched(
-        self, model: UnmixedModel, candidates: Mapping[str, Sequence[GGMLType]], table: ErrorTable, budget: int
+        self,
+        model: UnmixedModel,
+        candidates: Mapping[str, Sequence[GGMLType]],
+        standards: Mapping[FileType, Mapping[str, GGMLType]],
+        table: ErrorTable,
+        budget: int,
     ) -> dict[str, GGMLType] | None:
-        """The best types within the budget; None if there are none."""
+        """The best types within the budget, no worse than a standard mix by prediction; None if there are none."""
         tensors = [tensor for tensor in model.tensors if tensor.name in candidates]
         choices = [
             [Choice(self._cost(tensor, kind), table[tensor.name][kind]) for kind in candidates[tensor.name]]
             for tensor in tensors
         ]
-        chosen = best_choices(choices, budget)
+        starts = [
+            [candidates[tensor.name].index(types[tensor.name]) for tensor in tensors]
+            for types in standards.values()
+            if all(types[tensor.name] in candidates[tensor.name] for tensor in tensors)
+        ]
+        chosen = best_choices(choices, budget, starts)
         if chosen is None:
             return None
         if sum(options[i].n_bytes for options, i in zip(choices, chosen, strict=True)) < _MOSTLY_USED * budget:

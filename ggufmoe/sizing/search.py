@@ -7,13 +7,15 @@ all tensors is found exactly (what a Lagrange multiplier selects), and exchanges
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 _MAX_EXCHANGES = 10_000
+_FORCED_ROUNDS, _MAX_FORCED, _LARGE = 4, 48, 0.002
+"""How often, with how many choices, and from which share of the budget on a large tensor's choice is changed."""
 _TINY = 1e-12
 """Savings below this share of the largest change are rounding."""
 
@@ -26,11 +28,57 @@ class Choice:
     loss: float
 
 
-def best_choices(tensors: Sequence[Sequence[Choice]], budget: int) -> list[int] | None:
+def best_choices(
+    tensors: Sequence[Sequence[Choice]], budget: int, starts: Sequence[Sequence[int]] = ()
+) -> list[int] | None:
     """The index of the choice for each tensor: the sum of bytes is at most ``budget``, the sum of losses small.
 
-    None if even the smallest choices take more. The same input gives the same result on every machine.
+    The result is no worse than any of ``starts``, which are given in the same way, that is within the budget. None if
+    even the smallest choices take more. The same input gives the same result on every machine.
     """
+    best = _solved(tensors, budget)
+    if best is None:
+        return None
+    for start in starts:
+        left = budget - sum(choices[i].n_bytes for choices, i in zip(tensors, start, strict=True))
+        if left >= 0 and tensors:
+            improved = list(start)
+            _exchange(tensors, [_useful(choices) for choices in tensors], improved, left)
+            best = min(best, improved, key=lambda chosen: _loss(tensors, chosen))
+    for _ in range(_FORCED_ROUNDS):
+        found = min(_forced(tensors, best, budget), key=lambda chosen: _loss(tensors, chosen), default=best)
+        if not _loss(tensors, found) < _loss(tensors, best):
+            break
+        best = found
+    return best
+
+
+def _loss(tensors: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> float:
+    return sum(choices[i].loss for choices, i in zip(tensors, chosen, strict=True))
+
+
+def _forced(tensors: Sequence[Sequence[Choice]], best: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """The best mixes with another choice for one large tensor: many small ones make room, or take what is left.
+
+    Exchanges of two tensors do not find these, for example where the embedding is half of a small model.
+    """
+    changes = [
+        (-abs(choices[j].n_bytes - choices[best[i]].n_bytes), i, j)
+        for i, choices in enumerate(tensors)
+        for j in _useful(choices)
+        if j != best[i]
+    ]
+    for change, i, j in sorted(changes)[:_MAX_FORCED]:
+        if -change < _LARGE * budget:
+            return
+        solved = _solved([*tensors[:i], [tensors[i][j]], *tensors[i + 1 :]], budget)
+        if solved is not None:
+            solved[i] = j
+            yield solved
+
+
+def _solved(tensors: Sequence[Sequence[Choice]], budget: int) -> list[int] | None:
+    """The steps along the hulls, and exchanges."""
     useful = [_useful(choices) for choices in tensors]
     picked = [0] * len(tensors)
     left = budget - sum(choices[indices[0]].n_bytes for choices, indices in zip(tensors, useful, strict=True))

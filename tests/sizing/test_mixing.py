@@ -46,6 +46,7 @@ def test_a_file_is_as_large_as_asked_and_says_what_it_is(source: Path, sensitivi
     assert 0.995 * size <= output.stat().st_size == result.n_bytes <= size
     header = read_header(output)
     mix = json.loads(header.metadata[MIX].value)
+    assert mix == result.to_dict()["mix"]
     assert mix["target"] == "600K"
     assert mix["types"] == "k"
     assert mix["sensitivity"] == {"source": "drawn", "datasets": ["no text"], "tokens": 512}

@@ -56,6 +56,28 @@ def test_an_exchange_makes_room_for_what_does_not_fit() -> None:
     assert best_choices(tensors, 50) == [0, 1]
 
 
+def test_small_tensors_make_room_for_a_large_one() -> None:
+    """Two moves do not do it: four of the small ones must shrink before the large one can grow."""
+    small = [[Choice(10, 0.11), Choice(20, 0.1)] for _ in range(5)]
+    large = [Choice(100, 5.0), Choice(140, 1.0)]
+    for budget, n_grown, is_large in ((200, 1, 1), (195, 0, 1), (189, 3, 0)):
+        chosen = best_choices([*small, large], budget)
+        assert chosen is not None
+        assert (sum(chosen[:5]), chosen[5]) == (n_grown, is_large)
+
+
+def test_the_result_is_no_worse_than_a_start_within_the_budget() -> None:
+    tensors = instance(11, n_tensors=12, n_types=5)
+    budget = round(1.5 * sum(min(choice.n_bytes for choice in choices) for choices in tensors))
+    draw = random.Random(2)
+    starts = [[draw.randrange(5) for _ in tensors] for _ in range(50)]
+    chosen = best_choices(tensors, budget, starts)
+    assert chosen is not None
+    assert cost(tensors, chosen)[0] <= budget
+    losses = [loss for n_bytes, loss in (cost(tensors, start) for start in starts) if n_bytes <= budget]
+    assert cost(tensors, chosen)[1] <= min(losses, default=cost(tensors, chosen)[1])
+
+
 def test_most_of_the_budget_is_used_and_never_more() -> None:
     tensors = instance(7, n_tensors=200, n_types=8)
     smallest = sum(min(choice.n_bytes for choice in choices) for choices in tensors)
