@@ -94,7 +94,7 @@ class SizeMixer:
                     f"{self.target.text} is too small: the smallest file of these types has {plan.n_bytes:,} bytes, "
                     f"{plan.bits_per_weight:.2f} bits per weight; give a larger size, or --types all"
                 )
-            standard = _best_standard(plan, standards, table, self._limit(plan))
+            standard = _best_standard(_standard_plan(model), standards, table, self._limit(plan))
             plan = model.lay_out(self._policy(model, types, table, standard))
             if self.target.n_bytes is None or plan.n_bytes <= self.target.n_bytes:
                 return plan
@@ -264,10 +264,20 @@ def _standard_types(model: UnmixedModel, allowed: Sequence[GGMLType]) -> dict[Fi
     return found
 
 
+def _standard_plan(model: UnmixedModel) -> WritePlan | None:
+    """A plan with the header that files of standard mixes have; None if there are none, as of MXFP4 checkpoints."""
+    try:
+        return model.lay_out(TypePolicy(FileType.Q4_K_M))
+    except (ImatrixError, OptionError):
+        return None
+
+
 def _best_standard(
-    plan: WritePlan, standards: Mapping[FileType, Mapping[str, GGMLType]], table: ErrorTable, limit: int
+    plan: WritePlan | None, standards: Mapping[FileType, Mapping[str, GGMLType]], table: ErrorTable, limit: int
 ) -> StandardMix | None:
     """The standard mix with the least predicted divergence that takes at most ``limit`` bytes."""
+    if plan is None:
+        return None
     others = plan.n_bytes - sum(padded(tensor.n_bytes, DEFAULT_ALIGNMENT) for tensor in plan.tensors)
     found = []
     for file_type, types in standards.items():

@@ -39,11 +39,12 @@ def best_choices(
     best = _solved(tensors, budget)
     if best is None:
         return None
+    useful = [_useful(choices) for choices in tensors]
     for start in starts:
-        left = budget - sum(choices[i].n_bytes for choices, i in zip(tensors, start, strict=True))
+        improved = [_no_worse(choices, kept, i) for choices, kept, i in zip(tensors, useful, start, strict=True)]
+        left = budget - sum(choices[i].n_bytes for choices, i in zip(tensors, improved, strict=True))
         if left >= 0 and tensors:
-            improved = list(start)
-            _exchange(tensors, [_useful(choices) for choices in tensors], improved, left)
+            _exchange(tensors, useful, improved, left)
             best = min(best, improved, key=lambda chosen: _loss(tensors, chosen))
     for _ in range(_FORCED_ROUNDS):
         found = min(_forced(tensors, best, budget), key=lambda chosen: _loss(tensors, chosen), default=best)
@@ -98,6 +99,12 @@ def _useful(choices: Sequence[Choice]) -> list[int]:
         if not kept or choices[index].loss < choices[kept[-1]].loss:
             kept.append(index)
     return kept
+
+
+def _no_worse(choices: Sequence[Choice], useful: Sequence[int], index: int) -> int:
+    """The choice itself, or the useful one that beats it."""
+    given = choices[index]
+    return next(i for i in reversed(useful) if choices[i].n_bytes <= given.n_bytes and choices[i].loss <= given.loss)
 
 
 def _hull(choices: Sequence[Choice]) -> list[int]:

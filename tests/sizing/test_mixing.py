@@ -105,6 +105,15 @@ def test_another_size_reads_no_weights_and_another_sensitivity_does(source: Path
     assert "errors" in phases
 
 
+def test_the_standard_mix_of_just_this_size_is_compared(source: Path, sensitivity: Path, tmp_path: Path) -> None:
+    standard = plan_quantize(source, tmp_path / "out.gguf", "Q4_K_M", imatrix=sensitivity)
+    plan = plan_quantize(source, tmp_path / "o.gguf", size=str(standard.n_bytes), sensitivity=sensitivity, types="k")
+    assert plan.mix is not None
+    assert plan.mix.standard is not None
+    assert (plan.mix.standard.name, plan.mix.standard.n_bytes) == ("Q4_K_M", standard.n_bytes)
+    assert plan.mix.predicted_kl < plan.mix.standard.predicted_kl
+
+
 def test_types_that_are_given_stay(source: Path, sensitivity: Path, tmp_path: Path) -> None:
     (tmp_path / "types.txt").write_text("blk.0.attn_q=q3_k\nattn_q=q2_k ffn_down=q6_k\n")
     plan = plan_quantize(

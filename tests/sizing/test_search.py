@@ -67,7 +67,7 @@ def test_small_tensors_make_room_for_a_large_one() -> None:
 
 
 def test_the_result_is_no_worse_than_a_start_within_the_budget() -> None:
-    tensors = instance(11, n_tensors=12, n_types=5)
+    tensors = [[*choices, Choice(choices[0].n_bytes + 1, 2 * choices[0].loss)] for choices in instance(11, 12, 4)]
     budget = round(1.5 * sum(min(choice.n_bytes for choice in choices) for choices in tensors))
     draw = random.Random(2)
     starts = [[draw.randrange(5) for _ in tensors] for _ in range(50)]
