@@ -4,7 +4,7 @@
     python scripts/bench_hub.py MODEL [--rates 50 500 5000] [--latency 0.02] [--quant Q4_K_M] [--kills 7]
 
 Of each rate it prints seconds, against the line's and the local conversion's, the bytes over the network as a share of
-the weights', and peak memory. With --kills, a run under resets, busy answers and addresses that end is killed so many
+the weights', peak memory, and the processor time of the conversion and of the hub, which share this machine's cores. With --kills, a run under resets, busy answers and addresses that end is killed so many
 times and resumed, and what came twice is counted. Every output has to have the bytes of the local one. MODEL may be a
 recipe with models named org/NAME: their directories are looked for beside it.
 """
@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -68,18 +69,24 @@ class Bench:
         else:
             self._convert(None)
             report = self._convert(None)
-        print(f"local: {report['seconds']:.1f} s, peak memory {report['peak_memory_bytes'] / 1e6:.0f} MB", flush=True)
+        print(
+            f"local: {report['seconds']:.1f} s, processor {report['processor_seconds']:.1f} s, "
+            f"peak memory {report['peak_memory_bytes'] / 1e6:.0f} MB",
+            flush=True,
+        )
         return report["sha256"], report["seconds"]
 
     def _at(self, rate: float, expected: str, local_s: float) -> None:
         with self._hub("--mbit", str(rate), "--latency", str(self.given.latency)) as hub:
             report = self._convert(hub)
-            sent = sum(hub.counts()["bytes"].values())
+            counts = hub.counts()
+        sent = sum(counts["bytes"].values())
         line_s = sent * 8 / rate / 1e6
         print(
             f"{rate:g} Mbit/s: {report['seconds']:.1f} s, of the slower of line ({line_s:.1f} s) and local "
             f"{report['seconds'] / max(line_s, local_s):.2f}, bytes {sent / self.weight_bytes:.4f} of the weights', "
-            f"peak memory {report['peak_memory_bytes'] / 1e6:.0f} MB, {_same(report['sha256'], expected)}",
+            f"peak memory {report['peak_memory_bytes'] / 1e6:.0f} MB, processor {report['processor_seconds']:.1f} s and "
+            f"the hub's {counts['processor_seconds']:.1f} s, {_same(report['sha256'], expected)}",
             flush=True,
         )
 
@@ -126,10 +133,11 @@ class Bench:
     def _convert(self, hub: Hub | None, *options: str) -> dict[str, Any]:
         """What the conversion reports, with the hash of its output, which is deleted."""
         output = self.work / "m.gguf"
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process = self._start(hub, *options)
         out, _ = process.communicate()
-        seconds = time.monotonic() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         assert process.returncode == 0, "the conversion has failed"
         digest = hashlib.sha256()
         with output.open("rb") as file:
@@ -137,7 +145,7 @@ class Bench:
                 digest.update(piece)
         output.unlink()
         report: dict[str, Any] = json.loads(out)
-        return report | {"sha256": digest.hexdigest(), "total_seconds": seconds}
+        return report | {"sha256": digest.hexdigest(), "processor_seconds": processor_s}
 
 
 class Hub:

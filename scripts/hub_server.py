@@ -38,6 +38,9 @@ COMMIT = "1" * 40
 LARGE_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth")
 """Files that are elsewhere, as those in git-lfs are."""
 _PIECE_BYTES = 1 << 17
+_MOST_PIECE_BYTES = 1 << 20
+_PIECE_S = 0.001
+"""A piece takes about so long on a fast line, which then costs this machine less."""
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
@@ -86,6 +89,8 @@ class Sent:
     begin: int
     end: int
     n_bytes: int
+    n_resets: int
+    """How often the counts had been reset when it began."""
 
 
 class HubServer:
@@ -97,11 +102,14 @@ class HubServer:
         self.fetched: list[str] = []
         """Names of the files whose bodies were asked for, in order."""
         self.sent: list[Sent] = []
+        self.sent_bytes = 0
+        """Bytes of large files that were sent."""
         self.statuses: Counter[int] = Counter()
         self.authorizations: list[tuple[str, str | None]] = []
         """The path and the Authorization header of each request to the second server."""
         self.lock = threading.Lock()
         self.epoch = 0
+        self.n_resets = 0
         self.is_closed = False
         self.random = random.Random(self.faults.seed)
         self.bucket = _Bucket(self)
@@ -116,25 +124,36 @@ class HubServer:
     def storage_url(self) -> str:
         return f"http://127.0.0.1:{self._storage.server_port}"
 
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes of large files that were sent."""
-        with self.lock:
-            return sum(one.n_bytes for one in self.sent)
-
     def counts(self) -> dict[str, Any]:
         """What was sent so far, for ``/counts``."""
         with self.lock:
             by_name: Counter[str] = Counter()
             for one in self.sent:
                 by_name[one.name] += one.n_bytes
-            return {"bytes": dict(by_name), "requests": len(self.sent), "statuses": dict(self.statuses)}
+            return {
+                "bytes": dict(by_name),
+                "requests": len(self.sent),
+                "statuses": dict(self.statuses),
+                "processor_seconds": time.process_time(),
+            }
 
     def reset_counts(self) -> None:
         with self.lock:
             self.sent.clear()
+            self.sent_bytes = 0
+            self.n_resets += 1
             self.fetched.clear()
             self.statuses.clear()
+
+    def close_connections(self) -> None:
+        """Close all connections to large files, as servers do with those that are idle."""
+        self._storage.close_connections()
+        self.wait_for_no_connections()
+
+    def wait_for_no_connections(self) -> None:
+        """Return when no connection to large files is open."""
+        while self._storage.n_connections:
+            time.sleep(0.005)
 
     def end_addresses(self) -> None:
         """Let all signed addresses end that were given out so far."""
@@ -170,6 +189,12 @@ class _Bucket:
         self._lock = threading.Lock()
         self._free_at = 0.0
 
+    @property
+    def piece_bytes(self) -> int:
+        """What is sent at once."""
+        mbit = self._hub.faults.mbit
+        return max(_PIECE_BYTES, min(_MOST_PIECE_BYTES, int(mbit * 1e6 / 8 * _PIECE_S))) if mbit else _MOST_PIECE_BYTES
+
     def take(self, n_bytes: int) -> None:
         """Return when so many bytes may be sent."""
         rate = self._hub.faults.mbit * 1e6 / 8
@@ -196,6 +221,10 @@ class _Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
         super().process_request(request, client_address)
+
+    @property
+    def n_connections(self) -> int:
+        return len(self._connections)
 
     def shutdown_request(self, request: Any) -> None:
         self._connections.discard(request)
@@ -349,17 +378,21 @@ class _StorageHandler(_Handler):
         if is_reset or self.hub.happens(self.hub.faults.truncations):
             with self.hub.lock:
                 stop = begin + self.hub.random.randrange(end - begin)
-        sent = Sent(file.name, begin, end, 0)
         with self.hub.lock:
+            sent = Sent(file.name, begin, end, 0, self.hub.n_resets)
             self.hub.sent.append(sent)
         with file.open("rb") as opened:
-            for position in range(begin, stop, _PIECE_BYTES):
-                n_bytes = min(_PIECE_BYTES, stop - position)
+            position = begin
+            while position < stop:
+                n_bytes = min(self.hub.bucket.piece_bytes, stop - position)
                 self.hub.bucket.take(n_bytes)
                 while self.hub.sent_bytes + n_bytes > self.hub.faults.stall_after and not self.hub.is_closed:
                     time.sleep(0.01)
-                sent.n_bytes += n_bytes  # before the client can have it
+                with self.hub.lock:  # before the client can have it
+                    sent.n_bytes += n_bytes
+                    self.hub.sent_bytes += n_bytes if sent.n_resets == self.hub.n_resets else 0
                 self.connection.sendfile(opened, position, n_bytes)
+                position += n_bytes
         if stop < end:
             self.close_connection = True
         if is_reset:  # a socket that lingers for no time sends RST in place of FIN

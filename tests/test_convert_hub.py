@@ -21,7 +21,7 @@ import ggufmoe
 from ggufmoe.cli.conversion import show_plan
 from ggufmoe.convert import plan_convert
 from ggufmoe.errors import Cancelled, CheckpointError
-from ggufmoe.hub import read_ahead
+from ggufmoe.hub import hub_http, read_ahead
 from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.work import Progress
 from ggufmoe.writing.journal import journalled_commits
@@ -81,7 +81,12 @@ def test_ranges_give_the_bytes_of_the_directory_and_store_nothing_else(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_faults_of_the_network_change_no_byte(hub: HubServer, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct_bytes", [1 << 15, 1 << 40])
+def test_faults_of_the_network_change_no_byte(
+    hub: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct_bytes: int
+) -> None:
+    monkeypatch.setattr(hub_http, "_DIRECT_BYTES", direct_bytes)
+    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", 1 << 16)
     hub.faults = Faults(resets=0.1, truncations=0.05, busy=0.05, wrong_ranges=0.05, seed=5)
     expected, output = tmp_path / "expected.gguf", tmp_path / "m.gguf"
     ggufmoe.convert(source, expected, "BF16")

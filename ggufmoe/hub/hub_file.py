@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ggufmoe.errors import Cancelled, HubError, one_line
-from ggufmoe.hub.hub_http import RangeAnswer, asked_for, headers_for, request_errors
+from ggufmoe.hub.hub_http import RangeAnswer, RangeClient, headers_for, request_errors
 from ggufmoe.sizes import counted
 
 TRIES = 8
@@ -41,6 +41,7 @@ class Line:
         """Bytes of files that were received, those that were received again included."""
         self.stopped: Callable[[], bool] = lambda: False
         """Whether the conversion is stopping; asked often by all that wait."""
+        self.client = RangeClient(self.received)
         self._first_pause_s = first_pause_s
         self._lock = threading.Lock()
         self._quiet_until = 0.0
@@ -146,14 +147,10 @@ class HubFile:
             try:
                 self._line.wait_until_allowed()
                 headers = headers_for(location.url)
-                with asked_for(location.url, headers, begin + done, begin + len(buffer)) as answer:
+                with self._line.client.asked_for(location.url, headers, begin + done, begin + len(buffer)) as answer:
                     self._check(answer, location, begin + done, begin + len(buffer))
-                    for piece in answer.pieces:
-                        self._line.received(len(piece))
-                        if len(piece) > len(buffer) - done:
-                            raise _Failed("the answer is longer than what was asked for")
-                        buffer[done : done + len(piece)] = piece
-                        done += len(piece)
+                    while done < len(buffer) and (n_bytes := answer.read_into(buffer[done:])):
+                        done += n_bytes
                     if done < len(buffer):
                         raise _Failed(f"the answer ended {counted(len(buffer) - done, 'byte')} too early")
             except failures as error:
@@ -163,7 +160,8 @@ class HubFile:
                     self._line.pause(n_failed)
 
     def close(self) -> None:
-        """Nothing is open between two reads."""
+        """Close the connections of the line that nobody uses; a later read opens new ones."""
+        self._line.client.close_idle()
 
     def _give_up_after(self, n_failed: int, error: Exception) -> None:
         if n_failed >= TRIES:
@@ -175,7 +173,7 @@ class HubFile:
     def _check(self, answer: RangeAnswer, location: Location, begin: int, end: int) -> None:
         """Raise unless the answer is that range of this file."""
         if answer.status in _BUSY:
-            self._line.be_quiet(_retry_after(answer.headers.get("Retry-After")))
+            self._line.be_quiet(_retry_after(answer.headers.get("retry-after")))
             raise _Failed(f"the hub answers with status {answer.status}")
         if answer.status in _REFUSED and location.is_signed:
             self._renew(location)
@@ -189,14 +187,14 @@ class HubFile:
                 f"{self.path}: the hub answers a request for a range with status {answer.status}; --keep-source "
                 "fetches whole files"
             )
-        found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
         if found is not None and found[3] not in ("*", str(self.n_bytes)):
             raise self._changed(f"it has {found[3]} bytes now, not {self.n_bytes}")
         if found is None or (int(found[1]), int(found[2])) != (begin, end - 1):
             raise _Failed(
-                f"the answer has the range {answer.headers.get('Content-Range')!r:.60}, not what was asked for"
+                f"the answer has the range {answer.headers.get('content-range')!r:.60}, not what was asked for"
             )
-        etag = answer.headers.get("ETag", "").removeprefix("W/").strip('"') or None
+        etag = answer.headers.get("etag", "").removeprefix("W/").strip('"') or None
         with self._lock:
             self._served_etag, before = etag, self._served_etag
         if before is not None and etag is not None and before != etag:

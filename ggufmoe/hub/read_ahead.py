@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import mmap
+import sys
 import threading
 import time
 from collections import deque
@@ -26,6 +27,8 @@ CHUNK_BYTES = 2 << 20
 CONNECTIONS = 12
 _MOST_ITEMS = 4096
 """Items that may be scheduled and not begun; bounds what is kept of items that read nothing over the network."""
+_PRIVATE: dict[str, int] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+"""Of anonymous memory: shared memory, the default of ``mmap``, is slower to get."""
 _POLL_S = 0.1
 _JOIN_S = 1.0
 
@@ -47,7 +50,7 @@ class _Chunk:
     def __init__(self, file: HubFile, begin: int, end: int) -> None:
         self.file, self.begin, self.end = file, begin, end
         self.n_users = 0
-        self.is_begun = self.is_done = False
+        self.is_done = self.is_awaited = False
         self.error: BaseException | None = None
         self.data = memoryview(b"")
 
@@ -68,7 +71,13 @@ class ReadAhead:
         self._max_bytes = READ_AHEAD_BYTES if max_bytes is None else max_bytes
         self._chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         self._n_connections = connections
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting_fetchers = threading.Condition(self._lock)
+        """Notified once for each chunk to fetch: waking all of them costs more than fetching it."""
+        self._waiting_readers = threading.Condition(self._lock)
+        """Notified when an item is scheduled or a chunk is there that a reader waits for."""
+        self._buffers: list[mmap.mmap] = []
+        """Memory of chunks that were read, for the next ones: fresh memory is cleared first, which costs as much."""
         self._schedule: Iterator[tuple[int, Iterable[ByteRange]]] = iter(())
         self._next: tuple[int, list[ByteRange]] | None = None
         self._is_exhausted = False
@@ -93,9 +102,10 @@ class ReadAhead:
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._is_closed = True
-                self._changed.notify_all()
+                self._waiting_fetchers.notify_all()
+                self._waiting_readers.notify_all()
             deadline = time.monotonic() + _JOIN_S
             for thread in threads:  # one whose connection is dead ends with the timeout of its read
                 thread.join(max(0.0, deadline - time.monotonic()))
@@ -109,7 +119,7 @@ class ReadAhead:
 
         Raises Cancelled when the work is stopped.
         """
-        with self._changed:
+        with self._lock:
             while number not in self._items and not self._is_exhausted:
                 self._wait()
             chunks = self._items.pop(number, [])
@@ -145,8 +155,9 @@ class ReadAhead:
         return True
 
     def _await(self, chunk: _Chunk) -> None:
-        with self._changed:
+        with self._lock:
             while not chunk.is_done:
+                chunk.is_awaited = True
                 self._wait()
         if chunk.error is not None:
             raise chunk.error
@@ -155,49 +166,65 @@ class ReadAhead:
         """Wait for a change, with the lock held. Raises Cancelled when the work is stopped."""
         if self._is_closed or self._stopped():
             raise Cancelled("stopped while reading from the hub")
-        self._changed.wait(_POLL_S)
+        self._waiting_readers.wait(_POLL_S)
 
     def _release(self, chunks: Iterable[_Chunk]) -> None:
-        with self._changed:
+        with self._lock:
             for chunk in chunks:
                 chunk.n_users -= 1
                 if chunk.n_users == 0:
                     self._live[chunk.file].remove(chunk)
                     self._held_bytes -= chunk.end - chunk.begin
-                    chunk.data = memoryview(b"")
-            self._changed.notify_all()
+                    self._take_back(chunk)
+            self._plan()
+
+    def _take_back(self, chunk: _Chunk) -> None:
+        """Keep the memory of a chunk for another one, if it is of the usual size."""
+        buffer = chunk.data.obj
+        chunk.data = memoryview(b"")
+        if (
+            isinstance(buffer, mmap.mmap)
+            and len(buffer) == self._chunk_bytes
+            and len(self._buffers) < self._n_connections
+        ):
+            self._buffers.append(buffer)
+
+    def _memory(self, n_bytes: int) -> memoryview:
+        """Memory of its own for a chunk: allocators would keep some for each thread."""
+        with self._lock:
+            if n_bytes == self._chunk_bytes and self._buffers:
+                return memoryview(self._buffers.pop())
+        return memoryview(mmap.mmap(-1, n_bytes, **_PRIVATE))
 
     def _fetch(self) -> None:
         """Fetch one chunk after another: the work of one connection."""
         while (chunk := self._begin_chunk()) is not None:
             try:
-                # memory of its own, which goes back to the system at once: allocators keep some for each thread
-                data = memoryview(mmap.mmap(-1, chunk.end - chunk.begin))
+                data = self._memory(chunk.end - chunk.begin)
                 chunk.file.fetch_into(chunk.begin, data)
                 chunk.data = data
             except BaseException as error:  # whoever reads the chunk raises it
                 chunk.error = error
-            with self._changed:
+            with self._lock:
                 chunk.is_done = True
-                self._changed.notify_all()
+                if chunk.is_awaited:
+                    self._waiting_readers.notify_all()
 
     def _begin_chunk(self) -> _Chunk | None:
         """The next chunk to fetch, when there is one; None when all is fetched or the work stops."""
-        with self._changed:
+        with self._lock:
             while not self._is_closed and not self._stopped():
                 self._plan()
                 if self._queue:
-                    chunk = self._queue.popleft()
-                    chunk.is_begun = True
-                    return chunk
+                    return self._queue.popleft()
                 if self._is_exhausted:
                     return None
-                self._changed.wait(_POLL_S)
+                self._waiting_fetchers.wait(_POLL_S)
             return None
 
     def _plan(self) -> None:
         """Schedule items while memory allows; the first one always. With the lock held."""
-        planned = False
+        planned, n_queued = False, len(self._queue)
         while not self._is_exhausted and len(self._items) < _MOST_ITEMS:
             if self._next is None:
                 try:
@@ -214,7 +241,11 @@ class ReadAhead:
                 chunk.n_users += 1
             self._next, planned = None, True
         if planned:
-            self._changed.notify_all()
+            self._waiting_readers.notify_all()
+        if self._is_exhausted:
+            self._waiting_fetchers.notify_all()
+        elif len(self._queue) > n_queued:
+            self._waiting_fetchers.notify(len(self._queue) - n_queued)
 
     def _lacking(self, wanted: Iterable[ByteRange]) -> int:
         return sum(end - begin for one in wanted for chunk, begin, end in self._parts(one) if chunk is None)

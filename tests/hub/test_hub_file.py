@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hub_server import COMMIT, HubServer
 
 from ggufmoe.errors import Cancelled, HubError
-from ggufmoe.hub import hub_file
+from ggufmoe.hub import hub_file, hub_http
 from ggufmoe.hub.hub_file import HubFile, Line
 
 CONTENT = bytes(range(256)) * 2000
@@ -56,21 +57,63 @@ def test_the_token_goes_to_the_hub_alone(hub: HubServer, monkeypatch: pytest.Mon
     assert hub.authorizations == [(NAME, None)]
 
 
+@pytest.fixture(params=["session", "direct"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How ranges are asked for: through the HTTP library, or on its connections directly, as large ranges are."""
+    monkeypatch.setattr(hub_http, "_DIRECT_BYTES", 1000 if request.param == "direct" else 1 << 40)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("fault", ["resets", "truncations"])
-def test_a_body_that_breaks_off_goes_on_where_it_stopped(hub: HubServer, fault: str) -> None:
+def test_a_body_that_breaks_off_goes_on_where_it_stopped(hub: HubServer, fault: str, way: str) -> None:
+    hub.random.seed(3)
     setattr(hub.faults, fault, 0.7)
     file = opened()
     assert read(file) == CONTENT
-    assert len(hub.sent) > 1, "the first answer was whole"
-    assert hub.sent[0].n_bytes < len(CONTENT)
-    begins = [one.begin for one in hub.sent]
+    sent = [one for one in hub.sent if one.end - one.begin > 1]  # one byte is asked for where a connection begins
+    assert len(sent) > 1, "the first answer was whole"
+    assert sent[0].n_bytes < len(CONTENT)
+    begins = [one.begin for one in sent]
     assert begins == sorted(begins)
-    assert all(one.end == len(CONTENT) for one in hub.sent)
-    assert file._line.n_bytes == len(CONTENT), "a byte came twice"
+    assert all(one.end == len(CONTENT) for one in sent)
+    assert len(CONTENT) <= file._line.n_bytes <= len(CONTENT) + len(hub.sent) - len(sent), "a byte came twice"
+
+
+def test_connections_are_used_again_and_may_end_meanwhile(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_http, "_DIRECT_BYTES", 1000)
+    file = opened()
+    ranges = [(begin, begin + 5000) for begin in range(0, 50_000, 5000)]
+    assert b"".join(read(file, *one) for one in ranges) == CONTENT[:50_000]
+    assert [(one.begin, one.end) for one in hub.sent] == [(0, 1), *ranges], "one connection for all"
+    hub.close_connections()
+    assert read(file, 1000, 9000) == CONTENT[1000:9000]
+    assert [(one.begin, one.end) for one in hub.sent[11:]] == [(0, 1), (1000, 9000)]
+    file.close()
+    hub.wait_for_no_connections()
+    assert read(file, 0, 9000) == CONTENT[:9000], "a closed file opens a connection again"
+
+
+def test_a_connection_to_a_proxy_is_left_to_the_http_library(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to a proxy name the whole address, unless it is a tunnel for TLS."""
+    monkeypatch.setattr(hub_http, "_DIRECT_BYTES", 1000)
+    location = opened()._location.url
+    library = importlib.import_module(type(hub_http._session()).__module__.partition(".")[0])
+    with library.Client(proxy=hub.storage_url) as session:
+        monkeypatch.setattr(hub_http, "_session", lambda: session)
+        received: list[int] = []
+        client = hub_http.RangeClient(received.append)
+        url = location.replace(hub.storage_url, "http://storage.invalid")
+        with client.asked_for(url, {}, 10, 5010) as answer:
+            buffer = bytearray(5000)
+            done = 0
+            while n_bytes := answer.read_into(memoryview(buffer)[done:]):
+                done += n_bytes
+    assert (answer.status, bytes(buffer)) == (206, CONTENT[10:5010])
+    assert not client._idle
 
 
 @pytest.mark.parametrize(("fault", "status"), [("busy", 503), ("limited", 429)])
-def test_a_busy_hub_is_asked_again(hub: HubServer, fault: str, status: int) -> None:
+def test_a_busy_hub_is_asked_again(hub: HubServer, fault: str, status: int, way: str) -> None:
     hub.faults.retry_after = 0
     setattr(hub.faults, fault, 0.7)
     file = opened()
@@ -78,7 +121,7 @@ def test_a_busy_hub_is_asked_again(hub: HubServer, fault: str, status: int) -> N
     assert hub.statuses[status] > 0
 
 
-def test_an_answer_of_another_range_is_not_taken(hub: HubServer) -> None:
+def test_an_answer_of_another_range_is_not_taken(hub: HubServer, way: str) -> None:
     hub.faults.wrong_ranges = 0.7
     file = opened()
     assert b"".join(read(file, begin, begin + 64000) for begin in range(0, len(CONTENT), 64000)) == CONTENT
