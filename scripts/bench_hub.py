@@ -4,9 +4,10 @@
     python scripts/bench_hub.py MODEL [--rates 50 500 5000] [--latency 0.02] [--quant Q4_K_M] [--kills 7]
 
 Of each rate it prints seconds, against the line's and the local conversion's, the bytes over the network as a share of
-the weights', peak memory, and the processor time of the conversion and of the hub, which share this machine's cores. With --kills, a run under resets, busy answers and addresses that end is killed so many
-times and resumed, and what came twice is counted. Every output has to have the bytes of the local one. MODEL may be a
-recipe with models named org/NAME: their directories are looked for beside it.
+the weights', peak memory, and the processor time of the conversion and of the hub, which share this machine's cores.
+With --kills, a run under resets, busy answers and addresses that end is killed so many times and resumed, and what came
+twice is counted. Every output has to have the bytes of the local one. MODEL may be a recipe with models named org/NAME:
+their directories are looked for beside it.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Bench:
         print(
             f"{rate:g} Mbit/s: {report['seconds']:.1f} s, of the slower of line ({line_s:.1f} s) and local "
             f"{report['seconds'] / max(line_s, local_s):.2f}, bytes {sent / self.weight_bytes:.4f} of the weights', "
-            f"peak memory {report['peak_memory_bytes'] / 1e6:.0f} MB, processor {report['processor_seconds']:.1f} s and "
-            f"the hub's {counts['processor_seconds']:.1f} s, {_same(report['sha256'], expected)}",
+            f"peak memory {report['peak_memory_bytes'] / 1e6:.0f} MB, processor {report['processor_seconds']:.1f} s "
+            f"and the hub's {counts['processor_seconds']:.1f} s, {_same(report['sha256'], expected)}",
             flush=True,
         )
 
