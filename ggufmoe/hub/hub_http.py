@@ -41,7 +41,7 @@ class RangeClient:
         """``received`` is called with the length of each piece of a body that has come."""
         self._received = received
         self._lock = threading.Lock()
-        self._idle: dict[str, list[_Connection]] = {}
+        self._idle: dict[str, list[_TakenConnection]] = {}
 
     @contextmanager
     def asked_for(self, url: str, headers: Mapping[str, str], begin: int, end: int) -> Iterator[RangeAnswer]:
@@ -53,7 +53,7 @@ class RangeClient:
         connection = self._asked(url, headers, wanted) if end - begin >= _DIRECT_BYTES else None
         if connection is None:
             with _through_session(url, wanted) as (status, found, pieces):
-                yield RangeAnswer(status, found, _Pieces(pieces, self._received).read_into)
+                yield RangeAnswer(status, found, _BodyInPieces(pieces, self._received).read_into)
             return
         try:
             yield RangeAnswer(connection.status, connection.headers, connection.read_into)
@@ -72,7 +72,7 @@ class RangeClient:
             for connection in connections:
                 connection.close()
 
-    def _asked(self, url: str, headers: Mapping[str, str], wanted: Mapping[str, str]) -> _Connection | None:
+    def _asked(self, url: str, headers: Mapping[str, str], wanted: Mapping[str, str]) -> _TakenConnection | None:
         """A connection that the request was sent on and whose answer has begun; None if the session has to be asked."""
         place = urlsplit(url)
         while True:
@@ -102,7 +102,7 @@ def _origin(place: SplitResult) -> str:
     return f"{place.scheme}://{place.netloc}"
 
 
-def _connected(url: str, headers: Mapping[str, str], received: Callable[[int], None]) -> _Connection | None:
+def _connected(url: str, headers: Mapping[str, str], received: Callable[[int], None]) -> _TakenConnection | None:
     """A new connection of the session, taken out of its pool, to use directly; None where that cannot be done.
 
     The session asks for one byte. While that answer is not closed, httpx gives the connection to nobody else, and
@@ -132,7 +132,7 @@ def _connected(url: str, headers: Mapping[str, str], received: Callable[[int], N
             return None
         received(1)
         channel.settimeout(_timeout_s())
-        return _Connection(channel, _origin(urlsplit(url)), stack.pop_all(), received)
+        return _TakenConnection(channel, _origin(urlsplit(url)), stack.pop_all(), received)
     return None
 
 
@@ -147,7 +147,7 @@ def _is_direct(channel: socket.socket, place: SplitResult) -> bool:
     return channel.getpeername()[:2] in [address[:2] for *_, address in addresses]
 
 
-class _Connection:
+class _TakenConnection:
     """HTTP/1.1 on an open socket: one request at a time, whose body goes straight into the reader's memory."""
 
     def __init__(self, channel: socket.socket, origin: str, owner: ExitStack, received: Callable[[int], None]) -> None:
@@ -194,7 +194,7 @@ class _Connection:
         self._owner.close()
 
 
-class _Pieces:
+class _BodyInPieces:
     """A body that comes in pieces of the HTTP library's choice."""
 
     def __init__(self, pieces: Iterator[bytes], received: Callable[[int], None]) -> None:
