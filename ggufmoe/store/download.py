@@ -116,6 +116,7 @@ def _fetch(model: HubGGUF, entry: HubEntry, target: Path, line: Line, work: Work
         finally:
             journal.close()
             file.close()
+            source.close()
         move(partial, target)
         sync_directory(target.parent)
         journal.remove()

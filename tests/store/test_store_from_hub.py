@@ -72,7 +72,7 @@ def test_a_gguf_file_is_downloaded_whole_and_once(hub: HubServer, store: ModelSt
     path = obtain("org/files:Q8_0")
     assert path == store.directory / "small-Q8_0.gguf"
     assert sha256(path) == sha256(served / "files" / "small-Q8_0.gguf")
-    assert hub.sent_bytes == path.stat().st_size
+    assert 0 <= hub.sent_bytes - path.stat().st_size <= downloads.CONNECTIONS, "one byte where a connection begins"
     (model,) = store.models()
     assert model.record is not None
     assert (model.record.source, model.record.files[0].sha256) == ("org/files/small-Q8_0.gguf", sha256(path))
