@@ -22,16 +22,7 @@ def state_directory() -> Path | None:
 
     None for a user without a home, as in containers.
     """
-    try:
-        if sys.platform == "win32":
-            base = user_cache_directory()
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Application Support"
-        else:
-            base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    except RuntimeError:
-        return None
-    return base / "ggufmoe"
+    return _user_directory("XDG_STATE_HOME", ".local/state", "LOCALAPPDATA")
 
 
 def data_directory() -> Path | None:
@@ -39,19 +30,7 @@ def data_directory() -> Path | None:
 
     None for a user without a home.
     """
-    if given := os.environ.get("GGUFMOE_HOME"):
-        return Path(given).absolute()
-    try:
-        if sys.platform == "win32":
-            base = user_cache_directory()
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Application Support"
-        else:
-            share = os.environ.get("XDG_DATA_HOME", "")
-            base = Path(share) if os.path.isabs(share) else Path.home() / ".local" / "share"
-    except RuntimeError:
-        return None
-    return base / "ggufmoe"
+    return _home_given() or _user_directory("XDG_DATA_HOME", ".local/share", "LOCALAPPDATA")
 
 
 def config_file() -> Path | None:
@@ -59,19 +38,29 @@ def config_file() -> Path | None:
 
     None for a user without a home.
     """
-    if given := os.environ.get("GGUFMOE_HOME"):
-        return Path(given).absolute() / "config.toml"
+    folder = _home_given() or _user_directory("XDG_CONFIG_HOME", ".config", "APPDATA")
+    return None if folder is None else folder / "config.toml"
+
+
+def _home_given() -> Path | None:
+    given = os.environ.get("GGUFMOE_HOME")
+    return Path(given).absolute() if given else None
+
+
+def _user_directory(variable: str, below_home: str, on_windows: str) -> Path | None:
+    """ggufmoe's folder in one of the user's: on Linux the one that ``variable`` names, on Windows ``on_windows``."""
     try:
         if sys.platform == "win32":
-            base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+            default = Path("AppData", "Roaming" if on_windows == "APPDATA" else "Local")
+            base = Path(os.environ.get(on_windows) or Path.home() / default)
         elif sys.platform == "darwin":
             base = Path.home() / "Library" / "Application Support"
         else:
-            given = os.environ.get("XDG_CONFIG_HOME", "")
-            base = Path(given) if os.path.isabs(given) else Path.home() / ".config"
+            given = os.environ.get(variable, "")
+            base = Path(given) if os.path.isabs(given) else Path.home() / below_home
     except RuntimeError:
         return None
-    return base / "ggufmoe" / "config.toml"
+    return base / "ggufmoe"
 
 
 def cache_directory() -> Path | None:

@@ -215,8 +215,8 @@ VERBS = (
 
 _FIRST_STEPS = (
     "ggufmoe demo",
-    "ggufmoe convert ./my-mixtral -q Q4_K_M",
-    "ggufmoe chat my-mixtral-Q4_K_M.gguf",
+    "ggufmoe plan ./my-mixtral",
+    "ggufmoe chat ./my-mixtral -q Q4_K_M",
 )
 _DRAWING_AT_ONCE = ("convert", "quantize", "merge")
 """Verbs that import little before they show their progress."""

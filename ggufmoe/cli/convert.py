@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.cli.sized import SensitivityText, measured
+from ggufmoe.cli.wanted_model import AUTO_QUANT, automatic_type
 from ggufmoe.options import ConvertOptions
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -33,6 +35,8 @@ def convert_command(
 
     An interrupted run leaves OUT.partial and a journal; --resume continues from there and writes the same bytes.
     """
+    if options.quant.lower() == AUTO_QUANT:
+        options = replace(options, quant=automatic_type(source, quiet=quiet))
     path = default_output(source, options.quant, options.size_text) if output is None else output
     options = measured(options, source, path, sensitivity_text, quiet=quiet)
     display = progress_display(f"convert {options.size_text or options.quant}", quiet=quiet)

@@ -36,7 +36,8 @@ def list_command(
         return
     _show(models, unfinished)
     n_bytes = sum(model.n_bytes for model in models) + sum(left.n_bytes for left in unfinished)
-    note(f"{counted(len(models), 'model')}, {file_size(n_bytes)} in {store.directory}")
+    begun = f" and {len(unfinished)} unfinished" if unfinished else ""
+    note(f"{counted(len(models), 'model')}{begun}, {file_size(n_bytes)} in {store.directory}")
 
 
 def _as_dict(model: StoredModel | UnfinishedModel) -> dict[str, object]:

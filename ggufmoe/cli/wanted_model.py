@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ggufmoe.store.model_store import ModelStore
     from ggufmoe.store.wanted import ModelPlan
 
+AUTO_QUANT = "auto"
 LARGE_BYTES = 4_000_000_000
 """A terminal is asked before so much is written or comes over the network."""
 _TIMED_BYTES = 100_000_000
@@ -38,17 +39,16 @@ def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path  # nothing of the store is imported for it
     from ggufmoe.store.model_store import ModelStore
-    from ggufmoe.store.type_advice import AUTO, choose_type
     from ggufmoe.store.wanted import locate, plan_model, request_of
 
     store = ModelStore()
     found = locate(model, wanted.quant, store)
     if found is not None:
         return found
+    quant = wanted.quant
+    if quant is not None and quant.lower() == AUTO_QUANT:
+        quant = automatic_type(model, quiet=quiet)
     with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers", quiet=quiet):
-        quant = wanted.quant
-        if quant is not None and quant.lower() == AUTO:
-            quant = choose_type(model)
         plan = replace(plan_model(model, quant, store), request=request_of(model, wanted.quant) or "")
     if not quiet:
         note(_costs(model, plan, store))
@@ -56,6 +56,14 @@ def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path
     if is_large and not wanted.yes and sys.stdin.isatty() and sys.stderr.isatty():
         typer.confirm("Go on?", default=True, abort=True, err=True)
     return _made(plan, store, quiet=quiet)
+
+
+def automatic_type(model: str, *, quiet: bool = False) -> str:
+    """The file type of a model that suits this machine. Raises InputError if none fits."""
+    from ggufmoe.store.type_advice import choose_type
+
+    with ProgressLine(printable(model, 60), phase="plan", waiting="looking at file types", quiet=quiet):
+        return choose_type(model)
 
 
 def found_file(model: str) -> Path | None:

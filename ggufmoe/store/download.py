@@ -23,8 +23,8 @@ from ggufmoe.work import CancelFlag, OnProgress, Work, is_set
 from ggufmoe.writing.journal import Journal
 from ggufmoe.writing.place import PartialFile, journal_path
 
-CHUNK_BYTES = 4 << 20
-"""What is asked for, and journalled, at once."""
+CHUNK_BYTES = 2 << 20
+"""What is asked for, and journalled, at once. After a kill a chunk of each connection is fetched again."""
 CONNECTIONS = 8
 _FLUSH_INTERVAL_S = 1.0
 

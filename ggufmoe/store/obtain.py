@@ -58,7 +58,7 @@ def make_model(
         if is_set(cancel):
             raise Cancelled("stopped")
         if on_progress is not None:
-            on_progress(Progress("wait", 0, 1, "parts", f"{owner} makes this model"))
+            on_progress(Progress("waiting", 0, 1, "parts", f"{owner} makes this model"))
         time.sleep(_POLL_S)
 
     record = ModelRecord(plan.source, plan.file_type, (plan.request,))

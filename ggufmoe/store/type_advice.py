@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 ADVISED_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "MXFP4_MOE", "IQ4_XS", "Q3_K_M", "Q2_K")
 """From the best to the smallest; those that need an importance matrix are left out."""
-AUTO = "auto"
 _CONTEXTS = (1 << 20, 1 << 18, 1 << 17, 1 << 16, 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11)
 _USABLE_SHARE = 0.8
 """Of the main memory: the rest is the system's and that of other programs."""

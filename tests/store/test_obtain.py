@@ -108,7 +108,7 @@ def test_two_that_ask_at_once_make_it_once(store: ModelStore, source: Path) -> N
             may_go_on.wait(60)
 
     def see(progress: Progress) -> None:
-        assert progress.phase == "wait", "the second one makes nothing"
+        assert progress.phase == "waiting", "the second one makes nothing"
         waits.set()
 
     first = threading.Thread(target=lambda: made.append(make_model(plan, store, on_progress=hold)))

@@ -113,6 +113,9 @@ def test_plan_shows_it_and_auto_takes_it(
     assert [one["fits"] for one in found["types"]] == [False] * len(found["types"])
     arguments = ["run", str(source), "-q", "auto", "hello", "--raw", "-n", "1", "-t", "1", "--quiet"]
     assert exit_code(arguments) == 0
+    output = tmp_path / "by-hand.gguf"
+    assert exit_code(["convert", str(source), "-q", "auto", "-o", str(output), "--quiet"]) == 0
+    assert ModelStore().models()[0].path.read_bytes() == output.read_bytes()
     assert [model.name for model in ModelStore().models()] == ["tiny-Q8_0"]
     monkeypatch.setattr(type_advice, "source_advice", None)  # the second time nothing is looked at
     assert exit_code(arguments) == 0
