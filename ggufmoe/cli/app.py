@@ -215,8 +215,8 @@ VERBS = (
 
 _FIRST_STEPS = (
     "ggufmoe demo",
-    "ggufmoe plan ./my-mixtral",
     "ggufmoe chat ./my-mixtral -q Q4_K_M",
+    "ggufmoe convert ./my-mixtral -o my-mixtral.gguf",
 )
 _DRAWING_AT_ONCE = ("convert", "quantize", "merge")
 """Verbs that import little before they show their progress."""

@@ -114,7 +114,7 @@ def test_the_first_help_says_how_to_begin(
     assert app.exit_code([]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
-    assert "\nExamples:\n  ggufmoe demo\n  ggufmoe convert " in out
+    assert "\nExamples:\n  ggufmoe demo\n  ggufmoe chat " in out
     assert out.endswith("\n\nOptions and examples of a command: ggufmoe COMMAND --help\n")
 
 
