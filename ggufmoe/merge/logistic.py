@@ -1,7 +1,8 @@
 """Multinomial logistic regression: one row for each class, so that a softmax of products tells the classes apart.
 
-Every class counts the same in the loss, however many states it has. The penalty on the rows is chosen on held-out
-groups of states. All arithmetic is in float64 and in a fixed order: the same states give the same rows.
+Every class counts the same in the loss, however many states it has, but for kinds of states that are hard to tell from
+other classes: these count more. The penalty on the rows is chosen on held-out groups of states. All arithmetic is in
+float64 and in a fixed order: the same states give the same rows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ _MAX_STEPS = 500
 _MEMORY = 10
 """Pairs of steps and gradients that L-BFGS keeps."""
 _MAX_AXES = 128
-_ROUGH, _EXACT = 1e-6, 1e-12
-"""Relative decrease of the loss at which it stops: enough to compare penalties, and to know the rows to 1e-5."""
+LEAST_EMPHASIS = 0.1
+"""The least that a kind of states counts, beside the mean of all kinds."""
+_ROUGH, _EXACT = 1e-8, 1e-12
+"""Relative decrease of the loss at which it stops: enough for losses of held-out states, and to know rows to 1e-5."""
 
 
 def fit_classes(
@@ -31,58 +34,88 @@ def fit_classes(
     n_class: int,
     *,
     weights: NDArray[np.float64] | None = None,
+    kinds: NDArray[np.intp] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float32]:
     """Rows (n_class, n_embd) for ``states`` (n, n_embd) with classes ``labels`` (n,).
 
     States of one of the ``groups`` (n,), numbered from 0, are held out together. ``weights`` (n,) are how much states
-    count beside the others of their class, all the same by default. Every class needs a state. ``check`` is called now
-    and then, and may raise Cancelled.
+    count beside the others of their class, all the same by default. Where ``kinds`` (n,), numbered from 0, are given,
+    the states of a kind count as much more as their loss is larger where they are held out. Every class needs a
+    state. ``check`` is called now and then, and may raise Cancelled.
     """
     length = max(float(np.sqrt(np.mean(np.einsum("nd,nd->n", states, states, dtype=np.float64)))), 1e-30)
     problem = Problem(states.astype(np.float64) / length, labels, n_class, weights)
     check()
     curvature = Curvature.of(problem)
-    penalty = _chosen_penalty(problem, curvature, groups, check)
+    penalty, held_out = _chosen_penalty(problem, curvature, groups, check)
+    if kinds is not None and held_out is not None:
+        problem = problem.emphasized(_emphasis(held_out, problem.weights, kinds))
     rows = problem.solve(penalty, curvature, np.zeros((n_class, states.shape[1])), _EXACT)
     return (rows / length).astype(np.float32)
 
 
 def _chosen_penalty(
     problem: Problem, curvature: Curvature, groups: NDArray[np.intp], check: Callable[[], None] = lambda: None
-) -> float:
-    """The penalty with the least loss on held-out groups; the first one where the groups are too few to tell."""
+) -> tuple[float, Doubles | None]:
+    """The penalty with the least loss on held-out groups, and the loss of each state where it is held out, (n,).
+
+    The first penalty, and None, where the groups are too few to tell.
+    """
     losses = np.zeros(len(PENALTIES))
+    of_states = np.zeros((len(PENALTIES), len(problem.labels)))
     for fold in range(_N_FOLDS):
         out = groups % _N_FOLDS == fold
         if any(len({*problem.labels[part]}) < problem.n_class for part in (out, ~out)):
-            return PENALTIES[0]
+            return PENALTIES[0], None
         fitted, judged = problem.part(~out), problem.part(out)
         rows = np.zeros((problem.n_class, problem.states.shape[1]))
         for i, penalty in enumerate(PENALTIES):
             check()
             rows = fitted.solve(penalty, curvature, rows, _ROUGH)
-            losses[i] += judged.loss(rows, 0.0)[0]
-    return PENALTIES[int(losses.argmin())]
+            of_states[i, out] = judged.losses(rows)
+            losses[i] += float(judged.shares @ of_states[i, out])
+    best = int(losses.argmin())
+    return PENALTIES[best], of_states[best]
+
+
+def _emphasis(losses: Doubles, weights: Doubles, kinds: NDArray[np.intp]) -> Doubles:
+    """How much each state counts by its kind, (n,): its kind's mean loss beside the mean of all kinds."""
+    sums = np.bincount(kinds, weights=weights)
+    means = np.bincount(kinds, weights=weights * losses)[sums > 0] / sums[sums > 0]
+    of_kinds = np.ones(len(sums))
+    of_kinds[sums > 0] = np.sqrt(means / max(float(means.mean()), 1e-30)).clip(min=LEAST_EMPHASIS)
+    out: Doubles = of_kinds[kinds]
+    return out
 
 
 class Problem:
     """States of mean squared length one, (n, n_embd), their classes and what each counts, (n,)."""
 
-    def __init__(
-        self, states: Doubles, labels: NDArray[np.intp], n_class: int, weights: NDArray[np.float64] | None = None
-    ) -> None:
+    def __init__(self, states: Doubles, labels: NDArray[np.intp], n_class: int, weights: Doubles | None = None) -> None:
         self.states, self.labels, self.n_class = states, labels, n_class
-        self._weights = np.ones(len(labels)) if weights is None else weights
+        self.weights: Doubles = np.ones(len(labels)) if weights is None else weights
         self._wanted = np.eye(n_class)[labels]
-        self.shares: Doubles = (
-            self._weights / (n_class * np.bincount(labels, weights=self._weights, minlength=n_class))[labels]
-        )
+        sums = n_class * np.bincount(labels, weights=self.weights, minlength=n_class)
+        self.shares: Doubles = self.weights / sums[labels]
         """How much each state counts: the same for every class together, and one in all."""
 
     def part(self, chosen: NDArray[np.bool_]) -> Problem:
         """The problem of the chosen states alone."""
-        return Problem(self.states[chosen], self.labels[chosen], self.n_class, self._weights[chosen])
+        return Problem(self.states[chosen], self.labels[chosen], self.n_class, self.weights[chosen])
+
+    def emphasized(self, factors: Doubles) -> Problem:
+        """The problem in which each state counts as much more, (n,); all together count one."""
+        out = Problem(self.states, self.labels, self.n_class, self.weights)
+        out.shares = self.shares * factors / float(self.shares @ factors)
+        return out
+
+    def losses(self, rows: Doubles) -> Doubles:
+        """The negative log-likelihood of each state's class, (n,)."""
+        logits = self.states @ rows.T
+        logits -= logits.max(axis=1, keepdims=True)
+        out: Doubles = np.log(np.exp(logits).sum(axis=1)) - (logits * self._wanted).sum(axis=1)
+        return out
 
     def loss(self, rows: Doubles, penalty: float) -> tuple[float, Doubles]:
         """The loss and its gradient (n_class, n_embd)."""

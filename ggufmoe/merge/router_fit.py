@@ -1,9 +1,10 @@
 """Fits a router on texts: layer by layer, on the states that the mixture with the rows fitted so far really has.
 
 In each layer the rows are those of a logistic regression that tells, from a token's normalized state after attention,
-which expert its text belongs to (``logistic``). The held-out texts go through at the same time in several lanes: as the
-base computes them, as each expert, with equal weights, by a router of gate mode hidden or by the one that a mixture had
-before, and by the fitted one; so every weight is read once for both the fit and its report.
+which expert its text belongs to (``logistic``); files that are hard to tell count more. The held-out texts go through
+at the same time in several lanes: as the base computes them, as each expert, with equal weights, by a router of gate
+mode hidden or by the one that a mixture had before, and by the fitted one; so every weight is read once for both the
+fit and its report.
 """
 
 from __future__ import annotations
@@ -58,25 +59,34 @@ class _Lane:
 class _Places:
     """Of each token of all texts, (n,) each: its text, its place in it, the text's expert, whether it is held out.
 
-    ``counts`` is how much the token counts in a fit beside others of its expert.
+    ``files`` numbers the files of all experts. ``counts`` is how much the token counts in a fit beside others of its
+    expert.
     """
 
     texts: NDArray[np.intp]
     places: NDArray[np.intp]
     experts: NDArray[np.intp]
+    files: NDArray[np.intp]
     held_out: NDArray[np.bool_]
     counts: NDArray[np.float64]
 
     @classmethod
     def of(cls, texts: Sequence[RouterText]) -> _Places:
         sizes = [len(text.tokens) for text in texts]
+        numbers = {file: number for number, file in enumerate(_files(texts))}
         return cls(
             np.repeat(np.arange(len(texts)), sizes),
             np.concatenate([np.arange(size) for size in sizes]),
             np.repeat([text.expert for text in texts], sizes),
+            np.repeat([numbers[text.expert, text.file] for text in texts], sizes),
             np.repeat([text.held_out for text in texts], sizes),
             np.concatenate([_counts(text) for text in texts]),
         )
+
+
+def _files(texts: Sequence[RouterText]) -> list[tuple[int, str]]:
+    """The files of the texts, each as an expert and a name, in their order."""
+    return list(dict.fromkeys((text.expert, text.file) for text in texts))
 
 
 def _counts(text: RouterText) -> NDArray[np.float64]:
@@ -156,8 +166,8 @@ class RouterFitting:
     def _fit(self, normed: Floats) -> Floats:
         use = (self._at.places > 0) & ~self._at.held_out
         found = (normed[use], self._at.experts[use], self._at.texts[use])
-        counts, check = self._at.counts[use], self._forward.work.check
-        return fit_classes(*found, self._config.n_expert, weights=counts, check=check)
+        counts, files, check = self._at.counts[use], self._at.files[use], self._forward.work.check
+        return fit_classes(*found, self._config.n_expert, weights=counts, kinds=files, check=check)
 
     def _weights(self, layer: int, before: Floats, normed: Floats, rows: Floats) -> Floats:
         """Weights of all experts for the tokens of all lanes, (n_tokens, n_expert); zeros where the base computes."""
@@ -222,7 +232,7 @@ class RouterFitting:
 
     def _scores(self, losses: dict[str, Floats]) -> Iterator[TextScore]:
         """The score of each file, in the order of the files."""
-        for key in dict.fromkeys((text.expert, text.file) for text in self._texts):
+        for key in _files(self._texts):
             mine = np.array([(text.expert, text.file) == key for text in self._texts])[self._at.texts]
             judged = np.array([(text.expert, text.file) == key for text in self._held_out for _ in text.scored])
             weight, first = self._own[mine & self._at.held_out & (self._at.places > 0)].mean(axis=0)

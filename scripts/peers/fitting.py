@@ -57,7 +57,13 @@ def both(path: Path, peers_python: Path, work: Path) -> tuple[Any, Any]:
     router = needed_rule(family_of(model.config), ROUTER)
     ours = np.stack([read_f32(model.tensors[router.name(layer)]) for layer in range(model.config.n_layer)])
     texts = [
-        {"tokens": one.tokens, "scored": one.scored, "expert": one.expert, "held_out": one.held_out}
+        {
+            "tokens": one.tokens,
+            "scored": one.scored,
+            "expert": one.expert,
+            "file": f"{one.expert} {one.file}",
+            "held_out": one.held_out,
+        }
         for one in model.texts
     ]
     out, job = work / "rows.npy", work / "job.json"

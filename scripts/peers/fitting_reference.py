@@ -3,8 +3,8 @@
 usage: fitting_reference.py JOB.json
 
 The job is ``{"base": DIR, "experts": [DIR...], "texts": [{"tokens": [...], "scored": [...], "expert": N,
-"held_out": bool}...], "n_used": N, "dtype": "bfloat16", "out": FILE.npy}``; the file gets rows (n_layer, n_expert,
-n_embd) in float32. Weights are rounded to ``dtype`` and computed in float32, each text by itself.
+"file": NAME, "held_out": bool}...], "n_used": N, "dtype": "bfloat16", "out": FILE.npy}``; the file gets rows (n_layer,
+n_expert, n_embd) in float32. Weights are rounded to ``dtype`` and computed in float32, each text by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 
 PENALTIES = (1e-3, 1e-4, 1e-5, 1e-6)
-N_FOLDS, ANSWER_WEIGHT = 3, 3.0
+N_FOLDS, ANSWER_WEIGHT, LEAST_EMPHASIS = 3, 3.0, 0.1
 Tensor = torch.Tensor
 
 
@@ -33,15 +33,26 @@ class Problem:
     labels: Tensor
     counts: Tensor
     n_expert: int
+    emphasis: Tensor
+    """How much more each state counts."""
 
     def part(self, chosen: Tensor) -> Problem:
-        return Problem(self.states[chosen], self.labels[chosen], self.counts[chosen], self.n_expert)
+        parts = (self.states[chosen], self.labels[chosen], self.counts[chosen])
+        return Problem(*parts, self.n_expert, self.emphasis[chosen])
+
+    def shares(self) -> Tensor:
+        """How much each state counts: the same for each expert but for the emphasis, and one in all."""
+        sums = torch.zeros(self.n_expert, dtype=torch.float64).scatter_add(0, self.labels, self.counts)
+        out = self.counts / sums[self.labels] * self.emphasis
+        return out / out.sum()
+
+    def losses(self, rows: Tensor) -> Tensor:
+        """Cross-entropy of each state."""
+        return F.cross_entropy(self.states @ rows.T, self.labels, reduction="none")
 
     def loss(self, rows: Tensor, penalty: float) -> Tensor:
-        """Cross-entropy with equal weight for each expert, and the penalty."""
-        sums = torch.zeros(self.n_expert, dtype=torch.float64).scatter_add(0, self.labels, self.counts)
-        each = F.cross_entropy(self.states @ rows.T, self.labels, reduction="none")
-        return (each * self.counts / (self.n_expert * sums[self.labels])).sum() + penalty * (rows**2).sum()
+        """Cross-entropy and the penalty."""
+        return (self.losses(rows) * self.shares()).sum() + penalty * (rows**2).sum()
 
     def solve(self, rows: Tensor, penalty: float) -> Tensor:
         """The rows with the least loss, from ``rows`` on: Newton's method, with the whole matrix of curvatures."""
@@ -61,8 +72,7 @@ class Problem:
 
     def _curvatures(self, rows: Tensor, penalty: float) -> Tensor:
         """Second derivatives by each pair of numbers in ``rows``."""
-        sums = torch.zeros(self.n_expert, dtype=torch.float64).scatter_add(0, self.labels, self.counts)
-        shares = self.counts / (self.n_expert * sums[self.labels])
+        shares = self.shares()
         p = (self.states @ rows.T).softmax(dim=1)
         out = 2 * penalty * torch.eye(rows.numel(), dtype=torch.float64)
         blocks = out.view(self.n_expert, rows.shape[1], self.n_expert, rows.shape[1])
@@ -73,19 +83,31 @@ class Problem:
         return out
 
 
-def fit(states: Tensor, labels: Tensor, counts: Tensor, texts: Tensor, n_expert: int) -> Tensor:
-    """The rows of one layer; the penalty is that with the least loss on held-out folds of the texts."""
+def fit(states: Tensor, labels: Tensor, counts: Tensor, texts: Tensor, files: Tensor, n_expert: int) -> Tensor:
+    """The rows of one layer.
+
+    The penalty is that with the least loss on held-out folds of the texts; each file counts as much as its loss there
+    is larger than the mean of all files.
+    """
     states = states.double()
     length = (states**2).sum(dim=1).mean().sqrt()
-    problem = Problem(states / length, labels, counts, n_expert)
+    problem = Problem(states / length, labels, counts, n_expert, torch.ones_like(counts))
     zero = torch.zeros((n_expert, states.shape[1]), dtype=torch.float64)
     losses = torch.zeros(len(PENALTIES))
+    held_out = torch.zeros((len(PENALTIES), len(labels)), dtype=torch.float64)
     for fold in range(N_FOLDS):
         out, rows = texts % N_FOLDS == fold, zero
         for i, penalty in enumerate(PENALTIES):
             rows = problem.part(~out).solve(rows, penalty)
             losses[i] += float(problem.part(out).loss(rows, 0.0))
-    return (problem.solve(zero, PENALTIES[int(losses.argmin())]) / length).float()
+            held_out[i, out] = problem.part(out).losses(rows)
+    best = int(losses.argmin())
+    means = torch.stack(
+        [(counts * held_out[best])[files == one].sum() / counts[files == one].sum() for one in files.unique()]
+    )
+    emphasis = (means / means.mean()).sqrt().clamp(min=LEAST_EMPHASIS)[torch.searchsorted(files.unique(), files)]
+    problem = Problem(problem.states, labels, counts, n_expert, emphasis)
+    return (problem.solve(zero, PENALTIES[best]) / length).float()
 
 
 class Mixture:
@@ -126,13 +148,15 @@ def fitted_rows(job: dict[str, Any]) -> Tensor:
     sizes = torch.tensor([len(texts[i]["tokens"]) - 1 for i in used])
     labels = torch.tensor([texts[i]["expert"] for i in used]).repeat_interleave(sizes)
     numbers = torch.tensor(used).repeat_interleave(sizes)
+    names = sorted({text["file"] for text in texts})
+    files = torch.tensor([names.index(texts[i]["file"]) for i in used]).repeat_interleave(sizes)
     counts = torch.cat([_counts(texts[i]) for i in used])
     found = []
     for layer in range(len(mixture.base.layers)):
         with torch.no_grad():
             pairs = [mixture.attended(layer, one) for one in hidden]
         states = torch.cat([pairs[i][1][1:] for i in used])
-        found.append(fit(states, labels, counts, numbers, len(mixture.experts)).to(mixture.dtype).float())
+        found.append(fit(states, labels, counts, numbers, files, len(mixture.experts)).to(mixture.dtype).float())
         with torch.no_grad():
             hidden = [one + mixture.output(layer, normed, found[-1]) for one, normed in pairs]
     return torch.stack(found)

@@ -54,7 +54,7 @@ def test_noise_asks_for_a_larger_penalty() -> None:
     for noise in (0.1, 30.0):
         states, labels, groups = clouds(2, 120, noise=noise)
         problem = Problem(states.astype(np.float64), labels, 2)
-        chosen.append(logistic._chosen_penalty(problem, Curvature.of(problem), groups))
+        chosen.append(logistic._chosen_penalty(problem, Curvature.of(problem), groups)[0])
     assert chosen[0] < chosen[1]
 
 
@@ -82,6 +82,27 @@ def test_states_that_count_twice_are_as_two() -> None:
     (value, gradient), (expected, other) = weighted.loss(rows, 0.1), copied.loss(rows, 0.1)
     assert value == pytest.approx(expected, rel=1e-12)
     np.testing.assert_allclose(gradient, other, rtol=1e-10)
+
+
+def test_a_kind_that_is_hard_to_tell_counts_more() -> None:
+    """Class 0 has an easy kind and one that lies amid class 1: with kinds, more of the latter is told apart."""
+    random = np.random.default_rng(3)
+    centers = np.array([[4.0, 0, 1], [-1.2, 0.4, 1], [-1, 0, 1]])
+    kinds = np.repeat(np.arange(3), [200, 40, 200])
+    states = (centers[kinds] + random.normal(0, 0.5, (440, 3)) * [1, 1, 0]).astype(np.float32)
+    labels, groups = np.where(kinds == 2, 1, 0), np.arange(440)
+    without = fit_classes(states, labels, groups, 2)
+    within = fit_classes(states, labels, groups, 2, kinds=kinds)
+    wrong = [((states @ rows.T).argmax(axis=1) != labels)[kinds == 1].mean() for rows in (without, within)]
+    assert wrong[1] < wrong[0] - 0.2
+    same = fit_classes(states, labels, groups, 2, kinds=np.zeros_like(kinds))
+    np.testing.assert_allclose(without, same, rtol=1e-4, atol=1e-6)
+
+
+def test_an_easy_kind_keeps_a_share() -> None:
+    losses = np.array([2.0, 2.0, 1e-9, 1e-9])
+    found = logistic._emphasis(losses, np.ones(4), np.array([0, 0, 2, 2]))
+    np.testing.assert_allclose(found, [2, 2, logistic.LEAST_EMPHASIS, logistic.LEAST_EMPHASIS])
 
 
 def test_too_few_groups_get_the_largest_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
