@@ -41,8 +41,8 @@ def fit_classes(
 
     States of one of the ``groups`` (n,), numbered from 0, are held out together. ``weights`` (n,) are how much states
     count beside the others of their class, all the same by default. Where ``kinds`` (n,), numbered from 0, are given,
-    the states of a kind count as much more as their loss is larger where they are held out. Every class needs a
-    state. ``check`` is called now and then, and may raise Cancelled.
+    the states of a kind count more where their mean loss, held out, is larger: by the square root of it. Every class
+    needs a state. ``check`` is called now and then, and may raise Cancelled.
     """
     length = max(float(np.sqrt(np.mean(np.einsum("nd,nd->n", states, states, dtype=np.float64)))), 1e-30)
     problem = Problem(states.astype(np.float64) / length, labels, n_class, weights)
@@ -80,7 +80,7 @@ def _chosen_penalty(
 
 
 def _emphasis(losses: Doubles, weights: Doubles, kinds: NDArray[np.intp]) -> Doubles:
-    """How much each state counts by its kind, (n,): its kind's mean loss beside the mean of all kinds."""
+    """How much each state counts by its kind, (n,): the square root of the kind's mean loss, beside the mean of all."""
     sums = np.bincount(kinds, weights=weights)
     means = np.bincount(kinds, weights=weights * losses)[sums > 0] / sums[sums > 0]
     of_kinds = np.ones(len(sums))

@@ -86,8 +86,8 @@ class Problem:
 def fit(states: Tensor, labels: Tensor, counts: Tensor, texts: Tensor, files: Tensor, n_expert: int) -> Tensor:
     """The rows of one layer.
 
-    The penalty is that with the least loss on held-out folds of the texts; each file counts as much as its loss there
-    is larger than the mean of all files.
+    The penalty is that with the least loss on held-out folds of the texts; each file counts by the square root of its
+    loss there, beside the mean of all files.
     """
     states = states.double()
     length = (states**2).sum(dim=1).mean().sqrt()
