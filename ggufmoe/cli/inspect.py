@@ -19,9 +19,10 @@ from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import with_options
 from ggufmoe.cli.progress import ProgressLine, progress_display
 from ggufmoe.errors import GGUFError, InputError
+from ggufmoe.files import possible_path
 from ggufmoe.gguf import manifest as manifests
 from ggufmoe.gguf.model import read_model_header
-from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_model
+from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_header, inspect_model
 from ggufmoe.options import ContextOptions
 from ggufmoe.placement.devices import this_host
 from ggufmoe.sizes import counted, file_size, memory_size, short_count
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ggufmoe.hub.hub_models import HubName
     from ggufmoe.inspection.experts import ExpertSimilarity
 
 _NARROW_COLUMNS = 64
@@ -42,7 +44,13 @@ _MATRIX_OF_EXPERTS = 8
 
 @with_options(ContextOptions)
 def inspect_command(
-    model: Annotated[Path, typer.Argument(help="A GGUF file, or any shard of a split one.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A GGUF file, any shard of a split one, or one on the hub: org/name[:QUANT|/FILE.gguf].",
+        ),
+    ],
     *,
     context: ContextOptions,
     experts: Annotated[
@@ -60,10 +68,15 @@ def inspect_command(
     """Show what is in a GGUF file: architecture, experts, bytes by part and type, memory, tokenizer, template, origin.
 
     Reads the header only; --verify reads all of it and ends with exit code 1 if anything differs. The memory is that of
-    the CPU; `ggufmoe plan` shows what goes where with GPUs.
+    the CPU; `ggufmoe plan` shows what goes where with GPUs. Of a file on the hub only the header is fetched.
     """
+    from ggufmoe.store.wanted import hub_name
+
+    model, name = possible_path(source), hub_name(source)
     with ProgressLine("inspect", phase="inspect", waiting="reading the header"):
-        report = inspect_model(model, context, this_host())
+        report = inspect_model(model, context, this_host()) if name is None else _inspect_on_hub(name, context)
+    if name is not None and (experts or verify or manifest is not None):
+        raise InputError(f"{name}: --experts, --verify and --manifest read the whole file; download it first")
     if recipe:
         _print_recipe_alone(model, report.merge)
         return
@@ -78,6 +91,13 @@ def inspect_command(
             f"{model}: differs from {checked.manifest.name} in {len(checked.differences)} places, first: "
             f"{printable(checked.differences[0])}; download or make it again"
         )
+
+
+def _inspect_on_hub(name: HubName, context: ContextOptions) -> ModelReport:
+    from ggufmoe.hub.hub_gguf import read_hub_header
+    from ggufmoe.hub.hub_models import find_gguf
+
+    return inspect_header(read_hub_header(find_gguf(name)), context, this_host())
 
 
 def _as_dict(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> dict[str, Any]:

@@ -140,6 +140,14 @@ def parse_header(head: bytes, path: Path, file_bytes: int) -> Header:
     return _read(_Cursor(cast(io.RawIOBase, io.BytesIO(head)), path, file_bytes))
 
 
+def read_header_from(file: io.RawIOBase, path: Path, n_bytes: int) -> Header:
+    """``read_header`` of a stream of ``n_bytes`` that messages call ``path``.
+
+    Raises what ``file`` raises, and GGUFError.
+    """
+    return _read(_Cursor(file, path, n_bytes))
+
+
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]*\w", re.ASCII)
 
 

@@ -95,12 +95,16 @@ def read_model_header(path: Path) -> ModelHeader:
     path = possible_path(path)
     given = read_header(path)
     paths = _shard_paths(path, given)
-    if len(paths) == 1:
-        return ModelHeader((Shard(path, given),))
-    model = ModelHeader(tuple(Shard(file, given if file == path else read_header(file)) for file in paths))
-    for number, shard in enumerate(model.shards):
-        _check_shard(shard, number, len(paths))
-    _check_shard_tensors(model)
+    return join_shards(tuple(Shard(file, given if file == path else read_header(file)) for file in paths))
+
+
+def join_shards(shards: tuple[Shard, ...]) -> ModelHeader:
+    """One model of the headers of all its files, in order. Raises GGUFError if one belongs to another model."""
+    model = ModelHeader(shards)
+    if len(shards) > 1:
+        for number, shard in enumerate(shards):
+            _check_shard(shard, number, len(shards))
+        _check_shard_tensors(model)
     return model
 
 

@@ -199,7 +199,13 @@ def inspect_model(path: Path, context: ContextOptions | None = None, host: HostM
     ``host`` tells which weights this CPU's backend rearranges (``placement.devices.this_host``). Raises GGUFError as
     ``read_model_header`` does.
     """
-    model = read_model_header(path)
+    return inspect_header(read_model_header(path), context, host)
+
+
+def inspect_header(
+    model: ModelHeader, context: ContextOptions | None = None, host: HostMemory | None = None
+) -> ModelReport:
+    """``inspect_model`` of a header that was read already, for example from the hub."""
     keys, hyper = TypedMetadata(model.metadata), model.hyper
     parts = _shares(model.tensors, lambda tensor: part_of(tensor.name))
     tokenizer, template, merge = _tokenizer(keys, hyper), _template(keys), _merge(keys)
