@@ -23,10 +23,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     (tmp_path / NAME).write_bytes(CONTENT)
     with HubServer({"org/tiny": tmp_path}) as running:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            running.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in ("constants", "file_download"):  # huggingface_hub before 1.0 has it in both
+            monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         yield running
 
 
