@@ -25,6 +25,7 @@ from ggufmoe.hub import hub_http, read_ahead
 from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.work import Progress
 from ggufmoe.writing.journal import journalled_commits
+from tests.own_hub import talk_with_hub
 from tests.tiny import make_checkpoint
 
 HEADER_BYTES = 1 << 16
@@ -49,10 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer({"org/tiny": source}) as running:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        talk_with_hub(running.url, monkeypatch, tmp_path / "cache")
         yield running
 
 

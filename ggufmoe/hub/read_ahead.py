@@ -27,8 +27,6 @@ CHUNK_BYTES = 2 << 20
 CONNECTIONS = 12
 _MOST_ITEMS = 4096
 """Items that may be scheduled and not begun; bounds what is kept of items that read nothing over the network."""
-_PRIVATE: dict[str, int] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-"""Of anonymous memory: shared memory, the default of ``mmap``, is slower to get."""
 _POLL_S = 0.1
 _JOIN_S = 1.0
 
@@ -194,7 +192,7 @@ class ReadAhead:
         with self._lock:
             if n_bytes == self._chunk_bytes and self._buffers:
                 return memoryview(self._buffers.pop())
-        return memoryview(mmap.mmap(-1, n_bytes, **_PRIVATE))
+        return memoryview(_anonymous(n_bytes))
 
     def _fetch(self) -> None:
         """Fetch one chunk after another: the work of one connection."""
@@ -290,3 +288,10 @@ class ReadAhead:
                 self._queue.append(last)
             begin = last.end
             yield last
+
+
+def _anonymous(n_bytes: int) -> mmap.mmap:
+    """Memory that belongs to no file and is not shared, which would be slower to get."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, n_bytes)
+    return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -13,6 +13,7 @@ from hub_server import COMMIT, HubServer
 from ggufmoe.errors import Cancelled, HubError
 from ggufmoe.hub import hub_file, hub_http
 from ggufmoe.hub.hub_file import HubFile, Line
+from tests.own_hub import talk_with_hub
 
 CONTENT = bytes(range(256)) * 2000
 NAME = "model.safetensors"
@@ -22,10 +23,7 @@ NAME = "model.safetensors"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     (tmp_path / NAME).write_bytes(CONTENT)
     with HubServer({"org/tiny": tmp_path}) as running:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for module in ("constants", "file_download"):  # huggingface_hub before 1.0 has it in both
-            monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        talk_with_hub(running.url, monkeypatch)
         yield running
 
 

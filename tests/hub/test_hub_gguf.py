@@ -15,6 +15,7 @@ from ggufmoe.hub.hub_gguf import read_hub_header
 from ggufmoe.hub.hub_models import HubName, find_gguf
 from ggufmoe.inspection.inspect import inspect_header, inspect_model
 from tests.gguf_files import write_mixtral
+from tests.own_hub import talk_with_hub
 
 
 @pytest.fixture
@@ -24,9 +25,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     write_mixtral(files / "small-F16.gguf", n_expert=4, n_used=2)
     (files / "bad-Q8_0.gguf").write_bytes(b"no header of a model")
     with HubServer({"org/files": files}) as running:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        talk_with_hub(running.url, monkeypatch)
         yield running
 
 

@@ -9,6 +9,7 @@ from hub_server import COMMIT, HubServer, Model
 
 from ggufmoe.errors import HubError
 from ggufmoe.hub.hub_models import HubEntry, HubListing, HubName, find_gguf, is_hub_id, list_repository, split_id
+from tests.own_hub import talk_with_hub
 
 FILES = (
     "README.md",
@@ -107,7 +108,7 @@ def test_a_listing_has_sizes_hashes_and_the_commit(tmp_path: Path, monkeypatch: 
     (tmp_path / "sub" / "a-Q4_0.gguf").write_bytes(b"12345")
     (tmp_path / "README.md").write_bytes(b"123")
     with HubServer({"org/small": Model(tmp_path, revisions={"v2": "2" * 40})}) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        talk_with_hub(hub.url, monkeypatch)
         found = list_repository("org/small", "v2")
         gguf = find_gguf(HubName("org/small"))
         with pytest.raises(HubError, match=r"org/small@v3: there is no such revision"):

@@ -19,6 +19,7 @@ from ggufmoe.store.model_store import ModelStore
 from ggufmoe.store.obtain import obtain
 from ggufmoe.store.wanted import plan_model
 from ggufmoe.work import Progress
+from tests.own_hub import talk_with_hub
 from tests.tiny import make_checkpoint
 
 
@@ -39,10 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer({f"org/{name}": served / name for name in ("tiny", "files", "both")}) as running:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        talk_with_hub(running.url, monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(downloads, "Line", lambda: Line(0.01))
         yield running
 
