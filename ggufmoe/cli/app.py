@@ -24,7 +24,7 @@ import typer.core
 import typer.main
 
 from ggufmoe.cli.console import StatusLine, note, terminal_columns, without_controls
-from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand, PlainContext, write_examples
+from ggufmoe.cli.helptext import CONTEXT_SETTINGS, PlainCommand, PlainContext, near_command, write_examples
 from ggufmoe.cli.params import SHOWN_ERROR, USAGE_ERROR
 from ggufmoe.errors import GgufmoeError, one_line
 
@@ -33,7 +33,10 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verb:
-    """A command: its name, ``module:function``, its line in the list of commands, and examples as people type them."""
+    """A command: its name, ``module:function``, its line in the list of commands, and examples as people type them.
+
+    A verb with commands of its own has a ``typer.Typer`` in the place of the function.
+    """
 
     name: str
     target: str
@@ -191,9 +194,13 @@ VERBS = (
     ),
     Verb(
         "config",
-        "ggufmoe.cli.config:config_command",
-        "Show the options that are kept.",
-        ("ggufmoe config", "ggufmoe config --example"),
+        "ggufmoe.cli.config:config_app",
+        "Show and change the options that are kept.",
+        (
+            "ggufmoe config",
+            "ggufmoe config set temp 0.7",
+            'ggufmoe config preset writer org/name -sys "Be brief."',
+        ),
     ),
     Verb(
         "worker",
@@ -386,8 +393,7 @@ class _LazyGroup(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
-            near = difflib.get_close_matches(name, self.commands)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self.commands)}"
+            hint = near_command(name, self.commands)
             if name in ("help", "version"):
                 hint = f"did you mean --{name}?"
             elif name.endswith(".gguf"):
@@ -407,9 +413,13 @@ class _LazyGroup(typer.core.TyperGroup):
 def _load(name: str) -> Any:
     verb = next(verb for verb in VERBS if verb.name == name)
     module, function = verb.target.split(":")
+    found, epilog = getattr(importlib.import_module(module), function), "\n".join(verb.examples)
+    if isinstance(found, typer.Typer):  # a verb with commands of its own
+        group = typer.main.get_command(found)
+        group.name, group.epilog = verb.name, epilog
+        return group
     app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=CONTEXT_SETTINGS)
-    epilog = "\n".join(verb.examples)
-    app.command(verb.name, cls=PlainCommand, epilog=epilog)(getattr(importlib.import_module(module), function))
+    app.command(verb.name, cls=PlainCommand, epilog=epilog)(found)
     return typer.main.get_command(app)
 
 
@@ -438,7 +448,7 @@ def _wrong_usage(error: Any, arguments: Sequence[str]) -> int:
     elif hasattr(error, "param_type") and parameter is not None:  # a missing argument or option
         is_argument = parameter.param_type_name == "argument"
         name = (parameter.metavar or parameter.name.upper()).removesuffix("...") if is_argument else parameter.opts[-1]
-        example = next(verb.examples[0] for verb in VERBS if verb.name == context.info_name)
+        example = context.command.epilog.splitlines()[0]
         message = f"{name} is missing; for example: {example}"
     elif (kept := getattr(parameter, "envvar", None)) and kept in os.environ and not {*parameter.opts} & {*arguments}:
         message += f" (environment variable {kept})"

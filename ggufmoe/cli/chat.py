@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ggufmoe.cli.console import note, piped_lines, printable
-from ggufmoe.cli.params import ModelName, ShowReasoning, with_options, with_typed
+from ggufmoe.cli.params import ModelName, ShowReasoning, default_shown, value_shown, with_options, with_typed
 from ggufmoe.cli.terminal import load_engine, make_chat, speeds, stream_answer, why_ended
 from ggufmoe.cli.wanted_model import model_file
 from ggufmoe.engine import Engine
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
 _QUOTES = '"""'
-_DEFAULT = re.compile(r"\[default: (.*)\]")
 
 
 @with_options(
@@ -347,10 +346,7 @@ def _name(field: Field[Any]) -> str:
 def _setting(options: SamplingOptions | TemplateOptions, field: Field[Any]) -> str:
     """``temperature = 0.5``; for a default that the model decides, what it is."""
     value = getattr(options, field.name)
-    if value is None:
-        stated = _DEFAULT.search(field.metadata["help"])
-        value = f"default ({stated[1]})" if stated else "none"
-    return f"{_name(field)} = {' '.join(value) if isinstance(value, tuple) else value}"
+    return f"{_name(field)} = {default_shown(field) if value is None else value_shown(value)}"
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ Rich's tables, which typer draws by default, cut the names of flags on narrow te
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
@@ -86,6 +87,42 @@ class PlainCommand(typer.core.TyperCommand):
         """Write the examples, each on a line of its own."""
         if self.epilog:
             write_examples(formatter, self.epilog.splitlines())
+
+
+class PlainGroup(typer.core.TyperGroup):
+    """A verb that has commands of its own, and does something without one as well."""
+
+    context_class = PlainContext
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that was typed; one that does not exist is wrong usage, which names a similar one."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"no such command: {args[0]}; {near_command(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """``[OPTIONS]``, and that a command may follow."""
+        del ctx
+        return [self.options_metavar or "", "[COMMAND ...]"]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each command with the whole first sentence of its help."""
+        del ctx
+        rows = [(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()]
+        with formatter.section(typer.style("Commands", bold=True)):
+            formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples, each on a line of its own."""
+        del ctx
+        if self.epilog:
+            write_examples(formatter, self.epilog.splitlines())
+
+
+def near_command(name: str, commands: Iterable[str]) -> str:
+    """What to type instead of a command that does not exist."""
+    near = difflib.get_close_matches(name, commands)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(commands)}"
 
 
 def write_examples(formatter: Any, examples: Sequence[str]) -> None:

@@ -42,7 +42,8 @@ KEPT_GROUPS = (
     ServerOptions,
 )
 _NEVER = ("yes",)
-_PRESETS = "preset"
+PRESETS = "preset"
+"""The table of presets in the file."""
 _MAX_BYTES = 1 << 20
 _OF_CHATS = frozenset(one.name for group in (PromptOptions, TemplateOptions) for one in fields(group))
 """What is of no use to ``run --raw``, which takes no such flag either."""
@@ -64,7 +65,7 @@ class Config:
         """The values of a preset. Raises InputError, which lists the presets, if there is none of that name."""
         if name not in self.presets:
             there = f"there is {', '.join('@' + one for one in self.presets)}" if self.presets else "it has no preset"
-            raise InputError(f"@{name}: there is no [{_PRESETS}.{name}] in {self.path}; {there}")
+            raise InputError(f"@{name}: there is no [{PRESETS}.{name}] in {self.path}; {there}")
         return self.presets[name]
 
 
@@ -85,28 +86,49 @@ def variable(one: Field[Any]) -> str:
     return f"GGUFMOE_{kept_name(one).upper().replace('-', '_')}"
 
 
-def read_config() -> Config:
-    """The user's configuration; empty where there is no file. Raises InputError, which names file and key."""
-    path = config_file()
-    if path is None or not path.exists():
-        return Config(path)
+def kept_option(name: str) -> Field[Any]:
+    """The option that can be kept under a name of one of its flags. Raises OptionError that names a similar one."""
+    return option_named(KEPT_GROUPS, name, without=_NEVER)
+
+
+def config_text(path: Path) -> str:
+    """The text of a configuration file; empty where there is none. Raises InputError."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise InputError(f"{path} is larger than {_MAX_BYTES >> 20} MiB, which no configuration is")
-        content = tomllib.loads(data.decode("utf-8-sig"))
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        return ""
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not TOML: it is not UTF-8") from error
+
+
+def config_content(path: Path, text: str) -> dict[str, Any]:
+    """What the text of a configuration file says, unchecked. Raises InputError for what is not TOML."""
+    try:
+        content: dict[str, Any] = tomllib.loads(text)
+        return content
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not TOML: {one_line(error)}") from error
-    presets = content.pop(_PRESETS, {})
+
+
+def read_config() -> Config:
+    """The user's configuration; empty where there is no file. Raises InputError, which names file and key."""
+    path = config_file()
+    if path is None:
+        return Config(path)
+    content = config_content(path, config_text(path))
+    presets = content.pop(PRESETS, {})
     if not isinstance(presets, dict) or not all(isinstance(one, dict) for one in presets.values()):
-        raise InputError(f"{path}: {_PRESETS} must hold tables, as in [{_PRESETS}.writer]")
+        raise InputError(f"{path}: {PRESETS} must hold tables, as in [{PRESETS}.writer]")
     return Config(
         path,
         _values(path, content),
-        {name: _values(f"{path}, [{_PRESETS}.{name}]", one, of_preset=True) for name, one in presets.items()},
+        {name: _values(f"{path}, [{PRESETS}.{name}]", one, of_preset=True) for name, one in presets.items()},
     )
 
 
@@ -117,7 +139,7 @@ def _values(where: Path | str, content: Mapping[str, Any], *, of_preset: bool = 
             name = "model"
         else:
             try:
-                name = option_named(KEPT_GROUPS, key, without=_NEVER).name
+                name = kept_option(key).name
             except OptionError as error:
                 raise InputError(f"{where}: {error}") from error
         values[name] = _kept(where, key, value)
@@ -147,7 +169,7 @@ def apply_kept(context: Any) -> None:
     config = read_config()
     values: dict[str, tuple[str, Kept]] = {name: (str(config.path), value) for name, value in config.values.items()}
     if is_preset:
-        table = f"[{_PRESETS}.{str(model)[1:]}]"
+        table = f"[{PRESETS}.{str(model)[1:]}]"
         preset = config.preset(str(model)[1:])
         if not isinstance(preset.get("model"), str):
             raise InputError(f"{config.path}: {table} has no model; add for example model = 'org/name'")

@@ -29,6 +29,7 @@ OptionsT = TypeVar("OptionsT")
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 _MOST_LISTED = 40
 """Characters up to which the values of an option stand beside its name; a longer list would not fit a terminal."""
+_DEFAULT = re.compile(r"\[default: (.*)\]")
 SHOWN_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
@@ -248,7 +249,12 @@ def _parser(parse: Callable[[str], Any] | None) -> Callable[[Any], Any] | None:
 
 def _repeated(hint: Any) -> Any:
     """X for tuple[X, ...], else None."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return typing.get_args(hint)[0] if is_repeated(hint) else None
+
+
+def is_repeated(hint: Any) -> bool:
+    """Whether a field with this annotation has a flag that may be repeated."""
+    return typing.get_origin(hint) is tuple
 
 
 def _build(group: type, values: dict[str, Any]) -> Any:
@@ -272,5 +278,25 @@ def with_typed(options: OptionsT, field: Field[Any], typed: str) -> OptionsT:
         except ValueError as error:
             raise OptionError(f"{typed}: a quotation mark is not closed") from error
     else:
-        value = (field.metadata["parse"] or _NUMBERS.get(hint) or str)(typed)
+        value = typed_value(hint, field, typed)
     return replace(options, **{field.name: value})  # type: ignore[type-var]
+
+
+def typed_value(hint: Any, field: Field[Any], typed: str) -> Any:
+    """What was typed for a field that takes one value, as its class takes it. Raises OptionError."""
+    return (field.metadata["parse"] or _NUMBERS.get(hint) or str)(typed)
+
+
+def default_shown(field: Field[Any]) -> str:
+    """The default of an option; of one that is decided elsewhere, what its help says."""
+    if field.default is None:
+        stated = _DEFAULT.search(field.metadata["help"])
+        return f"default ({stated[1]})" if stated else "none"
+    return value_shown(field.default)
+
+
+def value_shown(value: Any) -> str:
+    """The value of an option in words that could be typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(value) if isinstance(value, tuple) else str(value)

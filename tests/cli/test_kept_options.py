@@ -148,26 +148,6 @@ def test_the_names_of_what_is_kept_are_unique() -> None:
     assert {"GGUFMOE_HOME", "GGUFMOE_CACHE", "GGUFMOE_LIBLLAMA"}.isdisjoint(map(variable, kept))
 
 
-def test_config_shows_what_counts(home: Path, call: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, err = call("config")
-    assert (code, out) == (0, "")
-    assert err == f"{home / 'config.toml'} does not exist; `ggufmoe config --example` shows one\n"
-    write(home, call("config", "--example")[1])
-    monkeypatch.setenv("GGUFMOE_CTX_SIZE", "1024")
-    code, out, _ = call("config")
-    assert (code, out.splitlines()) == (
-        0,
-        [
-            "temperature = 0.7",
-            "ctx-size = 1024  (environment, GGUFMOE_CTX_SIZE)",
-            "@writer: model = org/name, system-prompt = You write short stories., temperature = 1.0",
-        ],
-    )
-    code, _, err = call("config", "--keys")
-    assert code == 0
-    assert "temperature  " in err
-
-
 def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GGUFMOE_HOME")
     monkeypatch.setattr(sys, "platform", "linux")
