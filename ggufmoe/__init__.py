@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ggufmoe.evaluation.imatrix import ImatrixResult, LayerCoverage
     from ggufmoe.evaluation.imatrix import imatrix as imatrix
     from ggufmoe.evaluation.perplexity import Estimate, Perplexity, perplexity
+    from ggufmoe.evaluation.speed_of_types import type_speeds as type_speeds
     from ggufmoe.options import (
         ContextOptions,
         ConvertOptions,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         TemplateOptions,
         WorkerOptions,
     )
+    from ggufmoe.quant.type_speeds import TypeSpeeds
     from ggufmoe.quantize import quantize as quantize
     from ggufmoe.refit import refit as refit
     from ggufmoe.routing import RoutedToken, RoutingTrace, RoutingTracer, trace_routing
@@ -137,6 +139,7 @@ __all__ = [
     "TokenizerError",
     "Tool",
     "ToolCall",
+    "TypeSpeeds",
     "WorkerError",
     "WorkerLostError",
     "WorkerOptions",
@@ -152,6 +155,7 @@ __all__ = [
     "refit",
     "sensitivity",
     "trace_routing",
+    "type_speeds",
 ]
 
 # what is logged is for programs that ask for it; without a handler anywhere Python would print warnings
@@ -191,6 +195,7 @@ _HOMES = {
     "TemplateOptions": "ggufmoe.options",
     "Tool": "ggufmoe.runtime.messages",
     "ToolCall": "ggufmoe.runtime.messages",
+    "TypeSpeeds": "ggufmoe.quant.type_speeds",
     "WorkerOptions": "ggufmoe.options",
     "convert": "ggufmoe.convert",
     "imatrix": "ggufmoe.evaluation.imatrix",
@@ -203,6 +208,7 @@ _HOMES = {
     "refit": "ggufmoe.refit",
     "sensitivity": "ggufmoe.sensitivity",
     "trace_routing": "ggufmoe.routing",
+    "type_speeds": "ggufmoe.evaluation.speed_of_types",
 }
 """Where each public name lives; those that are not here live in ``ggufmoe.errors``."""
 

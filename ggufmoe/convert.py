@@ -32,6 +32,8 @@ from ggufmoe.quant.filetypes import FileType, parse_tensor_type
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import KernelReport
 from ggufmoe.quant.policy import TypePolicy, parse_override
+from ggufmoe.quant.type_sets import FAST_TYPES
+from ggufmoe.quant.type_speeds import TypeSpeeds, load_speeds
 from ggufmoe.sizing.mixing import SizeMixer
 from ggufmoe.sizing.sensitivity_file import Sensitivity
 from ggufmoe.weights.byte_ranges import byte_ranges
@@ -271,12 +273,24 @@ def size_mixer(options: ExportOptions, on_progress: OnProgress | None, cancel: C
         Sensitivity.load(options.sensitivity),
         options.sensitivity,
         types=options.types,
+        speeds=_speeds() if options.types == "fast" else None,
         threads=options.threads,
         quantizer=options.quantizer,
         cache=options.cache,
         on_progress=on_progress,
         cancel=cancel,
     )
+
+
+def _speeds() -> TypeSpeeds:
+    """How fast each type is on this machine. Raises OptionError if it was not measured."""
+    speeds = load_speeds()
+    if speeds.missing(FAST_TYPES):
+        raise OptionError(
+            "--types fast needs the speed of types on this machine, which is not known yet; measure it once with "
+            "ggufmoe.type_speeds()"
+        )
+    return speeds
 
 
 def type_policy(options: ExportOptions) -> TypePolicy:

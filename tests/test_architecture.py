@@ -69,7 +69,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "packaging": frozenset(),
     "__main__": frozenset({"cli"}),
     "__init__": _BASE
-    | {"convert", "quantize", "refit", "sensitivity", "store", "runtime", "engine", "routing", "evaluation"},
+    | {"quant", "convert", "quantize", "refit", "sensitivity", "store", "runtime", "engine", "routing", "evaluation"},
 }
 
 LLAMA_CPP_ROOMS = {"native", "runtime"}

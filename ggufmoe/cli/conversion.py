@@ -167,14 +167,21 @@ def _prediction_lines(plan: WritePlan) -> list[str]:
     mix = plan.mix
     if mix is None:
         return []
-    lines = [f"predicted KL divergence {mix.predicted_kl:.4f}: {mix.name}, {file_size(plan.n_bytes)}"]
+    lines = [
+        f"predicted KL divergence {mix.predicted_kl:.4f}: {mix.name}, {file_size(plan.n_bytes)}{_pace(mix.seconds)}"
+    ]
     if mix.standard is not None:
         standard = mix.standard
         lines.append(
-            f"predicted KL divergence {standard.predicted_kl:.4f}: {standard.name}, {file_size(standard.n_bytes)}, "
-            "the best standard mix that is no larger"
+            f"predicted KL divergence {standard.predicted_kl:.4f}: {standard.name}, {file_size(standard.n_bytes)}"
+            f"{_pace(standard.seconds)}, the best standard mix that is no larger"
         )
     return lines
+
+
+def _pace(seconds: float | None) -> str:
+    """What the matrices take for a token on this machine, where it is known."""
+    return "" if seconds is None else f", {seconds * 1e3:.3g} ms a token"
 
 
 def _network_lines(plan: WritePlan) -> list[str]:

@@ -11,7 +11,7 @@ from ggufmoe.cli.conversion import default_output, naming, show_plan, show_resul
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
-from ggufmoe.cli.sized import SensitivityText, measured
+from ggufmoe.cli.sized import SensitivityText, know_speeds, measured
 from ggufmoe.cli.wanted_model import AUTO_QUANT, automatic_type
 from ggufmoe.options import ConvertOptions
 from ggufmoe.work import CancelFlag, OnProgress
@@ -39,6 +39,7 @@ def convert_command(
         options = replace(options, quant=automatic_type(source, quiet=quiet))
     path = default_output(source, options.quant, options.size_text) if output is None else output
     options = measured(options, source, path, sensitivity_text, quiet=quiet)
+    know_speeds(options, quiet=quiet)
     display = progress_display(f"convert {options.size_text or options.quant}", quiet=quiet)
     if dry_run:
         from ggufmoe.convert import plan_convert

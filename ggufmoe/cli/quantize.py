@@ -11,7 +11,7 @@ from ggufmoe.cli.conversion import default_output, naming, show_plan, show_resul
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
-from ggufmoe.cli.sized import SensitivityText, measured
+from ggufmoe.cli.sized import SensitivityText, know_speeds, measured
 from ggufmoe.options import QuantizeOptions
 from ggufmoe.work import CancelFlag, OnProgress
 
@@ -37,6 +37,7 @@ def quantize_command(
     """
     path = default_output(str(source), options.quant, options.size_text) if output is None else output
     options = measured(options, str(source), path, sensitivity_text, quiet=quiet)
+    know_speeds(options, quiet=quiet)
     display = progress_display(f"quantize {options.size_text or options.quant}", quiet=quiet)
     if dry_run:
         from ggufmoe.quantize import plan_quantize

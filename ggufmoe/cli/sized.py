@@ -1,6 +1,7 @@
-"""``--sensitivity-text``: a sensitivity that is measured on the way to a file of a given size.
+"""What a file of a given size needs, measured on the way to it: a sensitivity, and the speed of types on this machine.
 
-It is kept beside the output, where the next size of the same model finds it.
+The sensitivity of ``--sensitivity-text`` is kept beside the output, where the next size of the same model finds it; the
+speeds of ``--types fast`` are kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,27 @@ SensitivityText = Annotated[
         metavar="FILE",
     ),
 ]
+
+
+def know_speeds(options: ExportOptions, *, quiet: bool) -> None:
+    """Measure the speed of types on this machine if ``--types fast`` needs it and it is not known yet."""
+    if options.types != "fast":
+        return
+    from ggufmoe.evaluation.speed_of_types import type_speeds
+    from ggufmoe.quant.type_sets import FAST_TYPES
+    from ggufmoe.quant.type_speeds import TypeSpeeds, load_speeds, table_path
+
+    if not load_speeds().missing(FAST_TYPES):
+        return
+
+    def job(show: OnProgress, cancel: CancelFlag) -> TypeSpeeds:
+        return type_speeds(on_progress=show, cancel=cancel)
+
+    found = run_job(job, progress_display("speed of types", phase="speed", quiet=quiet))
+    if not quiet:
+        each = sorted(found.to_dict()["ms_per_billion"].items(), key=lambda pair: pair[1])
+        note(f"measured on this machine, in ms for a token and a billion weights, kept in {table_path()}:")
+        note("  " + ", ".join(f"{name} {ms:.0f}" for name, ms in each))
 
 
 def measured(options: OptionsT, source: str, output: Path, text: Path | None, *, quiet: bool) -> OptionsT:

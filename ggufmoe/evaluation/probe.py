@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ggufmoe.engine import Engine
-from ggufmoe.gguf.encoding import encode_header
-from ggufmoe.gguf.header import GGUFValue, TensorInfo, padded
-from ggufmoe.gguf.types import GGMLType, ValueType
-from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT, LLAMA, Keys
+from ggufmoe.evaluation.synthetic_model import LlamaShape, llama_metadata, write_model
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ContextOptions, OffloadOptions, SamplingOptions
 from ggufmoe.runtime.events import Token
 
@@ -57,41 +55,20 @@ def probe_answer(offload: OffloadOptions) -> tuple[int, ...]:
 
 def write_probe_model(path: Path) -> Path:
     """Write the model to ``path``, with the same bytes on every machine, and return the path."""
-    infos, blobs, offset = [], [], 0
-    for name, kind, shape in _tensors():
-        data = _data(name, kind, shape)
-        infos.append(TensorInfo(name, kind, shape, offset, len(data)))
-        blobs.append(data.ljust(padded(len(data), DEFAULT_ALIGNMENT), b"\0"))
-        offset += len(blobs[-1])
-    path.write_bytes(encode_header(_metadata(), infos) + b"".join(blobs))
-    return path
-
-
-def _metadata() -> dict[str, GGUFValue]:
-    u32, f32, text = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(_N_VOCAB - 3))]
-    values = {
-        Keys.General.ARCHITECTURE: GGUFValue(text, LLAMA),
-        Keys.General.NAME: GGUFValue(text, "ggufmoe probe"),
-        Keys.LLM.BLOCK_COUNT: GGUFValue(u32, _N_LAYER),
-        Keys.LLM.CONTEXT_LENGTH: GGUFValue(u32, _CONTEXT_TOKENS),
-        Keys.LLM.EMBEDDING_LENGTH: GGUFValue(u32, _N_EMBD),
-        Keys.LLM.FEED_FORWARD_LENGTH: GGUFValue(u32, _N_FF),
-        Keys.Attention.HEAD_COUNT: GGUFValue(u32, _N_HEAD),
-        Keys.Attention.HEAD_COUNT_KV: GGUFValue(u32, _N_HEAD_KV),
-        Keys.Attention.LAYERNORM_RMS_EPS: GGUFValue(f32, 1e-5),
-        Keys.Rope.DIMENSION_COUNT: GGUFValue(u32, _N_EMBD // _N_HEAD),
-        Keys.LLM.EXPERT_COUNT: GGUFValue(u32, _N_EXPERT),
-        Keys.LLM.EXPERT_USED_COUNT: GGUFValue(u32, _N_EXPERT_USED),
-        Keys.LLM.VOCAB_SIZE: GGUFValue(u32, _N_VOCAB),
-        Keys.Tokenizer.MODEL: GGUFValue(text, "llama"),
-        Keys.Tokenizer.LIST: GGUFValue(ValueType.ARRAY, tokens, text),
-        Keys.Tokenizer.SCORES: GGUFValue(ValueType.ARRAY, [0.0] * _N_VOCAB, f32),
-        Keys.Tokenizer.TOKEN_TYPE: GGUFValue(ValueType.ARRAY, [2, 3, 3] + [6] * (_N_VOCAB - 3), ValueType.INT32),
-        Keys.Tokenizer.BOS_ID: GGUFValue(u32, 1),
-        Keys.Tokenizer.EOS_ID: GGUFValue(u32, 2),
-    }
-    return {key.format(arch=LLAMA): value for key, value in values.items()}
+    shape = LlamaShape(
+        n_vocab=_N_VOCAB,
+        n_embd=_N_EMBD,
+        n_ff=_N_FF,
+        n_layer=_N_LAYER,
+        n_head=_N_HEAD,
+        n_head_kv=_N_HEAD_KV,
+        head_size=_N_EMBD // _N_HEAD,
+        n_ctx=_CONTEXT_TOKENS,
+        n_expert=_N_EXPERT,
+        n_expert_used=_N_EXPERT_USED,
+    )
+    tensors = ((name, kind, size, _data(name, kind, size)) for name, kind, size in _tensors())
+    return write_model(path, llama_metadata("ggufmoe probe", shape), tensors)
 
 
 def _tensors() -> Iterator[tuple[str, GGMLType, tuple[int, ...]]]:

@@ -76,7 +76,18 @@ def plan_export(
         plan = lay_out(policy)
     else:
         inputs = source.input_paths
-        plan = mixer(UnmixedModel(unmixed, model_shape, policy, imatrix, inputs, keeps_quantized=True, lay_out=lay_out))
+        plan = mixer(
+            UnmixedModel(
+                unmixed,
+                model_shape,
+                policy,
+                imatrix,
+                inputs,
+                keeps_quantized=True,
+                lay_out=lay_out,
+                n_expert_used=source.config.n_expert_used,
+            )
+        )
     warn_of_missing_importances(imatrix, {tensor.name: tensor.type for tensor in plan.tensors}, weighted)
     return plan
 

@@ -14,6 +14,7 @@ from ggufmoe.export.gguf_source import GGUFSource, GGUFTensor
 from ggufmoe.export.model_keys import imatrix_metadata, mix_metadata
 from ggufmoe.export.unmixed import Mixer, UnmixedModel, with_types
 from ggufmoe.gguf.header import GGUFValue
+from ggufmoe.gguf.hyper import largest
 from ggufmoe.gguf.names import llama_quantize_order
 from ggufmoe.gguf.own_keys import MIX
 from ggufmoe.gguf.types import GGMLType
@@ -87,7 +88,18 @@ def plan_requantize(
             if may_quantize(its_shape):
                 check_change(tensor, policy.file_type.default_type, allow_requantize)
         inputs, shape = source.input_paths, source.model_shape
-        plan = mixer(UnmixedModel(unmixed, shape, policy, imatrix, inputs, keeps_quantized=False, lay_out=lay_out))
+        plan = mixer(
+            UnmixedModel(
+                unmixed,
+                shape,
+                policy,
+                imatrix,
+                inputs,
+                keeps_quantized=False,
+                lay_out=lay_out,
+                n_expert_used=largest(source.header.hyper.n_expert_used),
+            )
+        )
     if policy is not None:
         stored = {tensor.name: tensor.type for tensor in tensors}
         changed = {tensor.name: tensor.type for tensor in plan.tensors if tensor.type is not stored[tensor.name]}

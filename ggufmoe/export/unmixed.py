@@ -26,6 +26,8 @@ class UnmixedModel:
     keeps_quantized: bool
     """Whether tensors that are quantized already have to stay as they are."""
     lay_out: Callable[[TypePolicy], WritePlan]
+    n_expert_used: int = 0
+    """Experts that each token uses in a layer; 0 for a dense model."""
 
     @property
     def tensor_shapes(self) -> list[TensorShape]:

@@ -14,7 +14,7 @@ from ggufmoe.options.limits import MAX_THREADS
 from ggufmoe.sizes import parse_file_size, parse_size
 
 Quantizer = Literal["auto", "fast", "ggml"]
-TypeSet = Literal["k", "all"]
+TypeSet = Literal["k", "all", "fast"]
 _DEFAULT_QUANT = "Q4_K_M"
 
 
@@ -145,7 +145,10 @@ class ExportOptions:
         None, "--sensitivity", help="For a size: what `ggufmoe sensitivity` measured of this model.", metavar="FILE"
     )
     types: TypeSet = option(
-        "all", "--types", help="For a size: k takes Q2_K to Q6_K and Q8_0, all IQ types as well, which are slower."
+        "all",
+        "--types",
+        help="For a size: k takes Q2_K to Q6_K and Q8_0; all also IQ types, which are slower on CPUs; fast all that "
+        "generate at most 5 % slower here than the standard mix of this size.",
     )
     imatrix: Path | None = option(
         None, "--imatrix", help="Importance matrix (GGUF, or the older .dat).", metavar="FILE"

@@ -21,6 +21,13 @@ class StandardMix:
     name: str
     n_bytes: int
     predicted_kl: float
+    seconds: float | None = None
+    """What its matrices take for a token by prediction; None where types were not chosen by their speed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mix as plain values for JSON."""
+        told = {"name": self.name, "bytes": self.n_bytes, "predicted_kl": round(self.predicted_kl, 6)}
+        return told | _timed(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,14 @@ class ChosenMix:
     """The best standard mix that is no larger, by prediction; None if there is none."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """How the types were chosen, for the file's metadata: plain values for JSON."""
+    seconds: float | None = None
+    """What its matrices take for a token by prediction, on the machine that chose them; None without speeds."""
 
     def to_dict(self) -> dict[str, Any]:
         """The mix without its types, which the file has, as plain values for JSON."""
-        standard = self.standard and {
-            "name": self.standard.name,
-            "bytes": self.standard.n_bytes,
-            "predicted_kl": round(self.standard.predicted_kl, 6),
-        }
-        return {"name": self.name, "predicted_kl": round(self.predicted_kl, 6), "standard": standard, **self.origin}
+        standard = self.standard and self.standard.to_dict()
+        told = {"name": self.name, "predicted_kl": round(self.predicted_kl, 6), **_timed(self.seconds)}
+        return {**told, "standard": standard, **self.origin}
 
     def file_type(self, weights: Mapping[str, int]) -> FileType:
         """The file type of the type with the most weights, as libllama guesses it; ``weights`` are those of tensors."""
@@ -60,3 +66,7 @@ def _file_type_of(type: GGMLType) -> FileType:
         (f"{type.name}_M", type.name, f"{type.name}_MOE") if type.name in _MEDIUM else (type.name, f"{type.name}_MOE")
     )
     return next((FileType[name] for name in names if name in FileType.__members__), FileType.F16)
+
+
+def _timed(seconds: float | None) -> dict[str, float]:
+    return {} if seconds is None else {"ms_per_token": round(seconds * 1e3, 4)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +32,12 @@ from ggufmoe.quant.policy import (
     may_quantize,
     required_imatrix,
 )
+from ggufmoe.quant.type_sets import K_TYPES, SHORT_ROW_TYPES, TYPE_SETS
+from ggufmoe.quant.type_speeds import TypeSpeeds
 from ggufmoe.sizing.error_table import ErrorTable, WantedErrors, load_table, measure_errors, sampled_bytes, save_table
-from ggufmoe.sizing.search import Choice, best_choices
 from ggufmoe.sizing.sensitivity_file import Sensitivity
+from ggufmoe.sizing.timed_search import TimedChoice, best_timed_choices
+from ggufmoe.sizing.timing import Clock, token_clock
 from ggufmoe.sizing.weightings import weightings
 from ggufmoe.version import __version__
 from ggufmoe.work import CancelFlag, OnProgress, Work
@@ -41,15 +45,8 @@ from ggufmoe.writing.plan import PlannedTensor, WritePlan
 
 _LOG = logging.getLogger("ggufmoe")
 
-K_TYPES = tuple(GGMLType[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"))
-ALL_TYPES = (
-    *(GGMLType[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")),
-    *K_TYPES,
-)
-TYPES: Mapping[str, tuple[GGMLType, ...]] = {"k": K_TYPES, "all": ALL_TYPES}
-"""By the word of ``--types``: the types that a tensor may get."""
-_SHORT_ROW_TYPES = tuple(GGMLType[name] for name in ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1"))
-"""With ``all``, also those that fit rows which the blocks of 256 weights of the others do not divide."""
+SLOWER_AT_MOST = 1.05
+"""With ``fast``: the time for a token beside that of the standard mix of the size."""
 _COMPARED = (
     "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS",
@@ -68,6 +65,8 @@ class SizeMixer:
     sensitivity: Sensitivity
     sensitivity_path: Path
     types: str = "all"
+    speeds: TypeSpeeds | None = None
+    """How fast each type is on this machine; with them no mix is chosen that is slower than SLOWER_AT_MOST allows."""
     threads: int | None = None
     quantizer: QuantizerName = "auto"
     cache: bool = True
@@ -81,22 +80,25 @@ class SizeMixer:
         Raises OptionError if no mix is as small as that, InputError if the sensitivity is of another model, and what
         ``measure_errors`` raises.
         """
-        candidates = _candidates(model, TYPES[self.types], with_short_rows=self.types == "all")
-        standards = _standard_types(model, TYPES[self.types])
+        candidates = _candidates(model, TYPE_SETS[self.types], self.types)
+        standards = _standard_types(model, TYPE_SETS[self.types])
         table = self._table(model, candidates, standards)
         smallest = {name: types[0] for name, types in candidates.items()}
         plan = model.lay_out(self._policy(model, smallest, table))
+        best = self._best_standard(model, standards, table, self._limit(plan))
+        problem = self._problem(model, candidates, standards, table, best)
         budget = self._budget(plan, candidates)
         for _ in range(_ROUNDS):
-            types = self._searched(model, candidates, standards, table, budget)
-            if types is None:
+            chosen = best_timed_choices(problem.choices, budget, problem.limit_s, problem.starts)
+            if chosen is None:
                 raise OptionError(
                     f"{self.target.text} is too small: the smallest file of these types has {plan.n_bytes:,} bytes, "
                     f"{plan.bits_per_weight:.2f} bits per weight; give a larger size, or --types all"
                 )
-            standard = _best_standard(_standard_plan(model), standards, table, self._limit(plan))
-            plan = model.lay_out(self._policy(model, types, table, standard))
+            plan = model.lay_out(self._policy(model, problem.types(chosen), table, best))
             if self.target.n_bytes is None or plan.n_bytes <= self.target.n_bytes:
+                if told := problem.unused(chosen, budget):
+                    _LOG.warning("%s: %s", self.target.text, told)
                 return plan
             budget -= plan.n_bytes - self.target.n_bytes
         raise OptionError(f"{self.target.text} cannot be met; give a larger size")
@@ -114,18 +116,22 @@ class SizeMixer:
         n_bytes = replace(tensor, type=type).n_bytes
         return n_bytes if self.target.n_bytes is None else padded(n_bytes, DEFAULT_ALIGNMENT)
 
-    def _searched(
+    def _problem(
         self,
         model: UnmixedModel,
         candidates: Mapping[str, Sequence[GGMLType]],
         standards: Mapping[FileType, Mapping[str, GGMLType]],
         table: ErrorTable,
-        budget: int,
-    ) -> dict[str, GGMLType] | None:
-        """The best types within the budget, no worse than a standard mix by prediction; None if there are none."""
+        best: StandardMix | None,
+    ) -> _MixProblem:
+        """What the search chooses from; the standard mixes are starts, which the result is no worse than."""
         tensors = [tensor for tensor in model.tensors if tensor.name in candidates]
+        clock = self._clock(model)
         choices = [
-            [Choice(self._cost(tensor, kind), table[tensor.name][kind]) for kind in candidates[tensor.name]]
+            [
+                TimedChoice(self._cost(tensor, kind), table[tensor.name][kind], clock(tensor, kind))
+                for kind in candidates[tensor.name]
+            ]
             for tensor in tensors
         ]
         starts = [
@@ -133,12 +139,42 @@ class SizeMixer:
             for types in standards.values()
             if all(types[tensor.name] in candidates[tensor.name] for tensor in tensors)
         ]
-        chosen = best_choices(choices, budget, starts)
-        if chosen is None:
+        limit_s = math.inf if best is None or best.seconds is None else SLOWER_AT_MOST * best.seconds
+        return _MixProblem([(tensor.name, candidates[tensor.name]) for tensor in tensors], choices, starts, limit_s)
+
+    def _clock(self, model: UnmixedModel) -> Clock:
+        if self.speeds is None:
+            return lambda tensor, kind: 0.0
+        return token_clock(self.speeds, model)
+
+    def _best_standard(
+        self, model: UnmixedModel, standards: Mapping[FileType, Mapping[str, GGMLType]], table: ErrorTable, limit: int
+    ) -> StandardMix | None:
+        """The standard mix with the least predicted divergence that takes at most ``limit`` bytes.
+
+        With speeds a mix of K types if one fits: those are fast on every CPU.
+        """
+        plan = _standard_plan(model)
+        if plan is None:
             return None
-        if sum(options[i].n_bytes for options, i in zip(choices, chosen, strict=True)) < _MOSTLY_USED * budget:
-            _LOG.warning("%s is more than these types can use: every tensor is as large as it gets", self.target.text)
-        return {tensor.name: candidates[tensor.name][i] for tensor, i in zip(tensors, chosen, strict=True)}
+        others = plan.n_bytes - sum(padded(tensor.n_bytes, DEFAULT_ALIGNMENT) for tensor in plan.tensors)
+        found: list[tuple[bool, StandardMix]] = []
+        for file_type, types in standards.items():
+            tensors = (replace(tensor, type=types[tensor.name]) for tensor in plan.tensors)
+            n_bytes = others + sum(padded(tensor.n_bytes, DEFAULT_ALIGNMENT) for tensor in tensors)
+            if n_bytes <= limit:
+                seconds = self._seconds(model, {name: types[name] for name in table})
+                is_slow = self.speeds is not None and file_type.default_type not in K_TYPES
+                found.append((is_slow, StandardMix(file_type.name, n_bytes, _predicted(types, table), seconds)))
+        best = min(found, key=lambda pair: (pair[0], pair[1].predicted_kl, pair[1].n_bytes), default=None)
+        return None if best is None else best[1]
+
+    def _seconds(self, model: UnmixedModel, types: Mapping[str, GGMLType]) -> float | None:
+        """What the matrices that are quantized take for a token; None without speeds."""
+        if self.speeds is None:
+            return None
+        clock = self._clock(model)
+        return sum(clock(tensor, types[tensor.name]) for tensor in model.tensors if tensor.name in types)
 
     def _policy(
         self,
@@ -160,7 +196,7 @@ class SizeMixer:
         weights = {tensor.name: tensor.n_weights for tensor in model.tensors}
         n_bytes = sum(replace(t, type=types.get(t.name, t.type)).n_bytes for t in model.tensors)
         name = f"{n_bytes * 8 / sum(weights.values()):.2f} bpw"
-        mix = ChosenMix(types, name, _predicted(types, table), standard, origin)
+        mix = ChosenMix(types, name, _predicted(types, table), standard, origin, self._seconds(model, types))
         return TypePolicy(mix.file_type(weights), mix=mix)
 
     def _table(
@@ -222,13 +258,47 @@ class SizeMixer:
         return others + int(self.target.bits * plan.n_weights / 8)
 
 
-def _candidates(
-    model: UnmixedModel, allowed: Sequence[GGMLType], *, with_short_rows: bool
-) -> dict[str, tuple[GGMLType, ...]]:
+@dataclass(frozen=True)
+class _MixProblem:
+    """The choices of all tensors with candidates, and how many seconds a token may take."""
+
+    candidates: Sequence[tuple[str, Sequence[GGMLType]]]
+    """The name of each tensor, and the types that it may get."""
+    choices: Sequence[Sequence[TimedChoice]]
+    starts: Sequence[Sequence[int]]
+    limit_s: float
+
+    def types(self, chosen: Sequence[int]) -> dict[str, GGMLType]:
+        """The type of each tensor."""
+        return {name: types[i] for (name, types), i in zip(self.candidates, chosen, strict=True)}
+
+    def unused(self, chosen: Sequence[int], budget: int) -> str:
+        """Why the budget is not used, in words; empty where it is."""
+        held = [choices[i] for choices, i in zip(self.choices, chosen, strict=True)]
+        n_bytes = sum(one.n_bytes for one in held)
+        if n_bytes >= _MOSTLY_USED * budget:
+            return ""
+        share = f"{n_bytes / budget:.1%} of it is used"
+        steps = [
+            (larger.n_bytes - now.n_bytes, name, types[j].name)
+            for now, choices, (name, types) in zip(held, self.choices, self.candidates, strict=True)
+            for j, larger in enumerate(choices)
+            if larger.n_bytes > now.n_bytes and larger.loss < now.loss
+        ]
+        if not steps:
+            return f"{share}, because every tensor is as good as these types make it"
+        more, name, kind = min(steps)
+        left = budget - n_bytes
+        if more <= left:
+            return f"{share}, because a larger file would generate more slowly"
+        return f"{share}: the next step, {name} in {kind}, takes {more:,} bytes more, and {left:,} are left"
+
+
+def _candidates(model: UnmixedModel, allowed: Sequence[GGMLType], word: str) -> dict[str, tuple[GGMLType, ...]]:
     """By name of each tensor that is quantized: the types that it may get, the smallest first."""
     shapes = [tensor for tensor in model.tensor_shapes if may_quantize(tensor)]
     asked = asked_types(model.tensor_shapes, model.policy)
-    types = (*allowed, *(_SHORT_ROW_TYPES if with_short_rows else ()))
+    types = (*allowed, *(SHORT_ROW_TYPES if word == "all" else ()))
     names = [tensor.name for tensor in shapes]
     unweighted = {
         kind: frozenset(required_imatrix(shapes, dict.fromkeys(names, kind), FileType.Q4_K_M, model.weighted))
@@ -245,7 +315,7 @@ def _candidates(
         fitting = {
             fitting_type(tensor, kind)
             for kind in types
-            if tensor.name not in unweighted[kind] and (is_short or kind not in _SHORT_ROW_TYPES)
+            if tensor.name not in unweighted[kind] and (is_short or kind in allowed)
         }
         found[tensor.name] = tuple(sorted(fitting, key=lambda kind: (kind.row_bytes(tensor.n_cols), kind.name)))
     return found
@@ -270,22 +340,6 @@ def _standard_plan(model: UnmixedModel) -> WritePlan | None:
         return model.lay_out(TypePolicy(FileType.Q4_K_M))
     except (ImatrixError, OptionError):
         return None
-
-
-def _best_standard(
-    plan: WritePlan | None, standards: Mapping[FileType, Mapping[str, GGMLType]], table: ErrorTable, limit: int
-) -> StandardMix | None:
-    """The standard mix with the least predicted divergence that takes at most ``limit`` bytes."""
-    if plan is None:
-        return None
-    others = plan.n_bytes - sum(padded(tensor.n_bytes, DEFAULT_ALIGNMENT) for tensor in plan.tensors)
-    found = []
-    for file_type, types in standards.items():
-        tensors = (replace(tensor, type=types[tensor.name]) for tensor in plan.tensors)
-        n_bytes = others + sum(padded(tensor.n_bytes, DEFAULT_ALIGNMENT) for tensor in tensors)
-        if n_bytes <= limit:
-            found.append(StandardMix(file_type.name, n_bytes, _predicted(types, table)))
-    return min(found, key=lambda mix: (mix.predicted_kl, mix.n_bytes), default=None)
 
 
 def _predicted(types: Mapping[str, GGMLType], table: ErrorTable) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,25 @@ import pytest
 import ggufmoe
 from ggufmoe.cli.app import exit_code
 from ggufmoe.errors import InputError, OptionError
+from ggufmoe.export.gguf_source import GGUFSource
+from ggufmoe.export.requantize import plan_requantize
+from ggufmoe.export.unmixed import UnmixedModel
 from ggufmoe.gguf.header import Header, read_header
 from ggufmoe.gguf.own_keys import MIX
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.inspection.inspect import inspect_model
+from ggufmoe.options import SizeTarget
 from ggufmoe.quant.filetypes import FileType
+from ggufmoe.quant.importances import Imatrix
+from ggufmoe.quant.policy import ModelShape, TypePolicy
+from ggufmoe.quant.type_sets import FAST_TYPES
+from ggufmoe.quant.type_speeds import TypeSpeeds
 from ggufmoe.quantize import plan_quantize
+from ggufmoe.sizing.mixing import SizeMixer
+from ggufmoe.sizing.sensitivity_file import Sensitivity
+from ggufmoe.sizing.timing import token_clock
 from ggufmoe.work import Progress
+from ggufmoe.writing.plan import PlannedTensor, WritePlan
 from tests.quant.llama_quantize import Specimen, write_model
 from tests.sizing.drawn import saved
 from tests.tiny import make_checkpoint
@@ -203,3 +217,57 @@ def test_a_dry_run_shows_the_mix_beside_the_standard_one(
     assert float(ours.split()[3].rstrip(":")) < float(standard.split()[3].rstrip(":"))
     assert exit_code([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mix"]["target"] == "5bpw"
+
+
+def test_fast_is_as_fast_as_the_standard_mix_by_the_measured_speeds(
+    source: Path, sensitivity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine where all types but Q4_K and Q6_K are slow, only these are left to Q4_K_M's size."""
+    output, quick = tmp_path / "o.gguf", {GGMLType.Q4_K: 1e-11, GGMLType.Q6_K: 1.5e-11}
+    speeds = TypeSpeeds("a machine", {kind: quick.get(kind, 9e-11) for kind in FAST_TYPES})
+    size = plan_quantize(source, output, "Q4_K_M", imatrix=sensitivity).n_bytes
+    free = plan_quantize(source, output, size=str(size), types="k", sensitivity=sensitivity).mix
+    mixer = SizeMixer(SizeTarget("it", n_bytes=size), Sensitivity.load(sensitivity), sensitivity, "k", speeds)
+    with contextlib.closing(GGUFSource(source)) as model:
+        policy, imatrix = TypePolicy(FileType.Q4_K_M), Imatrix.load(sensitivity)
+        fast = plan_requantize(model, output, policy, imatrix=imatrix, mixer=mixer).mix
+    assert free is not None
+    assert free.seconds is None
+    assert fast is not None
+    assert fast.seconds is not None
+    assert fast.standard is not None
+    assert fast.standard.name == "Q4_K_M"
+    assert fast.standard.seconds is not None
+    assert fast.seconds <= 1.05 * fast.standard.seconds
+    assert free.predicted_kl < fast.predicted_kl <= fast.standard.predicted_kl
+    met = {tensor.name: math.prod(tensor.shape) for tensor in MODEL.tensors() if tensor.name != "token_embd.weight"}
+    by_hand = sum(met[name] * speeds.of(kind) for name, kind in fast.types.items() if name in met)
+    assert fast.seconds == pytest.approx(by_hand)
+    assert fast.to_dict()["ms_per_token"] == round(fast.seconds * 1e3, 4)
+    monkeypatch.setenv("GGUFMOE_CACHE", str(tmp_path))
+    with pytest.raises(OptionError, match=r"measure it once with ggufmoe.type_speeds\(\)"):
+        plan_quantize(source, output, size=str(size), types="fast", sensitivity=sensitivity)
+
+
+def test_a_token_takes_the_time_of_the_weights_that_it_meets() -> None:
+    speeds = TypeSpeeds("a machine", {GGMLType.Q4_K: 2e-11, GGMLType.Q8_0: 3e-11})
+    embedding, output, experts = (
+        PlannedTensor(name, GGMLType.BF16, shape, ())
+        for name, shape in (
+            ("token_embd.weight", (40, 256)),
+            ("output.weight", (40, 256)),
+            ("blk.0.ffn_up_exps.weight", (8, 512, 256)),
+        )
+    )
+
+    def lay_out(policy: TypePolicy) -> WritePlan:
+        raise NotImplementedError
+
+    def clock(*tensors: PlannedTensor) -> list[float]:
+        shape = ModelShape(1, 4, 2, n_expert=8)
+        policy = TypePolicy(FileType.Q4_K_M)
+        model = UnmixedModel(tensors, shape, policy, None, (), keeps_quantized=False, lay_out=lay_out, n_expert_used=2)
+        return [token_clock(speeds, model)(tensor, GGMLType.Q4_K) for tensor in tensors]
+
+    assert clock(embedding, output, experts) == pytest.approx([0, 40 * 256 * 2e-11, 2 * 512 * 256 * 2e-11])
+    assert clock(embedding, experts) == pytest.approx([40 * 256 * 2e-11, 2 * 512 * 256 * 2e-11])

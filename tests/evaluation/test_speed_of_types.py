@@ -1,0 +1,51 @@
+"""The speed of types on this machine: measured on small models by the engine, and kept for later runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ggufmoe
+from ggufmoe.evaluation.speed_of_types import measure
+from ggufmoe.gguf.types import GGMLType
+from ggufmoe.quant.type_sets import FAST_TYPES
+from ggufmoe.quant.type_speeds import TypeSpeeds, load_speeds, save_speeds, table_path, this_cpu
+from ggufmoe.work import Progress
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GGUFMOE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_type_takes_time_for_each_weight() -> None:
+    reports: list[Progress] = []
+    found = measure([GGMLType.Q4_0, GGMLType.IQ2_XXS], matrix_bytes=1 << 20, on_progress=reports.append)
+    assert found.keys() == {GGMLType.Q4_0, GGMLType.IQ2_XXS}
+    assert all(1e-14 < seconds < 1e-6 for seconds in found.values())
+    assert reports[-1].done == reports[-1].total
+
+
+def test_a_table_holds_for_this_machine_and_engine(cache: Path) -> None:
+    assert load_speeds() == TypeSpeeds(this_cpu())
+    known = TypeSpeeds(this_cpu(), {kind: (number + 1) * 1e-11 for number, kind in enumerate(FAST_TYPES)})
+    save_speeds(known)
+    assert load_speeds().missing([*FAST_TYPES, GGMLType.F16]) == (GGMLType.F16,)
+    assert ggufmoe.type_speeds().seconds == pytest.approx(known.seconds)
+    path = table_path()
+    assert path is not None
+    assert path.parent == cache
+    kept = json.loads(path.read_text())
+    other, no_speed = {**kept, "machine": "another"}, {**kept, "ms_per_billion": {"Q4_K": 0}}
+    for damaged in (json.dumps(other), json.dumps(no_speed), "[]"):
+        path.write_text(damaged)
+        assert load_speeds() == TypeSpeeds(this_cpu())
+
+
+def test_a_type_that_was_not_measured_takes_as_long_for_a_byte_as_q8_0() -> None:
+    speeds = TypeSpeeds("any", {GGMLType.Q8_0: 34e-12, GGMLType.Q4_K: 5e-12})
+    assert speeds.of(GGMLType.Q4_K) == 5e-12
+    assert speeds.of(GGMLType.F16) == pytest.approx(64e-12)
