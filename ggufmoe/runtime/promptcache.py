@@ -264,6 +264,8 @@ class PromptCache(KeptTexts):
     def _write_waiting(self) -> None:
         while True:
             with self._changed:
+                if self._has_failed:
+                    self._waiting.clear()
                 if not self._waiting:
                     self._thread = None
                     self._changed.notify_all()

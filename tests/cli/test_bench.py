@@ -234,7 +234,8 @@ def test_switches_and_words_make_combinations() -> None:
 def test_ctrl_c_prints_what_there_is(model: Path, output: str) -> None:
     program = [sys.executable, "-m", "ggufmoe", "bench", str(model)]
     command = [*program, "-p", "8", "-n", "0", "-r", "1", "-t", "1", "-d", "0-450", "-o", output]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    # a pipe that is soon full holds the bench up: it cannot end before the signal, however late that comes
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pipesize=4096) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         out = "".join(child.stdout.readline() for _ in range(4))

@@ -225,15 +225,22 @@ def test_mistakes_get_one_line(
 
 
 SLOWED = """
-import sys, time
+import itertools, os, select, signal, sys, time
 sys.path.insert(0, {root!r})
 from ggufmoe.cli.app import main
 from ggufmoe.writing import writer
 
+signals, told = os.pipe()
+os.set_blocking(told, False)
+signal.set_wakeup_fd(told)
+writes = itertools.count()
+
 class Slow(writer.PartialFile):
     def write_at(self, offset, data):
-        time.sleep(0.1)
         super().write_at(offset, data)
+        if next(writes) >= 3:
+            select.select([signals], [], [], 60)  # until a signal has come; then each write takes 0.1 s
+            time.sleep(0.1)
 
 writer.PartialFile = Slow
 main(sys.argv[1:])
@@ -256,7 +263,6 @@ def test_an_interrupt_leaves_what_resume_goes_on_from(tiny_checkpoint: Make, tmp
     deadline = time.monotonic() + 60
     while not _has_data(partial_path(output)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.5)
     process.send_signal(number)
     printed = process.communicate(timeout=200)
     assert process.returncode == 130

@@ -18,7 +18,7 @@ from ggufmoe import OptionError, WorkerError, WorkerOptions
 from ggufmoe.cli.app import exit_code
 from ggufmoe.remote.rpc import find_workers
 from ggufmoe.remote.worker import Worker, is_local_only
-from tests.remote.workers import PATIENT_S, free_port, pretender, speak_version, start_worker, wait_until
+from tests.remote.workers import PATIENT_S, free_port, nobody_there, pretender, speak_version, start_worker, wait_until
 from tests.scripted import Scripted
 
 COMMAND = [sys.executable, "-m", "ggufmoe"]
@@ -132,8 +132,8 @@ def test_run_answers_with_a_worker(story: Path, endpoint: str, capsys: pytest.Ca
 
 
 def test_a_missing_worker_is_one_line(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gone = f"127.0.0.1:{free_port()}"
-    assert exit_code(["run", str(story), " once", "--rpc", gone]) == 1
+    with nobody_there() as gone:
+        assert exit_code(["run", str(story), " once", "--rpc", gone]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: the worker {gone}: cannot be reached")
     assert error.count("\n") == 1

@@ -20,9 +20,9 @@ from ggufmoe.remote.rpc import find_workers, guard_connections, lost_workers
 from ggufmoe.remote.worker import Worker
 from tests.remote.workers import (
     PATIENT_S,
-    free_port,
     hang_up,
     never_answer,
+    nobody_there,
     pretender,
     speak_version,
     start_worker,
@@ -101,9 +101,10 @@ def test_another_patch_version_is_a_warning(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_a_worker_that_is_not_there() -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
-    with pytest.raises(WorkerError, match=f"the worker {endpoint}: cannot be reached: Connection refused; start it"):
-        find_workers(workers_of(endpoint))
+    with nobody_there() as endpoint:
+        expected = f"the worker {endpoint}: cannot be reached: Connection refused; start it"
+        with pytest.raises(WorkerError, match=expected):
+            find_workers(workers_of(endpoint))
 
 
 def test_a_name_that_leads_nowhere() -> None:
@@ -112,8 +113,7 @@ def test_a_name_that_leads_nowhere() -> None:
 
 
 def test_everything_that_is_wrong_is_said_at_once(worker: Worker) -> None:
-    gone = f"127.0.0.1:{free_port()}"
-    with pretender(talk_garbage) as stranger:
+    with nobody_there() as gone, pretender(talk_garbage) as stranger:
         with pytest.raises(WorkerError) as caught:
             find_workers(workers_of(f"{gone},{worker.endpoint},{stranger}"))
         lost = lost_workers(workers_of(f"{gone},{worker.endpoint}"), 5.0)

@@ -25,6 +25,14 @@ def free_port() -> int:
     return port
 
 
+@contextmanager
+def nobody_there() -> Iterator[str]:
+    """HOST:PORT that refuses connections, and that nobody else can get meanwhile: it is bound and does not listen."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{holder.getsockname()[1]}"
+
+
 def start_worker() -> Worker:
     return Worker(WorkerOptions(port=free_port(), n_threads=1))
 

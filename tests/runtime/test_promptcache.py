@@ -19,7 +19,7 @@ from ggufmoe.runtime.promptcache import MIN_TOKENS, PromptCache
 from ggufmoe.runtime.session import read_session
 from tests.architecture_files import write_architecture
 from tests.engines import local_engine
-from tests.runtime.test_batching import FORTY, GREEDY, texts, words
+from tests.runtime.test_batching import EXACT, FORTY, GREEDY, texts, words
 from tests.runtime.test_engine import last_of
 from tests.runtime.test_session import forge, parts
 
@@ -126,6 +126,7 @@ def test_a_text_that_was_set_aside_and_one_of_another_context(mixing_path: Path,
         engine.evaluate(TEXT)  # keeps nothing by itself
         assert not kept(options)
         assert answer(engine, OTHER)[1] == 2  # which both begin with
+        written(engine)
         assert answer(engine, TEXT)[1] == len(TEXT) - 1
         engine.set_context(replace(options, n_ctx=512))
         assert answer(engine, OTHER)[1] == len(OTHER) - 1
@@ -133,7 +134,7 @@ def test_a_text_that_was_set_aside_and_one_of_another_context(mixing_path: Path,
 
 def test_several_answers_at_once(mixing_path: Path, options: ContextOptions) -> None:
     prompts = [words(150 + i, i) for i in range(1, 5)]
-    options = replace(options, n_ctx=1024, n_parallel=4)
+    options = replace(options, n_ctx=1024, n_parallel=4, **EXACT)
 
     def ask_all() -> list[tuple[list[int], int]]:
         with Engine(mixing_path, options) as engine, ThreadPoolExecutor(4) as pool:
