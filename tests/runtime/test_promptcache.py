@@ -105,11 +105,13 @@ def test_prompt_and_answer_are_there_while_the_answer_is_read(mixing_path: Path,
         events = engine.generate(TEXT, replace(GREEDY, n_predict=-1))
         next(events)
         written(engine)
-        assert [n_tokens(path) for path in kept(options)] == [len(TEXT)]
+        [n_kept] = [n_tokens(path) for path in kept(options)]
+        assert n_kept in range(len(TEXT), 512, 64)  # the answer is computed ahead of its reader
         for _ in range(70):
             next(events)
         written(engine)
-        assert [n_tokens(path) for path in kept(options)] == [len(TEXT) + 64]
+        [n_kept] = [n_tokens(path) for path in kept(options)]
+        assert n_kept in range(len(TEXT) + 64, 512, 64)
         events.close()  # type: ignore[attr-defined]
 
 
