@@ -64,7 +64,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "doctor": _RUN | {"evaluation", "quant"},
     "cli": _CONVERT
     | _RUN
-    | {"sizing", "convert", "quantize", "refit", "sensitivity", "store", "routing", "server", "inspection"}
+    | {"templates", "sizing", "convert", "quantize", "refit", "sensitivity", "store", "routing", "server", "inspection"}
     | {"evaluation", "demo", "doctor"},
     "packaging": frozenset(),
     "__main__": frozenset({"cli"}),

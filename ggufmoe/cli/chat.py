@@ -58,7 +58,7 @@ def chat_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out the greeting and the speeds.")] = False,
 ) -> None:
     """Talk with a model in the terminal."""
-    path = model_file(model, wanted, quiet=quiet)
+    path = model_file(model, wanted, quiet=quiet, asking=asking)
     with load_engine(path, context, offload) as engine:
         chat = make_chat(engine, asking, variables, sampling)
         if not quiet:

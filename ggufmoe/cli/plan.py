@@ -13,7 +13,7 @@ from ggufmoe.cli.params import ModelName, with_options
 from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.cli.type_table import show_type_advice
 from ggufmoe.cli.wanted_model import found_file
-from ggufmoe.gguf.model import read_model_header
+from ggufmoe.gguf.model import ModelHeader, read_model_header
 from ggufmoe.gguf.names import EXPERTS_PATTERN, experts_pattern
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.devices import this_host
@@ -41,8 +41,8 @@ def plan_command(
 ) -> None:
     """Show which device would hold which part of a model, and how much memory it takes, before anything is loaded.
 
-    Of a checkpoint, a recipe or a name on the hub it shows which file types fit this machine, with their size, the
-    context that remains and the speed that the memory allows; > marks the one that -q auto takes.
+    Of a checkpoint, a recipe or a name on the hub (org/name) it shows which file types, or GGUF files, fit this
+    machine, with their size, the context that remains and the speed; > marks the one that -q auto takes. A GGUF file on the hub (org/name:Q4_K_M) is planned by its header.
 
     Without --vram the devices of this machine are used. The GPUs of --vram are named GPU0, GPU1 and so on.
     """
@@ -52,7 +52,7 @@ def plan_command(
     ram_bytes = None if ram is None else _memory(ram, "--ram")
     path = found_file(model)
     with ProgressLine("plan", phase="plan", waiting="looking at devices"):
-        header = None if path is None else read_model_header(path)
+        header = _hub_header(model) if path is None else read_model_header(path)
         devices, host = _devices(sizes, offload)
         if ram_bytes is not None:
             host = HostMemory(ram_bytes, ram_bytes, host.repacked, host.name, host.alignment)
@@ -65,6 +65,19 @@ def plan_command(
         typer.echo(json.dumps(plan.to_dict()))
     else:
         _show(plan)
+
+
+def _hub_header(model: str) -> ModelHeader | None:
+    """The header of a GGUF file of the hub, if ``model`` names one by its quant or file."""
+    from ggufmoe.store.wanted import hub_name
+
+    name = hub_name(model)
+    if name is None or not (name.quant or name.file):
+        return None
+    from ggufmoe.hub.hub_gguf import read_hub_header
+    from ggufmoe.hub.hub_models import find_gguf
+
+    return read_hub_header(find_gguf(name))
 
 
 def _devices(imagined: Sequence[int], offload: OffloadOptions) -> tuple[tuple[Place, ...], HostMemory]:

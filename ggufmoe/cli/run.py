@@ -74,7 +74,7 @@ def run_command(
     text = piped_text() if prompt in (None, "-") else prompt
     if not (text.strip() or run.raw):
         raise InputError("the prompt is empty: there is nothing to answer")
-    path = model_file(model, wanted, quiet=run.quiet)
+    path = model_file(model, wanted, quiet=run.quiet, asking=None if run.raw else asking)
     with load_engine(path, context, offload) as engine:
 
         def answer(cancel: CancelFlag) -> Iterator[ChatEvent]:

@@ -25,14 +25,20 @@ def show_type_advice(
 ) -> None:
     """Print which file types of a model fit: a table, or one JSON object."""
     from ggufmoe.placement.memory_speed import memory_bytes_per_s
-    from ggufmoe.store.type_advice import Machine, source_advice
+    from ggufmoe.store.model_advice import model_advice
+    from ggufmoe.store.type_advice import Machine
 
     with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers"):
         machine = Machine(tuple(devices), host, memory_bytes_per_s())
-        advice = source_advice(model, machine, context, offload)
+        found = model_advice(model, machine, context, offload)
+    advice = found.types
     if as_json:
         about = {"memory_bytes_per_s": machine.memory_bytes_per_s, "usable_bytes": machine.usable_bytes}
-        print(json.dumps({"model": model, **about, "types": [one.to_dict() for one in advice]}))
+        print(
+            json.dumps(
+                {"model": model, **about, "types": [one.to_dict() for one in advice], "read_file": found.read_file}
+            )
+        )
         return
     from rich import box
     from rich.table import Table
@@ -65,6 +71,8 @@ def show_type_advice(
         f"for {memory_size(machine.usable_bytes)} of this machine's memory{gpu}; tokens/s: what reading the weights "
         f"at {machine.memory_bytes_per_s / 1e9:.1f} GB/s allows"
     )
+    if found.read_file and len(advice) > 1:
+        note(f"the header of {printable(found.read_file)} was read; the others are taken to differ as their sizes do")
     if taken is None:
         note("no file type fits")
     else:

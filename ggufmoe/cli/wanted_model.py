@@ -19,7 +19,7 @@ from ggufmoe.cli.conversion import network_times
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.progress import ProgressLine, duration, progress_display
 from ggufmoe.files import possible_path
-from ggufmoe.options import ModelOptions
+from ggufmoe.options import ModelOptions, PromptOptions
 from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ _TIMED_BYTES = 100_000_000
 """Above it the time is told that so much takes over the network."""
 
 
-def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path:
-    """The GGUF file to load for a MODEL. Raises the errors of ``ggufmoe.obtain``, and typer.Abort after a "no"."""
+def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False, asking: PromptOptions | None = None) -> Path:
+    """The GGUF file to load for a MODEL. Raises the errors of ``ggufmoe.obtain``, and typer.Abort after a "no".
+
+    With ``asking``, the options of a conversation, TemplateError is raised before a model is made that cannot hold one.
+    """
     path = possible_path(model)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path  # nothing of the store is imported for it
@@ -50,6 +53,8 @@ def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path
         quant = automatic_type(model, quiet=quiet)
     with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers", quiet=quiet):
         plan = replace(plan_model(model, quant, store), request=request_of(model, wanted.quant) or "")
+        if asking is not None:
+            _check_template(model, plan, asking)
     if not quiet:
         note(_costs(model, plan, store))
     is_large = max(plan.written_bytes, plan.network_bytes) >= LARGE_BYTES
@@ -58,9 +63,18 @@ def model_file(model: str, wanted: ModelOptions, *, quiet: bool = False) -> Path
     return _made(plan, store, quiet=quiet)
 
 
+def _check_template(model: str, plan: ModelPlan, asking: PromptOptions) -> None:
+    from ggufmoe.store.wanted import header_of
+    from ggufmoe.templates.jinja_template import find_template, template_missing
+
+    header = header_of(plan).shards[0].header
+    if find_template(asking.chat_template, header) is None:
+        raise template_missing(header, printable(model))
+
+
 def automatic_type(model: str, *, quiet: bool = False) -> str:
     """The file type of a model that suits this machine. Raises InputError if none fits."""
-    from ggufmoe.store.type_advice import choose_type
+    from ggufmoe.store.model_advice import choose_type
 
     with ProgressLine(printable(model, 60), phase="plan", waiting="looking at file types", quiet=quiet):
         return choose_type(model)

@@ -97,6 +97,11 @@ class HubGGUF:
         return sum(entry.n_bytes for entry in self.entries)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all parts are there of which the names tell."""
+        return len(self.entries) == _stem(self.entries[0].name)[2]
+
+    @property
     def stem(self) -> str:
         """The path of the model in the repository without the number of a part and without ``.gguf``."""
         return _stem(self.entries[0].name)[0]
@@ -155,8 +160,8 @@ class HubListing:
             raise HubError(f"{name}: there is no such GGUF file; {self.repo_id} has {_shown(models)}")
         if len(found) > 1:
             raise HubError(f"{name}: several models fit; name one: {_shown(found, by_name=True)}")
-        _, _, count = _stem(found[0].entries[0].name)
-        if len(found[0].entries) != count:
+        if not found[0].is_whole:
+            _, _, count = _stem(found[0].entries[0].name)
             raise HubError(
                 f"{found[0].name}: {len(found[0].entries)} of {count} parts are there; the hub's copy is broken"
             )

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ggufmoe.errors import OptionError, TemplateError
+from ggufmoe.errors import OptionError
 from ggufmoe.gguf.special_texts import ENDS_BY_TEXT, special_literals
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.options import SamplingOptions, TemplateOptions
@@ -20,7 +20,7 @@ from ggufmoe.runtime.enginelike import EngineLike
 from ggufmoe.runtime.events import ChatEvent, Event, Finished, Reasoning, ToolCallArguments, ToolCallBegun
 from ggufmoe.runtime.messages import Message, Tool, ToolCall
 from ggufmoe.runtime.textstream import stop_strings
-from ggufmoe.templates.jinja_template import ChatTemplate, find_template, stored_templates
+from ggufmoe.templates.jinja_template import ChatTemplate, find_template, template_missing
 from ggufmoe.work import CancelFlag
 
 _logger = logging.getLogger("ggufmoe")
@@ -169,12 +169,7 @@ def _template(engine: EngineLike, choice: str | None) -> ChatTemplate:
     unk = _stated_token(engine, Keys.Tokenizer.UNK_ID, default_unk)
     template = find_template(choice, engine.header, bos=bos, eos=eos, unk=unk, pad=pad)
     if template is None:
-        named = sorted(stored_templates(engine.header))
-        which = f"has chat templates for some uses only ({', '.join(named)})" if named else "has no chat template"
-        raise TemplateError(
-            f"{engine.path}: the file {which}: name one with --chat-template NAME|FILE, "
-            "or continue plain text with 'run --raw'"
-        )
+        raise template_missing(engine.header, str(engine.path))
     template.stop += _foreign_ends(engine, template, warn=choice is not None)
     return template
 

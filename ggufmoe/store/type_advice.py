@@ -1,39 +1,35 @@
 """Which file types of a model fit this machine, with what context and at what speed, and which one to take.
 
-Works on plans of conversions: headers are read, no weights. Sizes are exact, memory is that of ``placement``, and
-speeds are what the memory's bandwidth allows: a token reads every weight that it uses once.
+Works on headers, those of files and those that conversions would write; ``model_advice`` gets them. Sizes are exact,
+memory is that of ``placement``, and speeds are what the memory's bandwidth allows: a token reads every weight that it
+uses once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.errors import EngineMissingError, InputError
-from ggufmoe.gguf.header import parse_header
-from ggufmoe.gguf.model import ModelHeader, Shard
-from ggufmoe.hub.hub_models import list_repository
+from ggufmoe.gguf.model import ModelHeader
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.devices import find_devices
 from ggufmoe.placement.footprint import Footprint
 from ggufmoe.placement.memory_speed import memory_bytes_per_s
 from ggufmoe.placement.offload import plan_offload
 from ggufmoe.placement.offload_plan import HostMemory, OffloadPlan, Place
-from ggufmoe.store.wanted import hub_name
+from ggufmoe.store.wanted import planned_model
 from ggufmoe.work import memory_bytes
 
 if TYPE_CHECKING:
     from ggufmoe.writing.plan import WritePlan
 
-ADVISED_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "MXFP4_MOE", "IQ4_XS", "Q3_K_M", "Q2_K")
-"""From the best to the smallest; those that need an importance matrix are left out."""
 _CONTEXTS = (1 << 20, 1 << 18, 1 << 17, 1 << 16, 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11)
 _USABLE_SHARE = 0.8
 """Of the main memory: the rest is the system's and that of other programs."""
-_ROOM = 1.2
-"""Memory that a model takes beside its weights, as a factor, where only the size of its file is known."""
+_LEAST_BITS, _MOST_BITS = 2.5, 9.0
+"""Bits per weight: fewer cost much of the model, and those above Q8_0 gain next to nothing."""
 _WANTED_CONTEXT = 8192
 _WANTED_TOKENS_PER_S = 8.0
 """About as fast as people read."""
@@ -90,9 +86,23 @@ def advise_types(
     Taken is the best type that fits with 8192 tokens of context (or those that the model was trained for, or that are
     asked for) and generates at least 8 tokens a second; else the fastest that fits.
     """
+    return advise_models({name: planned_model(plan) for name, plan in plans.items()}, machine, context, offload)
+
+
+def advise_models(
+    models: Mapping[str, ModelHeader],
+    machine: Machine,
+    context: ContextOptions | None = None,
+    offload: OffloadOptions | None = None,
+) -> tuple[TypeAdvice, ...]:
+    """``advise_types`` for files, by their types.
+
+    Of types beyond 2.5 to 9 bits per weight one is taken only where none between them fits.
+    """
     context, offload = context or ContextOptions(), offload or OffloadOptions()
-    found = [_advice(name, plan, machine, context, offload) for name, plan in plans.items()]
-    taken = _taken(found, context)
+    found = [_advice(name, model, machine, context, offload) for name, model in models.items()]
+    usual = [one for one in found if _LEAST_BITS <= one.bits_per_weight <= _MOST_BITS]
+    taken = _taken(usual, context) or _taken(found, context)
     return tuple(replace(one, is_taken=one is taken) for one in found)
 
 
@@ -116,16 +126,15 @@ def _taken(found: Sequence[TypeAdvice], context: ContextOptions) -> TypeAdvice |
 
 
 def _advice(
-    name: str, plan: WritePlan, machine: Machine, context: ContextOptions, offload: OffloadOptions
+    name: str, model: ModelHeader, machine: Machine, context: ContextOptions, offload: OffloadOptions
 ) -> TypeAdvice:
-    model = planned_model(plan)
     placed = plan_offload(model, context, offload, machine.devices, machine.host)
     footprint = Footprint(model, context, offload)
     read_bytes = _read_for_a_token(footprint, placed)
     return TypeAdvice(
         file_type=name,
-        n_bytes=plan.n_bytes,
-        bits_per_weight=round(plan.bits_per_weight, 2),
+        n_bytes=model.file_bytes,
+        bits_per_weight=round(_bits_per_weight(model), 2),
         n_ctx=_longest_context(model, footprint.n_ctx_train, machine, context, offload),
         gpu_bytes=sum(share.n_bytes for share in placed.shares[:-1]),
         memory_bytes=_needed(model, placed),
@@ -133,11 +142,9 @@ def _advice(
     )
 
 
-def planned_model(plan: WritePlan) -> ModelHeader:
-    """The header of the model that a plan would write, as a reader of the finished file sees it."""
-    (file,) = plan.files
-    header = parse_header(file.header, Path(file.path), file.n_bytes)
-    return ModelHeader((Shard(file.path, header),))
+def _bits_per_weight(model: ModelHeader) -> float:
+    n_weights = sum(tensor.n_elements for tensor in model.tensors)
+    return 8 * sum(tensor.n_bytes for tensor in model.tensors) / max(n_weights, 1)
 
 
 def _longest_context(
@@ -180,20 +187,6 @@ def _read_for_a_token(footprint: Footprint, placed: OffloadPlan) -> int:
     return int(total)
 
 
-def source_advice(
-    source: str, machine: Machine, context: ContextOptions | None = None, offload: OffloadOptions | None = None
-) -> tuple[TypeAdvice, ...]:
-    """``advise_types`` for a directory, a recipe, or a checkpoint on the hub. Raises the errors of ``plan_convert``."""
-    from ggufmoe.convert import plan_conversions
-
-    plans = plan_conversions(source, Path("model.gguf"), ADVISED_TYPES)
-    if len(plans) > 1:  # otherwise the experts are in MXFP4 already, and stay so
-        plans.pop("MXFP4_MOE", None)
-    if not plans:
-        raise InputError(f"{source} can be converted to none of {', '.join(ADVISED_TYPES)}; see `ggufmoe convert`")
-    return advise_types(plans, machine, context, offload)
-
-
 def this_machine() -> Machine:
     """The devices of this machine; without llama.cpp its memory alone."""
     try:
@@ -201,21 +194,3 @@ def this_machine() -> Machine:
     except EngineMissingError:
         return Machine((), HostMemory(), memory_bytes_per_s())
     return Machine(table.places, table.host, memory_bytes_per_s())
-
-
-def choose_type(model: str) -> str:
-    """The file type of a MODEL that suits this machine.
-
-    Of GGUF files on the hub the sizes are looked at, and not the headers. Raises InputError if none fits.
-    """
-    machine = this_machine()
-    name = hub_name(model)
-    listing = None if name is None else list_repository(name.repo_id, name.revision)
-    if name is None or listing is None or listing.has_checkpoint:
-        return take_type(source_advice(model, machine), model)
-    budget = machine.usable_bytes + sum(device.free_bytes for device in machine.devices)
-    fitting = [one for one in listing.gguf_models if one.quant and one.n_bytes * _ROOM < budget]
-    wanted = [one for one in fitting if one.quant in ADVISED_TYPES] or fitting
-    if not wanted:
-        raise InputError(f"{model} has no GGUF file that fits this machine's memory")
-    return max(wanted, key=lambda one: one.n_bytes).quant

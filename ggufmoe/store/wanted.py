@@ -11,9 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggufmoe.errors import HubError, InputError
+from ggufmoe.errors import HubError, InputError, OptionError
 from ggufmoe.files import StrPath, possible_path
+from ggufmoe.gguf.header import parse_header
+from ggufmoe.gguf.model import ModelHeader, Shard
+from ggufmoe.hub.hub_gguf import read_hub_header
 from ggufmoe.hub.hub_models import HubGGUF, HubListing, HubName, list_repository
+from ggufmoe.options.convert_options import size_target
 from ggufmoe.store.model_store import ModelStore
 
 if TYPE_CHECKING:
@@ -103,6 +107,20 @@ def plan_model(model: StrPath, quant: str | None, store: ModelStore) -> ModelPla
     )
 
 
+def header_of(plan: ModelPlan) -> ModelHeader:
+    """The header of the model that a plan makes, before it is made. Raises HubError and GGUFError."""
+    if plan.hub_model is not None:
+        return read_hub_header(plan.hub_model)
+    assert plan.conversion is not None, "a plan is that of a download or of a conversion"
+    return planned_model(plan.conversion)
+
+
+def planned_model(plan: WritePlan) -> ModelHeader:
+    """The header of the model that a conversion would write, as a reader of the finished file sees it."""
+    (file,) = plan.files
+    return ModelHeader((Shard(file.path, parse_header(file.header, Path(file.path), file.n_bytes)),))
+
+
 def hub_name(model: StrPath) -> HubName | None:
     """The name on the hub that a MODEL is, if it has the form of one and is no path."""
     if not isinstance(model, str) or os.path.exists(model):
@@ -119,7 +137,10 @@ def _gguf_of(listing: HubListing, name: HubName, quant: str | None) -> HubGGUF |
 
     A GGUF model of the wanted type is preferred, because less comes over the network.
     """
-    wanted = name if quant is None or name.quant or name.file else replace(name, quant=quant)
+    wanted = name
+    if quant is not None and not (name.quant or name.file):
+        is_file = quant.lower().endswith(".gguf")  # as -q auto names it where quants are not unique
+        wanted = replace(name, file=quant) if is_file else replace(name, quant=quant)
     if name.quant or name.file or not listing.has_checkpoint:
         return listing.choose(wanted)
     try:
@@ -133,6 +154,11 @@ def _plan_conversion(request: str, source: str, quant: str | None, store: ModelS
     from ggufmoe.export.naming import model_name
 
     file_type = quant or DEFAULT_QUANT
+    if size_target(file_type, None, None) is not None:
+        raise OptionError(
+            f"-q {file_type} needs a text to measure on what an error in each weight costs; make the file with "
+            f"`ggufmoe convert {source} -q {file_type} --sensitivity-text FILE`, and give that"
+        )
     name = model_name(source, file_type)
     plan = plan_convert(source, store.directory / f"{name}.gguf", file_type)
     here = sum(path.stat().st_size for path in plan.input_paths if path.suffix == ".safetensors")

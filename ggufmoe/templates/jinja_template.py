@@ -213,6 +213,15 @@ def find_template(
     return make(_read(user_path(choice), stored), name=choice)
 
 
+def template_missing(header: Header, model: str) -> TemplateError:
+    """What to raise where ``find_template`` finds none and one is needed: which there are, and the ways out."""
+    named = sorted(stored_templates(header))
+    which = f"has chat templates for some uses only ({', '.join(named)})" if named else "has no chat template"
+    return TemplateError(
+        f"{model}: the model {which}: name one with --chat-template NAME|FILE, or continue plain text with 'run --raw'"
+    )
+
+
 def stored_templates(header: Header) -> dict[str, str]:
     """The templates in a GGUF file, by name; the main one is called ``default``."""
     prefix = TEMPLATE_KEY + "."

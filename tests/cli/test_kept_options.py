@@ -39,7 +39,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``run`` and ``chat`` load and ask; nothing is loaded."""
     found: dict[str, Any] = {}
 
-    def file(model: str, wanted: object, *, quiet: bool = False) -> Path:
+    def file(model: str, wanted: object, *, quiet: bool = False, asking: object = None) -> Path:
         found["model"], found["wanted"] = model, wanted
         return Path(model)
 

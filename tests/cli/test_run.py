@@ -206,7 +206,7 @@ def test_without_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert exit_code(["run", str(path), "hi"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: {path}: the file has no chat template")
+    assert err.startswith(f"error: {path}: the model has no chat template")
     assert "--chat-template NAME|FILE" in err
     assert "--raw" in err
     assert exit_code(["run", str(path), " once", "--raw", "--quiet", *GREEDY]) == 0

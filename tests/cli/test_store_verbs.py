@@ -89,6 +89,27 @@ def test_an_unknown_type_is_wrong_usage_and_leaves_nothing(run: Run, source: Pat
     assert not store.directory.exists()
 
 
+def test_a_model_without_a_chat_template_is_not_made_for_a_conversation(
+    run: Run, source: Path, store: ModelStore
+) -> None:
+    for command in (("chat", source), ("run", source, "hello")):
+        code, out, err = run(*command, "-q", "F16")
+        assert (code, out, store.directory.exists()) == (1, "", False)
+        assert err == (
+            f"error: {source}: the model has no chat template: name one with --chat-template NAME|FILE, or continue "
+            "plain text with 'run --raw'\n"
+        )
+    assert run("run", source, "hello", "--chat-template", "nothing")[0] == 2
+    assert not store.directory.exists()
+    assert run("run", source, "hello", "-q", "F16", "--chat-template", "chatml", "-n", "1", "-t", "1")[0] == 0
+
+
+def test_a_size_needs_a_text_to_measure_on(run: Run, source: Path, store: ModelStore) -> None:
+    code, _, err = run("run", source, "-q", "4.5bpw", "hello", "--raw")
+    assert (code, len(err.splitlines()), store.directory.exists()) == (2, 1, False)
+    assert f"`ggufmoe convert {source} -q 4.5bpw --sensitivity-text FILE`" in err
+
+
 def test_large_models_are_asked_for_on_a_terminal_only(
     run: Run, source: Path, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 from hub_server import COMMIT, HubServer
 
 import ggufmoe
+from ggufmoe.cli.app import exit_code
 from ggufmoe.errors import Cancelled, HubError, NoSpaceError
 from ggufmoe.hub.hub_file import Line
 from ggufmoe.hub.hub_models import HubEntry
+from ggufmoe.placement import memory_speed
 from ggufmoe.store import download as downloads
+from ggufmoe.store.model_advice import choose_type
 from ggufmoe.store.model_store import ModelStore
 from ggufmoe.store.obtain import obtain
 from ggufmoe.store.wanted import plan_model
@@ -169,3 +173,42 @@ def test_a_file_in_the_cache_of_the_hub_is_not_fetched(hub: HubServer, store: Mo
     assert hub.sent_bytes == 0
     store.remove(store.named("small-Q8_0"))
     assert cached.is_file()
+
+
+def test_gguf_files_of_a_repository_are_planned_by_one_header(
+    hub: HubServer, store: ModelStore, served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 5e10)
+    assert exit_code(["plan", "org/files", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    files = {"BF16": "parts-BF16*", "F16": "small-F16*", "Q8_0": "small-Q8_0*"}
+    sizes = {quant: sum(one.stat().st_size for one in served.glob(f"files/{name}")) for quant, name in files.items()}
+    found = {one["file_type"]: one for one in planned["types"]}
+    assert list(found) == sorted(sizes, key=lambda quant: -sizes[quant])
+    assert all(abs(one["n_bytes"] - sizes[quant]) <= 16 for quant, one in found.items())
+    assert [quant for quant, one in found.items() if one["is_taken"]] == ["Q8_0"], "F16 gains nothing"
+    assert hub.sent_bytes <= max(sizes.values()), "the header of one model"
+    assert exit_code(["plan", "org/files:Q8_0", "--json"]) == 0
+    (share,) = json.loads(capsys.readouterr().out)["shares"]
+    assert exit_code(["plan", str(served / "files" / "small-Q8_0.gguf"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shares"] == [share]
+    exact, scaled = share["weight_bytes"] + share["kv_bytes"] + share["compute_bytes"], found["Q8_0"]["memory_bytes"]
+    assert scaled == pytest.approx(exact, rel=0.1)
+    assert exit_code(["plan", "org/files"]) == 0
+    assert "> Q8_0" in capsys.readouterr().out
+    assert choose_type("org/files") == "Q8_0"
+
+
+def test_files_of_one_quant_are_told_by_their_names(
+    hub: HubServer, store: ModelStore, served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 5e10)
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("a-Q8_0.gguf", "b-Q8_0.gguf"):
+        (twice / name).write_bytes((served / "files" / "small-Q8_0.gguf").read_bytes())
+    with HubServer({"org/twice": twice}) as other:
+        talk_with_hub(other.url, monkeypatch)
+        chosen = choose_type("org/twice")
+        assert chosen == "a-Q8_0.gguf"
+        assert plan_model("org/twice", chosen, store).source == "org/twice/a-Q8_0.gguf"

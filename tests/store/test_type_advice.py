@@ -16,9 +16,10 @@ from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ContextOptions
 from ggufmoe.placement import memory_speed
 from ggufmoe.placement.offload_plan import HostMemory, Place
-from ggufmoe.store import type_advice
+from ggufmoe.store import model_advice
 from ggufmoe.store.model_store import ModelStore
-from ggufmoe.store.type_advice import Machine, advise_types, planned_model, take_type
+from ggufmoe.store.type_advice import Machine, advise_types, take_type
+from ggufmoe.store.wanted import planned_model
 from ggufmoe.writing.plan import WritePlan
 from tests.tiny import make_checkpoint
 
@@ -117,7 +118,7 @@ def test_plan_shows_it_and_auto_takes_it(
     assert exit_code(["convert", str(source), "-q", "auto", "-o", str(output), "--quiet"]) == 0
     assert ModelStore().models()[0].path.read_bytes() == output.read_bytes()
     assert [model.name for model in ModelStore().models()] == ["tiny-Q8_0"]
-    monkeypatch.setattr(type_advice, "source_advice", None)  # the second time nothing is looked at
+    monkeypatch.setattr(model_advice, "source_advice", None)  # the second time nothing is looked at
     assert exit_code(arguments) == 0
 
 
