@@ -42,7 +42,8 @@ def plan_command(
     """Show which device would hold which part of a model, and how much memory it takes, before anything is loaded.
 
     Of a checkpoint, a recipe or a name on the hub (org/name) it shows which file types, or GGUF files, fit this
-    machine, with their size, the context that remains and the speed; > marks the one that -q auto takes. A GGUF file on the hub (org/name:Q4_K_M) is planned by its header.
+    machine, with their size, the context that remains and the speed; > marks the one that -q auto takes. A GGUF file
+    on the hub (org/name:Q4_K_M) is planned by its header.
 
     Without --vram the devices of this machine are used. The GPUs of --vram are named GPU0, GPU1 and so on.
     """

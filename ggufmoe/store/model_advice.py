@@ -1,4 +1,4 @@
-"""Gets the headers that ``type_advice`` works on: of what a source would be converted to, or of GGUF files of the hub."""
+"""Gets the headers that ``type_advice`` works on: of what a source is converted to, or of GGUF files of the hub."""
 
 from __future__ import annotations
 
