@@ -161,7 +161,7 @@ def with_options(*groups: type) -> Callable[[Command], Command]:
     """
 
     def decorate(command: Command) -> Command:
-        hints = typing.get_type_hints(command, include_extras=True)
+        hints = {name: _annotated(hint) for name, hint in typing.get_type_hints(command, include_extras=True).items()}
         holders = {name: hint for name, hint in hints.items() if hint in groups}
         if len(holders) != len(groups):
             raise TypeError(f"{command.__name__} must have exactly one parameter for each of {groups}")
@@ -181,6 +181,12 @@ def with_options(*groups: type) -> Callable[[Command], Command]:
         return _with_signature(with_objects, [*(p.replace(kind=p.KEYWORD_ONLY) for p in plain), *flags])
 
     return decorate
+
+
+def _annotated(hint: Any) -> Any:
+    """``Annotated[X, ...]`` of ``Optional[Annotated[X, ...]]``, which Python 3.10 makes where the default is None."""
+    inner = [one for one in typing.get_args(hint) if typing.get_origin(one) is Annotated]
+    return inner[0] if inner and typing.get_origin(hint) is typing.Union else hint
 
 
 def _with_signature(command: Command, parameters: list[inspect.Parameter]) -> Command:
