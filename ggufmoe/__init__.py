@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ggufmoe.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ggufmoe.best.best_file import BestFile
+    from ggufmoe.best.best_file import best_file as best_file
+    from ggufmoe.best.measured_files import Measured
+    from ggufmoe.best.memory_budget import MemorySums
     from ggufmoe.convert import convert as convert
     from ggufmoe.convert import merge as merge
     from ggufmoe.engine import Engine
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
         RoutingOptions,
         SamplingOptions,
         SensitivityOptions,
+        SizedOptions,
         TemplateOptions,
         WorkerOptions,
     )
@@ -82,6 +87,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArchitectureError",
+    "BestFile",
     "CancelFlag",
     "Cancelled",
     "Chat",
@@ -109,6 +115,8 @@ __all__ = [
     "InputError",
     "LayerCoverage",
     "LlamaCpp",
+    "Measured",
+    "MemorySums",
     "MergeOptions",
     "Message",
     "ModelLoadError",
@@ -133,6 +141,7 @@ __all__ = [
     "SamplingOptions",
     "SensitivityOptions",
     "SensitivityResult",
+    "SizedOptions",
     "TemplateError",
     "TemplateOptions",
     "TensorMismatchError",
@@ -144,6 +153,7 @@ __all__ = [
     "WorkerLostError",
     "WorkerOptions",
     "__version__",
+    "best_file",
     "convert",
     "imatrix",
     "kl_divergence",
@@ -162,6 +172,7 @@ __all__ = [
 logging.getLogger("ggufmoe").addHandler(logging.NullHandler())
 
 _HOMES = {
+    "BestFile": "ggufmoe.best.best_file",
     "CancelFlag": "ggufmoe.work",
     "Chat": "ggufmoe.runtime.chat",
     "ChatFormat": "ggufmoe.runtime.chatformat",
@@ -177,6 +188,8 @@ _HOMES = {
     "ImatrixResult": "ggufmoe.evaluation.imatrix",
     "LayerCoverage": "ggufmoe.evaluation.imatrix",
     "LlamaCpp": "ggufmoe.runtime.llamacpp",
+    "Measured": "ggufmoe.best.measured_files",
+    "MemorySums": "ggufmoe.best.memory_budget",
     "MergeOptions": "ggufmoe.options",
     "Message": "ggufmoe.runtime.messages",
     "OffloadOptions": "ggufmoe.options",
@@ -192,11 +205,13 @@ _HOMES = {
     "SamplingOptions": "ggufmoe.options",
     "SensitivityOptions": "ggufmoe.options",
     "SensitivityResult": "ggufmoe.sensitivity",
+    "SizedOptions": "ggufmoe.options",
     "TemplateOptions": "ggufmoe.options",
     "Tool": "ggufmoe.runtime.messages",
     "ToolCall": "ggufmoe.runtime.messages",
     "TypeSpeeds": "ggufmoe.quant.type_speeds",
     "WorkerOptions": "ggufmoe.options",
+    "best_file": "ggufmoe.best.best_file",
     "convert": "ggufmoe.convert",
     "imatrix": "ggufmoe.evaluation.imatrix",
     "kl_divergence": "ggufmoe.evaluation.divergence",

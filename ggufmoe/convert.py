@@ -262,6 +262,8 @@ def importances(options: ExportOptions) -> Imatrix | None:
 def size_mixer(options: ExportOptions, on_progress: OnProgress | None, cancel: CancelFlag | None) -> SizeMixer | None:
     """What chooses the types for the size that is asked for; None where a file type is. Raises OptionError."""
     if options.size_target is None:
+        if options.sensitivity is not None or options.types != "all":
+            raise OptionError("--sensitivity and --types are for a size; give one with -q 4.5bpw or --size 6GiB")
         return None
     if options.sensitivity is None:
         raise OptionError(

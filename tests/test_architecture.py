@@ -53,6 +53,7 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "sensitivity": _CONVERT | {"templates", "runtime", "evaluation", "sizing"},
     "placement": _BASE,
     "store": _CONVERT | {"convert", "placement"},
+    "best": _CONVERT | _RUN | {"sizing", "convert", "quantize", "store", "evaluation"},
     "runtime": _BASE | {"templates", "placement"},
     "remote": _BASE | {"placement", "runtime"},
     "engine": _BASE | {"placement", "runtime", "remote"},
@@ -64,12 +65,36 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "doctor": _RUN | {"evaluation", "quant"},
     "cli": _CONVERT
     | _RUN
-    | {"templates", "sizing", "convert", "quantize", "refit", "sensitivity", "store", "routing", "server", "inspection"}
+    | {
+        "templates",
+        "sizing",
+        "best",
+        "convert",
+        "quantize",
+        "refit",
+        "sensitivity",
+        "store",
+        "routing",
+        "server",
+        "inspection",
+    }
     | {"evaluation", "demo", "doctor"},
     "packaging": frozenset(),
     "__main__": frozenset({"cli"}),
     "__init__": _BASE
-    | {"quant", "convert", "quantize", "refit", "sensitivity", "store", "runtime", "engine", "routing", "evaluation"},
+    | {
+        "quant",
+        "best",
+        "convert",
+        "quantize",
+        "refit",
+        "sensitivity",
+        "store",
+        "runtime",
+        "engine",
+        "routing",
+        "evaluation",
+    },
 }
 
 LLAMA_CPP_ROOMS = {"native", "runtime"}

@@ -11,22 +11,23 @@ from ggufmoe.cli.conversion import default_output, naming, show_plan, show_resul
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
-from ggufmoe.cli.sized import SensitivityText, know_speeds, measured
+from ggufmoe.cli.sized import SensitivityText, know_speeds, make_best, measured, sized_text
 from ggufmoe.cli.wanted_model import AUTO_QUANT, automatic_type
-from ggufmoe.options import ConvertOptions
+from ggufmoe.options import ConvertOptions, SizedOptions
 from ggufmoe.work import CancelFlag, OnProgress
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult
 
 
-@with_options(ConvertOptions)
+@with_options(ConvertOptions, SizedOptions)
 def convert_command(
     source: Annotated[str, typer.Argument(help="A checkpoint directory, a recipe.yaml, or a hub id (org/name).")],
     output: GGUFOutput = None,
     *,
     sensitivity_text: SensitivityText = None,
     options: ConvertOptions,
+    sized: SizedOptions,
     dry_run: DryRun = False,
     as_json: EndWithJSON = False,
     quiet: Quiet = False,
@@ -37,9 +38,12 @@ def convert_command(
     """
     if options.quant.lower() == AUTO_QUANT:
         options = replace(options, quant=automatic_type(source, quiet=quiet))
-    path = default_output(source, options.quant, options.size_text) if output is None else output
-    options = measured(options, source, path, sensitivity_text, quiet=quiet)
+    path = default_output(source, options.quant, sized_text(options, sized)) if output is None else output
+    options = measured(options, source, path, sensitivity_text, sized, quiet=quiet)
     know_speeds(options, quiet=quiet)
+    if sized.is_given:
+        make_best(source, path, options, sized, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        return
     display = progress_display(f"convert {options.size_text or options.quant}", quiet=quiet)
     if dry_run:
         from ggufmoe.convert import plan_convert

@@ -6,6 +6,8 @@ speeds of ``--types fast`` are kept in the user's cache folder.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -13,15 +15,18 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from ggufmoe.cli.console import note, printable
+from ggufmoe.cli.conversion import show_plan, show_result
 from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.errors import OptionError
-from ggufmoe.options import ExportOptions, SensitivityOptions
+from ggufmoe.options import ExportOptions, SensitivityOptions, SizedOptions
 from ggufmoe.work import CancelFlag, OnProgress
 
 if TYPE_CHECKING:
+    from ggufmoe.best.best_file import BestFile
     from ggufmoe.sensitivity import SensitivityResult
 
+NO_SIZE = SizedOptions()
 OptionsT = TypeVar("OptionsT", bound=ExportOptions)
 SensitivityText = Annotated[
     Path | None,
@@ -55,7 +60,85 @@ def know_speeds(options: ExportOptions, *, quiet: bool) -> None:
         note("  " + ", ".join(f"{name} {ms:.0f}" for name, ms in each))
 
 
-def measured(options: OptionsT, source: str, output: Path, text: Path | None, *, quiet: bool) -> OptionsT:
+def sized_text(options: ExportOptions, sized: SizedOptions) -> str | None:
+    """What a file is called after by default: the size, the memory or the divergence that was asked for; None for a
+    file type."""
+    if sized.fit is not None:
+        return f"fit-{sized.fit}"
+    return options.size_text if sized.max_kl is None else f"kl-{sized.max_kl:g}"
+
+
+def make_best(
+    source: str,
+    output: Path,
+    options: ExportOptions,
+    sized: SizedOptions,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make the file of ``--fit``, ``--max-kl`` and ``--verify``, or show its plan, and say what was measured."""
+    from ggufmoe.best.best_file import best_file, plan_best_file, text_warning
+
+    display = progress_display("write", quiet=quiet)
+    if dry_run:
+        plan, memory = run_job(
+            lambda show, cancel: plan_best_file(
+                source, output, options=options, sized=sized, on_progress=show, cancel=cancel
+            ),
+            display,
+        )
+        show_plan(plan, as_json=as_json)
+        if memory is not None and not as_json:
+            print(memory.told())
+        if sized.max_kl is not None and not as_json:
+            print("this is the first file that would be measured; others follow from what it measures")
+        return
+    if not quiet:
+        if warning := text_warning(options, sized):
+            note(f"warning: {warning}")
+        if sized.verify is not None:
+            note(
+                f"measures beside {printable(str(output))}, in a folder that is deleted at the end"
+                + ("" if source.lower().endswith(".gguf") else ", with a file of 16 bits a weight")
+            )
+
+    def job(show: OnProgress, cancel: CancelFlag) -> BestFile:
+        return best_file(source, output, options=options, sized=sized, on_progress=show, cancel=cancel)
+
+    found = run_job(job, display)
+    if not quiet:
+        if found.memory is not None:
+            note(found.memory.told())
+        show_result(found.result, as_json=False, quiet=False)
+        for line in _measured_lines(found, sized):
+            note(line)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+
+
+def _measured_lines(found: BestFile, sized: SizedOptions) -> Iterator[str]:
+    """What was measured, and which file was kept for it."""
+    for one in found.measured:
+        yield f"measured KL divergence {one.told()}"
+    if found.standard is not None:
+        yield f"measured KL divergence {found.standard.told()}, the standard mix"
+        sign = "nearer to" if found.difference <= 0 else "farther from"
+        yield (
+            f"the chosen file is {abs(found.difference):.4g} ± {found.difference_uncertainty:.1g} {sign} the "
+            "unquantized model than the standard mix"
+        )
+    if found.kept_standard and found.standard is not None:
+        name = found.standard.name
+        yield f"kept the standard mix: the bytes that -q {name} writes with the same importances (--imatrix)"
+    elif sized.max_kl is not None:
+        yield f"kept the smallest that measures at most {sized.max_kl:g}: {found.result.plan.file_type}"
+
+
+def measured(
+    options: OptionsT, source: str, output: Path, text: Path | None, sized: SizedOptions = NO_SIZE, *, quiet: bool
+) -> OptionsT:
     """The options with a sensitivity that is measured on ``text``, or was by an earlier command; as given without it.
 
     Raises OptionError where no sensitivity is needed, or that beside the output is of another model or text, and the
@@ -63,7 +146,8 @@ def measured(options: OptionsT, source: str, output: Path, text: Path | None, *,
     """
     if text is None:
         return options
-    if options.size_target is None or options.sensitivity is not None:
+    has_size = options.size_target is not None or sized.target is not None
+    if not has_size or options.sensitivity is not None:
         raise OptionError("--sensitivity-text is for a size (-q 4.5bpw, --size 6GiB) without --sensitivity")
     from ggufmoe.export.naming import model_name
     from ggufmoe.sensitivity import sensitivity

@@ -39,10 +39,12 @@ from ggufmoe.options.routing_options import RoutingKeywords, RoutingOptions
 from ggufmoe.options.sampling_options import PromptOptions, SamplingOptions, StopOptions, TemplateOptions
 from ggufmoe.options.sensitivity_options import SensitivityKeywords, SensitivityOptions
 from ggufmoe.options.server_options import ServerOptions
+from ggufmoe.options.sized_options import AUTO_FIT, SizedOptions
 from ggufmoe.options.worker_options import WorkerOptions
 
 __all__ = [
     "ALL_LAYERS",
+    "AUTO_FIT",
     "AUTO_LAYERS",
     "AUTO_PARALLEL",
     "MAX_SEED",
@@ -80,6 +82,7 @@ __all__ = [
     "ServeContextOptions",
     "ServerOptions",
     "SizeTarget",
+    "SizedOptions",
     "StopOptions",
     "TemplateOptions",
     "TypeSet",

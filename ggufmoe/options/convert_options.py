@@ -90,20 +90,28 @@ _LEAST_BITS, _MOST_BITS = 1.0, 16.0
 
 @dataclass(frozen=True)
 class SizeTarget:
-    """The size that a file shall have at most: bits per weight, or bytes of all of it. One of the two is given."""
+    """The size that a file shall have at most: bits per weight, or bytes of all of it; or the divergence that it shall
+    have at most by prediction, for the smallest file. One of the three is given."""
 
     text: str
     """As it was asked for."""
     bits: float | None = None
     n_bytes: int | None = None
+    predicted_kl: float | None = None
 
 
-def size_target(quant: str, size: str | None, bits: float | None) -> SizeTarget | None:
+def size_target(
+    quant: str, size: str | None, bits: float | None, predicted_kl: float | None = None
+) -> SizeTarget | None:
     """The target of ``-q 4.5bpw``, ``--size 6GiB`` and ``--target-bpw 4.5``; None where ``quant`` is a file type.
 
     Raises OptionError for more than one target, and for a size that is none.
     """
     found = _BITS.fullmatch(quant)
+    if predicted_kl is not None:
+        if found or size is not None or bits is not None or quant != _DEFAULT_QUANT:
+            raise OptionError("predicted_kl says what size to make: give no file type and no other size")
+        return SizeTarget(f"a predicted divergence of {predicted_kl:.3g}", predicted_kl=predicted_kl)
     given = [text for text in (quant if found else None, size, None if bits is None else f"{bits:g}bpw") if text]
     if len(given) > 1 or (given and not found and quant != _DEFAULT_QUANT):
         raise OptionError(f"-q {quant}, --size and --target-bpw each say what size to make; give one of them")
@@ -140,6 +148,9 @@ class ExportOptions:
         "--target-bpw",
         help="Make the best file of at most so many bits per weight, as -q 4.5bpw.",
         metavar="BITS",
+    )
+    predicted_kl: float | None = option(
+        None, help="Make the smallest file whose predicted divergence is at most this.", between=(0.0, 100.0)
     )
     sensitivity: Path | None = option(
         None, "--sensitivity", help="For a size: what `ggufmoe sensitivity` measured of this model.", metavar="FILE"
@@ -182,8 +193,6 @@ class ExportOptions:
         check_values(self)
         _ = self.split_max_bytes
         target = self.size_target
-        if target is None and (self.sensitivity is not None or self.types != "all"):
-            raise OptionError("--sensitivity and --types are for a size; give one with -q 4.5bpw or --size 6GiB")
         if target is not None and self.pure:
             raise OptionError(f"--pure means one type for all tensors, and {target.text} a mix; leave one of them out")
 
@@ -196,7 +205,7 @@ class ExportOptions:
     @property
     def size_target(self) -> SizeTarget | None:
         """The size that is asked for; None where a file type is."""
-        return size_target(self.quant, self.size, self.target_bpw)
+        return size_target(self.quant, self.size, self.target_bpw, self.predicted_kl)
 
     @property
     def split_max_bytes(self) -> int | None:
@@ -209,6 +218,7 @@ class ExportKeywords(TypedDict, total=False):
 
     size: str | None
     target_bpw: float | None
+    predicted_kl: float | None
     sensitivity: Path | None
     types: TypeSet
     imatrix: Path | None

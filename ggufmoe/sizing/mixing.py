@@ -35,6 +35,7 @@ from ggufmoe.quant.policy import (
 from ggufmoe.quant.type_sets import K_TYPES, SHORT_ROW_TYPES, TYPE_SETS
 from ggufmoe.quant.type_speeds import TypeSpeeds
 from ggufmoe.sizing.error_table import ErrorTable, WantedErrors, load_table, measure_errors, sampled_bytes, save_table
+from ggufmoe.sizing.search import Choice, least_bytes
 from ggufmoe.sizing.sensitivity_file import Sensitivity
 from ggufmoe.sizing.timed_search import TimedChoice, best_timed_choices
 from ggufmoe.sizing.timing import Clock, token_clock
@@ -85,9 +86,9 @@ class SizeMixer:
         table = self._table(model, candidates, standards)
         smallest = {name: types[0] for name, types in candidates.items()}
         plan = model.lay_out(self._policy(model, smallest, table))
-        best = self._best_standard(model, standards, table, self._limit(plan))
+        budget = self._budget(plan, candidates, table)
+        best = self._best_standard(model, standards, table, self._limit(plan, candidates, budget))
         problem = self._problem(model, candidates, standards, table, best)
-        budget = self._budget(plan, candidates)
         for _ in range(_ROUNDS):
             chosen = best_timed_choices(problem.choices, budget, problem.limit_s, problem.starts)
             if chosen is None:
@@ -97,15 +98,23 @@ class SizeMixer:
                 )
             plan = model.lay_out(self._policy(model, problem.types(chosen), table, best))
             if self.target.n_bytes is None or plan.n_bytes <= self.target.n_bytes:
-                if told := problem.unused(chosen, budget):
+                told = "" if self.target.predicted_kl is not None else problem.unused(chosen, budget)
+                if told:
                     _LOG.warning("%s: %s", self.target.text, told)
                 return plan
             budget -= plan.n_bytes - self.target.n_bytes
         raise OptionError(f"{self.target.text} cannot be met; give a larger size")
 
-    def _budget(self, plan: WritePlan, candidates: Mapping[str, Sequence[GGMLType]]) -> int:
+    def _budget(self, plan: WritePlan, candidates: Mapping[str, Sequence[GGMLType]], table: ErrorTable) -> int:
         """Bytes for the tensors with candidates; ``plan`` has the other tensors, and the header."""
         free = sum(self._cost(tensor, tensor.type) for tensor in plan.tensors if tensor.name in candidates)
+        if self.target.predicted_kl is not None:
+            choices = [
+                [Choice(self._cost(tensor, kind), table[tensor.name][kind]) for kind in candidates[tensor.name]]
+                for tensor in plan.tensors
+                if tensor.name in candidates
+            ]
+            return least_bytes(choices, self.target.predicted_kl)
         if self.target.n_bytes is not None:
             return self.target.n_bytes - (plan.n_bytes - free)
         assert self.target.bits is not None, "a target has bits or bytes"
@@ -114,7 +123,7 @@ class SizeMixer:
     def _cost(self, tensor: PlannedTensor, type: GGMLType) -> int:
         """What a tensor of this type takes of the budget: in a file it is padded, among bits it is not."""
         n_bytes = replace(tensor, type=type).n_bytes
-        return n_bytes if self.target.n_bytes is None else padded(n_bytes, DEFAULT_ALIGNMENT)
+        return n_bytes if self.target.bits is not None else padded(n_bytes, DEFAULT_ALIGNMENT)
 
     def _problem(
         self,
@@ -249,10 +258,13 @@ class SizeMixer:
         about = json.dumps([_TABLE_VERSION, __version__, inputs, digests])
         return folder / "error-tables" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
 
-    def _limit(self, plan: WritePlan) -> int:
-        """Bytes of the largest file that is compared."""
+    def _limit(self, plan: WritePlan, candidates: Mapping[str, Sequence[GGMLType]], budget: int) -> int:
+        """Bytes of the largest file that is compared; ``plan`` has what is not chosen."""
         if self.target.n_bytes is not None:
             return self.target.n_bytes
+        if self.target.predicted_kl is not None:
+            free = sum(self._cost(tensor, tensor.type) for tensor in plan.tensors if tensor.name in candidates)
+            return plan.n_bytes - free + budget
         assert self.target.bits is not None, "a target has bits or bytes"
         others = plan.n_bytes - sum(tensor.n_bytes for tensor in plan.tensors)
         return others + int(self.target.bits * plan.n_weights / 8)

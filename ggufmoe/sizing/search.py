@@ -54,6 +54,28 @@ def best_choices(
     return best
 
 
+def least_bytes(tensors: Sequence[Sequence[Choice]], loss: float) -> int:
+    """The bytes with which the sum of losses is at most ``loss`` along the hulls; ``best_choices`` is no worse.
+
+    Those of the best choices where no mix is as good.
+    """
+    useful = [_useful(choices) for choices in tensors]
+    hulls = [[tensors[i][j] for j in indices] for i, indices in enumerate(useful)]
+    hulls = [[choices[place] for place in _hull(choices)] for choices in hulls]
+    steps = sorted(
+        (-_gain(choices, place - 1, place), i, place)
+        for i, choices in enumerate(hulls)
+        for place in range(1, len(choices))
+    )
+    n_bytes, left = sum(choices[0].n_bytes for choices in hulls), sum(choices[0].loss for choices in hulls)
+    for _, i, place in steps:
+        if left <= loss:
+            break
+        n_bytes += hulls[i][place].n_bytes - hulls[i][place - 1].n_bytes
+        left += hulls[i][place].loss - hulls[i][place - 1].loss
+    return n_bytes
+
+
 def _loss(tensors: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> float:
     return sum(choices[i].loss for choices, i in zip(tensors, chosen, strict=True))
 
