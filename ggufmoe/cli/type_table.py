@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ggufmoe.cli.console import make_console, note, printable
 from ggufmoe.cli.progress import ProgressLine
 from ggufmoe.options import ContextOptions, OffloadOptions
+from ggufmoe.placement.footprint import DEFAULT_MAX_CTX
 from ggufmoe.placement.offload_plan import HostMemory, Place
 from ggufmoe.sizes import file_size, memory_size
+
+if TYPE_CHECKING:
+    from ggufmoe.store.type_advice import TypeAdvice
 
 _NARROW_COLUMNS = 64
 
@@ -24,21 +29,17 @@ def show_type_advice(
     as_json: bool,
 ) -> None:
     """Print which file types of a model fit: a table, or one JSON object."""
-    from ggufmoe.placement.memory_speed import memory_bytes_per_s
+    from ggufmoe.placement.memory_speed import MeasuredSpeeds
     from ggufmoe.store.model_advice import model_advice
     from ggufmoe.store.type_advice import Machine
 
-    with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers"):
-        machine = Machine(tuple(devices), host, memory_bytes_per_s())
+    with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers, measuring"):
+        machine = Machine(tuple(devices), host, MeasuredSpeeds())
         found = model_advice(model, machine, context, offload)
     advice = found.types
     if as_json:
-        about = {"memory_bytes_per_s": machine.memory_bytes_per_s, "usable_bytes": machine.usable_bytes}
-        print(
-            json.dumps(
-                {"model": model, **about, "types": [one.to_dict() for one in advice], "read_file": found.read_file}
-            )
-        )
+        about = {"model": model, "usable_bytes": machine.usable_bytes, "read_file": found.read_file}
+        print(json.dumps({**about, "types": [one.to_dict() for one in advice]}))
         return
     from rich import box
     from rich.table import Table
@@ -51,7 +52,7 @@ def show_type_advice(
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for one in advice:
-        speed = "-" if not one.fits else "GPU" if one.tokens_per_s is None else f"{one.tokens_per_s:.1f}"
+        speed = _speeds(one) if one.fits else "-"
         places = (
             () if is_narrow else (memory_size(one.gpu_bytes) if one.gpu_bytes else "-", memory_size(one.memory_bytes))
         )
@@ -68,8 +69,8 @@ def show_type_advice(
     taken = next((one.file_type for one in advice if one.is_taken), None)
     gpu = " and as much on the GPUs as fits" if devices else ""
     console.print(
-        f"for {memory_size(machine.usable_bytes)} of this machine's memory{gpu}; tokens/s: what reading the weights "
-        f"at {machine.memory_bytes_per_s / 1e9:.1f} GB/s allows"
+        f"for {memory_size(machine.usable_bytes)} of this machine's memory{gpu}; tokens/s: from an empty to a full "
+        f"context of {context.n_ctx or DEFAULT_MAX_CTX} tokens, by what this machine was measured to compute"
     )
     if found.read_file and len(advice) > 1:
         note(f"the header of {printable(found.read_file)} was read; the others are taken to differ as their sizes do")
@@ -77,3 +78,11 @@ def show_type_advice(
         note("no file type fits")
     else:
         console.print(f"> is what -q auto takes: ggufmoe chat {printable(model)} -q {taken}")
+
+
+def _speeds(one: TypeAdvice) -> str:
+    """Tokens a second in an empty and a full context, or that the CPU computes no layer."""
+    if one.tokens_per_s is None or one.tokens_per_s_full is None:
+        return "GPU"
+    shown = [f"{n:.1f}" if n < 9.95 else f"{n:.0f}" for n in (one.tokens_per_s, one.tokens_per_s_full)]
+    return shown[0] if shown[0] == shown[1] else "-".join(shown)

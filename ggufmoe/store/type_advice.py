@@ -1,8 +1,8 @@
 """Which file types of a model fit this machine, with what context and at what speed, and which one to take.
 
 Works on headers, those of files and those that conversions would write; ``model_advice`` gets them. Sizes are exact,
-memory is that of ``placement``, and speeds are what the memory's bandwidth allows: a token reads every weight that it
-uses once.
+memory is that of ``placement``, and speeds follow from what the engine was measured to do with weights of each type: a
+token reads every weight that it uses once.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ggufmoe.errors import EngineMissingError, InputError
+from ggufmoe.gguf.hyper import largest
 from ggufmoe.gguf.model import ModelHeader
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ContextOptions, OffloadOptions
 from ggufmoe.placement.devices import find_devices
 from ggufmoe.placement.footprint import Footprint
-from ggufmoe.placement.memory_speed import memory_bytes_per_s
+from ggufmoe.placement.memory_speed import MeasuredSpeeds, Speeds
 from ggufmoe.placement.offload import plan_offload
 from ggufmoe.placement.offload_plan import HostMemory, OffloadPlan, Place
 from ggufmoe.store.wanted import planned_model
@@ -30,6 +32,11 @@ _USABLE_SHARE = 0.8
 """Of the main memory: the rest is the system's and that of other programs."""
 _LEAST_BITS, _MOST_BITS = 2.5, 9.0
 """Bits per weight: fewer cost much of the model, and those above Q8_0 gain next to nothing."""
+_DENSE_STEPS, _MOE_STEPS = 20, 30
+"""Steps of llama.cpp's graph in a layer, about: of Llama and of Mixtral."""
+_KV_TYPE = GGMLType.F16
+_LOADED_COST = 1.4
+"""Time of a token in a loaded model over that of its products by themselves; docs/models.md has the measurement."""
 _WANTED_CONTEXT = 8192
 _WANTED_TOKENS_PER_S = 8.0
 """About as fast as people read."""
@@ -37,11 +44,11 @@ _WANTED_TOKENS_PER_S = 8.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What a model is placed on: GPUs, main memory, and how many bytes of it are read in a second."""
+    """What a model is placed on: GPUs, main memory, and how fast its CPU computes with weights."""
 
     devices: tuple[Place, ...]
     host: HostMemory
-    memory_bytes_per_s: float
+    speeds: Speeds
 
     @property
     def usable_bytes(self) -> int:
@@ -63,6 +70,9 @@ class TypeAdvice:
     memory_bytes: int
     """Main memory with the context that is asked for, or 4096 tokens."""
     tokens_per_s: float | None
+    """In an empty context."""
+    tokens_per_s_full: float | None
+    """When the context that is asked for, or 4096 tokens, is full."""
     is_taken: bool = False
 
     @property
@@ -130,7 +140,8 @@ def _advice(
 ) -> TypeAdvice:
     placed = plan_offload(model, context, offload, machine.devices, machine.host)
     footprint = Footprint(model, context, offload)
-    read_bytes = _read_for_a_token(footprint, placed)
+    empty_s = _token_s(footprint, placed, machine.speeds)
+    full_s = empty_s + _attention_s(footprint, placed, machine.speeds)
     return TypeAdvice(
         file_type=name,
         n_bytes=model.file_bytes,
@@ -138,7 +149,8 @@ def _advice(
         n_ctx=_longest_context(model, footprint.n_ctx_train, machine, context, offload),
         gpu_bytes=sum(share.n_bytes for share in placed.shares[:-1]),
         memory_bytes=_needed(model, placed),
-        tokens_per_s=machine.memory_bytes_per_s / read_bytes if read_bytes else None,
+        tokens_per_s=1 / empty_s if empty_s else None,
+        tokens_per_s_full=1 / full_s if empty_s else None,
     )
 
 
@@ -175,16 +187,26 @@ def _needed(model: ModelHeader, placed: OffloadPlan) -> int:
     return max(weights, 0) + placed.host.kv_bytes + placed.host.compute_bytes
 
 
-def _read_for_a_token(footprint: Footprint, placed: OffloadPlan) -> int:
-    """Bytes of weights in main memory that are read for each token: of experts as many as are used."""
-    host, total = placed.host, 0.0
+def _token_s(footprint: Footprint, placed: OffloadPlan, speeds: Speeds) -> float:
+    """Seconds that the CPU computes for a token in an empty context: of experts as many as are used; 0 for no layer."""
+    host = placed.host
+    read: dict[GGMLType, float] = {}
     for tensor in footprint.tensors:
-        if tensor.is_expert:
-            if tensor.layer in host.expert_layers:
-                total += tensor.n_bytes * placed.n_expert_used / max(placed.n_expert, 1)
-        elif tensor.layer in host.layers:
-            total += tensor.n_bytes
-    return int(total)
+        share = placed.n_expert_used / max(placed.n_expert, 1) if tensor.is_expert else 1.0
+        if tensor.layer in (host.expert_layers if tensor.is_expert else host.layers):
+            read[tensor.type] = read.get(tensor.type, 0.0) + share * tensor.n_bytes
+    n_layers = len({*host.layers, *host.expert_layers} - {placed.n_layer})
+    steps = n_layers * (_MOE_STEPS if placed.n_expert else _DENSE_STEPS)
+    products_s = sum(n_bytes / speeds.bytes_per_s(kind) for kind, n_bytes in read.items())
+    return _LOADED_COST * (products_s + steps * speeds.step_s)
+
+
+def _attention_s(footprint: Footprint, placed: OffloadPlan, speeds: Speeds) -> float:
+    """Seconds that the CPU needs for a token to attend to a full context: each head goes through keys and values."""
+    if not placed.host.kv_bytes:
+        return 0.0
+    n_heads_of_kv = largest(footprint.hyper.n_head) / max(largest(footprint.hyper.n_head_kv), 1)
+    return _LOADED_COST * placed.host.kv_bytes * n_heads_of_kv / speeds.bytes_per_s(_KV_TYPE)
 
 
 def this_machine() -> Machine:
@@ -192,5 +214,5 @@ def this_machine() -> Machine:
     try:
         table = find_devices()
     except EngineMissingError:
-        return Machine((), HostMemory(), memory_bytes_per_s())
-    return Machine(table.places, table.host, memory_bytes_per_s())
+        return Machine((), HostMemory(), MeasuredSpeeds())
+    return Machine(table.places, table.host, MeasuredSpeeds())

@@ -178,7 +178,7 @@ def test_a_file_in_the_cache_of_the_hub_is_not_fetched(hub: HubServer, store: Mo
 def test_gguf_files_of_a_repository_are_planned_by_one_header(
     hub: HubServer, store: ModelStore, served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 5e10)
+    monkeypatch.setattr(memory_speed.MeasuredSpeeds, "_speed", lambda *_: 5e10)
     assert exit_code(["plan", "org/files", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     files = {"BF16": "parts-BF16*", "F16": "small-F16*", "Q8_0": "small-Q8_0*"}
@@ -202,7 +202,7 @@ def test_gguf_files_of_a_repository_are_planned_by_one_header(
 def test_files_of_one_quant_are_told_by_their_names(
     hub: HubServer, store: ModelStore, served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 5e10)
+    monkeypatch.setattr(memory_speed.MeasuredSpeeds, "_speed", lambda *_: 5e10)
     twice = tmp_path / "twice"
     twice.mkdir()
     for name in ("a-Q8_0.gguf", "b-Q8_0.gguf"):

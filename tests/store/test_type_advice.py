@@ -13,8 +13,12 @@ from ggufmoe.convert import plan_conversions
 from ggufmoe.errors import InputError
 from ggufmoe.gguf.header import read_header
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.native.product_speed import product_bytes_per_s, step_s
 from ggufmoe.options import ContextOptions
 from ggufmoe.placement import memory_speed
+from ggufmoe.placement.devices import repacked_types
+from ggufmoe.placement.memory_speed import SameSpeed
+from ggufmoe.placement.offload import plan_offload
 from ggufmoe.placement.offload_plan import HostMemory, Place
 from ggufmoe.store import model_advice
 from ggufmoe.store.model_store import ModelStore
@@ -27,7 +31,7 @@ TYPES = ("Q8_0", "Q4_K_M", "Q2_K")
 
 
 def machine(n_bytes: int = 1 << 34, bytes_per_s: float = 1e12, *gpus: Place) -> Machine:
-    return Machine(gpus, HostMemory(n_bytes, n_bytes, {GGMLType.Q4_K: 8}), bytes_per_s)
+    return Machine(gpus, HostMemory(n_bytes, n_bytes, {GGMLType.Q4_K: 8}), SameSpeed(bytes_per_s))
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +78,8 @@ def test_the_speed_counts_the_experts_that_are_used(plans: dict[str, WritePlan])
     read = sum(t.n_bytes for t in model.tensors if t.name != "token_embd.weight")
     experts = sum(t.n_bytes for t in model.tensors if "_exps" in t.name)
     n_expert, n_used = model.hyper.n_expert, model.hyper.n_expert_used
-    assert all_used.tokens_per_s == pytest.approx(1e9 / (read - experts * (1 - n_used / n_expert)), rel=1e-3)
-    assert one_used.tokens_per_s == pytest.approx(1e9 / (read - experts * (1 - 1 / n_expert)), rel=1e-3)
+    assert all_used.tokens_per_s == pytest.approx(1e9 / 1.4 / (read - experts * (1 - n_used / n_expert)), rel=1e-3)
+    assert one_used.tokens_per_s == pytest.approx(1e9 / 1.4 / (read - experts * (1 - 1 / n_expert)), rel=1e-3)
 
 
 def test_a_gpu_that_holds_all_of_it(plans: dict[str, WritePlan]) -> None:
@@ -104,7 +108,7 @@ def test_plan_shows_it_and_auto_takes_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GGUFMOE_HOME", str(tmp_path))
-    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 5e10)
+    monkeypatch.setattr(memory_speed.MeasuredSpeeds, "_speed", lambda *_: 5e10)
     assert exit_code(["plan", str(source)]) == 0
     out = capsys.readouterr().out
     assert "> Q8_0" in out
@@ -122,11 +126,51 @@ def test_plan_shows_it_and_auto_takes_it(
     assert exit_code(arguments) == 0
 
 
-def test_the_speed_of_the_memory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_context_is_slower_and_steps_take_time(plans: dict[str, WritePlan]) -> None:
+    (plain, *_) = advise_types(plans, machine(bytes_per_s=1e9))
+    host = machine().host
+    (stepped, *_) = advise_types(plans, Machine((), host, SameSpeed(1e9, step_s=1e-4)))
+    assert plain.tokens_per_s
+    assert plain.tokens_per_s_full
+    assert stepped.tokens_per_s
+    model = planned_model(plans["Q8_0"])
+    assert 1 / stepped.tokens_per_s - 1 / plain.tokens_per_s == pytest.approx(1.4 * 30e-4 * model.hyper.n_layer)  # type: ignore[operator]
+    heads = model.hyper.n_head / model.hyper.n_head_kv  # type: ignore[operator]
+    kv_bytes = plan_offload(model, ContextOptions(), ggufmoe.OffloadOptions(), (), host).host.kv_bytes
+    assert 1 / plain.tokens_per_s_full - 1 / plain.tokens_per_s == pytest.approx(1.4 * kv_bytes * heads / 1e9)
+
+
+def test_products_are_measured_where_a_model_has_its_weights() -> None:
+    for repacked in (False, GGMLType.Q4_K in repacked_types()):
+        assert product_bytes_per_s(GGMLType.Q4_K, 1, repacked=repacked, n_bytes=1 << 20, least_s=0) > 1e6
+    assert 0 < step_s(1, least_s=0) < 0.1
     assert memory_speed.measure_memory(1 << 20) > 0
-    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 5e10)
-    assert memory_speed.memory_bytes_per_s(tmp_path) == 5e10
-    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 1.0)
-    assert memory_speed.memory_bytes_per_s(tmp_path) == 5e10
-    (tmp_path / "memory-speed.json").write_text("{")
-    assert memory_speed.memory_bytes_per_s(tmp_path) == 1.0
+
+
+def test_speeds_are_kept_and_measured_again_on_a_calmer_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, load = [3e9], [2.0]
+
+    def measure(*_: object, **__: object) -> float:
+        return measured[0]
+
+    def speed() -> float:
+        return memory_speed.MeasuredSpeeds(tmp_path).bytes_per_s(GGMLType.Q4_K)
+
+    monkeypatch.setattr("ggufmoe.native.product_speed.product_bytes_per_s", measure)
+    monkeypatch.setattr(memory_speed, "_load", lambda: load[0])
+    assert speed() == 3e9
+    measured[0] = 4e9
+    assert speed() == 3e9, "as busy as before"
+    load[0] = 1.0
+    assert speed() == 4e9
+    measured[0], load[0] = 2e9, 0.1
+    assert speed() == 4e9, "the better one is kept"
+    measured[0], load[0] = 5e9, 0.0
+    assert speed() == 4e9, "it was calm"
+    (tmp_path / "speeds.json").write_text("{")
+    assert speed() == 5e9
+    monkeypatch.setattr(memory_speed, "has_engine", lambda: False)
+    monkeypatch.setattr(memory_speed, "measure_memory", lambda: 7e9)
+    assert speed() == 7e9
