@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 from urllib.parse import SplitResult, urlsplit
 
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 16
+"""What requests reads at once; of a connection that is reset it drops what it has of a piece."""
 _DIRECT_BYTES = 1 << 20
 """Ranges that are shorter go through the session: they would not make up for a request more for each connection."""
 
