@@ -6,6 +6,7 @@ Every kind of source is a ``ModelSource``; only ``_open_source`` tells them apar
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from ggufmoe.gguf.manifest import default_path as manifest_path
 from ggufmoe.gguf.manifest import write_manifest
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.hub.read_ahead import ReadAhead, remote_bytes
+from ggufmoe.hub.source_cache import SourceCache
 from ggufmoe.merge.checkpoint_plan import CHECKPOINT_NAME, checkpoint_index, plan_checkpoint
 from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.merge.merged import MergedModel, open_recipe
@@ -135,16 +137,18 @@ def convert(
     check_router_report(options.router_report)
     access = _hub_access(options, path, cancel)
     with _open_source(source, options, access) as model:
-        plan = _from_hub(_plan(model, path, options, access, on_progress, cancel), model, access)
+        plan = _plan(model, path, options, access, on_progress, cancel)
+        plan = _from_hub(plan, model, access, options.source_cache_bytes)
         _keep_router(model, plan, resume=options.resume)
-        result = write_gguf(
-            plan,
-            options,
-            on_progress,
-            cancel,
-            prepare=lambda: _prepare(model, options, on_progress, cancel),
-            access=access,
-        )
+        with _source_cache(plan, access):
+            result = write_gguf(
+                plan,
+                options,
+                on_progress,
+                cancel,
+                prepare=lambda: _prepare(model, options, on_progress, cancel),
+                access=access,
+            )
         return replace(result, router_report=model.router_report, network_bytes=access.line.n_bytes)
 
 
@@ -164,10 +168,10 @@ def plan_convert(
     closed again, so it cannot be written.
     """
     options = options_of(ConvertOptions, options, with_quant(quant, keywords))
-    access = HubAccess(keep_source=options.keep_source)
+    access = HubAccess()  # a plan downloads nothing
     with _open_source(source, options, access) as model:
         plan = _plan(model, output_path(output), options, access, on_progress, cancel)
-        return _from_hub(plan, model, access)
+        return _from_hub(plan, model, access, options.source_cache_bytes)
 
 
 def plan_conversions(source: StrPath, output: Path, quants: Sequence[str]) -> dict[str, WritePlan]:
@@ -438,9 +442,10 @@ def merge(
         )
         with open_partial_directory(target, keep=options.resume) as partial:
             plan = plan_checkpoint(model, partial, options.layout, options.max_shard_bytes)
-            plan = _from_hub(plan, model, access)
+            plan = _from_hub(plan, model, access, options.source_cache_bytes)
             _keep_router(model, plan, resume=options.resume)
-            report = write_plan(plan, _over_network(write, access))
+            with _source_cache(plan, access):
+                report = write_plan(plan, _over_network(write, access))
             place_directory(partial, target, sidecar_files(model, checkpoint_index(plan)), written=WRITTEN_NAMES)
     router = model.router_report
     assert router is not None, "preparing a recipe gives its report"
@@ -466,16 +471,40 @@ def _hub_access(options: ConvertOptions | MergeOptions, output: Path, cancel: Ca
     return access
 
 
-def _from_hub(plan: WritePlan, model: ModelSource, access: HubAccess) -> WritePlan:
-    """The plan with what it reads over the network."""
-    if not access.origins:
+def _from_hub(
+    plan: WritePlan, model: ModelSource, access: HubAccess, source_cache_bytes: int | None = None
+) -> WritePlan:
+    """The plan with what it reads over the network, and what of it is kept where it is read twice."""
+    if not access.origins and not access.cached_bytes:
         return plan
-    parts = [part for tensor in plan.tensors for part in tensor.parts]
-    n_bytes = sum(remote_bytes(byte_ranges(part.rows, 0, part.n_rows)) for part in parts)
-    of_router = model.read_for_router if isinstance(model, MergedModel) else ()
-    router_bytes = sum(remote_bytes(byte_ranges(one, 0, row_count(one.shape))) for one in of_router)
-    reads = NetworkReads(access.header_bytes + n_bytes, router_bytes, sum(one.n_bytes for one in access.origins))
+    written = [list(byte_ranges(p.rows, 0, p.n_rows)) for tensor in plan.tensors for p in tensor.parts]
+    steps = model.router_steps() if isinstance(model, MergedModel) else ()
+    for_router = [one for step in steps for rows in step for one in byte_ranges(rows, 0, row_count(rows.shape))]
+    every = list(itertools.chain.from_iterable(written))
+    router_bytes = remote_bytes(for_router)
+    reads = NetworkReads(
+        write_bytes=access.header_bytes + sum(map(remote_bytes, written)),
+        router_bytes=router_bytes,
+        twice_bytes=router_bytes + remote_bytes(every) - remote_bytes([*every, *for_router]),
+        cache_bytes=source_cache_bytes or 0,
+        file_bytes=sum(one.n_bytes for one in access.origins),
+        cached_bytes=access.cached_bytes,
+    )
     return replace(plan, origins=tuple(access.origins), network=reads)
+
+
+@contextlib.contextmanager
+def _source_cache(plan: WritePlan, access: HubAccess) -> Iterator[None]:
+    """While the block runs, keep on the output's disk what the plan says of the bytes that are read twice."""
+    if plan.network is None or not plan.network.kept_bytes:
+        yield
+        return
+    parts = (part for tensor in plan.tensors for part in tensor.parts)
+    written = (one for part in parts for one in byte_ranges(part.rows, 0, part.n_rows))
+    with contextlib.closing(SourceCache(plan.output.parent, plan.network.kept_bytes, written)) as cache:
+        access.line.cache = cache
+        yield
+    access.line.cache = None
 
 
 def _keep_router(model: ModelSource, plan: WritePlan, *, resume: bool) -> None:

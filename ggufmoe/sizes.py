@@ -61,3 +61,14 @@ def _scaled(number: float, base: int, units: Sequence[str]) -> str:
         scaled, step = scaled / base, step + 1
     digits = 0 if step == 0 or scaled >= 99.95 else 1 if scaled >= 9.995 else 2
     return f"{scaled:.{digits}f} {units[step]}".rstrip()
+
+
+_SPEED = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([MG])(?:bit)?(?:/s)?)?\s*", re.IGNORECASE)
+
+
+def parse_line_speed(text: str) -> float | None:
+    """Mbit/s of ``100``, ``100Mbit`` or ``2.5Gbit/s``; None for what is no speed."""
+    match = _SPEED.fullmatch(text)
+    if match is None:
+        return None
+    return float(match[1]) * (1000 if (match[2] or "").upper() == "G" else 1) or None

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[50, 500, 5000], metavar="MBIT")
     parser.add_argument("--latency", type=float, default=0.02, metavar="SECONDS")
     parser.add_argument("--quant", default="Q4_K_M")
+    parser.add_argument("--option", action="append", default=[], metavar="OPTION", help="of convert, for the rates")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--kill-rate", type=float, default=1000, metavar="MBIT")
     given = parser.parse_args(argv)
@@ -79,7 +80,7 @@ class Bench:
 
     def _at(self, rate: float, expected: str, local_s: float) -> None:
         with self._hub("--mbit", str(rate), "--latency", str(self.given.latency)) as hub:
-            report = self._convert(hub)
+            report = self._convert(hub, *self.given.option)
             counts = hub.counts()
         sent = sum(counts["bytes"].values())
         line_s = sent * 8 / rate / 1e6

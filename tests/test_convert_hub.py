@@ -173,7 +173,8 @@ def test_a_router_is_not_computed_again_over_the_network(
     recipe.write_text(yaml.safe_dump({"base_model": "org/1", "experts": experts, "gate_mode": "hidden"}))
     whole = ggufmoe.convert(recipe, tmp_path / "whole.gguf", "BF16")
     assert whole.plan.network is not None
-    assert whole.network_bytes <= whole.plan.network.n_bytes
+    embedding_rows = whole.network_bytes - whole.plan.network.n_bytes
+    assert 0 <= embedding_rows < 10_000
 
     output, stop, phases = tmp_path / "m.gguf", threading.Event(), set()
     kept = tmp_path / "m.gguf.partial.router"
@@ -192,6 +193,30 @@ def test_a_router_is_not_computed_again_over_the_network(
     assert (phases, kept.exists()) == ({"write"}, False)
     assert digest(output) == digest(tmp_path / "whole.gguf")
     assert resumed.router_report == whole.router_report
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_what_the_router_has_read_is_kept_for_the_writing(
+    hub: HubServer, tmp_path: Path, tiny_checkpoint: Callable[..., Path], share: float
+) -> None:
+    """The base is one of the experts, so that all that the router reads is written."""
+    hub.models |= {f"org/{n}": Model(tiny_checkpoint(arch="mistral", seed=n)) for n in (1, 2)}
+    experts = [{"source_model": f"org/{n}", "positive_prompts": [f"about {n}"]} for n in (1, 2)]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base_model": "org/1", "experts": experts, "gate_mode": "hidden"}))
+    plain = ggufmoe.convert(recipe, tmp_path / "plain.gguf", "BF16")
+    reads = plain.plan.network
+    assert reads is not None
+    assert reads.twice_bytes == reads.router_bytes > 1_000_000
+    size = int(share * reads.twice_bytes) // 1000
+    kept = ggufmoe.convert(recipe, tmp_path / "kept.gguf", "BF16", source_cache=f"{size}K")
+    assert plain.network_bytes - kept.network_bytes == size * 1000
+    assert digest(tmp_path / "kept.gguf") == digest(tmp_path / "plain.gguf")
+    merged = ggufmoe.merge(recipe, tmp_path / "merged", source_cache="1G")
+    assert merged.network_bytes == plain.network_bytes - reads.twice_bytes
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "kept.gguf", "plain.gguf", "recipe.yaml"
+    ]  # fmt: skip
 
 
 def test_a_router_that_was_left_damaged_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,8 +239,46 @@ def test_a_plan_tells_what_comes_over_the_network(
     told = capsys.readouterr().out
     assert f"read from the hub by ranges: org/tiny@{COMMIT[:12]}\n" in told
     assert "over the network 4.54 MB: 1 s at 50 Mbit/s, 0 s at 500 Mbit/s\n" in told
-    assert "with --keep-source 4.35 MB more, in the hub's cache\n" in told
+    assert "with --keep-source 4.35 MB more, in the hub's cache, and 4.35 MB over the network\n" in told
+    show_plan(plan, as_json=False, line_mbit=1)
+    assert "over the network 4.54 MB: 36 s at 1 Mbit/s\n" in capsys.readouterr().out
     assert plan_convert(source, tmp_path / "n.gguf", "BF16").network is None
+
+
+def test_a_plan_downloads_nothing_and_counts_what_is_cached(
+    hub: HubServer, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_convert("org/tiny", tmp_path / "m.gguf", "BF16", keep_source=True)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    ggufmoe.convert("org/tiny", tmp_path / "m.gguf", "BF16", keep_source=True)
+    hub.reset_counts()
+    plan = plan_convert("org/tiny", tmp_path / "m.gguf", "BF16")
+    assert hub.sent_bytes == 0
+    show_plan(plan, as_json=False)
+    told = capsys.readouterr().out
+    assert "read from the hub's cache: 4.35 MB\n" in told
+    assert "over the network nothing; on disk 4." in told
+
+
+@pytest.mark.parametrize(("share", "told"), [(None, "come twice; --source-cache 1G keeps them"), ("500K", "500 kB of")])
+def test_a_plan_tells_what_comes_twice(
+    hub: HubServer,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    share: str | None,
+    told: str,
+) -> None:
+    hub.models |= {f"org/{n}": Model(tiny_checkpoint(arch="mistral", seed=n)) for n in (1, 2)}
+    experts = [{"source_model": f"org/{n}", "positive_prompts": [f"about {n}"]} for n in (1, 2)]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base_model": "org/1", "experts": experts, "gate_mode": "hidden"}))
+    plan = plan_convert(recipe, tmp_path / "m.gguf", source_cache=share)
+    assert plan.network is not None
+    assert plan.network.kept_bytes == (500_000 if share else 0)
+    assert plan.network.n_bytes == plan.network.write_bytes + plan.network.router_bytes - plan.network.kept_bytes
+    show_plan(plan, as_json=False)
+    assert told in capsys.readouterr().out
 
 
 def test_a_damaged_header_is_refused_as_that_of_a_local_file_is(hub: HubServer, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ class HubAccess:
         self.origins: list[HubModel] = []
         self.header_bytes = 0
         """What was read of files to open them."""
+        self.cached_bytes = 0
+        """Size of the tensor files that are read from huggingface_hub's cache."""
         self._keep_source = keep_source
         self._pins = pins or {}
 
@@ -94,10 +96,11 @@ class HubAccess:
         directory, names = _small_files(repo_id, revision)
         if self._keep_source or is_offline():
             _fetch_weights(repo_id, directory, names)
-            return directory, {}
-        if shards.are_complete(directory):  # then the hub need not be reached
-            return directory, {}
-        return directory, self._by_ranges(source, repo_id, directory, names)
+        elsewhere: Elsewhere = {}
+        if not shards.are_complete(directory):  # else the hub need not be reached
+            elsewhere = self._by_ranges(source, repo_id, directory, names)
+        self.cached_bytes += sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        return directory, elsewhere
 
     def _by_ranges(self, source: str, repo_id: str, directory: Path, names: Sequence[str]) -> Elsewhere:
         commit = directory.name

@@ -8,6 +8,7 @@ The summary goes to stderr, so that stdout holds only what was asked for.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ggufmoe.work import OnProgress, Progress
 
 if TYPE_CHECKING:
     from ggufmoe.convert import ConvertResult, MergeResult
-    from ggufmoe.writing.plan import PlannedTensor, WritePlan
+    from ggufmoe.writing.plan import NetworkReads, PlannedTensor, WritePlan
 
 
 _EXAMPLE_RATES_MBIT = (50, 500)
@@ -52,13 +53,16 @@ def naming(output: Path, display: ProgressLine, show: OnProgress) -> OnProgress:
     return tell_and_show
 
 
-def show_plan(plan: WritePlan, *, as_json: bool) -> None:
-    """Print a plan: one JSON object, or every tensor and what each type amounts to."""
+def show_plan(plan: WritePlan, *, as_json: bool, line_mbit: float | None = None) -> None:
+    """Print a plan: one JSON object, or every tensor, what each type amounts to, and what comes over the network.
+
+    ``line_mbit`` is the rate of the user's line in Mbit/s; None for two examples.
+    """
     if as_json:
         print(json.dumps(plan.to_dict()))
         return
     columns = terminal_columns(sys.stdout) if sys.stdout.isatty() else None
-    for line in _plan_lines(plan, columns):
+    for line in _plan_lines(plan, columns, line_mbit):
         print(without_controls(line if columns is None else wrapped(line, columns)))
 
 
@@ -108,7 +112,7 @@ def _fallback_line(plan: WritePlan) -> str:
     )
 
 
-def _plan_lines(plan: WritePlan, columns: int | None) -> list[str]:
+def _plan_lines(plan: WritePlan, columns: int | None, line_mbit: float | None) -> list[str]:
     """Files, tensors, types and the sum; without the shapes of tensors where they do not fit into ``columns``."""
     lines: list[str] = []
     cells = [_cells(tensor) for file in plan.files for tensor in file.tensors]
@@ -126,7 +130,7 @@ def _plan_lines(plan: WritePlan, columns: int | None) -> list[str]:
     if plan.fallbacks:
         lines.append(_fallback_line(plan))
     lines += _mix_lines(plan)
-    lines += _network_lines(plan)
+    lines += _network_lines(plan, line_mbit)
     lines.append(
         f"in all {file_size(plan.n_bytes)}, {plan.n_weights:,} weights, {plan.bits_per_weight:.2f} bits per weight"
     )
@@ -184,23 +188,45 @@ def _pace(seconds: float | None) -> str:
     return "" if seconds is None else f", {seconds * 1e3:.3g} ms a token"
 
 
-def _network_lines(plan: WritePlan) -> list[str]:
-    """What comes over the network, how long that takes at two rates, and what a download would take of the disk."""
+def _network_lines(plan: WritePlan, line_mbit: float | None) -> list[str]:
+    """What comes over the network, how long that takes, and how much disk each way takes."""
     reads = plan.network
     if reads is None:
         return []
+    lines = []
+    if reads.cached_bytes:
+        lines.append(f"read from the hub's cache: {file_size(reads.cached_bytes)}")
+    if not reads.file_bytes:
+        return [*lines, f"over the network nothing; on disk {file_size(plan.n_bytes)}"]
     models = ", ".join(f"{name.partition('@')[0]}@{commit[:12]}" for name, commit in plan.commits.items())
-    twice = f", up to {file_size(reads.router_bytes)} of it before, for the router" if reads.router_bytes else ""
-    return [
+    before = f", {file_size(reads.router_bytes)} of it before, for the router" if reads.router_bytes else ""
+    lines += [
         f"read from the hub by ranges: {models}",
-        f"over the network {file_size(reads.n_bytes)}{twice}: {network_times(reads.n_bytes)}",
-        f"on disk {file_size(plan.n_bytes)}; with --keep-source {file_size(reads.file_bytes)} more, in the hub's cache",
+        f"over the network {file_size(reads.n_bytes)}{before}: {network_times(reads.n_bytes, line_mbit)}",
+        f"on disk {file_size(plan.n_bytes + reads.kept_bytes)}; with --keep-source {file_size(reads.file_bytes)} more, "
+        f"in the hub's cache, and {file_size(reads.file_bytes)} over the network",
     ]
+    return [*lines, *_twice_lines(reads)]
 
 
-def network_times(n_bytes: int) -> str:
-    """How long so many bytes take at two rates."""
-    return ", ".join(f"{duration(n_bytes / (mbit * 125_000))} at {mbit} Mbit/s" for mbit in _EXAMPLE_RATES_MBIT)
+def _twice_lines(reads: NetworkReads) -> list[str]:
+    """What comes over the network more than once, with and without --source-cache."""
+    if not reads.twice_bytes:
+        return []
+    twice, kept = reads.twice_bytes, reads.kept_bytes
+    if not kept:
+        return [
+            f"{file_size(twice)} of the base come twice; --source-cache {math.ceil(twice / 1e9)}G keeps them on the "
+            "output's disk meanwhile, so that they come once"
+        ]
+    left = f"; {file_size(twice - kept)} come twice" if kept < twice else ""
+    return [f"{file_size(kept)} of the base come once: --source-cache keeps them on the output's disk meanwhile{left}"]
+
+
+def network_times(n_bytes: int, line_mbit: float | None = None) -> str:
+    """How long so many bytes take at the rate of the user's line, or at two rates."""
+    rates = _EXAMPLE_RATES_MBIT if line_mbit is None else (line_mbit,)
+    return ", ".join(f"{duration(n_bytes / (mbit * 125_000))} at {mbit:g} Mbit/s" for mbit in rates)
 
 
 def _cells(tensor: PlannedTensor) -> tuple[str, str, str, str]:

@@ -9,7 +9,7 @@ import typer
 
 from ggufmoe.cli.conversion import default_output, naming, show_plan, show_result
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, Quiet, with_options
+from ggufmoe.cli.params import DryRun, EndWithJSON, GGUFOutput, LineSpeed, Quiet, with_options
 from ggufmoe.cli.progress import progress_display
 from ggufmoe.cli.sized import SensitivityText, know_speeds, make_best, measured, sized_text
 from ggufmoe.cli.wanted_model import AUTO_QUANT, automatic_type
@@ -29,6 +29,7 @@ def convert_command(
     options: ConvertOptions,
     sized: SizedOptions,
     dry_run: DryRun = False,
+    line_speed: LineSpeed = None,
     as_json: EndWithJSON = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,7 +52,7 @@ def convert_command(
         plan = run_job(
             lambda show, cancel: plan_convert(source, path, options=options, on_progress=show, cancel=cancel), display
         )
-        show_plan(plan, as_json=as_json)
+        show_plan(plan, as_json=as_json, line_mbit=line_speed)
         return
 
     def job(show: OnProgress, cancel: CancelFlag) -> ConvertResult:

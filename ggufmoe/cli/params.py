@@ -22,6 +22,7 @@ import typer
 
 from ggufmoe.cli.kept_options import KEPT_GROUPS, kept_fields, variable
 from ggufmoe.errors import EngineMissingError, InputError, OptionError
+from ggufmoe.sizes import parse_line_speed
 
 Command = Callable[..., None]
 OptionsT = TypeVar("OptionsT")
@@ -251,6 +252,24 @@ def _parser(parse: Callable[[str], Any] | None) -> Callable[[Any], Any] | None:
             raise typer.BadParameter(str(error)) from error
 
     return parsed
+
+
+def _line_speed(typed: str) -> float:
+    mbit = parse_line_speed(typed)
+    if mbit is None:
+        raise OptionError(f"{typed!r} is not the speed of a line; give Mbit/s, for example 100 or 2.5Gbit")
+    return mbit
+
+
+LineSpeed = Annotated[
+    float | None,
+    typer.Option(
+        "--line-speed",
+        help="With --dry-run: the speed of your line, for how long the network takes (default: 50 and 500 Mbit/s).",
+        metavar="MBIT",
+        parser=_parser(_line_speed),
+    ),
+]
 
 
 def _repeated(hint: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from ggufmoe.errors import Cancelled, HubError, one_line
 from ggufmoe.hub.hub_http import RangeAnswer, RangeClient, headers_for, request_errors
+from ggufmoe.hub.source_cache import SourceCache
 from ggufmoe.sizes import counted
 
 TRIES = 8
@@ -42,6 +43,8 @@ class Line:
         self.stopped: Callable[[], bool] = lambda: False
         """Whether the conversion is stopping; asked often by all that wait."""
         self.client = RangeClient(self.received)
+        self.cache: SourceCache | None = None
+        """Where what comes is kept for the second time that it is read."""
         self._first_pause_s = first_pause_s
         self._lock = threading.Lock()
         self._quiet_until = 0.0
@@ -136,9 +139,23 @@ class HubFile:
             self.fetch_into(begin, buffer)
 
     def fetch_into(self, begin: int, buffer: memoryview) -> None:
-        """``read_into``, always over the network."""
+        """``read_into`` over the network, or from what is kept of the file."""
         if begin + len(buffer) > self.n_bytes:
             raise HubError(f"{self.path} has {self.n_bytes} bytes, its header says more; it is damaged on the hub")
+        cache = self._line.cache
+        if cache is None:
+            self._receive(begin, buffer)
+            return
+        for part in cache.parts(self, begin, begin + len(buffer)):
+            piece = buffer[part.begin - begin : part.end - begin]
+            if part.place is None:
+                self._receive(part.begin, piece)
+                cache.keep(self, part.begin, piece)
+            else:
+                cache.read_into(part.place, piece)
+
+    def _receive(self, begin: int, buffer: memoryview) -> None:
+        """``read_into``, always over the network."""
         failures: tuple[type[Exception], ...] = (_Failed, *request_errors())
         done = n_failed = 0
         while done < len(buffer):

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 
 from ggufmoe.errors import Cancelled
 from ggufmoe.hub.hub_file import HubFile, Line
-from ggufmoe.weights.byte_ranges import ByteRange, ByteReader
+from ggufmoe.hub.source_cache import joined
+from ggufmoe.weights.byte_ranges import ByteRange
 
 READ_AHEAD_BYTES = 64 << 20
 """What all chunks together may hold: about half a second of a line of 1 Gbit/s."""
@@ -33,13 +34,8 @@ _JOIN_S = 1.0
 
 def remote_bytes(ranges: Iterable[ByteRange]) -> int:
     """How many different bytes of files of the hub are in ``ranges``."""
-    n_bytes, ends = 0, dict[ByteReader, int]()
-    for one in sorted(ranges, key=lambda one: one.begin):
-        if isinstance(one.file, HubFile):
-            begin = max(one.begin, ends.get(one.file, 0))
-            n_bytes += max(0, one.end - begin)
-            ends[one.file] = max(begin, one.end)
-    return n_bytes
+    runs = joined(one for one in ranges if isinstance(one.file, HubFile))
+    return sum(end - begin for of_file in runs.values() for begin, end in of_file)
 
 
 class _Chunk:
@@ -79,6 +75,8 @@ class ReadAhead:
         self._schedule: Iterator[tuple[int, Iterable[ByteRange]]] = iter(())
         self._next: tuple[int, list[ByteRange]] | None = None
         self._is_exhausted = False
+        self._first = 0
+        """The first item that may still be read."""
         self._items: dict[int, list[_Chunk]] = {}
         self._queue: deque[_Chunk] = deque()
         self._live: dict[HubFile, list[_Chunk]] = {}
@@ -102,6 +100,7 @@ class ReadAhead:
         finally:
             with self._lock:
                 self._is_closed = True
+                self._buffers.clear()
                 self._waiting_fetchers.notify_all()
                 self._waiting_readers.notify_all()
             deadline = time.monotonic() + _JOIN_S
@@ -127,6 +126,13 @@ class ReadAhead:
         finally:
             self._mine.chunks = []
             self._release(chunks)
+
+    def skip_to(self, number: int) -> None:
+        """No item before that number is read any more; what was scheduled for it is given up."""
+        with self._lock:
+            self._first = number
+            chunks = [chunk for one in list(self._items) if one < number for chunk in self._items.pop(one)]
+        self._release(chunks)
 
     def take(self, file: HubFile, begin: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` with bytes of ``file`` from ``begin`` on if this thread's item has them; else return False.
@@ -172,6 +178,8 @@ class ReadAhead:
                 chunk.n_users -= 1
                 if chunk.n_users == 0:
                     self._live[chunk.file].remove(chunk)
+                    if chunk in self._queue:  # it was given up
+                        self._queue.remove(chunk)
                     self._held_bytes -= chunk.end - chunk.begin
                     self._take_back(chunk)
             self._plan()
@@ -232,6 +240,9 @@ class ReadAhead:
                     break
                 self._next = number, [one for one in ranges if isinstance(one.file, HubFile) and one.begin < one.end]
             number, wanted = self._next
+            if number < self._first:
+                self._next = None
+                continue
             if self._held_bytes and self._held_bytes + self._lacking(wanted) > self._max_bytes:
                 break
             self._items[number] = list(dict.fromkeys(chunk for one in wanted for chunk in self._chunks_of(one)))

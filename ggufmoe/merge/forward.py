@@ -8,8 +8,8 @@ Nothing of it depends on llama.cpp, so it also serves as an independent referenc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ from ggufmoe.families import family_of
 from ggufmoe.families.family import BIAS, WEIGHT, Scoring
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
+from ggufmoe.hub.hub_file import Line
+from ggufmoe.merge.pass_reads import PassReads, Step
 from ggufmoe.weights.dtypes import read_f32, read_single_rows
 from ggufmoe.weights.source_tensor import SourceTensor
 from ggufmoe.work import Work
@@ -30,6 +32,9 @@ Floats = NDArray[np.float32]
 ResultT = TypeVar("ResultT")
 HEAD_NORMS = {MODEL_TENSOR.ATTN_Q: MODEL_TENSOR.ATTN_Q_NORM, MODEL_TENSOR.ATTN_K: MODEL_TENSOR.ATTN_K_NORM}
 """The norms of queries and keys, by their projections."""
+_DENSE = (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_DOWN)
+_ROUTED = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
+_SHARED = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
 TILE_BYTES = 8 << 20
 """Bytes of float32 weights in one tile; each thread has one."""
 
@@ -63,6 +68,8 @@ class ForwardPass:
         self._tensors = model.tensors
         self._threads = threads
         self.work = work or Work("forward pass", 0)
+        self.reads: PassReads | None = None
+        """What reads weights ahead that come over the network."""
         self._inverse_frequencies = _inverse_frequencies(model.config)
 
     def embed(self, tokens: Sequence[int]) -> Floats:
@@ -78,6 +85,51 @@ class ForwardPass:
                 yield LayerState(hidden, normed)
                 if layer < self._config.n_layer - 1:
                     hidden = self.added(attended, self.feed_forward(layer, normed))
+
+    def steps(self) -> Iterator[Step]:
+        """What ``layers`` reads of a dense model after the embeddings, in its order."""
+        for layer in range(self._config.n_layer):
+            yield from self.attention_steps(layer)
+            if layer < self._config.n_layer - 1:
+                yield from self.dense_steps(layer)
+
+    def attention_steps(self, layer: int) -> Iterator[Step]:
+        """What ``attended`` reads."""
+        yield from self._steps_of((self._name(MODEL_TENSOR.ATTN_NORM, layer),))
+        for tensor in (MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V, MODEL_TENSOR.ATTN_OUT):
+            yield from self._steps_of((self._name(tensor, layer),))
+            yield from self._vector_steps((tensor, BIAS), (HEAD_NORMS.get(tensor), WEIGHT), layer=layer)
+        yield from self._steps_of((self._feed_forward_norm(layer),))
+
+    def dense_steps(self, layer: int) -> Iterator[Step]:
+        """What ``feed_forward`` reads in a layer without experts."""
+        return self._swiglu_steps(*(self._name(tensor, layer) for tensor in _DENSE))
+
+    def expert_steps(self, layer: int, expert: int) -> Iterator[Step]:
+        """What ``expert_output`` reads."""
+        return self._swiglu_steps(*(self._name(tensor, layer, expert) for tensor in _ROUTED))
+
+    def shared_steps(self, layer: int) -> Iterator[Step]:
+        """What ``shared_output`` reads."""
+        if self._has(_SHARED[0], layer):
+            yield from self._swiglu_steps(*(self._name(tensor, layer) for tensor in _SHARED))
+            yield from self._vector_steps((MODEL_TENSOR.FFN_GATE_INP_SHEXP, WEIGHT), layer=layer)
+
+    def loss_steps(self) -> Iterator[Step]:
+        """What ``losses`` reads."""
+        return self._steps_of((self._name(MODEL_TENSOR.OUTPUT_NORM),), (self._head(),))
+
+    def _swiglu_steps(self, gate: str, up: str, down: str) -> Iterator[Step]:
+        return self._steps_of((gate, up), (down,))
+
+    def _vector_steps(self, *wanted: tuple[Any, str], layer: int) -> Iterator[Step]:
+        rules = [self._family.rule(tensor, suffix) for tensor, suffix in wanted if tensor is not None]
+        names = [rule.name(layer) for rule in rules if rule is not None]
+        return self._steps_of(*((name,) for name in names if name in self._tensors))
+
+    def _steps_of(self, *steps: tuple[str, ...]) -> Iterator[Step]:
+        for names in steps:
+            yield [self._tensors[name] for name in names]
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Floats:
         """Logits of every token: (n_tokens, n_vocab) float32."""
@@ -142,7 +194,19 @@ class ForwardPass:
         """A bias or norm of a layer, (n,) float32; None if the model has none."""
         rule = self._family.rule(tensor, suffix)
         stored = None if rule is None else self._tensors.get(rule.name(layer))
-        return None if stored is None else read_f32(stored, 0, 1)[0]
+        return None if stored is None else self._read_vector(stored)
+
+    def _read_vector(self, tensor: SourceTensor) -> Floats:
+        """The only row of a tensor, (n,) float32."""
+        if self.reads is not None:
+            self.reads.begin(tensor)
+        with self._tile(tensor, 0):
+            row: Floats = read_f32(tensor, 0, 1)[0]
+        return row
+
+    def _tile(self, tensor: SourceTensor, start: int) -> AbstractContextManager[None]:
+        """The block reads a tile of a step, which may have been read ahead."""
+        return nullcontext() if self.reads is None else self.reads.tile(tensor, start)
 
     def _project(self, tensor: Any, layer: int, x: Floats) -> Floats:
         """x (n, n_cols) times a projection of a layer, with its bias added where the model has one: (n, n_rows)."""
@@ -167,17 +231,15 @@ class ForwardPass:
     def feed_forward(self, layer: int, normed: Floats) -> Floats:
         """The output of a layer's MLP, or of its chosen experts and its shared ones, for ``normed`` (n, n_embd)."""
         if not self._has(MODEL_TENSOR.FFN_GATE_INP, layer):
-            dense = (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_DOWN)
-            return self._swiglu(normed, *(self._name(tensor, layer) for tensor in dense))
+            return self._swiglu(normed, *(self._name(tensor, layer) for tensor in _DENSE))
         return self._experts(layer, normed) + self.shared_output(layer, normed)
 
     def expert_output(self, layer: int, expert: int, normed: Floats) -> Floats:
         """The output of one routed expert, not weighted, for ``normed`` (n, n_embd)."""
-        matrices = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
-        return self._swiglu(normed, *(self._name(tensor, layer, expert) for tensor in matrices))
+        return self._swiglu(normed, *(self._name(tensor, layer, expert) for tensor in _ROUTED))
 
     def _norm(self, name: str, hidden: Floats) -> Floats:
-        return self._normalized(hidden, read_f32(self._tensors[name], 0, 1)[0])
+        return self._normalized(hidden, self._read_vector(self._tensors[name]))
 
     def _normalized(self, hidden: Floats, weight: Floats) -> Floats:
         """RMSNorm over the last dimension, which ``weight`` has."""
@@ -238,10 +300,9 @@ class ForwardPass:
 
     def shared_output(self, layer: int, hidden: Floats) -> Floats:
         """The output of the experts that every token goes to, weighted by their gate where there is one; else zeros."""
-        shared = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
-        if not self._has(shared[0], layer):
+        if not self._has(_SHARED[0], layer):
             return np.zeros_like(hidden)
-        out = self._swiglu(hidden, *(self._name(tensor, layer) for tensor in shared))
+        out = self._swiglu(hidden, *(self._name(tensor, layer) for tensor in _SHARED))
         gate = self._vector(MODEL_TENSOR.FFN_GATE_INP_SHEXP, layer, WEIGHT)
         return out if gate is None else out / (np.float32(1.0) + np.exp(-(hidden @ gate)))[:, None]
 
@@ -307,14 +368,34 @@ class ForwardPass:
     def _map_tiles(self, name: str, function: Callable[[int, Floats], ResultT]) -> list[ResultT]:
         """Call ``function`` with the first row and the float32 rows of each tile of a weight, in several threads."""
         tensor = self._tensors[name]
-        n_rows, n_cols = tensor.shape
-        step = max(1, TILE_BYTES // (4 * n_cols))
+        n_rows, step = tensor.shape[0], tile_rows(tensor)
+        if self.reads is not None:
+            self.reads.begin(tensor)
 
         def call(start: int) -> ResultT:
             self.work.check()
-            return function(start, read_f32(tensor, start, min(start + step, n_rows)))
+            with self._tile(tensor, start):
+                return function(start, read_f32(tensor, start, min(start + step, n_rows)))
 
         return self.work.map(call, range(0, n_rows, step), self._threads)
+
+
+def tile_rows(tensor: SourceTensor) -> int:
+    """Rows of each tile of a weight but the last."""
+    return max(1, TILE_BYTES // (4 * tensor.shape[-1]))
+
+
+@contextmanager
+def reading_ahead(passes: Sequence[ForwardPass], steps: Iterable[Step], line: Line | None) -> Iterator[None]:
+    """Read what ``passes`` read in ``steps`` ahead of them while the block runs; nothing where ``line`` is None."""
+    if line is None:
+        yield
+        return
+    reads = PassReads(line, steps, tile_rows)
+    for one in passes:
+        one.reads = reads
+    with reads.running():
+        yield
 
 
 def embedding_rows(table: SourceTensor, tokens: Sequence[int]) -> Floats:

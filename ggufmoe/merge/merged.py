@@ -34,11 +34,13 @@ from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.hub.hub_models import is_hub_id
 from ggufmoe.merge.compare import attention_distance, compare_sources
-from ggufmoe.merge.forward import Floats
+from ggufmoe.merge.forward import Floats, ForwardPass
 from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.merge.model_card import model_card
+from ggufmoe.merge.pass_reads import Step
 from ggufmoe.merge.recipe import TAKEN, ExpertRecipe, GateMode, Recipe, load_recipe, place_of
 from ggufmoe.merge.router import Router, bare_router, check_prompts, fit_router, make_router, warn_of_router
+from ggufmoe.merge.router_fit import fitted_steps
 from ggufmoe.merge.router_rows import read_router
 from ggufmoe.merge.router_texts import RouterText, TextTokens, fitting_warnings, read_texts
 from ggufmoe.merge.targets import (
@@ -172,6 +174,7 @@ class MergedModel:
                 for i, expert in enumerate(recipe.shared_experts or ())
             ]
             self._sources = tuple(opened.values())
+            self._line = access.line if access.origins else None
             self._family = _target(self._base.config, recipe, path, text)
             self.warnings = compare_sources(self._base, recipe, [*self._experts, *self._shared])
             # the largest tensor has the dtype of all matrices
@@ -209,16 +212,14 @@ class MergedModel:
         """The recipe and every file of its models."""
         return (self._path, *(path for source in self._sources for path in source.input_paths))
 
-    @property
-    def read_for_router(self) -> tuple[SourceTensor, ...]:
-        """The tensors that ``prepare`` reads, or most of them, each about once."""
+    def router_steps(self) -> Iterator[Step]:
+        """The tensors that ``prepare`` reads to compute the router, each once; single rows of others are left out."""
         if self._stored_rows is not None or not self.recipe.gate_mode.needs_forward_pass:
-            return ()
-        per_layer = [tensor for name, tensor in self._base.tensors.items() if ".layers." in name]
+            return iter(())
+        base = ForwardPass(self._base)
         if self.recipe.gate_mode is not GateMode.FITTED:
-            return tuple(per_layer)
-        experts = [tensor for tensor in self.tensors.values() if not isinstance(tensor, RouterTensor)]
-        return (*per_layer, *experts)
+            return base.steps()
+        return fitted_steps(self.config, ForwardPass(self), base if self._base_expert is None else None)
 
     def check_checkpoint(self) -> None:
         """Raise RecipeError, with the reason, if the merge is written as a GGUF file alone."""
@@ -259,7 +260,19 @@ class MergedModel:
             return bare_router(TAKEN, self._stored_rows)
         if self.recipe.gate_mode is GateMode.FITTED:
             return self._fitted_router(threads, on_progress, cancel)
-        return make_router(self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel)
+        return make_router(
+            self.recipe, self._base, threads=threads, on_progress=on_progress, cancel=cancel, line=self._line
+        )
+
+    @property
+    def _base_expert(self) -> int | None:
+        """The expert whose MLP is the base's own; None if there is none, or each token has a shared expert as well."""
+        unchanged = (
+            i
+            for i, (spec, source) in enumerate(zip(self.recipe.experts, self._experts, strict=True))
+            if source is self._base and not spec.noise_scale and spec.residual_scale in (None, 1.0)
+        )
+        return next(unchanged, None) if self.recipe.shared is None else None
 
     def close(self) -> None:
         """Close every source."""
@@ -289,11 +302,6 @@ class MergedModel:
 
     def _fitted_router(self, threads: int | None, on_progress: OnProgress | None, cancel: CancelFlag | None) -> Router:
         """The router of gate mode fitted; what is known to go wrong is a warning."""
-        unchanged = [
-            i
-            for i, (spec, source) in enumerate(zip(self.recipe.experts, self._experts, strict=True))
-            if source is self._base and not spec.noise_scale and spec.residual_scale in (None, 1.0)
-        ]
         distances = tuple(0.0 if one is self._base else attention_distance(self._base, one) for one in self._experts)
         base_texts = [text for text in self.texts if self._experts[text.expert] is self._base]
         for warning in fitting_warnings(self._base in self._experts, distances, base_texts):
@@ -303,11 +311,12 @@ class MergedModel:
             self,
             self._base,
             self.texts,
-            base_expert=unchanged[0] if unchanged and self.recipe.shared is None else None,
+            base_expert=self._base_expert,
             rounded=self._rounded,
             threads=threads,
             on_progress=on_progress,
             cancel=cancel,
+            line=self._line,
         )
         return replace(router, report=replace(router.report, attention_distances=distances))
 

@@ -19,11 +19,12 @@ from ggufmoe.errors import CheckpointError
 from ggufmoe.families import family_of
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.gguf.upstream import MODEL_TENSOR
-from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows
+from ggufmoe.hub.hub_file import Line
+from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows, reading_ahead
 from ggufmoe.merge.gguf_weights import GGUFWeights
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import TAKEN, GateMode, Recipe
-from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting
+from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting, fitted_steps
 from ggufmoe.merge.router_texts import RouterText
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, Work
@@ -57,8 +58,11 @@ def make_router(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
+    line: Line | None = None,
 ) -> Router:
     """Router rows for ``recipe``, computed on ``base`` by ``threads`` threads (None: one per usable core).
+
+    ``line`` is that over which the base's weights come, if they are on the hub: they are read ahead.
 
     hidden and hidden_last take each prompt's last token, hidden_avg the mean over its own tokens (mergekit counts
     padding in), both at the input of each layer; cheap_embed sums token embeddings. Positive minus negative, then
@@ -86,7 +90,8 @@ def make_router(
 
     _warn_of_one_ending(recipe, prompts)
     forward = ForwardPass(base, threads=threads, work=work)
-    inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, on_layer)
+    with reading_ahead([forward], forward.steps(), line):
+        inputs, router_inputs = _hidden_vectors(forward, prompts, recipe.gate_mode, on_layer)
     return _router(recipe, _combine_means(inputs, prompts, n_rows), prompts, router_inputs)
 
 
@@ -101,6 +106,7 @@ def fit_router(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
+    line: Line | None = None,
 ) -> Router:
     """The router of gate mode fitted for ``mixture``, whose own router is not read, and its score on held-out texts.
 
@@ -121,7 +127,9 @@ def fit_router(
     fitting = RouterFitting(
         mixture.config, dense, mixed, texts, base_expert=base_expert, hidden=hidden, rounded=rounded
     )
-    rows, scores = fitting.run(on_layer)
+    steps = fitted_steps(mixture.config, mixed, None if base_expert is not None else dense)
+    with reading_ahead([dense, mixed], steps, line):
+        rows, scores = fitting.run(on_layer)
     router = _router(recipe, rows, (), None)
     return replace(router, report=replace(router.report, scores=scores))
 

@@ -20,6 +20,7 @@ from ggufmoe.checkpoint.source import TextScore
 from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.merge.forward import Floats, ForwardPass, one_blas_thread
 from ggufmoe.merge.logistic import fit_classes
+from ggufmoe.merge.pass_reads import Step
 from ggufmoe.merge.router_texts import RouterText
 
 BASE, BEFORE, UNIFORM, HIDDEN, FITTED = "base", "before", "uniform", "hidden", "fitted"
@@ -94,6 +95,18 @@ def _counts(text: RouterText) -> NDArray[np.float64]:
     out = np.ones(len(text.tokens))
     out[[place - 1 for place in text.scored]] = ANSWER_WEIGHT
     return out
+
+
+def fitted_steps(config: ModelConfig, mixture: ForwardPass, base: ForwardPass | None) -> Iterator[Step]:
+    """What a fit reads after the embeddings, in its order; ``base`` is None where an expert has the base's MLP."""
+    for layer in range(config.n_layer):
+        yield from mixture.attention_steps(layer)
+        for expert in range(config.n_expert):
+            yield from mixture.expert_steps(layer, expert)
+        yield from mixture.shared_steps(layer)
+        if base is not None:
+            yield from base.dense_steps(layer)
+    yield from mixture.loss_steps()
 
 
 class RouterFitting:

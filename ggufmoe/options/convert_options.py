@@ -44,6 +44,23 @@ def _keep_source() -> Any:
     )
 
 
+def _source_cache() -> Any:
+    return option(
+        None,
+        "--source-cache",
+        help="For a recipe from the hub: keep up to SIZE of what the router has read on the output's disk until it is "
+        "written, so that it is not fetched twice.",
+        metavar="SIZE",
+    )
+
+
+def source_cache_bytes(size: str | None, *, keep_source: bool) -> int | None:
+    """Bytes of ``--source-cache``; None where it is not given. Raises OptionError."""
+    if size is not None and keep_source:
+        raise OptionError("--keep-source keeps all that is fetched, and --source-cache a part of it; give one of them")
+    return None if size is None else file_bytes(size)
+
+
 def worker_threads() -> Any:
     """The option field for the number of threads that read, compute and write tensors."""
     return option(
@@ -243,7 +260,17 @@ class ConvertOptions(ExportOptions):
     allow_identical_experts: bool = identical_experts()
     allow_outside_files: bool = outside_files()
     keep_source: bool = _keep_source()
+    source_cache: str | None = _source_cache()
     router_report: Path | None = router_report_file()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.source_cache_bytes
+
+    @property
+    def source_cache_bytes(self) -> int | None:
+        """Bytes of ``source_cache``; None where nothing is kept."""
+        return source_cache_bytes(self.source_cache, keep_source=self.keep_source)
 
 
 class ConvertKeywords(ExportKeywords, total=False):
@@ -252,6 +279,7 @@ class ConvertKeywords(ExportKeywords, total=False):
     allow_identical_experts: bool
     allow_outside_files: bool
     keep_source: bool
+    source_cache: str | None
     router_report: Path | None
 
 
@@ -286,11 +314,18 @@ class MergeOptions:
     allow_identical_experts: bool = identical_experts()
     allow_outside_files: bool = outside_files()
     keep_source: bool = _keep_source()
+    source_cache: str | None = _source_cache()
     router_report: Path | None = router_report_file()
 
     def __post_init__(self) -> None:
         check_values(self)
         _ = self.max_shard_bytes
+        _ = self.source_cache_bytes
+
+    @property
+    def source_cache_bytes(self) -> int | None:
+        """Bytes of ``source_cache``; None where nothing is kept."""
+        return source_cache_bytes(self.source_cache, keep_source=self.keep_source)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -309,4 +344,5 @@ class MergeKeywords(TypedDict, total=False):
     allow_identical_experts: bool
     allow_outside_files: bool
     keep_source: bool
+    source_cache: str | None
     router_report: Path | None

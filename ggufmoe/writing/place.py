@@ -131,10 +131,12 @@ def check_space(plan: WritePlan, *, resume: bool) -> None:
     parent = plan.output.parent
     held = sum(_allocated(partial_path(file.path)) for file in plan.files)
     held += sum(_allocated(file.path) for file in plan.files if resume and is_complete(file, file.path))
+    kept = 0 if resume or plan.network is None else plan.network.kept_bytes
     needed, free = plan.n_bytes, shutil.disk_usage(parent).free + held
-    if needed > free:
+    if needed + kept > free:
+        more = f" and {file_size(kept)} for --source-cache" if kept else ""
         raise NoSpaceError(
-            f"{plan.output} needs {file_size(needed)}, {parent} has {file_size(free)} free; make room, or choose "
+            f"{plan.output} needs {file_size(needed)}{more}, {parent} has {file_size(free)} free; make room, or choose "
             "another place"
         )
 

@@ -133,14 +133,29 @@ class NetworkReads:
     write_bytes: int
     """Headers, and the bytes of the tensors that are written."""
     router_bytes: int
-    """What the router of a recipe reads before, at most."""
+    """What the router of a recipe reads before."""
+    twice_bytes: int
+    """What of it is among the bytes that are written."""
+    cache_bytes: int
+    """What may be kept on this disk of the bytes that are read twice (--source-cache)."""
     file_bytes: int
     """Size of the files that are read by ranges, which would be stored with --keep-source."""
+    cached_bytes: int = 0
+    """Size of the files that are in the hub's cache already, and are read from there."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept on this disk of the bytes that are read twice."""
+        return min(self.twice_bytes, self.cache_bytes)
 
     @property
     def n_bytes(self) -> int:
         """All that is fetched, if nothing has to be fetched again."""
-        return self.write_bytes + self.router_bytes
+        return self.write_bytes + self.router_bytes - self.kept_bytes
+
+    def to_dict(self) -> dict[str, int]:
+        """The numbers as plain values for JSON."""
+        return {**vars(self), "kept_bytes": self.kept_bytes, "total_bytes": self.n_bytes}
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,7 @@ class WritePlan:
     origins: tuple[Origin, ...] = ()
     """The models that are read over the network, whose files are not among ``input_paths``."""
     network: NetworkReads | None = None
-    """What is read over the network; None if nothing is."""
+    """What is read over the network, or from the hub's cache; None for models that are not from the hub."""
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -223,7 +238,7 @@ class WritePlan:
             "fallbacks": {t.name: t.unfit_type.name for t in self.tensors if t.unfit_type is not None},
             "mix": None if self.mix is None else self.mix.to_dict(),
             "commits": self.commits,
-            "network": None if self.network is None else vars(self.network),
+            "network": None if self.network is None else self.network.to_dict(),
         }
 
     @property
