@@ -242,18 +242,13 @@ def _plan(
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
 ) -> WritePlan:
-    if options.size_target is not None and access.origins:
-        raise OptionError(
-            "the types for a size are chosen by the weights, which are read more than once: give --keep-source, or "
-            "download the model first"
-        )
     return plan_export(
         model,
         output,
         type_policy(options),
         imatrix=importances(options),
         split_max_bytes=options.split_max_bytes,
-        mixer=size_mixer(options, on_progress, cancel),
+        mixer=size_mixer(options, on_progress, cancel, access),
     )
 
 
@@ -263,8 +258,16 @@ def importances(options: ExportOptions) -> Imatrix | None:
     return None if path is None else Imatrix.load(path)
 
 
-def size_mixer(options: ExportOptions, on_progress: OnProgress | None, cancel: CancelFlag | None) -> SizeMixer | None:
-    """What chooses the types for the size that is asked for; None where a file type is. Raises OptionError."""
+def size_mixer(
+    options: ExportOptions,
+    on_progress: OnProgress | None,
+    cancel: CancelFlag | None,
+    access: HubAccess | None = None,
+) -> SizeMixer | None:
+    """What chooses the types for the size that is asked for; None where a file type is. Raises OptionError.
+
+    Of models of the hub, which are reached by ``access``, it reads the weights that it samples over the network.
+    """
     if options.size_target is None:
         if options.sensitivity is not None or options.types != "all":
             raise OptionError("--sensitivity and --types are for a size; give one with -q 4.5bpw or --size 6GiB")
@@ -285,6 +288,8 @@ def size_mixer(options: ExportOptions, on_progress: OnProgress | None, cancel: C
         cache=options.cache,
         on_progress=on_progress,
         cancel=cancel,
+        origins=() if access is None else tuple(part for one in access.origins for part in one.identity),
+        read_ahead=ReadAhead(access.line) if access is not None and access.origins else None,
     )
 
 

@@ -74,9 +74,13 @@ class Work:
         self._lock = threading.Lock()
         self._done: float = 0
 
+    def is_stopping(self) -> bool:
+        """Whether ``check`` raises."""
+        return self._failure is not None or is_set(self._cancel)
+
     def check(self) -> None:
         """Raise Cancelled if ``cancel`` is set, or if another thread of ``map`` has failed."""
-        if self._failure is not None or is_set(self._cancel):
+        if self.is_stopping():
             raise Cancelled(self._stopped)
 
     def advance(self, amount: float, item: str) -> None:

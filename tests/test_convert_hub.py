@@ -26,6 +26,7 @@ from ggufmoe.merge.kept_router import KeptRouter
 from ggufmoe.work import Progress
 from ggufmoe.writing.journal import journalled_commits
 from tests.own_hub import talk_with_hub
+from tests.sizing.drawn import saved
 from tests.tiny import make_checkpoint
 
 HEADER_BYTES = 1 << 16
@@ -294,3 +295,19 @@ def test_a_damaged_header_is_refused_as_that_of_a_local_file_is(hub: HubServer, 
 
 def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
+
+
+def test_a_size_reads_weights_over_the_network_and_the_next_one_only_writes(
+    hub: HubServer, source: Path, tmp_path: Path
+) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in plan_convert(source, tmp_path / "x.gguf", "BF16").tensors}
+    words = {"sensitivity": saved(tmp_path / "s.gguf", shapes), "types": "k", "quantizer": "ggml"}
+    expected, first, second = (tmp_path / name for name in ("expected.gguf", "first.gguf", "second.gguf"))
+    ggufmoe.convert(source, expected, "6bpw", **words)  # type: ignore[arg-type]
+    result = ggufmoe.convert("org/tiny", first, "6bpw", **words)  # type: ignore[arg-type]
+    assert digest(first) == digest(expected)
+    once = weight_bytes(source) + n_shards(source) * HEADER_BYTES
+    assert once < result.network_bytes == hub.sent_bytes <= 2 * once
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    again = ggufmoe.convert("org/tiny", second, "6.5bpw", **words)  # type: ignore[arg-type]
+    assert again.network_bytes <= once

@@ -6,6 +6,7 @@ A table can be kept in a file, so that another size reads no weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +21,13 @@ from ggufmoe.errors import NonFiniteError
 from ggufmoe.files import replacing
 from ggufmoe.gguf.names import OUTPUT
 from ggufmoe.gguf.types import GGMLType
+from ggufmoe.hub.read_ahead import ReadAhead
 from ggufmoe.native import quantizing
 from ggufmoe.quant.importances import Imatrix
 from ggufmoe.quant.kernels import QuantizerName, quantize_rows
 from ggufmoe.quant.mixes import TOKEN_EMBEDDINGS
 from ggufmoe.sizing.weightings import Weighting
+from ggufmoe.weights.byte_ranges import ByteRange, byte_ranges
 from ggufmoe.work import Work
 from ggufmoe.writing.plan import PLAIN_DTYPES, Part, PlannedTensor
 from ggufmoe.writing.tiling import tile_rows
@@ -75,6 +78,10 @@ class _MeasuredRows:
     def n_rows(self) -> int:
         return sum(run.stop - run.start for run in self.runs)
 
+    def byte_ranges(self) -> list[ByteRange]:
+        """What is read of files that can be read by ranges."""
+        return [one for run in self.runs for one in byte_ranges(self.source.rows, run.start, run.stop)]
+
 
 def measure_errors(
     wanted: Sequence[WantedErrors],
@@ -84,20 +91,26 @@ def measure_errors(
     threads: int | None = None,
     quantizer: QuantizerName = "auto",
     cache: bool = True,
+    read_ahead: ReadAhead | None = None,
 ) -> ErrorTable:
     """Quantize the tensors to their types and return the predicted divergence of each.
 
     All rows of the embedding and of the output count: the gradients of few rows make most of the sum. Of other
     matrices with more than SAMPLE_WEIGHTS weights a sample is taken. ``work`` counts bytes that are read. The result
-    does not depend on the number of threads. Raises NonFiniteError for damaged weights and Cancelled.
+    does not depend on the number of threads. ``read_ahead`` fetches what is on the hub. Raises NonFiniteError for
+    damaged weights and Cancelled.
     """
     jobs = [job for each in wanted for job in _jobs(each)]
     jobs.sort(key=lambda job: -job.n_rows * job.wanted.tensor.n_cols * len(job.wanted.types))
 
-    def measure(job: _MeasuredRows) -> NDArray[np.float64]:
-        return _measured(job, imatrix, work, quantizer, cache=cache)
+    def measure(numbered: tuple[int, _MeasuredRows]) -> NDArray[np.float64]:
+        number, job = numbered
+        with contextlib.nullcontext() if read_ahead is None else read_ahead.item(number):
+            return _measured(job, imatrix, work, quantizer, cache=cache)
 
-    sums = work.map(measure, jobs, threads)
+    schedule = ((number, job.byte_ranges()) for number, job in enumerate(jobs))
+    with contextlib.nullcontext() if read_ahead is None else read_ahead.running(schedule, work.is_stopping):
+        sums = work.map(measure, list(enumerate(jobs)), threads)
     table: ErrorTable = {each.tensor.name: dict.fromkeys(each.types, 0.0) for each in wanted}
     by_place = sorted(zip(jobs, sums, strict=True), key=lambda pair: (pair[0].part, pair[0].runs[0].start))
     for job, errors in by_place:

@@ -20,6 +20,7 @@ from ggufmoe.gguf.header import padded
 from ggufmoe.gguf.names import OUTPUT
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import DEFAULT_ALIGNMENT
+from ggufmoe.hub.read_ahead import ReadAhead
 from ggufmoe.options import SizeTarget
 from ggufmoe.quant.chosen_mix import ChosenMix, StandardMix
 from ggufmoe.quant.filetypes import FileType
@@ -74,6 +75,10 @@ class SizeMixer:
     """Whether the error table is kept in the user's cache folder for other sizes, as compiled kernels are."""
     on_progress: OnProgress | None = None
     cancel: CancelFlag | None = None
+    origins: tuple[str, ...] = ()
+    """What the bytes of models that are read over the network depend on."""
+    read_ahead: ReadAhead | None = None
+    """Reads the weights of such models, once."""
 
     def __call__(self, model: UnmixedModel) -> WritePlan:
         """The plan with the chosen types: the largest that fits, planned again where its header left too little.
@@ -235,7 +240,13 @@ class SizeMixer:
             on_progress=self.on_progress, cancel=self.cancel,
         )  # fmt: skip
         measured = measure_errors(
-            wanted, model.imatrix, work, threads=self.threads, quantizer=self.quantizer, cache=self.cache
+            wanted,
+            model.imatrix,
+            work,
+            threads=self.threads,
+            quantizer=self.quantizer,
+            cache=self.cache,
+            read_ahead=self.read_ahead,
         )
         for name, errors in measured.items():
             table[name] |= errors
@@ -255,7 +266,7 @@ class SizeMixer:
         inputs = [[str(path.resolve()), (seen := path.stat()).st_size, seen.st_mtime_ns] for path in model.input_paths]
         measured = [self.sensitivity_path, *([model.imatrix.path] if model.imatrix else [])]
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in measured]
-        about = json.dumps([_TABLE_VERSION, __version__, inputs, digests])
+        about = json.dumps([_TABLE_VERSION, __version__, inputs, digests, self.origins])
         return folder / "error-tables" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
 
     def _limit(self, plan: WritePlan, candidates: Mapping[str, Sequence[GGMLType]], budget: int) -> int:
