@@ -1,12 +1,20 @@
 #!/usr/bin/env python3
-"""How far files of equal sizes are from the unquantized model: standard mixes, and mixes that are chosen in two ways.
+"""How far files of equal sizes are from the unquantized model: standard mixes, and mixes chosen in several ways.
 
-For each file type a file of its mix is made, and files of at most the same size: ``chosen`` by the divergence that
-ggufmoe predicts, and ``relative`` by the relative squared error of each tensor, weighted by the importance of columns
-and by the tensor's rows. All use the same importance matrix. Prints a table in Markdown: the mean KL divergence from
-the model on a text, and the difference from the standard mix with its paired error.
+``measure`` makes, for each calibration text and file type, the file of the standard mix, and files of at most its size:
 
-usage: bench_sizes.py MODEL-F16.gguf SENSITIVITY.gguf TEXT [--types Q4_K_M,Q3_K_M] [--chunks N] [--folder DIR]
+- ``relative``: chosen by the relative squared error of each tensor, weighted by the importance of columns and by rows;
+- ``all``, ``k`` and ``fast``: chosen by the predicted divergence, from the types that ``--types`` of that name allows.
+
+All use the importance matrix of the same calibration. The mean KL divergence from the model on a text is kept in
+DIR/results.json, with the difference from the standard mix and its paired error; what is there is not measured again.
+A calibration is a text, a .jsonl file of conversations, or a sensitivity (.gguf) that was measured before. Only the
+files of the first calibration are kept, for ``speed``, which times them in turn: best on a machine with nothing else
+to do. ``table`` prints what the folders hold, in Markdown, and the median and worst change over all their models.
+
+usage: bench_sizes.py measure MODEL-F16.gguf TEXT --calibration A --calibration B [--mixes all,fast] --folder DIR
+       bench_sizes.py speed DIR [--rounds 5]
+       bench_sizes.py table DIR...
 """
 
 from __future__ import annotations
@@ -14,11 +22,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 
 import ggufmoe
+from ggufmoe.evaluation.bench import Workload, plan_bench, run_bench
 from ggufmoe.evaluation.divergence import Comparison
 from ggufmoe.export.gguf_source import GGUFSource
 from ggufmoe.gguf.header import read_header
@@ -27,10 +40,34 @@ from ggufmoe.gguf.own_keys import MIX
 from ggufmoe.gguf.stored_rows import GGUFRows
 from ggufmoe.native import quantizing
 from ggufmoe.sizing.sensitivity_file import EmbeddingSensitivity, Floats, MatrixSensitivity, Sensitivity
-from ggufmoe.work import Progress
 
+STANDARD, RELATIVE = "standard", "relative"
+QUANTS = "Q2_K,IQ3_XXS,Q3_K_M,Q4_K_M,Q5_K_M"
+TESTS = {"tg": Workload(0, 64), "pp": Workload(256, 0)}
+"""What is timed: tokens that are generated, and tokens of a prompt."""
 _ROWS = 1024
 """Rows that are read at a time."""
+
+
+@dataclass
+class Results:
+    """What was measured of one model, and the file that holds it."""
+
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    kl: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """By calibration, file type and mix: ``bytes``, ``kl``, ``error``, ``predicted``, and the paired ``difference``."""
+    speed: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    """By file type, mix and test: tokens per second in each round."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Results:
+        path = folder / "results.json"
+        return cls(folder, **json.loads(path.read_text())) if path.exists() else cls(folder)
+
+    def save(self) -> None:
+        held = {name: value for name, value in asdict(self).items() if name != "folder"}
+        (self.folder / "results.json").write_text(json.dumps(held, indent=1))
 
 
 def weighted_squares(rows: GGUFRows, columns: Floats) -> float:
@@ -73,70 +110,192 @@ def _nothing(matrix: MatrixSensitivity) -> MatrixSensitivity:
     return MatrixSensitivity(matrix.in_sum2 * 0, matrix.counts, matrix.grad_sum2 * 0)
 
 
-def files(model: Path, sensitivity: Path, by_error: Path, quant: str, folder: Path, types: str) -> list[Path]:
-    """The standard file of a type, and the files that are chosen with at most its size; those that exist are kept."""
-    paths = [folder / f"{quant}-{how}.gguf" for how in ("standard", "relative", f"chosen-{types}")]
-    words = {"imatrix": sensitivity, "force": True}
-    if not paths[0].exists():
-        ggufmoe.quantize(model, paths[0], quant, **words)  # type: ignore[arg-type]
-    size = str(paths[0].stat().st_size)
-    for path, measured in zip(paths[1:], (by_error, sensitivity), strict=True):
-        if not path.exists():
-            ggufmoe.quantize(model, path, size=size, sensitivity=measured, types=types, **words)  # type: ignore[arg-type]
-    return paths
+@dataclass(frozen=True)
+class Calibration:
+    """A sample of text, the sensitivity that was measured on it, and the one that stands for relative errors."""
+
+    name: str
+    sensitivity: Path
+    by_error: Path
+
+
+def calibrate(model: Path, text: Path, folder: Path, n_tokens: int, n_ctx: int) -> Calibration:
+    """Measure the sensitivity on a text, unless that was done."""
+    measured = text if text.suffix == ".gguf" else folder / f"{text.stem}-sensitivity.gguf"
+    if not measured.exists():
+        ggufmoe.sensitivity(model, measured, text_file=text, n_tokens=n_tokens, n_ctx=n_ctx)
+    by_error = folder / f"{text.stem}-relative.gguf"
+    if not by_error.exists():
+        relative(model, Sensitivity.load(measured)).save(by_error)
+    return Calibration(text.stem, measured, by_error)
+
+
+def made(model: Path, known: Calibration, quant: str, mix: str, folder: Path) -> Path:
+    """The file of a mix, of at most the size of the standard file of ``quant``; one that exists is kept."""
+    path = folder / f"{known.name}-{quant}-{mix}.gguf"
+    if path.exists():
+        return path
+    if mix == STANDARD:
+        ggufmoe.quantize(model, path, quant, imatrix=known.sensitivity)
+        return path
+    by, types = (known.by_error, "all") if mix == RELATIVE else (known.sensitivity, mix)
+    size = str(made(model, known, quant, STANDARD, folder).stat().st_size)
+    ggufmoe.quantize(model, path, size=size, sensitivity=by, types=types, imatrix=known.sensitivity)  # type: ignore[arg-type]
+    return path
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Make the files that results.json lacks, and compare them with the model."""
+    given.folder.mkdir(parents=True, exist_ok=True)
+    results = Results.load(given.folder)
+    results.settings = {
+        "model": given.model.name, "text": given.text.name, "n_ctx": given.n_ctx, "chunks": given.chunks,
+        "tokens": given.tokens,
+    }  # fmt: skip
+    for number, text in enumerate(given.calibration):
+        known = calibrate(given.model, text, given.folder, given.tokens, given.calibration_ctx)
+        for quant in given.quants.split(","):
+            rows = results.kl.setdefault(known.name, {}).setdefault(quant, {})
+            mixes = [mix for mix in given.mixes.split(",") if mix not in rows]
+            if not mixes:
+                continue
+            paths = [made(given.model, known, quant, mix, given.folder) for mix in (STANDARD, *mixes)]
+            found = ggufmoe.kl_divergences(
+                paths,
+                given.model,
+                text_file=given.text,
+                logits=given.folder / f"{given.text.stem}-{given.n_ctx}x{given.chunks}.logits",
+                n_ctx=given.n_ctx,
+                chunks=given.chunks,
+                n_threads=given.threads,
+            )
+            rows |= compared((STANDARD, *mixes), paths, found)
+            results.save()
+            print(known.name, quant, *(f"{mix} {rows[mix]['kl']:.5f}" for mix in (STANDARD, *mixes)), flush=True)
+            if number:
+                for path in paths:
+                    path.unlink()
+
+
+def compared(mixes: Sequence[str], paths: Sequence[Path], found: Comparison) -> dict[str, Any]:
+    """What is kept of a comparison, by mix; the first is the standard mix."""
+    rows: dict[str, Any] = {}
+    for number, (mix, path, one) in enumerate(zip(mixes, paths, found.models, strict=True)):
+        rows[mix] = {"bytes": path.stat().st_size, "kl": one.kl.mean.value, "error": one.kl.mean.uncertainty}
+        if number:
+            above = found.kl_differences[number - 1]
+            rows[mix]["difference"] = [above.value, above.uncertainty]
+            rows[mix]["predicted"] = json.loads(read_header(path).metadata[MIX].value)["predicted_kl"]
+    return rows
+
+
+def speed(given: argparse.Namespace) -> None:
+    """Time the files of the first calibration, those of one size in turn, round after round."""
+    for folder in given.folders:
+        results = Results.load(folder)
+        calibration = next(iter(results.kl))
+        for quant in given.quants.split(","):
+            for _ in range(given.rounds):
+                for mix in (mix for mix in results.kl[calibration][quant] if mix != RELATIVE):
+                    cases = plan_bench([folder / f"{calibration}-{quant}-{mix}.gguf"], tuple(TESTS.values()))
+                    samples = results.speed.setdefault(quant, {}).setdefault(mix, {test: [] for test in TESTS})
+                    for test, result in zip(TESTS, run_bench(cases, repetitions=1), strict=True):
+                        samples[test].append(result.tokens_per_s)
+            results.save()
+
+
+def table(given: argparse.Namespace) -> None:
+    """Print what was measured of each model, and what all have in common."""
+    all_results = [Results.load(folder) for folder in given.folders]
+    mixes = [mix for mix in ("all", "k", "fast") if any(mix in rows for rows in _measured(all_results))]
+    heads = [head for mix in mixes for head in (mix, "change", "paired error")]
+    print(f"| model | size of | bytes | standard | relative error | {' | '.join(heads)} |")
+    print("|---" * (len(heads) + 5) + "|")
+    for results in all_results:
+        for quant in QUANTS.split(","):
+            print(f"| {results.folder.name} | {' | '.join(_kl_cells(results, quant, mixes))} |")
+    print("\n| size of | mix | median change | least and greatest change | worse than standard |")
+    print("|---|---|---|---|---|")
+    for quant in QUANTS.split(","):
+        for mix in (RELATIVE, *mixes):
+            found = [each for results in all_results for each in changes(results, quant, mix)]
+            if found:
+                worse = sum(each > 0 for each in found)
+                print(f"| {quant} | {mix} | {median(found) * 100:+.1f} % | {_range(found)} | {worse} of {len(found)} |")
+    speeds = [f"{mix}, {what}" for what in ("generating", "prompts") for mix in mixes]
+    print(f"\n| model | size of | standard, tokens/s | {' | '.join(speeds)} |")
+    print("|---" * (len(speeds) + 3) + "|")
+    for results in all_results:
+        for quant, by_mix in results.speed.items():
+            print(f"| {results.folder.name} | {quant} | {' | '.join(_speed_cells(by_mix, mixes))} |")
+
+
+def _measured(all_results: Sequence[Results]) -> Iterator[dict[str, Any]]:
+    return (rows for results in all_results for by_quant in results.kl.values() for rows in by_quant.values())
+
+
+def changes(results: Results, quant: str, mix: str) -> list[float]:
+    """The relative change of the divergence from the standard mix, by calibration."""
+    found = (by_quant.get(quant, {}) for by_quant in results.kl.values())
+    return [rows[mix]["kl"] / rows[STANDARD]["kl"] - 1 for rows in found if mix in rows]
+
+
+def _kl_cells(results: Results, quant: str, mixes: Sequence[str]) -> Iterator[str]:
+    """Means over the calibrations; of the changes the least and the greatest, of the paired errors the largest."""
+    rows = [by_quant[quant] for by_quant in results.kl.values() if by_quant.get(quant)]
+    yield quant
+    yield f"{max(row[STANDARD]['bytes'] for row in rows):,}"
+    for mix in (STANDARD, RELATIVE, *mixes):
+        held = [row[mix] for row in rows if mix in row]
+        yield f"{fmean(one['kl'] for one in held):.5f}" if held else ""
+        if mix in mixes:
+            yield _range(changes(results, quant, mix))
+            yield f"{max(one['difference'][1] for one in held):.5f}" if held else ""
+
+
+def _range(found: Sequence[float]) -> str:
+    """The least and the greatest change, or the only one."""
+    ends = dict.fromkeys(f"{end * 100:+.1f} %" for end in (max(found, default=0.0), min(found, default=0.0)))
+    return " to ".join(ends) if found else ""
+
+
+def _speed_cells(by_mix: dict[str, dict[str, list[float]]], mixes: Sequence[str]) -> Iterator[str]:
+    """Tokens per second of the standard mix in both tests, and the median of the ratios of each round."""
+    yield " and ".join(f"{median(by_mix[STANDARD][test]):.0f}" for test in TESTS)
+    for test in TESTS:
+        yield from (f"{_ratio(by_mix, mix, test):.2f}" if mix in by_mix else "" for mix in mixes)
+
+
+def _ratio(by_mix: dict[str, dict[str, list[float]]], mix: str, test: str) -> float:
+    return median(one / other for one, other in zip(by_mix[mix][test], by_mix[STANDARD][test], strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("sensitivity", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--quants", default="Q2_K,Q3_K_M,Q4_K_M,Q5_K_M,IQ3_XXS")
-    parser.add_argument("--types", default="all")
-    parser.add_argument("--chunks", type=int, default=50)
-    parser.add_argument("--n-ctx", type=int, default=512)
-    parser.add_argument("--folder", type=Path, default=Path("build/sizes"))
+    verbs = parser.add_subparsers(required=True)
+    one = verbs.add_parser("measure")
+    one.set_defaults(do=measure)
+    one.add_argument("model", type=Path)
+    one.add_argument("text", type=Path)
+    one.add_argument("--calibration", type=Path, action="append", required=True)
+    one.add_argument("--mixes", default="relative,all")
+    one.add_argument("--tokens", type=int, default=6144, help="tokens of each calibration")
+    one.add_argument("--calibration-ctx", type=int, default=512, help="tokens of its sequences")
+    one.add_argument("--chunks", type=int, default=50)
+    one.add_argument("--n-ctx", type=int, default=512)
+    one.add_argument("--threads", type=int, help="of the comparison; 1 is best beside other programs")
+    one.add_argument("--folder", type=Path, default=Path("build/sizes"))
+    two = verbs.add_parser("speed")
+    two.set_defaults(do=speed)
+    two.add_argument("folders", type=Path, nargs="+")
+    two.add_argument("--rounds", type=int, default=5)
+    three = verbs.add_parser("table")
+    three.set_defaults(do=table)
+    three.add_argument("folders", type=Path, nargs="+")
+    for verb in (one, two):
+        verb.add_argument("--quants", default=QUANTS)
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
-    by_error = given.folder / "relative.gguf"
-    relative(given.model, Sensitivity.load(given.sensitivity)).save(by_error)
-    print(
-        "| size of | bytes | standard | relative error | chosen | chosen - standard | change | predicted |", flush=True
-    )
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    for quant in given.quants.split(","):
-        paths = files(given.model, given.sensitivity, by_error, quant, given.folder, given.types)
-        found = ggufmoe.kl_divergences(
-            paths,
-            given.model,
-            text_file=given.text,
-            logits=given.folder / f"{given.text.stem}-{given.n_ctx}x{given.chunks}.logits",
-            n_ctx=given.n_ctx,
-            chunks=given.chunks,
-            on_progress=quiet,
-        )
-        print(row(quant, paths, found), flush=True)
-
-
-def quiet(progress: Progress) -> None:
-    """Progress is not shown."""
-
-
-def row(quant: str, paths: list[Path], found: Comparison) -> str:
-    """One line of the table."""
-    means = [each.kl.mean.value for each in found.models]
-    above = found.kl_differences[1]
-    mix = read_header(paths[2]).metadata[MIX].value
-    predicted = json.loads(mix)["predicted_kl"]
-    cells = [
-        quant,
-        f"{paths[0].stat().st_size:,}",
-        *(f"{mean:.5f}" for mean in means),
-        f"{above.value:+.5f} ± {above.uncertainty:.5f}",
-        f"{means[2] / means[0] - 1:+.1%}",
-        f"{predicted:.5f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    given.do(given)
 
 
 if __name__ == "__main__":
