@@ -7,8 +7,9 @@ characters, which would steer the terminal.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +17,10 @@ import typer
 
 from ggufmoe.cli.console import make_console, printable
 from ggufmoe.cli.jobs import run_job
-from ggufmoe.cli.params import with_options
+from ggufmoe.cli.params import model_names, with_options
 from ggufmoe.cli.progress import ProgressLine, progress_display
+from ggufmoe.cli.wanted_model import found_file
 from ggufmoe.errors import GGUFError, InputError
-from ggufmoe.files import possible_path
 from ggufmoe.gguf import manifest as manifests
 from ggufmoe.gguf.model import read_model_header
 from ggufmoe.inspection.inspect import MemoryNeed, MergeReport, ModelReport, Share, inspect_header, inspect_model
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ggufmoe.hub.hub_models import HubName
     from ggufmoe.inspection.experts import ExpertSimilarity
+    from ggufmoe.writing.plan import WritePlan
 
 _NARROW_COLUMNS = 64
 _SHOWN_RECIPE_LINES = 24
@@ -48,7 +49,8 @@ def inspect_command(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file, any shard of a split one, or one on the hub: org/name[:QUANT|/FILE.gguf].",
+            help="A GGUF file, a stored model, a checkpoint, a recipe, or one on the hub: org/name[:QUANT|/FILE.gguf].",
+            autocompletion=model_names,
         ),
     ],
     *,
@@ -69,23 +71,24 @@ def inspect_command(
 
     Reads the header only; --verify reads all of it and ends with exit code 1 if anything differs. The memory is that of
     the CPU; `ggufmoe plan` shows what goes where with GPUs. Of a file on the hub only the header is fetched.
-    """
-    from ggufmoe.store.wanted import hub_name
 
-    model, name = possible_path(source), hub_name(source)
+    Of a checkpoint or a recipe, here or on the hub, it shows the file that `ggufmoe convert` would make by default.
+    """
+    model = found_file(source)
     with ProgressLine("inspect", phase="inspect", waiting="reading the header"):
-        report = inspect_model(model, context, this_host()) if name is None else _inspect_on_hub(name, context)
-    if name is not None and (experts or verify or manifest is not None):
-        raise InputError(f"{name}: --experts, --verify and --manifest read the whole file; download it first")
+        report, origin = _inspected(source, model, context)
+    if model is None and (experts or verify or manifest is not None):
+        raise InputError(f"{source}: --experts, --verify and --manifest read the whole file; download or make it first")
+    model = model or Path(source)
     if recipe:
         _print_recipe_alone(model, report.merge)
         return
     similarity = _compare_experts(model) if experts else None
     checked = _verify(model, manifest) if verify or manifest is not None else None
     if as_json:
-        print(json.dumps(_as_dict(report, similarity, checked)))
+        print(json.dumps(_as_dict(report, origin, similarity, checked)))
     else:
-        _show(report, similarity, checked)
+        _show(report, origin, similarity, checked)
     if checked is not None and checked.differences:
         raise GGUFError(
             f"{model}: differs from {checked.manifest.name} in {len(checked.differences)} places, first: "
@@ -93,15 +96,65 @@ def inspect_command(
         )
 
 
-def _inspect_on_hub(name: HubName, context: ContextOptions) -> ModelReport:
+@dataclass(frozen=True)
+class _Unconverted:
+    """A checkpoint or a recipe of which only headers were read: where it is, and how its weights are stored."""
+
+    source: str
+    commits: dict[str, str]
+    n_bytes: int
+    """Of the tensor files."""
+    stored: dict[str, int]
+    """By dtype, weights that the conversion reads."""
+    converts_to: str
+
+    @classmethod
+    def of(cls, source: str, plan: WritePlan) -> _Unconverted:
+        stored: Counter[str] = Counter()
+        for part in (part for tensor in plan.tensors for part in tensor.parts):
+            stored[part.type.name] += part.n_rows * part.rows.shape[-1]
+        here = sum(path.stat().st_size for path in plan.input_paths if path.suffix == ".safetensors")
+        away = 0 if plan.network is None else plan.network.file_bytes
+        return cls(source, plan.commits, here + away, dict(stored), plan.file_type)
+
+    def facts(self) -> list[tuple[str, str | None]]:
+        """What is shown of it."""
+        stored = ", ".join(f"{short_count(count)} {name}" for name, count in self.stored.items())
+        command = f"ggufmoe convert {self.source} -q {self.converts_to}"
+        return [
+            ("source", self.source),
+            ("commit", ", ".join(dict.fromkeys(self.commits.values())) or None),
+            ("weights", f"{file_size(self.n_bytes)}: {stored}"),
+            ("below", f"the file that `{command}` would make; `ggufmoe plan {self.source}` shows other types"),
+        ]
+
+
+def _inspected(source: str, file: Path | None, context: ContextOptions) -> tuple[ModelReport, _Unconverted | None]:
+    """The report of a file that is there, of one on the hub, or of the one that a conversion would make."""
     from ggufmoe.hub.hub_gguf import read_hub_header
-    from ggufmoe.hub.hub_models import find_gguf
+    from ggufmoe.hub.hub_models import list_repository
+    from ggufmoe.store.wanted import DEFAULT_QUANT, hub_name, planned_model
 
-    return inspect_header(read_hub_header(find_gguf(name)), context, this_host())
+    if file is not None:
+        return inspect_model(file, context, this_host()), None
+    name = hub_name(source)
+    if name is not None:
+        listing = list_repository(name.repo_id, name.revision)
+        if name.quant or name.file or listing.gguf_models or not listing.has_checkpoint:
+            return inspect_header(read_hub_header(listing.choose(name)), context, this_host()), None
+    from ggufmoe.convert import plan_convert
+    from ggufmoe.export.naming import model_name
+
+    plan = plan_convert(source, f"{model_name(source, DEFAULT_QUANT)}.gguf", DEFAULT_QUANT)
+    return inspect_header(planned_model(plan), context, this_host()), _Unconverted.of(source, plan)
 
 
-def _as_dict(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> dict[str, Any]:
+def _as_dict(
+    report: ModelReport, origin: _Unconverted | None, similarity: ExpertSimilarity | None, checked: _Verification | None
+) -> dict[str, Any]:
     found = report.to_dict()
+    if origin is not None:
+        found["source"] = asdict(origin)
     if similarity is not None:
         found["experts"] = similarity.to_dict()
     if checked is not None:
@@ -146,10 +199,12 @@ def _verify(model: Path, given: Path | None) -> _Verification:
     return _Verification(where, sum(len(file.tensors) for file in expected.files), tuple(differences))
 
 
-def _show(report: ModelReport, similarity: ExpertSimilarity | None, checked: _Verification | None) -> None:
-
+def _show(
+    report: ModelReport, origin: _Unconverted | None, similarity: ExpertSimilarity | None, checked: _Verification | None
+) -> None:
     console = make_console()
     narrow = console.width < _NARROW_COLUMNS
+    _print_facts(console, "", () if origin is None else origin.facts())
     _print_facts(console, "", _overview(report))
     _print_shares(console, "part", report.parts, narrow)
     _print_shares(console, "type", report.types, narrow)

@@ -64,7 +64,9 @@ class Config:
     def preset(self, name: str) -> Mapping[str, Kept]:
         """The values of a preset. Raises InputError, which lists the presets, if there is none of that name."""
         if name not in self.presets:
-            there = f"there is {', '.join('@' + one for one in self.presets)}" if self.presets else "it has no preset"
+            there = f"`ggufmoe config preset {name} MODEL` makes one"
+            if self.presets:
+                there = f"there is {', '.join('@' + one for one in self.presets)}"
             raise InputError(f"@{name}: there is no [{PRESETS}.{name}] in {self.path}; {there}")
         return self.presets[name]
 

@@ -13,10 +13,22 @@ from ggufmoe.sizes import counted, file_size
 from ggufmoe.store.model_store import ModelStore
 
 
+def _days(typed: str) -> float:
+    try:
+        days = float(typed)
+    except ValueError:
+        days = -1.0
+    if not 0 <= days < float("inf"):
+        raise typer.BadParameter(f"expected a number of days, not {typed!r}")
+    return days
+
+
 def prune_command(
     unused: Annotated[
         float | None,
-        typer.Option("--unused", help="Also delete models that were not used for so many days.", metavar="DAYS"),
+        typer.Option(
+            "--unused", help="Also delete models that were not used for so many days.", metavar="DAYS", parser=_days
+        ),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:

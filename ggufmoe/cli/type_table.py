@@ -34,7 +34,8 @@ def show_type_advice(
     from ggufmoe.store.type_advice import Machine
 
     with ProgressLine(printable(model, 60), phase="plan", waiting="reading headers, measuring"):
-        machine = Machine(tuple(devices), host, MeasuredSpeeds())
+        speeds = MeasuredSpeeds()
+        machine = Machine(tuple(devices), host, speeds)
         found = model_advice(model, machine, context, offload)
     advice = found.types
     if as_json:
@@ -72,6 +73,8 @@ def show_type_advice(
         f"for {memory_size(machine.usable_bytes)} of this machine's memory{gpu}; tokens/s: from an empty to a full "
         f"context of {context.n_ctx or DEFAULT_MAX_CTX} tokens, by what this machine was measured to compute"
     )
+    if speeds.is_disturbed:
+        note("other programs kept this machine busy while it was measured: a calm one is faster, and is measured again")
     if found.read_file and len(advice) > 1:
         note(f"the header of {printable(found.read_file)} was read; the others are taken to differ as their sizes do")
     if taken is None:

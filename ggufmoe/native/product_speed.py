@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,15 @@ _SIDE = 4096
 """Rows and columns of a matrix."""
 _WEIGHT_BYTES = 128 << 20
 """More than the caches of most processors hold."""
-_CONTEXT_BYTES = 1 << 20
+_CONTEXT_BYTES = 4 << 20
 """For the descriptions of tensors and of the graph; their data is elsewhere."""
-_LEAST_TIMES, _LEAST_S = 5, 0.2
+_LEAST_TIMES, _LEAST_S = 10, 0.15
 """Passes, and seconds, of which the fastest pass counts: other programs disturb some."""
-_STEPS = 64
+_STEPS = 32
+_MOST_STEP_S = 10e-6
+"""A step that takes longer was disturbed: a thread waited for one that had no core."""
+_GRAPH_BYTES = 32 << 20
+"""Weights of a graph, as many as take well under a millisecond: on a busy machine some passes are not interrupted."""
 
 
 class _InitParams(ctypes.Structure):
@@ -70,22 +74,31 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 def product_bytes_per_s(
     type: GGMLType, n_threads: int, *, repacked: bool, n_bytes: int = _WEIGHT_BYTES, least_s: float = _LEAST_S
 ) -> float:
-    """Bytes of weights a second: the best pass over ``n_bytes`` of at least five, and of so many as take ``least_s``.
+    """Bytes of weights a second: the best pass, through parts of ``n_bytes`` in turn, of those that take ``least_s``.
 
     ``repacked``: whether the backend rearranges this type on this CPU. Raises EngineMissingError and MemoryError.
     """
     row_bytes = type.row_bytes(_SIDE)
-    n_matrices = max(1, n_bytes // (_SIDE * row_bytes))
-    seconds = _pass_s(type, n_threads, n_matrices, _SIDE, repacked=repacked, least_s=least_s)
+    n_matrices = max(1, min(n_bytes, _GRAPH_BYTES) // (_SIDE * row_bytes))
+    n_graphs = max(1, n_bytes // (n_matrices * _SIDE * row_bytes))
+    # on a busy machine several threads hardly ever run at once, and one is faster
+    seconds = min(
+        _pass_s(type, count, (n_matrices, n_graphs), _SIDE, repacked=repacked, least_s=least_s)
+        for count in {n_threads, 1}
+    )
     return n_matrices * _SIDE * row_bytes / seconds
 
 
 def step_s(n_threads: int, *, least_s: float = _LEAST_S) -> float:
     """Seconds for a step of the graph that computes next to nothing: starting it on all threads, and their meeting."""
-    return _pass_s(GGMLType.F32, n_threads, _STEPS, 32, repacked=False, least_s=least_s) / _STEPS
+    passed_s = _pass_s(GGMLType.F32, n_threads, (_STEPS, 1), 32, repacked=False, least_s=least_s)
+    return min(passed_s / _STEPS, _MOST_STEP_S)
 
 
-def _pass_s(type: GGMLType, n_threads: int, n_matrices: int, side: int, *, repacked: bool, least_s: float) -> float:
+def _pass_s(
+    type: GGMLType, n_threads: int, n_matrices: tuple[int, int], side: int, *, repacked: bool, least_s: float
+) -> float:
+    """Seconds of the fastest pass; ``n_matrices`` of each graph, and how many graphs are computed in turn."""
     lib = _declared()
     cpu = next(device.handle for device in devices() if device.type is DeviceType.CPU)
     plain = lib.ggml_backend_dev_buffer_type(cpu)
@@ -94,18 +107,19 @@ def _pass_s(type: GGMLType, n_threads: int, n_matrices: int, side: int, *, repac
         backend = lib.ggml_backend_dev_init(cpu, None)
         held.callback(lib.ggml_backend_free, backend)
         _set_threads(backend, n_threads)
-        weights, graph = (_context(lib, held) for _ in range(2))
-        matrices = [lib.ggml_new_tensor_2d(weights, type.id, side, side) for _ in range(n_matrices)]
+        weights, vectors = (_context(lib, held) for _ in range(2))
+        n_each, n_graphs = n_matrices
+        matrices = [lib.ggml_new_tensor_2d(weights, type.id, side, side) for _ in range(n_each * n_graphs)]
         _allocate(lib, weights, _repack_buffer(cpu) or plain if repacked else plain, held)
         zeros = np.zeros(type.row_bytes(side) * side, np.uint8)
         for matrix in matrices:
             lib.ggml_backend_tensor_set(matrix, zeros.ctypes.data, 0, zeros.nbytes)
-        vector = lib.ggml_new_tensor_2d(graph, GGMLType.F32.id, side, 1)
-        steps = lib.ggml_new_graph(graph)
-        for matrix in matrices:
-            lib.ggml_build_forward_expand(steps, lib.ggml_mul_mat(graph, matrix, vector))
-        _allocate(lib, graph, plain, held)
-        return min(_times(lib, backend, steps, least_s))
+        vector = lib.ggml_new_tensor_2d(vectors, GGMLType.F32.id, side, 1)
+        graphs = [lib.ggml_new_graph(vectors) for _ in range(n_graphs)]
+        for index, matrix in enumerate(matrices):
+            lib.ggml_build_forward_expand(graphs[index // n_each], lib.ggml_mul_mat(vectors, matrix, vector))
+        _allocate(lib, vectors, plain, held)
+        return min(_times(lib, backend, graphs, least_s))
 
 
 def _declared() -> Any:
@@ -164,11 +178,11 @@ def _repack_buffer(device: int) -> int | None:
     return None
 
 
-def _times(lib: Any, backend: int, graph: int, least_s: float) -> Iterator[float]:
-    """Seconds of each of several passes."""
+def _times(lib: Any, backend: int, graphs: Sequence[int], least_s: float) -> Iterator[float]:
+    """Seconds of each of several passes through graphs in turn."""
     passes, ends = 0, time.perf_counter() + least_s
     while passes < _LEAST_TIMES or time.perf_counter() < ends:
         began = time.perf_counter()
-        lib.ggml_backend_graph_compute(backend, graph)
+        lib.ggml_backend_graph_compute(backend, graphs[passes % len(graphs)])
         yield time.perf_counter() - began
         passes += 1

@@ -76,6 +76,8 @@ class MeasuredSpeeds:
         engine = engine_version().llama_cpp_commit if self._has_engine else "no engine"
         self._machine = f"{platform.node()} {platform.machine()} {usable_cores()} {engine}"
         self._found: dict[str, float] = {}
+        self.is_disturbed = False
+        """Whether a speed that was asked for was measured while other programs kept the cores busy."""
 
     def bytes_per_s(self, type: GGMLType) -> float:
         """Bytes of weights of a type that are multiplied by a vector in a second."""
@@ -99,8 +101,10 @@ class MeasuredSpeeds:
     def _kept_or_measured(self, name: str, measure: Callable[[], float]) -> float:
         kept, load = self._kept(), _load()
         known = kept.get(name)
-        if known is not None and (known["load"] <= max(_CALM, load)):
+        if known is not None and known["load"] <= max(_CALM, load):
+            self.is_disturbed |= known["load"] > _CALM
             return float(known["speed"])
+        self.is_disturbed |= load > _CALM
         measured = {"speed": measure(), "load": load, "time": time.time()}
         if known is not None and known["speed"] > measured["speed"]:  # calmer by the average, and yet disturbed
             measured["speed"] = known["speed"]

@@ -6,6 +6,7 @@ file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import threading
@@ -121,6 +122,8 @@ def _fetch(model: HubGGUF, entry: HubEntry, target: Path, line: Line, work: Work
         sync_directory(target.parent)
         journal.remove()
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise NoSpaceError(f"{target.parent} became full; make room, and go on with --resume") from error
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
 
 

@@ -20,6 +20,7 @@ from ggufmoe.work import CancelFlag, OnProgress, Progress, is_set
 
 _POLL_S = 0.2
 _RESUME = "go on with --resume"
+_AGAIN = "the same command goes on with it"
 
 
 def obtain(
@@ -150,6 +151,8 @@ def _own_words() -> Iterator[None]:
     try:
         yield
     except (OutputError, HubError, Cancelled) as error:
+        if isinstance(error, Cancelled) and _RESUME not in str(error):
+            raise Cancelled(f"stopped; what is there is kept, and {_AGAIN}") from error
         if _RESUME not in str(error):
             raise
-        raise type(error)(str(error).replace(_RESUME, "the same command goes on with it")) from error
+        raise type(error)(str(error).replace(_RESUME, _AGAIN)) from error

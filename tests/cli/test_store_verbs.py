@@ -173,6 +173,12 @@ def test_prune(run: Run, store: ModelStore) -> None:
     assert not old.exists()
 
 
+@pytest.mark.parametrize("days", ["-5", "x", "nan"])
+def test_prune_refuses_days_that_are_none(run: Run, days: str) -> None:
+    code, _, err = run("prune", "--unused", days)
+    assert (code, f"expected a number of days, not '{days}'" in err) == (2, True)
+
+
 def test_names_complete_in_a_shell(store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.directory.mkdir(parents=True)
     (store.directory / "mixtral.gguf").write_bytes(b"GGUF")

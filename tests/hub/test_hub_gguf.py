@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_server import COMMIT, HubServer
 
 from ggufmoe.cli.app import exit_code
 from ggufmoe.errors import GGUFError
@@ -48,6 +48,31 @@ def test_inspect_takes_a_name_on_the_hub(hub: HubServer, capsys: pytest.CaptureF
     assert exit_code(["inspect", "org/files/small-F16.gguf", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == by_quant
     assert exit_code(["inspect", "org/files:F16", "--verify"]) == 1
-    assert "read the whole file; download it first" in capsys.readouterr().err
+    assert "read the whole file; download or make it first" in capsys.readouterr().err
     assert exit_code(["inspect", "org/files:Q2_K"]) == 1
     assert "org/files has Q8_0, F16" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_convert_would_make_of_a_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the hub and here, by headers alone."""
+    checkpoint = tiny_checkpoint(arch="mixtral")
+    with HubServer({"org/moe": checkpoint}) as hub:
+        talk_with_hub(hub.url, monkeypatch, tmp_path / "cache")
+        assert exit_code(["inspect", "org/moe", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert hub.sent_bytes <= 2**16
+        assert exit_code(["inspect", "org/moe"]) == 0
+        assert "ggufmoe convert org/moe -q Q4_K_M" in " ".join(capsys.readouterr().out.split())
+    (weights,) = (path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert found["source"]["commits"] == {"org/moe": COMMIT}
+    assert (found["source"]["n_bytes"], found["hyper"]["n_expert"]) == (weights, 2)
+    assert sum(found["source"]["stored"].values()) == found["n_parameters"]
+    assert exit_code(["inspect", str(checkpoint), "--json"]) == 0
+    here = json.loads(capsys.readouterr().out)
+    assert (here["architecture"], here["n_bytes"]) == (found["architecture"], found["n_bytes"])
+    assert here["source"]["commits"] == {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,7 +125,7 @@ def test_a_download_goes_on_after_an_interruption(
         if progress.done > progress.total / 2:
             cancel.set()
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(Cancelled, match="the same command goes on with it"):
         obtain("org/files:F16", on_progress=stop, cancel=cancel)
     assert [left.name for left in store.unfinished()] == ["small-F16"]
     before = hub.sent_bytes
@@ -161,6 +163,17 @@ def test_what_the_disk_cannot_hold_is_not_begun(
     with pytest.raises(NoSpaceError, match=r"needs .*has 1.00 kB free"):
         obtain("org/files:Q8_0")
     assert hub.sent_bytes == 0
+
+
+def test_a_disk_that_becomes_full(hub: HubServer, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr("ggufmoe.writing.place.PartialFile.write_at", refuse)
+        with pytest.raises(NoSpaceError, match="became full; make room, and the same command goes on with it"):
+            obtain("org/files:Q8_0")
+    assert obtain("org/files:Q8_0").is_file()
 
 
 def test_a_file_in_the_cache_of_the_hub_is_not_fetched(hub: HubServer, store: ModelStore, served: Path) -> None:
