@@ -24,6 +24,7 @@ from ggufmoe.gguf.names import legacy_experts
 from ggufmoe.gguf.own_keys import EOS_TOKEN_IDS
 from ggufmoe.gguf.types import GGMLType
 from ggufmoe.gguf.upstream import Keys
+from ggufmoe.native.large_pages import Ranges, ask_for_large_pages, large_mappings
 from ggufmoe.native.log import NativeLog, no_wait_callback
 from ggufmoe.native.router_tap import RouterTap
 from ggufmoe.native.spinning import SpinLimit
@@ -268,13 +269,14 @@ class LoadedModel:
     # ---- the context
 
     def _make_context(self, options: ContextOptions) -> Any:
-        mark = self.log.mark()
+        mark, mapped = self.log.mark(), large_mappings()
         context = self.api.llama_init_from_model(self._model, self._context_parameters(options))
         if not context:
             raise ModelLoadError(
                 f"{self.path}: no such context can be made: {self.log.cause_since(mark)} "
                 "(a smaller --ctx-size takes less memory)"
             )
+        ask_for_large_pages(mapped, is_used=True)
         self._threads = thread_pool(options.n_threads or default_threads())
         if self._threads is not None:
             self._threads.attach(context)
@@ -422,7 +424,8 @@ class LoadedModel:
 class LoadCallback:
     """The callback of llama.cpp's loading: passes the progress on, and returns whether to continue.
 
-    Nothing can be raised through C, so an exception of ``on_progress`` is kept for ``raise_failure``.
+    llama.cpp calls it first when it has allocated the memory for weights and before it writes there: large pages are
+    asked for then. Nothing can be raised through C, so an exception of ``on_progress`` is kept for ``raise_failure``.
     """
 
     def __init__(self, on_progress: OnProgress | None, cancelled: Callable[[], bool], item: str) -> None:
@@ -432,9 +435,14 @@ class LoadCallback:
         self._on_progress = on_progress
         self._item = item
         self._failure: BaseException | None = None
+        self._mapped: Ranges | None = large_mappings()
+        """What was mapped before the load; None once large pages were asked for."""
 
     def __call__(self, part: float, _: Any) -> bool:
         try:
+            if self._mapped is not None:
+                ask_for_large_pages(self._mapped)
+                self._mapped = None
             if self._on_progress is not None:
                 self._on_progress(Progress("load", part, 1.0, "parts", self._item))
             self.stopped = self.cancelled()
