@@ -171,6 +171,21 @@ def compare_divergence(tools: Tools, case: Case, work: Path) -> Iterator[tuple[s
             yield f"{name} KLD", quantile, float(found[1])
 
 
+def compare_logits_files(tools: Tools, case: Case, work: Path) -> Iterator[tuple[str, float, float]]:
+    """Rows of (what, ours, theirs): each side computes the divergence from the other's file of the reference's logits.
+
+    ``compare_divergence`` has left llama-perplexity's file in ``work``.
+    """
+    own, flags = work / "own.kld", (*case.flags, "--kl-divergence")
+    for read, file in (("there", own), ("here", work / "base.kld")):
+        found = ggufmoe.kl_divergences([case.model], case.reference, text_file=case.text, logits=file, **case.options)
+        printed = tools.run(tools.perplexity, "-m", case.model, *flags, "--kl-divergence-base", file)
+        value, uncertainty = _numbers(r"Mean    KLD\s*:?\s*(\S+) ±\s*(\S+)", printed)
+        ours = found.models[0].kl.mean
+        yield f"Mean KLD, logits read {read}", ours.value, value
+        yield f"Mean KLD, logits read {read}, uncertainty", ours.uncertainty, uncertainty
+
+
 def _numbers(pattern: str, printed: str) -> tuple[float, float]:
     found = re.search(pattern, printed)
     if found is None:
@@ -211,7 +226,7 @@ def show(what: str, ours: float, theirs: float) -> bool:
     """Print one row; whether both agree to four digits, or to the last digit that is printed there."""
     apart = abs(ours - theirs)
     agree = apart <= max(CLOSE * abs(theirs), 1e-3 if "%" in what else 2e-6)
-    print(f"{what:40} {ours:16.6f} {theirs:16.6f} {'same' if agree else 'DIFFERS'}", flush=True)
+    print(f"{what:42} {ours:16.6f} {theirs:16.6f} {'same' if agree else 'DIFFERS'}", flush=True)
     return agree
 
 
@@ -228,7 +243,11 @@ def own_case(work: Path) -> tuple[Path, Path, Path]:
 def compare(tools: Tools, case: Case, work: Path) -> bool:
     """All comparisons of one case; whether both sides agree."""
     print(f"{case.model.name} and {case.reference.name}, {case.chunks} chunks of {CHUNK}, batches of {case.batch}")
-    rows = [*compare_perplexity(tools, case), *compare_divergence(tools, case, work)]
+    rows = [
+        *compare_perplexity(tools, case),
+        *compare_divergence(tools, case, work),
+        *compare_logits_files(tools, case, work),
+    ]
     agree = [show(*row) for row in rows]
     for line in compare_imatrix(tools, case, work):
         print(f"imatrix: {line}", flush=True)
