@@ -188,7 +188,15 @@ def _fitted(model: GGUFSource, texts: ExpertTexts, options: RefitOptions) -> _Ne
     }
 
     def make(on_progress: OnProgress | None, cancel: CancelFlag | None) -> Router:
-        return refit_router(mixture, read, threads=options.threads, on_progress=on_progress, cancel=cancel)
+        return refit_router(
+            mixture,
+            read,
+            n_steps=options.router_steps,
+            seed=options.seed,
+            threads=options.threads,
+            on_progress=on_progress,
+            cancel=cancel,
+        )
 
     return _NewRouter(GateMode.FITTED.value, record, tuple(file for mine in files for file in mine), make)
 

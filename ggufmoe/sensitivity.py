@@ -25,13 +25,13 @@ from ggufmoe.families import family_of
 from ggufmoe.files import StrPath, check_output_file, delete_directory, followed, partial_path, possible_path
 from ggufmoe.gguf.checks import check_loadable
 from ggufmoe.gguf.names import OUTPUT
+from ggufmoe.merge.backward import BackwardPass
 from ggufmoe.merge.gguf_weights import GGUFWeights
 from ggufmoe.merge.merged import open_recipe
 from ggufmoe.merge.router_texts import TextTokens
 from ggufmoe.options import SensitivityKeywords, SensitivityOptions, options_of
 from ggufmoe.quant.importances import save
 from ggufmoe.runtime.stored_vocabulary import StoredVocabulary
-from ggufmoe.sizing.backward import BackwardPass
 from ggufmoe.sizing.calibration import file_sequences, text_sequences
 from ggufmoe.sizing.sensitivity_file import Sensitivity
 from ggufmoe.sizing.sensitivity_pass import measure

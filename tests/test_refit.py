@@ -27,7 +27,7 @@ from ggufmoe.files import partial_path
 from ggufmoe.gguf.header import GGUFValue, read_header
 from ggufmoe.gguf.stored_rows import OpenModel
 from ggufmoe.gguf.types import ValueType
-from ggufmoe.merge import logistic
+from ggufmoe.merge import logistic, router_steps
 from ggufmoe.work import Progress
 from tests.export.gguf_models import load, store
 from tests.merge.test_router_fit import SHAPE, WORDS, make_expert, write_recipe
@@ -42,6 +42,7 @@ def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """How good the rows are is not asked here."""
     monkeypatch.setattr(logistic, "PENALTIES", (1e-3, 1e-5))
     monkeypatch.setattr(logistic, "_MAX_STEPS", 20)
+    monkeypatch.setattr(router_steps, "DEFAULT_STEPS", 2)
 
 
 def write_texts(folder: Path, *names: str) -> None:
@@ -177,7 +178,9 @@ def test_a_split_model_is_one(folder: Path, tmp_path: Path) -> None:
 def test_progress_counts_layers_and_then_bytes_and_a_stop_leaves_no_file(folder: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     ggufmoe.refit(folder / "m.gguf", tmp_path / "whole.gguf", files(folder), on_progress=seen.append)
-    assert [step.item for step in seen if step.phase == "router"] == ["layer 1 of 2", "layer 2 of 2"]
+    assert [step.item for step in seen if step.phase == "router"] == [
+        *("layer 1 of 2", "layer 2 of 2", "step 1 of 2", "step 2 of 2")
+    ]
     assert seen[-1].phase == "write"
     stop = threading.Event()
     with pytest.raises(Cancelled, match="stopped while computing the router"):

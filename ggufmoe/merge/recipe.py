@@ -23,7 +23,7 @@ from ggufmoe.families.family import SharedExperts
 from ggufmoe.files import decode_text, what_instead
 from ggufmoe.merge.targets import Wanted, is_known, known_names
 from ggufmoe.options.limits import MAX_EXPERTS
-from ggufmoe.options.refit_options import MAX_ROUTER_TOKENS, MIN_ROUTER_TOKENS, ROUTER_TOKENS
+from ggufmoe.options.refit_options import MAX_ROUTER_STEPS, MAX_ROUTER_TOKENS, MIN_ROUTER_TOKENS, ROUTER_TOKENS
 from ggufmoe.weights.source_tensor import Dtype
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -119,7 +119,7 @@ class ExpertRecipe(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole recipe. The last six keys are ours; mergekit does not know them."""
+    """A whole recipe. The last seven keys are ours; mergekit does not know them."""
 
     model_config = _MODEL
 
@@ -139,6 +139,8 @@ class Recipe(BaseModel):
     """A mixture's checkpoint or a GGUF file whose router is taken; no rows are computed then."""
     text_tokens: StrictInt = Field(default=ROUTER_TOKENS, ge=MIN_ROUTER_TOKENS, le=MAX_ROUTER_TOKENS)
     """Tokens of each expert's texts that a router is fitted on and judged by, at most."""
+    router_steps: StrictInt | None = Field(default=None, ge=0, le=MAX_ROUTER_STEPS)
+    """Steps of a fitted router down the loss of its texts; None: as many as do not take long."""
 
     @property
     def storage_dtype(self) -> Dtype | None:

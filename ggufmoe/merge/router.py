@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufmoe.checkpoint.source import ModelSource, PromptPreference, RouterReport
+from ggufmoe.checkpoint.source import ModelSource, ModelWeights, PromptPreference, RouterReport
 from ggufmoe.errors import CheckpointError
 from ggufmoe.families import family_of
 from ggufmoe.families.model_config import ModelConfig
@@ -24,7 +24,8 @@ from ggufmoe.merge.forward import Floats, ForwardPass, embedding_rows, reading_a
 from ggufmoe.merge.gguf_weights import GGUFWeights
 from ggufmoe.merge.prompts import prompt_tokenizer, tokenize_prompts
 from ggufmoe.merge.recipe import TAKEN, GateMode, Recipe
-from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting, fitted_steps
+from ggufmoe.merge.router_fit import HiddenRouter, RouterFitting, Steps, fitted_steps
+from ggufmoe.merge.router_steps import READS, RowsPass, default_steps
 from ggufmoe.merge.router_texts import RouterText
 from ggufmoe.weights.dtypes import row_count
 from ggufmoe.work import CancelFlag, OnProgress, Work
@@ -113,7 +114,9 @@ def fit_router(
     ``base_expert`` is the expert whose MLP is that of ``base``, if there is one; ``rounded`` rounds rows as they are
     stored. The rest is as in ``make_router``; gate mode hidden is compared where the recipe has prompts.
     """
-    work, on_layer = _work(mixture.config.n_layer, _layer_bytes(mixture), on_progress, cancel)
+    n_steps = default_steps(mixture) if recipe.router_steps is None else recipe.router_steps
+    n_layer, layer_bytes = mixture.config.n_layer, _layer_bytes(mixture)
+    work, on_layer = _work(n_layer, layer_bytes, on_progress, cancel, n_steps)
     prompts = _tokenized(recipe, base) if recipe.has_prompts else ()
     hidden = None
     if prompts:
@@ -124,11 +127,12 @@ def fit_router(
 
         hidden = HiddenRouter([prompt.tokens for prompt in prompts], rows_of)
     dense, mixed = (ForwardPass(model, threads=threads, work=work) for model in (base, mixture))
+    steps = _steps(mixture, n_steps, recipe.seed, layer_bytes, work, threads)
     fitting = RouterFitting(
-        mixture.config, dense, mixed, texts, base_expert=base_expert, hidden=hidden, rounded=rounded
+        mixture.config, dense, mixed, texts, base_expert=base_expert, hidden=hidden, rounded=rounded, steps=steps
     )
-    steps = fitted_steps(mixture.config, mixed, None if base_expert is not None else dense)
-    with reading_ahead([dense, mixed], steps, line):
+    reads = fitted_steps(mixture.config, mixed, None if base_expert is not None else dense)
+    with reading_ahead([dense, mixed], reads, line):
         rows, scores = fitting.run(on_layer)
     router = _router(recipe, rows, (), None)
     return replace(router, report=replace(router.report, scores=scores))
@@ -138,15 +142,24 @@ def refit_router(
     mixture: GGUFWeights,
     texts: Sequence[RouterText],
     *,
+    n_steps: int | None = None,
+    seed: int = 0,
     threads: int | None = None,
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
 ) -> Router:
-    """A router for a mixture that has one already, fitted as in ``fit_router`` and compared with that; float32 rows."""
+    """A router for a mixture that has one already, fitted as in ``fit_router`` and compared with that; float32 rows.
+
+    ``n_steps`` is a recipe's ``router_steps``, and ``seed`` decides which texts each step takes.
+    """
+    n_steps = default_steps(mixture) if n_steps is None else n_steps
     n_layer = mixture.config.n_layer
-    work, on_layer = _work(n_layer, mixture.n_bytes // n_layer, on_progress, cancel)
+    layer_bytes = mixture.n_bytes // n_layer
+    work, on_layer = _work(n_layer, layer_bytes, on_progress, cancel, n_steps)
     forward = ForwardPass(mixture, threads=threads, work=work)
-    rows, scores = RouterFitting(mixture.config, None, forward, texts, rounded=np.copy).run(on_layer)
+    steps = _steps(mixture, n_steps, seed, layer_bytes, work, threads)
+    fitting = RouterFitting(mixture.config, None, forward, texts, rounded=np.copy, steps=steps)
+    rows, scores = fitting.run(on_layer)
     router = bare_router(GateMode.FITTED.value, rows)
     return replace(router, report=replace(router.report, scores=scores))
 
@@ -196,12 +209,29 @@ def check_prompts(recipe: Recipe, base: ModelSource) -> int:
 
 
 def _work(
-    n_layer: int, layer_bytes: int, on_progress: OnProgress | None, cancel: CancelFlag | None
+    n_layer: int, layer_bytes: int, on_progress: OnProgress | None, cancel: CancelFlag | None, n_steps: int = 0
 ) -> tuple[Work, Callable[[int], None]]:
-    """The work of a pass through a model's layers, and what reports one of them."""
+    """The work of a pass through a model's layers, and of steps after it; and what reports a layer."""
     stopped = "stopped while computing the router"
-    work = Work("router", layer_bytes * n_layer, stopped=stopped, on_progress=on_progress, cancel=cancel)
+    total = layer_bytes * n_layer * (1 + READS * n_steps)
+    work = Work("router", total, stopped=stopped, on_progress=on_progress, cancel=cancel)
     return work, lambda done: work.advance(layer_bytes, f"layer {done} of {n_layer}")
+
+
+def _steps(
+    mixture: ModelWeights, n_steps: int, seed: int, layer_bytes: int, work: Work, threads: int | None
+) -> Steps | None:
+    """Steps of a router; None where there are none."""
+    if not n_steps:
+        return None
+    config = mixture.config
+    rows = np.zeros((config.n_layer, config.n_expert, config.n_embd), np.float32)
+    n_bytes = READS * config.n_layer * layer_bytes
+
+    def on_step(done: int) -> None:
+        work.advance(n_bytes, f"step {done} of {n_steps}")
+
+    return Steps(RowsPass(mixture, rows, threads=threads, work=work), n_steps, seed, on_step)
 
 
 def _layer_bytes(model: ModelSource) -> int:

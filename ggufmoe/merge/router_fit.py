@@ -4,11 +4,12 @@ In each layer the rows are those of a logistic regression that tells, from a tok
 which expert its text belongs to (``logistic``); files that are hard to tell count more. The held-out texts go through
 at the same time in several lanes: as the base computes them, as each expert, with equal weights, by a router of gate
 mode hidden or by the one that a mixture had before, and by the fitted one; so every weight is read once for both the
-fit and its report.
+fit and its report. Then all rows take steps together (``router_steps``), and are judged again.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,8 +22,10 @@ from ggufmoe.families.model_config import ModelConfig
 from ggufmoe.merge.forward import Floats, ForwardPass, one_blas_thread
 from ggufmoe.merge.logistic import fit_classes
 from ggufmoe.merge.pass_reads import Step
+from ggufmoe.merge.router_steps import Lesson, RowsPass, lessons, scored_rows, stepped
 from ggufmoe.merge.router_texts import RouterText
 
+_LOG = logging.getLogger("ggufmoe")
 BASE, BEFORE, UNIFORM, HIDDEN, FITTED = "base", "before", "uniform", "hidden", "fitted"
 ANSWER_WEIGHT = 3.0
 """How much a token whose successor counts in the loss counts in the fit, beside one of a question."""
@@ -42,6 +45,18 @@ class HiddenRouter:
     prompts: Sequence[Sequence[int]]
     rows: Callable[[Floats], Floats]
     """From states (n_tokens, n_embd) of all prompts to rows (n_expert, n_embd)."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of all rows together, once they are fitted."""
+
+    mixture: RowsPass
+    """The mixture, with any rows."""
+    n: int
+    seed: int
+    on_step: Callable[[int], None]
+    """Gets the number of steps done."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,14 @@ def _files(texts: Sequence[RouterText]) -> list[tuple[int, str]]:
     return list(dict.fromkeys((text.expert, text.file) for text in texts))
 
 
+def _own_shares(logits: Floats, weights: Floats, experts: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Of each token the weight of its own expert, and 1 where that comes first: (n, 2)."""
+    out: NDArray[np.float64] = np.stack(
+        [weights[np.arange(len(experts)), experts], logits.argmax(axis=1) == experts], axis=1
+    ).astype(np.float64)
+    return out
+
+
 def _counts(text: RouterText) -> NDArray[np.float64]:
     """How much each token of a text counts: more where the next one is part of an answer."""
     out = np.ones(len(text.tokens))
@@ -109,11 +132,24 @@ def fitted_steps(config: ModelConfig, mixture: ForwardPass, base: ForwardPass | 
     yield from mixture.loss_steps()
 
 
+@dataclass(frozen=True, eq=False)
+class _Judgement:
+    """What rows make of the held-out texts."""
+
+    own: NDArray[np.float64]
+    """Of each token the sums over layers of its own expert's weight and of whether that comes first: (n_tokens, 2)."""
+    losses: Floats
+    """Of each token that counts."""
+    distance: float
+    """From what the texts' own experts say, in the mean over files."""
+
+
 class RouterFitting:
     """One fit: ``mixture`` computes the mixture, with ``config``; ``base`` the dense model that it is made of.
 
     ``base_expert`` is the expert whose MLP is the base's own, or None. ``rounded`` gives rows as they will be stored.
-    Where ``base`` is None, the router that the mixture has is compared in its place.
+    Where ``base`` is None, the router that the mixture has is compared in its place. Without ``steps`` rows stay as
+    they are fitted.
     """
 
     def __init__(
@@ -126,8 +162,10 @@ class RouterFitting:
         base_expert: int | None = None,
         hidden: HiddenRouter | None = None,
         rounded: Callable[[Floats], Floats],
+        steps: Steps | None = None,
     ) -> None:
         self._config = config
+        self._steps = steps
         self._base, self._forward = base, mixture
         self._texts = texts
         self._base_expert = base_expert
@@ -141,6 +179,8 @@ class RouterFitting:
 
     def run(self, on_layer: Callable[[int], None]) -> tuple[Floats, tuple[TextScore, ...]]:
         """Rows (n_layer, n_expert, n_embd) and the score of each file; ``on_layer`` gets the number of layers done.
+
+        Rows after steps are given only where held-out texts are nearer to their own experts by them.
 
         Memory: a few (n_tokens, n_ff) float32 for the tokens of all lanes that one expert computes.
         """
@@ -156,7 +196,43 @@ class RouterFitting:
                 hidden = self._forward.added(hidden, self._outputs(layer, normed, weights))
                 on_layer(layer + 1)
             losses = self._losses(hidden)
-        return np.stack(rows), tuple(self._scores(losses))
+        found = np.stack(rows)
+        if self._steps is not None:
+            found, losses[FITTED] = self._stepped(self._steps, found, losses[FITTED])
+        return found, tuple(self._scores(losses))
+
+    def _stepped(self, steps: Steps, rows: Floats, losses: Floats) -> tuple[Floats, Floats]:
+        """The better of ``rows`` and those after steps, and the losses of held-out texts by them."""
+        mixture = steps.mixture
+        taught = lessons(mixture, self._texts)
+        fitted, held_out = ([one for one in taught if one.text.held_out is out] for out in (False, True))
+        mixture.rows = rows
+        moved = self._rounded(stepped(mixture, fitted, n_steps=steps.n, seed=steps.seed, on_step=steps.on_step))
+        before, after = (self._judged(mixture, each, held_out) for each in (rows, moved))
+        if not after.distance < before.distance:
+            _LOG.info("the steps of the router gained nothing on held-out texts; its rows stay as they were fitted")
+            return rows, losses
+        self._own[self._at.held_out] = after.own
+        return moved, after.losses
+
+    def _judged(self, mixture: RowsPass, rows: Floats, held_out: Sequence[Lesson]) -> _Judgement:
+        """What rows make of the held-out texts."""
+        experts = self._at.experts[self._at.held_out]
+        own = np.zeros((len(experts), 2))
+
+        def note(layer: int, normed: Floats) -> None:
+            logits = mixture.router_logits(layer, normed)
+            own[:] += _own_shares(logits, self._routed(layer, logits), experts)
+
+        mixture.rows = rows
+        with one_blas_thread():
+            distance, last = mixture.distance(held_out, note)
+            losses = mixture.losses(last, scored_rows(self._held_out)[1])
+        return _Judgement(own, losses, distance)
+
+    def _judged_tokens(self, key: tuple[int, str]) -> NDArray[np.bool_]:
+        """Which of the losses of held-out texts are a file's."""
+        return np.array([(text.expert, text.file) == key for text in self._held_out for _ in text.scored])
 
     def _made_lanes(self) -> dict[str, _Lane]:
         every = tuple(text.tokens for text in self._texts)
@@ -211,8 +287,7 @@ class RouterFitting:
 
     def _note_own(self, logits: Floats, weights: Floats) -> None:
         """Add what each token gives its own expert, and whether that comes first, to the sums over the layers."""
-        own = self._at.experts
-        self._own += np.stack([weights[np.arange(len(own)), own], logits.argmax(axis=1) == own], axis=1)
+        self._own += _own_shares(logits, weights, self._at.experts)
 
     def _outputs(self, layer: int, normed: Floats, weights: Floats) -> Floats:
         out = np.zeros_like(normed)
@@ -231,7 +306,7 @@ class RouterFitting:
     def _losses(self, hidden: Floats) -> dict[str, Floats]:
         """By lane the loss of each token that counts, those of all held-out texts in turn."""
         names = [name for name in self._lanes if name != PROMPTS]
-        targets = np.array([text.tokens[place] for text in self._held_out for place in text.scored])
+        _, targets = scored_rows(self._held_out)
         states = np.concatenate([hidden[self._scored_rows(self._lanes[name])] for name in names])
         losses = self._forward.losses(states, np.tile(targets, len(names)))
         return dict(zip(names, np.split(losses, len(names)), strict=True))
@@ -247,7 +322,7 @@ class RouterFitting:
         """The score of each file, in the order of the files."""
         for key in _files(self._texts):
             mine = np.array([(text.expert, text.file) == key for text in self._texts])[self._at.texts]
-            judged = np.array([(text.expert, text.file) == key for text in self._held_out for _ in text.scored])
+            judged = self._judged_tokens(key)
             weight, first = self._own[mine & self._at.held_out & (self._at.places > 0)].mean(axis=0)
             yield TextScore(
                 *key,

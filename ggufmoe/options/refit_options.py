@@ -14,6 +14,7 @@ from ggufmoe.options.fields import check_values, option
 ROUTER_TOKENS = 2048
 """Tokens of each expert's texts that a router is fitted on and judged by, where nothing else is said."""
 MIN_ROUTER_TOKENS, MAX_ROUTER_TOKENS = 64, 1 << 20
+MAX_ROUTER_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class RefitOptions:
         help="Use at most N tokens of each expert's texts.",
         metavar="N",
         between=(MIN_ROUTER_TOKENS, MAX_ROUTER_TOKENS),
+    )
+    router_steps: int | None = option(
+        None,
+        "--router-steps",
+        help="Let the fitted router take N steps down the loss of the texts. Default: 60 for small models, else 0.",
+        metavar="N",
+        between=(0, MAX_ROUTER_STEPS),
     )
     seed: int = option(
         0, "--seed", help="Decides which texts are drawn where there are more.", metavar="N", between=(0, 2**64 - 1)
@@ -60,6 +68,7 @@ class RefitKeywords(TypedDict, total=False):
 
     router: Path | None
     text_tokens: int
+    router_steps: int | None
     seed: int
     threads: int | None
     split_max_size: str | None

@@ -22,6 +22,7 @@ from ggufmoe.gguf.header import Header, read_header
 from ggufmoe.gguf.names import TOKEN_EMBEDDING
 from ggufmoe.gguf.upstream import Keys
 from ggufmoe.gguf.values import text, texts, u32, u64
+from ggufmoe.merge.backward import MatrixSums
 
 Floats = NDArray[np.float32]
 KIND = "sensitivity"
@@ -30,17 +31,8 @@ TOKENS, SEED, SOURCE = "sensitivity.tokens", "sensitivity.seed", "sensitivity.so
 _INPUTS, _COUNTS, _GRADIENTS, _ROW_COUNTS = ".in_sum2", ".counts", ".grad_sum2", ".row_counts"
 
 
-@dataclass(frozen=True, eq=False)
-class MatrixSensitivity:
-    """What was measured of one matrix, or of each matrix of a stack of experts; ``n`` is 1 or the number of experts."""
-
-    in_sum2: Floats
-    """(n, columns) float32: the sum over tokens of the square of each input."""
-    counts: Floats
-    """(n,) float32: tokens that reached the matrix."""
-    grad_sum2: Floats
-    """(n, rows) float32: the sum over the same tokens of the square of the gradient of the loss (of one token's, in
-    nats, not divided by the number of tokens) with regard to each output."""
+MatrixSensitivity = MatrixSums
+"""What was measured of one matrix, or of each matrix of a stack of experts."""
 
 
 @dataclass(frozen=True, eq=False)

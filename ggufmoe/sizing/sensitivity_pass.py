@@ -17,9 +17,9 @@ import numpy as np
 from ggufmoe.checkpoint.source import ModelWeights
 from ggufmoe.errors import NonFiniteError, NoSpaceError, OutputError, OutputExistsError, ResumeError
 from ggufmoe.files import delete, move
+from ggufmoe.merge.backward import BackwardPass, Sums
 from ggufmoe.merge.forward import Floats, one_blas_thread
 from ggufmoe.sizes import file_size
-from ggufmoe.sizing.backward import BackwardPass, Sums
 from ggufmoe.sizing.sensitivity_file import EmbeddingSensitivity, MatrixSensitivity
 from ggufmoe.work import CancelFlag, OnProgress, Work
 

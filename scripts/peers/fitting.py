@@ -25,12 +25,13 @@ from demo_data import arithmetic, everyday
 from ggufmoe import demo
 from ggufmoe.families import family_of
 from ggufmoe.merge.merged import open_recipe
+from ggufmoe.merge.router_steps import draws
 from ggufmoe.merge.targets import ROUTER, needed_rule
 from ggufmoe.weights.dtypes import read_f32
 
 TOLERANCE = 1e-4
-N_QUESTIONS, N_TOKENS = 40, 600
-"""Questions of each of the demo's models that are written, and tokens of them that are used."""
+N_QUESTIONS, N_TOKENS, N_STEPS = 40, 600, 8
+"""Questions of each of the demo's models that are written, tokens of them that are used, and steps after the fit."""
 
 
 def demo_recipe(place: Path) -> Path:
@@ -44,8 +45,9 @@ def demo_recipe(place: Path) -> Path:
         (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         experts.append({"source_model": str(demo.DIRECTORY / name), "texts": f"{name}.jsonl"})
     recipe = {"base_model": str(demo.DIRECTORY / "base"), "gate_mode": "fitted", "dtype": "float32"}
+    numbers = {"router_steps": N_STEPS, "text_tokens": N_TOKENS}
     path = place / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe | {"text_tokens": N_TOKENS, "experts": experts}), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe | numbers | {"experts": experts}), encoding="utf-8")
     return path
 
 
@@ -53,6 +55,8 @@ def both(path: Path, peers_python: Path, work: Path) -> tuple[Any, Any]:
     """The rows that ggufmoe and torch find, (n_layer, n_expert, n_embd) each."""
     model = open_recipe(path, allow_outside_files=True)
     recipe, place = model.recipe, path.absolute().parent
+    fitted = [i for i, text in enumerate(model.texts) if not text.held_out]
+    drawn = draws([model.texts[i] for i in fitted], recipe.seed)
     model.prepare()
     router = needed_rule(family_of(model.config), ROUTER)
     ours = np.stack([read_f32(model.tensors[router.name(layer)]) for layer in range(model.config.n_layer)])
@@ -71,6 +75,7 @@ def both(path: Path, peers_python: Path, work: Path) -> tuple[Any, Any]:
         "base": str(place / recipe.base_model),
         "experts": [str(place / expert.source_model) for expert in recipe.experts],
         "texts": texts,
+        "steps": [[fitted[i] for i in next(drawn)] for _ in range(recipe.router_steps or 0)],
         "n_used": recipe.experts_per_token,
         "dtype": recipe.dtype or "bfloat16",
         "out": str(out),

@@ -3,8 +3,9 @@
 usage: fitting_reference.py JOB.json
 
 The job is ``{"base": DIR, "experts": [DIR...], "texts": [{"tokens": [...], "scored": [...], "expert": N,
-"file": NAME, "held_out": bool}...], "n_used": N, "dtype": "bfloat16", "out": FILE.npy}``; the file gets rows (n_layer,
-n_expert, n_embd) in float32. Weights are rounded to ``dtype`` and computed in float32, each text by itself.
+"file": NAME, "held_out": bool}...], "steps": [[NUMBER of a text...]...], "n_used": N, "dtype": "bfloat16", "out":
+FILE.npy}``; the file gets rows (n_layer, n_expert, n_embd) in float32. Weights are rounded to ``dtype`` and computed in
+float32, each text by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 
 PENALTIES = (1e-3, 1e-4, 1e-5, 1e-6)
-N_FOLDS, ANSWER_WEIGHT, LEAST_EMPHASIS = 3, 3.0, 0.1
+N_FOLDS, ANSWER_WEIGHT, LEAST_EMPHASIS, TEMPERATURE = 3, 3.0, 0.1, 4.0
 Tensor = torch.Tensor
 
 
@@ -115,12 +116,13 @@ class Mixture:
 
     def __init__(self, job: dict[str, Any]) -> None:
         dtype = getattr(torch, job["dtype"])
-        self.base, *self.experts = (
+        base, *experts = (
             transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
             .float()
-            .model
+            .requires_grad_(False)
             for path in (job["base"], *job["experts"])
         )
+        self.base, self.head, self.experts = base.model, base.lm_head, [expert.model for expert in experts]
         self.dtype, self.n_used = dtype, job["n_used"]
 
     def attended(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +142,9 @@ class Mixture:
         )
 
 
-def fitted_rows(job: dict[str, Any]) -> Tensor:
+def fitted_rows(job: dict[str, Any], mixture: Mixture) -> Tensor:
     """Rows of all layers, each on the states of the mixture with the rows before it."""
-    mixture, texts = Mixture(job), job["texts"]
+    texts = job["texts"]
     hidden = [mixture.base.embed_tokens(torch.tensor(text["tokens"])) for text in texts]
     used = [i for i, text in enumerate(texts) if not text["held_out"]]
     sizes = torch.tensor([len(texts[i]["tokens"]) - 1 for i in used])
@@ -162,6 +164,58 @@ def fitted_rows(job: dict[str, Any]) -> Tensor:
     return torch.stack(found)
 
 
+def run(mixture: Mixture, text: dict[str, Any], rows: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """The logits before each token of a text that counts, and the states of each layer.
+
+    Without ``rows`` they are those of the text's own expert alone.
+    """
+    hidden, states = mixture.base.embed_tokens(torch.tensor(text["tokens"])), []
+    for layer in range(len(mixture.base.layers)):
+        hidden, normed = mixture.attended(layer, hidden)
+        states.append(normed.detach())
+        own = mixture.experts[text["expert"]].layers[layer].mlp
+        hidden = hidden + (own(normed) if rows is None else mixture.output(layer, normed, rows[layer]))
+    return mixture.head(mixture.base.norm(hidden[torch.tensor(text["scored"]) - 1])), states
+
+
+def distances(mixture: Mixture, text: dict[str, Any], rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """How far the mixture is from the text's own expert before each token that counts, and the states of each layer."""
+    with torch.no_grad():
+        wanted = run(mixture, text, None)[0] / TEMPERATURE
+    logits, states = run(mixture, text, rows)
+    apart = F.kl_div((logits / TEMPERATURE).log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True)
+    return apart.sum(dim=-1) * TEMPERATURE**2, states
+
+
+def mean_of_files(found: list[tuple[str, Tensor]]) -> Tensor:
+    """The mean over files of the mean of their texts' values."""
+    parts = [[values for file, values in found if file == one] for one in sorted({file for file, _ in found})]
+    return torch.stack([torch.cat(values).mean() for values in parts]).mean()
+
+
+def stepped_rows(job: dict[str, Any], mixture: Mixture, rows: Tensor) -> Tensor:
+    """Rows after steps of Adam down the mean of the files' distances, each on the texts that the job names."""
+    layers = [one.clone().requires_grad_() for one in rows]
+    adam = torch.optim.Adam([{"params": [one]} for one in layers], betas=(0.9, 0.98))
+    for number, names in enumerate(job["steps"]):
+        texts = [job["texts"][name] for name in names]
+        found = [distances(mixture, text, torch.stack(layers)) for text in texts]
+        adam.zero_grad()
+        mean_of_files([(text["file"], one) for text, (one, _) in zip(texts, found, strict=True)]).backward()
+        rate = 5 * min(1, (number + 1) / 5) * (1 - 0.9 * number / len(job["steps"])) / rows.shape[-1]
+        for layer, group in enumerate(adam.param_groups):
+            group["lr"] = rate / float((torch.cat([states[layer] for _, states in found]) ** 2).mean().sqrt())
+        adam.step()
+    return torch.stack([one.detach() for one in layers]).to(mixture.dtype).float()
+
+
+def held_out_distance(job: dict[str, Any], mixture: Mixture, rows: Tensor) -> float:
+    """The mean of the files' distances on held-out texts."""
+    with torch.no_grad():
+        texts = [text for text in job["texts"] if text["held_out"]]
+        return float(mean_of_files([(text["file"], distances(mixture, text, rows)[0]) for text in texts]))
+
+
 def _counts(text: dict[str, Any]) -> Tensor:
     """How much each token but the first counts: more before one of an answer."""
     out = torch.ones(len(text["tokens"]), dtype=torch.float64)
@@ -172,7 +226,12 @@ def _counts(text: dict[str, Any]) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)  # threads that wait for each other take minutes on a busy machine
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    np.save(job["out"], fitted_rows(job).numpy())
+    mixture = Mixture(job)
+    rows = fitted_rows(job, mixture)
+    if job["steps"]:
+        moved = stepped_rows(job, mixture, rows)
+        rows = min(rows, moved, key=lambda one: held_out_distance(job, mixture, one))
+    np.save(job["out"], rows.numpy())
 
 
 if __name__ == "__main__":

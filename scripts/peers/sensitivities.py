@@ -28,8 +28,8 @@ import ggufmoe
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.gguf.names import TOKEN_EMBEDDING, layer_of
 from ggufmoe.gguf.stored_rows import OpenModel
+from ggufmoe.merge.backward import BackwardPass, Sums
 from ggufmoe.merge.forward import one_blas_thread
-from ggufmoe.sizing.backward import BackwardPass, Sums
 from ggufmoe.sizing.sensitivity_file import MatrixSensitivity
 
 TOLERANCE = 1e-3

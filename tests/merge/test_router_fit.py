@@ -20,9 +20,10 @@ from ggufmoe.checkpoint.source import TextScore
 from ggufmoe.convert import plan_convert
 from ggufmoe.errors import Cancelled, RecipeError
 from ggufmoe.gguf.header import read_header
-from ggufmoe.merge import forward, logistic, router_fit
+from ggufmoe.merge import forward, logistic, router_fit, router_steps
 from ggufmoe.merge.forward import ForwardPass
 from ggufmoe.merge.merged import MergedModel, open_recipe
+from ggufmoe.merge.router_steps import RowsPass, lessons
 from ggufmoe.merge.router_texts import RouterText
 from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.work import Progress
@@ -38,6 +39,7 @@ def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """How good the rows are is not asked here."""
     monkeypatch.setattr(logistic, "PENALTIES", (1e-3, 1e-5))
     monkeypatch.setattr(logistic, "_MAX_STEPS", 20)
+    monkeypatch.setattr(router_steps, "DEFAULT_STEPS", 2)
 
 
 def make_expert(directory: Path, base: Path, seed: int) -> None:
@@ -205,11 +207,24 @@ def test_progress_counts_layers_and_a_fit_can_be_stopped(folder: Path) -> None:
     path = write_recipe(folder, "base", "sums")
     seen: list[Progress] = []
     with fitted(path, on_progress=seen.append):
-        assert [step.item for step in seen] == ["layer 1 of 2", "layer 2 of 2"]
+        assert [step.item for step in seen] == ["layer 1 of 2", "layer 2 of 2", "step 1 of 2", "step 2 of 2"]
+        assert seen[-1].done == seen[-1].total
     stop = threading.Event()
     whole = fitted(path, on_progress=lambda step: stop.set(), cancel=stop)
     with pytest.raises(Cancelled, match="stopped while computing the router"), whole:
         pass
+
+
+def test_steps_are_kept_where_held_out_texts_come_nearer(folder: Path) -> None:
+    """Where they do is asked of rows from two runs, by the distances of held-out texts that are computed here."""
+    found = {}
+    for n_steps in (0, 6):
+        with fitted(write_recipe(folder, "base", "sums", "poems", router_steps=n_steps, dtype="float32")) as model:
+            mixture = RowsPass(model, rows_of(model))
+            held_out = lessons(mixture, [text for text in model.texts if text.held_out])
+            found[n_steps] = rows_of(model), mixture.distance(held_out)[0]
+    kept = not np.array_equal(found[0][0], found[6][0])
+    assert found[6][1] < found[0][1] if kept else found[6][1] == found[0][1]
 
 
 def test_what_goes_wrong_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from ggufmoe.checkpoint import open_checkpoint
 from ggufmoe.families.family import Routing, Scoring
+from ggufmoe.merge.backward import BackwardPass
 from ggufmoe.merge.forward import Floats, ForwardPass
-from ggufmoe.sizing.backward import BackwardPass
-from ggufmoe.sizing.gradients import norm_gradient, routing_gradient
+from ggufmoe.merge.gradients import norm_gradient, routing_gradient
 from tests.families import test_deepseek_v1, test_glm4_moe, test_granite, test_olmoe, test_qwen2moe, test_qwen3moe
 from tests.families.tiny_family import make_checkpoint
 from tests.tiny import make_checkpoint as make_tiny

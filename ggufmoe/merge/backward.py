@@ -17,20 +17,34 @@ from numpy.typing import NDArray
 from ggufmoe.families.family import WEIGHT
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.merge.forward import HEAD_NORMS, TILE_BYTES, Floats, ForwardPass
-from ggufmoe.sizing.gradients import attention_gradients, attention_weights, norm_gradient, routing_gradient
-from ggufmoe.sizing.sensitivity_file import MatrixSensitivity
+from ggufmoe.merge.gradients import attention_gradients, attention_weights, norm_gradient, routing_gradient
 from ggufmoe.weights.dtypes import read_f32
 from ggufmoe.weights.views import ReorderedRows
 
 ResultT = TypeVar("ResultT")
-Sums = dict[str, MatrixSensitivity]
-"""What was measured of matrices, by their GGUF names."""
 _BLOCK_TOKENS = 256
 """Tokens that a thread computes at once."""
 _ATTENTION = (MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K, MODEL_TENSOR.ATTN_V, MODEL_TENSOR.ATTN_OUT)
 _DENSE = (MODEL_TENSOR.FFN_GATE, MODEL_TENSOR.FFN_UP, MODEL_TENSOR.FFN_DOWN)
 _ROUTED = (MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP)
 _SHARED = (MODEL_TENSOR.FFN_GATE_SHEXP, MODEL_TENSOR.FFN_UP_SHEXP, MODEL_TENSOR.FFN_DOWN_SHEXP)
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixSums:
+    """What was measured of one matrix, or of each matrix of a stack of experts; ``n`` is 1 or the number of experts."""
+
+    in_sum2: Floats
+    """(n, columns) float32: the sum over tokens of the square of each input."""
+    counts: Floats
+    """(n,) float32: tokens that reached the matrix."""
+    grad_sum2: Floats
+    """(n, rows) float32: the sum over the same tokens of the square of the gradient of the loss (of one token's, in
+    nats, not divided by the number of tokens) with regard to each output."""
+
+
+Sums = dict[str, MatrixSums]
+"""What was measured of matrices, by their GGUF names."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,15 @@ class Drawn:
 class BackwardPass(ForwardPass):
     """Computes a model forward and then backward, for the loss that targets drawn from its own distribution have.
 
-    Gradients are those of the sum over all tokens of ``-log p(target)``, in nats.
+    Gradients are those of the sum over all tokens of ``-log p(target)``, in nats, or of another loss in its place.
     """
+
+    def router_rows(self, layer: int) -> Floats:
+        """The rows of a layer's router, (n_expert, n_embd)."""
+        return read_f32(self._tensors[self._name(MODEL_TENSOR.FFN_GATE_INP, layer)])
+
+    def on_router(self, layer: int, normed: Floats, of_logits: Floats) -> None:
+        """Called on the way back with a router's input (n, n_embd) and the gradient of its logits (n, n_expert)."""
 
     def drawn(self, hidden: Floats, seed: int) -> Drawn:
         """A target for each token, drawn from what the model says; ``hidden`` is the residual stream after the last
@@ -118,6 +139,45 @@ class BackwardPass(ForwardPass):
         assert output is not None, "every family has an output"
         sums = _sums(_squares(normed), np.concatenate(squares), len(normed))
         return {output.gguf_name(): sums}, self._through_norm(norm, hidden, gradient)
+
+    def softened(self, hidden: Floats, other: Floats, temperature: float) -> tuple[Floats, Floats]:
+        """How far what the states ``hidden`` say of the next token is from what ``other`` say, and its gradient.
+
+        Both are (n, n_embd), after the last layer. The first result, (n,), is the divergence (Kullback and Leibler) of
+        the distributions with all logits divided by ``temperature``, times its square (Hinton et al. 2015); the
+        second, (n, n_embd), the gradient of ``hidden``.
+        """
+        norm, scale = self._name(MODEL_TENSOR.OUTPUT_NORM), self._logit_factor / np.float32(temperature)
+        mine, theirs = self._norm(norm, hidden) * scale, self._norm(norm, other) * scale
+        log_sums = [self._log_sums(normed) for normed in (mine, theirs)]
+        gradient, distances = np.zeros_like(mine), np.zeros(len(mine), np.float32)
+        for _, rows in self._tiles(self._head()):
+
+            def part(tokens: slice, rows: Floats = rows) -> None:
+                ours, wanted = (
+                    normed[tokens] @ rows.T - sums[tokens, None]
+                    for normed, sums in zip((mine, theirs), log_sums, strict=True)
+                )
+                likely = np.exp(wanted)
+                distances[tokens] += (likely * (wanted - ours)).sum(axis=1)
+                gradient[tokens] += (np.exp(ours) - likely) @ rows
+
+            self._by_tokens(part, len(mine))
+        square = np.float32(temperature**2)
+        return distances * square, self._through_norm(norm, hidden, gradient * (scale * square))
+
+    def _log_sums(self, normed: Floats) -> Floats:
+        """The logarithm of the sum of the exponentials of the products of each state with the output matrix, (n,)."""
+
+        def part(start: int, rows: Floats) -> tuple[Floats, Floats]:
+            products = normed @ rows.T
+            largest = products.max(axis=1)
+            return largest, np.exp(products - largest[:, None]).sum(axis=1)
+
+        largest, sums = (np.stack(values) for values in zip(*self._map_tiles(self._head(), part), strict=True))
+        highest = largest.max(axis=0)
+        out: Floats = highest + np.log((sums * np.exp(largest - highest)).sum(axis=0))
+        return out
 
     def layer_gradient(
         self, layer: int, hidden: Floats, gradient: Floats, prompts: Sequence[Sequence[int]]
@@ -251,7 +311,7 @@ class BackwardPass(ForwardPass):
         logits = self.router_logits(layer, normed)
         chosen, weights = self.routes(layer, logits)
         of_weights, of_normed = np.zeros_like(weights), np.zeros_like(normed)
-        found: list[Sequence[MatrixSensitivity]] = []
+        found: list[Sequence[MatrixSums]] = []
         for expert in range(self._config.n_expert):
             rows, slots = np.nonzero(chosen == expert)
             names = [self._name(tensor, layer, expert) for tensor in _ROUTED]
@@ -260,7 +320,8 @@ class BackwardPass(ForwardPass):
             of_normed[rows] += one.of_input
             found.append(one.sums)
         of_logits = routing_gradient(self._arithmetic.routing, logits, chosen, of_weights)
-        of_normed += of_logits @ read_f32(self._tensors[self._name(MODEL_TENSOR.FFN_GATE_INP, layer)])
+        self.on_router(layer, normed, of_logits)
+        of_normed += of_logits @ self.router_rows(layer)
         router = _sums(_squares(normed), _squares(of_logits), len(normed))
         return self._named(_ROUTED, layer, found) | self._named(
             (MODEL_TENSOR.FFN_GATE_INP,), layer, [[router]]
@@ -330,7 +391,7 @@ class BackwardPass(ForwardPass):
 
     # ---- what all parts use
 
-    def _named(self, tensors: Sequence[Any], layer: int, found: Sequence[Sequence[MatrixSensitivity]]) -> Sums:
+    def _named(self, tensors: Sequence[Any], layer: int, found: Sequence[Sequence[MatrixSums]]) -> Sums:
         """The sums of matrices by their GGUF names; ``found`` has those of each expert, or of one MLP.
 
         Rows are put in the order that they have in a GGUF file.
@@ -339,8 +400,8 @@ class BackwardPass(ForwardPass):
         for tensor, parts in zip(tensors, zip(*found, strict=True), strict=True):
             rule = self._family.rule(tensor)
             assert rule is not None, "it was measured"
-            stack = MatrixSensitivity(
-                *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(MatrixSensitivity))
+            stack = MatrixSums(
+                *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(MatrixSums))
             )
             source = self._tensors[rule.name(layer)]
             turned = rule.transform(source, self._config)
@@ -395,7 +456,7 @@ class BackwardPass(ForwardPass):
 class _SwigluGradient:
     """The way back through one MLP."""
 
-    sums: Sequence[MatrixSensitivity]
+    sums: Sequence[MatrixSums]
     """Of gate, up and down."""
     of_input: Floats
     of_weights: Floats
@@ -410,9 +471,9 @@ def _spans(prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
         start += len(prompt)
 
 
-def _sums(inputs: NDArray[Any], gradients: NDArray[Any], n_tokens: int) -> MatrixSensitivity:
+def _sums(inputs: NDArray[Any], gradients: NDArray[Any], n_tokens: int) -> MatrixSums:
     counts = np.array([n_tokens], np.float32)
-    return MatrixSensitivity(inputs[None].astype(np.float32), counts, gradients[None].astype(np.float32))
+    return MatrixSums(inputs[None].astype(np.float32), counts, gradients[None].astype(np.float32))
 
 
 def _squares(x: Floats) -> NDArray[np.float64]:
