@@ -23,13 +23,13 @@ from ggufmoe.work import Work
 
 STEP_TOKENS = 1024
 """Tokens of a step, about: an equal part for each file, and of each at least one text."""
-_STEP_LENGTH = 5.0
+_STEP_LENGTH = 2.0
 """How far a step moves each number of a row, times n_embd and the length that the states' numbers have."""
 _WARMUP = 5
 _LAST = 0.1
 """What is left of the length of steps at the end."""
 _MOMENTUM, _SQUARES, _LEAST = 0.9, 0.98, 1e-8
-TEMPERATURE = 4.0
+TEMPERATURE = 2.0
 """What logits are divided by."""
 READS = 3
 """How often a step reads each weight of a layer: on the way forward, and on the way back to compute the layer again and

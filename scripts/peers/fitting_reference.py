@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 
 PENALTIES = (1e-3, 1e-4, 1e-5, 1e-6)
-N_FOLDS, ANSWER_WEIGHT, LEAST_EMPHASIS, TEMPERATURE = 3, 3.0, 0.1, 4.0
+N_FOLDS, ANSWER_WEIGHT, LEAST_EMPHASIS, TEMPERATURE = 3, 3.0, 0.1, 2.0
 Tensor = torch.Tensor
 
 
@@ -202,7 +202,7 @@ def stepped_rows(job: dict[str, Any], mixture: Mixture, rows: Tensor) -> Tensor:
         found = [distances(mixture, text, torch.stack(layers)) for text in texts]
         adam.zero_grad()
         mean_of_files([(text["file"], one) for text, (one, _) in zip(texts, found, strict=True)]).backward()
-        rate = 5 * min(1, (number + 1) / 5) * (1 - 0.9 * number / len(job["steps"])) / rows.shape[-1]
+        rate = 2 * min(1, (number + 1) / 5) * (1 - 0.9 * number / len(job["steps"])) / rows.shape[-1]
         for layer, group in enumerate(adam.param_groups):
             group["lr"] = rate / float((torch.cat([states[layer] for _, states in found]) ** 2).mean().sqrt())
         adam.step()

@@ -64,20 +64,20 @@ def test_the_distance_is_the_mean_over_files_of_softened_divergences(mixture: Ro
         text = lesson.text
         ours, own = (_softened(mixture, text, expert) for expert in (None, text.expert))
         places = [place - 1 for place in text.scored]
-        apart.setdefault((text.expert, text.file), []).extend(16 * (np.exp(own) * (own - ours)).sum(axis=1)[places])
+        apart.setdefault((text.expert, text.file), []).extend(4 * (np.exp(own) * (own - ours)).sum(axis=1)[places])
     expected = np.mean([np.mean(values) for values in apart.values()])
     assert distance(mixture, mixture.rows, taught) == pytest.approx(expected, rel=0.01)
 
 
 def _softened(mixture: RowsPass, text: RouterText, expert: int | None) -> Any:
-    """The logarithms of the likelihoods of each next token, at a temperature of 4."""
+    """The logarithms of the likelihoods of each next token, at a temperature of 2."""
 
     class One(ForwardPass):
         def router_logits(self, layer: int, normed: Floats) -> Floats:
             alone = np.where(np.arange(3) == expert, 99, 0).astype(np.float32)
             return mixture.router_logits(layer, normed) if expert is None else np.tile(alone, (len(normed), 1))
 
-    logits = One(Model(mixture)).logits([text.tokens]).astype(np.float64) / 4
+    logits = One(Model(mixture)).logits([text.tokens]).astype(np.float64) / 2
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
