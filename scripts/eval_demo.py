@@ -63,7 +63,7 @@ def models_apart(work: Path) -> Iterator[tuple[str, Path]]:
     for quant in ("F32", "Q4_K_M"):
         guessed, fitted = work / f"guessed-{quant}.gguf", work / f"fitted-{quant}.gguf"
         ggufmoe.convert(recipe, guessed, quant)
-        ggufmoe.refit(guessed, fitted, texts)
+        ggufmoe.refit(guessed, fitted, texts, router_steps=0)  # as the demo does
         yield f"mixture, {quant}, router guessed", guessed
         yield f"mixture, {quant}, router fitted", fitted
 

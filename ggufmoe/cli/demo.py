@@ -23,7 +23,7 @@ from ggufmoe.cli.jobs import run_job
 from ggufmoe.cli.params import file_types
 from ggufmoe.cli.progress import ProgressLine, progress_display
 from ggufmoe.errors import Cancelled, GGUFError, ImatrixError, OptionError, OutputError, OutputExistsError
-from ggufmoe.options import ConvertOptions, SamplingOptions
+from ggufmoe.options import ConvertOptions, RefitOptions, SamplingOptions
 from ggufmoe.sizes import file_size
 
 if TYPE_CHECKING:
@@ -236,10 +236,11 @@ def _compare_routers(console: Console, folder: Path, quant: str) -> None:
             lambda show, cancel: convert(recipe, guessed, options=options, on_progress=show, cancel=cancel),
             progress_display(f"convert {quant}"),
         )
-    _say_command(console, f"ggufmoe refit {_quoted(guessed)} {named} -o {_quoted(fitted)}")
+    _say_command(console, f"ggufmoe refit {_quoted(guessed)} {named} -o {_quoted(fitted)} --router-steps 0")
+    fit = RefitOptions(router_steps=0, force=True)  # steps would take longer than all else here
     with _nothing_left_of(fitted, stopped):
         result = run_job(
-            lambda show, cancel: refit(guessed, fitted, texts, force=True, on_progress=show, cancel=cancel),
+            lambda show, cancel: refit(guessed, fitted, texts, options=fit, on_progress=show, cancel=cancel),
             progress_display("refit"),
         )
     assert result.router_report is not None, "fitting gives a report"

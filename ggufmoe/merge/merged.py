@@ -33,6 +33,7 @@ from ggufmoe.gguf.floats import convert_floats
 from ggufmoe.gguf.own_keys import GATE_MODE, RECIPE, VERSION
 from ggufmoe.gguf.upstream import MODEL_TENSOR
 from ggufmoe.hub.hub_models import is_hub_id
+from ggufmoe.hub.read_ahead import remote_bytes
 from ggufmoe.merge.compare import attention_distance, compare_sources
 from ggufmoe.merge.forward import Floats, ForwardPass
 from ggufmoe.merge.kept_router import KeptRouter
@@ -42,6 +43,7 @@ from ggufmoe.merge.recipe import TAKEN, ExpertRecipe, GateMode, Recipe, load_rec
 from ggufmoe.merge.router import Router, bare_router, check_prompts, fit_router, make_router, warn_of_router
 from ggufmoe.merge.router_fit import fitted_steps
 from ggufmoe.merge.router_rows import read_router
+from ggufmoe.merge.router_steps import default_steps
 from ggufmoe.merge.router_texts import RouterText, TextTokens, fitting_warnings, read_texts
 from ggufmoe.merge.targets import (
     EXPERT_MATRICES,
@@ -221,6 +223,17 @@ class MergedModel:
             return base.steps()
         return fitted_steps(self.config, ForwardPass(self), base if self._base_expert is None else None)
 
+    @property
+    def n_fitting_steps(self) -> int:
+        """How many steps a fitted router takes: what the recipe says; else none where they would take long, or where
+        weights come over the network, as steps read them again and again."""
+        if self.recipe.gate_mode is not GateMode.FITTED or self._stored_rows is not None:
+            return 0
+        if self.recipe.router_steps is not None:
+            return self.recipe.router_steps
+        read = (tensor for step in self.router_steps() for tensor in step)
+        return 0 if any(remote_bytes(byte_ranges(tensor, 0, 1)) for tensor in read) else default_steps(self)
+
     def check_checkpoint(self) -> None:
         """Raise RecipeError, with the reason, if the merge is written as a GGUF file alone."""
         assert self._family.merge is not None, "target_family gives families that are targets"
@@ -313,6 +326,7 @@ class MergedModel:
             self.texts,
             base_expert=self._base_expert,
             rounded=self._rounded,
+            n_steps=self.n_fitting_steps,
             threads=threads,
             on_progress=on_progress,
             cancel=cancel,

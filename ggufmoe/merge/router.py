@@ -104,6 +104,7 @@ def fit_router(
     *,
     base_expert: int | None = None,
     rounded: Callable[[Floats], Floats],
+    n_steps: int,
     threads: int | None = None,
     on_progress: OnProgress | None = None,
     cancel: CancelFlag | None = None,
@@ -112,9 +113,9 @@ def fit_router(
     """The router of gate mode fitted for ``mixture``, whose own router is not read, and its score on held-out texts.
 
     ``base_expert`` is the expert whose MLP is that of ``base``, if there is one; ``rounded`` rounds rows as they are
-    stored. The rest is as in ``make_router``; gate mode hidden is compared where the recipe has prompts.
+    stored; ``n_steps`` is how many steps they take once they are fitted. The rest is as in ``make_router``; gate mode
+    hidden is compared where the recipe has prompts.
     """
-    n_steps = default_steps(mixture) if recipe.router_steps is None else recipe.router_steps
     n_layer, layer_bytes = mixture.config.n_layer, _layer_bytes(mixture)
     work, on_layer = _work(n_layer, layer_bytes, on_progress, cancel, n_steps)
     prompts = _tokenized(recipe, base) if recipe.has_prompts else ()
