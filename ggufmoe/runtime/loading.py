@@ -253,6 +253,7 @@ class LoadedModel:
         key = self._request.model.hyper.key(Keys.LLM.EXPERT_USED_COUNT)
         _alive = set_parameters(self.api, parameters, machine, plan, self._request.offload, key)
         parameters.progress_callback = self.api.llama_progress_callback(callback)
+        callback.mapped = large_mappings()  # with the stacks of this engine's threads, which need no large pages
         model = self.api.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if not model and not callback.stopped:
             cause = self.log.cause_since(mark)
@@ -435,14 +436,14 @@ class LoadCallback:
         self._on_progress = on_progress
         self._item = item
         self._failure: BaseException | None = None
-        self._mapped: Ranges | None = large_mappings()
-        """What was mapped before the load; None once large pages were asked for."""
+        self.mapped: Ranges | None = None
+        """What was mapped just before the load; None once large pages were asked for."""
 
     def __call__(self, part: float, _: Any) -> bool:
         try:
-            if self._mapped is not None:
-                ask_for_large_pages(self._mapped)
-                self._mapped = None
+            if self.mapped is not None:
+                ask_for_large_pages(self.mapped)
+                self.mapped = None
             if self._on_progress is not None:
                 self._on_progress(Progress("load", part, 1.0, "parts", self._item))
             self.stopped = self.cancelled()
