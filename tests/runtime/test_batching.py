@@ -34,8 +34,8 @@ GREEDY = SamplingOptions(temperature=0.0, logit_bias=("2-inf",))
 FORTY = replace(GREEDY, n_predict=40)
 FOR_EVER = replace(GREEDY, n_predict=-1)
 EXACT: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": "off"}
-"""Flash attention sums in the order of the cells, which is another one after cells were freed and used again, and rounding
-to 16 bits makes such last bits large enough to change a likeliest token."""
+"""Flash attention sums in the order of the cells, which is another one after cells were freed and used again, and
+rounding to 16 bits makes such last bits large enough to change a likeliest token."""
 FOUR = ContextOptions(n_ctx=1024, n_threads=1, n_parallel=4, **EXACT)
 ALONE = replace(FOUR, n_parallel=1)
 
