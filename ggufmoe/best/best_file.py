@@ -21,6 +21,8 @@ from ggufmoe.convert import ConvertResult, checked_output, output_path
 from ggufmoe.errors import OptionError
 from ggufmoe.evaluation.chunks import read_text
 from ggufmoe.files import StrPath
+from ggufmoe.gguf.manifest import default_path as manifest_path
+from ggufmoe.gguf.types import GGMLType
 from ggufmoe.options import ConvertOptions, ExportOptions, QuantizeOptions, SizedOptions, options_of
 from ggufmoe.sizing.sensitivity_file import Sensitivity
 from ggufmoe.work import CancelFlag, OnProgress
@@ -31,6 +33,8 @@ _FIRST_FACTOR = 2.0
 """How many times the predicted divergence is measured, before anything was."""
 _CLOSE, _MARGIN = 0.9, 0.97
 """A file is kept that uses this share of the divergence; the next one aims at so much of it."""
+_LEAST_KL, _MOST_KL = 1e-9, 100.0
+"""Divergences count as no less, as those of equal files are 0; no file is asked for with more."""
 _MODEST = 0.85
 """What the last file aims at where all before it were too far away."""
 
@@ -99,6 +103,8 @@ def best_file(
     if options.resume:
         raise OptionError("--verify begins again after an interruption: leave out --resume")
     read_text(None, sized.verify)
+    if manifest_path(path).exists():  # that of an older output, which ``convert`` writes anew as well
+        options = replace(options, manifest=True)
     with opened_folder(path) as folder:
         shop = Workshop(source, path, options, sized.verify, sized.verify_chunks, folder, on_progress, cancel)
         return _smallest(shop, sized.max_kl) if sized.max_kl is not None else _verified(shop, memory)
@@ -168,6 +174,7 @@ def solved_size(
 def _verified(shop: Workshop, memory: MemorySums | None) -> BestFile:
     """The file of a size, or the standard mix where that is nearer to the unquantized model."""
     plan = shop.plan(shop.options)
+    shop.check_names(plan)
     standard = plan.mix.standard if plan.mix is not None else None
     extra = 0 if shop.is_gguf else int(2.1 * plan.n_weights)
     shop.check_space(plan.n_bytes + extra + (0 if standard is None else standard.n_bytes))
@@ -203,6 +210,7 @@ def standard_options(options: ExportOptions, name: str) -> ExportOptions:
 
 def _smallest(shop: Workshop, max_kl: float) -> BestFile:
     """The smallest file whose divergence is at most ``max_kl``: solve by prediction, measure, scale, solve again."""
+    shop.check_names(shop.plan(replace(shop.options, predicted_kl=max_kl / _FIRST_FACTOR)))
     reference, logits = shop.reference(), shop.folder / "reference.logits"
     tried: list[tuple[Measured, ConvertResult]] = []
 
@@ -210,14 +218,14 @@ def _smallest(shop: Workshop, max_kl: float) -> BestFile:
         """How many times the prediction of a file for ``aim`` was measured, and whether it is another file."""
         options = replace(shop.options, predicted_kl=aim)
         plan = shop.plan(options)
-        if any(plan.files[0].header == result.plan.files[0].header for _, result in tried):
+        if any(_types(plan) == _types(result.plan) for _, result in tried):
             return 1.0, False
         shop.check_space(plan.n_bytes)
         result = shop.write(f"round-{len(tried) + 1}", options)
         found = shop.measure([result], reference, logits)
         tried.append((as_measured(result, found, 0), result))
         assert plan.mix is not None, "a size has a mix"
-        return tried[-1][0].kl / plan.mix.predicted_kl, True
+        return max(tried[-1][0].kl, _LEAST_KL) / max(plan.mix.predicted_kl, _LEAST_KL), True
 
     _solve(measure, lambda: [one.kl for one, _ in tried], max_kl)
     good = [pair for pair in tried if pair[0].kl <= max_kl]
@@ -232,6 +240,10 @@ def _smallest(shop: Workshop, max_kl: float) -> BestFile:
     return BestFile(shop.keep(min(good, key=lambda pair: pair[0].n_bytes)[1]), measured=measured)
 
 
+def _types(plan: WritePlan) -> list[tuple[str, GGMLType]]:
+    return [(tensor.name, tensor.type) for tensor in plan.tensors]
+
+
 def _solve(measure: Callable[[float], tuple[float, bool]], found: Callable[[], list[float]], max_kl: float) -> None:
     """Measure files until one is just within ``max_kl``, or they do not change any more; at most _ROUNDS."""
     aim = max_kl / _FIRST_FACTOR
@@ -240,4 +252,4 @@ def _solve(measure: Callable[[float], tuple[float, bool]], found: Callable[[], l
         if not is_new or _CLOSE * max_kl <= found()[-1] <= max_kl:
             return
         is_last = number == _ROUNDS - 1 and min(found()) > max_kl
-        aim = (_MODEST if is_last else _MARGIN) * max_kl / factor
+        aim = min((_MODEST if is_last else _MARGIN) * max_kl / factor, _MOST_KL)

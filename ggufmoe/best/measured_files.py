@@ -24,6 +24,7 @@ from ggufmoe.options import ConvertOptions, ExportOptions, QuantizeOptions
 from ggufmoe.quantize import plan_quantize, quantize
 from ggufmoe.sizes import file_size
 from ggufmoe.work import CancelFlag, OnProgress
+from ggufmoe.writing.place import check_output
 from ggufmoe.writing.plan import WritePlan
 
 _CHUNK_TOKENS = 512
@@ -93,6 +94,10 @@ class Workshop:
         stored = [part.type for tensor in self.plan(plain).tensors for part in tensor.parts]
         return replace(plain, quant="F16") if stored.count(GGMLType.F16) > len(stored) / 2 else plain
 
+    def check_names(self, plan: WritePlan) -> None:
+        """Raise OutputExistsError if a file of ``plan`` is an input, or is there and ``force`` is not given."""
+        check_output(plan, force=self.options.force, resume=False)
+
     def check_space(self, n_bytes: int) -> None:
         """Raise NoSpaceError unless the disk of the output has room for ``n_bytes``."""
         free = shutil.disk_usage(self.output.parent).free
@@ -120,31 +125,38 @@ class Workshop:
         return found
 
     def keep(self, result: ConvertResult) -> ConvertResult:
-        """Give the files of a result the names of the output; the result says so."""
+        """Give the files of a result the names of the output; the result says so. Raises as ``check_names``."""
 
         def placed(path: Path) -> Path:
             return self.output.parent / path.name
 
+        files = tuple(replace(file, path=placed(file.path)) for file in result.plan.files)
+        plan = replace(result.plan, output=self.output, files=files)
+        self.check_names(plan)
         for path in sorted(result.paths[0].parent.iterdir()):
             move(path, placed(path))
-        files = tuple(replace(file, path=placed(file.path)) for file in result.plan.files)
         return replace(
             result,
             paths=tuple(map(placed, result.paths)),
-            plan=replace(result.plan, output=self.output, files=files),
+            plan=plan,
             manifest=None if result.manifest is None else placed(result.manifest),
         )
 
 
 @contextlib.contextmanager
 def opened_folder(output: Path) -> Iterator[Path]:
-    """The folder of files that are measured. Raises OutputExistsError if a run that was killed has left one."""
+    """The folder of files that are measured. Raises OutputExistsError if a run that was killed has left one.
+
+    Errors in the block that advise to go on advise to start again: what was written is deleted.
+    """
     folder = output.with_name(f"{output.name}.verify.partial")
     if folder.exists():
         raise OutputExistsError(f"{folder} is there from a run that was killed, or from one that goes on; delete it")
     folder.mkdir()
     try:
         yield folder
+    except (Cancelled, NoSpaceError) as error:
+        raise type(error)(str(error).replace("go on with --resume", "start again")) from error
     finally:
         delete_directory(folder)
 
@@ -175,7 +187,7 @@ def written(
 ) -> ConvertResult:
     """What ``convert`` or ``quantize`` writes. Raises Cancelled also if it was stopped after its last tile."""
     if cancel is not None and cancel.is_set():
-        raise Cancelled("stopped before the next file was written")
+        raise Cancelled("stopped before the next file was written; start again")
     if isinstance(options, QuantizeOptions):
         return quantize(source, output, options=options, on_progress=on_progress, cancel=cancel)
     if not isinstance(options, ConvertOptions):

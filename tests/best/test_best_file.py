@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 import ggufmoe
-from ggufmoe.best.best_file import plan_best_file, standard_options
+from ggufmoe.best.best_file import _solve, plan_best_file, standard_options
 from ggufmoe.cli.app import exit_code
-from ggufmoe.errors import OptionError, OutputExistsError
-from ggufmoe.options import ConvertOptions, SizedOptions
+from ggufmoe.errors import Cancelled, OptionError, OutputExistsError
+from ggufmoe.gguf.manifest import read_manifest, verify
+from ggufmoe.options import ConvertOptions, QuantizeOptions, SizedOptions
 from ggufmoe.quantize import plan_quantize
 from tests.sizing.drawn import saved
 from tests.tiny import make_checkpoint
@@ -148,3 +150,61 @@ def test_a_size_is_given_once_and_a_folder_that_is_there_is_left_alone(folder: P
     with pytest.raises(OutputExistsError, match="delete it"):
         ggufmoe.best_file(folder / "tiny", output, options=words(folder, quant="7bpw"), sized=SizedOptions(verify=text))
     assert left(tmp_path) == ["out.gguf.verify.partial"]
+
+
+def test_neither_the_source_nor_what_is_there_is_overwritten(folder: Path, tmp_path: Path) -> None:
+    source, text = tmp_path / "m.gguf", folder / "text.txt"
+    source.write_bytes((folder / "plain.gguf").read_bytes())
+    for size, sized in (
+        ({"quant": "7bpw"}, SizedOptions(verify=text, verify_chunks=1)),
+        ({}, SizedOptions(verify=text, verify_chunks=1, max_kl=0.01)),
+    ):
+        options = QuantizeOptions(sensitivity=folder / "s.gguf", types="k", force=True, threads=1, **size)  # type: ignore[arg-type]
+        with pytest.raises(OutputExistsError, match="which is read"):
+            ggufmoe.best_file(source, source, options=options, sized=sized)
+    assert source.read_bytes() == (folder / "plain.gguf").read_bytes()
+    part = tmp_path / "out-00002-of-00002.gguf"
+    part.write_bytes(b"mine")
+    split = words(folder, quant="7bpw", split_max_size="60KB")
+    with pytest.raises(OutputExistsError, match=f"{part.name} exists already"):
+        ggufmoe.best_file(
+            folder / "tiny", tmp_path / "out.gguf", options=split, sized=SizedOptions(verify=text, verify_chunks=1)
+        )
+    assert part.read_bytes() == b"mine"
+    assert left(tmp_path) == ["m.gguf", part.name]
+
+
+def test_a_manifest_that_is_there_becomes_that_of_the_new_file(folder: Path, tmp_path: Path) -> None:
+    output, manifest = tmp_path / "out.gguf", tmp_path / "out.manifest.json"
+    manifest.write_text("{}")
+    sized = SizedOptions(verify=folder / "text.txt", verify_chunks=1)
+    ggufmoe.best_file(folder / "tiny", output, options=words(folder, quant="7bpw"), sized=sized)
+    assert verify([output], read_manifest(manifest)) == []
+
+
+def test_who_stops_is_not_sent_to_what_was_deleted(folder: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    with pytest.raises(Cancelled, match="start again"):
+        ggufmoe.best_file(
+            folder / "tiny",
+            tmp_path / "out.gguf",
+            options=words(folder, quant="7bpw"),
+            sized=SizedOptions(verify=folder / "text.txt"),
+            on_progress=lambda progress: stop.set() if progress.phase == "write" else None,
+            cancel=stop,
+        )
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_a_prediction_that_is_far_off_asks_for_no_impossible_file(factor: float) -> None:
+    aims: list[float] = []
+
+    def measure(aim: float) -> tuple[float, bool]:
+        aims.append(aim)
+        return factor, True
+
+    _solve(measure, lambda: [aim * factor for aim in aims], 10.0)
+    assert 1 < len(aims) <= 4
+    for aim in aims:
+        ConvertOptions(predicted_kl=aim)
