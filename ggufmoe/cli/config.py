@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -232,13 +233,18 @@ def edit_command() -> None:
         write_config(path, "".join(f"# {line}\n" if line else "\n" for line in _EXAMPLE.splitlines()).encode())
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ("notepad" if sys.platform == "win32" else "vi")
     try:
-        code = subprocess.run([*shlex.split(editor, posix=sys.platform != "win32"), str(path)]).returncode
+        code = subprocess.run(_editor_command(editor, path, is_windows=sys.platform == "win32")).returncode
     except (OSError, ValueError) as error:
         raise InputError(f"{editor} cannot be started: {error}; name an editor in EDITOR") from error
     if code:
         raise InputError(f"{editor} ended with code {code}")
     for _ in _in_effect(read_config()):
         pass  # a value that its option refuses ends it
+
+
+def _editor_command(editor: str, path: Path, *, is_windows: bool) -> str | list[str]:
+    """What starts an editor: on Windows one line, as a path with spaces stands there in quotation marks."""
+    return f'{editor} "{path}"' if is_windows else [*shlex.split(editor), str(path)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Changes one key of a TOML file that people write by hand; comments, order and layout of everything else stay.
 
 For flat files: keys, and tables of keys. What was changed is read back, and a file that is written in another way
-(inline tables, tables of dotted keys) is left to its author.
+(inline tables, tables of dotted keys) is left to its author. ``tomlkit`` 0.15 is not used: it puts a new key between a
+table and the comment above that table, and ends new lines of a file with CRLF in LF.
 """
 
 from __future__ import annotations

@@ -237,6 +237,15 @@ def test_edit_opens_the_file_and_checks_it(
     assert file.read_text().startswith("# temp = 0.7\n")
 
 
+def test_an_editor_whose_path_has_spaces_is_started() -> None:
+    from ggufmoe.cli.config import _editor_command
+
+    path = Path("config.toml")
+    windows = _editor_command('"C:\\Program Files\\e.exe" -w', path, is_windows=True)
+    assert windows == '"C:\\Program Files\\e.exe" -w "config.toml"'
+    assert _editor_command("'/opt/my editor' -w", path, is_windows=False) == ["/opt/my editor", "-w", "config.toml"]
+
+
 def test_keys_complete_in_a_shell(file: Path, call: Call) -> None:
     from ggufmoe.cli.config import _kept_keys, _keys
 
