@@ -154,13 +154,18 @@ def _options(source: StrPath, options: ExportOptions | None) -> ExportOptions:
 def solved_size(
     source: StrPath, output: Path, options: ExportOptions, sized: SizedOptions
 ) -> tuple[ExportOptions, MemorySums | None]:
-    """The options with the size that ``fit`` leaves for weights, and its sums. Raises OptionError for two sizes."""
+    """The options with the size that ``fit`` leaves for weights, and its sums. Raises OptionError for two sizes,
+    and for one without a sensitivity."""
     if sized.target is None:
         if options.size_target is None:
             raise OptionError("--verify is for a file of a size: give one with -q 4.5bpw, --size, --fit or --max-kl")
         return options, None
+    flag = "--fit" if sized.target == "fit" else "--max-kl"
+    if options.sensitivity is None:
+        raise OptionError(
+            f"{flag} needs --sensitivity FILE, which `ggufmoe sensitivity` makes, or --sensitivity-text TEXT"
+        )
     if options.size_target is not None:
-        flag = "--fit" if sized.target == "fit" else "--max-kl"
         raise OptionError(f"{options.size_target.text} and {flag} each say what size to make; give one of them")
     if sized.target == "max_kl":
         return options, None

@@ -231,7 +231,8 @@ def edit_command() -> None:
     path = config_path()
     if not path.exists():
         write_config(path, "".join(f"# {line}\n" if line else "\n" for line in _EXAMPLE.splitlines()).encode())
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ("notepad" if sys.platform == "win32" else "vi")
+    named = (os.environ.get(name, "").strip() for name in ("VISUAL", "EDITOR"))
+    editor = next(filter(None, named), "notepad" if sys.platform == "win32" else "vi")
     try:
         code = subprocess.run(_editor_command(editor, path, is_windows=sys.platform == "win32")).returncode
     except (OSError, ValueError) as error:

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(folder: Path, **more: object) -> ConvertOptions:
-    return ConvertOptions(sensitivity=folder / "s.gguf", types="k", threads=1, **more)  # type: ignore[arg-type]
+    return ConvertOptions(**{"sensitivity": folder / "s.gguf", "types": "k", "threads": 1, **more})  # type: ignore[arg-type]
 
 
 def left(folder: Path) -> list[str]:
@@ -141,6 +141,7 @@ def test_a_size_is_given_once_and_a_folder_that_is_there_is_left_alone(folder: P
     output, text = tmp_path / "out.gguf", folder / "text.txt"
     for sized, more, said in (
         (SizedOptions(fit="4MB"), {"quant": "5bpw"}, "5bpw and --fit each say"),
+        (SizedOptions(fit="4MB"), {"sensitivity": None}, "--fit needs --sensitivity FILE"),
         (SizedOptions(verify=text), {"quant": "Q4_K_M"}, "--verify is for a file of a size"),
         (SizedOptions(verify=text), {"quant": "5bpw", "resume": True}, "leave out --resume"),
     ):

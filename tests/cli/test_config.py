@@ -231,7 +231,8 @@ def test_edit_opens_the_file_and_checks_it(
 ) -> None:
     editor = tmp_path / "editor.py"
     editor.write_text("import sys\nopen(sys.argv[1], 'a').write('tmp = 1\\n')\n")
-    monkeypatch.setenv("VISUAL", f"{sys.executable} {editor}")
+    monkeypatch.setenv("VISUAL", " ")
+    monkeypatch.setenv("EDITOR", f"{sys.executable} {editor}")
     code, _, err = call("edit")
     assert (code, "there is no option tmp" in err) == (1, True)
     assert file.read_text().startswith("# temp = 0.7\n")
