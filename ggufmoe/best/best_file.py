@@ -240,7 +240,7 @@ def _smallest(shop: Workshop, max_kl: float) -> BestFile:
         raise OptionError(
             f"no file keeps to a divergence of {max_kl:g} on {shop.text.name}: the nearest of {len(tried)} that were "
             f"measured has {nearest.kl:.4g} ± {nearest.uncertainty:.1g} with {nearest.name}; give a larger --max-kl, "
-            "or make Q8_0 or BF16"
+            "or keep 16 bits a weight (-q BF16)"
         )
     return BestFile(shop.keep(min(good, key=lambda pair: pair[0].n_bytes)[1]), measured=measured)
 

@@ -220,8 +220,8 @@ def _compare_routers(console: Console, folder: Path, quant: str) -> None:
     from ggufmoe.demo import APART_EXPERTS, write_apart
     from ggufmoe.refit import refit
 
-    console.print("\n[bold]3. Merge experts that never met[/bold]: the base, one for products, one for words of Plonk,")
-    _say(console, "a language nobody speaks. Their router is guessed from prompts, then fitted on texts of each:")
+    console.print("\n[bold]3. Merge experts that never met[/bold]: the base, one for products, one for words of")
+    _say(console, "Plonk, a language nobody speaks. Their router is guessed from prompts, then fitted on texts:")
     guessed, fitted = folder / "guessed.gguf", folder / "fitted.gguf"
     texts = {name: folder / f"{name}.jsonl" for name in APART_EXPERTS}
     named = " ".join(f"{name}={_quoted(file)}" for name, file in texts.items())

@@ -14,6 +14,9 @@ from ggufmoe.sizes import counted, file_size
 from ggufmoe.store.model_store import ModelStore, StoredModel, UnfinishedModel
 
 _NARROW_COLUMNS = 64
+_SIZE_AND_USE = 30
+"""Columns of size and use, with what separates them: a source folds into what is left beside the names."""
+_LEAST_SOURCE = 12
 _DAY_S = 86400
 
 
@@ -57,11 +60,15 @@ def _show(models: list[StoredModel], unfinished: list[UnfinishedModel]) -> None:
 
     console = make_console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
+    is_narrow = console.width < _NARROW_COLUMNS
+    longest = max(len(name) for name in [*(one.name for one in models), *(left.name for left in unfinished)])
     table.add_column("name", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
-    is_narrow = console.width < _NARROW_COLUMNS
-    for heading in () if is_narrow else ("used", "source"):
-        table.add_column(heading, overflow="fold")
+    if not is_narrow:
+        table.add_column("used", overflow="fold")
+        table.add_column(
+            "source", overflow="fold", max_width=max(_LEAST_SOURCE, console.width - longest - _SIZE_AND_USE)
+        )
     for model in models:
         source = model.record.source if model.record else "put there by hand"
         table.add_row(model.name, file_size(model.n_bytes), *(() if is_narrow else (_ago(model.used_s), source)))

@@ -72,7 +72,7 @@ GGUFOutput = Annotated[
         metavar="OUT.gguf",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
 EndWithJSON = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 ShowReasoning = Annotated[
     bool | None,

@@ -92,7 +92,7 @@ def _scores(scores: tuple[TextScore, ...]) -> object:
     table.add_column("texts", overflow="ellipsis", no_wrap=True)
     compared = [name for name in ("base", "before", "uniform", "hidden", "fitted") if name in scores[0].losses]
     for title in ("its expert", *compared, "own weight", "own first"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", min_width=max(map(len, title.split())))
     for score in scores:
         losses = [score.losses[name] for name in (f"expert {score.expert}", *compared)]
         mark = " !" if score.is_worse_than_uniform else ""

@@ -69,9 +69,11 @@ def show_type_advice(
     console.print()
     taken = next((one.file_type for one in advice if one.is_taken), None)
     gpu = " and as much on the GPUs as fits" if devices else ""
+    by_default = {None: f"of at most {DEFAULT_MAX_CTX} tokens", 0: "as the model was trained with"}
+    full = by_default.get(context.n_ctx, f"of {context.n_ctx} tokens")
     console.print(
         f"for {memory_size(machine.usable_bytes)} of this machine's memory{gpu}; tokens/s: from an empty to a full "
-        f"context of {context.n_ctx or DEFAULT_MAX_CTX} tokens, by what this machine was measured to compute"
+        f"context {full}, by what this machine was measured to compute"
     )
     if speeds.is_disturbed:
         note("other programs kept this machine busy while it was measured: a calm one is faster, and is measured again")
@@ -80,7 +82,7 @@ def show_type_advice(
     if taken is None:
         note("no file type fits")
     else:
-        console.print(f"> is what -q auto takes: ggufmoe chat {printable(model)} -q {taken}")
+        console.print(f"> is what -q auto takes: ggufmoe chat {printable(model)} -q {taken}", soft_wrap=True)
 
 
 def _speeds(one: TypeAdvice) -> str:

@@ -97,18 +97,19 @@ class SizeMixer:
         for _ in range(_ROUNDS):
             chosen = best_timed_choices(problem.choices, budget, problem.limit_s, problem.starts)
             if chosen is None:
+                others = "" if self.types == "all" else ", or --types all"
                 raise OptionError(
-                    f"{self.target.text} is too small: the smallest file of these types has {plan.n_bytes:,} bytes, "
-                    f"{plan.bits_per_weight:.2f} bits per weight; give a larger size, or --types all"
+                    f"{_named(self.target)} is too small: the smallest file of these types has {plan.n_bytes:,} bytes, "
+                    f"{plan.bits_per_weight:.2f} bits per weight; give a larger size{others}"
                 )
             plan = model.lay_out(self._policy(model, problem.types(chosen), table, best))
             if self.target.n_bytes is None or plan.n_bytes <= self.target.n_bytes:
                 told = "" if self.target.predicted_kl is not None else problem.unused(chosen, budget)
                 if told:
-                    _LOG.warning("%s: %s", self.target.text, told)
+                    _LOG.warning("%s: %s", _named(self.target), told)
                 return plan
             budget -= plan.n_bytes - self.target.n_bytes
-        raise OptionError(f"{self.target.text} cannot be met; give a larger size")
+        raise OptionError(f"{_named(self.target)} cannot be met; give a larger size")
 
     def _budget(self, plan: WritePlan, candidates: Mapping[str, Sequence[GGMLType]], table: ErrorTable) -> int:
         """Bytes for the tensors with candidates; ``plan`` has the other tensors, and the header."""
@@ -315,6 +316,11 @@ class _MixProblem:
         if more <= left:
             return f"{share}, because a larger file would generate more slowly"
         return f"{share}: the next step, {name} in {kind}, takes {more:,} bytes more, and {left:,} are left"
+
+
+def _named(target: SizeTarget) -> str:
+    """What was asked for, as messages call it; a bare number, such as what ``--fit`` leaves for weights, is bytes."""
+    return f"{int(target.text):,} bytes" if target.text.isdecimal() else target.text
 
 
 def _candidates(model: UnmixedModel, allowed: Sequence[GGMLType], word: str) -> dict[str, tuple[GGMLType, ...]]:
