@@ -40,8 +40,10 @@ _BUSY_LOOKS = 2
 """Looks in a row that must find the machine busy: short spinning halves the speed of a machine that is not.
 
 One is enough where it was busy before."""
-_SHORT_S, _MAX_SHORT_S = 5.0, 40.0
-"""Seconds of short spinning once the machine was found busy; doubled, up to the last, while it stays busy."""
+_SHORT_S, _MAX_SHORT_S = 5.0, 10.0
+"""Seconds of short spinning once the machine was found busy; doubled, up to the last, while it stays busy.
+
+The look that follows takes 2 % of ten seconds; a machine that is idle again is noticed within them."""
 _MAX_TEAM = 64
 """A larger machine is a server, and often a container on one that may have fewer threads than it has processors."""
 _LOOKS_AT_SAME_THREADS = 10
