@@ -55,9 +55,10 @@ def know_speeds(options: ExportOptions, *, quiet: bool) -> None:
 
     found = run_job(job, progress_display("speed of types", phase="speed", quiet=quiet))
     if not quiet:
-        each = sorted(found.to_dict()["ms_per_billion"].items(), key=lambda pair: pair[1])
         note(f"measured on this machine, in ms for a token and a billion weights, kept in {table_path()}:")
-        note("  " + ", ".join(f"{name} {ms:.0f}" for name, ms in each))
+        for told, key in (("read from memory", "ms_per_billion"), ("held by caches", "ms_per_billion_in_caches")):
+            each = sorted(found.to_dict()[key].items(), key=lambda pair: pair[1])
+            note(f"  {told}: " + ", ".join(f"{name} {ms:.0f}" for name, ms in each))
 
 
 def sized_text(options: ExportOptions, sized: SizedOptions) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from ggufmoe.native import backends
 from ggufmoe.native.library import engine_version
 from ggufmoe.work import usable_cores
 
+CACHED_BYTES, MEMORY_BYTES = 6 << 20, 64 << 20
+"""Bytes of matrices that caches keep between two tokens, and that they do not."""
+
 
 @dataclass(frozen=True)
 class TypeSpeeds:
@@ -27,23 +31,48 @@ class TypeSpeeds:
 
     machine: str
     seconds: Mapping[GGMLType, float] = field(default_factory=dict)
+    """In models of MEMORY_BYTES."""
+    cached_seconds: Mapping[GGMLType, float] = field(default_factory=dict)
+    """In models of CACHED_BYTES."""
 
     def missing(self, types: Iterable[GGMLType]) -> tuple[GGMLType, ...]:
-        """The types that are not in the table, each once."""
-        return tuple(kind for kind in dict.fromkeys(types) if kind not in self.seconds)
+        """The types that the table lacks in one of the sizes, each once."""
+        return tuple(
+            kind for kind in dict.fromkeys(types) if kind not in self.seconds or kind not in self.cached_seconds
+        )
 
-    def of(self, kind: GGMLType) -> float:
-        """Seconds for a weight of a type; one that was not measured takes as long for a byte as Q8_0."""
-        if kind in self.seconds:
-            return self.seconds[kind]
-        return self.seconds[GGMLType.Q8_0] / _bytes_of(GGMLType.Q8_0) * _bytes_of(kind)
+    def of(self, kind: GGMLType, n_weights: int) -> float:
+        """Seconds for a weight of a type in a model with ``n_weights`` in its matrices.
+
+        Between the two sizes the seconds follow the logarithm of the model's bytes. A type that was not measured takes
+        as long for a byte as Q8_0.
+        """
+        if kind not in self.seconds:
+            return self.of(GGMLType.Q8_0, n_weights) / _bytes_of(GGMLType.Q8_0) * _bytes_of(kind)
+        n_bytes = min(max(n_weights * _bytes_of(kind), CACHED_BYTES), MEMORY_BYTES)
+        share = math.log(n_bytes / CACHED_BYTES) / math.log(MEMORY_BYTES / CACHED_BYTES)
+        return share * self.seconds[kind] + (1 - share) * self.cached_seconds[kind]
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain values for JSON: milliseconds for a token and a billion weights, by type."""
+        """The table as plain values for JSON: milliseconds for a token and a billion weights, by type, in models that
+        are read from memory and in models that caches hold."""
         return {
             "machine": self.machine,
-            "ms_per_billion": {k.name: round(s * 1e12, 4) for k, s in self.seconds.items()},
+            "ms_per_billion": _milliseconds(self.seconds),
+            "ms_per_billion_in_caches": _milliseconds(self.cached_seconds),
         }
+
+
+def _milliseconds(seconds: Mapping[GGMLType, float]) -> dict[str, float]:
+    return {kind.name: round(each * 1e12, 4) for kind, each in seconds.items()}
+
+
+def _seconds(milliseconds: Mapping[str, float]) -> dict[GGMLType, float]:
+    """The values of a table that was kept. Raises ValueError if one is not above 0."""
+    found = {GGMLType[name]: float(ms) / 1e12 for name, ms in milliseconds.items()}
+    if not all(seconds > 0 for seconds in found.values()):
+        raise ValueError("a type takes time")
+    return found
 
 
 def _bytes_of(kind: GGMLType) -> float:
@@ -73,11 +102,12 @@ def load_speeds(folder: Path | None = None) -> TypeSpeeds:
         return TypeSpeeds(machine)
     try:
         found = json.loads(path.read_bytes())
-        by_type = {GGMLType[name]: float(ms) / 1e12 for name, ms in found["ms_per_billion"].items()}
-        is_ours = found["machine"] == machine and all(seconds > 0 for seconds in by_type.values())
+        speeds = TypeSpeeds(
+            found["machine"], _seconds(found["ms_per_billion"]), _seconds(found["ms_per_billion_in_caches"])
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return TypeSpeeds(machine)
-    return TypeSpeeds(machine, by_type if is_ours else {})
+    return speeds if speeds.machine == machine else TypeSpeeds(machine)
 
 
 def save_speeds(speeds: TypeSpeeds, folder: Path | None = None) -> None:

@@ -54,6 +54,8 @@ _COMPARED = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS",
 )  # fmt: skip
 """The standard mixes that a mix is compared with."""
+_HEADERS_DIFFER = 4096
+"""Bytes by which headers of one model's files differ, as by the path of an importance matrix."""
 _TABLE_VERSION = 1
 _MOSTLY_USED = 0.995
 _ROUNDS = 4
@@ -167,22 +169,25 @@ class SizeMixer:
     ) -> StandardMix | None:
         """The standard mix with the least predicted divergence that takes at most ``limit`` bytes.
 
-        With speeds a mix of K types if one fits: those are fast on every CPU.
+        With speeds the largest one, which a user would have taken, and one of K types if any fits: those are fast on
+        every CPU. Then a header that is a little larger does not count.
         """
         plan = _standard_plan(model)
         if plan is None:
             return None
         others = plan.n_bytes - sum(padded(tensor.n_bytes, DEFAULT_ALIGNMENT) for tensor in plan.tensors)
-        found: list[tuple[bool, StandardMix]] = []
+        limit += 0 if self.speeds is None else _HEADERS_DIFFER
+        found: list[tuple[bool, float, StandardMix]] = []
         for file_type, types in standards.items():
             tensors = (replace(tensor, type=types[tensor.name]) for tensor in plan.tensors)
             n_bytes = others + sum(padded(tensor.n_bytes, DEFAULT_ALIGNMENT) for tensor in tensors)
             if n_bytes <= limit:
                 seconds = self._seconds(model, {name: types[name] for name in table})
                 is_slow = self.speeds is not None and file_type.default_type not in K_TYPES
-                found.append((is_slow, StandardMix(file_type.name, n_bytes, _predicted(types, table), seconds)))
-        best = min(found, key=lambda pair: (pair[0], pair[1].predicted_kl, pair[1].n_bytes), default=None)
-        return None if best is None else best[1]
+                mix = StandardMix(file_type.name, n_bytes, _predicted(types, table), seconds)
+                found.append((is_slow, mix.predicted_kl if seconds is None else -n_bytes, mix))
+        best = min(found, key=lambda one: (*one[:2], one[2].seconds or one[2].n_bytes), default=None)
+        return None if best is None else best[2]
 
     def _seconds(self, model: UnmixedModel, types: Mapping[str, GGMLType]) -> float | None:
         """What the matrices that are quantized take for a token; None without speeds."""

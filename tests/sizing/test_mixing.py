@@ -224,7 +224,8 @@ def test_fast_is_as_fast_as_the_standard_mix_by_the_measured_speeds(
 ) -> None:
     """On a machine where all types but Q4_K and Q6_K are slow, only these are left to Q4_K_M's size."""
     output, quick = tmp_path / "o.gguf", {GGMLType.Q4_K: 1e-11, GGMLType.Q6_K: 1.5e-11}
-    speeds = TypeSpeeds("a machine", {kind: quick.get(kind, 9e-11) for kind in FAST_TYPES})
+    seconds = {kind: quick.get(kind, 9e-11) for kind in FAST_TYPES}
+    speeds = TypeSpeeds("a machine", seconds, seconds)
     size = plan_quantize(source, output, "Q4_K_M", imatrix=sensitivity).n_bytes
     free = plan_quantize(source, output, size=str(size), types="k", sensitivity=sensitivity).mix
     mixer = SizeMixer(SizeTarget("it", n_bytes=size), Sensitivity.load(sensitivity), sensitivity, "k", speeds)
@@ -241,7 +242,7 @@ def test_fast_is_as_fast_as_the_standard_mix_by_the_measured_speeds(
     assert fast.seconds <= 1.05 * fast.standard.seconds
     assert free.predicted_kl < fast.predicted_kl <= fast.standard.predicted_kl
     met = {tensor.name: math.prod(tensor.shape) for tensor in MODEL.tensors() if tensor.name != "token_embd.weight"}
-    by_hand = sum(met[name] * speeds.of(kind) for name, kind in fast.types.items() if name in met)
+    by_hand = sum(met[name] * seconds[kind] for name, kind in fast.types.items() if name in met)
     assert fast.seconds == pytest.approx(by_hand)
     assert fast.to_dict()["ms_per_token"] == round(fast.seconds * 1e3, 4)
     monkeypatch.setenv("GGUFMOE_CACHE", str(tmp_path))
@@ -250,7 +251,8 @@ def test_fast_is_as_fast_as_the_standard_mix_by_the_measured_speeds(
 
 
 def test_a_token_takes_the_time_of_the_weights_that_it_meets() -> None:
-    speeds = TypeSpeeds("a machine", {GGMLType.Q4_K: 2e-11, GGMLType.Q8_0: 3e-11})
+    seconds = {GGMLType.Q4_K: 2e-11, GGMLType.Q8_0: 3e-11}
+    speeds = TypeSpeeds("a machine", seconds, seconds)
     embedding, output, experts = (
         PlannedTensor(name, GGMLType.BF16, shape, ())
         for name, shape in (
