@@ -9,8 +9,10 @@ by hand:
 
 GET /counts of it says what was sent of each file.
 
-The answers follow huggingface.co: headers X-Repo-Commit, ETag, X-Linked-Size, X-Linked-Etag, X-Error-Code and
-X-Error-Message as ``get_hf_file_metadata`` and ``hf_raise_for_status`` of huggingface_hub read them.
+The answers have the status, headers and JSON of huggingface.co's, of which recordings are in ``tests/hub/fixtures``.
+They differ in this: nothing is said of Xet, so that huggingface_hub takes the address that any client can use; the ETag
+of a large file that is no GGUF file is not its SHA-256; and a repository that is not there is RepoNotFound for those
+without a token too (huggingface_hub understands the real answer, 401 without a code, of addresses with https alone).
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ _MOST_PIECE_BYTES = 1 << 20
 _PIECE_S = 0.001
 """A piece takes about so long on a fast line, which then costs this machine less."""
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+_RESOLVE_CACHE = "api/resolve-cache/models/"
+_DATE = "2026-01-01T00:00:00.000Z"
+_JSON = {"Content-Type": "application/json; charset=utf-8"}
+_TEXT = {"Content-Type": "text/plain; charset=utf-8"}
 
 
 @dataclass
@@ -62,6 +68,8 @@ class Faults:
     """Probability of status 503."""
     limited: float = 0.0
     """Probability of status 429, with Retry-After."""
+    hub_limited: float = 0.0
+    """Probability of status 429 of the hub itself, whose RateLimit header says how many seconds to wait."""
     retry_after: int = 1
     stall_after: float = float("inf")
     """Bytes of large files after which every connection waits, without an end, until this is larger."""
@@ -79,6 +87,9 @@ class Model:
     revisions: Mapping[str, str] = field(default_factory=dict)
     """Further branches and tags to commits; all have the same files."""
     is_gated: bool = False
+    """Whether its files, though not its description, are for those alone who have a token."""
+    tokens: Sequence[str] | None = None
+    """The tokens that may read it where it is gated; None for all."""
 
 
 @dataclass
@@ -104,6 +115,8 @@ class HubServer:
         self.sent: list[Sent] = []
         self.sent_bytes = 0
         """Bytes of large files that were sent."""
+        self.n_broken = 0
+        """Answers of large files of which sent bytes may not have come: resets, and ranges that were not asked for."""
         self.statuses: Counter[int] = Counter()
         self.authorizations: list[tuple[str, str | None]] = []
         """The path and the Authorization header of each request to the second server."""
@@ -133,6 +146,7 @@ class HubServer:
             return {
                 "bytes": dict(by_name),
                 "requests": len(self.sent),
+                "broken": self.n_broken,
                 "statuses": dict(self.statuses),
                 "processor_seconds": time.process_time(),
             }
@@ -273,9 +287,6 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self.wfile.write(body)
 
-    def refuse(self, status: int, code: str, message: str, *, with_body: bool) -> None:
-        self.send(status, {"X-Error-Code": code, "X-Error-Message": message}, b"{}", with_body=with_body)
-
     def log_message(self, format: str, *args: Any) -> None:
         """Not on the terminal of the tests."""
 
@@ -286,50 +297,121 @@ class _HubHandler(_Handler):
     def answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         if path == "counts":
-            self.send(200, {"Content-Type": "application/json"}, json.dumps(self.hub.counts()).encode())
+            self.send(200, _JSON, json.dumps(self.hub.counts()).encode())
+            return
+        if self.hub.faults.hub_limited and self.hub.happens(self.hub.faults.hub_limited):
+            self.send(429, self._rate_limit(0, self.hub.faults.retry_after), b"Too Many Requests", with_body=with_body)
             return
         repo_id = next((name for name in self.hub.models if f"{name}/" in f"{path}/"), None)
         if repo_id is None:
-            self.refuse(401, "RepoNotFound", "Not found", with_body=with_body)
+            self._refuse(404, "Repository not found", "RepoNotFound", with_body=with_body)
             return
         model = self.hub.models[repo_id]
-        rest = path[path.index(repo_id) + len(repo_id) :].strip("/").split("/", 2)
-        kind, revision, name = [*rest, "main", "", ""][:3] if rest[0] else ["", "main", ""]
-        commits = {"main": model.commit, model.commit: model.commit, **model.revisions}
-        if model.is_gated and not self.headers.get("Authorization"):
-            self.refuse(403, "GatedRepo", "Access is restricted", with_body=with_body)
-        elif revision not in commits and revision not in commits.values():
-            self.refuse(404, "RevisionNotFound", "Invalid rev id", with_body=with_body)
-        elif kind == "resolve":
-            self._resolve(model, commits.get(revision, revision), name, with_body=with_body)
-        else:
-            self._list(repo_id, model, commits.get(revision, revision), is_tree=kind == "tree", with_body=with_body)
-
-    def _list(self, repo_id: str, model: Model, commit: str, *, is_tree: bool, with_body: bool) -> None:
-        listing: Any = [_tree_entry(model.directory, file) for file in _files(model.directory)]
-        if not is_tree:
-            with_blobs = "blobs" in parse_qs(urlsplit(self.path).query)
-            siblings = [_sibling(entry, with_blobs=with_blobs) for entry in listing]
-            listing = {"id": repo_id, "sha": commit, "siblings": siblings}
-        headers = {"Content-Type": "application/json"}
-        self.send(200, headers, json.dumps(listing).encode(), with_body=with_body)
-
-    def _resolve(self, model: Model, commit: str, name: str, *, with_body: bool) -> None:
-        file = model.directory / name
-        if file not in _files(model.directory):
-            self.refuse(404, "EntryNotFound", "Entry not found", with_body=with_body)
+        before, rest = path[: path.index(repo_id)], path[path.index(repo_id) + len(repo_id) :].strip("/")
+        if before == _RESOLVE_CACHE:
+            self._send_small(model, *rest.split("/", 1), with_body=with_body)
             return
-        etag, headers = etag_of(file), {"X-Repo-Commit": commit}
+        kind, revision, name = [*rest.split("/", 2), "", ""][:3]
+        revision = revision or "main"
+        commits = {"main": model.commit, model.commit: model.commit, **model.revisions}
+        if revision not in commits and revision not in commits.values():
+            self._refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound", with_body=with_body)
+        elif kind == "resolve":
+            self._resolve(repo_id, commits.get(revision, revision), name, with_body=with_body)
+        elif kind == "tree":
+            self._send_json(self._tree(model.directory, name), with_body=with_body)
+        else:
+            self._send_json(self._information(repo_id, commits.get(revision, revision)), with_body=with_body)
+
+    def _rate_limit(self, n_left: int, seconds: int) -> dict[str, str]:
+        kind, limit = ("api", 500) if self.path.startswith("/api/models/") else ("resolvers", 3000)
+        policy = f'"fixed window";"{kind}";q={limit};w=300'
+        return {"RateLimit": f'"{kind}";r={n_left};t={seconds}', "RateLimit-Policy": policy}
+
+    def _send_json(self, answer: Any, *, with_body: bool) -> None:
+        headers = {**_JSON, **self._rate_limit(499, 300)}
+        self.send(200, headers, json.dumps(answer).encode(), with_body=with_body)
+
+    def _refuse(
+        self, status: int, message: str, code: str, *, with_body: bool, headers: Mapping[str, str] | None = None
+    ) -> None:
+        is_json = self.path.startswith("/api/models/")
+        body = json.dumps({"error": message}) if is_json else message
+        said = {"X-Error-Code": code, "X-Error-Message": message, **(_JSON if is_json else _TEXT), **(headers or {})}
+        self.send(status, {**said, **self._rate_limit(2999, 300)}, body.encode(), with_body=with_body)
+
+    def _information(self, repo_id: str, commit: str) -> dict[str, Any]:
+        model = self.hub.models[repo_id]
+        with_blobs = "blobs" in parse_qs(urlsplit(self.path).query)
+        entries = [_tree_entry(model.directory, file) for file in _files(model.directory)]
+        return {
+            "_id": hashlib.sha256(repo_id.encode()).hexdigest()[:24],
+            "id": repo_id,
+            "modelId": repo_id,
+            "author": repo_id.partition("/")[0],
+            "sha": commit,
+            "lastModified": _DATE,
+            "createdAt": _DATE,
+            "private": False,
+            "gated": "manual" if model.is_gated else False,
+            "disabled": False,
+            "tags": [],
+            "siblings": [_sibling(entry, with_blobs=with_blobs) for entry in entries],
+            "usedStorage": sum(entry["size"] for entry in entries),
+            "downloads": 0,
+            "likes": 0,
+        }
+
+    def _tree(self, directory: Path, folder: str) -> list[dict[str, Any]]:
+        """The files and folders of ``folder``; with ``recursive`` those below it too."""
+        is_recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
+        found = (directory / folder).rglob("*") if is_recursive else (directory / folder).glob("*")
+        return [_tree_entry(directory, path) for path in sorted(found)]
+
+    def _resolve(self, repo_id: str, commit: str, name: str, *, with_body: bool) -> None:
+        model = self.hub.models[repo_id]
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        restricted = f"Access to model {repo_id} is restricted"
+        if model.is_gated and not token:
+            said = f"{restricted}. You must have access to it and be authenticated to access it. Please log in."
+            asked = {"WWW-Authenticate": 'Bearer realm="Authentication required", charset="UTF-8"'}
+            self._refuse(401, said, "GatedRepo", headers=asked, with_body=with_body)
+            return
+        if model.is_gated and model.tokens is not None and token not in model.tokens:
+            page = f"{self.hub.url}/{repo_id}"
+            said = f"{restricted} and you are not in the authorized list. Visit {page} to ask for access."
+            self._refuse(403, said, "GatedRepo", with_body=with_body)
+            return
+        file = model.directory / name
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if file not in _files(model.directory):
+            self._refuse(404, "Entry not found", "EntryNotFound", headers=headers, with_body=with_body)
+            return
+        etag = etag_of(file)
+        headers |= {"X-Linked-Etag": f'"{etag}"', **_TEXT, **_disposition(file), **self._rate_limit(2999, 300)}
         if not name.endswith(LARGE_SUFFIXES):
-            if with_body:
-                self.hub.fetched.append(name)
-            self.send(200, {**headers, "ETag": f'"{etag}"'}, file.read_bytes(), with_body=with_body)
+            asked_for = quote(urlsplit(self.path).path, safe="")
+            cached = f"/{quote(f'{_RESOLVE_CACHE}{repo_id}/{commit}/{name}')}"
+            self._redirect(307, f"{cached}?{asked_for}=&etag=%22{etag}%22", headers, with_body=with_body)
             return
         expires = time.time() + self.hub.faults.lifetime
         query = f"Expires={expires:.3f}&Signature={self.hub.signature(file, expires)}"
         address = f"{self.hub.storage_url}{quote(file.resolve().as_posix())}?{query}"
-        linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(file.stat().st_size), "Location": address}
-        self.send(302, {**headers, **linked}, with_body=with_body)
+        headers |= {"X-Linked-Size": str(file.stat().st_size), "Cache-Control": "no-store"}
+        self._redirect(302, address, headers, with_body=with_body)
+
+    def _redirect(self, status: int, address: str, headers: Mapping[str, str], *, with_body: bool) -> None:
+        words = {302: "Found", 307: "Temporary Redirect"}[status]
+        body = f"{words}. Redirecting to {address}".encode()
+        self.send(status, {**headers, "Location": address}, body, with_body=with_body)
+
+    def _send_small(self, model: Model, commit: str, name: str, *, with_body: bool) -> None:
+        """A file that is in git, from where ``_resolve`` has redirected to."""
+        file = model.directory / name
+        if with_body:
+            self.hub.fetched.append(name)
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes", "ETag": f'"{etag_of(file)}"'}
+        self.send(200, {**headers, **_TEXT, **_disposition(file)}, file.read_bytes(), with_body=with_body)
 
 
 class _StorageHandler(_Handler):
@@ -360,18 +442,24 @@ class _StorageHandler(_Handler):
             return
         if asked and begin and self.hub.happens(self.hub.faults.wrong_ranges):
             begin, end = begin - 1, end - 1
+            self._count_broken()
         status = 206 if asked else 200
         with self.hub.lock:
             self.hub.statuses[status] += 1
             self.hub.fetched.append(file.name)
         self.send_response(status)
         self.send_header("Content-Length", str(end - begin))
-        self.send_header("ETag", f'"{etag_of(file)}"')
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{_storage_etag(file)}"')
         if asked:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
         self.end_headers()
         if with_body:
             self._send_body(file, begin, end)
+
+    def _count_broken(self) -> None:
+        with self.hub.lock:
+            self.hub.n_broken += 1
 
     def _send_body(self, file: Path, begin: int, end: int) -> None:
         stop, is_reset = end, self.hub.happens(self.hub.faults.resets)
@@ -395,17 +483,37 @@ class _StorageHandler(_Handler):
                 position += n_bytes
         if stop < end:
             self.close_connection = True
-        if is_reset:  # a socket that lingers for no time sends RST in place of FIN
+        if is_reset:
+            self._count_broken()
+            # a socket that lingers for no time sends RST in place of FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
 
 def etag_of(file: Path) -> str:
-    """A word for the content of a file, which changes with it; of a GGUF file its SHA-256, as on the hub."""
+    """A word for the content of a file, which changes with it: the id of its git blob, as on the hub.
+
+    Of a large file it is 64 hexadecimal digits: of a GGUF file its SHA-256, as on the hub, of others what is quicker.
+    """
     status = file.stat()
+    if not file.name.endswith(LARGE_SUFFIXES):
+        return _blob_id(file.read_bytes())
     if file.suffix == ".gguf":
         return _sha256(file, status.st_size, status.st_mtime_ns)
     return hashlib.sha256(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+
+
+def _storage_etag(file: Path) -> str:
+    """The ETag where the large file is, which on the hub is another one than X-Linked-Etag."""
+    return hashlib.sha256(f"stored {etag_of(file)}".encode()).hexdigest()
+
+
+def _blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _disposition(file: Path) -> dict[str, str]:
+    return {"Content-Disposition": f"inline; filename*=UTF-8''{quote(file.name)}; filename=\"{quote(file.name)}\";"}
 
 
 @functools.cache
@@ -422,16 +530,16 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _tree_entry(directory: Path, file: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "type": "file",
-        "path": file.relative_to(directory).as_posix(),
-        "size": file.stat().st_size,
-        "oid": etag_of(file)[:40],
-    }
-    if file.name.endswith(LARGE_SUFFIXES):
-        entry["lfs"] = {"oid": etag_of(file), "size": entry["size"], "pointerSize": 135}
-    return entry
+def _tree_entry(directory: Path, path: Path) -> dict[str, Any]:
+    name = path.relative_to(directory).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "oid": _blob_id(name.encode()), "size": 0, "path": name}
+    size, etag = path.stat().st_size, etag_of(path)
+    if not path.name.endswith(LARGE_SUFFIXES):
+        return {"type": "file", "oid": etag, "size": size, "path": name}
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{etag}\nsize {size}\n".encode()
+    lfs = {"oid": etag, "size": size, "pointerSize": len(pointer)}
+    return {"type": "file", "oid": _blob_id(pointer), "size": size, "lfs": lfs, "path": name}
 
 
 def _sibling(entry: dict[str, Any], *, with_blobs: bool) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def explained(where: str, repo_id: str, error: BaseException) -> HubError:
             f"{where} is neither a local directory nor a public model on {constants.ENDPOINT}; if it is private, "
             f"ask for access on {page} and {token}"
         )
+    if any(getattr(getattr(cause, "response", None), "status_code", None) == 429 for cause in chain):
+        return HubError(
+            f"{where} cannot be fetched for now: {constants.ENDPOINT} had too many requests from here (status 429); "
+            f"try again in five minutes, or {token}, which allows more"
+        )
     if constants.HF_HUB_OFFLINE:
         return HubError(f"{where} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to fetch it")
     return HubError(

@@ -11,7 +11,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,8 @@ _LONGEST_PAUSE_S = 30.0
 _LONGEST_RETRY_AFTER_S = 300.0
 _POLL_S = 0.1
 
+_USED_UP = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})", re.ASCII)
+"""In the header RateLimit: no request is left for so many seconds."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _BUSY = frozenset((408, 425, 429, 500, 502, 503, 504))
 _REFUSED = frozenset((401, 403, 404, 410))
@@ -190,7 +192,7 @@ class HubFile:
     def _check(self, answer: RangeAnswer, location: Location, begin: int, end: int) -> None:
         """Raise unless the answer is that range of this file."""
         if answer.status in _BUSY:
-            self._line.be_quiet(_retry_after(answer.headers.get("retry-after")))
+            self._line.be_quiet(seconds_to_wait(answer.headers))
             raise _Failed(f"the hub answers with status {answer.status}")
         if answer.status in _REFUSED and location.is_signed:
             self._renew(location)
@@ -250,7 +252,7 @@ class HubFile:
             except HfHubHTTPError as error:
                 if error.response is None or error.response.status_code not in _BUSY:
                     raise
-                self._line.be_quiet(_retry_after(error.response.headers.get("Retry-After")))
+                self._line.be_quiet(seconds_to_wait(error.response.headers))
                 failure: Exception = error
             except request_errors() as error:
                 failure = error
@@ -262,6 +264,12 @@ class HubFile:
         return Location(found.location, found.etag, found.size, is_signed=found.location != url)
 
 
-def _retry_after(value: str | None) -> float:
-    """Seconds of the header ``Retry-After``; 0 for a date, after which the usual pause has to do."""
-    return float(value) if value is not None and value.isdecimal() else 0.0
+def seconds_to_wait(headers: Mapping[str, str]) -> float:
+    """Seconds after which a busy hub wants to be asked again, by its answer's ``headers``; 0 if they do not say.
+
+    The storage says it with ``Retry-After`` (a date counts as nothing said), the hub with ``RateLimit``.
+    """
+    said = {name.lower(): value for name, value in headers.items()}
+    after = said.get("retry-after", "")
+    used_up = _USED_UP.search(said.get("ratelimit", ""))
+    return max(float(after) if after.isdecimal() else 0.0, float(used_up[1]) if used_up else 0.0)
