@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_type_takes_time_for_each_weight() -> None:
+def test_a_type_takes_time_for_each_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggufmoe.evaluation.speed_of_types._SAMPLED_S", 0.01)
     reports: list[Progress] = []
     threads = _n_threads()
     found = measure([GGMLType.Q4_0, GGMLType.IQ2_XXS], Sample(1 << 20, 512), on_progress=reports.append)
     assert found.keys() == {GGMLType.Q4_0, GGMLType.IQ2_XXS}
     assert all(1e-14 < seconds < 1e-6 for seconds in found.values())
     assert reports[-1].done == reports[-1].total
+    end = time.monotonic() + 10
+    while _n_threads() > threads and time.monotonic() < end:
+        time.sleep(0.01)
     assert _n_threads() <= threads, "threads of OpenMP that stay make those of the engine sleep between matrices"
 
 
