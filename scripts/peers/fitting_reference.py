@@ -4,8 +4,8 @@ usage: fitting_reference.py JOB.json
 
 The job is ``{"base": DIR, "experts": [DIR...], "texts": [{"tokens": [...], "scored": [...], "expert": N,
 "file": NAME, "held_out": bool}...], "steps": [[NUMBER of a text...]...], "n_used": N, "dtype": "bfloat16", "out":
-FILE.npy}``; the file gets rows (n_layer, n_expert, n_embd) in float32. Weights are rounded to ``dtype`` and computed in
-float32, each text by itself.
+FILE.npy}``; the file gets rows (2, n_layer, n_expert, n_embd) in float32, as fitted and after the steps. Weights are
+rounded to ``dtype`` and computed in float32, each text by itself.
 """
 
 from __future__ import annotations
@@ -206,14 +206,7 @@ def stepped_rows(job: dict[str, Any], mixture: Mixture, rows: Tensor) -> Tensor:
         for layer, group in enumerate(adam.param_groups):
             group["lr"] = rate / float((torch.cat([states[layer] for _, states in found]) ** 2).mean().sqrt())
         adam.step()
-    return torch.stack([one.detach() for one in layers]).to(mixture.dtype).float()
-
-
-def held_out_distance(job: dict[str, Any], mixture: Mixture, rows: Tensor) -> float:
-    """The mean of the files' distances on held-out texts."""
-    with torch.no_grad():
-        texts = [text for text in job["texts"] if text["held_out"]]
-        return float(mean_of_files([(text["file"], distances(mixture, text, rows)[0]) for text in texts]))
+    return torch.stack([one.detach() for one in layers])
 
 
 def _counts(text: dict[str, Any]) -> Tensor:
@@ -228,10 +221,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     mixture = Mixture(job)
     rows = fitted_rows(job, mixture)
-    if job["steps"]:
-        moved = stepped_rows(job, mixture, rows)
-        rows = min(rows, moved, key=lambda one: held_out_distance(job, mixture, one))
-    np.save(job["out"], rows.numpy())
+    np.save(job["out"], torch.stack([rows, stepped_rows(job, mixture, rows)]).numpy())
 
 
 if __name__ == "__main__":
