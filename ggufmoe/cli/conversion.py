@@ -167,7 +167,7 @@ def _layer_runs(types: Sequence[tuple[int | None, str]]) -> str:
 
 
 def _prediction_lines(plan: WritePlan) -> list[str]:
-    """The predicted divergence of the mix, and of the best standard mix that is no larger."""
+    """The predicted divergence of the mix, and of the standard mix that it is compared with."""
     mix = plan.mix
     if mix is None:
         return []
@@ -176,9 +176,10 @@ def _prediction_lines(plan: WritePlan) -> list[str]:
     ]
     if mix.standard is not None:
         standard = mix.standard
+        rank = "best" if mix.seconds is None else "largest"
         lines.append(
             f"predicted KL divergence {standard.predicted_kl:.4f}: {standard.name}, {file_size(standard.n_bytes)}"
-            f"{_pace(standard.seconds)}, the best standard mix that is no larger"
+            f"{_pace(standard.seconds)}, the {rank} standard mix that is no larger"
         )
     return lines
 

@@ -5,10 +5,12 @@ Values are checked as the flags are. ``toml_edit`` changes the text, ``kept_opti
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -20,11 +22,14 @@ from ggufmoe.cli.toml_edit import LayoutError, Value, with_value, without_value
 from ggufmoe.errors import InputError, OptionError, OutputError
 from ggufmoe.files import possible_path, replacing
 from ggufmoe.folders import config_file
+from ggufmoe.writing.lock import output_lock
 
 MODEL = "model"
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 """As typer reads the environment."""
 _PRESET_NAME = re.compile(r"[\w-]+")
+_LOCK_PAUSE_S = 0.02
+"""Between two looks whether another process has finished its change, which takes milliseconds."""
 
 
 def keep(key: str, typed: Sequence[str]) -> tuple[Path, Value]:
@@ -143,17 +148,19 @@ def _meant(key: str) -> str:
 
 def _rewrite(edit: Callable[[str, Mapping[str, Any]], str]) -> Path:
     path = config_path()
-    text = config_text(path)
-    content = config_content(path, text)
-    try:
-        edited = edit(text, content)
-        data = edited.encode()
-    except UnicodeEncodeError as error:
-        raise InputError("what was typed holds a character that no text file may have") from error
-    except LayoutError as error:
-        raise InputError(f"{path} has it in a layout that no command changes; edit it by hand") from error
-    if edited != text:
-        write_config(path, data)
+    _make_folder(path)
+    with output_lock(path, wait=lambda _: time.sleep(_LOCK_PAUSE_S)):
+        text = config_text(path)
+        content = config_content(path, text)
+        try:
+            edited = edit(text, content)
+            data = edited.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("what was typed holds a character that no text file may have") from error
+        except LayoutError as error:
+            raise InputError(f"{path} has it in a layout that no command changes; edit it by hand") from error
+        if edited != text:
+            write_config(path, data)
     return path
 
 
@@ -165,15 +172,19 @@ def config_path() -> Path:
     return path
 
 
-def write_config(path: Path, data: bytes) -> None:
-    """Replace the configuration, whole or not at all; who may read it stays. Raises OutputError."""
-    mode = 0o600  # it may hold the key of a server
+def _make_folder(path: Path) -> None:
     try:
-        if path.exists():
-            mode = stat.S_IMODE(path.stat().st_mode)
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path}: the configuration cannot be written: {error.strerror or error}") from error
+
+
+def write_config(path: Path, data: bytes) -> None:
+    """Replace the configuration, whole or not at all; who may read it stays. Raises OutputError."""
+    mode = 0o600  # it may hold the key of a server
+    _make_folder(path)
+    with contextlib.suppress(FileNotFoundError):
+        mode = stat.S_IMODE(path.stat().st_mode)
     with replacing(path, "the configuration") as file:
         if sys.platform != "win32":
             os.fchmod(file.fileno(), mode)

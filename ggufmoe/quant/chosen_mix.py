@@ -41,7 +41,7 @@ class ChosenMix:
     predicted_kl: float
     """The divergence from the unquantized model by prediction, in nats a token."""
     standard: StandardMix | None
-    """The best standard mix that is no larger, by prediction; None if there is none."""
+    """The best standard mix that is no larger, by prediction (with ``seconds`` the largest); None if there is none."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """How the types were chosen, for the file's metadata: plain values for JSON."""
     seconds: float | None = None

@@ -6,11 +6,13 @@ import json
 import stat
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ggufmoe.cli.app import exit_code
+from ggufmoe.cli.kept_changes import keep
 from ggufmoe.cli.kept_options import read_config
 from ggufmoe.cli.toml_edit import LayoutError, with_value, without_value
 
@@ -120,6 +122,16 @@ def test_set_and_unset(file: Path, call: Call) -> None:
     assert read_config().presets == {"writer": {"model": "org/name"}}
     code, _, err = call("unset", "temp")
     assert (code, err) == (1, f"error: temp is not in {file}; `ggufmoe config` shows what is\n")
+
+
+def test_changes_at_the_same_time_are_all_kept(file: Path) -> None:
+    keys = ["temp", "top-k", "seed", "n-predict", "threads", "ctx-size", "@a.temp", "@b.temp"]
+    with ThreadPoolExecutor(len(keys)) as pool:
+        assert {path for path, _ in pool.map(lambda key: keep(key, ["7"]), keys)} == {file}
+    config = read_config()
+    assert len(config.values) == 6
+    assert set(config.presets) == {"a", "b"}
+    assert list(file.parent.glob("*.lock")) == []
 
 
 def test_one_option_under_two_names_becomes_one(file: Path, call: Call) -> None:
