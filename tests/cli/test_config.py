@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +246,8 @@ def test_edit_opens_the_file_and_checks_it(
     editor = tmp_path / "editor.py"
     editor.write_text("import sys\nopen(sys.argv[1], 'a').write('tmp = 1\\n')\n")
     monkeypatch.setenv("VISUAL", " ")
-    monkeypatch.setenv("EDITOR", f"{sys.executable} {editor}")
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    monkeypatch.setenv("EDITOR", join([sys.executable, str(editor)]))
     code, _, err = call("edit")
     assert (code, "there is no option tmp" in err) == (1, True)
     assert file.read_text().startswith("# temp = 0.7\n")
