@@ -49,7 +49,10 @@ class ChatPage:
         """Send a message and wait until its answer is complete; ``answer`` is what the server says."""
         if answer is not None:
             self.server.will_say(answer)
+        shown = self.tab.page.locator(".message.assistant")
+        before = shown.count()
         self.send(text)
+        expect(shown).to_have_count(before + 1)  # until then the answers that were there are complete
         self.wait()
 
     def wait(self) -> None:
