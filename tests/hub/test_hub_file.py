@@ -17,6 +17,8 @@ from ggufmoe.hub.hub_file import HubFile, Line
 from tests.own_hub import talk_with_hub
 
 CONTENT = bytes(range(256)) * 2000
+SOMETIMES = 0.2
+"""Of 64 answers some are wrong, and nowhere eight in a row, whatever is drawn: 6e-7 and 2e-4 are the chances."""
 SESSION: Any = importlib.import_module(type(hub_http._session()).__module__.partition(".")[0])
 """The HTTP library of the installed huggingface_hub: requests before its version 1, then httpx."""
 NAME = "model.safetensors"
@@ -75,17 +77,22 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("fault", ["resets", "truncations"])
 def test_a_body_that_breaks_off_goes_on_where_it_stopped(hub: HubServer, fault: str, way: str) -> None:
-    hub.random.seed(3)
     setattr(hub.faults, fault, 0.7)
     file = opened()
-    assert read(file) == CONTENT
-    sent = [one for one in hub.sent if one.end - one.begin > 1]  # one byte is asked for where a connection begins
-    assert len(sent) > 1, "the first answer was whole"
+    for _ in range(20):  # one of them breaks off, whatever is drawn
+        hub.sent.clear()
+        n_before = file._line.n_bytes
+        assert read(file) == CONTENT
+        sent = [one for one in hub.sent if one.end - one.begin > 1]  # one byte is asked for where a connection begins
+        if len(sent) > 1:
+            break
+    assert len(sent) > 1, "all answers were whole"
     assert sent[0].n_bytes < len(CONTENT)
     begins = [one.begin for one in sent]
     assert begins == sorted(begins)
     assert all(one.end == len(CONTENT) for one in sent)
-    assert len(CONTENT) <= file._line.n_bytes <= len(CONTENT) + len(hub.sent) - len(sent), "a byte came twice"
+    n_bytes = file._line.n_bytes - n_before
+    assert len(CONTENT) <= n_bytes <= len(CONTENT) + len(hub.sent) - len(sent), "a byte came twice"
 
 
 def test_connections_are_used_again_and_may_end_meanwhile(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,17 +132,17 @@ def test_a_connection_to_a_proxy_is_left_to_the_http_library(hub: HubServer, mon
 @pytest.mark.parametrize(("fault", "status"), [("busy", 503), ("limited", 429)])
 def test_a_busy_hub_is_asked_again(hub: HubServer, fault: str, status: int, way: str) -> None:
     hub.faults.retry_after = 0
-    setattr(hub.faults, fault, 0.7)
+    setattr(hub.faults, fault, SOMETIMES)
     file = opened()
-    assert b"".join(read(file, begin, begin + 64000) for begin in range(0, len(CONTENT), 64000)) == CONTENT
+    assert b"".join(read(file, begin, begin + 8000) for begin in range(0, len(CONTENT), 8000)) == CONTENT
     assert hub.statuses[status] > 0
 
 
 def test_an_answer_of_another_range_is_not_taken(hub: HubServer, way: str) -> None:
-    hub.faults.wrong_ranges = 0.7
+    hub.faults.wrong_ranges = SOMETIMES
     file = opened()
-    assert b"".join(read(file, begin, begin + 64000) for begin in range(0, len(CONTENT), 64000)) == CONTENT
-    assert any(one.begin % 64000 for one in hub.sent), "no answer was wrong"
+    assert b"".join(read(file, begin, begin + 8000) for begin in range(0, len(CONTENT), 8000)) == CONTENT
+    assert any(one.begin % 8000 for one in hub.sent), "no answer was wrong"
 
 
 def test_an_address_that_has_ended_is_renewed(hub: HubServer) -> None:
