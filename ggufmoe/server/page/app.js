@@ -216,15 +216,12 @@ class App {
       this.#fail(message, error);
     } finally {
       clearInterval(keeping);
+      await this.#keepAnswer(conversation, message); // what is shown as complete is there again after a reload
       this.running.delete(conversation.id);
     }
-    this.experts.place(message, true);
     this.#grow(conversation, message);
     if (conversation === this.current) this.#showAll();
     announce(message.error ?? `${sentenceRest(message)} End of the answer.`);
-    await this.#keep(conversation);
-    const routing = this.experts.routing(message);
-    if (routing && this.conversations.includes(conversation)) await this.store.keepRouting(message.id, routing.packed());
   }
 
   async #read(conversation, message, chunks) {
@@ -292,6 +289,13 @@ class App {
   }
 
   // ---- keeping
+
+  async #keepAnswer(conversation, message) {
+    this.experts.place(message, true);
+    await this.#keep(conversation);
+    const routing = this.experts.routing(message);
+    if (routing && this.conversations.includes(conversation)) await this.store.keepRouting(message.id, routing.packed());
+  }
 
   async #keep(conversation) {
     conversation.updated = Date.now();
