@@ -89,7 +89,7 @@ def best_file(
     sensitivity. With ``sized.verify`` the file and the best standard mix that is no larger are measured on a text, and
     the one that is nearer to the unquantized model gets the name ``output``; of a checkpoint a file of 16 bits a weight
     is written beside it meanwhile. With ``sized.max_kl`` files are written and measured, at most 4, and the smallest
-    that keeps to it is kept.
+    that diverges no more than that is kept.
 
     Raises the errors of ``convert`` or ``quantize`` and of ``kl_divergences``, and OptionError where no file keeps to
     the divergence. Nothing is left beside the output after an error or ``cancel``.

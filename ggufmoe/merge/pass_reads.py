@@ -21,7 +21,11 @@ Step = Sequence[SourceTensor]
 
 
 class PassReads:
-    """What one pass reads: ``steps`` in the order in which it reads them. Without ``running`` nothing is read ahead."""
+    """The weights that one pass of a text through a model's layers reads, fetched from the hub ahead of it.
+
+    ``steps`` are the tensors that are needed together, in the order in which the pass reads them; ``line`` is the
+    connection. Without ``running`` nothing is read ahead.
+    """
 
     def __init__(self, line: Line, steps: Iterable[Step], tile_rows: Callable[[SourceTensor], int]) -> None:
         """``tile_rows`` is the number of rows of each tile of a tensor but the last."""

@@ -135,7 +135,7 @@ class MeasuredSpeeds:
 
 
 def _load() -> float:
-    """How busy each core was in the last minute: 1 where one thread waits for each; 0 where the system does not say."""
+    """Threads that ran or waited for a core, for each core, as the mean of the last minute; 0 where nothing tells."""
     if sys.platform == "win32":
         return 0.0
     try:

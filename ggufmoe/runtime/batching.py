@@ -35,7 +35,7 @@ class BatchScheduler:
     The answer that was asked for first comes first: it gets the next slot, its prompt is computed before other
     prompts, and it keeps its cells when they do not suffice for all. An answer that is far ahead of its reader leaves
     its slot to others. When it comes back it takes the place of a newer one. One whose tokens were lost meanwhile, and
-    are computed again, keeps its slot until it has drawn some more: so every answer comes on.
+    are computed again, keeps its slot until it has drawn some more: so every answer makes progress.
     """
 
     def __init__(self, native: NativeThread, loaded: LoadedModel) -> None:

@@ -33,7 +33,7 @@ def lock_path(output: Path) -> Path:
 def output_lock(output: Path, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock of ``output`` while the block runs.
 
-    If another process or thread holds it, ``wait`` is called with its name until the lock is free; it pauses for a
+    If another process or thread holds it, ``wait`` is called with the holder's name until it is free; it pauses for a
     moment, and may raise. Without ``wait`` OutputError is raised, which names the other writer; it is raised as well
     where no lock file can be made. A file system without locks (some network drives) is written without one.
     """
